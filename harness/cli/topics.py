@@ -167,7 +167,8 @@ def _defect(defect: Defect, reproduction: Path) -> str:
         f"library: {defect.library} {defect.versions}",
         *([f"link: {defect.link}"] if defect.link else []),
         *([f"shows sometimes: {defect.sometimes}"] if defect.sometimes else []),
-        f"found by: {', '.join(defect.checks)}, in cases {', '.join(defect.cases)}",
+        f"found by: {', '.join(defect.checks)}, in cases {', '.join(defect.cases)}"
+        + (f", but not in {', '.join(defect.not_cases)}" if defect.not_cases else ""),
         "to see it, with that library and torch alone:",
         f"  python {reproduction}",
         "to see the checks find it:",

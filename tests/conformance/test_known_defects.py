@@ -58,6 +58,13 @@ def test_a_failure_that_looks_otherwise_or_is_larger_is_not_excused() -> None:
     assert defects.explained([failed(error=0.01, tensor="absmax")], [entry])[0][0].defect == ""
 
 
+def test_an_entry_excuses_no_case_that_it_leaves_out() -> None:
+    marked, _ = defects.explained([failed()], [known(cases=["rank=*"], not_cases=["rank=3 float32"])])
+    assert marked[0].defect == ""
+    marked, _ = defects.explained([failed()], [known(cases=["rank=*"], not_cases=["rank=3 float16"])])
+    assert marked[0].defect == "one"
+
+
 def test_an_entry_is_not_kept_alive_by_the_failure_of_another() -> None:
     wide, narrow = known("wide"), known("narrow", shows=["^codes"])
     marked, complaints = defects.explained([failed(tensor="absmax")], [wide, narrow])

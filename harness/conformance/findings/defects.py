@@ -45,6 +45,8 @@ class Defect(FrozenModel):
     """Patterns of the ids of checks that show the defect, e.g. `dora/zero_rows/*/*`."""
     cases: list[str] = Field(default=["*"], min_length=1)
     """Patterns of the names of affected cases."""
+    not_cases: list[str] = Field(default=[])
+    """Patterns of the names of cases that cannot show the defect, although a pattern in `cases` matches them."""
     shows: list[str] = Field(default=[])
     """Regular expressions. One of them must match the tensor, worst element, policy or detail of the failure. If the
     list is empty, every failed comparison matches. An exception matches only an expression that begins with
@@ -83,11 +85,13 @@ class Defect(FrozenModel):
 
         pattern: pattern that the check id must match. By default, any pattern in `checks` will do.
         """
+        case = f"{tried.case} {tried.dtype}"
         return (
             tried.implementation == self.implementation
             and self.target in ("", tried.target)
             and any(fnmatchcase(tried.result.check, one) for one in ([pattern] if pattern else self.checks))
-            and any(fnmatchcase(f"{tried.case} {tried.dtype}", one) for one in self.cases)
+            and any(fnmatchcase(case, one) for one in self.cases)
+            and not any(fnmatchcase(case, one) for one in self.not_cases)
         )
 
     def explains(self, tried: CheckOutcome) -> bool:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from harness.methods.spec import Adapted
     from reference.galore import Config
 
+_NO_PAPER_SIDE = "galore-torch has no rule that projects a square matrix on the left"
+
 
 @implements("galore", name="galore-torch", dtypes=DTYPES, requires=["galore_torch"])
 def galore(model: nn.Module, config: Config, generator: Generator) -> Adapted:
@@ -27,7 +29,7 @@ def galore(model: nn.Module, config: Config, generator: Generator) -> Adapted:
     from reference.galore import GaLoreModel, attach
 
     if config.side == "paper":
-        raise Unsupported("galore-torch has no rule that projects a square matrix on the left")
+        raise Unsupported(_NO_PAPER_SIDE)
     if config.niter:
         raise Unsupported(f"galore-torch has no randomised SVD (niter={config.niter}), only the exact one")
 
@@ -128,8 +130,10 @@ def _optimizer(
     """Return a parameter with a gradient, its optimizer, and its state in the optimizer.
 
     The state has a projector with the bases P and Q. This projector is not due for a refresh. options: options of the
-    optimizer, such as lr.
+    optimizer, such as lr. Raises Unsupported for side=paper.
     """
+    if side == "paper":
+        raise Unsupported(_NO_PAPER_SIDE)
     import torch
     from galore_torch.galore_projector import GaLoreProjector
 

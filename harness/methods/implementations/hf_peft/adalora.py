@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 @implements("adalora", name="hf-peft", dtypes=DTYPES, requires=["peft"])
 def adalora(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
-    """Attach peft's AdaLoRA to linear layers. Raises Unsupported for regularization=squared-sum and betas of 0 or 1."""
+    """Attach peft's AdaLoRA to linear layers.
+
+    Raises Unsupported for regularization=squared-sum, for betas of 0 or 1, and for a schedule whose first step is its last
+    pruning.
+    """
     from peft import AdaLoraConfig
 
     from reference.shared.layers import targets
@@ -27,6 +31,8 @@ def adalora(model: nn.Module, config: Config, generator: Generator) -> PeftAdapt
         raise Unsupported(f"peft's regulariser is the mean of norms, not {config.regularization}")
     if not 0 < config.beta1 < 1 or not 0 < config.beta2 < 1:
         raise Unsupported("peft refuses a beta of 0 or 1")
+    if config.total_steps - config.tfinal == 1:
+        raise Unsupported("peft scores the steps before the last pruning only; without one it raises KeyError")
     peft_config = AdaLoraConfig(
         init_r=config.rank,
         target_r=config.target_rank,
