@@ -32,7 +32,7 @@ def check_importance(subject: Subject, case: Case) -> CheckResult:
     I = |w dL/dw|; I_bar <- beta1 I_bar + (1 - beta1) I; U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar|  (eqs. 8 to
     10). beta1 and beta2 differ here. The check sets random gradients, and nothing is pruned yet.
     """
-    fresh = case.attach_again(beta1=0.85, beta2=0.7)
+    fresh = case.attach_again(beta1=0.85, beta2=0.7, **_SHORT)
     if fresh is None:
         return skipped(subject, case, "importance", "the case cannot attach again")
     load(fresh.adapted, subject.adapted.tensors())
