@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
-from harness.conformance.checks import check
+from harness.conformance.checks import States, check
 from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
+from harness.conformance.comparison.inputs import inputs
+from harness.conformance.comparison.layer_comparison import observe_with_reference
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor, perturbed, worst_of
 from harness.conformance.subject import DTYPES, Subject, load
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
@@ -19,6 +21,8 @@ from harness.records.record import CheckResult
 
 # A complete schedule in 24 steps, with every kind of step. tfinal is no multiple of delta_t.
 _SHORT = {"total_steps": 24, "tinit": 4, "tfinal": 5, "delta_t": 3}
+_FIRST_PRUNING = 6
+"""The first step of this schedule that prunes."""
 _RESUMED = 13
 """Step at which a fresh model continues, halfway between the first and the last pruning."""
 _LARGEST = 20_000
@@ -84,6 +88,30 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
                 f"after step {step} {int((mine != want).sum())} lambdas are left or pruned against the scores"
             )
     return listed(subject, case, "budget", problems, f"{int(mine.sum())} of {len(mine)} lambdas left at the end")
+
+
+@check(States.WARM, of_sizes=False)
+def check_pruned(subject: Subject, case: Case) -> CheckResult:
+    """While some lambdas are pruned, outputs and gradients still equal the reference's.
+
+    A pruned lambda gets a gradient, so that it may grow again until the next pruning. The scaling does not depend on the
+    number of triplets that are left.
+    """
+    fresh = case.attach_again(**_SHORT)
+    if fresh is None:
+        return skipped(subject, case, "pruned", "the case cannot attach again")
+    load(fresh.adapted, subject.adapted.tensors())
+    for step in range(1, _FIRST_PRUNING + 1):
+        _set_gradients(fresh.adapted, case.generator(salt=300 + step), DTYPES[subject.dtype])
+        fresh.adapted.after_step(step)
+    if bool(_unmasked(fresh.adapted).all()):
+        return skipped(subject, case, "pruned", "the budget is still the whole rank")
+    found = []
+    for index, (path, layer) in enumerate(fresh.adapted.layers.items()):
+        x, dy = inputs(fresh.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
+        runs = observe_with_reference(fresh, path, layer, x, dy, training=fresh.trains_plainly)
+        found.append(prefix_tensor(path, noise_floor(*runs, subject.dtype, case.factor("gradient"))))
+    return judged(subject, case, "pruned", worst_of(found, found[0].policy))
 
 
 @check()

@@ -87,7 +87,7 @@ def of_field(field: FieldInfo) -> Factor | None:
         return _of_whole_number(field)
     least, most = field.minimum, field.maximum
     if most is not None and most <= 1:
-        levels = (field.default, least or 0.0, 0.25, 0.5, 0.75)
+        levels = (field.default, least or 0.0, 0.1, 0.5, 0.75)
         return Factor(_distinct(levels), least, min(most, 0.95), optional=field.default == least)
     size = abs(field.default) or 1.0
     low = max(least if least is not None else 0.0, -size * 64)
