@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from harness.console import echo
+from harness.console import print_lines
 from harness.errors import Exit
 
 
@@ -19,5 +19,5 @@ def explain(name: str) -> Exit:
     """
     from harness.cli import topics
 
-    echo(topics.explain(name))
+    print_lines(topics.explain(name).split("\n"))
     return Exit.PASS

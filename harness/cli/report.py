@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from harness.cli import options
-from harness.console import echo
+from harness.console import print_lines
 from harness.errors import Exit
 
 _MOST_SERIOUS_FIRST = (Exit.FAIL, Exit.NOTHING_COMPARED, Exit.INFRASTRUCTURE, Exit.INCONCLUSIVE, Exit.PASS)
@@ -37,11 +37,11 @@ def report(runs: tuple[str, ...], out: Path | None, strict: bool) -> Exit:
     analysed, again = analyse_all(read), reproducibility.possible_reruns(read)
     html.write_report(analysed, page, again)
     for facts in analysed:
-        echo("\n".join(terminal.summary(facts)))
+        print_lines(terminal.summary(facts))
     codes = [facts.verdict.exit_code(strict=strict) for facts in analysed]
     if again is not None:
-        echo("\n".join(reruns.lines(read, again)))
+        print_lines(reruns.lines(read, again))
     if again or len(read) > 1:
         codes.append(reproducibility.judge(again or (), strict=strict))
-    echo(f"report: {page}")
+    print_lines([f"report: {page}"])
     return min(codes, key=_MOST_SERIOUS_FIRST.index)

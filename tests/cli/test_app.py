@@ -143,7 +143,7 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
     assert (last[0], last[1]["duration_s"], last[2]["status"], last[3]) == (None, 7.0, "oom", None)
     assert document["estimate"]["seconds"] == 7.0
     assert (document["estimate"]["cells"], document["estimate"]["of"]) == (1, 4)
-    text = plan_table.as_text(document)
+    text = "\n".join(plan_table.lines(document))
     times = [line.rsplit("  ", 1)[-1].strip() for line in text.splitlines()[2:6]]
     assert times == ["-", "7.0 s", "oom after 3.0 s", "-"]
     assert "time unknown for the other 3" in text
