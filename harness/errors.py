@@ -185,9 +185,12 @@ def first_names(names: Sequence[str], most: int = 3) -> str:
     return f"{', '.join(names[:most])}{more}"
 
 
-def closest_match(name: str, known: Iterable[str]) -> str:
-    """Return the known name that is most similar to `name`, or an empty string if none is close."""
-    return next(iter(get_close_matches(name, list(known), n=1)), "")
+def closest_match(name: str, known: Iterable[str], similarity: float = 0.6) -> str:
+    """Return the known name that is most similar to `name`, or an empty string if none is close.
+
+    similarity: smallest similarity of a close name, from 0 to 1 (see `difflib`).
+    """
+    return next(iter(get_close_matches(name, list(known), n=1, cutoff=similarity)), "")
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "known") -> str:

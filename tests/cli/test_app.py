@@ -12,7 +12,9 @@ from typing import Any, get_args
 import click
 import pytest
 
+from harness.claims import claim_file
 from harness.cli import app, catalog, listing, main, topics
+from harness.conformance.findings import defects
 from harness.errors import EXITS, Exit, HarnessError
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.spec import methods
@@ -164,6 +166,14 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
         ("Cell", "one combination of a suite's axes"),
         ("tied", "smaller than the run can detect"),
         ("busy", "CPU"),
+        ("Record", "one attempt at a Cell"),
+        ("recipe", "a Cell without its seed"),
+        ("cannot be told apart", "smaller than the run can detect"),
+        ("parity", "the same numbers as the reference"),
+        ("conforms", "what its Method defines"),
+        ("pass", "a verdict"),
+        ("claims", "A claim file is YAML"),
+        ("history add", "command history add"),
         ("memory", "prediction"),
         ("error", "status error"),
         ("optimizer", "one of adamw, adamw-8bit, paged-adamw, paged-adamw-8bit"),
@@ -191,6 +201,25 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
 def test_explain(name: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", name]) == Exit.PASS
     assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", list(app.commands.commands))
+def test_every_command_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", name]) == Exit.PASS
+    assert f"options: `peft-harness {name} --help`" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "near"), [("lorra", "lora"), ("lora-10000y", "lora-10000x"), ("foobar", "")])
+def test_only_near_names_are_suggested_and_no_file_of_claims_or_defects_is_read(
+    name: str, near: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for reader in (claim_file, defects):
+        monkeypatch.setattr(
+            reader, "load" if reader is claim_file else "known", lambda *_: pytest.fail("it read a file")
+        )
+    assert main(["explain", name]) == Exit.USAGE
+    (hint,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  hint: ")]
+    assert hint == f"  hint: did you mean `{near}`?" if near else hint.startswith("  hint: there are methods")
 
 
 def test_a_check_that_is_called_like_a_method_is_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
