@@ -22,8 +22,8 @@ from harness.claims.printed_number import RULES, UNITS, Rounding
 from harness.console import visible
 
 _EXAMPLE = Path(__file__).with_name("example.yaml")
-_ID = re.compile(r"^( *)- \{?id: *([\w.-]+)", re.MULTILINE)
-_CLAIM_INDENT = 2
+_ID = re.compile(r"^( *)(?:- )?(?:\{<<: \*\w+, )?\{?id: *([\w.-]+)", re.MULTILINE)
+_CLAIM_INDENT = 4
 """Largest indentation of a claim in a claim file. Rows of a table stand deeper."""
 _FORM = """\
 A claim file is YAML. `peft-harness claims --file mine.yaml` computes it; suites/claims/ has those of the papers.

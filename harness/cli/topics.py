@@ -17,6 +17,7 @@ from harness import errors, yaml_lines
 from harness.analysis import contention
 from harness.analysis.comparison.baseline_rows import MEANING
 from harness.conformance import checks
+from harness.console import visible
 from harness.errors import EXITS, HarnessError, UsageError, closest_match
 from harness.memory_model import activations, fit
 from harness.memory_model.ledger import PARTS
@@ -208,7 +209,7 @@ def _defect(defect: Defect, reproduction: Path) -> str:
         "to see the checks find it:",
         f"  peft-harness check {defect.implementation}{_narrowed(defect.checks)}",
     ]
-    return _titled(f"known defect {defect.id}", "\n".join(about))
+    return _titled(f"known defect {defect.id}", "\n".join(map(visible, about)))
 
 
 def _narrowed(patterns: Iterable[str]) -> str:

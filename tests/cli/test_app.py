@@ -13,6 +13,7 @@ import click
 import pytest
 
 from harness.claims import claim_file
+from harness.claims import explain as claim_explanations
 from harness.cli import app, catalog, listing, main, topics
 from harness.conformance.findings import defects
 from harness.errors import EXITS, Exit, HarnessError
@@ -220,6 +221,12 @@ def test_only_near_names_are_suggested_and_no_file_of_claims_or_defects_is_read(
     assert main(["explain", name]) == Exit.USAGE
     (hint,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  hint: ")]
     assert hint == f"  hint: did you mean `{near}`?" if near else hint.startswith("  hint: there are methods")
+
+
+@pytest.mark.slow
+def test_every_claim_can_be_explained() -> None:
+    for path in claim_file.paths(claim_file.names()):
+        assert {claim.id for claim in claim_file.load([path])} <= claim_explanations.claim_ids(), path.name
 
 
 def test_a_check_that_is_called_like_a_method_is_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
