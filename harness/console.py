@@ -66,9 +66,13 @@ def print_note(line: str) -> None:
 
 
 def print_json(document: Any) -> None:
-    """Print a JSON document on stdout. Characters that are not printable ASCII are escaped."""
-    # json.dumps leaves one control character as it is: DEL.
-    _echo(json.dumps(document, indent=1).replace("\x7f", "\\u007f"), sys.stdout)
+    """Print a JSON document on stdout, as `json_text` returns it."""
+    _echo(json_text(document), sys.stdout)
+
+
+def json_text(document: Any) -> str:
+    """Return a JSON document as text. Characters that are not printable ASCII are escaped."""
+    return json.dumps(document, indent=1).replace("\x7f", "\\u007f")  # json.dumps leaves DEL as it is
 
 
 def _write(lines: Iterable[str], stream: TextIO) -> None:

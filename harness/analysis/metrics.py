@@ -150,13 +150,12 @@ TRAINING_PEAK = Metric(
     meaning="highest memory in the training phase: resident on a CPU, imports included; allocated on a GPU",
     # The resident peaks of nine Cells on a CPU changed by at most 6.2 MiB between trainings at two learning rates.
     slack_B=16 * 2**20, slack_share=0.01,
-    heading="Peak, MiB", terminal_heading="peak MiB", column="training_peak_B", history="training_peak_B",
-    quantity="training peak",
+    column="training_peak_B", history="training_peak_B", quantity="training peak",
 )  # fmt: skip
 PEAK_ABOVE_IMPORTS = Metric(
-    name="training_peak_above_imports_B", unit="B", read=_peak_above_imports,
+    name="training_peak_above_imports_B", unit="B", read=_peak_above_imports, why_missing=_no_peak,
     meaning="training peak minus the memory of the process before the model was loaded",
-    column="training_peak_above_imports_B",
+    heading="Peak, MiB", terminal_heading="peak MiB", column="training_peak_above_imports_B",
 )  # fmt: skip
 STEP = Metric(
     name="step_s", unit="s", kind="timed", better="lower", read=measurements.step_seconds, why_missing=_no_speed,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from harness.cli import options
 from harness.console import print_lines
 from harness.errors import Exit
+
+if TYPE_CHECKING:
+    from harness.records.store import Run
 
 _MOST_SERIOUS_FIRST = (Exit.FAIL, Exit.NOTHING_COMPARED, Exit.INFRASTRUCTURE, Exit.INCONCLUSIVE, Exit.PASS)
 """Exit codes, the most serious first. A finding is more serious than a missing Cell; see `analysis.verdict`."""
@@ -17,31 +22,54 @@ _MOST_SERIOUS_FIRST = (Exit.FAIL, Exit.NOTHING_COMPARED, Exit.INFRASTRUCTURE, Ex
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option(
-    "-o", "--out", type=options.FILE, metavar="FILE", help="Page to write.  [default: report.html in the first run]"
+    "-o",
+    "--out",
+    type=options.FILE,
+    metavar="FILE",
+    help="File to write.  [default: report.html in the folder of the run]",
 )
+@click.option(
+    "--format", "form", type=click.Choice(["html", "markdown", "csv", "json"]), default="html", show_default=True,
+    help="Other formats hold the answers and the recipes, and are printed, or written to --out.",
+)  # fmt: skip
 @options.strict
-def report(runs: tuple[str, ...], out: Path | None, strict: bool) -> Exit:
+def report(runs: tuple[str, ...], out: Path | None, form: str, strict: bool) -> Exit:
     """Write the HTML report of runs.
 
-    Also prints a summary of each run. RUN is a folder, an id, the start of an id, or `latest`. Several runs are compared
-    with each other: the losses of their common Cells must be equal bit by bit. The exit code is that of the most serious
-    verdict; 1 for a difference without a known cause, 5 if no Cell was repeated.
+    Also prints a summary of each run, except with another --format. RUN is a folder, an id, the start of an id, or
+    `latest`. Several runs are compared with each other: the losses of their common Cells must be equal bit by bit. The exit
+    code is that of the most serious verdict; 1 for a difference without a known cause, 5 if no Cell was repeated.
     """
     from harness.analysis.comparison import reproducibility
     from harness.analysis.run_facts import analyse_all
-    from harness.records import store
-    from harness.report import html, reruns, terminal
+    from harness.records import files, store
+    from harness.report import html, reruns, side_by_side, terminal, text_formats
 
     read = [store.read_run(store.find_run(name)) for name in runs]
-    page = html.page_path(out or read[0].path / "report.html")
     analysed, again = analyse_all(read), reproducibility.possible_reruns(read)
-    html.write_report(analysed, page, again)
-    for facts in analysed:
-        print_lines(terminal.summary(facts))
+    if form == "html":
+        page = html.page_path(out or read[0].path / _page_name(read))
+        html.write_report(analysed, page, again)
+        for facts in analysed:
+            print_lines(terminal.summary(facts))
     codes = [facts.verdict.exit_code(strict=strict) for facts in analysed]
-    if again is not None:
+    if form == "html" and len(read) > 1:
+        print_lines(side_by_side.lines(analysed))
+    if again is not None and form == "html":
         print_lines(reruns.lines(read, again))
     if again or len(read) > 1:
         codes.append(reproducibility.judge(again or (), strict=strict))
-    print_lines([f"report: {page}"])
+    if form == "html":
+        print_lines([f"report: {page}"])
+    else:
+        text = text_formats.FORMATS[form](analysed)
+        if out is None:
+            print_lines(text.rstrip("\n").split("\n"))
+        else:
+            files.write_atomic(out, text.encode())
     return min(codes, key=_MOST_SERIOUS_FIRST.index)
+
+
+def _page_name(runs: Sequence[Run]) -> str:
+    """Return the file name of a page. The page of several runs does not replace the page of the first run."""
+    return "report.html" if len(runs) == 1 else f"report-with-{'-'.join(run.manifest.run for run in runs[1:])}.html"

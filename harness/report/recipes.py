@@ -32,7 +32,7 @@ def over_seeds(facts: RunFacts) -> Table | None:
             key="rank",
         ),
         column("Trainable", "parameters that the optimizer updates"),
-        column("Peak, MiB", "highest memory in the training phase, median over the seeds"),
+        column("Peak, MiB", "highest memory in training without that of the imports, median over the seeds"),
         column("Tokens/s", "tokens without padding per second of the steady steps, median over the seeds"),
         column("Step, ms", "median over the seeds of the median steady step of each run; brackets: lowest and highest"),
     ]
@@ -59,10 +59,14 @@ def _recipe(facts: RunFacts, g: Group, e: RankingEntry) -> Table:
         field(" ".join(f"{100 * value:.1f}" for value in accuracies), None),
         standing_field(e) if g.is_ranking else alone,
         field(f"{trainable:,}", trainable),
-        _over(e.records, metrics.TRAINING_PEAK.read, lambda peak: formatting.mebibytes(round(peak)), "no peak of training"),
+        _over(e.records, metrics.PEAK_ABOVE_IMPORTS.read, _mebibytes, "no peak of training"),
         _over(e.records, metrics.TOKENS_PER_S.read, lambda rate: f"{rate:,.0f}", refused=refused),
         _over(e.records, metrics.STEP.read, formatting.milliseconds, refused=refused, ends=True),
     )  # fmt: skip
+
+
+def _mebibytes(size: float) -> str:
+    return formatting.mebibytes(round(size))
 
 
 def _row(facts: RunFacts, name: str, title: str, cell_id: str, record: str, *fields: Field) -> Table:

@@ -16,7 +16,7 @@ from harness.analysis.run_facts import RunFacts
 from harness.analysis.trajectories import JudgedTrajectory
 from harness.analysis.verdict import QuestionVerdict
 from harness.conformance.findings.summary import describe
-from harness.records.record import CheckResult, Environment, Failure, Json, Outcome, Record, Status
+from harness.records.record import Cell, CheckResult, Environment, Failure, Json, Outcome, Record, Status
 from harness.report import formatting, links
 from harness.report.formatting import DASH, GIB, check_fields
 from harness.report.svg import charts
@@ -254,18 +254,21 @@ def _failure(facts: RunFacts, record: Record) -> Section:
 def rerun(facts: RunFacts) -> Section:
     """Return the commands that repeat the run or one of its Cells."""
     m = facts.run.manifest
-    # The suite as given on the command line: a path, or the name of a suite of the harness.
-    paths = [word for word in m.argv[2:] if Path(word).name == m.suite_file]
-    names = [word for word in m.argv[2:] if word == m.suite_file.rpartition(".")[0]]
-    suite = shlex.quote([*paths, *names, m.suite_file][0])
     return {
         "command": shlex.join(m.argv),
         "file": m.suite_file,
         "text": m.suite_text,
-        "cells": [
-            {**links.row(facts, cell), "command": f"peft-harness run {suite} --only {cell.cell_id}"} for cell in m.cells
-        ],
+        "cells": [{**links.row(facts, cell), "command": rerun_command(facts, cell)} for cell in m.cells],
     }
+
+
+def rerun_command(facts: RunFacts, cell: Cell) -> str:
+    """Return the command that repeats one Cell of the run."""
+    m = facts.run.manifest
+    # The suite as given on the command line: a path, or the name of a suite of the harness.
+    paths = [word for word in m.argv[2:] if Path(word).name == m.suite_file]
+    names = [word for word in m.argv[2:] if word == m.suite_file.rpartition(".")[0]]
+    return f"peft-harness run {shlex.quote([*paths, *names, m.suite_file][0])} --only {cell.cell_id}"
 
 
 def notes(facts: RunFacts) -> list[Section]:

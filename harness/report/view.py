@@ -15,7 +15,18 @@ from harness.analysis.statistics.over_seeds import MODERATED
 from harness.analysis.verdict import QuestionVerdict
 from harness.errors import plural
 from harness.records.record import Record, Status
-from harness.report import costs, formatting, latencies, links, recipes, reruns, sections, tables
+from harness.report import (
+    costs,
+    first_screen,
+    formatting,
+    latencies,
+    links,
+    recipes,
+    reruns,
+    sections,
+    side_by_side,
+    tables,
+)
 from harness.report.svg import charts
 from harness.report.tones import badge
 
@@ -28,6 +39,7 @@ def build(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) ->
     return {
         "title": " and ".join(dict.fromkeys(f.run.manifest.title or f.run.manifest.suite for f in analysed)),
         "runs": [_run(f) for f in analysed],
+        "pairs": side_by_side.section(analysed),
         "reproducibility": None if again is None else reruns.section([f.run for f in analysed], again),
         "data": [{"run": f.run.manifest.run, "suite": f.run.manifest.suite, "cells": tables.raw(f)} for f in analysed],
     }
@@ -50,6 +62,7 @@ def _run(f: RunFacts) -> dict[str, Any]:
         "started": m.started,
         "ended": footer.ended if footer else "",
         "duration": sections.duration(f),
+        "answers": first_screen.answers(f),
         "verdict": _verdict(f),
         "alerts": _alerts(f),
         "counts": [
@@ -179,8 +192,12 @@ def _sentences(f: RunFacts, g: Group) -> list[str]:
         tied, below = ([e for e in g.ranked if e.standing == standing] for standing in ("tied", "below"))
         sentences.append(
             f"Highest accuracy: {best}. "
-            + (f"Tied with it: {listed(tied)}. " if tied else "Nothing is tied with it. ")
-            + (f"Below it: {listed(below)}." if below else "Nothing is significantly below it.")
+            + (
+                f"No test tells these apart from it: {listed(tied)}. "
+                if tied
+                else "Every other is told apart from it. "
+            )
+            + (f"Lower: {listed(below)}." if below else "No other is significantly lower.")
         )
     elif g.ranked:
         sentences.append(f"One trained Cell: {best}.")
@@ -203,18 +220,18 @@ def _scope(g: Group) -> list[str]:
         moderated = any(entry.score.means == MODERATED for entry in g.ranked)
         spread = f"spread over seeds{f', moderated by that of all {len(g.ranked)} recipes' if moderated else ''}"
         scope = (
-            f"Each accuracy is the mean of {len(g.seeds)} training runs (seeds {seeds}). Intervals, ties and p values (t"
+            f"Each accuracy is the mean of {len(g.seeds)} training runs (seeds {seeds}). Intervals and p values (t"
             f" test of paired items plus the {spread}, Holm-adjusted) are valid for new seeds and new test items, with the"
             " same training data."
         )
         basis = f"{g.budget.items:,} items, {len(g.seeds)} seeds"
     else:
         scope = (
-            f"One training run per Cell (seed {seeds}): intervals, ties and p values (exact McNemar, Holm-adjusted) are"
+            f"One training run per Cell (seed {seeds}): intervals and p values (exact McNemar, Holm-adjusted) are"
             " valid for these checkpoints on a new sample of test items, not for another seed."
         )
         observed = {
-            "tied": "the best and the most different of those tied with it do",
+            "tied": "the best and the most different of those that no test tells apart from it do",
             "all": "the best and the most different other do",
         }.get(g.basis, "independent answers would")
         share = formatting.percent(g.disagreement)
@@ -268,7 +285,10 @@ def _memory_chart(f: RunFacts, g: Group, levels: Sequence[charts.Level]) -> dict
         for r in f.latest.values()
         if Budget.of(r.cell) == g.budget and (peak := _last_peak(r)) is not None
     ]
-    title, axis = "Accuracy against peak training memory", "peak training memory above that of the imports, MiB"
+    title, axis = (
+        "Accuracy against training memory",
+        "peak memory in training, MiB (Python and its libraries not counted)",
+    )
     return charts.cost(title, axis, points, levels, stopped, log=False)
 
 

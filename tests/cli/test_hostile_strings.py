@@ -89,6 +89,8 @@ COMPARISONS = recorded_run.comparisons
 def test_report_and_export(hostile_run: Path, tmp_path: Path, printed: Printed) -> None:
     for runs in ([str(hostile_run)], [str(hostile_run), str(hostile_run)]):
         assert SHOWN in printed("report", *runs, "-o", str(tmp_path / "page.html"))
+    for form in ("markdown", "csv", "json"):
+        assert "1b" in printed("report", str(hostile_run), "--format", form)
     assert SHOWN in printed("export", str(hostile_run), "--format", "csv")
 
 

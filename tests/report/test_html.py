@@ -252,7 +252,7 @@ def test_the_numbers_are_those_of_the_records(good: store.Run) -> None:
     shown = row(built["runs"][0]["comparison"], record)
     assert shown["Trainable"]["value"] == record.measurements.parameters.trainable
     assert shown["Accuracy"]["text"] == "81.0 %"
-    assert shown["Peak, MiB"]["text"] == "806"
+    assert shown["Peak, MiB"]["text"] == "396"  # 806 less 410 of the imports
     steady = slice(training.timing_warmup, None)
     assert shown["Tokens/s"]["value"] == sum(training.tokens[steady]) / sum(training.step_seconds[steady])
     (raw,) = [c for c in built["data"][0]["cells"] if c["record"] == record.id]
@@ -263,7 +263,7 @@ def test_the_ranking_states_its_limits(good: store.Run) -> None:
     first, second = view.build([analyse(good)])["runs"][0]["groups"]
     sentences = " ".join(first["sentences"])
     assert "Highest accuracy: full [reference]" in sentences
-    assert "Tied with it: lora r=8 [hf-peft]" in sentences
+    assert "No test tells these apart from it: lora r=8 [hf-peft]" in sentences
     assert "One training run per Cell (seed 0)" in sentences
     assert "Smallest difference" in sentences
     assert "without training: zero-shot" in " ".join(second["sentences"])
@@ -317,9 +317,9 @@ def test_a_cell_is_rerun_from_the_suite_as_it_was_given(given: str, tmp_path: Pa
 
 def test_golden_keys_of_the_view(good: store.Run) -> None:
     built = view.build([analyse(good)])
-    assert sorted(built) == ["data", "reproducibility", "runs", "title"]
+    assert sorted(built) == ["data", "pairs", "reproducibility", "runs", "title"]
     assert sorted(built["runs"][0]) == [
-        "about", "alerts", "alone", "comparison", "costs", "counts", "curves", "duration", "ended", "environment",
+        "about", "alerts", "alone", "answers", "comparison", "costs", "counts", "curves", "duration", "ended", "environment",
         "failures", "gpus", "groups", "id", "latency", "memory", "mixed", "notes", "over_seeds", "parity",
         "parity_summary", "prefix", "questions", "rerun", "same_losses", "started", "suite", "time", "title", "tuning",
         "verdict",

@@ -1,0 +1,62 @@
+"""Choice among the recipes of a group: the winner, or the cheapest recipe near the top."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+from harness.analysis import metrics
+from harness.analysis.ranking import Group, RankingEntry
+from harness.records.record import Record
+
+MARGIN = 0.05
+"""A recipe is near the top if its accuracy is at most this much below the highest, and no test tells it apart from the
+highest."""
+FULL = "full"
+"""Method that trains all weights. Its costs are what the costs of a recipe are compared with."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a ranking recommends to a reader who must choose one recipe."""
+
+    pick: RankingEntry
+    """The recommended recipe: the winner or, if there is none, the cheapest recipe near the top."""
+    highest: RankingEntry
+    """The recipe with the highest accuracy."""
+    winner: bool
+    """True if tests tell the highest recipe apart from every other."""
+    near: tuple[RankingEntry, ...]
+    """The recipes near the top, best first, the highest included."""
+    undecided: int
+    """Number of recipes that no test tells apart from the highest."""
+    against: RankingEntry | None
+    """The recipe whose costs the costs of the pick are compared with: full fine-tuning or, without it, the highest. None
+    if that is the pick itself."""
+
+
+def choose(group: Group) -> Choice | None:
+    """Return the choice among the trained recipes of a group. If there is none, return None."""
+    if not group.ranked:
+        return None
+    highest, *others = group.ranked
+    tied = [entry for entry in others if entry.standing != "below"]
+    near = [highest, *(entry for entry in tied if entry.score.value >= highest.score.value - MARGIN)]
+    pick = min(near, key=_cost)
+    full = next((entry for entry in group.ranked if entry.record.cell.method == FULL), highest)
+    return Choice(
+        pick, highest, bool(others) and not tied, tuple(near), len(tied), None if full is pick else full
+    )  # fmt: skip
+
+
+def typical(entry: RankingEntry, read: Callable[[Record], float | None]) -> float | None:
+    """Return the median over the seeds of a recipe of what `read` returns. If no seed has a value, return None."""
+    values = [value for record in entry.records if (value := read(record)) is not None]
+    return median(values) if values else None
+
+
+def _cost(entry: RankingEntry) -> tuple[float, float]:
+    """Return the costs by which recipes are compared: training memory, then the number of trained parameters."""
+    peak, trainable = typical(entry, metrics.PEAK_ABOVE_IMPORTS.read), typical(entry, metrics.TRAINABLE.read)
+    return float("inf") if peak is None else peak, float("inf") if trainable is None else trainable

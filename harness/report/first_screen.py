@@ -1,0 +1,246 @@
+"""First screen of a report: for each group of recipes, three cards with answers, and a table of the recipes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from harness.analysis import choice, contention, failed_checks, metrics
+from harness.analysis.choice import MARGIN, Choice, typical
+from harness.analysis.ranking import Group, RankingEntry
+from harness.analysis.run_facts import RunFacts
+from harness.errors import plural
+from harness.records.record import Record
+from harness.report import formatting, item_differences, links, sections
+from harness.report.formatting import Field, field, unmeasured
+
+Names = dict[int, str]
+"""Maps the id() of a ranking entry to its name in its group."""
+NO_BREAK = "\u00a0"
+WIDTH, HEIGHT = 240.0, 18.0
+"""Size of the drawing of an interval, in SVG units."""
+
+
+def answers(f: RunFacts) -> list[dict[str, Any]]:
+    """Return the cards and the table of every group with at least two recipes. Without such a group, take all groups."""
+    several = [group for group in f.groups if len(group.entries) > 1] or f.groups
+    titles = Counter(_title(group) for group in several)
+    found = []
+    for number, group in enumerate(several):
+        chosen = choice.choose(group)
+        if chosen is not None:
+            names = dict(zip(map(id, group.entries), _short_names(f, group.entries), strict=True))
+            title, budget = _title(group), group.budget
+            if titles[title] > 1:
+                title += f" · {budget.dtype}, {budget.steps} steps"
+            found.append(
+                {
+                    "id": f"{f.prefix}answer-{number}",
+                    "title": title,
+                    "cards": [_which(names, group, chosen), _cost(names, chosen), _trust(f, group, chosen)],
+                    "table": _table(f, names, group),
+                    "items": item_differences.rows(group, names),
+                    "highest": names[id(chosen.highest)],
+                    "recommended": names[id(chosen.pick)],
+                    "command": sections.rerun_command(f, chosen.pick.record.cell),
+                }
+            )
+    return found
+
+
+def _title(group: Group) -> str:
+    return f"{group.budget.model} · {group.budget.task}"
+
+
+def _card(question: str, headline: str, *details: str, tone: str = "") -> dict[str, Any]:
+    # A number and its unit stay on one line.
+    headline, *details = (text.replace(" %", NO_BREAK + "%") for text in (headline, *details))  # type: ignore[assignment]
+    return {"question": question, "headline": headline, "details": details, "tone": tone}
+
+
+def _which(names: Names, group: Group, chosen: Choice) -> dict[str, Any]:
+    question, pick, highest = "Which method?", names[id(chosen.pick)], names[id(chosen.highest)]
+    score = formatting.percent(chosen.highest.score.value)
+    if len(group.ranked) == 1:
+        return _card(question, f"Only one: {pick}, {score}.", "No other recipe has the same budget and seeds.")
+    if chosen.winner:
+        second = group.ranked[1]
+        gap = formatting.points(second.difference)
+        return _card(
+            question, f"{highest}: {score}.", f"Tests tell it apart from every other recipe. Next: {names[id(second)]},"
+            f" {gap}.", tone="good",
+        )  # fmt: skip
+    near = [f"{names[id(e)]} {formatting.percent(e.score.value)}" for e in chosen.near[:3]]
+    more = f" and {len(chosen.near) - 3} more" if len(chosen.near) > 3 else ""
+    margin = f"Within {100 * MARGIN:.0f} points of the highest: {', '.join(near)}{more}."
+    if len(chosen.near) == 1:
+        return _card(question, f"No proven winner. Highest: {highest}, {score}.", "No other recipe is as close as"
+                     f" {100 * MARGIN:.0f} points.")  # fmt: skip
+    gap = "the highest" if chosen.pick is chosen.highest else formatting.points(chosen.pick.difference)
+    return _card(question, f"No proven winner. Cheapest near the top: {pick}, {gap}.", margin)
+
+
+def _cost(names: Names, chosen: Choice) -> dict[str, Any]:
+    pick, against = chosen.pick, chosen.against
+    parts = []
+    trained, total = typical(pick, metrics.TRAINABLE.read), typical(pick, _total)
+    if trained is not None and total:
+        parts.append(f"{_share(trained / total)} of the parameters")
+    for metric, write, what in (
+        (metrics.PEAK_ABOVE_IMPORTS, lambda size: f"{formatting.mebibytes(round(size))} MiB", ""),
+        (metrics.STEP, lambda step: f"{formatting.milliseconds(step)} ms", " a step"),
+    ):
+        mine = typical(pick, metric.value)
+        other = None if against is None else typical(against, metric.value)
+        if mine is not None:
+            parts.append(write(mine) + what + ("" if other is None else f" instead of {write(other)}"))
+    details = [f"{names[id(pick)]} against {names[id(against)]}." if against is not None else f"{names[id(pick)]}."]
+    busy = [names[id(e)] for e in (pick, against) if e is not None and _busy(e)]
+    if busy:
+        details.append(f"! Other programs used the CPU while {' and '.join(busy)} trained: these times are too high.")
+    return _card("At what cost?", ", ".join(parts) + "." if parts else "No costs were measured.", *details)
+
+
+def _total(record: Record) -> float | None:
+    return record.measurements.parameters.total if record.measurements else None
+
+
+def _share(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.995 else "100 %"
+
+
+def _trust(f: RunFacts, group: Group, chosen: Choice) -> dict[str, Any]:
+    parity, others = f.verdict.parity, len(group.ranked) - 1
+    code = (
+        "no"
+        if parity.failed
+        else "not checked"
+        if not parity.passed
+        else "partly checked"
+        if parity.unchecked
+        else "yes"
+    )
+    ranking = "no" if 2 * chosen.undecided > others else "partly" if chosen.undecided else "yes"
+    headline = f"Code: {code}." + (f" Ranking: {ranking}." if others else "")
+    tone = "bad" if code == "no" else "good" if code == "yes" and ranking == "yes" else "open"
+    return _card("Can I trust it?", headline, *_reasons(f, group, chosen), tone=tone)
+
+
+def _reasons(f: RunFacts, group: Group, chosen: Choice) -> list[str]:
+    parity, others = f.verdict.parity, len(group.ranked) - 1
+    records = [record for entry in group.ranked for record in entry.records]
+    checked = f"{parity.passed:,} of {parity.passed + parity.failed:,} checks of the computation passed."
+    if parity.unchecked:
+        checked += f" {plural(len(parity.unchecked), 'Cell')} passed no check."
+    reasons = [checked]
+    if others and chosen.undecided:
+        sees = (
+            ""
+            if group.detectable is None
+            else f" usually shows only gaps above {100 * group.detectable:.2g} points, and"
+        )
+        seeds = f"{plural(len(group.seeds), 'seed')} and {group.budget.items:,} test items"
+        reasons.append(
+            f"A comparison with {seeds}{sees} cannot tell {chosen.undecided} of {plural(others, 'other recipe')} from the"
+            " highest."
+        )
+    if group.data_differ:
+        reasons.append("Some recipes were trained on other examples, or in another order.")
+    if cut := max((r.accuracy.cut_items or 0 for r in records if r.accuracy), default=0):
+        reasons.append(
+            f"{cut:,} of {group.budget.items:,} test items were truncated to {group.budget.max_tokens} tokens."
+        )
+    if busy := sum(bool(contention.busy(record)) for record in records):
+        reasons.append(f"{busy} of {len(records)} trainings were timed on a busy machine; accuracies are not affected.")
+    if f.verdict.missing:
+        reasons.append(f"{plural(len(f.verdict.missing), 'planned Cell')} of this run are missing.")
+    return reasons
+
+
+def _busy(entry: RankingEntry) -> int:
+    return sum(bool(contention.busy(record)) for record in entry.records)
+
+
+def _table(f: RunFacts, names: Names, group: Group) -> dict[str, Any]:
+    """Return the rows of the recipes, best first, each with its interval drawn on the same scale."""
+    low = min(e.score.low for e in group.entries)
+    high = max(e.score.high for e in group.entries)
+    margin = (high - low or 1.0) * 0.04
+    low, high = low - margin, high + margin
+
+    def at(value: float) -> float:
+        return round(WIDTH * (value - low) / (high - low), 1)
+
+    best = at(group.entries[0].score.value)
+    rows = [
+        {
+            "name": names[id(entry)],
+            "href": f"#{links.anchor(f, entry.record.cell_id)}",
+            "interval": [at(entry.score.low), at(entry.score.value), at(entry.score.high)],
+            "filled": entry.standing == "best" and len(group.ranked) > 1,
+            "accuracy": formatting.percent(entry.score.value),
+            "value": entry.score.value,
+            "range": formatting.interval(entry.score),
+            "gap": formatting.points(entry.difference) if entry is not group.entries[0] else formatting.DASH,
+            "standing": entry.standing,
+            "why": _standing(entry),
+            "costs": _costs(entry),
+            "recipe": _recipe(entry),
+        }
+        for entry in group.entries
+    ]
+    return {"best": best, "width": WIDTH, "height": HEIGHT, "rows": rows}
+
+
+def _recipe(entry: RankingEntry) -> dict[str, Any]:
+    """Return the numbers of a recipe in base units: shares of 1, bytes and seconds."""
+    score = entry.score
+    return {
+        "accuracy": score.value, "low": score.low, "high": score.high, "difference": entry.difference,
+        "standing": entry.standing, "trainable": typical(entry, metrics.TRAINABLE.read),
+        "peak_B": typical(entry, metrics.PEAK_ABOVE_IMPORTS.read), "step_s": typical(entry, metrics.STEP.value),
+        "busy": _busy(entry),
+    }  # fmt: skip
+
+
+def _short_names(f: RunFacts, entries: Sequence[RankingEntry]) -> list[str]:
+    """Return the names of the entries. A name has its implementation only if its method has several in the group."""
+    pairs = {(e.record.cell.method, e.record.cell.implementation) for e in entries}
+    implementations = Counter(method for method, _ in pairs)
+    names = []
+    for entry in entries:
+        cell, name = entry.record.cell, f.entry_name(entry)
+        alone = implementations[cell.method] == 1
+        names.append(name.replace(f" [{cell.implementation}]", "", 1) if alone else name)
+    return names if len(set(names)) == len(names) else [f.entry_name(entry) for entry in entries]
+
+
+def _standing(entry: RankingEntry) -> str:
+    p = "" if entry.p is None else f" ({formatting.probability(entry.p)})"
+    words = {
+        "best": "the highest accuracy",
+        "tied": f"no test tells it apart from the highest{p}",
+        "below": f"lower than the highest{p}",
+        "untrained": "not trained",
+    }
+    return words[entry.standing]
+
+
+def _costs(entry: RankingEntry) -> list[Field]:
+    busy = _busy(entry)
+    flag = f"busy {busy} of {len(entry.records)}" if busy else ""
+    refused = next((why for r in entry.records if (why := failed_checks.no_speed(r))), "")
+    return [
+        _over(entry, metrics.TRAINABLE.read, lambda n: f"{n:,.0f}", "not trained"),
+        _over(entry, metrics.PEAK_ABOVE_IMPORTS.read, lambda size: formatting.mebibytes(round(size)), "no peak"),
+        _over(entry, metrics.STEP.value, formatting.milliseconds, refused or "not trained, or not timed")
+        | {"flag": flag},
+    ]
+
+
+def _over(
+    entry: RankingEntry, read: Callable[[Record], float | None], write: Callable[[float], str], missing: str
+) -> Field:
+    value = typical(entry, read)
+    return unmeasured(missing) if value is None else field(write(value), value)

@@ -1,0 +1,44 @@
+"""Test items that only one of two recipes answers right: each recipe against the recipe with the highest accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from harness.analysis.ranking import Group, RankingEntry
+from harness.errors import first_names
+
+SHOWN = 12
+"""Largest number of ids that a row names."""
+
+
+def rows(group: Group, names: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Return one row for every recipe but the highest: the items that only one of the two answers right.
+
+    Of recipes with several seeds, the first seed is compared. names: maps the id() of an entry to its name. A recipe that
+    scored other items than the highest has no row.
+    """
+    highest, *others = group.entries
+    right = _answers(highest)
+    found = []
+    for entry in others:
+        mine = _answers(entry)
+        if mine.keys() != right.keys():
+            continue
+        lost = [item for item in right if right[item] and not mine[item]]
+        gained = [item for item in right if mine[item] and not right[item]]
+        found.append(
+            {
+                "name": names[id(entry)],
+                "lost": len(lost),
+                "lost_ids": first_names(lost, SHOWN),
+                "gained": len(gained),
+                "gained_ids": first_names(gained, SHOWN),
+            }
+        )
+    return found
+
+
+def _answers(entry: RankingEntry) -> dict[str, bool]:
+    accuracy = entry.record.accuracy
+    return {item.id: bool(item.correct) for item in accuracy.items} if accuracy else {}

@@ -1,0 +1,157 @@
+"""Two runs side by side: what each of their common Cells scored and cost, judged by the rules of peft-harness gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
+from typing import Any
+
+from harness.analysis import failed_checks, metrics
+from harness.analysis.comparison import against_baseline
+from harness.analysis.comparison.against_baseline import Against
+from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind
+from harness.analysis.run_facts import RunFacts
+from harness.analysis.verdict_kind import VerdictKind
+from harness.errors import plural
+from harness.records import naming
+from harness.records.record import Record
+from harness.report import formatting, links
+from harness.report.formatting import Field, field, unmeasured
+from harness.report.table_model import Column, Table, column, grouped
+from harness.report.tones import badge
+
+_AROUND = (FindingKind.ENVIRONMENT, FindingKind.ASSETS)
+"""Kinds of rows about what differs around the Records of two runs."""
+
+
+def section(analysed: Sequence[RunFacts]) -> list[dict[str, Any]]:
+    """Return the comparison of the first run with each of the others. Return nothing for one run."""
+    return [_pair(analysed[0], new, number) for number, new in enumerate(analysed[1:], 1)]
+
+
+def lines(analysed: Sequence[RunFacts]) -> list[str]:
+    """Return the sentences and the findings of `section` as lines for the terminal."""
+    found = []
+    for pair in section(analysed):
+        found += ["", f"{pair['icon']} {pair['title']}: {pair['sentence']}"]
+        found += [f"  {one['icon']} {one['name']}: {one['text']}" for one in pair["findings"]]
+        found += [f"  differs: {one}" for one in pair["around"]]
+    return found
+
+
+def _pair(base: RunFacts, new: RunFacts, number: int) -> dict[str, Any]:
+    against = against_baseline.judge(base, new)
+    judged = [
+        row for row in against.rows if row.word is not VerdictKind.PASS and row.kind not in _AROUND and row.judged
+    ]
+    findings = [row for row in judged if not (row.kind is FindingKind.MISSING and row.what == "Cell")]
+    word, sentence = _whole(against, findings)
+    return badge(word) | {
+        "id": f"pair-{number}",
+        "title": f"{new.run.manifest.run} against {base.run.manifest.run}",
+        "sentence": " ".join([sentence, *_only_in_one(base, new)]),
+        "table": _table(base, new, number),
+        "findings": [badge(row.word) | {"name": row.name, "text": _text(row)} for row in findings],
+        "around": [f"{row.what}: {_text(row)}" for row in against.rows if row.kind in _AROUND and not row.same],
+    }
+
+
+def _whole(against: Against, findings: Sequence[ComparisonRow]) -> tuple[VerdictKind, str]:
+    """Return the verdict on the common Cells, and a sentence about it."""
+    if not against.compared:
+        return VerdictKind.NOT_RUN, "Nothing was compared: no Cell has a Record in both runs."
+    failed = sum(row.word is VerdictKind.FAIL for row in findings)
+    word = VerdictKind.FAIL if failed else VerdictKind.INCONCLUSIVE if findings else VerdictKind.PASS
+    what = f"{plural(failed, 'finding')}, {len(findings) - failed} undecided" if findings else "no finding"
+    return word, f"{plural(against.compared, 'common Cell')}: {what}, by the rules of peft-harness gate."
+
+
+def _only_in_one(base: RunFacts, new: RunFacts) -> Iterator[str]:
+    first, second = ({cell.cell_id for cell in side.run.manifest.cells} for side in (base, new))
+    for only, which in ((first - second, "first"), (second - first, "second")):
+        if only:
+            yield f"{plural(len(only), 'Cell')} only in the {which} run."
+
+
+def _text(row: ComparisonRow) -> str:
+    values = f"{_value(row, row.base)} → {_value(row, row.new)}" if row.valued else ""
+    return "; ".join(filter(None, [row.what if row.kind not in _AROUND else "", values, row.reason]))
+
+
+def _value(row: ComparisonRow, value: Any) -> str:
+    if value is None:
+        return formatting.DASH
+    if isinstance(value, str):
+        return value
+    if row.unit == "B":
+        return f"{formatting.mebibytes(round(value))} MiB"
+    return formatting.percent(value) if row.unit == "share" else f"{value:,.6g}"
+
+
+def _table(base: RunFacts, new: RunFacts, number: int) -> Table | None:
+    """Return one row per common Cell; if there is no such Cell, return None."""
+    cells = {cell.cell_id: cell for side in (base, new) for cell in side.run.manifest.cells}
+    names = naming.full(cells.values())
+    rows = [
+        {
+            "name": names[i], "title": i, "record": new.latest[i].id, "anchor": "",
+            "href": f"#{links.anchor(new, i)}", "fields": list(_fields(base.latest[i], new.latest[i])),
+        }
+        for i in cells if i in base.latest and i in new.latest
+    ]  # fmt: skip
+    if not rows:
+        return None
+    title = f"{base.run.manifest.run} → {new.run.manifest.run}"
+    return grouped(f"pair-{number}-table", "Two runs side by side", list(_columns()), [(title, rows)])
+
+
+def _columns() -> Iterator[Column]:
+    about = {
+        "Accuracy, %": "share of correct test items",
+        "Peak, MiB": "highest memory in training without that of the imports",
+        "Step, ms": "median of the steady steps; `gate --pairs` judges times, a report shows them",
+        "Merged, ms": "median latency of the merged model, of the first kind of pass that both runs timed",
+    }
+    for label, title in about.items():
+        yield column(f"{label}: first", title)
+        yield column("second", title)
+        yield column("change", title)
+
+
+def _fields(base: Record, new: Record) -> Iterator[Field]:
+    for read, write, change in (
+        (metrics.ACCURACY.read, lambda x: f"{100 * x:.1f}", lambda a, b: f"{100 * (b - a):+.1f}"),
+        (metrics.PEAK_ABOVE_IMPORTS.read, lambda x: formatting.mebibytes(round(x)), _relative),
+        (metrics.STEP.value, formatting.milliseconds, _relative),
+    ):
+        yield from _three(read(base), read(new), write, change)
+    kinds = [pass_ for pass_ in _merged(base) if pass_ in _merged(new)]
+    one, other = (_merged(record).get(kinds[0]) if kinds else None for record in (base, new))
+    yield from _three(one, other, formatting.milliseconds, _relative)
+
+
+def _three(
+    one: float | None,
+    other: float | None,
+    write: Callable[[float], str],
+    change: Callable[[float, float], str],
+) -> Iterator[Field]:
+    for value in (one, other):
+        yield unmeasured("not measured") if value is None else field(write(value), value)
+    both = one is not None and other is not None
+    yield field(change(one, other), other - one) if both else unmeasured("only one run has it")  # type: ignore[arg-type,operator]
+
+
+def _relative(one: float, other: float) -> str:
+    return f"{100 * (other / one - 1):+.1f} %" if one else formatting.DASH
+
+
+def _merged(record: Record) -> dict[tuple[str, int, int], float]:
+    """Map each kind of pass to the median latency of the merged model, in seconds."""
+    if record.measurements is None or failed_checks.no_merged_speed(record):
+        return {}
+    return {
+        (x.kind, x.batch, x.tokens): median(x.seconds)
+        for x in record.measurements.latency
+        if x.variant == "merged" and x.seconds and x.adapters is None
+    }
