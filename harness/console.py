@@ -37,8 +37,8 @@ _COLOURS = {
 """Colour -> signs and words of a status. A sign stands at the start of a line; a word stands there or in a table."""
 _COLOUR_OF = {word: colour for colour, words in _COLOURS.items() for word in words}
 _STATUS = re.compile(
-    rf"^ *(?:[{re.escape('✓✗?!')}](?= )(?: [\w-]+(?=:))?|(?:FAIL|BROKEN)(?= ))"
-    rf"|(?:^|(?<=  ))(?:{'|'.join(word for word in _COLOUR_OF if word[0].isalpha())})(?=  |$| [\d.]+(?:/\d+)?(?:  |$))"
+    r"(?:^ *|(?<=  ))[✓✗?!](?= )(?: [\w-]+(?=:|  |$))?|^(?:FAIL|BROKEN)(?= )"
+    rf"|(?:^|(?<=  ))(?:{'|'.join(word for word in _COLOUR_OF if word[0].isalpha())})(?=  |$| [\d./]+(?:  |$))"
 )
 
 
@@ -130,7 +130,11 @@ def _fitted(widths: Sequence[int], right: Container[int], available: int) -> lis
 
 
 def _cut(cell: str, width: int) -> str:
-    return cell if len(cell) <= width else f"{cell[: width - 1]}…"
+    """Return a text without its middle if it is too long. Names that begin alike often differ at their ends."""
+    if len(cell) <= width:
+        return cell
+    end = (width - 1) // 3
+    return f"{cell[: width - 1 - end]}…{cell[-end:]}"
 
 
 class _SafeStderr(io.TextIOBase):
