@@ -376,7 +376,7 @@ def test_report_exits_with_the_most_serious_verdict(tmp_path: Path, capsys: pyte
     again = lambda n, r: r if n != "full" else None  # noqa: E731
     half = recorded_run.write_run(tmp_path / "half", run="half", footer=False, change=again)
     assert main(["report", str(good.path), str(half.path)]) == Exit.INFRASTRUCTURE
-    assert (tmp_path / "good" / "report.html").is_file()
+    assert (tmp_path / "good" / "report-with-half.html").is_file()
 
 
 def _put(run: Path, record: Record, mtime: int) -> None:
