@@ -43,7 +43,7 @@ def answers(f: RunFacts) -> list[dict[str, Any]]:
                     "items": item_differences.rows(group, names),
                     "highest": names[id(chosen.highest)],
                     "recommended": names[id(chosen.pick)],
-                    "command": sections.rerun_command(f, chosen.pick.record.cell),
+                    "command": sections.rerun_command(f, chosen.pick.record.cell_id),
                 }
             )
     return found

@@ -15,8 +15,10 @@ from harness.analysis.grouping import group
 from harness.analysis.run_facts import RunFacts
 from harness.analysis.trajectories import JudgedTrajectory
 from harness.analysis.verdict import QuestionVerdict
+from harness.analysis.verdict_kind import VerdictKind
 from harness.conformance.findings.summary import describe
-from harness.records.record import Cell, CheckResult, Environment, Failure, Json, Outcome, Record, Status
+from harness.errors import plural
+from harness.records.record import CheckResult, Environment, Failure, Json, Outcome, Record, Status
 from harness.report import formatting, links
 from harness.report.formatting import DASH, GIB, check_fields
 from harness.report.svg import charts
@@ -25,6 +27,8 @@ from harness.report.tones import badge
 Section = dict[str, Any]
 
 _CURVES_IN_A_CHART = 10
+MANY = 40
+"""Number of Cells above which the page summarises what it otherwise shows for each Cell: checks, phases and commands."""
 OUTSIDE_TARGET = 0.10
 """Largest acceptable share of a run's time that is spent outside the Cells."""
 
@@ -88,8 +92,24 @@ def _subject(facts: RunFacts, s: JudgedTrajectory) -> Section:
 
 
 def checks(facts: RunFacts) -> list[Section]:
-    """Return the checks of each Cell. The page shows them expanded if a check of the Cell failed."""
-    return [_checks(facts, record) for record in facts.latest.values()]
+    """Return the checks of each Cell. The page shows them expanded if a check of the Cell failed.
+
+    In a run of many Cells, one line stands for all Cells whose checks passed.
+    """
+    found = [_checks(facts, record) for record in facts.latest.values()]
+    passed = [one for one in found if one["word"] == VerdictKind.PASS]
+    if len(found) <= MANY or not passed:
+        return found
+    return [*(one for one in found if one["word"] != VerdictKind.PASS), _all_passed(facts, len(passed))]
+
+
+def _all_passed(facts: RunFacts, cells: int) -> Section:
+    done = [c for r in facts.latest.values() if not failed_checks.failed(r) for c in r.checks]
+    share, check = max(((c.share, c.check) for c in done if c.share is not None), default=(0.0, "none"))
+    summary = (
+        f"all checks passed; largest error: {check} at {share:.2g} of its allowance. All numbers: peft-harness export"
+    )
+    return badge(VerdictKind.PASS) | {"title": plural(cells, "Cell"), "summary": summary, "open": False, "checks": []}
 
 
 def _checks(facts: RunFacts, record: Record) -> Section:
@@ -141,7 +161,11 @@ def time(facts: RunFacts) -> Section:
         own = [*spent, (charts.NO_PHASE, rest)] if record.phases and rest > 0 else spent
         if record.phases:
             bars.append(charts.PhaseBars(facts.titles[record.cell_id], measurements.startup_seconds(record), own))
-    return {"chart": charts.phases("Phases of each Cell", bars) if bars else None, **_outside(facts)}
+    title = "Phases of each Cell"
+    if len(bars) > MANY:
+        title = f"Phases of the {MANY} slowest of {len(bars)} Cells"
+        bars = sorted(bars, key=lambda bar: -sum(seconds for _, seconds in bar.phases))[:MANY]
+    return {"chart": charts.phases(title, bars) if bars else None, **_outside(facts)}
 
 
 def _outside(facts: RunFacts) -> Section:
@@ -254,21 +278,23 @@ def _failure(facts: RunFacts, record: Record) -> Section:
 def rerun(facts: RunFacts) -> Section:
     """Return the commands that repeat the run or one of its Cells."""
     m = facts.run.manifest
+    many = len(m.cells) > MANY
     return {
         "command": shlex.join(m.argv),
         "file": m.suite_file,
         "text": m.suite_text,
-        "cells": [{**links.row(facts, cell), "command": rerun_command(facts, cell)} for cell in m.cells],
+        "cells": [] if many else [{**links.row(facts, c), "command": rerun_command(facts, c.cell_id)} for c in m.cells],
+        "pattern": rerun_command(facts, "CELL_ID") if many else "",
     }
 
 
-def rerun_command(facts: RunFacts, cell: Cell) -> str:
+def rerun_command(facts: RunFacts, cell_id: str) -> str:
     """Return the command that repeats one Cell of the run."""
     m = facts.run.manifest
     # The suite as given on the command line: a path, or the name of a suite of the harness.
     paths = [word for word in m.argv[2:] if Path(word).name == m.suite_file]
     names = [word for word in m.argv[2:] if word == m.suite_file.rpartition(".")[0]]
-    return f"peft-harness run {shlex.quote([*paths, *names, m.suite_file][0])} --only {cell.cell_id}"
+    return f"peft-harness run {shlex.quote([*paths, *names, m.suite_file][0])} --only {cell_id}"
 
 
 def notes(facts: RunFacts) -> list[Section]:

@@ -9,8 +9,8 @@ from harness.analysis.grouping import group
 from harness.analysis.run_facts import RunFacts
 from harness.console import align_columns
 from harness.records.notes import notes_of_kind
-from harness.records.record import NoteKind
-from harness.report import recipes, sections, tables
+from harness.records.record import NoteKind, Status
+from harness.report import first_screen, recipes, sections, tables
 from harness.report.formatting import Field
 from harness.report.table_model import by_key
 from harness.report.tones import icon
@@ -18,17 +18,10 @@ from harness.report.tones import icon
 
 def summary(f: RunFacts) -> list[str]:
     """Return the summary of a run as lines of text."""
-    lines: list[str] = []
-    table = tables.comparison(f)
-    headings = {tables.STATUS: "status"} | {m.name: m.terminal_heading for m in metrics.shown() if m.terminal_heading}
-    for section in table["groups"]:
-        rows = [[section["title"], *headings.values()]]
-        for row in section["rows"]:
-            fields = by_key(table["columns"], row["fields"])
-            rows.append([row["name"], *(_text(fields[key]) for key in headings)])
-        lines += [*_aligned(rows), ""]
+    lines = _cells(f)
     if means := recipes.lines(f):
         lines += [*_aligned(means), ""]
+    lines += _answers(f)
     for j in f.verdict.judgements:
         lines.append(f"{icon(j.verdict.word)} {j.verdict.word.value}: {j.comparison.says}")
         lines.append(f"    {j.verdict.reason}")
@@ -54,6 +47,41 @@ def summary(f: RunFacts) -> list[str]:
     lines += [f"unreadable: {name}: {why}" for name, why in f.run.broken.items()]
     v = f.verdict.verdict
     lines.append(f"{icon(v.word)} {v.word.value}: {v.reason}")
+    return lines
+
+
+def _cells(f: RunFacts) -> list[str]:
+    """Return the table of the Cells. In a run of many Cells, only those that did not end ok have a row."""
+    lines: list[str] = []
+    table = tables.comparison(f)
+    headings = {tables.STATUS: "status"} | {m.name: m.terminal_heading for m in metrics.shown() if m.terminal_heading}
+    cells = f.run.manifest.cells
+    ok = (
+        {f.names[cell.cell_id] for cell in cells if f.status(cell) == Status.OK}
+        if len(cells) > sections.MANY
+        else set()
+    )
+    for section in table["groups"]:
+        rows = [[section["title"], *headings.values()]]
+        for row in section["rows"]:
+            if row["name"] in ok:
+                continue
+            fields = by_key(table["columns"], row["fields"])
+            rows.append([row["name"], *(_text(fields[key]) for key in headings)])
+        if len(rows) > 1:
+            lines += [*_aligned(rows), ""]
+    if ok:
+        count = sum(f.status(cell) == Status.OK for cell in cells)
+        lines += [f"{count} of {len(cells)} Cells are ok; the page has a row for each.", ""]
+    return lines
+
+
+def _answers(f: RunFacts) -> list[str]:
+    """Return the headlines of the cards on the page's first screen, for every group of recipes."""
+    lines: list[str] = []
+    for answer in first_screen.answers(f):
+        rows = [[card["question"], card["headline"].replace(first_screen.NO_BREAK, " ")] for card in answer["cards"]]
+        lines += [answer["title"], *align_columns(rows), ""]
     return lines
 
 

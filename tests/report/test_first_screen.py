@@ -13,7 +13,7 @@ from harness.analysis import choice, ranking, run_facts
 from harness.analysis.choice import Choice
 from harness.records.record import Outcome, Record
 from harness.report import first_screen, html
-from tests.support import recorded_run
+from support import recorded_run
 
 Change = Callable[[str, Record], Record | None]
 

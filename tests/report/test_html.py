@@ -14,8 +14,8 @@ from harness import resources
 from harness.analysis.run_facts import analyse, analyse_all
 from harness.errors import StoreError
 from harness.records import store
-from harness.records.record import Failure, Phase, Record, Status
-from harness.report import html, terminal, view
+from harness.records.record import Failure, Outcome, Phase, Record, Status
+from harness.report import html, sections, terminal, view
 from harness.report.formatting import DASH
 from support import recorded_run
 from support.report_page import Page, row
@@ -334,3 +334,21 @@ def test_the_terminal_table_is_aligned(good: store.Run) -> None:
     ends = {len(line) for line in table}
     assert len(ends) == 1
     assert any("lora r=8 [fused]" in line and "81.0 % [78.5, 83.3]" in line for line in table)
+
+
+def test_many_cells_are_summarised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sections, "MANY", 3)
+
+    def fail(name: str, record: Record) -> Record:
+        if name != "fused":
+            return record
+        first, *rest = record.checks
+        return record.model_copy(update={"checks": [first.model_copy(update={"outcome": Outcome.FAIL}), *rest]})
+
+    facts = analyse(recorded_run.write_run(tmp_path / "r", change=fail))
+    *shown, last = sections.checks(facts)
+    assert any("fused" in one["title"] and one["open"] for one in shown)  # what failed is shown in full
+    assert all(one["word"] != "pass" for one in shown)
+    assert "all checks passed; largest error:" in last["summary"]
+    assert "3 slowest of" in sections.time(facts)["chart"]["title"]
+    assert sections.rerun(facts)["pattern"] == "peft-harness run suites/quick.yaml --only CELL_ID"

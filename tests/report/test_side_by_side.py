@@ -10,7 +10,7 @@ import pytest
 from harness.analysis import run_facts
 from harness.records.record import Record
 from harness.report import html, side_by_side
-from tests.support import recorded_run
+from support import recorded_run
 
 
 def _more_memory(name: str, record: Record) -> Record:

@@ -11,7 +11,7 @@ import pytest
 
 from harness.cli import main
 from harness.errors import Exit
-from tests.support import recorded_run
+from support import recorded_run
 
 
 @pytest.fixture

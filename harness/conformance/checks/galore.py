@@ -19,9 +19,9 @@ from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
 from reference.galore import Projector, galore_step, projector
 
-_HISTORIES = ((5, 2, 2), (3, 1, 2))
-"""Number of steps, update gap and rank of each run. In each run, the subspace is refreshed twice after the first
-step."""
+_HISTORIES = ((5, 2, 2, False), (3, 1, 2, True))
+"""Number of steps, update gap and rank of each run, and whether its weights are square. In each run, the subspace is
+refreshed twice after the first step."""
 _LR, _DECAY = 0.1, 0.1
 _STEPS, _WITHOUT_GRADIENT, _CHANGED, _RESUMED = 12, 3, 5, 7
 """Steps of `check_optimizer`, counted from 0: their number, the one without a gradient, the first one with another learning
@@ -52,8 +52,8 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
     signs is right.
     """
     found = []
-    for steps, gap, rank in _HISTORIES:
-        fresh = case.attach_again(rank=rank, update_gap=gap)
+    for steps, gap, rank, square in _HISTORIES:
+        fresh = case.attach_again(rank=rank, update_gap=gap, square=square)
         if fresh is None:
             return skipped(subject, case, "refresh", "the case cannot attach again")
         if fresh.adapted.optimizer(_LR, _DECAY) is None:

@@ -53,7 +53,7 @@ class Factor:
 
 
 Rank = Annotated[int, Factor((3, 1, 16, 65, 130), least=1, most=LARGEST_SIZE)]
-Scaling = Annotated[float, Factor((1.75, 0.0, 0.3, 16.0, -2.0), least=-64.0, most=64.0)]
+Scaling = Annotated[float, Factor((1.75, 1.0, 0.0, 0.3, 16.0, -2.0), least=-64.0, most=64.0)]
 Dropout = Annotated[float, Factor((0.0, 0.25, 0.5, 0.75), least=0.0, most=0.95, optional=True)]
 Tokens = Annotated[int, Factor((3, 1, 130, 515), least=1, most=600)]
 Step = Annotated[int, Factor((7, 2, 50, 1000), least=2, most=10_000)]
@@ -90,9 +90,10 @@ def of_field(field: FieldInfo) -> Factor | None:
         levels = (field.default, least or 0.0, 0.25, 0.5, 0.75)
         return Factor(_distinct(levels), least, min(most, 0.95), optional=field.default == least)
     size = abs(field.default) or 1.0
-    levels = (field.default, size / 64, size * 8, *((0.0, -size) if least is not None and least < 0 else ()))
     low = max(least if least is not None else 0.0, -size * 64)
-    return Factor(_distinct(levels), low, min(most if most is not None else math.inf, size * 64))
+    high = min(most if most is not None else math.inf, size * 64)
+    special = (value for value in (1.0, 0.0, -size) if low < value <= high)  # programs treat these as special cases
+    return Factor(_distinct((field.default, size / 64, size * 8, *special)), low, high)
 
 
 def _of_whole_number(field: FieldInfo) -> Factor:

@@ -49,6 +49,8 @@ FAULTS = [
     _randomised("ignores_niter", ["refresh"], "    if niter:", "    if False:"),
     _randomised("iterates_once_more", ["refresh"], "old or Projector()), niter)", "old or Projector()), niter + 1)"),
     _randomised("starts_each_refresh_at_random", ["refresh"], "old or Projector()", "Projector()"),
+    _galore("leaves_square_matrices_alone", ["refresh"],
+        '"paper": (m <= n, m > n)', '"paper": (m < n, m > n)', values={**_USUAL, "side": "paper"}),
     _galore("always_trains_the_rest", ["gradient"],
         "model.requires_grad_(config.train_rest)", "model.requires_grad_(True)",
         values={**_USUAL, "train_rest": False}),
