@@ -43,14 +43,21 @@ class HarnessError(Exception):
     """Name of this kind of error in `peft-harness explain`."""
     exit_code = Exit.INFRASTRUCTURE
 
-    def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
-        """what: the error in one sentence. where: a file and line, a Cell or an option. hint: a way to fix it."""
+    def __init__(self, what: str, *, where: str = "", hint: str = "", details: Sequence[str] = ()) -> None:
+        """what: the error in one sentence. where: a file and line, a Cell or an option. hint: a way to fix it.
+
+        details: further lines, printed between `what` and `hint`. Each is one line, even if it holds a line break.
+        """
         super().__init__(what)
-        self.what, self.where, self.hint = what, where, hint
+        self.what, self.where, self.hint, self.details = what, where, hint, tuple(details)
+
+    def lines(self) -> list[str]:
+        """Return the message as lines. What comes from a file or a library may hold any character."""
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        return [head, *self.details, *([f"  hint: {self.hint}"] if self.hint else [])]
 
     def __str__(self) -> str:
-        head = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{head}\n  hint: {self.hint}" if self.hint else head
+        return "\n".join(self.lines())
 
 
 class UsageError(HarnessError):
@@ -69,8 +76,9 @@ class Problem:
     what: str
     hint: str = ""
 
-    def __str__(self) -> str:
-        return f"{self.where}: {self.what}" + (f"\n    hint: {self.hint}" if self.hint else "")
+    def lines(self) -> list[str]:
+        """Return the lines that describe the mistake in a list of mistakes."""
+        return [f"  {self.where}: {self.what}", *([f"    hint: {self.hint}"] if self.hint else [])]
 
 
 def sort_problems(problems: Iterable[Problem]) -> list[Problem]:
@@ -83,8 +91,8 @@ def sort_problems(problems: Iterable[Problem]) -> list[Problem]:
     return sorted(set(problems), key=place)
 
 
-def _listed(count: str, problems: Sequence[Problem]) -> str:
-    return "\n".join([count, *(f"  {problem}" for problem in problems)])
+def _listed(problems: Sequence[Problem]) -> list[str]:
+    return [line for problem in problems for line in problem.lines()]
 
 
 def usage_error(problems: Sequence[Problem]) -> UsageError:
@@ -92,7 +100,7 @@ def usage_error(problems: Sequence[Problem]) -> UsageError:
     if len(problems) == 1:
         (one,) = problems
         return UsageError(one.what, where=one.where, hint=one.hint)
-    return UsageError(_listed(f"{len(problems)} mistakes", problems))
+    return UsageError(f"{len(problems)} mistakes", details=_listed(problems))
 
 
 @contextmanager
@@ -111,7 +119,7 @@ class SuiteError(UsageError):
 
     def __init__(self, problems: Sequence[Problem], file: str = "suite") -> None:
         """file: what the message calls the file."""
-        super().__init__(_listed(f"{plural(len(problems), 'mistake')} in the {file}", problems))
+        super().__init__(f"{plural(len(problems), 'mistake')} in the {file}", details=_listed(problems))
         self.problems = tuple(problems)
 
 
@@ -122,7 +130,7 @@ class RefusedError(UsageError):
 
     def __init__(self, run: str, problems: Sequence[Problem]) -> None:
         count = f"{plural(len(problems), 'reason')} not to make a baseline of it"
-        super().__init__(_listed(count, problems), where=run)
+        super().__init__(count, where=run, details=_listed(problems))
         self.problems = tuple(problems)
 
 
@@ -177,9 +185,12 @@ def first_names(names: Sequence[str], most: int = 3) -> str:
     return f"{', '.join(names[:most])}{more}"
 
 
-def closest_match(name: str, known: Iterable[str]) -> str:
-    """Return the known name that is most similar to `name`, or an empty string if none is close."""
-    return next(iter(get_close_matches(name, list(known), n=1)), "")
+def closest_match(name: str, known: Iterable[str], similarity: float = 0.6) -> str:
+    """Return the known name that is most similar to `name`, or an empty string if none is close.
+
+    similarity: smallest similarity of a close name, from 0 to 1 (see `difflib`).
+    """
+    return next(iter(get_close_matches(name, list(known), n=1, cutoff=similarity)), "")
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "known") -> str:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from harness.conformance import parity_suite
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
-from harness.conformance.findings.summary import describe_failure
+from harness.conformance.findings.summary import failures
+from harness.console import visible
 from harness.errors import UsageError, did_you_mean
 from harness.methods.registry import Implementation
 
@@ -71,9 +72,9 @@ class Conforming:
 
 
 def verdict(tried: Iterable[CheckOutcome]) -> tuple[str, str]:
-    """Return two texts: one line per failed check, and the reason if nothing was compared. Either may be empty."""
+    """Return two texts: the lines of `failures`, and the reason if nothing was compared. Either may be empty."""
     every = list(tried)
-    failed = [describe_failure(one) for one in every if one.status is CheckStatus.FAIL]
+    failed = [visible(line) for line in failures(every)]
     compared = any(one.status is CheckStatus.PASS for one in every)
     reasons = sorted({one.result.detail for one in every})
     return "\n".join(failed), "" if failed or compared else "; ".join(reasons)

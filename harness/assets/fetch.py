@@ -135,10 +135,10 @@ def _in_child(script: Path, *arguments: str, label: str, progress: Progress) -> 
     if code != 0:
         if child.reports_full_disk:
             raise cache.disk_full(label.partition(":")[0])
-        last = "\n    ".join(child.output.strip().splitlines()[-_LAST_LINES:])
         raise AssetError(
-            f"{label} failed ({f'signal {-code}' if code < 0 else f'exit code {code}'}); its last output:\n    {last}",
+            f"{label} failed ({f'signal {-code}' if code < 0 else f'exit code {code}'}); its last output:",
             where=script.name,
+            details=[f"    {line}" for line in child.output.strip().splitlines()[-_LAST_LINES:]],
             hint="signal 9 means that memory ran out; otherwise check the versions of transformers and gguf",
         )
 

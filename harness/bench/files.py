@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from harness.bench.results import BenchRow
+from harness.console import print_note
 from harness.errors import StoreError, UsageError
 from harness.records import files
 from harness.records.record import Environment
@@ -72,7 +72,7 @@ class Folder:
         try:
             self._write(file)
         except StoreError as error:
-            print(f"{file}: {error.what}; will be retried at the end", file=sys.stderr)
+            print_note(f"{file}: {error.what}; will be retried at the end")
 
     def finish(self) -> None:
         """Retry the writes that failed. Raises StoreError if a write fails again."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from harness.bench import files, planning, pytest_benchmark, table
 from harness.bench.planning import BenchRequest, BenchTask
 from harness.bench.results import BenchRow
 from harness.conformance.execution import worker_processes
+from harness.console import print_json, print_lines, print_note
 from harness.errors import Exit, UsageError
 from harness.process.termination import handle_termination
 from harness.process.worker_pool import WorkerPool
@@ -88,7 +88,10 @@ def bench(request: BenchRequest, as_json: bool, out: Path | None = None, export:
             document = pytest_benchmark.document(report.rows, report.environment)
             afterwards.callback(files.write, export, document)
         afterwards.callback(folder.finish)
-        print(json.dumps(report.document(), indent=1) if as_json else table.as_text(report.rows))
+        if as_json:
+            print_json(report.document())
+        else:
+            print_lines(table.lines(report.rows))
     return report.exit
 
 
@@ -106,14 +109,14 @@ def measure(request: BenchRequest, threads: int, report: BenchReport, save: Call
     registry = worker_processes.discover()
     report.broken = registry.broken
     for name, why in registry.broken.items():
-        print(f"plug-in {name} could not be loaded: {why}", file=sys.stderr)
+        print_note(f"plug-in {name} could not be loaded: {why}")
     tasks, not_run = planning.plan(request, registry, no_gpu() if request.device != "cpu" else _NO_GPU)
     processes, remaining, done = TaskRunner(request, threads, WorkerPool()), list(tasks), 0
     try:
         while remaining:
             task, done = remaining[0], 0
             progress = f"[{len(tasks) - len(remaining) + 1}/{len(tasks)}]"
-            print(f"{progress} {task.name} {task.dtype} vs {task.names[-1]} ...", file=sys.stderr)
+            print_note(f"{progress} {task.name} {task.dtype} vs {task.names[-1]} ...")
             for row in processes.rows(task):
                 add(row)
                 done += 1
@@ -204,7 +207,7 @@ class TaskRunner:
             elif "failed" in event:
                 error = event["failed"]
             elif "died" in event and complete:  # all rows were reported
-                print(f"{task.name}: after its last benchmark {event['died']}", file=sys.stderr)
+                print_note(f"{task.name}: after its last benchmark {event['died']}")
             elif "died" in event:
                 yield "row", task.row("failed", error or event["died"], at)
 

@@ -13,11 +13,12 @@ from harness.console import align_columns
 _HEAD = ("benchmark", "shape", "dtype", "on", "{0}", "other", "", "other/{0}", "limit", "memory", "parity")
 
 
-def as_text(rows: Sequence[BenchRow]) -> str:
-    """Return the table and the notes below it as text."""
+def lines(rows: Sequence[BenchRow]) -> list[str]:
+    """Return the table and the notes below it as lines of text."""
     ours = rows[0].ours if rows else "ours"
-    lines = [tuple(head.format(ours) for head in _HEAD), *(_fields(row) for row in rows)]
-    return "\n".join([*align_columns(lines, indent=""), "", *_notes(rows)]).rstrip()
+    table = [tuple(head.format(ours) for head in _HEAD), *(_fields(row) for row in rows)]
+    notes = _notes(rows)
+    return [*align_columns(table, indent=""), *([""] if notes else []), *notes]
 
 
 def _fields(row: BenchRow) -> tuple[str, ...]:
@@ -77,11 +78,11 @@ def _notes(rows: Sequence[BenchRow]) -> list[str]:
     measured = [row for row in rows if row.outcome == "measured"]
     notes = []
     if measured:
-        notes.append(
+        notes += [
             f"other/{measured[0].ours}: median over interleaved pairs with its 95 % interval, within one process; above 1 "
-            f"{measured[0].ours} is faster\n"
-            "parity: the last passed check, the number of others, and the largest error as a share of what is allowed"
-        )
+            f"{measured[0].ours} is faster",
+            "parity: the last passed check, the number of others, and the largest error as a share of what is allowed",
+        ]
     if any(row.ratio.low is None for row in measured if row.ratio is not None):
         notes.append(f"[too few]: an interval needs at least {FEWEST} pairs (--pairs)")
     if counted := [(row, row.products) for row in measured if row.products is not None]:

@@ -6,6 +6,7 @@ There is a text about the form of a claim file, and about each measure, verdict 
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
@@ -18,8 +19,12 @@ from harness.claims.claim import Claim
 from harness.claims.judge import MEANING, plain
 from harness.claims.measure import Measure, measures
 from harness.claims.printed_number import RULES, UNITS, Rounding
+from harness.console import visible
 
 _EXAMPLE = Path(__file__).with_name("example.yaml")
+_ID = re.compile(r"^( *)(?:- )?(?:\{<<: \*\w+, )?\{?id: *([\w.-]+)", re.MULTILINE)
+_CLAIM_INDENT = 4
+"""Largest indentation of a claim in a claim file. Rows of a table stand deeper."""
 _FORM = """\
 A claim file is YAML. `peft-harness claims --file mine.yaml` computes it; suites/claims/ has those of the papers.
 
@@ -43,15 +48,39 @@ result."""
 
 
 def topics() -> Iterator[tuple[str, Callable[[], str]]]:
-    """Yield each topic with a function that returns its text."""
+    """Yield each topic that is no claim, with a function that returns its text."""
     yield "claims", lambda: _FORM.format(example=textwrap.indent(_EXAMPLE.read_text(encoding="utf-8"), "  "))
     for verdict, text in MEANING.items():
         yield verdict.value, partial(_titled, f"verdict {verdict.value}", [f"{text}."])
     yield "rounding", partial(_titled, "rounding: the rule by which a result agrees with a printed figure", _rules())
     for name, measure in measures().items():
         yield name, partial(_measure, measure)
-    for claim in claim_file.load(claim_file.paths(claim_file.names())):
-        yield claim.id, partial(_claim, claim)
+
+
+def claims(wanted: str) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Yield the claims of each file that has a claim called `wanted`, with a function that returns the text of the claim.
+
+    Other files are not read, since the YAML reader is slow. wanted: an id in lower case.
+    """
+    if files := [file for file, ids in _ids().items() if wanted in map(str.lower, ids)]:
+        for claim in claim_file.load(files):
+            yield claim.id, partial(_claim, claim)
+
+
+def claim_ids() -> set[str]:
+    """Return the ids of all claims, and of tables of claims."""
+    return {one for ids in _ids().values() for one in ids}
+
+
+def _ids() -> dict[Path, list[str]]:
+    """Return the ids in each claim file, found in its lines. A row's id continues that of its table."""
+    found: dict[Path, list[str]] = {}
+    for file in claim_file.paths(claim_file.names()):
+        table, ids = "", found.setdefault(file, [])
+        for indent, name in _ID.findall(file.read_text(encoding="utf-8")):
+            table = name if len(indent) <= _CLAIM_INDENT else table
+            ids.append(name if name is table else f"{table}-{name}")
+    return found
 
 
 def _rules() -> list[str]:
@@ -92,7 +121,8 @@ def _claim(claim: Claim) -> str:
         "to compute it:",
         f"  peft-harness claims {claim.paper} --id {claim.id}",
     ]
-    return f"claim {claim.id}\n{textwrap.indent(chr(10).join(lines), '  ')}"
+    # A text in the file may hold any character, and each is one line here.
+    return f"claim {claim.id}\n{textwrap.indent(chr(10).join(map(visible, lines)), '  ')}"
 
 
 def _request(title: str, request: dict[str, Any]) -> list[str]:

@@ -14,17 +14,17 @@ _WIDEST_HOW = 160
 NO_RULES = "This ledger is from an older version, which does not show rules looser than rounding."
 
 
-def as_text(rows: Sequence[JudgedClaim]) -> str:
-    """Return the ledger as text, with one line per claim. Details follow if the verdict is not `reproduced`."""
-    lines: list[str] = []
+def lines(rows: Sequence[JudgedClaim]) -> list[str]:
+    """Return the ledger as lines of text, with one line per claim. Details follow if the verdict is not `reproduced`."""
+    found: list[str] = []
     paper = ""
     for row in rows:
         if row.paper != paper:
             paper = row.paper
-            lines += [""] * bool(lines) + [f"{paper} ({row.version})"]
-        lines += _claim(row)
+            found += [""] * bool(found) + [f"{paper} ({row.version})"]
+        found += _claim(row)
     footnote = ["", NO_RULES] * any(row.rule is None for row in rows)
-    return "\n".join([*lines, *footnote, "", summary(rows)])
+    return [*found, *footnote, "", summary(rows)]
 
 
 def summary(rows: Sequence[JudgedClaim]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from harness.cli.listing import list_
 from harness.cli.plan import plan
 from harness.cli.report import report
 from harness.cli.run import run
-from harness.console import discard_stdout, report_bug, report_error
+from harness.console import discard_stdout, format_warning, report_bug, report_error
 from harness.errors import Exit, HarnessError, UsageError
 
 
@@ -66,6 +67,7 @@ def commands() -> None:
 def launch(argv: Sequence[str] | None = None) -> int:
     """Run `peft-harness` with these arguments (by default those of the process) and return its exit code."""
     sys.excepthook = report_bug  # Python's default hook exits with 1, which means a finding
+    warnings.formatwarning = format_warning  # type: ignore[assignment]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal must not cause a crash

@@ -35,8 +35,8 @@ def listing(kinds: Sequence[str] = ()) -> dict[str, Any]:
     return document
 
 
-def overview_text(document: Mapping[str, Any]) -> str:
-    """Return one paragraph for each kind, with the number and the names of its entries."""
+def overview(document: Mapping[str, Any]) -> list[str]:
+    """Return the lines of one paragraph for each kind, with the number and the names of its entries."""
     lines = []
     for kind, rows in document.items():
         if kind == "schema" or (kind == "broken" and not rows):
@@ -48,18 +48,18 @@ def overview_text(document: Mapping[str, Any]) -> str:
         lines += textwrap.wrap(
             text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False
         )
-    return "\n".join([*lines, "", "`peft-harness list KIND` shows the details of a kind"])
+    return [*lines, "", "`peft-harness list KIND` shows the details of a kind"]
 
 
-def as_text(document: Mapping[str, Any]) -> str:
+def lines(document: Mapping[str, Any]) -> list[str]:
     """Return the rows of each kind in aligned columns."""
-    blocks = []
+    found: list[str] = []
     for kind, rows in document.items():
         if kind == "schema" or (kind == "broken" and not rows):
             continue
         shown = [[_shown(row[column]) for column in _COLUMNS[kind]] for row in rows]
-        blocks.append("\n".join([kind, *align_columns(shown)]))
-    return "\n\n".join(blocks)
+        found += [*([""] if found else []), kind, *align_columns(shown)]
+    return found
 
 
 def _shown(value: Any) -> str:

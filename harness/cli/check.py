@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -21,6 +19,7 @@ from harness.conformance.findings.defects import Defect
 from harness.conformance.findings.outcomes import CheckStatus
 from harness.conformance.findings.report import CheckReport
 from harness.conformance.parity_suite import ParitySuite, path_of
+from harness.console import print_json, print_lines, print_note
 from harness.errors import Exit, Problem, SuiteError, UsageError, did_you_mean
 from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
 from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
@@ -61,9 +60,9 @@ def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html:
 
             afterwards.callback(write_junit, report, junit)
         if as_json:
-            print(json.dumps(report.document(), indent=1))
+            print_json(report.document())
         else:
-            check_terminal.print_matrix(report)
+            print_lines(check_terminal.matrix(report))
     return report.exit
 
 
@@ -80,9 +79,7 @@ def judge(request: CheckRequest) -> CheckReport:
     plans, known = _read(wanted)
     jobs = request.jobs or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     tasks, skipped = _tasks(wanted, request, plans, jobs)
-    findings, interrupted = worker_processes.run(
-        tasks, jobs, lambda line: print(line, file=sys.stderr), request.patience
-    )
+    findings, interrupted = worker_processes.run(tasks, jobs, print_note, request.patience)
     for found in findings:
         skipped |= {f"{name} {target}": why for (name, _, target), why in found.missing.items()}
         if interrupted:

@@ -82,5 +82,5 @@ def claims(
             rows = compute.judged(selection.chosen(read, tiers, ids, headlines=headlines), jobs, folders)
     if page:
         claims_page.write_page(rows, software, page, headlines=headlines)
-    options.print_document(document.document(rows, software), as_json, lambda _: table.as_text(rows))
+    options.print_document(document.document(rows, software), as_json, lambda _: table.lines(rows))
     return selection.exit_of(rows, strict=strict)

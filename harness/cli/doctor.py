@@ -51,16 +51,16 @@ def report(as_json: bool, verbose: bool = False) -> Exit:
     """
     findings = [*_machine(), *_implementations(), *_assets(), *_disk()]
     rows = [{"subject": f.subject, "state": f.state, "detail": f.detail} for f in findings]
-    text = _every_finding if verbose else summary_text
-    options.print_document({"schema": 1, "findings": rows}, as_json, lambda _: text(findings))
+    lines = _every_finding if verbose else summary
+    options.print_document({"schema": 1, "findings": rows}, as_json, lambda _: lines(findings))
     return Exit.INFRASTRUCTURE if any(f.state == "no" for f in findings) else Exit.PASS
 
 
-def _every_finding(findings: Sequence[Diagnosis]) -> str:
-    return "\n".join(align_columns([(f.state, f.subject, f.detail) for f in findings]))
+def _every_finding(findings: Sequence[Diagnosis]) -> list[str]:
+    return align_columns([(f.state, f.subject, f.detail) for f in findings])
 
 
-def summary_text(findings: Sequence[Diagnosis]) -> str:
+def summary(findings: Sequence[Diagnosis]) -> list[str]:
     """Return one line per finding, the most serious first. Findings with the same `summary` share a line."""
     lines: dict[tuple[int, str, str], list[Diagnosis]] = {}
     for f in findings:
@@ -74,7 +74,7 @@ def summary_text(findings: Sequence[Diagnosis]) -> str:
             _sentence(members), _WIDTH, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False
         )
     problems = sum(f.state == "no" for f in findings)
-    return "\n".join([*text, "", f"{problems or 'no'} problem{'s' * (problems != 1)}; --verbose lists every finding"])
+    return [*text, "", f"{problems or 'no'} problem{'s' * (problems != 1)}; --verbose lists every finding"]
 
 
 def _sentence(members: Sequence[Diagnosis]) -> str:

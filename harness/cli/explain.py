@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import click
 
-from harness.console import echo
+from harness.console import print_lines
 from harness.errors import Exit
 
 
 @click.command()
-@click.argument("name")
-def explain(name: str) -> Exit:
+@click.argument("words", nargs=-1, required=True, metavar="NAME")
+def explain(words: tuple[str, ...]) -> Exit:
     """Explain a name.
 
     NAME is a method, a key of its config, an operation, a check, a known defect, a claim, a measure, an error, an exit code,
-    a status, a part of the memory that `fit` predicts, or a term of the README. `peft-harness explain claims` describes the
-    format of a claim file.
+    a status, a verdict, a part of the memory that `fit` predicts, a command, or a term that reports use. `peft-harness
+    explain claims` describes the format of a claim file.
     """
     from harness.cli import topics
 
-    echo(topics.explain(name))
+    print_lines(topics.explain(" ".join(words)).split("\n"))
     return Exit.PASS

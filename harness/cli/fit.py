@@ -65,5 +65,5 @@ def fit(
     document = fitting.document_by_formulas(request, counted)
     if not formulas:
         document = fit_search.search_by_steps(request, counted, document)
-    options.print_document(document, as_json, fit_table.as_text)
+    options.print_document(document, as_json, fit_table.lines)
     return Exit.PASS

@@ -22,6 +22,6 @@ def list_(kinds: tuple[str, ...], as_json: bool) -> Exit:
     from harness.cli import catalog
 
     document = catalog.listing(kinds)
-    text = catalog.as_text if kinds else catalog.overview_text
-    options.print_document(document, as_json, text)
+    lines = catalog.lines if kinds else catalog.overview
+    options.print_document(document, as_json, lines)
     return Exit.PASS

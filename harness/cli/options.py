@@ -5,15 +5,14 @@ Sharing gives an option the same name, meaning and help in all commands.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from harness.console import echo
+from harness.console import print_json, print_lines
 
 _C = TypeVar("_C", bound=Callable[..., Any])
 
@@ -55,9 +54,12 @@ def author(default: str | None = None) -> Callable[[_C], _C]:
     return click.option("--author", default=default, metavar="NAME", help=text)
 
 
-def print_document(document: Any, as_json: bool, as_text: Callable[[Any], str]) -> None:
-    """Print a document as JSON or as text."""
-    echo(json.dumps(document, indent=1) if as_json else as_text(document))
+def print_document(document: Any, as_json: bool, lines: Callable[[Any], Sequence[str]]) -> None:
+    """Print a document as JSON, or the lines that the function `lines` makes of it."""
+    if as_json:
+        print_json(document)
+    else:
+        print_lines(lines(document))
 
 
 def finite_seconds(_: click.Context, __: click.Parameter, value: float) -> float:

@@ -25,5 +25,5 @@ def plan(suite: str, only: str | None, as_json: bool) -> Exit:
     cells = expand.select(read.plan, only) if only is not None else read.plan
     model_checks.check_models(read, cells)
     document = plan_table.planning(read, cells, predicted=plan_table.predictions(read, cells))
-    options.print_document(document, as_json, plan_table.as_text)
+    options.print_document(document, as_json, plan_table.lines)
     return Exit.PASS

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from harness.cli import options
-from harness.console import echo
+from harness.console import print_lines
 from harness.errors import Exit
 
 if TYPE_CHECKING:
@@ -51,20 +51,20 @@ def report(runs: tuple[str, ...], out: Path | None, form: str, strict: bool) -> 
         page = html.page_path(out or read[0].path / _page_name(read))
         html.write_report(analysed, page, again)
         for facts in analysed:
-            echo("\n".join(terminal.summary(facts)))
+            print_lines(terminal.summary(facts))
     codes = [facts.verdict.exit_code(strict=strict) for facts in analysed]
     if form == "html" and len(read) > 1:
-        echo("\n".join(side_by_side.lines(analysed)))
+        print_lines(side_by_side.lines(analysed))
     if again is not None and form == "html":
-        echo("\n".join(reruns.lines(read, again)))
+        print_lines(reruns.lines(read, again))
     if again or len(read) > 1:
         codes.append(reproducibility.judge(again or (), strict=strict))
     if form == "html":
-        echo(f"report: {page}")
+        print_lines([f"report: {page}"])
     else:
         text = text_formats.FORMATS[form](analysed)
         if out is None:
-            echo(text.rstrip("\n"))
+            print_lines(text.rstrip("\n").split("\n"))
         else:
             files.write_atomic(out, text.encode())
     return min(codes, key=_MOST_SERIOUS_FIRST.index)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
 from harness import errors, yaml_lines
 from harness.analysis import contention
 from harness.analysis.comparison.baseline_rows import MEANING
 from harness.conformance import checks
-from harness.errors import EXITS, HarnessError, UsageError, did_you_mean
+from harness.console import visible
+from harness.errors import EXITS, HarnessError, UsageError, closest_match
 from harness.memory_model import activations, fit
 from harness.memory_model.ledger import PARTS
 from harness.methods.peft_config import UNREFERENCED
@@ -26,6 +30,12 @@ if TYPE_CHECKING:
     from harness.conformance.findings.defects import Defect
 
 Topic = tuple[str, Callable[[], str]]
+_NEAR = 0.75
+"""Smallest similarity of a name that is suggested. `foobar` and `forward` have 0.62."""
+_KINDS = (
+    "methods and keys of their `config:`, operations, checks, claims, measures, known defects, optimizers, keys"
+    " of `training:`, commands, verdicts, errors, statuses (ok, oom), exit codes (0 to 5) and terms (Cell, Record)"
+)
 _OPERATIONS = Path(__file__).resolve().parents[1] / "conformance" / "operations"
 
 
@@ -39,22 +49,23 @@ def explain(name: str) -> str:
     wanted = (parts[1] if len(parts) == 4 else name).lower()
     # A check id stands only for its check, never for its first part, which may be another name (the Method `frozen`).
     topics = [topic for topic in _of_checks() if len(parts) == 4 and topic[0] == wanted] or list(_topics())
-    # Claim files are read last, and only if the name has no other text: a mistake in a claim file must not hide other
-    # texts.
+    # Claims and defects are read last, and only if the name has no other text: a mistake in their files must not hide
+    # other texts.
     for read in (_claims, _defects):
         if wanted not in {topic.lower() for topic, _ in topics}:
-            topics += read()
+            topics += read(wanted)
+    topics += _commands()
     found = [text() for topic, text in topics if topic.lower() == wanted]
     if not found:
-        hint = did_you_mean(wanted, sorted({topic for topic, _ in topics}))
-        if not hint.startswith("did you mean"):  # otherwise the hint would list all names, and fill the screen
-            hint = (
-                "`peft-harness list methods`, `list checks`, `list claims` and `list measures` show names; operations, known"
-                " defects, optimizers, keys of `training:` and `config:`, verdicts, errors, exit codes (0 to 5), statuses"
-                " (ok, oom) and terms (canary, history) can be explained too"
-            )
-        raise UsageError(f"no entry `{name}`", where="explain", hint=hint)
+        raise UsageError(f"no entry `{name}`", where="explain", hint=_hint(wanted, {topic for topic, _ in topics}))
     return "\n\n".join(found)
+
+
+def _hint(wanted: str, known: set[str]) -> str:
+    from harness.claims import explain as explained
+
+    close = closest_match(wanted, sorted({*known, *explained.claim_ids(), *_defect_ids()}), _NEAR)
+    return f"did you mean `{close}`?" if close else f"there are {_KINDS}; `peft-harness list` shows most names"
 
 
 def glossary() -> dict[str, dict[str, str]]:
@@ -147,17 +158,42 @@ def _example(check: str) -> tuple[str, str] | None:
     return None
 
 
-def _claims() -> Iterator[Topic]:
+def _claims(wanted: str) -> Iterator[Topic]:
     from harness.claims import explain as explained
 
     yield from explained.topics()
+    yield from explained.claims(wanted)
 
 
-def _defects() -> Iterator[Topic]:
+def _defects(wanted: str) -> Iterator[Topic]:
     from harness.conformance.findings import defects
 
-    for defect in defects.known():
-        yield defect.id, partial(_defect, defect, defects.path().parent / defect.reproduction)
+    if wanted in _defect_ids():  # otherwise the file, which takes long to read, is not needed
+        for defect in defects.known():
+            yield defect.id, partial(_defect, defect, defects.path().parent / defect.reproduction)
+
+
+def _defect_ids() -> set[str]:
+    """Return the ids of the known defects, found as text."""
+    from harness.conformance.findings import defects
+
+    return set(re.findall(r"\bid: *([\w-]+)", defects.path().read_text(encoding="utf-8")))
+
+
+def _commands() -> Iterator[Topic]:
+    """Yield one topic per command, with the first paragraph of its help, and one per command of a group."""
+    from harness.cli import app
+
+    for name, command in app.commands.commands.items():
+        yield name, partial(_command, name, command)
+        for below, one in command.commands.items() if isinstance(command, click.Group) else ():
+            yield f"{name} {below}", partial(_command, f"{name} {below}", one)
+
+
+def _command(name: str, command: click.Command) -> str:
+    about = " ".join((command.help or "").partition("\n\n")[0].split())
+    below = [f"commands: {', '.join(command.commands)}"] if isinstance(command, click.Group) else []
+    return _titled(f"command {name}", "\n".join([*_wrapped(about), *below, f"options: `peft-harness {name} --help`"]))
 
 
 def _defect(defect: Defect, reproduction: Path) -> str:
@@ -174,7 +210,7 @@ def _defect(defect: Defect, reproduction: Path) -> str:
         "to see the checks find it:",
         f"  peft-harness check {defect.implementation}{_narrowed(defect.checks)}",
     ]
-    return _titled(f"known defect {defect.id}", "\n".join(about))
+    return _titled(f"known defect {defect.id}", "\n".join(map(visible, about)))
 
 
 def _narrowed(patterns: Iterable[str]) -> str:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +24,7 @@ from harness.conformance.faults.patched_copy import PatchedCopy
 from harness.conformance.findings.outcomes import CheckStatus
 from harness.conformance.operation import mapped
 from harness.conformance.subject import DTYPES
+from harness.console import print_json, print_lines, print_note
 from harness.errors import Exit
 from harness.methods.registry import Implementation
 from harness.methods.spec import methods
@@ -69,9 +68,9 @@ def check(jobs: int | None, only: Sequence[str], as_json: bool) -> Exit:
     self_test.require_targets(only, "--power")
     found = list(measure(only or parity_suite.names(), jobs or physical_cores()))
     if as_json:
-        print(json.dumps({"schema": 1, "power": [vars(one) for one in found]}, indent=1))
+        print_json({"schema": 1, "power": [vars(one) for one in found]})
     else:
-        print("\n".join(_lines(found)))
+        print_lines(_lines(found))
     return Exit.PASS
 
 
@@ -94,7 +93,7 @@ def measure(targets: Collection[str], jobs: int) -> Iterator[Power]:
 
     for ended in forks.run(tasks, act, jobs, _LIMITS):
         if why := ended.died or ended.error:
-            print(f"{' '.join(ended.task)}: {why}", file=sys.stderr)
+            print_note(f"{' '.join(ended.task)}: {why}")
         else:
             yield Power(*ended.task, *ended.returned)
 

@@ -6,7 +6,6 @@ correct reference in the same case, and must not fail there.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -21,6 +20,7 @@ from harness.conformance.faults import Fault
 from harness.conformance.faults.packed import pack
 from harness.conformance.faults.patched_copy import PatchedCopy
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
+from harness.console import print_json, print_lines
 from harness.errors import Exit, UsageError, did_you_mean
 from harness.methods.registry import Implementation, TargetKind
 from harness.methods.spec import methods
@@ -132,9 +132,9 @@ def check(as_json: bool) -> Exit:
             "schema": 1, "faults": [v.document() for v in report.verdicts], "caught": report.caught,
             "planted": len(report.verdicts), "wrong": list(report.wrong), "idle": list(report.idle),
         }  # fmt: skip
-        print(json.dumps(document, indent=1))
+        print_json(document)
     else:
-        print("\n".join(report.lines()))
+        print_lines(report.lines())
     return report.exit
 
 

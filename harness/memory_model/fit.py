@@ -22,11 +22,11 @@ has been compared with a GPU yet. `harness/memory_model/README.md` has the accur
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from harness.console import print_note
 from harness.errors import HarnessError, Problem, UsageError, did_you_mean, usage_error
 from harness.memory_model import counting_client, model_shapes, size_units
 from harness.memory_model.ledger import BASES, DTYPES, OPTIMIZERS, OWN, Ledger
@@ -184,7 +184,7 @@ def count_model(request: FitRequest) -> ModelCount:
         "config": request.model.config, "kind": request.model.kind, "dtype": request.dtype, "methods": configs,
         "targets": list(request.targets),
     }  # fmt: skip
-    print(f"counting {request.model.name} without its weights ...", file=sys.stderr)
+    print_note(f"counting {request.model.name} without its weights ...")
     answers = counting_client.run_requests([message])
     found: ModelCount = {"error": answers} if isinstance(answers, str) else answers[0]
     if why := found.get("error"):

@@ -8,12 +8,12 @@ of `fused`, or of the reference if `fused` does not implement the Method.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from harness.cell.training.bypassed_layers import NO_EFFECT
+from harness.console import print_note
 from harness.memory_model import counting_client, fit
 from harness.memory_model.fit import DOES_NOT_FIT, FitRequest, config_at
 from harness.memory_model.largest_batch import largest_fitting
@@ -50,7 +50,7 @@ def search_by_steps(request: FitRequest, counted: ModelCount, document: Mapping[
     ]
     there = [n for n, row in enumerate(rows) if not row["no_peak"]]
     if there:
-        print(f"taking steps on fake tensors for {len(there)} rows ...", file=sys.stderr)
+        print_note(f"taking steps on fake tensors for {len(there)} rows ...")
     search = _Search(request, counted, document)
     for n, row in zip(there, search.batches([rows[n] for n in there]), strict=True):
         rows[n] = row

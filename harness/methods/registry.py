@@ -5,10 +5,8 @@ No torch here: an Implementation imports its libraries inside its function.
 
 from __future__ import annotations
 
-import contextlib
 import pkgutil
 import re
-import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -18,6 +16,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from harness.console import foreign_output
 from harness.errors import ImplementationError, did_you_mean
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.spec import Adapted, methods
@@ -210,8 +209,7 @@ def discover(only: Collection[str] | None = None, begin: Callable[[str], None] |
             begin(name)
         reasons = []
         try:
-            # A plug-in may print on import; stdout is for results.
-            with contextlib.redirect_stdout(sys.stderr):
+            with foreign_output():  # a plug-in may print on import
                 offered = list(_offered(point.load()))
         # A plug-in may raise anything, SystemExit included; the others must still load.
         except (Exception, SystemExit) as error:  # noqa: BLE001

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from harness.console import print_lines, print_note
 from harness.process.supervisor import Subprocess, module_arguments, signal_name
 
 _TOKEN = "PEFT_HARNESS_CHILD"  # noqa: S105
@@ -24,6 +26,8 @@ _GRACE_S = 20.0
 """Time limit in seconds for the end of a worker after its last event. On a busy machine, the shutdown of torch takes
 seconds."""
 _TICK_S = 0.5
+_LAST_LINES = 50
+"""Number of lines that are printed from the output of a worker that failed."""
 
 
 class WorkerPool:
@@ -45,8 +49,8 @@ class WorkerPool:
         """Run `module` in a worker, and yield the events that the worker reports before `done`.
 
         The command is `python -m MODULE EVENTS LIFELINE TASK`. If the worker fails, the last event is `died`, with the
-        reason: a crash, `patience` seconds without an event, or a process that the worker leaves behind. No process
-        remains, even if this process is killed.
+        reason: a crash, `patience` seconds without an event, or a process that the worker leaves behind. The last lines
+        that the worker wrote are then printed on stderr. No process remains, even if this process is killed.
         """
         token = uuid.uuid4().hex
         with self._lock:
@@ -74,13 +78,16 @@ class WorkerPool:
         finally:
             self._end(worker, token)
         if died and not self.stopped:
+            output = worker.output.rstrip("\n").split("\n") if worker.output else []
+            print_lines([f"| {line}" for line in output[-_LAST_LINES:]], err=True)
             yield {"died": died}
 
     def _end(self, worker: Subprocess, token: str) -> None:
-        worker.close()
-        for other in _marked(token):  # processes outside the process group
+        worker.kill_group()
+        for other in _marked(token):  # processes outside the process group, which may hold the pipe of its output
             with contextlib.suppress(psutil.Error):
                 other.kill()
+        worker.close()
         with self._lock:
             self._alive.discard(worker)
 
@@ -89,7 +96,10 @@ def _start(module: str, task: Mapping[str, Any], token: str) -> Subprocess:
     # The tensors are tiny, and threads that wait for each other would slow down other programs.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, _TOKEN: token}
     command = [sys.executable, *module_arguments(module)]
-    return Subprocess(command, [json.dumps(task)], environment=environment, events=True, lifeline=True)
+    return Subprocess(
+        command, [json.dumps(task)], environment=environment, events=True, lifeline=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
 
 
 class _Clock:
@@ -158,7 +168,7 @@ def _failure(worker: Subprocess, *, done: bool) -> str:
     """
     code = worker.wait(_GRACE_S)
     if code is None and done:  # it has reported everything, and the end of a library may take long
-        print(f"note: a process did not end within {_GRACE_S:g} s of its last result; killed", file=sys.stderr)
+        print_note(f"note: a process did not end within {_GRACE_S:g} s of its last result; killed")
         return ""
     if code is None:
         return f"the process did not end within {_GRACE_S:g} s of its last event; killed"
@@ -166,7 +176,7 @@ def _failure(worker: Subprocess, *, done: bool) -> str:
         return f"the process died of {name}"
     if done and code == 0:
         return ""
-    return f"the process ended with exit code {code} before it was done; its output is on stderr"
+    return f"the process ended with exit code {code} before it was done; stderr has its output"
 
 
 def _left_behind(worker: Subprocess, watcher: int, token: str) -> list[str]:

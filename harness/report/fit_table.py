@@ -16,8 +16,8 @@ _Row = Mapping[str, Any]
 _Write = Callable[[_Row], str]
 
 
-def as_text(document: Mapping[str, Any]) -> str:
-    """Format a document of `fit` as text."""
+def lines(document: Mapping[str, Any]) -> list[str]:
+    """Format a document of `fit` as lines of text."""
     size = MemorySize(document["memory_B"], document["unit"])
     possible = [row for row in document["rows"] if row["ledger"] is not None]
     refused = [f"  {row['method']}: {row['because']}" for row in document["rows"] if row["ledger"] is None]
@@ -31,7 +31,7 @@ def as_text(document: Mapping[str, Any]) -> str:
         *(["not possible:", *dict.fromkeys(refused)] if refused else []),
     ]
     blocks = [_heading(document, size, several), align_columns(rows), exceptions, [_explanation(document, size)]]
-    return "\n\n".join("\n".join(block) for block in blocks if block)
+    return [line for block in blocks if block for line in ("", *block)][1:]
 
 
 def _columns(document: Mapping[str, Any], rows: Sequence[_Row], size: MemorySize, several: bool) -> dict[str, _Write]:

@@ -72,22 +72,20 @@ def planning(
     }
 
 
-def as_text(document: Mapping[str, Any]) -> str:
-    """Return the plan as text: a table with one line per Cell, then the comparisons and the meaning of the numbers."""
+def lines(document: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the plan: a table with one line per Cell, then the comparisons and the meaning of the numbers."""
     rows = [
         _HEAD,
         *((c["cell_id"], c["id"], c["name"], *_sizes(c["predicted"]), _time(c["last"])) for c in document["cells"]),
     ]
     questions = [f"  {c['kind']}: {c['says']}" for c in document["comparisons"]]
-    return "\n".join(
-        [
-            f"{document['suite']}: {document['title']}",
-            *align_columns(rows),
-            *(["compares:", *questions] if questions else []),
-            _summary(document["estimate"]),
-            *_notes(document["cells"]),
-        ]
-    )
+    return [
+        f"{document['suite']}: {document['title']}",
+        *align_columns(rows),
+        *(["compares:", *questions] if questions else []),
+        _summary(document["estimate"]),
+        *_notes(document["cells"]),
+    ]
 
 
 def _predicted(found: PlannedMemory | str | None) -> dict[str, Any]:

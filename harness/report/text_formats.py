@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from harness.analysis.run_facts import RunFacts
+from harness.console import json_text, visible
 from harness.report import first_screen
 
 COLUMNS = (
@@ -71,7 +71,7 @@ def document(analysed: Sequence[RunFacts]) -> str:
         }
         for facts in analysed
     ]
-    return json.dumps({"schema": 1, "runs": runs}, indent=1) + "\n"
+    return json_text({"schema": 1, "runs": runs}) + "\n"
 
 
 FORMATS: dict[str, Callable[[Sequence[RunFacts]], str]] = {"markdown": markdown, "csv": rows, "json": document}
@@ -98,4 +98,4 @@ def _plain(text: str) -> str:
 
 
 def _harmless(text: str) -> str:
-    return f"'{text}" if text.startswith(_FORMULA) else text
+    return f"'{visible(text)}" if text.startswith(_FORMULA) else visible(text)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from harness.console import visible
 from harness.records import naming
 from harness.records.record import Cell, Record
 
@@ -114,7 +115,7 @@ class Progress:
     def print(self, line: str) -> None:
         """Print one line above the live display."""
         # Text, not markup: names and messages come from suites and libraries.
-        self.console.print(Text(line), soft_wrap=True)
+        self.console.print(Text(visible(line)), soft_wrap=True)
 
     def close(self) -> None:
         """Remove the live display."""
@@ -133,7 +134,7 @@ class Progress:
         if not force and now - self._drawn < _REDRAW_S:
             return
         self._drawn = now
-        lines = [line] if line else self._lines(now)
+        lines = map(visible, [line] if line else self._lines(now))
         self._live.update(Text("\n".join(lines), overflow="ellipsis", no_wrap=True), refresh=True)
 
     def _lines(self, now: float) -> list[str]:

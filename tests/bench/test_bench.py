@@ -127,7 +127,7 @@ def test_a_wrong_output_gets_no_speed(registry: Registry) -> None:
     for one in rows(offered("acme", "lora_linear", wrong), registry):
         assert (one.outcome, one.samples, one.red) == ("refused", None, True)
         assert "acme fails lora_linear/outputs/float32/call" in one.because
-        assert "refused: no parity" in table.as_text([one])
+        assert "refused: no parity" in "\n".join(table.lines([one]))
 
 
 def test_a_wrong_gradient_gets_no_speed_of_training_but_one_of_the_call(registry: Registry) -> None:
@@ -192,11 +192,11 @@ def test_a_step_is_timed_with_the_frozen_pass(registry: Registry, name: str) -> 
     first = [losses[0] for losses in one.losses.values()]
     assert first[0] == pytest.approx(first[1])
     assert f"{step.method}/loss/float32/warm" in {t.result.check for t in one.parity}
-    assert "x frozen pass" in table.as_text([one])
+    assert "x frozen pass" in "\n".join(table.lines([one]))
     assert one.products is not None
     # Forward and backward, r (D + E) products in addition to D E, and another for the gradient of the factors.
     assert one.products.other >= one.products.ours > one.products.frozen
-    assert f"{one.products.ours / one.products.frozen:.2f} by FLOPs" in table.as_text([one])
+    assert f"{one.products.ours / one.products.frozen:.2f} by FLOPs" in "\n".join(table.lines([one]))
 
 
 def test_every_form_of_a_product_is_counted() -> None:
@@ -222,7 +222,7 @@ def test_a_galore_step_is_made_of_whole_cycles(registry: Registry) -> None:
     assert one.samples is not None
     assert [len(cycle) for cycle in one.samples.parts["ours"]] == [step_benchmark.CYCLE] * 5
     assert len(one.samples.limit) == 5
-    assert "x its two products" in table.as_text([one])
+    assert "x its two products" in "\n".join(table.lines([one]))
     assert one.judged
 
 
@@ -360,7 +360,7 @@ def test_the_judged_size_fits_the_reference(shapes: str, device: str) -> None:
 def test_a_smaller_judged_size_is_noted() -> None:
     assert (
         "judged on a smaller size than was timed:\n  lora_linear square 8x8, 2 tokens: square 8x8, 1 token"
-        in table.as_text([row(judged="square 8x8, 1 token")])
+        in "\n".join(table.lines([row(judged="square 8x8, 1 token")]))
     )
 
 
@@ -373,8 +373,8 @@ def test_the_ratio_is_the_median_over_pairs() -> None:
     assert one.ratio.value == 2
     assert one.ratio.low == 0.5
     assert one.share([0.001]) == pytest.approx(0.5)  # 4 MB at 8 GB/s
-    assert "2.00 [0.50, 2.00]" in table.as_text([one])
-    assert "50% of roofline" in table.as_text([one])
+    assert "2.00 [0.50, 2.00]" in "\n".join(table.lines([one]))
+    assert "50% of roofline" in "\n".join(table.lines([one]))
 
 
 def test_on_a_gpu_the_clock_starts_after_a_wait_while_the_host_queues_the_call(
@@ -408,7 +408,7 @@ def test_a_step_on_a_gpu_has_a_note_about_launches() -> None:
     def shown(name: str, device: str, **more: Any) -> str:
         samples = row().samples
         assert samples is not None
-        return table.as_text([row(name=name, device=device, samples=samples.model_copy(update=more))])
+        return "\n".join(table.lines([row(name=name, device=device, samples=samples.model_copy(update=more))]))
 
     assert "kernel launches by the host" in shown("step:lora", "cuda", limit=[0.001] * 6)
     assert "kernel launches by the host" not in shown("step:lora", "cpu", limit=[0.001] * 6)
@@ -416,8 +416,8 @@ def test_a_step_on_a_gpu_has_a_note_about_launches() -> None:
 
 
 def test_a_busy_machine_is_noted() -> None:
-    assert "load up to 9.5" in table.as_text([row(facts={"threads": 2, "load": 9.5})])
-    assert "load" not in table.as_text([row(facts={"threads": 2, "load": 0.5})])
+    assert "load up to 9.5" in "\n".join(table.lines([row(facts={"threads": 2, "load": 9.5})]))
+    assert "load" not in "\n".join(table.lines([row(facts={"threads": 2, "load": 0.5})]))
 
 
 def test_a_time_that_is_mostly_call_overhead_is_marked() -> None:
@@ -425,14 +425,14 @@ def test_a_time_that_is_mostly_call_overhead_is_marked() -> None:
     assert samples is not None
     one = row(samples=samples.model_copy(update={"overhead": {"ours": 1e-6, "other": 1e-3}}))
     assert one.mostly_call == ["other"]
-    assert "2 ms *" in table.as_text([one])
+    assert "2 ms *" in "\n".join(table.lines([one]))
 
 
 def test_too_few_pairs_for_an_interval_are_explained() -> None:
     few = row(samples=Samples(ours=[0.001] * 5, other=[0.002] * 5, first=["ours"] * 5))
-    assert "2.00 [too few]" in (shown := table.as_text([few]))
+    assert "2.00 [too few]" in (shown := "\n".join(table.lines([few])))
     assert f"at least {len(row().samples.ours)} pairs" in shown  # type: ignore[union-attr]
-    assert "too few" not in table.as_text([row()])
+    assert "too few" not in "\n".join(table.lines([row()]))
 
 
 def test_a_step_without_measured_memory_is_shown_as_failed() -> None:
@@ -448,8 +448,8 @@ def test_a_step_without_measured_memory_is_shown_as_failed() -> None:
     task = BenchTask("step:lora", "method", "lora", ("fused", "acme"), (), "float32", "cpu", step="lora")
     (one,) = command.TaskRunner(BenchRequest(), 1, Workers()).rows(task)  # type: ignore[arg-type]
     assert one.samples is not None
-    assert "failed: timed, but the memory of fused could not be measured: the process died of SIGKILL" in table.as_text(
-        [one]
+    assert "failed: timed, but the memory of fused could not be measured: the process died of SIGKILL" in "\n".join(
+        table.lines([one])
     )
     assert not pytest_benchmark.document([one], describe())["benchmarks"]
 

@@ -221,7 +221,9 @@ def test_a_ledger_of_schema_1_is_read(
 
 
 def test_text_names_source_printed_ours_and_verdict(ledger: tuple[int, str]) -> None:
-    text = table.as_text([JudgedClaim.model_validate_json(json.dumps(row)) for row in json.loads(ledger[1])["claims"]])
+    text = "\n".join(
+        table.lines([JudgedClaim.model_validate_json(json.dumps(row)) for row in json.loads(ledger[1])["claims"]])
+    )
     assert "reproduced        one: printed 112; we get 112  [Table 1]" in text
     assert "under: rank 4" in text
     assert text.endswith("4 claims: 1 reproduced, 1 reproduced-under, 1 not-reproduced, 1 not-run")
@@ -233,7 +235,7 @@ def test_text_says_what_came_out_by_a_stand_in(ledger: tuple[int, str]) -> None:
         row.model_copy(update={"scale": "small scale", "why": "by a stand-in: small scale"} if row.id == "one" else {})
         for row in rows
     ]
-    text = table.as_text(small)
+    text = "\n".join(table.lines(small))
     after = text[text.index("reproduced        one:") :].splitlines()
     assert after[1].strip() == "by a stand-in: small scale"
     assert text.endswith("4 claims: 1 reproduced (1 by a stand-in), 1 reproduced-under, 1 not-reproduced, 1 not-run")

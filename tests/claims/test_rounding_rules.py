@@ -50,7 +50,7 @@ def test_the_rule_stands_beside_ours(
     (written,) = document.document([row], {})["claims"]
     assert written["rule"] == rule
     said = f" (rule: {rule})" if rule else ""
-    text = table.as_text([row])
+    text = "\n".join(table.lines([row]))
     assert f"printed {printed}; we get {ours}x{said}  [t]" in text
     assert table.NO_RULES not in text
     for headlines in (False, True):

@@ -12,7 +12,10 @@ from typing import Any, get_args
 import click
 import pytest
 
+from harness.claims import claim_file
+from harness.claims import explain as claim_explanations
 from harness.cli import app, catalog, listing, main, topics
+from harness.conformance.findings import defects
 from harness.errors import EXITS, Exit, HarnessError
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.spec import methods
@@ -143,7 +146,7 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
     assert (last[0], last[1]["duration_s"], last[2]["status"], last[3]) == (None, 7.0, "oom", None)
     assert document["estimate"]["seconds"] == 7.0
     assert (document["estimate"]["cells"], document["estimate"]["of"]) == (1, 4)
-    text = plan_table.as_text(document)
+    text = "\n".join(plan_table.lines(document))
     times = [line.rsplit("  ", 1)[-1].strip() for line in text.splitlines()[2:6]]
     assert times == ["-", "7.0 s", "oom after 3.0 s", "-"]
     assert "time unknown for the other 3" in text
@@ -164,6 +167,14 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
         ("Cell", "one combination of a suite's axes"),
         ("tied", "smaller than the run can detect"),
         ("busy", "CPU"),
+        ("Record", "one attempt at a Cell"),
+        ("recipe", "a Cell without its seed"),
+        ("cannot be told apart", "smaller than the run can detect"),
+        ("parity", "the same numbers as the reference"),
+        ("conforms", "what its Method defines"),
+        ("pass", "a verdict"),
+        ("claims", "A claim file is YAML"),
+        ("history add", "command history add"),
         ("memory", "prediction"),
         ("error", "status error"),
         ("optimizer", "one of adamw, adamw-8bit, paged-adamw, paged-adamw-8bit"),
@@ -191,6 +202,31 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
 def test_explain(name: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", name]) == Exit.PASS
     assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", list(app.commands.commands))
+def test_every_command_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", name]) == Exit.PASS
+    assert f"options: `peft-harness {name} --help`" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "near"), [("lorra", "lora"), ("lora-10000y", "lora-10000x"), ("foobar", "")])
+def test_only_near_names_are_suggested_and_no_file_of_claims_or_defects_is_read(
+    name: str, near: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for reader in (claim_file, defects):
+        monkeypatch.setattr(
+            reader, "load" if reader is claim_file else "known", lambda *_: pytest.fail("it read a file")
+        )
+    assert main(["explain", name]) == Exit.USAGE
+    (hint,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  hint: ")]
+    assert hint == f"  hint: did you mean `{near}`?" if near else hint.startswith("  hint: there are methods")
+
+
+@pytest.mark.slow
+def test_every_claim_can_be_explained() -> None:
+    for path in claim_file.paths(claim_file.names()):
+        assert {claim.id for claim in claim_file.load([path])} <= claim_explanations.claim_ids(), path.name
 
 
 def test_a_check_that_is_called_like_a_method_is_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,7 +376,7 @@ def test_report_exits_with_the_most_serious_verdict(tmp_path: Path, capsys: pyte
     again = lambda n, r: r if n != "full" else None  # noqa: E731
     half = recorded_run.write_run(tmp_path / "half", run="half", footer=False, change=again)
     assert main(["report", str(good.path), str(half.path)]) == Exit.INFRASTRUCTURE
-    assert (tmp_path / "good" / "report.html").is_file()
+    assert (tmp_path / "good" / "report-with-half.html").is_file()
 
 
 def _put(run: Path, record: Record, mtime: int) -> None:

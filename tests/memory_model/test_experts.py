@@ -125,8 +125,8 @@ matrix:
 """)
     suite = loader.load(str(tmp_path / "suite.yaml"))
     plan = suite.plan
-    said = plan_table.as_text(
-        plan_table.planning(suite, plan, tmp_path / "none", plan_table.predictions(suite, plan))
+    said = "\n".join(
+        plan_table.lines(plan_table.planning(suite, plan, tmp_path / "none", plan_table.predictions(suite, plan)))
     ).splitlines()
     (line,) = (line for line in said if SAID in line)
     assert line.startswith("of 1 Cell: ")

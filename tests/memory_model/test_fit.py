@@ -341,7 +341,7 @@ def test_a_step_of_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
     lora, frozen = sorted(found["rows"], key=lambda one: one["method"], reverse=True)
     assert 0.8 * 16 * 2**20 < lora["peak_B"] <= 16 * 2**20
     assert (frozen["peak_B"], frozen["no_peak"]) == (None, "nothing of this model trains")
-    printed = " ".join(fit_table.as_text(found).split())
+    printed = " ".join("\n".join(fit_table.lines(found)).split())
     assert "total peak left" in printed
     assert lora["peak_by"] == "fused"
 

@@ -57,7 +57,7 @@ def test_the_headline_suite_is_predicted_and_fits() -> None:
     assert isinstance(found, Predicted)
     assert found.step_B == 2 * found.gradients_B
     assert round(found.total_B / 2**30) == 88
-    assert f"{len(plan.cells)} Cells; largest predicted memory " in plan_table.as_text(document)
+    assert f"{len(plan.cells)} Cells; largest predicted memory " in "\n".join(plan_table.lines(document))
 
 
 @pytest.mark.slow
@@ -101,7 +101,7 @@ def test_what_a_step_took_is_the_total_where_it_is_more_than_the_formulas_know()
         second: 8000 * recorded_run.MIB,
     }  # what is paged is not on the device
     assert document["estimate"]["predicted_B"] == 8000 * recorded_run.MIB
-    said = plan_table.as_text(document)
+    said = "\n".join(plan_table.lines(document))
     assert "largest predicted memory 8,000 MiB" in said
     assert any(line.split()[-6:-2] == ["1.34", "M", "8,000", "700"] for line in said.splitlines())
 
@@ -112,7 +112,7 @@ def test_a_model_that_is_not_here_is_not_predicted(tmp_path: Path, monkeypatch: 
     plan = suite.plan
     found = plan_table.predictions(suite, plan)
     assert set(found.values()) == {"tiny-llama is not on this machine yet"}
-    said = plan_table.as_text(plan_table.planning(suite, plan, tmp_path, found))
+    said = "\n".join(plan_table.lines(plan_table.planning(suite, plan, tmp_path, found)))
     assert f"no prediction for {len(plan.cells)} Cells: tiny-llama is not on this machine yet" in said
 
 

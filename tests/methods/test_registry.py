@@ -120,7 +120,7 @@ def test_output_of_a_plugin_goes_to_stderr(install, capsys: pytest.CaptureFixtur
     install("acme", "print('welcome to acme')\n" + GOOD)
     discover()
     printed = capsys.readouterr()
-    assert (printed.out, printed.err) == ("", "welcome to acme\n")
+    assert (printed.out, printed.err) == ("", "| welcome to acme\n")
 
 
 @pytest.mark.parametrize(

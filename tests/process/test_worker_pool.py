@@ -62,3 +62,31 @@ def test_a_worker_that_has_reported_everything_and_ends_late_is_a_note(
     monkeypatch.setattr(worker_pool, "_GRACE_S", 0.2)
     assert list(WorkerPool().events("late_worker", {}, 60.0)) == [{"value": 1}]
     assert "note: a process did not end" in capfd.readouterr().err
+
+
+NOISY = """
+import os, sys
+from harness.process.event_pipe import event_writer
+with event_writer(int(sys.argv[1]), int(sys.argv[2])) as emit:
+    print("a library says \\x1b[2J", flush=True)
+    os.write(2, "raw \u202e\\n".encode())
+    emit(value=1)
+    if "fail" in sys.argv[3]:
+        sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_output_of_a_worker_is_shown_only_if_it_fails(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "noisy_worker.py").write_text(NOISY, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(worker_pool.__file__).parents[2]}")
+    events = list(WorkerPool().events("noisy_worker", {"do": "fail"} if fails else {}, 60.0))
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    if fails:
+        assert "exit code 3" in events[-1]["died"]
+        assert printed.err == "| a library says \\x1b[2J\n| raw \\u202e\n"
+    else:
+        assert (events, printed.err) == ([{"value": 1}], "")

@@ -483,8 +483,8 @@ def test_a_shared_key_may_belong_to_an_unknown_method(tmp_path: Path) -> None:
         (["plan", "nowhere.yaml"], "nowhere.yaml:1: cannot read: No such file", "name a readable YAML file"),
         (["plan", "."], "SUITE: no suite `.`", "name a .yaml file"),
         (["plan", "smoke", "--only", "metod=lora"], "--only metod=lora: unknown key `metod`", "did you mean `method`?"),
-        (["plan", "smoke", "--only", "dora"], "--only dora: no Cell fits", "id=lora-float64"),
-        (["plan", "smoke", "--only", ""], "no Cell fits", "id=lora-float64"),
+        (["plan", "smoke", "--only", "dora"], "--only dora: no Cell fits", "choose from the Cells above"),
+        (["plan", "smoke", "--only", ""], "    id=lora-float64 ", "choose from the Cells above"),
         (["plan", "smoke", "--only", "method=lora,method=lor"], "no Cell fits `method=lor`", "did you mean `lora`?"),
         (["plan", "smoke", "--only", "lora,nope"], "no Cell fits `nope`", "remove this term"),
         (["plan", "smoke", "--only", "=lora"], "`=lora` has no key", "write key=value, or one word"),
@@ -517,7 +517,7 @@ def test_a_shared_key_may_belong_to_an_unknown_method(tmp_path: Path) -> None:
         (["report", "no-such-run"], "no run 'no-such-run'", "`peft-harness run quick` first"),
         (["list", "method"], "'method' is not one of 'methods'", "see `peft-harness list --help`"),
         (["explain", "lorra"], "explain: no entry `lorra`", "did you mean `lora`?"),
-        (["explain", "9"], "explain: no entry `9`", "`list measures` show names"),
+        (["explain", "9"], "explain: no entry `9`", "`peft-harness list` shows most names"),
     ],
 )
 def test_bad_command_line(

@@ -87,11 +87,23 @@ def format_field(field: MatrixField | None) -> str:
     return field.status.value
 
 
-def describe_failure(one: CheckOutcome) -> str:
-    """Return one line about a failure: implementation, check id, case, error and place."""
+def failures(tried: Iterable[CheckOutcome]) -> list[str]:
+    """Return one line per failure: implementation, check id, case, error and place.
+
+    Failures of one implementation with the same description, such as one exception in every case, share a line.
+    """
+    alike: dict[tuple[str, str], list[CheckOutcome]] = {}
+    for one in tried:
+        if one.status is CheckStatus.FAIL:
+            alike.setdefault((one.implementation, describe(one.result)), []).append(one)
+    return [_failure(several[0], len(several) - 1) for several in alike.values()]
+
+
+def _failure(one: CheckOutcome, others: int) -> str:
+    more = f" and {others} more" if others else ""
     # The id of a check of a base names the Method on the base, not the base.
     base = f" {one.target}" if one.kind == "base" else ""
-    return f"FAIL {one.implementation}{base} {one.result.check} ({one.case}): {' '.join(describe(one.result).split())}"
+    return f"FAIL {one.implementation}{base} {one.result.check} ({one.case}){more}: {' '.join(describe(one.result).split())}"
 
 
 def describe(result: CheckResult) -> str:

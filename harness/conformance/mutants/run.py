@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import json
 import random
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +17,7 @@ from harness.conformance import checks, operations, self_test
 from harness.conformance.mutants import difference, trial
 from harness.conformance.mutants.mutant import Mutant, mutants
 from harness.conformance.mutants.trial import Catch, Owner
+from harness.console import print_json, print_lines, print_note
 from harness.errors import Exit
 from harness.methods.spec import methods
 from harness.process import forks
@@ -151,8 +150,11 @@ def check(number: int | None, seed: int, jobs: int | None, only: Sequence[str], 
     `only` has no parity suite.
     """
     self_test.require_targets(only, "--mutants")
-    report = run(number, seed, jobs or physical_cores(), only, lambda line: print(line, file=sys.stderr))
-    print(json.dumps(report.document(), indent=1) if as_json else "\n".join(report.lines()))
+    report = run(number, seed, jobs or physical_cores(), only, print_note)
+    if as_json:
+        print_json(report.document())
+    else:
+        print_lines(report.lines())
     return report.exit
 
 

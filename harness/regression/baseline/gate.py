@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import sys
-
 from harness.analysis.comparison import against_baseline
 from harness.analysis.comparison.baseline_rows import Margins
 from harness.analysis.run_facts import analyse
-from harness.console import echo
+from harness.console import print_json, print_lines, print_note
 from harness.errors import Exit
 from harness.records import store
 from harness.regression import collector
@@ -34,9 +31,9 @@ def gate(
         title = f"{new.manifest.run} against {found.name}"
         title += ", which is the same run" if new.manifest.run == base.manifest.run else ""
         if as_json:
-            echo(json.dumps(document.document(against, found, new), indent=1))
+            print_json(document.document(against, found, new))
         else:
-            echo("\n".join([f"{title}: {found.origin}", "", *terminal.lines(against, all_rows=all_rows)]))
+            print_lines([f"{title}: {found.origin}", "", *terminal.lines(against, all_rows=all_rows)])
         outputs.write(against, title)
     return against.exit
 
@@ -45,8 +42,8 @@ def promote(name: str, baseline: str, *, reason: str, author: str, replace: bool
     """Make a run a baseline, print the git command to commit it, and return PASS. For errors, see `store.promote`."""
     run = store.read_run(store.find_run(name))
     made = baselines.promote(run, baseline, reason=reason, author=author, replace=replace)
-    echo(f"{made.path}: {len(run.latest())} Cells of {run.manifest.run}")
-    print(f"commit it: git add {made.path} && git commit", file=sys.stderr)
+    print_lines([f"{made.path}: {len(run.latest())} Cells of {run.manifest.run}"])
+    print_note(f"commit it: git add {made.path} && git commit")
     return Exit.PASS
 
 
@@ -54,11 +51,10 @@ def list_(as_json: bool) -> Exit:
     """Print the baselines, as text or as JSON, and return PASS."""
     known = baselines.known()
     if as_json:
-        echo(json.dumps({"schema": document.SCHEMA, "baselines": [b.document() for b in known]}, indent=1))
+        print_json({"schema": document.SCHEMA, "baselines": [b.document() for b in known]})
         return Exit.PASS
-    for b in known:
-        echo(f"{b.name}: {b.origin}")
+    print_lines(f"{b.name}: {b.origin}" for b in known)
     if not known:
         how = "`peft-harness baseline promote RUN NAME --reason ...`"
-        print(f"no baseline in {baselines.BASELINES}: {how}", file=sys.stderr)
+        print_note(f"no baseline in {baselines.BASELINES}: {how}")
     return Exit.PASS

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.analysis import tracked_metrics
+from harness.console import print_lines, print_note
 from harness.errors import Exit, UsageError, plural
 from harness.records import store
 from harness.records.record import Status
@@ -44,16 +44,15 @@ def add(names: Sequence[str], folder: Path, night: str | None = None) -> Exit:
     with night_files.locked(folder):
         for run in runs:
             _add(run, folder, night or run.manifest.started[:10], added)
-    for line in added.left_out:
-        print(line, file=sys.stderr)
+    print_lines(added.left_out, err=True)
     for name in sorted(added.nights):
         new = added.nights[name]
         path = folder / f"{name}.jsonl"
-        print(f"{path}: {plural(new, 'new row')}" if new else f"{path}: nothing new")
+        print_lines([f"{path}: {plural(new, 'new row')}" if new else f"{path}: nothing new"])
     if Exit.FAIL in added.findings:
         return Exit.FAIL
     if not added.rows:
-        print("nothing to add: no Record that counts", file=sys.stderr)
+        print_note("nothing to add: no Record that counts")
         return Exit.NOTHING_COMPARED
     return Exit.INFRASTRUCTURE if added.findings else Exit.PASS
 

@@ -42,5 +42,5 @@ def select(history: History, expr: str, option: str = "--cell") -> frozenset[str
     try:
         selected = expand.select(plan, expr).cells
     except UsageError as error:
-        raise UsageError(error.what, where=f"{option} {expr}", hint=error.hint) from error
+        raise UsageError(error.what, where=f"{option} {expr}", hint=error.hint, details=error.details) from error
     return frozenset(cell.cell_id for cell in selected)

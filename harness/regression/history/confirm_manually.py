@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+from harness.console import print_note
 from harness.regression.history import decisions
 from harness.regression.history.decisions import ConfirmationVerdict
 from harness.regression.history.detect import all_changes
@@ -24,7 +24,7 @@ def confirm(
     near = [change for change in changes if history.distance(change.night, night) <= NEAR]
     if not near:
         what = f"no change of {metric} within {NEAR} nights of {night}"
-        print(f"{what}: this verdict applies if `detect` shows one later", file=sys.stderr)
+        print_note(f"{what}: this verdict applies if `detect` shows one later")
     own = [change for change in near if (change.cell, change.metric) == (decision.cell, metric)]
     if own:
         nearest = min(own, key=lambda change: history.distance(change.night, night))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from harness.analysis import tracked_metrics
-from harness.console import echo
+from harness.console import print_lines
 from harness.errors import Exit, Problem, UsageError, collect_errors, usage_error
 from harness.records import store
 from harness.regression import git
@@ -38,7 +38,8 @@ def confirm(folder: Path, decision: Decision, verdict: ConfirmationVerdict) -> D
 
 def print_decision(decision: Decision) -> Exit:
     """Print a stored decision."""
-    echo(f"{decision.cell} {decision.metric} from {decision.night} on, by {decision.author}: {decision.reason}")
+    what = f"{decision.cell} {decision.metric} from {decision.night} on"
+    print_lines([f"{what}, by {decision.author}: {decision.reason}"])
     return Exit.PASS
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from harness.analysis import tracked_metrics
-from harness.console import echo
+from harness.console import print_json, print_lines
 from harness.errors import Exit
 from harness.regression import collector
 from harness.regression.history import cell_names, changes, night_files
@@ -42,7 +41,10 @@ def detect(folder: Path, cell: str | None, sentinel: str | None, as_json: bool, 
         history = night_files.read(folder)
         only = cell_names.select(history, cell) if cell else None
         found = detection(history, only=only, sentinel=sentinel, strict=strict)
-    echo(json.dumps(found.document(), indent=1) if as_json else table.detection_text(found))
+    if as_json:
+        print_json(found.document())
+    else:
+        print_lines(table.detection_lines(found))
     return found.exit
 
 

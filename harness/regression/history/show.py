@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from harness.analysis import tracked_metrics
-from harness.console import echo
+from harness.console import print_json, print_lines
 from harness.errors import Exit, UsageError
 from harness.regression.history import cell_names, night_files, table
 from harness.regression.history.series import series
@@ -35,13 +34,12 @@ def show(folder: Path, cell: str | None, metric: str | None, *, each_night: bool
             "schema": night_files.SCHEMA, "places": places,
             "series": [one.document(names.get(one.cell, one.cell)) for one in shown], "left_out": history.broken,
         }  # fmt: skip
-        echo(json.dumps(document, indent=1))
+        print_json(document)
     elif shown:
-        echo(table.series_text(shown, names, each_night=each_night))
+        print_lines(table.series_lines(shown, names, each_night=each_night))
         for place in sorted({one.place for one in shown}):
-            echo(f"place {place}: {', '.join(f'{key} {value}' for key, value in places[place].items())}")
-        for name, why in history.broken.items():
-            echo(f"left out: {name}: {why}")
+            print_lines([f"place {place}: {', '.join(f'{key} {value}' for key, value in places[place].items())}"])
+        print_lines(f"left out: {name}: {why}" for name, why in history.broken.items())
     if not shown:
         return Exit.NOTHING_COMPARED
     return Exit.INFRASTRUCTURE if history.broken else Exit.PASS

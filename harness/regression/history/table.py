@@ -18,8 +18,8 @@ _SHOWN = 6
 _HEAD = ("since", "cell", "metric", "before", "after", "change", "")
 
 
-def detection_text(found: Detection) -> str:
-    """Return the text of `detect`: the changes, then notes on the limits of the search."""
+def detection_lines(found: Detection) -> list[str]:
+    """Return the lines of `detect`: the changes, then notes on the limits of the search."""
     count = len(found.nights)
     span = f" ({found.nights[0]} to {found.nights[-1]})" if count else ""
     lines = [f"{plural(count, 'night')}{span}; {found.series} series, {found.compared} long enough to compare"]
@@ -36,11 +36,11 @@ def detection_text(found: Detection) -> str:
     if not found.candidates:
         lines += ["", "no change of level" if found.compared else "nothing to compare"]
     notes = list(_notes(found))
-    return "\n".join([*lines, *([""] if notes else []), *notes])
+    return [*lines, *([""] if notes else []), *notes]
 
 
-def series_text(found: Sequence[HistorySeries], names: Mapping[str, str], *, each_night: bool) -> str:
-    """Return the text of `show`, with one line per series. names: names of Cells, by cell_id.
+def series_lines(found: Sequence[HistorySeries], names: Mapping[str, str], *, each_night: bool) -> list[str]:
+    """Return the lines of `show`, one per series. names: names of Cells, by cell_id.
 
     each_night: return one line per night of each series instead.
     """
@@ -60,7 +60,7 @@ def series_text(found: Sequence[HistorySeries], names: Mapping[str, str], *, eac
                 one.cell, names.get(one.cell, one.cell), one.metric, one.place, str(len(one.nights)), one.nights[-1],
                 _value(one.metric, last), _value(one.metric, usual), f"{last / usual:.3f}" if usual else "-",
             ))  # fmt: skip
-    return "\n".join(align_columns([head, *rows]))
+    return align_columns([head, *rows])
 
 
 def _value(metric: str, number: float) -> str:

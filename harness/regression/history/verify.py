@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness.analysis import tracked_metrics
 from harness.analysis.statistics.paired import PairFinding, PairVerdict
-from harness.console import echo
+from harness.console import print_lines
 from harness.errors import Exit, HarnessError
 from harness.records import store
 from harness.regression.history import cell_names, decisions, night_files
@@ -44,7 +44,7 @@ def verify(
         try:
             result = gate.gate(replace(request, suite=str(suite)) if suite else request, as_json=False)
         except HarnessError as error:
-            echo(f"{change.name}: not tried: {error}")
+            print_lines([f"{change.name}: not tried: {error.lines()[0]}", *error.lines()[1:]])
             codes.append(Exit.INFRASTRUCTURE)
             continue
         canary = False
@@ -52,10 +52,9 @@ def verify(
         codes.append(_store_verdict(folder, change, place, result, author))
         if result.interrupted:
             break
-    for line in _not_tried(unconfirmed, pairable, len(codes)):
-        echo(line)
+    print_lines(_not_tried(unconfirmed, pairable, len(codes)))
     if not unconfirmed:
-        echo("nothing to try: no time lies above its level")
+        print_lines(["nothing to try: no time lies above its level"])
     return max(codes, default=Exit.PASS)
 
 
@@ -65,14 +64,14 @@ def _store_verdict(
     """Store and print the verdict on a change, or print why there is no clear verdict. Return the exit code."""
     verdict, reason = _verdict(change, place, result)
     if verdict is None:
-        echo(f"{change.name}: still open: {reason}")
+        print_lines([f"{change.name}: still open: {reason}"])
         failed = result.interrupted or _timed(change, result) is None
         return Exit.INFRASTRUCTURE if failed else Exit.INCONCLUSIVE
     reason = f"{reason}; seed {result.runner.seed}"
     decision = decisions.new(change.cell, change.metric, change.night, reason, author)
     evidence = {"revisions": list(change.between.paired), "seen": change.evidence()}
     decision = decisions.confirm(folder, decision.model_copy(update=evidence), verdict)
-    echo(f"{change.name}: {verdict} from {change.night} on: {decision.reason}")
+    print_lines([f"{change.name}: {verdict} from {change.night} on: {decision.reason}"])
     return Exit.PASS
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.analysis.comparison.baseline_rows import Findings
+from harness.console import print_lines
 from harness.records import files
 from harness.regression.outputs import github, junit, markdown
 
@@ -28,8 +28,7 @@ class Outputs:
     def write(self, findings: Findings, title: str) -> None:
         """Print the annotations to stderr, and write the requested files. If one file fails, still write the other."""
         if self.annotations or github.is_job():
-            for line in github.lines(findings):
-                print(line, file=sys.stderr)
+            print_lines(github.lines(findings), err=True)
         with contextlib.ExitStack() as afterwards:
             if self.markdown is not None:
                 afterwards.callback(files.write_atomic, self.markdown, markdown.render(findings, title))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from harness.analysis.comparison.pair_verdict import CellComparison, JudgedPairs
 from harness.analysis.statistics.pair_design import Design
 from harness.analysis.tracked_metrics import STEP
 from harness.cell.measure import cores
+from harness.console import print_json, print_lines, print_note
 from harness.errors import Exit, HarnessError, StoreError, UsageError
 from harness.process.termination import handle_termination
 from harness.records import environment, naming, store
@@ -99,7 +99,10 @@ def gate(request: PairsRequest, as_json: bool, design: Design | None = None) -> 
     with contextlib.ExitStack() as afterwards:
         afterwards.callback(request.outputs.write, rows, f"{new} against {old}")
         afterwards.callback(write_atomic, result.runner.folder / DOCUMENT, data.encode())
-        print(data if as_json else "\n".join(table.lines(result.judged)))
+        if as_json:
+            print_json(document)
+        else:
+            print_lines(table.lines(result.judged))
     return result
 
 
@@ -126,9 +129,11 @@ def _measure(request: PairsRequest, design: Design) -> PairsResult:
             pair_sides.opened(request.old, request.new, plan, request.repo) as sides,
         ):
             matched = pair_sides.pairs(plan, naming.full(plan.cells), sides)
-            runner = PairsRunner(sides, path, folder, design, seed, ("--device", request.device), _log, request.metric)
+            runner = PairsRunner(
+                sides, path, folder, design, seed, ("--device", request.device), print_note, request.metric
+            )
             where = f"on core {', '.join(map(str, held))}" if held else "on any core"
-            _log(
+            print_note(
                 f"{sides[0].label} against {sides[1].label}: {len(matched)} Cells, {design.first} pairs each, up to "
                 f"{design.fresh[-1]} new ones where these do not decide; {where}; seed {seed}, into {folder}"
             )
@@ -142,13 +147,13 @@ def _measure(request: PairsRequest, design: Design) -> PairsResult:
         if runner is None or isinstance(error, HarnessError):
             raise
         interrupted = f"ended by {str(error) or 'Ctrl-C'}"
-        _log(f"{interrupted}; the pairs measured so far are judged")
+        print_note(f"{interrupted}; the pairs measured so far are judged")
     place = next((one.first[0][0].environment.id for one in runner.found if one.first), "")
     canaries, broken = canary_file.read(request.canaries, place, design.trim)
     for line in broken:
-        _log(f"unreadable: {line}")
+        print_note(f"unreadable: {line}")
     if no_canary:
-        _log(f"no canary of this gate: {no_canary}")
+        print_note(f"no canary of this gate: {no_canary}")
     cells = [
         CellComparison(one.pair.name, one.records, one.verdicts(design, request.metric), one.broken or interrupted)
         for one in runner.found
@@ -172,10 +177,6 @@ def _canary(request: PairsRequest, runner: PairsRunner) -> tuple[list[float] | N
         except StoreError as error:  # the pairs are measured: they must be judged
             return None, str(error)
     return canary, reason
-
-
-def _log(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def _trained(plan: Plan, only: str | None, suite: str = "") -> Plan:

@@ -11,6 +11,7 @@ from harness.analysis.comparison.pair_ratio import log_ratio, times
 from harness.analysis.statistics.pair_design import Design, order
 from harness.analysis.statistics.paired import PairVerdict, decide
 from harness.analysis.tracked_metrics import STEP
+from harness.console import print_note
 from harness.errors import HarnessError
 from harness.records.record import Record, Status
 from harness.regression.pairs import sides as pair_sides
@@ -70,7 +71,7 @@ class PairsRunner:
     seed: int
     options: Sequence[str] = ()
     """Further options of `peft-harness run`."""
-    log: Callable[[str], None] = print
+    log: Callable[[str], None] = print_note
     """Function that prints a line of progress."""
     only: str = ""
     """Name of the only metric to judge. If empty, all metrics are judged."""
@@ -111,7 +112,7 @@ class PairsRunner:
                 records = {side: self._side(pair, side, stage, turn) for side in turns[2 * turn : 2 * turn + 2]}
             except HarnessError as error:  # the other Cells may still run
                 one.no_record = error.what
-                self.log(f"{pair.name}: {error}")
+                self.log(f"{pair.name}: {'; '.join(map(str.strip, error.lines()))}")
                 return
             into.append((records["A"], records["B"]))
             self.log(f"{pair.name}, {stage} pair {turn + 1} of {count}: {_times(into[-1])}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from harness.console import print_lines, print_note
 from harness.errors import Exit, StoreError, UsageError
 from harness.records import files, store
 from harness.report.export.columns import TABLES
@@ -37,17 +37,17 @@ def export(names: Sequence[str], form: Format, out: Path | None = None) -> Exit:
     runs = [store.read_run(path) for path in paths]
     numbers = frames.of(runs)
     for what in numbers.left_out:
-        print(f"left out: {what}", file=sys.stderr)
+        print_note(f"left out: {what}")
     changed = any(run.changed for run in runs)
     if numbers.cells.empty:
-        print("nothing to export: no Record that counts", file=sys.stderr)
+        print_note("nothing to export: no Record that counts")
         return Exit.FAIL if changed else Exit.NOTHING_COMPARED
     _create(folder)
     for table in (*TABLES, "columns"):
         frame = getattr(numbers, table)
         path = folder / f"{table}.{form}"
         _write(path, _bytes(frame, form))
-        print(f"{path}: {len(frame)} rows, {len(frame.columns)} columns")
+        print_lines([f"{path}: {len(frame)} rows, {len(frame.columns)} columns"])
     if changed:
         return Exit.FAIL
     return Exit.INFRASTRUCTURE if any(run.broken or run.missing() for run in runs) else Exit.PASS
