@@ -196,7 +196,7 @@ def test_the_number_of_cut_test_items_is_shown_with_the_limit(good: store.Run, t
     texts = {group["budget"].partition(" test items")[2].partition(",")[0] for group in built["groups"]}
     assert texts == {" (312 of them cut)", ""}
     fused = row(built["comparison"], run.latest()[recorded_run.cells()["fused"].cell_id])
-    assert fused["Accuracy"]["why"].endswith("; 312 of 1,000 items were longer than 40 tokens, and cut")
+    assert fused["Accuracy, %"]["why"].endswith("; 312 of 1,000 items were longer than 40 tokens, and cut")
     assert "cut" not in "".join(group["budget"] for group in view.build([analyse(good)])["runs"][0]["groups"])
 
 
@@ -225,12 +225,12 @@ def test_a_missing_value_is_a_dash_with_its_reason(tmp_path: Path) -> None:
     built = view.build([analyse(run)])["runs"][0]
     by_name = {n: run.latest()[c.cell_id] for n, c in recorded_run.cells().items()}
     for record, column, why in (
-        (by_name["full"], "Accuracy", "oom: no room"),
+        (by_name["full"], "Accuracy, %", "oom: no room"),
         (by_name["zero-shot"], "Peak, MiB", "not trained"),
         (by_name["zero-shot"], "Tokens/s", "not trained"),
         (
             by_name["float64"],
-            "Against the best",
+            "Against the best, points",
             "no other recipe has this budget, these seeds and this number of learning rates tried",
         ),
     ):
@@ -251,7 +251,7 @@ def test_the_numbers_are_those_of_the_records(good: store.Run) -> None:
     built = view.build([analyse(good)])
     shown = row(built["runs"][0]["comparison"], record)
     assert shown["Trainable"]["value"] == record.measurements.parameters.trainable
-    assert shown["Accuracy"]["text"] == "81.0 %"
+    assert shown["Accuracy, %"]["text"] == "81.0 %"
     assert shown["Peak, MiB"]["text"] == "396"  # 806 less 410 of the imports
     steady = slice(training.timing_warmup, None)
     assert shown["Tokens/s"]["value"] == sum(training.tokens[steady]) / sum(training.step_seconds[steady])
