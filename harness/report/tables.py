@@ -124,7 +124,7 @@ def standing_field(entry: RankingEntry) -> Field:
     if entry.standing == "best":
         return field("best", 0.0, tone="good", more={"standing": "best"})
     why = "the test items are not the same, so only the intervals are compared"
-    more = {"standing": entry.standing}
+    more: dict[str, str] = {"standing": entry.standing}
     if entry.p is not None:
         seeds = len(entry.records)
         test = f"t test of the means over {seeds} seeds" if seeds > 1 else "exact McNemar test of these two checkpoints"
