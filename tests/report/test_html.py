@@ -14,13 +14,12 @@ from harness import resources
 from harness.analysis.run_facts import analyse, analyse_all
 from harness.errors import StoreError
 from harness.records import store
-from harness.records.record import Failure, Outcome, Phase, Record, Status
+from harness.records.record import Outcome, Record, Status
 from harness.report import html, sections, terminal, view
 from harness.report.formatting import DASH
 from support import recorded_run
+from support.recorded_run import EVIL
 from support.report_page import Page, row
-
-EVIL = "x</script><img src=x onerror=alert(1)>"
 
 
 @pytest.fixture(scope="module")
@@ -28,26 +27,11 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> store.Run:
     return recorded_run.write_run(tmp_path_factory.mktemp("good") / "run")
 
 
-def _evil_run(folder: Path) -> store.Run:
-    cell = recorded_run.cells()["reference"].model_copy(
-        update={"model": EVIL, "implementation": EVIL, "task": EVIL, "config": {"rank": EVIL}}
-    )
-    good = recorded_run.record("reference", cell).model_copy(update={"notes": [EVIL]})
-    other = recorded_run.record("fused", cell.model_copy(update={"seed": 1}))
-    failure = Failure(kind=EVIL, message=EVIL, traceback=EVIL, phase=EVIL)
-    bad = recorded_run.failed(other, because=EVIL, failure=failure, phases=[Phase(name=EVIL, seconds=1.0)])
-    return recorded_run.write_run(
-        folder, only=["head"], cells=[cell, other.cell], change=lambda *_: None, extra=[good, bad],
-        title=EVIL, about=EVIL, argv=[EVIL], suite_file=EVIL, suite_text=EVIL,
-        environment=recorded_run.environment(machine={EVIL: EVIL}),
-    )  # fmt: skip
-
-
 # ---- the page is inert, whole and offline
 
 
 def test_hostile_names_and_messages_are_inert(tmp_path: Path) -> None:
-    page = Page(html.render([analyse(_evil_run(tmp_path / "r"))]))
+    page = Page(html.render([analyse(recorded_run.write_hostile_run(tmp_path / "r"))]))
     assert not [tag for tag, _ in page.tags if tag in ("img", "iframe", "object", "embed", "link", "base", "form")]
     assert len(page.raw["script"]) == 2
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on") or name == "style"]
