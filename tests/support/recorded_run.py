@@ -36,7 +36,7 @@ from harness.records.record import (
 
 STARTED = "2026-01-05T09:00:00Z"
 MIB = 1024 * 1024
-EVIL = "x</script><img src=x onerror=alert(1)>"
+EVIL = "x'\"></script><img src=x onerror=alert(1)>"
 """A text that would run a script, if a page did not escape it."""
 
 # by id in the suite: accuracy, adapter parameters, head parameters, peak in MiB, ms per step
