@@ -69,12 +69,15 @@ function remember(name, value) {
 
 function followHash() {
   if (!location.hash.startsWith("#?")) {
-    // A link to a row that a filter hides: show all rows.
     const row = document.querySelector("tr:target"), table = row?.closest("table.sortable");
-    if (!table || row.checkVisibility()) return;
-    state.delete(`${table.id}.filter`);
-    filter(table, "");
+    if (!table) return;
+    if (!row.checkVisibility()) {
+      state.delete(`${table.id}.filter`);
+      filter(table, "");
+    }
+    // The row comes into view in the table, then the table with its head in the window.
     row.scrollIntoView();
+    table.closest(".scroll").scrollIntoView();
     return;
   }
   state = new URLSearchParams(location.hash.slice(2));

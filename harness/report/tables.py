@@ -140,7 +140,10 @@ def memory(facts: RunFacts) -> Table:
     """
     phases = dict.fromkeys(p.name for r in facts.latest.values() for p in r.phases)
     names = sorted(phases, key=lambda name: name != "train")
-    peaks = [column(f"Peak: {name}, MiB", f"highest memory in the phase “{name}”") for name in names]
+    peaks = [
+        column(f"Peak: {name}, MiB", f"highest memory in the phase “{name}”; on a CPU, imports included")
+        for name in names
+    ]
     columns = [
         *peaks[:1],
         column("After imports, MiB", "memory of the process before the model was loaded"),

@@ -183,6 +183,7 @@ def test_a_link_to_a_row_that_a_filter_hides_shows_the_row(show: Open, report: P
         shown.page.locator(f"#memory a[href='#cell-{FUSED}']").click()
         shown.page.wait_for_function("id => document.getElementById(id).checkVisibility()", arg=f"cell-{FUSED}")
         assert shown.in_view(f"#cell-{FUSED}")
+        assert shown.in_view("#cells thead")
         assert shown.page.locator("[data-filter=cells]").input_value() == ""
         assert shown.count("cells") == "10 rows"
 
