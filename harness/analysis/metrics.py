@@ -135,7 +135,7 @@ TRAINABLE = Metric(
 ACCURACY = Metric(
     name="accuracy", unit="share", kind="score", better="higher", read=_measured("accuracy", "value"),
     meaning="share of correct test items of one training run; the Record names the kind of its interval",
-    why_missing=lambda _: "not scored", heading="Accuracy", terminal_heading="accuracy", column="accuracy",
+    why_missing=lambda _: "not scored", heading="Accuracy, %", terminal_heading="accuracy", column="accuracy",
     history="accuracy",
 )  # fmt: skip
 COUNTED_PEAK = _counted(

@@ -101,7 +101,15 @@ def _matrix(report: CheckReport) -> dict[str, Any]:
         groups.setdefault(target, []).append(row)
     columns = [column(dtype, number=False) for dtype in dtypes]
     caption = "Implementations by method or operation and dtype"
-    return grouped("matrix", caption, columns, groups.items(), first="Implementation")
+    return grouped(
+        "matrix",
+        caption,
+        columns,
+        groups.items(),
+        first="Implementation",
+        by="Method or operation",
+        file="check-matrix",
+    )
 
 
 def _field(tried: list[CheckOutcome]) -> dict[str, Any]:
@@ -110,13 +118,13 @@ def _field(tried: list[CheckOutcome]) -> dict[str, Any]:
         return unmeasured("no case in this dtype")
     status, colour = worst.status, tone(worst.status)
     if status is CheckStatus.PASS:
-        small = "" if worst.share is None else f"{worst.share:.2f}"
-        return field(f"{icon(status)} pass", worst.share or 0.0, small=small, tone=colour)
+        if worst.share is None:
+            return field(f"{icon(status)} pass", "pass", tone=colour)
+        small = f"{worst.share:.2f}"
+        return field(f"{icon(status)} pass", f"pass {small}", small=small, tone=colour, more={"share": worst.share})
     if status in (CheckStatus.FAIL, CheckStatus.KNOWN_DEFECT):
-        # The value sorts the column. A pass has its share (at most 1); a failure sorts above it, by the number of
-        # failures.
         small = f"{worst.count} of {worst.total}"
-        return field(f"{icon(status)} {status.value}", 1.0 + worst.count, small=small, tone=colour)
+        return field(f"{icon(status)} {status.value}", f"{status.value} {small}", small=small, tone=colour)
     return field(status.value, None, tone=colour, why=_reasons(tried))
 
 

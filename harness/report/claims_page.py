@@ -10,13 +10,26 @@ from typing import Any
 from harness.analysis.grouping import group
 from harness.claims.judge import MEANING, ClaimVerdict, JudgedClaim
 from harness.report import html
-from harness.report.formatting import DASH
+from harness.report.formatting import DASH, Field, field
+from harness.report.table_model import Table, column, grouped
 from harness.report.tones import badge
 
 LEDGER = "claims.html.j2"
 HEADLINES = "headlines.html.j2"
 _WAYS = ("by arithmetic", "on a GPU", "by a rehearsal", "by training")
 """Columns of the headlines: the ways to decide a claim."""
+_COLUMNS: Sequence[tuple[str, str, str, str]] = (
+    ("Verdict", "whether our number is the printed one; see Terms below", "verdict", ""),
+    ("Statement", "the claim as one sentence", "sentence", "wrap"),
+    ("Printed", "the number or the words of the paper", "printed", "narrow"),
+    ("Our number", "the number that was computed here", "ours", "narrow"),
+    ("Rule other than rounding", "when our number counts as the printed one, unless by rounding", "rule", "narrow"),
+    ("Convention or reason", "what the verdict depends on, or why there is none", "under_or_why", "wrap"),
+    ("Source", "place in the paper", "section", ""),
+    ("Tier", "what the claim needs; see Terms below", "tier", ""),
+    ("Arithmetic", "how our number was computed", "how", "wrap code"),
+)
+"""Columns of the claims: heading, explanation, key of the text in a row, and style."""
 _TONES = {ClaimVerdict.REPRODUCED: "good", ClaimVerdict.NOT_REPRODUCED: "bad", ClaimVerdict.NOT_RUN: "quiet"}
 
 
@@ -48,11 +61,31 @@ def build(rows: Sequence[JudgedClaim], software: Mapping[str, str]) -> dict[str,
         "ways": _WAYS,
         "findings": [_row(one) for one in findings],
         "papers": [
-            {"name": name, "version": claims[0].version, "rows": [_row(one) for one in claims]}
+            {"name": name, "version": claims[0].version, "table": _table(name, [_row(one) for one in claims])}
             for name, claims in papers.items()
         ],
         "software": software,
     }
+
+
+def _table(paper: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of the claims of one paper."""
+    columns = [column(label, title, number=False) for label, title, *_ in _COLUMNS]
+    shown = [
+        {"name": row["id"], "title": "", "anchor": row["id"], "record": "", "href": "", "fields": _fields(row)}
+        for row in rows
+    ]
+    return grouped(
+        f"table-{paper}", f"Claims of {paper}", columns, [("", shown)], first="Claim", file=f"claims-{paper}"
+    )
+
+
+def _fields(row: Mapping[str, Any]) -> list[Field]:
+    verdict = row["badge"]
+    return [
+        field(f"{verdict['icon']} {verdict['word']}", verdict["word"], tone=verdict["tone"]),
+        *(field(row[key], row[key], tone=style) for *_, key, style in _COLUMNS[1:]),
+    ]
 
 
 def _way(row: JudgedClaim) -> str:
@@ -81,6 +114,8 @@ def _row(row: JudgedClaim) -> dict[str, Any]:
         "ours": row.ours or DASH,
         "rule": "not recorded" if row.rule is None else row.rule,
         "got": row.got or "not computed here",
+        "under_or_why": row.under or row.why,
+        "how": readings[0]["how"] if readings else "",
         "badge": _badge(row.verdict),
         "readings": readings,
     }

@@ -111,7 +111,7 @@ def _edges(edges: tuple[GpuState | None, GpuState | None], name: str, scale: flo
     if end is None:
         return unmeasured("the driver does not report it")
     before = f"[{start * scale:,.0f}]" if start is not None else ""
-    return field(f"{end * scale:,.0f}", end, small=before)
+    return field(f"{end * scale:,.0f}", end, small=before, more={"start": start} if start is not None else None)
 
 
 def _throttled(edges: tuple[GpuState | None, GpuState | None]) -> Field:

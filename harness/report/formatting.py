@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from harness.analysis.ranking import Score
@@ -16,14 +17,23 @@ GIB = 1024 * MIB
 
 Field = dict[str, Any]
 """Content of a table cell. `text` is shown, with `small` print beside it, in the colour `tone`. The table sorts by
-`value`, which is None for a missing value. `flag` is a short warning, and `why` is the tooltip."""
+`value`, which is None for a missing value. `flag` is a short warning, and `why` is the tooltip. `more` has further columns
+of the CSV file: a number in the unit of `value`, or a text, by name."""
 
 
 def field(
-    text: str, value: float | str | None, *, small: str = "", why: str = "", tone: str = "", flag: str = ""
+    text: str,
+    value: float | str | None,
+    *,
+    small: str = "",
+    why: str = "",
+    tone: str = "",
+    flag: str = "",
+    more: Mapping[str, float | str] | None = None,
 ) -> Field:
     """Return a field with these contents; see `Field`."""
-    return {"text": text, "value": value, "small": small, "why": why, "tone": tone, "flag": flag}
+    details = dict(more or {})
+    return {"text": text, "value": value, "small": small, "why": why, "tone": tone, "flag": flag, "more": details}
 
 
 def unmeasured(why: str) -> Field:
@@ -102,6 +112,11 @@ def accuracy(a: Accuracy | Score) -> str:
 def interval(a: Accuracy | Score) -> str:
     """Format the interval of an accuracy, in per cent."""
     return f"[{100 * a.low:.1f}, {100 * a.high:.1f}]"
+
+
+def ends(x: Accuracy | Score | Median) -> dict[str, float]:
+    """Return the ends of an interval by name, for `more` of a field. If there is no interval, return an empty dict."""
+    return {} if x.low is None or x.high is None else {"low": x.low, "high": x.high}
 
 
 def median_ms(m: Median) -> str:

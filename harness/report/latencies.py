@@ -108,7 +108,8 @@ def _shown(latency: Latency | None, refused: str = "") -> Field:
     tail = percentile(latency.seconds, 0.95)
     small = formatting.median_ms(m) + (f" p95 {formatting.milliseconds(tail)}" if tail is not None else "")
     why = f"{m.count} samples; {_percentiles(latency)}"
-    return field(formatting.milliseconds(m.value), m.value, small=small, why=why)
+    more = formatting.ends(m) | ({"p95": tail} if tail is not None else {})
+    return field(formatting.milliseconds(m.value), m.value, small=small, why=why, more=more)
 
 
 def _percentiles(latency: Latency) -> str:

@@ -42,10 +42,12 @@ def _of_accuracy(record: Record) -> dict[str, Any]:
     if a is None:
         return {}
     why = f"{a.metric}, {a.interval}, scored by {a.scored_by}"
+    more: dict[str, float | str] = {**formatting.ends(a)}
     if a.cut_items:
         limit = record.cell.training.max_tokens
         why += f"; {a.cut_items:,} of {len(a.items):,} items were longer than {limit} tokens, and cut"
-    return {"small": formatting.interval(a), "why": why}
+        more["truncated"] = f"{a.cut_items} of {len(a.items)} items"
+    return {"small": formatting.interval(a), "why": why, "more": more}
 
 
 def _of_rate(record: Record) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def _of_step(record: Record) -> dict[str, Any]:
         return rate
     step = measurements.step_time(training)
     why = "; ".join(filter(None, [f"{step.count} steps", rate["why"]]))
-    return rate | {"small": formatting.median_ms(step), "why": why}
+    return rate | {"small": formatting.median_ms(step), "why": why, "more": formatting.ends(step)}
 
 
 _DETAILS: dict[str, Callable[[Record], dict[str, Any]]] = {

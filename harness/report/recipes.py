@@ -23,11 +23,11 @@ def over_seeds(facts: RunFacts) -> Table | None:
     """
     columns = [
         column("Seeds", "number of scored training runs", key="seeds"),
-        column("Accuracy", f"mean over the seeds; brackets: {INTERVAL}", key="accuracy"),
-        column("Between seeds", "standard deviation of the accuracies of the runs, in points"),
-        column("Each run", "accuracies in the order of the seeds", number=False),
+        column("Accuracy, %", f"mean over the seeds; brackets: {INTERVAL}", key="accuracy"),
+        column("Between seeds, points", "standard deviation of the accuracies of the runs"),
+        column("Each run, %", "accuracies in the order of the seeds", number=False),
         column(
-            "Against the best",
+            "Against the best, points",
             "among recipes with an equal budget; t test of paired items plus seeds, Holm-adjusted",
             key="rank",
         ),
@@ -42,7 +42,8 @@ def over_seeds(facts: RunFacts) -> Table | None:
         if (rows := [_recipe(facts, g, e) for e in g.entries if len(e.records) > 1])
     ]
     caption = "Means over seeds"
-    return grouped(f"{facts.prefix}recipes", caption, columns, groups, first="Recipe") if groups else None
+    file = f"{facts.run.manifest.run}-recipes"
+    return grouped(f"{facts.prefix}recipes", caption, columns, groups, first="Recipe", file=file) if groups else None
 
 
 def _recipe(facts: RunFacts, g: Group, e: RankingEntry) -> Table:
@@ -56,7 +57,7 @@ def _recipe(facts: RunFacts, g: Group, e: RankingEntry) -> Table:
         field(str(len(accuracies)), len(accuracies), why=f"seeds {seeds}"),
         _accuracy(e.score) | {"why": e.score.means},
         field(f"{100 * stdev(accuracies):.1f}", stdev(accuracies)),
-        field(" ".join(f"{100 * value:.1f}" for value in accuracies), None),
+        _text(" ".join(f"{100 * value:.1f}" for value in accuracies)),
         standing_field(e) if g.is_ranking else alone,
         field(f"{trainable:,}", trainable),
         _over(e.records, metrics.PEAK_ABOVE_IMPORTS.read, _mebibytes, "no peak of training"),
@@ -75,7 +76,12 @@ def _row(facts: RunFacts, name: str, title: str, cell_id: str, record: str, *fie
 
 
 def _accuracy(score: Score) -> Field:
-    return field(formatting.percent(score.value), score.value, small=formatting.interval(score))
+    more = formatting.ends(score)
+    return field(formatting.percent(score.value), score.value, small=formatting.interval(score), more=more)
+
+
+def _text(text: str) -> Field:
+    return field(text, text or None)
 
 
 def _over(
@@ -94,8 +100,11 @@ def _over(
     values = [x for r in records if (x := value(r)) is not None]
     if refused or not values:
         return unmeasured(refused or missing)
-    small = f"[{write(min(values))}, {write(max(values))}]" if ends else ""
-    return field(write(median(values)), median(values), small=small)
+    shown = field(write(median(values)), median(values))
+    if not ends:
+        return shown
+    low, high = min(values), max(values)
+    return shown | {"small": f"[{write(low)}, {write(high)}]", "more": {"lowest": low, "highest": high}}
 
 
 def searched(facts: RunFacts) -> Table | None:
@@ -107,7 +116,7 @@ def searched(facts: RunFacts) -> Table | None:
     columns = [
         column("Chosen", "learning rate of the ranked Cells"),
         *(
-            column(f"{rate:g}", "accuracy with this learning rate, on test items that no ranking uses")
+            column(f"{rate:g}, %", "accuracy with this learning rate, on test items that no ranking uses")
             for rate in rates
         ),
         column("Band, points", "highest minus lowest accuracy over the learning rates: the effect of the choice"),
@@ -122,13 +131,14 @@ def searched(facts: RunFacts) -> Table | None:
         row = _row(
             facts, facts.recipes[first.recipe_id] if len(search.cells) == 1 else search.tuning.entry,
             f"{len(search.cells)} ranked Cells of {search.tuning.entry}", tried, tried,
-            field(" ".join(f"{t.lr:g}" for t in search.tries if t.chosen), None),
+            _text(" ".join(f"{t.lr:g}" for t in search.tries if t.chosen)),
             *(_tried(by_rate.get(rate)) for rate in rates),
             unmeasured("fewer than two were scored") if band is None else field(f"{100 * band:.1f}", band),
-            field(_choice(search), None, tone="bad" if search.better else ""),
+            _text(_choice(search)) | {"tone": "bad" if search.better else ""},
         )  # fmt: skip
         groups.setdefault(f"{first.model} · {first.task}", []).append(row)
-    return grouped(f"{facts.prefix}tuning", "Accuracy by learning rate", columns, groups.items(), first="Recipe")
+    caption, file = "Accuracy by learning rate", f"{facts.run.manifest.run}-tuning"
+    return grouped(f"{facts.prefix}tuning", caption, columns, groups.items(), first="Recipe", file=file)
 
 
 def _tried(t: tuning.Try | None) -> Field:

@@ -101,26 +101,28 @@ def _table(base: RunFacts, new: RunFacts, number: int) -> Table | None:
     ]  # fmt: skip
     if not rows:
         return None
-    title = f"{base.run.manifest.run} → {new.run.manifest.run}"
-    return grouped(f"pair-{number}-table", "Two runs side by side", list(_columns()), [(title, rows)])
+    runs = base.run.manifest.run, new.run.manifest.run
+    groups, file = [(" → ".join(runs), rows)], "-and-".join(runs)
+    caption = "Two runs side by side"
+    return grouped(f"pair-{number}-table", caption, list(_columns()), groups, by="Runs", file=file)
 
 
 def _columns() -> Iterator[Column]:
     about = {
-        "Accuracy, %": "share of correct test items",
-        "Peak, MiB": "highest memory in training without that of the imports",
-        "Step, ms": "median of the steady steps; `gate --pairs` judges times, a report shows them",
-        "Merged, ms": "median latency of the merged model, of the first kind of pass that both runs timed",
+        ("Accuracy", "%", "points"): "share of correct test items",
+        ("Peak", "MiB", "%"): "highest memory in training without that of the imports",
+        ("Step", "ms", "%"): "median of the steady steps; `gate --pairs` judges times, a report shows them",
+        ("Merged", "ms", "%"): "median latency of the merged model, of the first kind of pass that both runs timed",
     }
-    for label, title in about.items():
-        yield column(f"{label}: first", title)
-        yield column("second", title)
-        yield column("change", title)
+    for (label, unit, of_change), title in about.items():
+        yield column(f"{label}: first, {unit}", title)
+        yield column(f"{label}: second, {unit}", title)
+        yield column(f"{label}: change, {of_change}", title)
 
 
 def _fields(base: Record, new: Record) -> Iterator[Field]:
     for read, write, change in (
-        (metrics.ACCURACY.read, lambda x: f"{100 * x:.1f}", lambda a, b: f"{100 * (b - a):+.1f}"),
+        (metrics.ACCURACY.read, lambda x: f"{100 * x:.1f}", lambda one, other: other - one),
         (metrics.PEAK_ABOVE_IMPORTS.read, lambda x: formatting.mebibytes(round(x)), _relative),
         (metrics.STEP.value, formatting.milliseconds, _relative),
     ):
@@ -134,16 +136,19 @@ def _three(
     one: float | None,
     other: float | None,
     write: Callable[[float], str],
-    change: Callable[[float, float], str],
+    change: Callable[[float, float], float | None],
 ) -> Iterator[Field]:
     for value in (one, other):
         yield unmeasured("not measured") if value is None else field(write(value), value)
-    both = one is not None and other is not None
-    yield field(change(one, other), other - one) if both else unmeasured("only one run has it")  # type: ignore[arg-type,operator]
+    if one is None or other is None:
+        yield unmeasured("only one run has it")
+    else:
+        changed = change(one, other)
+        yield unmeasured("the first is 0") if changed is None else field(f"{100 * changed:+.1f}", changed)
 
 
-def _relative(one: float, other: float) -> str:
-    return f"{100 * (other / one - 1):+.1f} %" if one else formatting.DASH
+def _relative(one: float, other: float) -> float | None:
+    return other / one - 1 if one else None
 
 
 def _merged(record: Record) -> dict[tuple[str, int, int], float]:

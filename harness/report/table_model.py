@@ -8,18 +8,22 @@ from typing import Any
 from harness.analysis.run_facts import RunFacts
 from harness.records.record import Cell, Measurements, Record
 from harness.report import links
-from harness.report.formatting import Field
+from harness.report.formatting import MIB, Field
 
 Table = dict[str, Any]
 Column = dict[str, Any]
+_SCALES = {"MiB": 1 / MIB, "ms": 1e3, "MHz": 1e-6, "%": 100, "points": 100}
+"""What the value of a field, in its base unit, is multiplied by in a column with this unit. Other units are base units."""
 
 
 def column(label: str, title: str = "", *, number: bool = True, key: str = "") -> Column:
     """Return the head of a column.
 
-    title: its tooltip. key: name by which other code finds the column's fields; empty if no code needs them.
+    label: its heading; if the column has a unit, the heading ends in a comma and the unit. title: explanation of the
+    column. key: name by which other code finds the column's fields; empty if no code needs them.
     """
-    return {"label": label, "title": title, "number": number, "key": key}
+    scale = _SCALES.get(label.rpartition(", ")[2], 1)
+    return {"label": label, "title": title, "number": number, "key": key, "scale": scale}
 
 
 def table(
@@ -41,7 +45,9 @@ def table(
         anchor = links.anchor(facts, cell.cell_id) if anchored else ""
         row = {**links.row(facts, cell), "fields": fields, "anchor": anchor}
         groups.setdefault(f"{cell.model} · {cell.task}", []).append(row)
-    return grouped(f"{facts.prefix}{key}", caption, columns, groups.items(), notes=notes)
+    return grouped(
+        f"{facts.prefix}{key}", caption, columns, groups.items(), file=f"{facts.run.manifest.run}-{key}", notes=notes
+    )
 
 
 def grouped(
@@ -50,12 +56,21 @@ def grouped(
     columns: list[Column],
     groups: Iterable[tuple[str, list[Table]]],
     *,
+    file: str,
     first: str = "Cell",
+    by: str = "Model · task",
     notes: Sequence[str] = (),
 ) -> Table:
-    """Return a table. groups: the title and the rows of each group. first: heading of the first column."""
+    """Return a table.
+
+    groups: the title and the rows of each group; a group with an empty title has no row for its title. file: name of the
+    CSV file, without the suffix. first: heading of the first column. by: what the titles of the groups are.
+    """
     shown = [{"title": title, "rows": rows} for title, rows in groups]
-    return {"id": key, "caption": caption, "first": first, "columns": columns, "groups": shown, "notes": list(notes)}
+    return {
+        "id": key, "caption": caption, "file": file, "first": first, "by": by, "columns": columns, "groups": shown,
+        "notes": list(notes),
+    }  # fmt: skip
 
 
 def by_key(columns: Sequence[Column], fields: Sequence[Field]) -> dict[str, Field]:

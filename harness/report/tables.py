@@ -37,7 +37,7 @@ def comparison(facts: RunFacts) -> Table:
         columns.append(column(metric.heading, metric.meaning, key=metric.name))
         if metric is metrics.ACCURACY:
             title = "among Cells with an equal budget; paired on the same items if there is a p value"
-            columns.append(column("Against the best", title))
+            columns.append(column("Against the best, points", title))
     columns.append(column("Record", number=False))
     rows = ((cell, list(_fields(facts, cell))) for cell in facts.run.manifest.cells)
     notes = [*_unreferenced_note(facts), *_busy_note(facts)]
@@ -97,11 +97,13 @@ def _status(facts: RunFacts, cell: Cell) -> Field:
     failed = failed_checks.failed(record) if record else []
     if failed and status == "ok":
         count = plural(len(failed), "failed check")
-        return field(f"{icon('fail')} ok, {count}", status, why=", ".join(c.check for c in failed), tone=tone("fail"))
+        why = ", ".join(c.check for c in failed)
+        return field(f"{icon('fail')} ok, {count}", status, why=why, tone=tone("fail"), more={"failed checks": why})
     text, why = status, "" if status == "ok" else facts.why_unmeasured(cell)
+    more = {"reason": why} if why else {}
     if status == "ok" and record and (no_reference := failed_checks.unreferenced(record)):
-        text, why = "ok, no reference", no_reference
-    return field(f"{icon(status)} {text}", status, why=why, tone=tone(status))
+        text, why, more = "ok, no reference", no_reference, {"reason": "no reference"}
+    return field(f"{icon(status)} {text}", status, why=why, tone=tone(status), more=more)
 
 
 def _standing(facts: RunFacts, cell: Cell) -> Field:
@@ -120,50 +122,66 @@ def _standing(facts: RunFacts, cell: Cell) -> Field:
 def standing_field(entry: RankingEntry) -> Field:
     """Return the field that shows whether an entry is the best, tied with the best, or below it."""
     if entry.standing == "best":
-        return field("best", 0.0, tone="good")
+        return field("best", 0.0, tone="good", more={"standing": "best"})
     why = "the test items are not the same, so only the intervals are compared"
+    more: dict[str, str] = {"standing": entry.standing}
     if entry.p is not None:
         seeds = len(entry.records)
         test = f"t test of the means over {seeds} seeds" if seeds > 1 else "exact McNemar test of these two checkpoints"
         why = f"{formatting.probability(entry.p)}, {test}, Holm-adjusted"
-    return field(entry.standing, entry.difference, small=formatting.points(entry.difference), why=why)
+        more["p"] = f"{entry.p:.3g}"
+    return field(entry.standing, entry.difference, small=formatting.points(entry.difference), why=why, more=more)
 
 
 def memory(facts: RunFacts) -> Table:
-    """Return the memory table. It shows, for each Cell, the bytes of its tensors and the peak memory in every phase."""
-    names = list(dict.fromkeys(p.name for r in facts.latest.values() for p in r.phases))
+    """Return the memory table. It shows, for each Cell, the bytes of its tensors and the peak memory in every phase.
+
+    The peak of training comes first.
+    """
+    phases = dict.fromkeys(p.name for r in facts.latest.values() for p in r.phases)
+    names = sorted(phases, key=lambda name: name != "train")
+    peaks = [
+        column(f"Peak: {name}, MiB", f"highest memory in the phase “{name}”; on a CPU, imports included")
+        for name in names
+    ]
     columns = [
-        column("After imports", "memory of the process before the model was loaded"),
-        *(column(name, f"sum over tensors; {_EXPECTED}") for name in ("Weights", "Adapter", "Gradients", "Optimizer")),
+        *peaks[:1],
+        column("After imports, MiB", "memory of the process before the model was loaded"),
+        *(
+            column(f"{name}, MiB", f"sum over tensors; {_EXPECTED}")
+            for name in ("Weights", "Adapter", "Gradients", "Optimizer")
+        ),
         column(
-            "Other in training",
-            "training peak minus the columns to the left: activations, buffers, overhead of the allocator; after ≈ the "
+            "Other in training, MiB",
+            "training peak minus the five columns to the left: activations, buffers, overhead of the allocator; after ≈ the "
             "prediction for activations and logits of the longest texts, or for the optimizer step if it needs more",
         ),
         column(
-            "Tensors in a step",
+            "Tensors in a step, MiB",
             "counted memory of tensors at one time in a training step; on a CPU in one more step after the training, "
             "which includes the SVD of GaLore only if that step computes one; after ≈ the same step on fake tensors, "
             f"flagged if they differ by more than {FOOTPRINT_LEDGER:.0%}",
         ),
-        *(column(f"Peak: {name}", f"highest memory in the phase “{name}”") for name in names),
+        *peaks[1:],
         column("Source", "method of measuring the peaks", number=False),
     ]
-    return table(facts, "memory", "Memory, MiB", columns, _memory_rows(facts, names))
+    return table(facts, "memory", "Memory", columns, _memory_rows(facts, names))
 
 
 def _memory_rows(facts: RunFacts, phases: list[str]) -> Iterator[tuple[Cell, list[Field]]]:
     for record, m in measured(facts):
         peaks = {p.name: p.peak_memory_B for p in record.phases}
+        shown = [_bytes(peaks.get(name), "no such phase, or no peak of it") for name in phases]
         yield (
             record.cell,
             [
+                *shown[:1],
                 _bytes(m.memory.baseline_B),
                 *(_with_prediction(m.memory, part) for part in ("weights", "adapter", "gradients")),
                 _with_host(m.memory),
                 _rest(record, m.memory),
                 _in_step(m.memory),
-                *(_bytes(peaks.get(name), "no such phase, or no peak of it") for name in phases),
+                *shown[1:],
                 field(m.memory.source, m.memory.source),
             ],
         )
@@ -184,6 +202,7 @@ def _with_prediction(memory: Memory, part: str, counted: int | None = None) -> F
         "small": f"≈ {formatting.mebibytes(expected)}",
         "why": f"predicted {expected:,} B, counted {size:,} B",
         "flag": "not as predicted" if off else "",
+        "more": {"predicted": expected},
     }
 
 
@@ -207,7 +226,8 @@ def _with_host(memory: Memory) -> Field:
     host = f"{memory.optimizer_host_B:,} B more in the host's memory"
     host += f", predicted {expected:,} B" if memory.predicted else ""
     small = f"{shown['small']}, + {formatting.mebibytes(memory.optimizer_host_B)} on the host".removeprefix(", ")
-    return shown | {"small": small, "why": "; ".join(filter(None, [shown["why"], host]))}
+    more = shown["more"] | {"on the host": memory.optimizer_host_B}
+    return shown | {"small": small, "why": "; ".join(filter(None, [shown["why"], host])), "more": more}
 
 
 def _rest(record: Record, memory: Memory) -> Field:
@@ -217,9 +237,13 @@ def _rest(record: Record, memory: Memory) -> Field:
         return unmeasured("no peak of a training phase")
     counted = memory.baseline_B + memory.weights_B + memory.adapter_B + memory.gradients_B + memory.optimizer_B
     predicted = memory.predicted
-    known = predicted is not None and predicted.activations_B is not None
-    small = f"≈ {formatting.mebibytes(predicted.passing_B)}" if predicted and known else ""
-    return _bytes(peak - counted) | {"small": small}
+    shown = _bytes(peak - counted)
+    if predicted is None or predicted.activations_B is None:
+        return shown
+    return shown | {
+        "small": f"≈ {formatting.mebibytes(predicted.passing_B)}",
+        "more": {"predicted": predicted.passing_B},
+    }
 
 
 def _bytes(size: int | None, missing: str = "") -> Field:

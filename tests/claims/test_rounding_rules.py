@@ -59,7 +59,7 @@ def test_the_rule_stands_beside_ours(
         shown = page.read_text()
         # Quotes and signs are escaped on the page; what is printed is told before ours.
         assert f"; we get {ours}x{said}" in shown
-        assert f'<td class="wrap" data-v="{rule}">{rule}</td>' in shown or headlines
+        assert f'<td class="narrow" data-v="{rule}">{rule}</td>' in shown or headlines
 
 
 @pytest.mark.parametrize("schema", [1, 2])
@@ -75,7 +75,7 @@ def test_a_ledger_without_rules_is_read_and_does_not_pass_for_rounding(
     said = capsys.readouterr().out
     assert "we get 6.857x  [t]" in said
     assert table.NO_RULES in said
-    assert '<td class="wrap" data-v="not recorded">not recorded</td>' in page.read_text()
+    assert '<td class="narrow" data-v="not recorded">not recorded</td>' in page.read_text()
     assert main(["claims", "--show", str(file), "--json"]) == Exit.PASS
     assert json.loads(capsys.readouterr().out)["claims"][0]["rule"] is None
 

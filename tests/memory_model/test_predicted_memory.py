@@ -146,10 +146,10 @@ def ledger(record: Record, folder: Path) -> dict[str, dict[str, Any]]:
 )
 def test_the_ledger_warns_where_prediction_and_count_part(change: int, flag: str, tmp_path: Path) -> None:
     figures = ledger(beside(change), tmp_path)
-    assert figures["Weights"]["flag"] == flag
-    assert figures["Weights"]["small"].startswith("≈ ")
-    assert [figures[name]["flag"] for name in ("Adapter", "Gradients", "Optimizer")] == [""] * 3
-    assert figures["Other in training"]["small"] == "≈ 3.00"
+    assert figures["Weights, MiB"]["flag"] == flag
+    assert figures["Weights, MiB"]["small"].startswith("≈ ")
+    assert [figures[name]["flag"] for name in ("Adapter, MiB", "Gradients, MiB", "Optimizer, MiB")] == [""] * 3
+    assert figures["Other in training, MiB"]["small"] == "≈ 3.00"
 
 
 def test_what_an_optimizer_keeps_on_the_host_is_said_beside_it(tmp_path: Path) -> None:
@@ -164,10 +164,10 @@ def test_what_an_optimizer_keeps_on_the_host_is_said_beside_it(tmp_path: Path) -
     ):
         paged = memory.model_copy(update={"predicted": predicted, "optimizer_host_B": 3 * recorded_run.MIB})
         changed = good.model_copy(update={"measurements": good.measurements.model_copy(update={"memory": paged})})
-        shown = ledger(changed, tmp_path / str(predicted is None))["Optimizer"]
+        shown = ledger(changed, tmp_path / str(predicted is None))["Optimizer, MiB"]
         assert shown["small"].endswith(small)
         assert shown["why"].endswith(why)
-    assert "host" not in ledger(good, tmp_path / "none")["Optimizer"]["small"]
+    assert "host" not in ledger(good, tmp_path / "none")["Optimizer, MiB"]["small"]
 
 
 def test_of_activations_and_the_optimizers_step_the_larger_is_shown(tmp_path: Path) -> None:
@@ -177,16 +177,16 @@ def test_of_activations_and_the_optimizers_step_the_larger_is_shown(tmp_path: Pa
     expected = good.measurements.memory.predicted.model_copy(update={"step_B": 5 * recorded_run.MIB})
     memory = good.measurements.memory.model_copy(update={"predicted": expected})
     changed = good.model_copy(update={"measurements": good.measurements.model_copy(update={"memory": memory})})
-    assert ledger(changed, tmp_path)["Other in training"]["small"] == "≈ 5.00"
+    assert ledger(changed, tmp_path)["Other in training, MiB"]["small"] == "≈ 5.00"
 
 
 def test_what_tensors_took_in_a_step_is_shown_where_it_was_counted(tmp_path: Path) -> None:
     good = beside(0)
     assert good.measurements is not None
-    assert ledger(good, tmp_path / "none")["Tensors in a step"]["why"] == "not trained, or not counted"
+    assert ledger(good, tmp_path / "none")["Tensors in a step, MiB"]["why"] == "not trained, or not counted"
     memory = good.measurements.memory.model_copy(update={"counted_peak_B": 5 * recorded_run.MIB})
     counted = good.model_copy(update={"measurements": good.measurements.model_copy(update={"memory": memory})})
-    assert ledger(counted, tmp_path / "counted")["Tensors in a step"]["text"] == "5.00"
+    assert ledger(counted, tmp_path / "counted")["Tensors in a step, MiB"]["text"] == "5.00"
 
 
 def test_the_peak_of_a_step_is_shown_beside_the_count(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_the_peak_of_a_step_is_shown_beside_the_count(tmp_path: Path) -> None:
             update={"predicted": expected, "counted_peak_B": 100 * recorded_run.MIB}
         )
         changed = good.model_copy(update={"measurements": good.measurements.model_copy(update={"memory": memory})})
-        shown = ledger(changed, tmp_path / str(len(why)))["Tensors in a step"]
+        shown = ledger(changed, tmp_path / str(len(why)))["Tensors in a step, MiB"]
         assert (shown["text"], shown["small"], shown["flag"]) == ("100", small, flag)
         assert shown["why"].endswith(why)
 
@@ -238,7 +238,7 @@ def test_cells_that_differ_in_seed_or_learning_rate_share_a_step(monkeypatch: py
 
 def test_the_ledger_says_why_nothing_was_predicted(tmp_path: Path) -> None:
     figures = ledger(beside(0, "nobody counted"), tmp_path)
-    assert (figures["Weights"]["small"], figures["Weights"]["why"]) == ("", "not predicted: nobody counted")
+    assert (figures["Weights, MiB"]["small"], figures["Weights, MiB"]["why"]) == ("", "not predicted: nobody counted")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork, which a tie to the parent needs")

@@ -172,4 +172,4 @@ def test_the_table_shows_the_others_as_before(run: store.Run) -> None:
     again = store.read_run(run.path)
     before, after = (view.build([analyse(one)])["runs"][0]["comparison"] for one in (run, again))
     other = run.latest()[recorded_run.cells()["full"].cell_id]
-    assert row(after, other)["Accuracy"] == row(before, other)["Accuracy"]
+    assert row(after, other)["Accuracy, %"] == row(before, other)["Accuracy, %"]

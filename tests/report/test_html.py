@@ -14,13 +14,12 @@ from harness import resources
 from harness.analysis.run_facts import analyse, analyse_all
 from harness.errors import StoreError
 from harness.records import store
-from harness.records.record import Failure, Outcome, Phase, Record, Status
+from harness.records.record import Outcome, Record, Status
 from harness.report import html, sections, terminal, view
 from harness.report.formatting import DASH
 from support import recorded_run
+from support.recorded_run import EVIL
 from support.report_page import Page, row
-
-EVIL = "x</script><img src=x onerror=alert(1)>"
 
 
 @pytest.fixture(scope="module")
@@ -28,26 +27,11 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> store.Run:
     return recorded_run.write_run(tmp_path_factory.mktemp("good") / "run")
 
 
-def _evil_run(folder: Path) -> store.Run:
-    cell = recorded_run.cells()["reference"].model_copy(
-        update={"model": EVIL, "implementation": EVIL, "task": EVIL, "config": {"rank": EVIL}}
-    )
-    good = recorded_run.record("reference", cell).model_copy(update={"notes": [EVIL]})
-    other = recorded_run.record("fused", cell.model_copy(update={"seed": 1}))
-    failure = Failure(kind=EVIL, message=EVIL, traceback=EVIL, phase=EVIL)
-    bad = recorded_run.failed(other, because=EVIL, failure=failure, phases=[Phase(name=EVIL, seconds=1.0)])
-    return recorded_run.write_run(
-        folder, only=["head"], cells=[cell, other.cell], change=lambda *_: None, extra=[good, bad],
-        title=EVIL, about=EVIL, argv=[EVIL], suite_file=EVIL, suite_text=EVIL,
-        environment=recorded_run.environment(machine={EVIL: EVIL}),
-    )  # fmt: skip
-
-
 # ---- the page is inert, whole and offline
 
 
 def test_hostile_names_and_messages_are_inert(tmp_path: Path) -> None:
-    page = Page(html.render([analyse(_evil_run(tmp_path / "r"))]))
+    page = Page(html.render([analyse(recorded_run.write_hostile_run(tmp_path / "r"))]))
     assert not [tag for tag, _ in page.tags if tag in ("img", "iframe", "object", "embed", "link", "base", "form")]
     assert len(page.raw["script"]) == 2
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on") or name == "style"]
@@ -196,7 +180,7 @@ def test_the_number_of_cut_test_items_is_shown_with_the_limit(good: store.Run, t
     texts = {group["budget"].partition(" test items")[2].partition(",")[0] for group in built["groups"]}
     assert texts == {" (312 of them cut)", ""}
     fused = row(built["comparison"], run.latest()[recorded_run.cells()["fused"].cell_id])
-    assert fused["Accuracy"]["why"].endswith("; 312 of 1,000 items were longer than 40 tokens, and cut")
+    assert fused["Accuracy, %"]["why"].endswith("; 312 of 1,000 items were longer than 40 tokens, and cut")
     assert "cut" not in "".join(group["budget"] for group in view.build([analyse(good)])["runs"][0]["groups"])
 
 
@@ -225,12 +209,12 @@ def test_a_missing_value_is_a_dash_with_its_reason(tmp_path: Path) -> None:
     built = view.build([analyse(run)])["runs"][0]
     by_name = {n: run.latest()[c.cell_id] for n, c in recorded_run.cells().items()}
     for record, column, why in (
-        (by_name["full"], "Accuracy", "oom: no room"),
+        (by_name["full"], "Accuracy, %", "oom: no room"),
         (by_name["zero-shot"], "Peak, MiB", "not trained"),
         (by_name["zero-shot"], "Tokens/s", "not trained"),
         (
             by_name["float64"],
-            "Against the best",
+            "Against the best, points",
             "no other recipe has this budget, these seeds and this number of learning rates tried",
         ),
     ):
@@ -251,7 +235,7 @@ def test_the_numbers_are_those_of_the_records(good: store.Run) -> None:
     built = view.build([analyse(good)])
     shown = row(built["runs"][0]["comparison"], record)
     assert shown["Trainable"]["value"] == record.measurements.parameters.trainable
-    assert shown["Accuracy"]["text"] == "81.0 %"
+    assert shown["Accuracy, %"]["text"] == "81.0 %"
     assert shown["Peak, MiB"]["text"] == "396"  # 806 less 410 of the imports
     steady = slice(training.timing_warmup, None)
     assert shown["Tokens/s"]["value"] == sum(training.tokens[steady]) / sum(training.step_seconds[steady])

@@ -34,7 +34,7 @@ def test_equal_runs_have_no_finding(tmp_path: Path) -> None:
     assert found["sentence"] == "10 common Cells: no finding, by the rules of peft-harness gate."
     (group,) = found["table"]["groups"]
     fused = next(row for row in group["rows"] if row["name"].endswith("lora r=8 [fused]"))
-    assert [field["text"] for field in fused["fields"][:6]] == ["81.0", "81.0", "+0.0", "396", "396", "+0.0 %"]
+    assert [field["text"] for field in fused["fields"][:6]] == ["81.0", "81.0", "+0.0", "396", "396", "+0.0"]
 
 
 def test_a_growth_is_a_finding_with_both_values(tmp_path: Path) -> None:

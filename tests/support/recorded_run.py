@@ -36,6 +36,8 @@ from harness.records.record import (
 
 STARTED = "2026-01-05T09:00:00Z"
 MIB = 1024 * 1024
+EVIL = "x'\"></script><img src=x onerror=alert(1)>"
+"""A text that would run a script, if a page did not escape it."""
 
 # by id in the suite: accuracy, adapter parameters, head parameters, peak in MiB, ms per step
 _QUICK: dict[str, tuple[float, int, int, int, float]] = {
@@ -352,3 +354,19 @@ def write_run(
             ),
         )
     return store.read_run(folder)
+
+
+def write_hostile_run(folder: Path) -> store.Run:
+    """Write a run folder in which every text is `EVIL`, and return the run as read from it."""
+    cell = cells()["reference"].model_copy(
+        update={"model": EVIL, "implementation": EVIL, "task": EVIL, "config": {"rank": EVIL}}
+    )
+    first = record("reference", cell).model_copy(update={"notes": [EVIL]})
+    other = record("fused", cell.model_copy(update={"seed": 1}))
+    failure = Failure(kind=EVIL, message=EVIL, traceback=EVIL, phase=EVIL)
+    bad = failed(other, because=EVIL, failure=failure, phases=[Phase(name=EVIL, seconds=1.0)])
+    return write_run(
+        folder, only=["head"], cells=[cell, other.cell], change=lambda *_: None, extra=[first, bad],
+        title=EVIL, about=EVIL, argv=[EVIL], suite_file=EVIL, suite_text=EVIL,
+        environment=environment(machine={EVIL: EVIL}),
+    )  # fmt: skip
