@@ -23,8 +23,8 @@ from harness.records.record import CheckResult
 _SHORT = {"total_steps": 24, "tinit": 4, "tfinal": 5, "delta_t": 3}
 _FIRST_PRUNING = 6
 """The first step of this schedule that prunes."""
-_RESUMED = 13
-"""Step at which a fresh model continues, halfway between the first and the last pruning."""
+_RESUMED = (13, 21)
+"""Steps at which a fresh model continues: halfway between the first and the last pruning, and after the last."""
 _LARGEST = 20_000
 """Adapters with more elements than this are too large for the 24 steps of `check_budget`, which skips them."""
 
@@ -61,7 +61,8 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
     b(t) = target + (start - target) (1 - (t - t_i) / (T - t_f - t_i))^3, rounded down  (eq. 12): at the end target_rank
     per layer on average. Between two prunings lambdas may grow back, as they do here at each step. In float32 and
     float64 the same lambdas are left as in the reference, by the scores of eq. 7. In half precision two lambdas with close
-    scores may change places. Halfway a fresh model continues from `tensors()` and `state()`, as after an interruption.
+    scores may change places. Twice a fresh model continues from `tensors()` and `state()`, as after an
+    interruption.
     """
     if sum(t.numel() for t in subject.added().values()) > _LARGEST:
         return skipped(subject, case, "budget", "the schedule does not depend on the size of an adapter")
@@ -71,13 +72,16 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
     truth = _reference(fresh, "float64")
     problems = []
     for step in range(1, _SHORT["total_steps"] + 1):
-        if step == _RESUMED and any(".exp_avg_ipt_" in name for name in fresh.state()):
+        if step in _RESUMED and any(".exp_avg_ipt_" in name for name in fresh.state()):
             before, fresh = fresh, case.attach_again(**_SHORT) or fresh
             load(fresh.adapted, before.adapted.tensors(), before.state())
+        held = dict(fresh.adapted.tensors())
         for adapted in (fresh.adapted, truth):
             _set_tensors(adapted, DTYPES[subject.dtype], case.generator(salt=100 + step))
             _set_gradients(adapted, case.generator(salt=200 + step), DTYPES[subject.dtype])
             adapted.after_step(step)
+        if any(held.get(name) is not tensor for name, tensor in fresh.adapted.tensors().items()):
+            problems.append(f"after step {step} tensors() has other tensors, which no optimizer knows")
         mine, want = (_unmasked(adapted) for adapted in (fresh.adapted, truth))
         if int(mine.sum()) != int(want.sum()):
             problems.append(

@@ -23,9 +23,10 @@ _HISTORIES = ((5, 2, 2, False), (3, 1, 2, True))
 """Number of steps, update gap and rank of each run, and whether its weights are square. In each run, the subspace is
 refreshed twice after the first step."""
 _LR, _DECAY = 0.1, 0.1
-_STEPS, _WITHOUT_GRADIENT, _CHANGED, _RESUMED = 12, 3, 5, 7
-"""Steps of `check_optimizer`, counted from 0: their number, the one without a gradient, the first one with another learning
-rate and weight decay, and the first one of an optimizer that has loaded the state of the first."""
+_STEPS, _WITHOUT_GRADIENT, _CHANGED, _RESUMED, _BY_CLOSURE = 12, 3, 5, 7, 9
+"""Steps of `check_optimizer`, counted from 0: their number, the step without a gradient, the first step with another
+learning rate and weight decay, the first step of an optimizer that has loaded the state of the old one, and the step whose
+gradients a closure computes."""
 Signs = tuple[float, ...]
 """Sign (1 or -1) of each singular vector. The vectors of P come first, then those of Q."""
 
@@ -67,7 +68,8 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
     """GaLore's own optimizer obeys a training program as the optimizers of torch do.
 
     Twelve steps in one subspace. The learning rate and the weight decay are changed in `param_groups`; one step has no
-    gradient; between two steps the optimizer's state_dict is loaded into a new optimizer. No step changes the gradients.
+    gradient; in one step a closure computes the gradients; between two steps the optimizer's state_dict is loaded into a new
+    optimizer. No step changes the gradients.
     """
     fresh = case.attach_again(rank=2, update_gap=100)
     if fresh is None:
@@ -86,7 +88,7 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
             )
             for step in range(_STEPS)
         ]
-        mine, changed = _steps_of_subject(fresh, tensors, steps, resumed=_RESUMED)
+        mine, changed = _steps_of_subject(fresh, tensors, steps, _RESUMED, _BY_CLOSURE)
         if changed:
             return listed(subject, case, "optimizer", [f"{path}: {one}" for one in changed])
         truth, rounded = (_steps_of_reference(fresh, tensors, steps, d, {}) for d in ("float64", fresh.dtype))
@@ -124,12 +126,17 @@ def _gradient(weight: Tensor, generator: torch.Generator, decay: float) -> Tenso
 
 
 def _steps_of_subject(
-    fresh: Subject, tensors: dict[str, Tensor], steps: Sequence[_Step], resumed: int | None = None
+    fresh: Subject,
+    tensors: dict[str, Tensor],
+    steps: Sequence[_Step],
+    resumed: int | None = None,
+    by_closure: int | None = None,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors after each step, each step taken from the same tensors, and a description of each gradient that a
     step has changed.
 
-    resumed: the first step of a new optimizer, which loads the state of the first one.
+    resumed: the first step of a new optimizer, which loads the state of the first one. by_closure: the step whose gradients
+    a closure sets.
     """
     optimizer = _optimizer(fresh)
     start = {name: t.detach().clone() for name, t in tensors.items()}
@@ -145,8 +152,18 @@ def _steps_of_subject(
         given = {name: gradient.to(tensors[name].dtype) for name, gradient in step.gradients.items()}
         for name, tensor in tensors.items():
             tensor.data.copy_(start[name])
-            tensor.grad = given[name].clone() if name in given else None
-        optimizer.step()
+            tensor.grad = None
+
+        def backward(given: dict[str, Tensor] = given) -> float:
+            for name, gradient in given.items():
+                tensors[name].grad = gradient.clone()
+            return 1.0
+
+        if number == by_closure:
+            optimizer.step(backward)
+        else:
+            backward()
+            optimizer.step()
         seen |= {f"step {number + 1} {name}": t.detach().clone() for name, t in tensors.items()}
         for name, gradient in given.items():
             after = tensors[name].grad

@@ -28,7 +28,7 @@ _CHANGED = "unmerged, with another adapter"
 def check_merge(subject: Subject, case: Case) -> CheckResult:
     """Merged layers, and layers that are unmerged again, compute what the float64 reference computes.
 
-    A merged layer no longer depends on its adapter; an unmerged layer follows its adapter again.
+    A merged layer no longer depends on its adapter; an unmerged layer follows its adapter again, and trains as before.
     """
     if not subject.adapted.can_merge:
         return skipped(subject, case, "merge", "this Method has nothing to merge")
@@ -39,6 +39,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     xs = _inputs(subject, case)
     added = subject.added()
     values = {name: t.detach().clone() for name, t in added.items()}
+    trained = {name for name, tensor in subject.adapted.tensors().items() if tensor.requires_grad}
     modes = {path: layer.training for path, layer in subject.adapted.layers.items()}
     outputs = {}
     with torch.no_grad():
@@ -55,6 +56,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         load(subject.adapted, values)
         subject.adapted.unmerge()
         outputs["after unmerging"] = _outputs(subject, xs)
+        now = {name for name, tensor in subject.adapted.tensors().items() if tensor.requires_grad}
         for tensor in added.values():
             tensor.mul_(HALF)
         outputs[_CHANGED] = _outputs(subject, xs)
@@ -69,6 +71,8 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
             found.append(prefix_tensor(path, noise_floor({"y": y}, truth, draws, subject.dtype, case.factor("merge"))))
         verdicts[when] = worst_of(found, found[0].policy if found else "noise-floor")
     failures = [when for when, verdict in verdicts.items() if verdict.decided and not verdict.passed]
+    if frozen := sorted(trained - now):
+        return listed(subject, case, "merge", [f"{name} does not train any more after unmerging" for name in frozen])
     if failures:
         return judged(subject, case, "merge", verdicts[failures[0]], failures[0])
     return judged(subject, case, "merge", worst_of([*verdicts.values()], verdicts[_CHANGED].policy))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.conformance import process_settings
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
 from harness.conformance.comparison import operation_call
@@ -39,6 +40,8 @@ from harness.records.record import CheckResult
 
 SMALL = 3_000
 """An Operation is called REPEATS times only if its arguments have fewer elements than this."""
+TINY = 2.0**-13
+"""Factor that makes a tensor tiny. The update still exceeds the rounding errors of float32."""
 OTHER_DTYPE = {"float64": "float32", "float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
 """dtype of a layer -> dtype to which a copy of the layer is cast."""
 LAYERS = 2
@@ -94,6 +97,7 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
             )
         if subject.dtype == "float32":
             yield from _under_autocast(subject, case, path, layer, x, dy)
+            yield from _untrained(subject, case, path, call)
     yield from _in_other_precisions(subject, case)
 
 
@@ -117,6 +121,21 @@ def _under_autocast(
                     tensor.mul_(HALF)
     finally:
         load(subject.adapted, {f"{path}.{name}": value for name, value in held.items()})
+
+
+def _untrained(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
+    """Yield judgements of the output without gradients while one tensor is tiny, as after the first steps of training."""
+    for name, tensor in call.tensors.items():
+        held = tensor.detach().clone()
+        try:
+            with torch.no_grad():
+                tensor.mul_(TINY)
+                seen = call.output(training=False)
+            truth, draws = reference_runs(subject, path, call.x, call.dy[:0])
+            verdict = noise_floor(seen, truth, draws, subject.dtype, case.factor("calls"))
+            yield _named(path, f"with a tiny {name}", verdict)
+        finally:
+            load(subject.adapted, {f"{path}.{name}": held})
 
 
 @contextmanager
@@ -203,12 +222,21 @@ def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     yield _judge_changed(subject, case, "with other numbers", _with_other_numbers(subject.arguments))
     yield _judge_changed(subject, case, "after its arguments changed", subject.arguments, in_place=True)
     differentiable, factor = subject.operation.differentiable, case.factor("calls")
-    for name in differentiable if len(differentiable) > 1 else ():
+    # Of a list of adapters, the last alone: its neighbours are frozen.
+    items = {name.partition("[")[0]: name for name in operation_call.flatten(subject.arguments) if "[" in name}
+    alone = [*differentiable, *(name for group, name in items.items() if group in differentiable)]
+    for name in alone if len(alone) > 1 else ():
         verdict = operation_call.judge_gradients(subject, case, factor, of=[name])
         yield _named("", f"with only {name} needing a gradient", verdict)
-    if differentiable:
-        verdict = operation_call.judge_gradients(subject, case, factor, expanded=True)
-        yield _named("", "with the gradient of a sum", verdict)
+    layouts: dict[operation_call.Layout, str] = {
+        "expanded": "the gradient of a sum",
+        "transposed": "a transposed gradient",
+    }
+    for layout, form in layouts.items() if differentiable else ():
+        yield _named("", f"with {form}", operation_call.judge_gradients(subject, case, factor, layout=layout))
+    with process_settings.restored():
+        torch.set_default_dtype(torch.bfloat16)
+        yield judge("while torch's default dtype is bfloat16", subject.call())
     times = REPEATS if _is_small(subject.arguments) else 2
     calls = (subject.call() for _ in range(times))
     different = (one for one in calls if not exact(operation_call.finite(one), operation_call.finite(plain)).passed)
@@ -221,16 +249,21 @@ def _judge_changed(
     """Call the Operation twice with different numbers, and judge the second call.
 
     The first call gets the subject's own arguments, and the second call gets `arguments`. in_place: both calls get the
-    same tensors, which are halved between the calls.
+    same tensors, which change between the calls.
     """
     given = cloned(dict(arguments))
     with torch.no_grad():
         subject.function(**(given if in_place else cloned(subject.arguments)))
         if in_place:
-            operation_call.map_floats(given, lambda t: t.mul_(HALF))
+            operation_call.map_tensors(given, _change)
         changed = replace(subject, arguments=cloned(given))
         mine = subject.operation.named(subject.function(**given))
     return _named("", form, worst_of([one for one, _ in operation_call.judgements(changed, mine, case)], "as outputs"))
+
+
+def _change(tensor: Tensor) -> Tensor:
+    """Change a tensor in place: halve numbers, and move codes or indices by one place."""
+    return tensor.mul_(HALF) if tensor.is_floating_point() else tensor.copy_(tensor.roll(1, 0))
 
 
 def _with_other_numbers(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -92,12 +92,12 @@ def check_repeatable(subject: OperationSubject, case: Case) -> CheckResult:
 def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
     """The outputs do not depend on the memory layout of the arguments.
 
-    Every tensor is a view with gaps between its elements, or is transposed in memory, as a slice or a `.T` is. The
-    outputs are equal to the last bit or, since another layout may take another path, as right as `outputs`
-    demands.
+    Every tensor is a view with gaps between its elements, is transposed in memory as a `.T` is, or is a contiguous slice
+    that does not begin at the start of its storage. The outputs are equal to the last bit or, since another layout may
+    take another path, as right as `outputs` demands.
     """
     plain, found = subject.call(), []
-    for name, change in (("every second element", _gapped), ("transposed", _transposed)):
+    for name, change in (("every second element", _gapped), ("transposed", _transposed), ("slice", _sliced)):
         given = operation_call.map_tensors(cloned(subject.arguments), change)
         mine = subject.operation.named(subject.function(**given))
         found.append(operation_call.judge_form(name, subject, mine, plain, case))
@@ -161,6 +161,13 @@ def _gapped(tensor: Tensor) -> Tensor:
     wide = tensor.new_full((*tensor.shape, 2), torch.nan if floating else torch.iinfo(tensor.dtype).max)
     wide[..., 0] = tensor
     return wide[..., 0]
+
+
+def _sliced(tensor: Tensor) -> Tensor:
+    """Return the tensor as a contiguous slice that does not begin at the start of its storage."""
+    floating = tensor.is_floating_point()
+    first = tensor.new_full((1, *tensor.shape[1:]), torch.nan if floating else torch.iinfo(tensor.dtype).max)
+    return torch.cat([first, tensor])[1:]
 
 
 def _transposed(tensor: Tensor) -> Tensor:

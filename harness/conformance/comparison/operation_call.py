@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 
 _T = TypeVar("_T")
+Layout = Literal["plain", "expanded", "transposed"]
+"""Layout of the gradient of an output: contiguous; one number expanded, as `y.sum()` sends it; or transposed in memory, as
+`y.T` sends it."""
 
 
 def judge(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> tuple[Judgement, str]:
@@ -86,26 +89,28 @@ def forward(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Call `function` on the arguments, cast to `dtype`.
 
-    Return the first output, and the arguments that need a gradient, by name. of: names of the arguments that need a
-    gradient; by default all differentiable ones.
+    Return the first output, and the arguments that need a gradient, by name. of: names of the arguments, or of
+    items of lists such as `As[0]`, that need a gradient; by default all differentiable arguments.
     """
     given = cloned(subject.arguments, {DTYPES[subject.dtype]: dtype})
     wanted = subject.operation.differentiable if of is None else of
-    leaves = {n: t for n, t in flatten(given).items() if n.partition("[")[0] in wanted}
+    leaves = {n: t for n, t in flatten(given).items() if n in wanted or n.partition("[")[0] in wanted}
     for leaf in leaves.values():
         leaf.requires_grad_(True)
     return next(iter(subject.operation.named(function(**given)).values())), leaves
 
 
-def backward(y: Tensor, leaves: dict[str, Tensor], case: Case, *, expanded: bool = False) -> dict[str, Tensor]:
+def backward(y: Tensor, leaves: dict[str, Tensor], case: Case, *, layout: Layout = "plain") -> dict[str, Tensor]:
     """Run backward from `y` with a random gradient. Return the gradient of each leaf as `grad <name>`.
 
-    A leaf that gets no gradient has zeros. expanded: the gradient of `y` is one number expanded, as `y.sum()` sends it.
+    A leaf that gets no gradient has zeros. layout: see Layout.
     """
-    drawn = (1,) * y.dim() if expanded else y.shape
-    dy = torch.randn(drawn, generator=case.generator(salt=3), dtype=torch.float64)
+    drawn = (1,) * y.dim() if layout == "expanded" else y.shape
+    dy = torch.randn(drawn, generator=case.generator(salt=3), dtype=torch.float64).to(y.device, y.dtype).expand(y.shape)
+    if layout == "transposed" and y.dim() > 1:
+        dy = dy.transpose(0, -1).contiguous().transpose(0, -1)
     if y.requires_grad:
-        y.backward(dy.to(y.device, y.dtype).expand(y.shape))
+        y.backward(dy)
     return {f"grad {n}": torch.zeros_like(t) if t.grad is None else t.grad for n, t in leaves.items()}
 
 
@@ -116,22 +121,22 @@ def gradients(
     case: Case,
     of: Collection[str] | None = None,
     *,
-    expanded: bool = False,
+    layout: Layout = "plain",
 ) -> dict[str, Tensor]:
     """Compute the gradient of each argument in `of`, and return it as `grad <name>`.
 
-    By default these are all differentiable arguments. The gradients are computed in `dtype`. expanded: see `backward`.
+    By default these are all differentiable arguments. The gradients are computed in `dtype`. layout: see Layout.
     """
-    return backward(*forward(subject, function, dtype, of), case, expanded=expanded)
+    return backward(*forward(subject, function, dtype, of), case, layout=layout)
 
 
 def judge_gradients(
-    subject: OperationSubject, case: Case, factor: float, of: Collection[str] | None = None, *, expanded: bool = False
+    subject: OperationSubject, case: Case, factor: float, of: Collection[str] | None = None, *, layout: Layout = "plain"
 ) -> Judgement:
-    """Judge the gradients of the arguments in `of`, dtype included. of, expanded: see `gradients`."""
+    """Judge the gradients of the arguments in `of`, dtype included. of, layout: see `gradients`."""
 
     def computed(one: OperationSubject, function: Callable[..., object], dtype: torch.dtype) -> dict[str, Tensor]:
-        return gradients(one, function, dtype, case, of, expanded=expanded)
+        return gradients(one, function, dtype, case, of, layout=layout)
 
     reference, own = subject.operation.reference, DTYPES[subject.dtype]
     mine, truth = computed(subject, subject.function, own), computed(subject, reference, torch.float64)
