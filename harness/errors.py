@@ -80,6 +80,9 @@ class Problem:
         """Return the lines that describe the mistake in a list of mistakes."""
         return [f"  {self.where}: {self.what}", *([f"    hint: {self.hint}"] if self.hint else [])]
 
+    def __str__(self) -> str:
+        return "\n".join(self.lines()).strip()
+
 
 def sort_problems(problems: Iterable[Problem]) -> list[Problem]:
     """Return the problems of files without duplicates, sorted by file and line."""

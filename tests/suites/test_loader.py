@@ -312,7 +312,7 @@ def test_only_by_the_start_of_a_cell_id() -> None:
 def test_only_without_a_match_lists_what_there_is(expr: str) -> None:
     with pytest.raises(UsageError, match="no Cell fits") as caught:
         select(loader.load("smoke").plan, expr)
-    assert "id=lora-float64" in caught.value.hint
+    assert "id=lora-float64" in "\n".join(caught.value.details)
 
 
 def test_only_with_a_mistyped_key() -> None:
