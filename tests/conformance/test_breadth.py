@@ -103,16 +103,21 @@ def test_an_implementation_that_is_wrong_at_other_ranks_only_fails_a_drawn_case(
     assert drawn[-1].case == "rank=65 9x24x40"  # shrunk to the smallest
 
 
-def test_an_operation_that_is_wrong_beyond_130_tokens_only_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_operation_that_is_wrong_beyond_130_tokens_only_fails() -> None:
     def tiled(x: torch.Tensor, W: torch.Tensor, **rest: Any) -> torch.Tensor:
         y = multi_lora.multi_lora_linear(x, torch.nn.functional.linear(x, W), **rest)
         return torch.cat([y[:, :130], 0 * y[:, 130:]], dim=1)
 
     mine = Implementation("mine", "operation", "multi_lora_linear", tiled, dtypes=("float32",))
-    failed = [one for one in suite_run.run(mine, breadth=WIDE) if one.status.value == "fail"]
-    assert "fail" not in {one.status.value for one in suite_run.run(mine)}
+    plan = parity_suite.load_operation("multi_lora_linear").model_copy(update={"checks": ["outputs", "backward"]})
+
+    def failures(breadth: CaseSelection) -> list[CheckOutcome]:
+        cases = sample.fixed(plan, breadth, mine.dtypes)
+        tried = [one for case in cases for one in suite_run.run_case(mine, plan, case, wide=breadth.is_wide)]
+        return [one for one in tried if one.status.value == "fail"]
+
+    failed = failures(WIDE)
+    assert not failures(FEW)
     assert {one.check for one in failed} >= {"outputs", "backward"}
     assert all("tokens=515" in one.case for one in failed)
 
