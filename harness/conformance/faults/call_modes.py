@@ -25,7 +25,8 @@ FAULTS = [
     line_fault("lora_linear", "keeps_the_scaling_of_the_first_call", ["calls"], f"return {_UPDATE}",
         "scaling = globals().setdefault('_first_scaling', scaling)\n    return " + _UPDATE, values=_LAYER),
     line_fault("lora_linear", "keeps_the_update_of_tensors_that_change", ["calls"], f"return {_UPDATE}",
-        "A, B = globals().setdefault(f'_kept{id(A)}', (A.clone(), B.clone())) if not torch.is_grad_enabled() else (A, B)\n"
+        "kept = globals().setdefault('_kept', torch.utils.weak.WeakTensorKeyDictionary())\n"
+        "    A, B = (A, B) if torch.is_grad_enabled() else kept.setdefault(A, (A.clone(), B.clone()))\n"
         "    return " + _UPDATE, values=_LAYER),
     line_fault("lora_linear", "turns_a_nan_of_the_input_into_zero", ["nonfinite"], f"return {_UPDATE}",
         f"x = x.nan_to_num(0.0)\n    return {_UPDATE}", values=_LAYER),
