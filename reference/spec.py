@@ -1,4 +1,4 @@
-"""What the harness reads from the source of a reference, without importing torch.
+"""Facts that the harness reads from the source of a reference, without importing torch.
 
 The file of a Method has one `SPEC = ReferenceSpec(...)`. `harness.methods.spec` evaluates it from the syntax tree, so
 it must contain only literals. In the file of an Operation, `SPEC` only informs the reader.
@@ -17,9 +17,9 @@ class Deviation:
     topic: str
     """Subject of the difference, in a few words."""
     paper: str
-    """What the paper states. For a deviation of an Implementation, this is what the reference computes."""
+    """Statement of the paper. For a deviation of an Implementation, this is what the reference computes."""
     here: str
-    """What this code does."""
+    """Behaviour of this code."""
     why: str
     """The reason, and which libraries do the same or differ."""
 
@@ -46,4 +46,4 @@ class ReferenceSpec:
     optimizers: tuple[str, ...] = ("adamw",)
     """Values of a suite's setting `optimizer` that are possible with the Method's own optimizer."""
     trains_weights: bool = False
-    """Whether the model's own weights train. If so, the base cannot be quantised."""
+    """True if the model's own weights train. If so, the base cannot be quantised."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 
 from harness.analysis import metrics
 from harness.analysis.ranking import Group, RankingEntry
-from harness.records.record import Record
 
 MARGIN = 0.05
 """A recipe is near the top if its accuracy is at most this much below the highest, and no test tells it apart from the
@@ -19,7 +16,7 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Choice:
-    """What a ranking recommends to a reader who must choose one recipe."""
+    """Recommendation to a reader who must choose one recipe of a ranking."""
 
     pick: RankingEntry
     """The recommended recipe: the winner or, if there is none, the cheapest recipe near the top."""
@@ -50,13 +47,7 @@ def choose(group: Group) -> Choice | None:
     )  # fmt: skip
 
 
-def typical(entry: RankingEntry, read: Callable[[Record], float | None]) -> float | None:
-    """Return the median over the seeds of a recipe of what `read` returns. If no seed has a value, return None."""
-    values = [value for record in entry.records if (value := read(record)) is not None]
-    return median(values) if values else None
-
-
 def _cost(entry: RankingEntry) -> tuple[float, float]:
     """Return the costs by which recipes are compared: training memory, then the number of trained parameters."""
-    peak, trainable = typical(entry, metrics.PEAK_ABOVE_IMPORTS.read), typical(entry, metrics.TRAINABLE.read)
+    peak, trainable = entry.typical(metrics.PEAK_ABOVE_IMPORTS.read), entry.typical(metrics.TRAINABLE.read)
     return float("inf") if peak is None else peak, float("inf") if trainable is None else trainable

@@ -43,7 +43,7 @@ class Metric:
     why_missing: Callable[[Record], str] = lambda _: "not measured"
     """Function that returns the reason why the value is missing."""
     kind: MetricKind | None = None
-    """How two values are compared. `timed`: by statistics. `counted`: exactly, or within the slack if there is one.
+    """Rule that compares two values. `timed`: by statistics. `counted`: exactly, or within the slack if there is one.
     `peak`: within the slack. `score`: item by item. None: the number is only shown."""
     better: Literal["lower", "higher"] | None = None
     """The better direction. If None, any difference is a regression."""

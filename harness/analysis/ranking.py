@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
+from statistics import fmean, median
 from typing import Literal
 
 from harness.analysis.grouping import group
@@ -96,6 +96,11 @@ class RankingEntry:
         """The Record of the first seed. Use it only for facts that are equal for all seeds."""
         return self.records[0]
 
+    def typical(self, read: Callable[[Record], float | None]) -> float | None:
+        """Return the median over the seeds of what `read` returns. If no seed has a value, return None."""
+        values = [value for record in self.records if (value := read(record)) is not None]
+        return median(values) if values else None
+
 
 @dataclass(frozen=True)
 class Group:
@@ -118,7 +123,7 @@ class Group:
     """Share of items that two recipes answered differently. `detectable` is computed from it, except if the basis is
     `seeds`. Then this field is 0."""
     basis: Basis
-    """How `detectable` was computed.
+    """Assumption behind `detectable`.
 
     - `tied`: from the answers of the best recipe and of one tied recipe, the one that disagrees most with the best.
     - `all`: from the answers of the best recipe and of that recipe in the whole group that disagrees most with the

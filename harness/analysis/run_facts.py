@@ -36,7 +36,7 @@ class RunFacts:
 
     @cached_property
     def doubtful(self) -> dict[str, str]:
-        """What was changed in the newest Record of a Cell after the run, by cell_id."""
+        """Changes of the newest Record of a Cell after the run, by cell_id."""
         return self.run.doubtful()
 
     @cached_property

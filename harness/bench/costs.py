@@ -29,7 +29,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class TimedOperation:
-    """How to draw the arguments of a timed Operation, and the least work of a call."""
+    """Function that draws the arguments of a timed Operation, and the least work of a call."""
 
     case: Callable[[BenchSize], dict[str, Any]]
     """Function (size) -> keyword arguments. The Operation's function `arguments` takes them and draws the inputs."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from harness.claims.printed_number import NEAREST, Dimension, Printed, Rounding
 
 Tier = Literal["exact", "gpu-synthetic", "trained"]
-"""What is needed to decide a claim. `exact`: only arithmetic or small tensors. `gpu-synthetic`: a GPU, with random
+"""Means that decide a claim. `exact`: only arithmetic or small tensors. `gpu-synthetic`: a GPU, with random
 weights. `trained`: training on data."""
 
 

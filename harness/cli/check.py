@@ -38,7 +38,7 @@ class CheckRequest:
     operations: Sequence[str] = ()
     dtypes: Sequence[str] = ()
     breadth: CaseSelection = FEW
-    """Which cases of each parity suite to try."""
+    """The cases of each parity suite to try."""
     jobs: int | None = None
     patience: float = worker_processes.PATIENCE
     """Seconds without a result after which an implementation counts as hanging."""

@@ -25,7 +25,7 @@ class CaseSelection:
 
     @property
     def is_wide(self) -> bool:
-        """Whether the fixed sample and the checks of calls, random walks and NaN are tried.
+        """True if the fixed sample and the checks of calls, random walks and NaN are tried.
 
         `full` and `drawn` imply this.
         """

@@ -28,7 +28,7 @@ ModelForm = Literal["plain", "wide", "deep"]
 `deep` has ten target layers.
 """
 Magnitude = Literal["normal", "large", "outlier", "zero-rows", "small"]
-"""How large the values of a drawn input are; see `harness.conformance.comparison.magnitudes`."""
+"""Size of the values of a drawn input; see `harness.conformance.comparison.magnitudes`."""
 
 
 class CaseShape(FrozenModel):

@@ -44,7 +44,7 @@ _LIMITS = forks.Limits(cpu_s=600, memory_b=8 << 30)
 
 @dataclass(frozen=True)
 class Power:
-    """What one check notices in one dtype, over the cases that `check` tries by default."""
+    """The smallest mistakes that one check notices in one dtype, over the cases that `check` tries by default."""
 
     target: str
     check: str

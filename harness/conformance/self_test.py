@@ -170,7 +170,6 @@ def _plan(target: str) -> parity_suite.ParitySuite:
     return parity_suite.load_plan(target)
 
 
-@cache
 def require_targets(names: Iterable[str], option: str) -> None:
     """Raise UsageError for a name that has no parity suite. option: the option that the error message blames."""
     for name in names:
@@ -179,6 +178,7 @@ def require_targets(names: Iterable[str], option: str) -> None:
             raise UsageError(f"no method or operation is called {name!r}", where=option, hint=hint)
 
 
+@cache
 def _kind(target: str) -> TargetKind:
     if target in methods():
         return "method"

@@ -78,7 +78,7 @@ class SavedActivations:
     norms: int
     """Number of norms with a trainable weight."""
     last: bool
-    """Whether the output layer saves its input."""
+    """True if the output layer saves its input."""
     layers_B: int
     """Bytes per token that adapted layers save in addition to their inputs."""
 

@@ -58,9 +58,9 @@ class FitRequest:
     """Tokens per text. None means `TOKENS`, or the model's limit if this is lower."""
     dtype: str
     checkpointing: bool
-    """Whether to use gradient checkpointing."""
+    """True to use gradient checkpointing."""
     layerwise: bool = False
-    """Whether to use layer-wise updates, for Methods that train the model's own weights."""
+    """True to use layer-wise updates, for Methods that train the model's own weights."""
 
 
 @dataclass(frozen=True)

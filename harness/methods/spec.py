@@ -44,7 +44,7 @@ class Adapted(Protocol):
     layers: dict[str, Any]
     """Adapted layers, by module path."""
     can_merge: bool
-    """Whether `merge` folds an adapter into the weights; False if there is no adapter."""
+    """True if `merge` folds an adapter into the weights; False if there is no adapter."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Map the Method's canonical names, `<path>.<letter>`, to the trainable tensors."""
@@ -91,7 +91,7 @@ class FieldInfo:
     choices: tuple[Any, ...] | None = None
     """Valid values. None means that there is no restriction."""
     omit_default: bool = False
-    """Whether a Cell leaves the field out if it has its default. Such a field was added after published Records, and
+    """True if a Cell leaves the field out if it has its default. Such a field was added after published Records, and
     must not change their cell_ids."""
     about: str = ""
     """Description of the field. It is the string below the field in the source."""

@@ -94,7 +94,7 @@ class Subprocess:
             self._ours = ours.pop_all()
         self.pid = self._process.pid
         self._is_reaped = False
-        """Whether the process group was killed and the exit code was read."""
+        """True if the process group was killed and the exit code was read."""
         self._lines: deque[str] = deque(maxlen=_OUTPUT_LINES)
         # Lines are stored in memory: on a full disk, a file would lack the line that reports the full disk. A thread reads
         # them, because a child with a full pipe would wait forever for a reader.
@@ -121,7 +121,7 @@ class Subprocess:
 
     @property
     def reports_full_disk(self) -> bool:
-        """Whether the captured output mentions a full disk or an exceeded disk quota."""
+        """True if the captured output mentions a full disk or an exceeded disk quota."""
         return any(sign in self.output for sign in _FULL_DISK)
 
     @property
@@ -131,7 +131,7 @@ class Subprocess:
 
     @property
     def is_over(self) -> bool:
-        """Whether all events have been read.
+        """True if all events have been read.
 
         Either the pipe is closed, or the process has ended and the pipe is empty. The first condition alone is not
         enough, because a child of the process may hold the pipe open forever.

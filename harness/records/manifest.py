@@ -81,7 +81,7 @@ class Footer(FrozenModel):
     ended: str
     """End in UTC, ISO 8601."""
     how: Literal["finished", "interrupted", "failed"]
-    """How the run ended."""
+    """End of the run."""
     counts: dict[str, int]
     """Number of Records of each status. Only the last attempt at each Cell counts."""
     missing: list[str]

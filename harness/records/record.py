@@ -86,7 +86,7 @@ class Evaluation(ExtendedModel):
     """Number of test items to skip before the first scored one. Only searches for a learning rate skip items, since
     items that choose the rate must not also score ranked Cells."""
     latency: bool = True
-    """Whether latencies are measured. If several Cells differ only in the seed, it is enough to measure one of them."""
+    """True if latencies are measured. If several Cells differ only in the seed, it is enough to measure one of them."""
     prompt_batch: int = 1
     """Number of prompts in a batch, when latencies are measured."""
     prompt_tokens: int = 32
@@ -235,7 +235,7 @@ class Environment(FrozenModel):
     git_sha: str = ""
     """Git commit of the checkout. Empty outside a checkout."""
     git_dirty: bool | None = None
-    """Whether the checkout had uncommitted changes; None if unknown."""
+    """True if the checkout had uncommitted changes; None if unknown."""
     threads: int | None = None
     """Number of threads that torch computes with."""
     extra: dict[str, Json] = {}

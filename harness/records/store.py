@@ -102,7 +102,7 @@ class Run:
 
     @property
     def how(self) -> str:
-        """How the run ended: `finished`, `interrupted` or `failed`. A run without a footer is `incomplete`."""
+        """End of the run: `finished`, `interrupted` or `failed`. A run without a footer is `incomplete`."""
         return self.footer.how if self.footer else "incomplete"
 
     def latest(self) -> dict[str, Record]:

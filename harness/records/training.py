@@ -36,15 +36,15 @@ class Training(ExtendedModel):
     in proportion to the number of labels in the part (for a causal model: of tokens in answers). So loss and gradient
     equal those of the whole batch up to rounding."""
     checkpointing: bool = False
-    """Whether to use the gradient checkpointing of transformers. Each block of the model saves only its input, and the
+    """True to use the gradient checkpointing of transformers. Each block of the model saves only its input, and the
     backward pass computes the block again. This saves memory but takes time. The losses are the same up to rounding."""
     lr_ratio: float = 1.0
     """Learning rate of every factor B, divided by the rate `lr` of every factor A (LoRA+, arXiv:2402.12354)."""
     compile: bool = False
-    """Whether to compile the model in place with torch.compile. The parity gate and the training call the compiled
+    """True to compile the model in place with torch.compile. The parity gate and the training call the compiled
     model, but scoring and latencies do not. The losses are the same up to rounding."""
     layerwise: bool = False
-    """Whether to update the weights layer by layer (GaLore, arXiv:2403.03507, section 4.3). Each weight is updated
+    """True to update the weights layer by layer (GaLore, arXiv:2403.03507, section 4.3). Each weight is updated
     within the backward pass, as soon as its gradient is complete. Then the gradient is freed. So the gradients take
     only the memory of the largest one, and the losses are bitwise the same. The option requires a Method that trains
     the model's own weights, one pass per step, and an unscaled loss (no float16)."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from harness.analysis import choice, contention, failed_checks, metrics
-from harness.analysis.choice import MARGIN, Choice, typical
+from harness.analysis.choice import MARGIN, Choice
 from harness.analysis.ranking import Group, RankingEntry
 from harness.analysis.run_facts import RunFacts
 from harness.errors import plural
 from harness.records.record import Record
-from harness.report import formatting, item_differences, links, sections
-from harness.report.formatting import Field, field, unmeasured
+from harness.report import formatting, item_differences, links, recipes, sections
+from harness.report.formatting import Field
 
 Names = dict[int, str]
 """Maps the id() of a ranking entry to its name in its group."""
@@ -54,9 +54,10 @@ def _title(group: Group) -> str:
 
 
 def _card(question: str, headline: str, *details: str, tone: str = "") -> dict[str, Any]:
-    # A number and its unit stay on one line.
-    headline, *details = (text.replace(" %", NO_BREAK + "%") for text in (headline, *details))  # type: ignore[assignment]
-    return {"question": question, "headline": headline, "details": details, "tone": tone}
+    first, *others = (
+        text.replace(" %", f"{NO_BREAK}%") for text in (headline, *details)
+    )  # never broken before the unit
+    return {"question": question, "headline": first, "details": others, "tone": tone}
 
 
 def _which(names: Names, group: Group, chosen: Choice) -> dict[str, Any]:
@@ -84,15 +85,15 @@ def _which(names: Names, group: Group, chosen: Choice) -> dict[str, Any]:
 def _cost(names: Names, chosen: Choice) -> dict[str, Any]:
     pick, against = chosen.pick, chosen.against
     parts = []
-    trained, total = typical(pick, metrics.TRAINABLE.read), typical(pick, _total)
+    trained, total = pick.typical(metrics.TRAINABLE.read), pick.typical(_total)
     if trained is not None and total:
         parts.append(f"{_share(trained / total)} of the parameters")
     for metric, write, what in (
-        (metrics.PEAK_ABOVE_IMPORTS, lambda size: f"{formatting.mebibytes(round(size))} MiB", ""),
+        (metrics.PEAK_ABOVE_IMPORTS, lambda size: f"{formatting.mebibytes(size)} MiB", ""),
         (metrics.STEP, lambda step: f"{formatting.milliseconds(step)} ms", " a step"),
     ):
-        mine = typical(pick, metric.value)
-        other = None if against is None else typical(against, metric.value)
+        mine = pick.typical(metric.value)
+        other = None if against is None else against.typical(metric.value)
         if mine is not None:
             parts.append(write(mine) + what + ("" if other is None else f" instead of {write(other)}"))
     details = [f"{names[id(pick)]} against {names[id(against)]}." if against is not None else f"{names[id(pick)]}."]
@@ -198,8 +199,8 @@ def _recipe(entry: RankingEntry) -> dict[str, Any]:
     score = entry.score
     return {
         "accuracy": score.value, "low": score.low, "high": score.high, "difference": entry.difference,
-        "standing": entry.standing, "trainable": typical(entry, metrics.TRAINABLE.read),
-        "peak_B": typical(entry, metrics.PEAK_ABOVE_IMPORTS.read), "step_s": typical(entry, metrics.STEP.value),
+        "standing": entry.standing, "trainable": entry.typical(metrics.TRAINABLE.read),
+        "peak_B": entry.typical(metrics.PEAK_ABOVE_IMPORTS.read), "step_s": entry.typical(metrics.STEP.value),
         "busy": _busy(entry),
     }  # fmt: skip
 
@@ -232,15 +233,8 @@ def _costs(entry: RankingEntry) -> list[Field]:
     flag = f"busy {busy} of {len(entry.records)}" if busy else ""
     refused = next((why for r in entry.records if (why := failed_checks.no_speed(r))), "")
     return [
-        _over(entry, metrics.TRAINABLE.read, lambda n: f"{n:,.0f}", "not trained"),
-        _over(entry, metrics.PEAK_ABOVE_IMPORTS.read, lambda size: formatting.mebibytes(round(size)), "no peak"),
-        _over(entry, metrics.STEP.value, formatting.milliseconds, refused or "not trained, or not timed")
+        recipes.over(entry.records, metrics.TRAINABLE.read, lambda n: f"{n:,.0f}", "not trained"),
+        recipes.over(entry.records, metrics.PEAK_ABOVE_IMPORTS.read, formatting.mebibytes, "no peak"),
+        recipes.over(entry.records, metrics.STEP.value, formatting.milliseconds, refused or "not trained, or not timed")
         | {"flag": flag},
     ]
-
-
-def _over(
-    entry: RankingEntry, read: Callable[[Record], float | None], write: Callable[[float], str], missing: str
-) -> Field:
-    value = typical(entry, read)
-    return unmeasured(missing) if value is None else field(write(value), value)

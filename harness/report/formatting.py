@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ DASH = "—"
 MINUS = "−"
 MIB = 1024 * 1024
 GIB = 1024 * MIB
+
+_MARKDOWN = re.compile(r"([\\`*_\[\]{}<>|~#])")
 
 Field = dict[str, Any]
 """Content of a table cell. `text` is shown, with `small` print beside it, in the colour `tone`. The table sorts by
@@ -41,7 +44,7 @@ def unmeasured(why: str) -> Field:
     return field(DASH, None, why=why, tone="quiet")
 
 
-def mebibytes(size: int) -> str:
+def mebibytes(size: float) -> str:
     """Format bytes in MiB, without decimals from 10 MiB on and with two decimals below."""
     mib = size / MIB
     return f"{mib:,.0f}" if mib >= 10 else f"{mib:.2f}"
@@ -129,3 +132,8 @@ def median_ms(m: Median) -> str:
 def sentence(text: str) -> str:
     """Return a text with a capital first letter."""
     return f"{text[:1].upper()}{text[1:]}"
+
+
+def escape_markdown(text: str) -> str:
+    """Return a text on one line, with the characters escaped that Markdown would interpret."""
+    return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))

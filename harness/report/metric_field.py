@@ -24,7 +24,7 @@ def metric_field(metric: Metric, record: Record) -> Field:
 def written(metric: Metric, value: Number) -> str:
     """Format a value in the unit of the column: bytes as MiB, shares as per cent, step times as ms."""
     if metric.unit == "B":
-        return formatting.mebibytes(round(value))
+        return formatting.mebibytes(value)
     if metric.unit == "share":
         return formatting.percent(value)
     if metric.unit == "s":

@@ -60,14 +60,10 @@ def _recipe(facts: RunFacts, g: Group, e: RankingEntry) -> Table:
         _text(" ".join(f"{100 * value:.1f}" for value in accuracies)),
         standing_field(e) if g.is_ranking else alone,
         field(f"{trainable:,}", trainable),
-        _over(e.records, metrics.PEAK_ABOVE_IMPORTS.read, _mebibytes, "no peak of training"),
-        _over(e.records, metrics.TOKENS_PER_S.read, lambda rate: f"{rate:,.0f}", refused=refused),
-        _over(e.records, metrics.STEP.read, formatting.milliseconds, refused=refused, ends=True),
+        over(e.records, metrics.PEAK_ABOVE_IMPORTS.read, formatting.mebibytes, "no peak of training"),
+        over(e.records, metrics.TOKENS_PER_S.read, lambda rate: f"{rate:,.0f}", refused=refused),
+        over(e.records, metrics.STEP.read, formatting.milliseconds, refused=refused, ends=True),
     )  # fmt: skip
-
-
-def _mebibytes(size: float) -> str:
-    return formatting.mebibytes(round(size))
 
 
 def _row(facts: RunFacts, name: str, title: str, cell_id: str, record: str, *fields: Field) -> Table:
@@ -84,7 +80,7 @@ def _text(text: str) -> Field:
     return field(text, text or None)
 
 
-def _over(
+def over(
     records: Sequence[Record],
     value: Callable[[Record], float | None],
     write: Callable[[float], str],

@@ -84,7 +84,7 @@ def _value(row: ComparisonRow, value: Any) -> str:
     if isinstance(value, str):
         return value
     if row.unit == "B":
-        return f"{formatting.mebibytes(round(value))} MiB"
+        return f"{formatting.mebibytes(value)} MiB"
     return formatting.percent(value) if row.unit == "share" else f"{value:,.6g}"
 
 
@@ -123,7 +123,7 @@ def _columns() -> Iterator[Column]:
 def _fields(base: Record, new: Record) -> Iterator[Field]:
     for read, write, change in (
         (metrics.ACCURACY.read, lambda x: f"{100 * x:.1f}", lambda one, other: other - one),
-        (metrics.PEAK_ABOVE_IMPORTS.read, lambda x: formatting.mebibytes(round(x)), _relative),
+        (metrics.PEAK_ABOVE_IMPORTS.read, formatting.mebibytes, _relative),
         (metrics.STEP.value, formatting.milliseconds, _relative),
     ):
         yield from _three(read(base), read(new), write, change)

@@ -13,7 +13,7 @@ from harness.report.formatting import MIB, Field
 Table = dict[str, Any]
 Column = dict[str, Any]
 _SCALES = {"MiB": 1 / MIB, "ms": 1e3, "MHz": 1e-6, "%": 100, "points": 100}
-"""What the value of a field, in its base unit, is multiplied by in a column with this unit. Other units are base units."""
+"""Unit of a column -> factor by which the values in base units are multiplied. Other units are base units."""
 
 
 def column(label: str, title: str = "", *, number: bool = True, key: str = "") -> Column:

@@ -10,13 +10,13 @@ from typing import Any
 from harness.analysis.run_facts import RunFacts
 from harness.console import json_text, visible
 from harness.report import first_screen
+from harness.report.formatting import escape_markdown
 
 COLUMNS = (
     "run", "model and task", "recipe", "accuracy, %", "lower bound, %", "upper bound, %", "to the highest, points",
     "standing", "trainable parameters", "peak memory, MiB", "step, ms", "busy",
 )  # fmt: skip
 """Columns of the CSV, with units. `busy`: how many of the trainings were timed on a busy machine."""
-_SPECIAL = str.maketrans({c: f"\\{c}" for c in "\\`*_{}[]<>#|~"})
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -25,17 +25,18 @@ def markdown(analysed: Sequence[RunFacts]) -> str:
     lines: list[str] = []
     for facts in analysed:
         manifest = facts.run.manifest
-        lines += [f"# {_plain(manifest.title or manifest.suite)}", "", f"Run `{manifest.run}`.", ""]
+        lines += [f"# {escape_markdown(manifest.title or manifest.suite)}", "", f"Run `{manifest.run}`.", ""]
         for answer in first_screen.answers(facts):
-            lines += [f"## {_plain(answer['title'])}", ""]
+            lines += [f"## {escape_markdown(answer['title'])}", ""]
             for card in answer["cards"]:
-                lines.append(f"- **{card['question']} {_plain(card['headline'])}** {_plain(' '.join(card['details']))}")
+                headline, details = map(escape_markdown, (card["headline"], " ".join(card["details"])))
+                lines.append(f"- **{card['question']} {headline}** {details}")
             heads = ["Recipe", "Accuracy", "95 % interval", "To the highest", "Trainable", "Peak, MiB", "Step, ms"]
             lines += ["", _row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
             for row in answer["table"]["rows"]:
                 gap = row["gap"] + (" ≈" if row["standing"] == "tied" else "")
                 costs = [_with_flag(cost) for cost in row["costs"]]
-                lines.append(_row([_plain(row["name"]), row["accuracy"], row["range"], gap, *costs]))
+                lines.append(_row([escape_markdown(row["name"]), row["accuracy"], row["range"], gap, *costs]))
             lines += ["", "≈: no test tells the recipe apart from the highest.", ""]
     return "\n".join(lines)
 
@@ -90,11 +91,6 @@ def _row(fields: Sequence[str]) -> str:
 
 def _with_flag(cost: dict[str, Any]) -> str:
     return f"{cost['text']} ({cost['flag']})" if cost["flag"] else str(cost["text"])
-
-
-def _plain(text: str) -> str:
-    """Return `text` on one line, with the characters escaped that Markdown would interpret."""
-    return " ".join(text.split()).translate(_SPECIAL)
 
 
 def _harmless(text: str) -> str:

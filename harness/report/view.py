@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
 from typing import Any
 
 from harness.analysis import divergence, failed_checks, measurements, metrics
@@ -267,12 +266,9 @@ def _records(e: RankingEntry) -> str:
 
 
 def _peak(e: RankingEntry) -> float | None:
-    """Return the median over seeds of the training peak, in MiB above the memory after imports.
-
-    If no seed has a peak, return None.
-    """
-    peaks = [peak / formatting.MIB for r in e.records if (peak := metrics.PEAK_ABOVE_IMPORTS.read(r)) is not None]
-    return median(peaks) if peaks else None
+    """Return the training memory of a recipe in MiB. If it was not measured, return None."""
+    peak = e.typical(metrics.PEAK_ABOVE_IMPORTS.read)
+    return None if peak is None else peak / formatting.MIB
 
 
 def _memory_chart(f: RunFacts, g: Group, levels: Sequence[charts.Level]) -> dict[str, Any] | None:

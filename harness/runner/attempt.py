@@ -41,7 +41,7 @@ class RunContext:
 
 @dataclass(frozen=True)
 class Ending:
-    """How an attempt ended. This is used only if the attempt left no Record."""
+    """End of an attempt. This is used only if the attempt left no Record."""
 
     status: Status
     kind: str

@@ -36,7 +36,7 @@ class _RunningCell:
     began: float
     doing: str = "start-up"
     queued: bool = False
-    """Whether the Cell is in a batch system. Batch systems do not report the start of a Cell, so it may still be
+    """True if the Cell is in a batch system. Batch systems do not report the start of a Cell, so it may still be
     waiting."""
 
 

@@ -61,7 +61,7 @@ class SuiteEntry:
 
 @dataclass
 class SuiteContext:
-    """What all checks of one suite share: its file, the names that it may use, and the mistakes found so far."""
+    """State that all checks of one suite share: its file, the names that it may use, and the mistakes found so far."""
 
     document: Document
     registry: Registry

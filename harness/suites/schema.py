@@ -80,7 +80,7 @@ class TuneKeys(Keys):
 
 
 Timed = Literal["every-seed", "first-seed", "never"]
-"""Which Cells of an entry have measured latencies. The Cells of a search (`tune:`) never have any."""
+"""The Cells of an entry that have measured latencies. The Cells of a search (`tune:`) never have any."""
 
 
 class CellKeys(Keys):

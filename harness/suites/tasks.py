@@ -19,14 +19,14 @@ from harness.suites.schema import SYNTHETIC
 from harness.yaml_lines import Document
 
 Role = Literal["data", "train"]
-"""What a task uses a source for: `data` for scoring, `train` for training. One source may have both roles."""
+"""Use of a source by a task: `data` for scoring, `train` for training. One source may have both roles."""
 
 
 class Answers(FrozenModel):
-    """How to train on a task whose answers are texts."""
+    """Settings of the training on a task whose answers are texts."""
 
     loss: Literal["answer", "all"] = "answer"
-    """Which tokens have a loss: those of the answer, or all except the first."""
+    """The tokens that have a loss: those of the answer, or all except the first."""
     eos: bool = True
     """True if an answer ends with the tokenizer's end-of-sequence token."""
 
@@ -86,7 +86,7 @@ class TaskSpec(FrozenModel):
     split."""
     shuffle_seed: int
     answers: Answers | None = None
-    """How to train on the answers. None for a task with classes."""
+    """Settings of the training on the answers. None for a task with classes."""
     filter: str = "none"
     """Name of the lm-eval filter whose result is scored."""
 

@@ -41,7 +41,7 @@ def optimizer_bytes(
 
 @measure("count")
 def matrix_states(rows: Positive, columns: Positive, rank: Positive, side: Side = "paper") -> MeasureResult:
-    """How many numbers GaLore's state of one matrix has: the projector and two moments."""
+    """Number of numbers in GaLore's state of one matrix: the projector and two moments."""
     from reference.galore import state_elements
 
     count = state_elements(rows, columns, rank, side)

@@ -64,7 +64,7 @@ class CellStage(Enum):
 
 
 class Reference(Enum):
-    """Whether a check needs a reference of the Method."""
+    """Need of a check for a reference of the Method."""
 
     REQUIRED = auto()
     UNUSED = auto()

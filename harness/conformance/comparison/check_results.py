@@ -13,7 +13,7 @@ from harness.records.record import CheckResult, Outcome
 
 
 class Named(Protocol):
-    """What a check judges: an implementation of a Method or of an Operation, in one dtype."""
+    """Subject of a check: an implementation of a Method or of an Operation, in one dtype."""
 
     @property
     def method(self) -> str:

@@ -92,7 +92,7 @@ def judge_codes(
 
 
 class FourBit:
-    """What two Operations on a 4-bit format need, one to quantise and one to decode.
+    """Parts of two Operations on a 4-bit format, one to quantise and one to decode.
 
     For each Operation, there is a function that draws arguments and a function that computes the expected result. form:
     module of the format, reference.operations.nf4 or fp4.

@@ -20,7 +20,7 @@ class CheckStatus(StrEnum):
 
 
 class Execution(StrEnum):
-    """How the run of a check ended."""
+    """End of the run of a check."""
 
     COMPLETED = "completed"
     UNSUPPORTED = "unsupported"

@@ -46,11 +46,11 @@ class Verdict:
     died: str = ""
     """Signal or exit code that ended the mutant's process before there was a result. Such a mutant counts as caught."""
     equivalent: str = ""
-    """Why this mutant is no mistake, from suites/equivalent_mutants.yaml. Empty if the mutant is not listed there."""
+    """Reason why this mutant is no mistake, from suites/equivalent_mutants.yaml. Empty if the mutant is not listed there."""
     same_bits: bool = False
     """True if no check caught the mutant, and the mutant computes the same bits as the original in random cases."""
     error: str = ""
-    """Why the mutant could not be tried. Empty if it was tried."""
+    """Reason why the mutant could not be tried. Empty if it was tried."""
 
     def runs(self) -> list[Run]:
         """List the implementations whose checks try the mutant, each as its owner and its target."""

@@ -27,9 +27,6 @@ from harness.conformance.mutants.mutant import Mutant
 from harness.methods.implementations import fused
 from harness.methods.registry import Implementation
 
-"""Why no check caught a mutant. `not run`: no case runs the changed statement. `same bits`: the mutant computes the
-same bits as the original. `survives`: the checks have a hole.
-"""
 Owner = Literal["reference", "fused"]
 """Whose code a module is: the reference's, or that of the implementation `fused`."""
 _CODE = {"reference": ("reference.",), "fused": ("harness.kernels.torch.", f"{fused.methods.__name__}.")}
@@ -53,7 +50,7 @@ class Catch:
     """A mutant that was caught, and the check that failed."""
 
     form: str
-    """How `check` must be called to catch the mutant: `default` for plain `check`, or `wide` for `check --wide`."""
+    """Form of `check` that catches the mutant: `default` for plain `check`, or `wide` for `check --wide`."""
     check: str
     """Id of the check that failed."""
     raised: bool

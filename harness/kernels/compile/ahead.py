@@ -49,7 +49,7 @@ class KernelVerdict:
     name: str
     architecture: int
     found: MachineCode | None
-    """What was counted in the machine code. None if the specimen did not compile."""
+    """Counts of the machine code. None if the specimen did not compile."""
     faults: tuple[str, ...]
     """Reasons why the specimen fails. Empty if it passes."""
 

@@ -1,4 +1,4 @@
-"""What changed between two nights (code and libraries), and the request to confirm a change by pairs of runs."""
+"""Changes of code and libraries between two nights, and the request to confirm a change by pairs of runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness.regression.pairs.request import PairsRequest
 
 @dataclass(frozen=True)
 class Between:
-    """What changed from the last night of the old level to the first night of the new one."""
+    """Changes from the last night of the old level to the first night of the new one."""
 
     code: tuple[str, str]
     """Code versions of the harness on the old night and on the new night."""

@@ -5,12 +5,12 @@ Rows beyond the size limit of GitHub are left out.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 
 from harness.analysis.comparison.baseline_rows import FindingKind, Findings
 from harness.regression.outputs import formatting
 from harness.regression.outputs.formatting import HEAD
+from harness.report.formatting import escape_markdown
 from harness.report.tones import icon
 
 LIMIT_B = 1024 * 1024
@@ -19,7 +19,6 @@ _ROOM_B = 1024
 """Space reserved for the sentence about omitted rows."""
 _LONGEST = 20_000
 """Largest number of characters in one field. A reason may name hundreds of files."""
-_SPECIAL = re.compile(r"([\\`*_\[\]<>|~#])")
 
 
 def render(findings: Findings, title: str, limit_B: int = LIMIT_B) -> bytes:  # B is the unit
@@ -65,4 +64,4 @@ def _line(fields: Iterable[str]) -> str:
 def _clean(text: str) -> str:
     """Escape a text so that Markdown shows it unchanged and on one line; cut it if it is too long."""
     short = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
-    return _SPECIAL.sub(r"\\\1", " ".join(short.split()))
+    return escape_markdown(short)

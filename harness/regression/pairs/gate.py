@@ -40,7 +40,7 @@ class PairsResult:
     canary: list[float] | None
     """Log ratio of each pair of this gate's canary, which compares the old side with itself. None without a canary."""
     interrupted: str
-    """How the pairs were interrupted; empty if they were not."""
+    """Interruption of the pairs, in words; empty if there was none."""
     judged: JudgedPairs
 
     @property

@@ -79,7 +79,7 @@ class Slurm:
         self.jobs, self._command = jobs, list(command) if command else None
         self._options = dict(_option(text) for text in options)
         self._here = os.environ.get(LOCAL) == "local"
-        """Whether elements are processes on this machine, without Slurm."""
+        """True if elements are processes on this machine, without Slurm."""
         self._submitit: Any = None
 
     def __enter__(self) -> Slurm:

@@ -107,9 +107,9 @@ class AnyPeft(PeftAdapted):
     """A model with any of peft's methods. Tensors have peft's names, because layers may share tensors."""
 
     starts_as_base: bool
-    """Whether the initial output equals the output of the base model."""
+    """True if the initial output equals the output of the base model."""
     rewrites_base: bool
-    """Whether `attach` changes the base weight."""
+    """True if `attach` changes the base weight."""
     notes: list[str]
     """Messages for the Record."""
 
