@@ -50,7 +50,7 @@ def codebook() -> Tensor:
 
     The values are computed, not copied from a published table.
     """
-    E, m = torch.meshgrid(torch.arange(4.0), torch.arange(2.0), indexing="ij")
+    E, m = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in (4, 2)), indexing="ij")
     magnitudes = torch.where(E == 0, m / 16, (1 + m / 2) * 2 ** (4 - E)).flatten()
     magnitudes = magnitudes / magnitudes.max()
     return torch.cat([magnitudes, -magnitudes])

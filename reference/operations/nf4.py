@@ -46,9 +46,10 @@ def codebook() -> Tensor:
 
     def half(levels: int) -> list[float]:
         # The published table took its probabilities from a float32 grid; so do we, to agree to the last bit.
-        return [quantile(p) for p in torch.linspace(0.9677083, 0.5, levels + 1)[:-1].tolist()]
+        grid = torch.linspace(0.9677083, 0.5, levels + 1, dtype=torch.float32)
+        return [quantile(p) for p in grid[:-1].tolist()]
 
-    values = torch.tensor([-q for q in half(7)] + [0.0] + half(8)[::-1])
+    values = torch.tensor([-q for q in half(7)] + [0.0] + half(8)[::-1], dtype=torch.float32)
     return values / values.max()
 
 

@@ -236,7 +236,8 @@ def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
         yield _named("", f"with {form}", operation_call.judge_gradients(subject, case, factor, layout=layout))
     with process_settings.restored():
         torch.set_default_dtype(torch.bfloat16)
-        yield judge("while torch's default dtype is bfloat16", subject.call())
+        seen = subject.call()
+    yield judge("while torch's default dtype is bfloat16", seen)
     times = REPEATS if _is_small(subject.arguments) else 2
     calls = (subject.call() for _ in range(times))
     different = (one for one in calls if not exact(operation_call.finite(one), operation_call.finite(plain)).passed)

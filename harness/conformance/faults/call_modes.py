@@ -13,6 +13,8 @@ from harness.conformance.faults.patched_copy import PatchedCopy, Right
 
 _ADAPTERS = ["lora", "dora", "vera", "adalora"]
 _BLOCKS = {"shape": [5, 96], "block": 64}
+_BATCH = {"ids": [1, 0, -1, 1], "ranks": [3, 16], "shape": [63, 48]}
+_METHOD = {"rank": 3, "alpha": 8.0}
 _LAYER = {"shape": [48, 128], "rows": [9], "rank": 8}
 _UPDATE = 'apply_layer(lora.LoraLinear(dense_linear(W, bias), A, B, scaling, dropout=0.0), x, mask, {"A": A, "B": B})'
 
@@ -28,6 +30,34 @@ FAULTS = [
         "kept = globals().setdefault('_kept', torch.utils.weak.WeakTensorKeyDictionary())\n"
         "    A, B = (A, B) if torch.is_grad_enabled() else kept.setdefault(A, (A.clone(), B.clone()))\n"
         "    return " + _UPDATE, values=_LAYER),
+    line_fault("lora_linear", "reads_a_gradient_as_if_it_were_contiguous", ["calls"], f"return {_UPDATE}",
+        f"y = {_UPDATE}\n    if y.requires_grad:\n        y.register_hook(lambda dy: dy if 0 in dy.stride() else "
+        "dy.as_strided(dy.shape, torch.empty(dy.shape).stride()))\n    return y", values=_LAYER),
+    line_fault("nf4_dequantize", "makes_its_table_in_the_default_dtype", ["calls"],
+        "return code.to(codes.device)[", "return code.to(codes.device, torch.get_default_dtype())[",
+        file="dynamic_map", values={"shape": [160, 96], "block": 64}),
+    line_fault("multi_lora_linear", "keeps_the_ids_of_the_first_call", ["calls"],
+        "    chosen = torch.as_tensor(ids, device=x.device)\n",
+        "    kept = globals().setdefault('_kept', torch.utils.weak.WeakTensorKeyDictionary())\n"
+        "    chosen = torch.as_tensor(ids, device=x.device)\n    chosen = kept.setdefault(chosen, chosen.clone())\n",
+        file="multi_lora", values=_BATCH),
+    line_fault("multi_lora_linear", "trains_none_of_the_adapters_unless_all_train", ["calls"],
+        "update = scaling * (x[rows] @ A.T @ B.T)",
+        "update = scaling * (x[rows] @ A.T @ B.T)\n"
+        "            update = update if all(t.requires_grad for t in [*As, *Bs]) else update.detach()",
+        file="multi_lora", values=_BATCH),
+    line_fault("lora", "skips_a_tiny_update_without_gradients", ["calls"],
+        "h_TR = self.dropout(x_TD) @ self.A.T",
+        "h_TR = self.dropout(x_TD) @ self.A.T * (torch.is_grad_enabled() or bool(self.B.abs().max() > 1e-3))",
+        values=_METHOD),
+    line_fault("lora", "reads_images_as_if_channels_came_first", ["calls"],
+        "convolve(self.base, self.dropout(x), self.A, groups=1)",
+        "convolve(self.base, self.dropout(x.as_strided(x.shape, x.new_empty(x.shape).stride())), self.A, groups=1)",
+        file="lora_layers", values=_METHOD, layer="conv2d"),
+    line_fault("nf4_quantize", "reads_from_the_start_of_the_storage", ["layouts"],
+        "flat = x.detach().flatten().float()",
+        "flat = (x.detach().as_strided((x.numel(),), (1,), 0) if x.is_contiguous() else x.detach().flatten()).float()",
+        file="dynamic_map", values=_BLOCKS),
     line_fault("lora_linear", "turns_a_nan_of_the_input_into_zero", ["nonfinite"], f"return {_UPDATE}",
         f"x = x.nan_to_num(0.0)\n    return {_UPDATE}", values=_LAYER),
     line_fault("nf4_quantize", "quantises_a_tensor_with_a_gradient_from_its_magnitudes", ["calls"],

@@ -42,6 +42,11 @@ FAULTS = [
     _galore("counts_steps_without_a_gradient", ["optimizer"],
         "loss = loss_of(closure)", "loss = loss_of(closure)\n        for state in self.state.values():\n"
         '            state["step"] += all(p.grad is None for p in self.state)'),
+    _galore("lists_the_gradients_before_the_closure", ["optimizer"],
+        "loss = loss_of(closure)",
+        'there = {id(p) for g in self.param_groups for p in g["params"] if p.grad is not None}\n'
+        "        loss = loss_of(closure)",
+        "if p.grad is not None:", "if id(p) in there:"),
     _galore("overwrites_the_gradient", ["optimizer"],
         "    if weight_decay:", "    G.copy_(project_back(N, basis))\n    if weight_decay:"),
     _galore("forgets_its_state_at_loading", ["optimizer"],

@@ -219,6 +219,21 @@ def lists_layers_that_it_does_not_adapt(copy: PatchedCopy) -> None:
 
 
 @planted("lora", "merge", values=_USUAL)
+def freezes_its_tensors_at_merging(copy: PatchedCopy) -> None:
+    def change(adapted: Any) -> None:
+        merge = adapted.merge
+
+        def merged() -> None:
+            merge()
+            for tensor in adapted.tensors().values():
+                tensor.requires_grad_(False)
+
+        adapted.merge = merged
+
+    copy.change_adapted(change)
+
+
+@planted("lora", "merge", values=_USUAL)
 def forgets_to_unmerge(copy: PatchedCopy) -> None:
     copy.change_adapted(lambda adapted: setattr(adapted, "unmerge", lambda: None))
 
