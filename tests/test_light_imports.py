@@ -27,6 +27,11 @@ LIGHT = {
         "from harness.cli import main\nassert not main(['list', 'claims', 'measures']) + main(['explain', 'ratio'])",
         {"torch", "transformers"},
     ),
+    "a Cell: its worker and the parity checks": (
+        "import harness.runner.worker, harness.cell.lifecycle, harness.memory_model.cell_prediction\n"
+        "from harness.conformance import checks; assert 'walk' in checks.every()",
+        {"hypothesis"},
+    ),
     "a bench's results": ("import harness.bench.run, harness.bench.table", {"torch"}),
     "verdicts of pairs": (
         "from harness.analysis.statistics import canaries, pair_design, paired",

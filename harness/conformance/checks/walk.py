@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,10 +15,12 @@ from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.check_results import judged, listed, skipped
 from harness.conformance.subject import Subject, attach_reference, load, warm
 from harness.conformance.tolerance_constants import TRAJECTORY_FACTOR
-from harness.conformance.walk.machine import Worlds, walk
 from harness.conformance.walk.world import Forward, World
 from harness.methods.spec import Adapted
 from harness.records.record import CheckResult
+
+if TYPE_CHECKING:
+    from harness.conformance.walk.machine import Worlds
 
 LARGEST = 2_000
 """Walks are taken only if the first adapted weight has at most this number of elements, because a walk attaches to many
@@ -42,6 +45,9 @@ def check_walk(subject: Subject, case: Case) -> CheckResult:
     forward, start = case.forward, case.attach_again()
     if start is None:
         return skipped(subject, case, "walk", "the case cannot attach again")
+    # Every Cell imports this file, and no Cell takes a walk. Hypothesis would add 5 MiB to the memory of each Cell.
+    from harness.conformance.walk.machine import walk
+
     warm(start.added(), case.generator(salt=1))
     failure = walk(lambda: _worlds(start, case, forward), case.walks, case.walk_seed)
     if failure is None:
@@ -55,6 +61,7 @@ def _worlds(start: Subject, case: Case, forward: Forward) -> Worlds:
     They are the subject, the float64 reference, and two references in the subject's dtype. The second of the two starts
     from slightly moved tensors.
     """
+    from harness.conformance.walk.machine import Worlds
 
     def subject() -> tuple[nn.Module, Adapted]:
         again = case.attach_again()
