@@ -38,8 +38,11 @@ def peft_equivalent(method: str, config: Config, quantization: str = "none") -> 
         return PeftEquivalent(None, f"peft has no {method}, so there is no {FILE} for it.")
     if refusal := _refusal(config):
         return PeftEquivalent(None, f"There is no {FILE} for it: {refusal}.")
-    names = list(config["targets"])
-    keys = {**make(config), "target_modules": _ALL_LINEAR if names == [_ALL_LINEAR] else names}
+    try:
+        names, keys = list(config["targets"]), make(config)
+    except KeyError as error:
+        return PeftEquivalent(None, f"There is no {FILE} for it: the Cell's config lacks {error.args[0]}.")
+    keys["target_modules"] = _ALL_LINEAR if names == [_ALL_LINEAR] else names
     bits = method == "qlora" or quantization != "none"
     remark = "Load the base model in 4 bits first (`BitsAndBytesConfig` of transformers, nf4)." if bits else ""
     return PeftEquivalent(keys, remark)

@@ -16,6 +16,8 @@ from harness.records import files, store
 from harness.report import view
 
 TEMPLATE = "report.html.j2"
+_SCRIPTS = ("tables.js", "download.js")
+"""Files of the page's one script. The second uses functions of the first."""
 
 
 def render(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) -> str:
@@ -31,7 +33,7 @@ def fill(template: str, page: Mapping[str, Any]) -> str:
 
     folder = resources.data_folder("report_templates")
     style = (folder / "report.css").read_text(encoding="utf-8")
-    script = (folder / "report.js").read_text(encoding="utf-8")
+    script = "\n".join((folder / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     environment = Environment(
         loader=FileSystemLoader(folder),
         autoescape=True,
@@ -41,7 +43,7 @@ def fill(template: str, page: Mapping[str, Any]) -> str:
     )
     return environment.get_template(template).render(
         page={**page, "generated": store.now()},
-        # These two files of the package, never data, are the only unescaped text on the page.
+        # These files of the package, never data, are the only unescaped text on the page.
         style=Markup(style),  # noqa: S704
         script=Markup(script),  # noqa: S704
         policy=policy(style, script),

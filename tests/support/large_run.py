@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness.records import store
 from harness.records.cost import Checkpoint
-from harness.records.record import Cell, Evaluation, Record
+from harness.records.record import Cell, Evaluation, Json, Record
 from support import recorded_run
 
 _METHODS = ("lora", "dora", "pissa", "qlora", "vera", "adalora", "galore")
@@ -23,7 +23,7 @@ def _recipes() -> Iterator[Cell]:
     for step in count(1):
         training = like.training.model_copy(update={"lr": 1e-3 * step})
         for method, rank in product(_METHODS, _RANKS):
-            config = {"rank": rank, "alpha": 2 * rank}
+            config: dict[str, Json] = {"rank": rank, "alpha": 2 * rank, "targets": ["query", "value"]}
             yield like.model_copy(update={"method": method, "config": config, "training": training})
 
 
@@ -41,9 +41,9 @@ def write(folder: Path, recipes: int, seeds: int, items: int = 500) -> store.Run
 
 
 def _record(cell: Cell) -> Record:
-    """Return the Record of a Cell. Its accuracy depends on its rank and its seed, and its file has a size."""
+    """Return the Record of a Cell. Its accuracy is close to that of all others, and its file has a size."""
     made = recorded_run.record("full" if cell.method == "full" else "fused", cell, cell_id=cell.cell_id)
-    share = 0.7 + 0.02 * (cell.config.get("rank", 128) ** 0.4) + random.Random(cell.cell_id).uniform(-0.02, 0.02)
+    share = 0.75 + random.Random(cell.cell_id).uniform(-0.02, 0.02)
     scored = recorded_run.with_accuracy(made, share)
     assert scored.measurements is not None
     size = Checkpoint(adapter_file_B=4 * scored.measurements.parameters.trainable, head_B=3080, model_B=90_000_000)
