@@ -1,4 +1,4 @@
-"""A run folder with many Cells: recipes of eight methods at several ranks, each with several seeds."""
+"""A run folder with many Cells: recipes of eight methods at several ranks and learning rates, each with several seeds."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def _recipes() -> Iterator[Cell]:
     """Yield Cells with seed 0 that differ in their method, rank and learning rate: first `full`, then all others."""
     like = recorded_run.cells()["fused"]
     yield recorded_run.cells()["full"]
-    for step in count(1):
-        training = like.training.model_copy(update={"lr": 1e-3 * step})
-        for method, rank in product(_METHODS, _RANKS):
+    for pair in count():
+        for method, rank, step in product(_METHODS, _RANKS, (2 * pair + 1, 2 * pair + 2)):
+            training = like.training.model_copy(update={"lr": 1e-3 * step})
             config: dict[str, Json] = {"rank": rank, "alpha": 2 * rank, "targets": ["query", "value"]}
             yield like.model_copy(update={"method": method, "config": config, "training": training})
 
