@@ -35,13 +35,13 @@ def peft_equivalent(method: str, config: Config, quantization: str = "none") -> 
         return PeftEquivalent(dict(config[KEY]), "")
     make = _EQUIVALENTS.get(method)
     if make is None:
-        return PeftEquivalent(None, f"peft has no {method}, so there is no {FILE} for it.")
+        return PeftEquivalent(None, f"There is no {FILE} for {method}: peft has no such Method.")
     if refusal := _refusal(config):
-        return PeftEquivalent(None, f"There is no {FILE} for it: {refusal}.")
+        return PeftEquivalent(None, f"There is no {FILE} for {method}: {refusal}.")
     try:
         names, keys = list(config["targets"]), make(config)
     except KeyError as error:
-        return PeftEquivalent(None, f"There is no {FILE} for it: the Cell's config lacks {error.args[0]}.")
+        return PeftEquivalent(None, f"There is no {FILE} for {method}: the Cell's config lacks {error.args[0]}.")
     keys["target_modules"] = _ALL_LINEAR if names == [_ALL_LINEAR] else names
     bits = method == "qlora" or quantization != "none"
     remark = "Load the base model in 4 bits first (`BitsAndBytesConfig` of transformers, nf4)." if bits else ""
