@@ -185,4 +185,5 @@ for (const table of tables) {
 }
 document.querySelectorAll(".tools").forEach((tools) => { tools.hidden = false; });
 addEventListener("hashchange", followHash);
+addEventListener("load", followHash); // after the browser's own scroll to an anchor
 followHash();

@@ -69,9 +69,9 @@ class Shown:
 
 
 @contextmanager
-def opened(browser: Any, file: Path, width: int = 1280, hash_: str = "") -> Iterator[Shown]:
+def opened(browser: Any, file: Path, width: int = 1280, hash_: str = "", *, javascript: bool = True) -> Iterator[Shown]:
     """Open a file in a window of its own."""
-    context = browser.new_context(viewport={"width": width, "height": 800})
+    context = browser.new_context(viewport={"width": width, "height": 800}, java_script_enabled=javascript)
     context.set_default_timeout(10_000)
     try:
         yield Shown(context.new_page(), file, hash_)
