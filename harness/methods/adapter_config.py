@@ -44,8 +44,8 @@ def peft_equivalent(method: str, config: Config, quantization: str = "none") -> 
         return PeftEquivalent(None, f"There is no {FILE} for {method}: the Cell's config lacks {error.args[0]}.")
     keys["target_modules"] = _ALL_LINEAR if names == [_ALL_LINEAR] else names
     bits = method == "qlora" or quantization != "none"
-    remark = "Load the base model in 4 bits first (`BitsAndBytesConfig` of transformers, nf4)." if bits else ""
-    return PeftEquivalent(keys, remark)
+    remark = "Load the base model in 4 bits first (`BitsAndBytesConfig` of transformers, nf4). " if bits else ""
+    return PeftEquivalent(keys, f"{remark}Add the `task_type` of your model.")
 
 
 def _refusal(config: Config) -> str:
