@@ -6,6 +6,7 @@ const rowsOf = (body) => [...body.rows].filter((row) => !row.classList.contains(
 const toolsOf = (table) => table.closest(".scroll").previousElementSibling;
 const controlsOf = (table, kind) => [...toolsOf(table).querySelectorAll(`[data-${kind}]`)];
 const given = new WeakMap();
+const count = (number) => number.toLocaleString("en");
 
 // `#?cells.sort=3,down&cells.filter=lora`: the question mark distinguishes it from the anchor of a row.
 let state = new URLSearchParams();
@@ -77,7 +78,7 @@ function filter(table) {
     body.hidden = shown === before;
   }
   const none = shown ? "" : words.length ? ". No row has words that begin like this." : ". No row has all these properties.";
-  toolsOf(table).querySelector("output").textContent = words.length || chosen.length ? `${shown} of ${all} rows${none}` : `${all} rows`;
+  toolsOf(table).querySelector("output").textContent = words.length || chosen.length ? `${count(shown)} of ${count(all)} rows${none}` : `${count(all)} rows`;
 }
 
 function showColumns(table) {

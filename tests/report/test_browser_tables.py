@@ -204,7 +204,7 @@ def test_1000_cells_open_sort_and_filter(show: Open, tmp_path: Path) -> None:
         print(f"first paint after {shown.page.evaluate(paint)} ms")
         shown.page.locator("details:has(> .scroll #cells) > summary").click()
         shown.page.wait_for_selector("#cells tbody")
-        assert shown.count("cells") == "1000 rows"
+        assert shown.count("cells") == "1,000 rows"
         start = time.perf_counter()
         steps = shown.sort("cells", "Step, ms")
         print(f"sorted, and read, in {time.perf_counter() - start:.2f} s")
@@ -212,7 +212,7 @@ def test_1000_cells_open_sort_and_filter(show: Open, tmp_path: Path) -> None:
         assert len(values) == 1000
         assert values == sorted(values)
         shown.page.locator("[data-of=cells][data-facet=method]").select_option("vera")
-        assert shown.count("cells").endswith(" of 1000 rows")
+        assert shown.count("cells").endswith(" of 1,000 rows")
 
 
 # ---- copy, print, no script
