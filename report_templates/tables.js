@@ -11,9 +11,9 @@ const count = (number) => number.toLocaleString("en");
 // `#?cells.sort=3,down&cells.filter=lora`: the question mark distinguishes it from the anchor of a row.
 let state = new URLSearchParams();
 const wanted = (table, name) => state.get(`${table.id}.${name}`) ?? "";
-function remember(table, name, value) {
-  if (value) state.set(`${table.id}.${name}`, value);
-  else state.delete(`${table.id}.${name}`);
+function remember(name, value) {
+  if (value) state.set(name, value);
+  else state.delete(name);
   history.replaceState(null, "", `#?${state}`);
 }
 
@@ -165,17 +165,17 @@ for (const table of tables) {
     const button = element("button", [head.textContent], { type: "button" });
     head.replaceChildren(button);
     button.addEventListener("click", () => {
-      remember(table, "sort", `${i},${head.getAttribute("aria-sort") === "ascending" ? "down" : "up"}`);
+      remember(`${table.id}.sort`, `${i},${head.getAttribute("aria-sort") === "ascending" ? "down" : "up"}`);
       sort(table);
     });
   });
   toolsOf(table)?.addEventListener("input", ({ target }) => {
     const { filter: words, facet, column, together } = target.dataset;
-    if (words || facet) remember(table, facet ?? "filter", target.value);
-    if (together) remember(table, "together", target.checked ? "yes" : "");
+    if (words || facet) remember(`${table.id}.${facet ?? "filter"}`, target.value);
+    if (together) remember(`${table.id}.together`, target.checked ? "yes" : "");
     if (column) {
       const boxes = controlsOf(table, "column"), usual = boxes.every((box) => box.checked === box.defaultChecked);
-      remember(table, "columns", usual ? "" : boxes.filter((box) => box.checked).map((box) => box.dataset.column).join() || "none");
+      remember(`${table.id}.columns`, usual ? "" : boxes.filter((box) => box.checked).map((box) => box.dataset.column).join() || "none");
     }
     if (together) sort(table);
     else if (column) showColumns(table);

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 from harness.analysis import choice, contention, metrics
 from harness.analysis.choice import MARGIN, Choice
-from harness.analysis.ranking import Group, RankingEntry
+from harness.analysis.ranking import Group
 from harness.analysis.run_facts import RunFacts
 from harness.console import json_text
 from harness.errors import plural
 from harness.methods.adapter_config import peft_equivalent
 from harness.records.record import Cell, Record
-from harness.report import formatting, item_differences, recipes, sections
+from harness.report import formatting, item_differences, links, recipes, sections
 from harness.report.recipes import Names
 
 NO_BREAK = "\u00a0"
@@ -28,7 +27,7 @@ def answers(f: RunFacts) -> list[dict[str, Any]]:
     for number, group in enumerate(several):
         chosen = choice.choose(group)
         if chosen is not None:
-            names = dict(zip(map(id, group.entries), _short_names(f, group.entries), strict=True))
+            names = links.entry_names(f, group.entries)
             title, budget, key = _title(group), group.budget, f"{f.prefix}answer-{number}"
             if titles[title] > 1:
                 title += f" · {budget.dtype}, {budget.steps} steps"
@@ -162,15 +161,3 @@ def _reasons(f: RunFacts, group: Group, chosen: Choice) -> list[str]:
     if f.verdict.missing:
         reasons.append(f"{plural(len(f.verdict.missing), 'planned Cell')} of this run are missing.")
     return reasons
-
-
-def _short_names(f: RunFacts, entries: Sequence[RankingEntry]) -> list[str]:
-    """Return the names of the entries. A name has its implementation only if its method has several in the group."""
-    pairs = {(e.record.cell.method, e.record.cell.implementation) for e in entries}
-    implementations = Counter(method for method, _ in pairs)
-    names = []
-    for entry in entries:
-        cell, name = entry.record.cell, f.entry_name(entry)
-        alone = implementations[cell.method] == 1
-        names.append(name.replace(f" [{cell.implementation}]", "", 1) if alone else name)
-    return names if len(set(names)) == len(names) else [f.entry_name(entry) for entry in entries]

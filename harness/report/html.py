@@ -16,8 +16,6 @@ from harness.records import files, store
 from harness.report import view
 
 TEMPLATE = "report.html.j2"
-_SCRIPTS = ("tables.js", "download.js")
-"""Files of the page's one script. The second uses functions of the first."""
 
 
 def render(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) -> str:
@@ -31,11 +29,9 @@ def fill(template: str, page: Mapping[str, Any]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    folder = resources.data_folder("report_templates")
-    style = (folder / "report.css").read_text(encoding="utf-8")
-    script = "\n".join((folder / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    style, script = data("report.css"), data("tables.js", "download.js")
     environment = Environment(
-        loader=FileSystemLoader(folder),
+        loader=FileSystemLoader(resources.data_folder("report_templates")),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -48,6 +44,12 @@ def fill(template: str, page: Mapping[str, Any]) -> str:
         script=Markup(script),  # noqa: S704
         policy=policy(style, script),
     )
+
+
+def data(*names: str) -> str:
+    """Return the text of files of `report_templates`, one after the other."""
+    folder = resources.data_folder("report_templates")
+    return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
 def policy(style: str, script: str) -> str:

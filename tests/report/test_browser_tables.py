@@ -243,10 +243,10 @@ def test_on_paper_a_table_has_all_its_rows_and_no_tools(show: Open, report: Path
 
 
 def test_without_a_script_all_columns_are_there(show: Open, report: Path, stored: Path) -> None:
-    with show(report, javascript=False) as shown:
+    with show(report, script=False) as shown:
         assert "Tokens/s" in _heads(shown)
         assert not shown.page.locator(".tools").first.is_visible()
-    with show(stored, javascript=False) as shown:
+    with show(stored, script=False) as shown:
         shown.page.locator("details:has(> .scroll #cells) > summary").click()
         (says,) = shown.page.locator("details:has(> .scroll #cells) > noscript > p").all()
         assert says.is_visible()
