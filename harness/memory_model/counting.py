@@ -39,8 +39,19 @@ _Counted = tuple[MethodCount, tuple[int, ...] | None]
 """Count of one config, and the fields of its `SavedActivations`."""
 
 
+_FACTORIES = (torch.empty, torch.randn, torch.zeros)
+"""Functions that make a Method's new tensors. Tables of values, such as NF4's levels, are made by others."""
+
+
 class SkipRandomDraws(TorchFunctionMode):
-    """Skips the drawing of random numbers: only sizes matter here, and the draws for a large model take minutes."""
+    """Skips the drawing of random numbers: only sizes matter here, and the draws for a large model take minutes.
+
+    device: device of new tensors that the code makes without naming a device. None means torch's default.
+    """
+
+    def __init__(self, device: str | None = None) -> None:
+        super().__init__()
+        self.device = device
 
     def __torch_function__(
         self,
@@ -50,6 +61,8 @@ class SkipRandomDraws(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func in _FACTORIES and self.device:
+            kwargs.setdefault("device", self.device)
         if kwargs.pop("generator", None) is None:
             return func(*args, **kwargs)
         return torch.empty(*args, **kwargs) if func is torch.randn else args[0]
@@ -168,7 +181,7 @@ def attached(model: nn.Module, method: str, config: object) -> Iterator[Adapted]
 
 
 def _attach(model: nn.Module, method: str, config: object) -> Adapted:
-    with SkipRandomDraws():
+    with SkipRandomDraws("meta"):
         return attach_reference(method, model, config, None, torch.Generator())
 
 
