@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from harness.cli import options
-from harness.errors import Exit
+from harness.console import print_note
+from harness.errors import Exit, plural
 
 
 @options.only
@@ -24,6 +25,7 @@ def plan(suite: str, only: str | None, as_json: bool) -> Exit:
     read = loader.load(suite)
     cells = expand.select(read.plan, only) if only is not None else read.plan
     model_checks.check_models(read, cells)
+    print_note(f"predicting the memory of {plural(len(cells.cells), 'Cell')} ...")
     document = plan_table.planning(read, cells, predicted=plan_table.predictions(read, cells))
     options.print_document(document, as_json, plan_table.lines)
     return Exit.PASS

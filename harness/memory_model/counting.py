@@ -34,8 +34,7 @@ from harness.methods.spec import Adapted
 from reference.shared import layers as surgery
 from reference.shared.layers import kind_of
 
-
-_Counted = tuple[MethodCount, tuple[int, ...] | None]
+_Counted = tuple[MethodCount, tuple[Any, ...] | None]
 """Count of one config, and the fields of its `SavedActivations`."""
 
 
@@ -102,15 +101,15 @@ def count(
             equal_blocks.keep_blocks(small, path, number)
             return small, head
 
-        found = [_count_methods(partial(build_small, n), methods, names, dtype) for n in equal_blocks.SMALL]
-        counts = equal_blocks.extrapolate(*found, len(model.get_submodule(path)))
+        one, two = (_count_methods(partial(build_small, n), methods, names, dtype) for n in equal_blocks.SMALL)
+        counts = equal_blocks.extrapolate(one, two, len(model.get_submodule(path)))
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "targets": names,
         "positions": positions(model),
         "logits": activations.logit_bytes_per_token(shape) if shape else None,
         "methods": {
-            method: [_with_activations(*one, shape) for one in of_method]
+            method: [_with_activations(counted, saved, shape) for counted, saved in of_method]
             for method, of_method in (counts or _count_methods(build, methods, names, dtype)).items()
         },
     }
@@ -140,7 +139,7 @@ def _count_methods(
     return found
 
 
-def _with_activations(counted: MethodCount, saved: tuple[int, ...] | None, shape: LlamaShape | None) -> MethodCount:
+def _with_activations(counted: MethodCount, saved: tuple[Any, ...] | None, shape: LlamaShape | None) -> MethodCount:
     """Return a count with its activations. saved: fields of `SavedActivations`; shape: sizes of the whole model."""
     if saved is None or shape is None:
         return counted

@@ -24,9 +24,10 @@ def find_blocks(model: nn.Module, head: Collection[str]) -> str:
     found = ""
     length = SMALL[-1]
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > length and _are_equal(module):
-            if not any(name.startswith(f"{path}.") for name in head):
-                found, length = path, len(module)
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{path}.") for name in head):
+            continue
+        if len(module) > length and _are_equal(module):
+            found, length = path, len(module)
     return found
 
 
