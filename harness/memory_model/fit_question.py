@@ -143,14 +143,15 @@ class _Question:
     def _change(self, row: Row, one: MethodCount, settings: dict[str, Any]) -> _Change:
         how = {key: value for key, value in settings.items() if key in ("checkpointing", "layerwise")}
         request = replace(self.request, **how)
-        base, optimizer = settings.get("base", row["base"]), settings.get("optimizer", row["optimizer"])
+        base, optimizer = (str(settings.get(key, row[key])) for key in ("base", "optimizer"))
         changed = fit.requested_row(request, self.counted, self.tokens, one, row["method"], base, optimizer)
         return _Change(settings, request, fit.row_document(changed))
 
     def _largest(self, row: Row, found: StepAnswer) -> int | None:
         """Return the largest batch of a row that fits, 0 if not even one text fits, or None if it is unknown."""
         sizes = tried_sizes(row, found)
-        return largest_fitting(sizes, self.room) if sizes else None
+        fits = largest_fitting(sizes, self.room)
+        return fits if fits or 1 in sizes else None
 
     def _largest_by_formulas(self, row: Row) -> int:
         ledger = row["ledger"]
