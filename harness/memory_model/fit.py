@@ -9,7 +9,9 @@ peak: largest number of bytes in tensors during a training step on fake tensors.
   runs the CPU code of `fused`, or of `reference` for full fine-tuning; `--json` names this code. In tests, the peak
   differs by at most 3 % from measured steps of small models.
 total: sum of the closed forms, without temporary tensors. The total chooses among the ranks that fit.
-left: the given memory minus the peak, or minus the total with --formulas. It is negative if not even one text fits.
+needed: the peak, or the total with --formulas. It decides what fits. The columns before it add up to it.
+other: the rest of what is needed, such as temporary tensors. It is negative if parts do not exist at the same time.
+free: the given memory minus what is needed. It is negative if the row does not fit. In JSON, it is called left.
 
 In tests, weights, adapter, gradients and optimizer differ by at most 3 % from the ledgers of real Cells. Activations
 have a closed form for Llama-like models only. In tests, this form differs by at most 2 % from what autograd saves in

@@ -23,8 +23,8 @@ def row(ledger: dict[str, int | None], **more: Any) -> dict[str, Any]:
 def document(rows: list[dict[str, Any]], memory_B: int, unit: str) -> dict[str, Any]:
     return {
         "model": "m", "source": "s", "parameters": 10, "memory_B": memory_B, "unit": unit, "dtype": "bfloat16",
-        "tokens": 512, "targets": ["q"], "gradient_checkpointing": False, "layerwise_updates": False, "activations_known": True,
-        "checked": True, "rows": rows, "left_out": [],
+        "tokens": 512, "targets": ["q"], "gradient_checkpointing": False, "layerwise_updates": False,
+        "activations_known": True, "checked": True, "rows": rows, "left_out": [],
     }  # fmt: skip
 
 
