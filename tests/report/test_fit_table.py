@@ -56,6 +56,9 @@ def test_the_printed_columns_add_up(seed: int, unit: str) -> None:
         *parts, needed, free = (0 if text == "-" else int(text.replace(",", "").replace(".", "")) for text in texts)
         assert sum(parts) == needed
         assert needed + free == 24_00
+        assert (
+            0 <= needed * UNITS[unit] - 100 * (found["memory_B"] - one["ledger"]["left_B"]) < UNITS[unit]
+        )  # rounded up
         assert (free >= 0) == (one["ledger"]["left_B"] >= 0)
         for part, size in zip(sizes, parts, strict=False):
             if part != "other":
