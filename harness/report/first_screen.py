@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 from harness.analysis import choice, contention, failed_checks, metrics
@@ -30,7 +29,7 @@ def answers(f: RunFacts) -> list[dict[str, Any]]:
     for number, group in enumerate(several):
         chosen = choice.choose(group)
         if chosen is not None:
-            names = dict(zip(map(id, group.entries), _short_names(f, group.entries), strict=True))
+            names = links.entry_names(f, group.entries)
             title, budget = _title(group), group.budget
             if titles[title] > 1:
                 title += f" · {budget.dtype}, {budget.steps} steps"
@@ -203,18 +202,6 @@ def _recipe(entry: RankingEntry) -> dict[str, Any]:
         "peak_B": entry.typical(metrics.PEAK_ABOVE_IMPORTS.read), "step_s": entry.typical(metrics.STEP.value),
         "busy": _busy(entry),
     }  # fmt: skip
-
-
-def _short_names(f: RunFacts, entries: Sequence[RankingEntry]) -> list[str]:
-    """Return the names of the entries. A name has its implementation only if its method has several in the group."""
-    pairs = {(e.record.cell.method, e.record.cell.implementation) for e in entries}
-    implementations = Counter(method for method, _ in pairs)
-    names = []
-    for entry in entries:
-        cell, name = entry.record.cell, f.entry_name(entry)
-        alone = implementations[cell.method] == 1
-        names.append(name.replace(f" [{cell.implementation}]", "", 1) if alone else name)
-    return names if len(set(names)) == len(names) else [f.entry_name(entry) for entry in entries]
 
 
 def _standing(entry: RankingEntry) -> str:
