@@ -28,11 +28,12 @@ for (const chart of document.querySelectorAll(".chart")) {
   }
 
   const marks = (series) => chart.querySelectorAll(`svg [data-series="${series}"]`);
+  const all = chart.querySelector("[data-all]"), isOn = (button) => button.getAttribute("aria-pressed") === "true";
   const show = (button, on) => {
     button.setAttribute("aria-pressed", on);
     marks(button.dataset.series).forEach((mark) => mark.classList.toggle("off", !on));
+    all.textContent = legend.some(isOn) ? "Hide all" : "Show all";
   };
-  const isOn = (button) => button.getAttribute("aria-pressed") === "true";
   const light = (series) => {
     chart.querySelectorAll(".plot").forEach((svg) => svg.classList.toggle("dim", series !== null));
     chart.querySelectorAll(".near").forEach((mark) => mark.classList.remove("near"));
@@ -45,11 +46,10 @@ for (const chart of document.querySelectorAll(".chart")) {
       button.addEventListener(event, () => light(on && isOn(button) ? button.dataset.series : null));
     }
   }
-  const all = chart.querySelector("[data-all]");
   all.hidden = false;
   all.addEventListener("click", () => {
-    const on = !legend.some(isOn);
-    legend.forEach((button) => show(button, on && !(button.closest(".more"))));
+    const on = !legend.some(isOn); // "Show all" leaves out what was hidden at first
+    legend.forEach((button) => show(button, on && !button.closest(".more")));
   });
   chart.querySelectorAll(".more").forEach((more) => { more.hidden = false; });
 
@@ -64,6 +64,7 @@ for (const chart of document.querySelectorAll(".chart")) {
     const name = at && legend.find((button) => button.dataset.series === mark.dataset.series).textContent.trim();
     return places.map(([, x, y], i) => ({ mark, text: at ? `${name}, step ${at[i]}` : text, x: Number(x), y: Number(y) }));
   };
+  const rowOf = (spot) => spot?.mark.closest("a")?.getAttribute("href");
   for (const svg of chart.querySelectorAll(".plot")) {
     const spots = [...svg.querySelectorAll(".spot")].flatMap(spotsOf);
     svg.querySelectorAll(".spot > title").forEach((title) => title.remove()); // or the browser would show it, too
@@ -80,14 +81,12 @@ for (const chart of document.querySelectorAll(".chart")) {
       if (!spot) return;
       cursor.setAttribute("cx", spot.x);
       cursor.setAttribute("cy", spot.y);
-      const link = spot.mark.closest("a")?.cloneNode() ?? null;
       tip.replaceChildren(spot.text);
-      if (link) {
-        const row = document.createElement("a");
-        row.href = link.getAttribute("href");
-        row.textContent = "Row in the table";
-        tip.append(" ", row);
-      }
+      if (!rowOf(spot)) return;
+      const link = document.createElement("a");
+      link.href = rowOf(spot);
+      link.textContent = "Row in the table";
+      tip.append(" ", link);
     };
     const visible = () => spots.filter((spot) => !spot.mark.classList.contains("off"));
     const nearest = (event) => {
@@ -104,11 +103,11 @@ for (const chart of document.querySelectorAll(".chart")) {
     svg.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") select(null); });
     svg.addEventListener("blur", () => select(null));
     // A finger reads first: the text below has the link.
-    svg.addEventListener("click", (event) => { if (event.pointerType !== "mouse") event.preventDefault(); });
+    svg.addEventListener("click", (event) => { if (event.pointerType === "touch") event.preventDefault(); });
     svg.addEventListener("keydown", (event) => {
       const shown = visible(), i = shown.indexOf(current), series = (spot) => spot.mark.dataset.series;
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key], jump = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-      if (event.key === "Enter") current?.mark.closest("a")?.dispatchEvent(new MouseEvent("click"));
+      if (event.key === "Enter" && rowOf(current)) location.hash = rowOf(current);
       else if (event.key === "Escape") select(null);
       else if (!shown.length || !(step || jump)) return;
       else if (i < 0) select(shown[0]);

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from harness.report.svg.canvas import Canvas, Drawing
 from harness.report.svg.scales import Axis
 
 WIDTH, HEIGHT = 560.0, 340.0
-LEFT, RIGHT, TOP, BOTTOM = 50.0, 550.0, 10.0, 296.0
+LEFT, RIGHT, TOP, BOTTOM = 50.0, 550.0, 20.0, 298.0
 HUES = 12
 """Number of colour classes c0, c1, ... in the style sheet."""
 REST, OUTLINED = -1, -2
@@ -35,10 +35,8 @@ class Point:
 
     x: float
     y: float
-    low: float | None = None
-    """Lower end of the interval of y; None without an interval."""
-    high: float | None = None
-    """Upper end of the interval of y."""
+    interval: tuple[float, ...] = ()
+    """Lower and upper end of the interval of y. Empty without an interval."""
     tip: str = ""
     """Text of the tooltip. Empty for a point of a line without symbols."""
     href: str = ""
@@ -64,8 +62,6 @@ class Series:
     kind: str = "line"
     """Class of the line: `line` with symbols, `curve` without, `bound` for a limit, `level` for a line across with a band,
     or `fill` for a part of bars."""
-    tip: str = ""
-    """Text of the tooltip of the line."""
     texts: Sequence[str] = ()
     """Text of each point on a line without symbols, for the tooltip."""
 
@@ -88,22 +84,22 @@ def xy(x: Axis, y: Axis, series: Sequence[Series], *, front: bool = False) -> Dr
     front: also draw the Pareto front of the points.
     """
     c = Canvas(WIDTH, HEIGHT)
-    x = x.over([p.x for s in series if s.kind != "level" for p in s.points], LEFT + 12, RIGHT - 12)
-    y = y.over([v for s in series for p in s.points for v in (p.low, p.y, p.high) if v is not None], BOTTOM, TOP)
+    points = [p for s in series if s.kind != "level" for p in s.points]
+    x = x.over([p.x for p in points], LEFT + 12, RIGHT - 12)
+    y = y.over([v for s in series for p in s.points for v in (p.y, *p.interval)], BOTTOM, TOP)
     _axes(c, x, y)
     if front:
-        points = [p for s in series if s.kind == "line" for p in s.points]
         steps = [(p.x, p.y) for p in (points[i] for i in pareto([(p.x, p.y) for p in points]))]
         corners = [(b[0], a[1]) for a, b in itertools.pairwise(steps)]
         c.path([(x.at(a), y.at(b)) for a, b in sorted([*steps, *corners])], "front")
     places = [[(x.at(p.x), y.at(p.y)) for p in s.points] for s in series]
     for k, (s, place) in enumerate(zip(series, places, strict=True)):
         off = "" if s.shown else " off"
-        more = {"tip": s.tip, "data_at": "|".join(s.texts)} if s.texts else {}
+        more = {"tip": s.name, "data_at": "|".join(s.texts)} if s.texts else {}
         if len(place) > 1:
             c.path(place, f"{s.kind} {s.look}{' spot' if s.texts else ''}{off}", data_series=k, **more)
         for p, at in zip(s.points, place, strict=True):
-            low, high = (y.at(p.y if end is None else end) for end in (p.low, p.high))
+            low, high = map(y.at, p.interval or (p.y, p.y))
             if s.kind == "level":
                 c.add("rect", "band", x=LEFT, y=high, width=RIGHT - LEFT, height=low - high, data_series=k)
                 c.line(LEFT, at[1], RIGHT, at[1], "level", data_series=k)
@@ -126,6 +122,7 @@ def _axes(c: Canvas, x: Axis, y: Axis) -> None:
         c.line(x.at(tick), BOTTOM, x.at(tick), BOTTOM + 4, "axis")
         c.text(x.at(tick), BOTTOM + 17, x.write(tick), "tick", "middle")
     c.line(LEFT, BOTTOM, RIGHT, BOTTOM, "axis")
+    c.text(LEFT, TOP - 5, y.name, "axis-name")
     c.text((LEFT + RIGHT) / 2, HEIGHT - 8, x.name, "axis-name", "middle")
 
 
@@ -169,7 +166,7 @@ def bars(
     bottom = 6 + _ROW * len(rows)
     left = 12 + min(_NAMES, max(_WIDE_LETTER * len(name) for name in rows))
     c = Canvas(WIDTH, bottom + 40)
-    x = replace(x.over([0.0, *map(sum, rows.values())], left, WIDTH - 54, 0.0), low=0.0)
+    x = x.over([0.0, *map(sum, rows.values())], left, WIDTH - 54, 1e-9)
     for tick in x.ticks():
         c.line(x.at(tick), 2, x.at(tick), bottom, "axis" if tick == 0 else "grid")
         c.text(x.at(tick), bottom + 14, x.write(tick), "tick", "middle")
@@ -193,31 +190,13 @@ def fitted(text: str, width: float, letter: float = _LETTER) -> str:
     return text if len(text) <= room else f"…{text[len(text) - room + 1 :]}"
 
 
-def sample(s: Series, c: Canvas | None = None, x: float = 15, y: float = 6) -> Drawing:
-    """Draw the sample of a series around a point: its line, and the symbol of its points; or a block for a part of bars.
-
-    c: the canvas; None for one of the size of a sample.
-    """
-    c = c or Canvas(30, 12)
+def sample(s: Series) -> Drawing:
+    """Draw the sample of a series for a legend: its line and its symbol, or a block for a part of bars."""
+    c = Canvas(30, 12)
     if s.kind == "fill":
-        c.symbol(x, y, _BLOCK, f"fill {s.look}")
+        c.symbol(15, 6, _BLOCK, f"fill {s.look}")
         return c.drawing()
-    c.line(x - 14, y, x + 14, y, f"{s.kind} {s.look}")
+    c.line(1, 6, 29, 6, f"{s.kind} {s.look}")
     if s.kind == "line":
-        c.symbol(x, y, s.shape, f"dot {s.look}")
-    return c.drawing()
-
-
-def legend(series: Sequence[Series]) -> Drawing:
-    """Draw the samples and the names of all series, for a file that holds nothing but one chart."""
-    c, x, y = Canvas(WIDTH, 0.0), 0.0, 8.0
-    for s in series:
-        name = fitted(s.name, WIDTH - 60)
-        wide = 50 + _LETTER * len(name)
-        if x and x + wide > WIDTH:
-            x, y = 0.0, y + 18
-        sample(s, c, x + 20, y)
-        c.text(x + 38, y + 4, name, "label")
-        x += wide
-    c.height = y + 14
+        c.symbol(15, 6, s.shape, f"dot {s.look}")
     return c.drawing()
