@@ -200,17 +200,16 @@ def _curves(f: RunFacts, title: str, records: Sequence[Record]) -> ChartSet:
         if cell.recipe_id in cells:
             best.setdefault(_method(cell), cell.recipe_id)
     shown = list(best.values())[:_CURVES]
-    bound = _RISE * max((one[0] for one in losses if math.isfinite(one[0])), default=1.0)
+    bound = _RISE * max(one[0] for one in losses)
     empty = _coloured(f, dict(zip(names, cells.values(), strict=True)))
     series = [
         replace(_curve(s, mean, high=bound), shown=recipe in shown)
         for s, mean, recipe in zip(empty, means, cells, strict=True)
     ]
     over = [
-        f"{name} reaches {value:.3g} at step {step}"
+        f"{name} reaches {max(one):.3g} at step {one.index(max(one))}"
         for name, one, mean in zip(names, losses, means, strict=True)
-        if not all(v <= bound for v in mean)
-        for step, value in [max(enumerate(one), key=lambda at: at[1] if math.isfinite(at[1]) else math.inf)]
+        if max(mean) > bound
     ]
     clipped = f"Drawn up to {bound:.3g}, {_RISE:g} times the highest first loss: {'; '.join(over)}." if over else ""
     chart = charts.xy(_STEPS, Axis("training loss, nats", "{:.3g}".format), series)
@@ -223,7 +222,7 @@ def _curves(f: RunFacts, title: str, records: Sequence[Record]) -> ChartSet:
 def _curve(s: Series, values: Sequence[float], low: float = -math.inf, high: float = math.inf) -> Series:
     """Return a series as a curve over the steps, drawn from `low` to `high`. Of many steps, each second, ... has a point."""
     steps = range(0, len(values), math.ceil(len(values) / _POINTS))
-    points = [Point(float(t), low if v < low else v if v <= high else high) for t in steps for v in [values[t]]]
+    points = [Point(float(t), min(max(values[t], low), high)) for t in steps]
     kind = "curve" if s.kind == "line" else s.kind
     return replace(s, points=points, kind=kind, texts=[f"{t}: {values[t]:.3g}" for t in steps])
 

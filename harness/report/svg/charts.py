@@ -166,7 +166,7 @@ def bars(
     bottom = 6 + _ROW * len(rows)
     left = 12 + min(_NAMES, max(_WIDE_LETTER * len(name) for name in rows))
     c = Canvas(WIDTH, bottom + 40)
-    x = x.over([0.0, *map(sum, rows.values())], left, WIDTH - 54, 1e-9)
+    x = x.over([0.0, *map(sum, rows.values())], left, WIDTH - 54, 0.0)
     for tick in x.ticks():
         c.line(x.at(tick), 2, x.at(tick), bottom, "axis" if tick == 0 else "grid")
         c.text(x.at(tick), bottom + 14, x.write(tick), "tick", "middle")

@@ -32,7 +32,7 @@ class Axis:
         low, high = min(values), max(values)
         log = 0 < low < high / WIDE if self.log is None else self.log
         low, high = (math.log10(v) if log else v for v in (low, high))
-        air = (high - low) * pad or (0.3 if log else abs(high) * 0.1 or 1.0)
+        air = (high - low) * pad if high > low else 0.3 if log else abs(high) * 0.1 or 1.0
         low, high = (10**v if log else v for v in (low - air, high + air))
         name = f"{self.name} (logarithmic)" if log else self.name
         return replace(self, name=name, log=log, values=tuple(sorted(set(values))), span=(low, high, start, end))
