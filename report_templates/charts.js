@@ -67,7 +67,10 @@ for (const chart of document.querySelectorAll(".chart")) {
   const rowOf = (spot) => spot?.mark.closest("a")?.getAttribute("href");
   for (const svg of chart.querySelectorAll(".plot")) {
     const spots = [...svg.querySelectorAll(".spot")].flatMap(spotsOf);
-    svg.querySelectorAll(".spot > title").forEach((title) => title.remove()); // or the browser would show it, too
+    svg.querySelectorAll(".spot > title").forEach((title) => { // the browser would show it, too
+      title.closest("a")?.setAttribute("aria-label", title.textContent);
+      title.remove();
+    });
     spots.sort((a, b) => a.mark.dataset.series - b.mark.dataset.series || a.x - b.x || a.y - b.y);
     const cursor = document.createElementNS(svg.namespaceURI, "circle");
     cursor.setAttribute("class", "cursor off");

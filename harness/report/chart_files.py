@@ -15,7 +15,7 @@ from harness.report.svg.charts import fitted
 
 _DARK = re.compile(r"@media \(prefers-color-scheme: dark\) \{\n(.*?)\n\}", re.DOTALL)
 _COLUMNS, _COLUMN, _ROW, _HEAD = 3, 185.0, 18.0, 28.0
-"""Number and width of the columns of the legend, height of its rows, and height of the title, in SVG units."""
+"""Number and width of the legend's columns, height of its rows and of the title; sizes in SVG units."""
 
 
 def write_charts(analysed: Sequence[RunFacts], folder: Path, option: str = "--svg") -> list[Path]:
@@ -47,16 +47,10 @@ def _pages(analysed: Sequence[RunFacts]) -> dict[str, dict[str, Any]]:
             name = "-".join(filter(None, words))
             while name in found:
                 name += "-more"
+            marks = [m for m in figure["marks"] if not m["attributes"]["class"].endswith(" off")]
+            page = {"title": f"{figure['title']}, {one['title']}", "chart": figure | {"marks": marks}, "legend": legend}
             below = _HEAD + figure["height"] + 6
-            found[name] = {
-                "title": f"{figure['title']}, {one['title']}",
-                "chart": figure
-                | {"marks": [m for m in figure["marks"] if not m["attributes"]["class"].endswith(" off")]},
-                "legend": legend,
-                "head": _HEAD,
-                "below": below,
-                "height": below + (legend[-1]["y"] if legend else 0) + _ROW,
-            }
+            found[name] = page | {"below": below, "height": below + (len(legend) + 2) // _COLUMNS * _ROW}
     return found
 
 

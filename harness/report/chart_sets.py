@@ -69,18 +69,23 @@ def _method(cell: Cell) -> str:
 def _coloured(f: RunFacts, named: Mapping[str, Cell]) -> list[Series]:
     """Return an empty series for each name. A method has the same hue in all charts of a run."""
     hues = {method: k for k, method in enumerate(dict.fromkeys(map(_method, f.run.manifest.cells)))}
-    return [Series(name, hues[_method(cell)], variant=k) for k, (name, cell) in enumerate(named.items())]
+    found: list[Series] = []
+    for name, cell in named.items():
+        hue = hues[_method(cell)]
+        found.append(Series(name, hue, variant=sum(s.hue == hue for s in found)))
+    return found
 
 
 def _place(cell: Cell) -> str:
     return f"{cell.model} · {cell.task}"
 
 
-def _rank(e: RankingEntry) -> float | None:
+def _rank(e: RankingEntry) -> float:
+    """Return the rank of a recipe; 0 if it has none."""
     config = e.record.cell.config
     adapter = config.get(ADAPTER_CONFIG)
     rank = config.get("rank", adapter.get("r") if isinstance(adapter, dict) else None)
-    return float(rank) if isinstance(rank, int | float) and rank > 0 else None
+    return float(rank) if isinstance(rank, int | float) else 0.0
 
 
 def _percent_chart(x: Axis, series: Sequence[Series], *, front: bool = False) -> Drawing:
@@ -95,10 +100,7 @@ def accuracy(f: RunFacts, g: Group) -> ChartSet | None:
     if not g.is_ranking:
         return None
     names = links.entry_names(f, g.entries)
-    lines: dict[str, list[RankingEntry]] = {}
-    for e in g.ranked:
-        name = names[id(e)] if (rank := _rank(e)) is None else names[id(e)].replace(f" r={rank:g}", "", 1)
-        lines.setdefault(name, []).append(e)
+    lines = group((names[id(e)].replace(f" r={_rank(e):g}", "", 1), e) for e in g.ranked)
     empty = _coloured(f, {name: line[0].record.cell for name, line in lines.items()})
     levels = [
         Series(f"{names[id(e)]}, not trained", charts.REST, [_point(f, e, names[id(e)], 0.0, "")], kind="level")
@@ -108,7 +110,7 @@ def accuracy(f: RunFacts, g: Group) -> ChartSet | None:
     def placed(points: dict[int, Point]) -> list[Series]:
         """Return the lines with those entries that have a point, by id(), from the lowest to the highest rank."""
         drawn = [
-            replace(s, points=[points[id(e)] for e in sorted(line, key=lambda e: _rank(e) or 0.0) if id(e) in points])
+            replace(s, points=[points[id(e)] for e in sorted(line, key=_rank) if id(e) in points])
             for s, line in zip(empty, lines.values(), strict=True)
         ]
         return [*drawn, *levels]
@@ -118,9 +120,11 @@ def accuracy(f: RunFacts, g: Group) -> ChartSet | None:
         points = {id(e): point for e in g.ranked if (point := _at_cost(f, metric, e, names[id(e)]))}
         if len(points) > 1:
             figures.append(_against(metric, placed(points), [names[id(e)] for e in g.ranked if id(e) not in points]))
-    ranks = {id(e): _point(f, e, names[id(e)], rank, f"rank {rank:g}") for e in g.ranked if (rank := _rank(e))}
-    swept = [s if len({p.x for p in s.points}) > 1 else replace(s, points=()) for s in placed(ranks)]
-    if any(s.points for s in swept):
+    ranks = {id(e): _point(f, e, names[id(e)], rank, f"rank {rank:g}") for e in g.ranked if (rank := _rank(e)) > 0}
+    swept = [
+        s if s.kind == "level" or len({p.x for p in s.points}) > 1 else replace(s, points=()) for s in placed(ranks)
+    ]
+    if any(s.points for s in swept if s.kind == "line"):
         chart = _percent_chart(Axis("rank", "{:g}".format, each=True), swept)
         figures.append(_figure("Accuracy against rank", chart, ["Methods with at least two ranks."], "rank"))
     note = "Bars: 95 % intervals. A line joins the ranks of one method, from the lowest to the highest."
@@ -133,13 +137,12 @@ def _at_cost(f: RunFacts, metric: Metric, e: RankingEntry, name: str) -> Point |
         return None
     size, unit, write, _ = _UNITS[metric.unit]
     busy = sum(bool(contention.busy(r)) for r in e.records) if metric.kind == "timed" else 0
-    flag = f" (! too high: other programs used the CPU in {busy} of {plural(len(e.records), 'run')})" if busy else ""
-    return _point(f, e, name, cost / size, f"{metric.axis} {write(cost)}{unit}{flag}", busy=bool(busy))
+    flag = f" (! may be too high: other programs used the CPU while {busy} of {plural(len(e.records), 'run')} trained)"
+    return _point(f, e, name, cost / size, f"{metric.axis} {write(cost)}{unit}{flag if busy else ''}", busy=bool(busy))
 
 
 def _point(f: RunFacts, e: RankingEntry, name: str, x: float, text: str, *, busy: bool = False) -> Point:
-    records = f"Record{'s' * (len(e.records) > 1)} {', '.join(r.id for r in e.records)}"
-    tip = f"{name}: {formatting.accuracy(e.score)}, {text}; {records}"
+    tip = f"{name}: {formatting.accuracy(e.score)}, {text}."
     href = f"#{links.anchor(f, e.record.cell_id)}"
     return Point(x, e.score.value, (e.score.low, e.score.high), tip, href, busy, hollow=e.standing == "below")
 
@@ -152,7 +155,9 @@ def _against(metric: Metric, series: Sequence[Series], missing: Sequence[str]) -
     notes = [
         f"{formatting.sentence(metric.meaning)}.",
         f"On the dashed front, where no other recipe is both cheaper and more accurate: {', '.join(front)}.",
-        f"! A dashed ring marks a time that other programs made too high: {busy} of {len(points)}." if busy else "",
+        f"! Dashed ring, {busy} of {len(points)}: other programs used the CPU; the time may be too high."
+        if busy
+        else "",
         "Hollow: a test tells it apart from the highest." if any(p.hollow for p in points) else "",
         f"Without a value: {', '.join(missing)}." if missing else "",
     ]

@@ -99,7 +99,7 @@ def test_a_point_shows_its_text_under_the_mouse(show: Open, report: Path) -> Non
         shown.page.get_by_role("button", name="step time").click()
         shown.page.locator(f"{MEMORY} figure:visible .ring").hover(force=True)
         assert tip(shown).startswith("lora r=8 [reference] on nf4")
-        assert "! too high: other programs used the CPU in 1 of 1 run" in tip(shown)
+        assert "! may be too high: other programs used the CPU while 1 of 1 run trained" in tip(shown)
         dots(shown).first.click(force=True)
         assert "#cell-" in shown.page.url
 

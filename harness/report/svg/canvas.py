@@ -24,14 +24,9 @@ class Canvas:
         """Draw a straight line."""
         self.add("line", kind, x1=x1, y1=y1, x2=x2, y2=y2, **more)
 
-    def path(self, points: Sequence[tuple[float, float]], kind: str, **more: Any) -> None:
-        """Draw a line through `points`."""
-        if points:
-            self.add("path", kind, d="M" + "L".join(f"{_r(x)} {_r(y)}" for x, y in points), **more)
-
-    def symbol(self, x: float, y: float, shape: str, kind: str, **more: Any) -> None:
-        """Draw a small figure around a point. shape: a path of SVG with relative coordinates."""
-        self.add("path", kind, d=f"M{_r(x)} {_r(y)}{shape}", **more)
+    def path(self, points: Sequence[tuple[float, float]], kind: str, shape: str = "", **more: Any) -> None:
+        """Draw a line through `points`. shape: path data with relative coordinates, drawn at the last point."""
+        self.add("path", kind, d="M" + "L".join(f"{_r(x)} {_r(y)}" for x, y in points) + shape, **more)
 
     def text(self, x: float, y: float, text: str, kind: str, anchor: str = "start") -> None:
         """Write one line of text."""

@@ -23,8 +23,8 @@ _SHAPES = (
     "m0-4.8l4.8 8.2h-9.6z",
 )
 _RING, _BLOCK = "m-8 0a8 8 0 1 0 16 0a8 8 0 1 0-16 0z", "m-6-5h12v10h-12z"
-_LETTER, _LINE = 6.2, 13.0
-"""Width of a letter and height of a line of text, in SVG units: high estimates, since the font is unknown."""
+_LETTER = 6.2
+"""Width of a letter in SVG units: a high estimate, since the font is unknown."""
 _ROW, _NAMES, _WIDE_LETTER = 20.0, 200.0, 8.8
 """Height of a bar with its gap; largest width of its name, which has room for the larger letters of a phone."""
 
@@ -105,11 +105,11 @@ def xy(x: Axis, y: Axis, series: Sequence[Series], *, front: bool = False) -> Dr
                 c.line(LEFT, at[1], RIGHT, at[1], "level", data_series=k)
             elif low > high:
                 c.line(at[0], low, at[0], high, f"bar {s.look}{off}", data_series=k)
-            if p.tip:
+            if p.tip and s.kind == "line":
                 kind = f"dot spot {s.look}{' hollow' if p.hollow else ''}{off}"
-                c.symbol(*at, s.shape, kind, data_series=k, tip=p.tip, href=p.href)
+                c.path([at], kind, s.shape, data_series=k, tip=p.tip, href=p.href)
             if p.busy:
-                c.symbol(*at, _RING, f"ring{off}", data_series=k)
+                c.path([at], f"ring{off}", _RING, data_series=k)
     _name(c, series, places)
     return c.drawing()
 
@@ -133,25 +133,17 @@ def _name(c: Canvas, series: Sequence[Series], places: Sequence[Sequence[tuple[f
     taken = [(px - 6, py - 6, px + 6, py + 6) for _, _, place in named for px, py in place]
     for k, s, place in named:
         (px, py), wide = place[-1], _LETTER * len(s.name)
-        for left, base in (
-            (px + 8, py + 4),
-            (px - 8 - wide, py + 4),
-            (px - wide / 2, py - 9),
-            (px - wide / 2, py + 18),
-        ):
-            box = (left, base - _LINE + 3, left + wide, base + 3)
-            free = not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
-            if free and box[0] >= LEFT and box[2] <= RIGHT and box[1] >= TOP and box[3] <= BOTTOM:
-                c.add("text", "label own", s.name, x=left, y=base, data_series=k)
+        for dx, dy in ((10, 4), (-10 - wide, 4), (-wide / 2, -9), (-wide / 2, 18)):
+            left, top, right, bottom = box = (px + dx, py + dy - 10, px + dx + wide, py + dy + 3)
+            free = not any(left < b[2] and b[0] < right and top < b[3] and b[1] < bottom for b in taken)
+            if free and left >= LEFT and right <= RIGHT and top >= TOP and bottom <= BOTTOM:
+                c.add("text", "label own", s.name, x=left, y=py + dy, data_series=k)
                 taken.append(box)
                 break
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the indices of the points on the Pareto front, sorted by x. Lower x and higher y are better.
-
-    Of equal points, only the first is returned.
-    """
+    """Return the indices of the points that no other beats with a lower x or a higher y, sorted by x."""
     front: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if not front or points[i][1] > points[front[-1]][1]:
@@ -194,9 +186,9 @@ def sample(s: Series) -> Drawing:
     """Draw the sample of a series for a legend: its line and its symbol, or a block for a part of bars."""
     c = Canvas(30, 12)
     if s.kind == "fill":
-        c.symbol(15, 6, _BLOCK, f"fill {s.look}")
+        c.path([(15, 6)], f"fill {s.look}", _BLOCK)
         return c.drawing()
     c.line(1, 6, 29, 6, f"{s.kind} {s.look}")
     if s.kind == "line":
-        c.symbol(15, 6, s.shape, f"dot {s.look}")
+        c.path([(15, 6)], f"dot {s.look}", s.shape)
     return c.drawing()
