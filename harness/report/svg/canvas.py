@@ -28,9 +28,9 @@ class Canvas:
         """Draw a line through `points`. shape: path data with relative coordinates, drawn at the last point."""
         self.add("path", kind, d="M" + "L".join(f"{_r(x)} {_r(y)}" for x, y in points) + shape, **more)
 
-    def text(self, x: float, y: float, text: str, kind: str, anchor: str = "start") -> None:
+    def text(self, x: float, y: float, text: str, kind: str, anchor: str = "start", **more: Any) -> None:
         """Write one line of text."""
-        self.add("text", kind, text, x=x, y=y, text_anchor=anchor)
+        self.add("text", kind, text, x=x, y=y, text_anchor=anchor, **more)
 
     def drawing(self) -> Drawing:
         """Return the drawing for the template."""

@@ -25,7 +25,7 @@ _SHAPES = (
 _RING, _BLOCK = "m-8 0a8 8 0 1 0 16 0a8 8 0 1 0-16 0z", "m-6-5h12v10h-12z"
 _LETTER = 6.2
 """Width of a letter in SVG units: a high estimate, since the font is unknown."""
-_ROW, _NAMES, _WIDE_LETTER = 20.0, 200.0, 8.8
+_ROW, _NAMES, _WIDE_LETTER = 20.0, 250.0, 8.8
 """Height of a bar with its gap; largest width of its name, which has room for the larger letters of a phone."""
 
 
@@ -133,11 +133,21 @@ def _name(c: Canvas, series: Sequence[Series], places: Sequence[Sequence[tuple[f
     taken = [(px - 6, py - 6, px + 6, py + 6) for _, _, place in named for px, py in place]
     for k, s, place in named:
         (px, py), wide = place[-1], _LETTER * len(s.name)
-        for dx, dy in ((10, 4), (-10 - wide, 4), (-wide / 2, -9), (-wide / 2, 18)):
-            left, top, right, bottom = box = (px + dx, py + dy - 10, px + dx + wide, py + dy + 3)
+        for dx, dy, anchor, share in (
+            (10, 4, "start", 0),
+            (-10, 4, "end", 1),
+            (0, -9, "middle", 0.5),
+            (0, 18, "middle", 0.5),
+        ):
+            left, top, right, bottom = box = (
+                px + dx - share * wide,
+                py + dy - 10,
+                px + dx + (1 - share) * wide,
+                py + dy + 3,
+            )
             free = not any(left < b[2] and b[0] < right and top < b[3] and b[1] < bottom for b in taken)
             if free and left >= LEFT and right <= RIGHT and top >= TOP and bottom <= BOTTOM:
-                c.add("text", "label own", s.name, x=left, y=py + dy, data_series=k)
+                c.text(px + dx, py + dy, s.name, "label own", anchor, data_series=k)
                 taken.append(box)
                 break
 
@@ -158,11 +168,11 @@ def bars(
     bottom = 6 + _ROW * len(rows)
     left = 12 + min(_NAMES, max(_WIDE_LETTER * len(name) for name in rows))
     c = Canvas(WIDTH, bottom + 40)
-    x = x.over([0.0, *map(sum, rows.values())], left, WIDTH - 54, 0.0)
+    x = x.over([0.0, *map(sum, rows.values())], left, WIDTH - 66, 0.0)
     for tick in x.ticks():
         c.line(x.at(tick), 2, x.at(tick), bottom, "axis" if tick == 0 else "grid")
         c.text(x.at(tick), bottom + 14, x.write(tick), "tick", "middle")
-    c.text((left + WIDTH - 54) / 2, bottom + 32, x.name, "axis-name", "middle")
+    c.text((left + WIDTH - 66) / 2, bottom + 32, x.name, "axis-name", "middle")
     for i, (name, parts) in enumerate(rows.items()):
         y, at = 6 + i * _ROW, 0.0
         c.text(left - 7, y + 12, fitted(name, _NAMES, _WIDE_LETTER), "tick", "end")
