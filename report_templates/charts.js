@@ -12,13 +12,16 @@ for (const chart of document.querySelectorAll(".chart")) {
   };
   const follow = () => {
     const name = location.hash.startsWith("#?") && new URLSearchParams(location.hash.slice(2)).get(chart.id);
-    choose(figures.find((figure) => figure.dataset.choice === name) ?? figures[0]);
+    const found = figures.find((figure) => figure.dataset.choice === name);
+    choose(found ?? figures[0]);
+    if (found) chart.scrollIntoView();
   };
   for (const button of choices) {
     button.addEventListener("click", () => {
       const figure = document.getElementById(button.dataset.figure);
       choose(figure);
-      remember(chart.id, figure.dataset.choice);
+      state.set(chart.id, figure.dataset.choice); // beside the state of the tables
+      history.replaceState(null, "", `#?${state}`);
     });
   }
   if (figures.length > 1) {

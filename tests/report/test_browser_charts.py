@@ -65,13 +65,15 @@ def test_a_button_chooses_the_axis_and_the_address_keeps_it(show: Open, report: 
         shown.page.get_by_role("button", name="step time").click()
         assert figures.all_inner_texts() == ["Accuracy against step time"]
         assert shown.page.locator(f"{MEMORY} .choice [aria-pressed=true]").all_inner_texts() == ["step time"]
-        address = shown.page.url.partition("#")[2]
         shown.page.locator("[data-filter=cells]").fill("lora")
+        address = shown.page.evaluate("location.hash")
         assert figures.all_inner_texts() == ["Accuracy against step time"]
         assert shown.messages == []
-    with show(report, hash_=f"#{address}") as again:
+    with show(report, hash_=address) as again:
         assert again.page.locator(f"{MEMORY} figure:visible figcaption").inner_text() == "Accuracy against step time"
+        assert again.count("cells") == "7 of 10 rows"  # the filter of the table, too
         again.follow("#?chart-0=latency")
+        assert again.in_view(MEMORY)
         assert again.page.locator(f"{MEMORY} figure:visible figcaption").inner_text() == "Accuracy against latency"
 
 
@@ -158,7 +160,7 @@ def test_a_curve_is_picked_and_its_text_has_the_loss_above_the_chart(show: Open,
 
 
 def test_without_a_script_every_figure_is_shown_with_its_legend(show: Open, report: Path) -> None:
-    with show(report, script=False) as shown:
+    with show(report, javascript=False) as shown:
         charts = shown.page.locator(MEMORY)
         assert charts.locator("figure:visible").count() == charts.locator("figure").count() > 3
         assert charts.locator(".legend button:visible").count() > 2
