@@ -160,7 +160,7 @@ def test_a_curve_is_picked_and_its_text_has_the_loss_above_the_chart(show: Open,
 
 
 def test_without_a_script_every_figure_is_shown_with_its_legend(show: Open, report: Path) -> None:
-    with show(report, javascript=False) as shown:
+    with show(report, script=False) as shown:
         charts = shown.page.locator(MEMORY)
         assert charts.locator("figure:visible").count() == charts.locator("figure").count() > 3
         assert charts.locator(".legend button:visible").count() > 2

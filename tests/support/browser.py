@@ -70,12 +70,14 @@ class Shown:
 
 @contextmanager
 def opened(
-    browser: Any, file: Path, width: int = 1280, hash_: str = "", *, javascript: bool = True, scheme: str = "light"
+    browser: Any, file: Path, width: int = 1280, hash_: str = "", *, scheme: str = "light", script: bool = True
 ) -> Iterator[Shown]:
     """Open a file in a window of its own. scheme: light or dark. A window of 390 pixels has a touch screen."""
-    size = {"width": width, "height": 800}
     context = browser.new_context(
-        viewport=size, java_script_enabled=javascript, color_scheme=scheme, has_touch=width == 390
+        viewport={"width": width, "height": 800},
+        color_scheme=scheme,
+        java_script_enabled=script,
+        has_touch=width == 390,
     )
     context.set_default_timeout(10_000)
     try:
