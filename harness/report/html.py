@@ -32,7 +32,7 @@ def fill(template: str, page: Mapping[str, Any], style: str = "") -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    style, script = style or data("report.css", "charts.css"), data("report.js", "charts.js")
+    style, script = style or data("report.css", "charts.css"), data("tables.js", "download.js", "charts.js")
     environment = Environment(
         loader=FileSystemLoader(resources.data_folder("report_templates")),
         autoescape=True,

@@ -21,13 +21,17 @@ from harness.report import (
     formatting,
     latencies,
     links,
-    recipes,
     reruns,
     sections,
     side_by_side,
+    table_model,
     tables,
+    tuning_table,
 )
 from harness.report.tones import badge
+
+_OF_CELLS = ("comparison", "latency", "mixed", "memory", "costs", "gpus")
+"""The tables of Cells in the content of a run."""
 
 
 def build(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) -> dict[str, Any]:
@@ -35,11 +39,13 @@ def build(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) ->
 
     again: Cells that were measured more than once; None if the runs cannot contain such Cells.
     """
+    runs = [_run(f) for f in analysed]
     return {
         "title": " and ".join(dict.fromkeys(f.run.manifest.title or f.run.manifest.suite for f in analysed)),
-        "runs": [_run(f) for f in analysed],
+        "runs": runs,
         "pairs": side_by_side.section(analysed),
         "reproducibility": None if again is None else reruns.section([f.run for f in analysed], again),
+        "stored": table_model.stored(run[name] for run in runs for name in _OF_CELLS if run[name]["stored"]),
         "data": [{"run": f.run.manifest.run, "suite": f.run.manifest.suite, "cells": tables.raw(f)} for f in analysed],
     }
 
@@ -72,8 +78,7 @@ def _run(f: RunFacts) -> dict[str, Any]:
         "parity_summary": _parity_summary(f),
         "groups": groups,
         "alone": [_alone(f, g) for g in f.groups if len(g.entries) == 1],
-        "over_seeds": recipes.over_seeds(f),
-        "tuning": recipes.searched(f),
+        "tuning": tuning_table.searched(f),
         "comparison": tables.comparison(f),
         "latency": latencies.latency(f),
         "mixed": latencies.several_adapters(f),

@@ -301,10 +301,10 @@ def test_a_cell_is_rerun_from_the_suite_as_it_was_given(given: str, tmp_path: Pa
 
 def test_golden_keys_of_the_view(good: store.Run) -> None:
     built = view.build([analyse(good)])
-    assert sorted(built) == ["data", "pairs", "reproducibility", "runs", "title"]
+    assert sorted(built) == ["data", "pairs", "reproducibility", "runs", "stored", "title"]
     assert sorted(built["runs"][0]) == [
         "about", "alerts", "alone", "answers", "comparison", "costs", "counts", "curves", "duration", "ended", "environment",
-        "failures", "gpus", "groups", "id", "latency", "memory", "mixed", "notes", "over_seeds", "parity",
+        "failures", "gpus", "groups", "id", "latency", "memory", "mixed", "notes", "parity",
         "parity_summary", "prefix", "questions", "rates", "rerun", "same_losses", "started", "suite", "time", "title",
         "tuning", "verdict",
     ]  # fmt: skip
