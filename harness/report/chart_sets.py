@@ -5,6 +5,7 @@ A chart set has one figure, or several of which the reader chooses one, and one 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -69,11 +70,9 @@ def _method(cell: Cell) -> str:
 def _coloured(f: RunFacts, named: Mapping[str, Cell]) -> list[Series]:
     """Return an empty series for each name. A method has the same hue in all charts of a run."""
     hues = {method: k for k, method in enumerate(dict.fromkeys(map(_method, f.run.manifest.cells)))}
-    found: list[Series] = []
-    for name, cell in named.items():
-        hue = hues[_method(cell)]
-        found.append(Series(name, hue, variant=sum(s.hue == hue for s in found)))
-    return found
+    earlier = {hue: itertools.count() for hue in hues.values()}
+    pairs = [(name, hues[_method(cell)]) for name, cell in named.items()]
+    return [Series(name, hue, variant=next(earlier[hue])) for name, hue in pairs]
 
 
 def _place(cell: Cell) -> str:
