@@ -23,13 +23,16 @@ def render(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) -
     return fill(TEMPLATE, view.build(analysed, again))
 
 
-def fill(template: str, page: Mapping[str, Any]) -> str:
-    """Return a template filled with `page`. Every value is escaped, since names and messages are untrusted."""
+def fill(template: str, page: Mapping[str, Any], style: str = "") -> str:
+    """Return a template filled with `page`. Every value is escaped, since names and messages are untrusted.
+
+    style: CSS in place of that of the pages.
+    """
     # The import is late, so that `peft-harness --help` stays fast.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    style, script = data("report.css"), data("tables.js", "download.js")
+    style, script = style or data("report.css", "charts.css"), data("tables.js", "download.js", "charts.js")
     environment = Environment(
         loader=FileSystemLoader(resources.data_folder("report_templates")),
         autoescape=True,

@@ -269,11 +269,12 @@ def test_a_page_asks_for_nothing_and_fits_its_window(
         assert shown.messages == []
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 @each_width
 @each_page
-def test_a_page_passes_axe(show: Open, page: str, width: int, request: pytest.FixtureRequest) -> None:
+def test_a_page_passes_axe(show: Open, page: str, width: int, scheme: str, request: pytest.FixtureRequest) -> None:
     axe = pytest.importorskip("axe_playwright_python.base", reason="axe-playwright-python is not installed")
-    with show(request.getfixturevalue(page), width) as shown:
+    with show(request.getfixturevalue(page), width, scheme=scheme) as shown:
         shown.page.evaluate(axe.AXE_SCRIPT)
         found = shown.page.evaluate("axe.run({resultTypes: ['violations']})")["violations"]
         assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
