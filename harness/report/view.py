@@ -34,6 +34,10 @@ _OF_CELLS = ("comparison", "latency", "mixed", "memory", "costs", "gpus")
 """The tables of Cells in the content of a run."""
 
 
+_LISTED = 4
+"""Number of entries that a sentence about a ranking names. The table of recipes has all of them, with p values."""
+
+
 def build(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) -> dict[str, Any]:
     """Return the content of a page about one or several runs.
 
@@ -185,7 +189,9 @@ def _sentences(f: RunFacts, g: Group) -> list[str]:
     """Return sentences about the ranking of a group: the best entry, the tied ones, those below, and the tests."""
 
     def listed(entries: Sequence[RankingEntry]) -> str:
-        return ", ".join(f"{f.entry_name(e)} ({_gap(e)})" for e in entries)
+        shown = ", ".join(f"{f.entry_name(e)} ({_gap(e)})" for e in entries[:_LISTED])
+        more = len(entries) - _LISTED
+        return f"{shown} and {more} more, which the table of recipes lists" if more > 0 else shown
 
     sentences = []
     best = f"{f.entry_name(g.entries[0])}, {formatting.accuracy(g.entries[0].score)}"
