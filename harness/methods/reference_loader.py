@@ -27,15 +27,14 @@ class _Adapter:
 class ReferenceLoader(Loader):
     """A folder with a base model, and adapters. Each call of `logits` loads the base and writes one adapter into it."""
 
-    def __init__(self, base_folder: Path, dtype: str, reading: Any = adapter_file) -> None:
-        """reading: the module reference.adapter_file, or a copy of it with a planted fault."""
-        self.base_folder, self.dtype, self.reading = base_folder, getattr(torch, dtype), reading
+    def __init__(self, base_folder: Path, dtype: str) -> None:
+        self.base_folder, self.dtype = base_folder, getattr(torch, dtype)
         self.adapters: dict[str, _Adapter] = {}
 
     def load(self, folder: Path, name: str) -> None:
         """Read an adapter. Raises Unsupported for a config that the reference does not implement."""
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        if reasons := self.reading.unsupported(config):
+        if reasons := adapter_file.unsupported(config):
             raise Unsupported("; ".join(reasons))
         self.adapters[name] = _Adapter(config, load_file(folder / "adapter_model.safetensors"))
 
@@ -44,5 +43,5 @@ class ReferenceLoader(Loader):
         model = load_base(self.base_folder, self.dtype)
         if name is not None:
             adapter = self.adapters[name]
-            self.reading.apply(model, self.reading.AdapterSettings.of(adapter.config), adapter.tensors)
+            adapter_file.apply(model, adapter_file.AdapterSettings.of(adapter.config), adapter.tensors)
         return logits(model, prompts)
