@@ -52,8 +52,8 @@ from harness.resources import user_path
 @options.as_json
 def check(
     implementations: tuple[str, ...], methods: tuple[str, ...], operations: tuple[str, ...], dtypes: tuple[str, ...],
-    full: bool, wide: bool, drawn: int, seed: int | None, base_model: Path | None, jobs: int | None, patience: float, junit: Path | None,
-    html: Path | None, self_test: bool, mutants: int | None, power: bool, as_json: bool,
+    full: bool, wide: bool, drawn: int, seed: int | None, base_model: Path | None, jobs: int | None, patience: float,
+    junit: Path | None, html: Path | None, self_test: bool, mutants: int | None, power: bool, as_json: bool,
 ) -> Exit:  # fmt: skip
     """Check implementations against the reference, or judge one adapter file.
 
