@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from harness.conformance.adapter_files import corpus
 from harness.conformance.adapter_files.adapter_file import AdapterFile
 from harness.conformance.adapter_files.reference_logits import reference_logits
 from harness.conformance.subject import DTYPES
+from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from harness.methods.loader import ADAPTER_FILES, Loader
 
 
@@ -76,10 +78,12 @@ class LoaderSubject:
         """Map the name of each prompt to the logits that the corpus has for it, in float64."""
         return by_prompt(self.adapter.logits)
 
-    def rounded(self) -> dict[str, Tensor]:
-        """Map the name of each prompt to the reference's logits in the dtype of the case."""
-        adapter = AdapterFile.read(self.adapter.folder)
-        return by_prompt(reference_logits(self.adapter.base, adapter, self.adapter.prompts, DTYPES[self.dtype]))
+    def rounded(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the reference's logits in the dtype of the case, by prompt. Further draws perturb its weights."""
+        one, adapter = self.adapter, AdapterFile.read(self.adapter.folder)
+        for seed in (None, *range(PERTURBED_DRAWS)):
+            perturbation = None if seed is None else torch.Generator().manual_seed(seed)
+            yield by_prompt(reference_logits(one.base, adapter, one.prompts, DTYPES[self.dtype], perturbation))
 
 
 def by_prompt(logits: list[Tensor]) -> dict[str, Tensor]:
