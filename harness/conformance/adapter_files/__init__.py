@@ -1,0 +1,1 @@
+"""Adapter files: read one, judge it, and compute the logits that it must give."""

@@ -1,0 +1,67 @@
+"""The logits that an adapter file must give, computed from the file by the reference. No adapter library is involved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from harness.conformance.adapter_files.adapter_file import AdapterFile
+from harness.errors import Unsupported, UsageError
+from harness.methods.base_model import load_base, logits
+from reference.adapter_file import apply, unsupported
+
+
+def reference_logits(
+    base_folder: Path,
+    adapter: AdapterFile | None,
+    prompts: Sequence[Sequence[int]],
+    dtype: torch.dtype = torch.float64,
+) -> list[Tensor]:
+    """Return the logits of the base with the weights that the adapter file gives, one tensor per prompt, in `dtype`.
+
+    adapter: None for the base alone. prompts: token ids. The shapes are (tokens, vocabulary), or (labels,) for a
+    classifier. In float64, the parts that a model computes in float32 in every dtype are computed in float64 too.
+    Raises UsageError if the file does not fit the base, and Unsupported for a config that the reference does not
+    implement.
+    """
+    model = load_base(base_folder, dtype)
+    if dtype is torch.float64:
+        model = model.double()  # the frequencies of rotary embeddings too
+    if adapter is not None:
+        if reasons := unsupported(adapter.config):
+            raise Unsupported("; ".join(reasons))
+        try:
+            apply(model, adapter.settings, adapter.tensors())
+        except ValueError as error:
+            hint = f"is {base_folder} the base of this adapter? `peft-harness check {adapter.folder}` judges the file"
+            raise UsageError(str(error), where=str(adapter.weights), hint=hint) from error
+    if dtype is not torch.float64:
+        return logits(model, prompts)
+    with _Float64():
+        return logits(model, prompts)
+
+
+class _Float64(TorchFunctionMode):
+    """Within this context, a float64 tensor stays in float64, even where a model asks for float32.
+
+    Norms, softmax and rotary embeddings of transformers convert to float32, which would round the result.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call `func`, with float64 in the place of float32 if the first argument is a tensor in float64."""
+        named = dict(kwargs or {})
+        if args and isinstance(args[0], Tensor) and args[0].dtype is torch.float64:
+            if func is Tensor.float:
+                func, args = Tensor.double, args[:1]
+            args = tuple(torch.float64 if one is torch.float32 else one for one in args)
+            named = {key: torch.float64 if one is torch.float32 else one for key, one in named.items()}
+        elif func is Tensor.float:
+            func = Tensor.double
+        return func(*args, **named)

@@ -1,0 +1,73 @@
+"""Base models in a local folder: load one, and compute its logits. torch is imported on the first call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+def _model_class(folder: Path) -> tuple[Any, Any]:
+    """Return the config and the class of the model in a folder. Raises UsageError if transformers knows no such model."""
+    import transformers
+
+    hint = "give the folder of the base model: config.json and model.safetensors"
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"no base model can be read ({reason})", where=str(folder), hint=hint) from error
+    names = config.architectures or []
+    found = getattr(transformers, names[0], None) if names else None
+    if found is None:
+        named = f"`architectures` in config.json is {names}"
+        raise UsageError(f"{named}, which this transformers does not know", where=str(folder), hint=hint)
+    return config, found
+
+
+def load_base(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Load the base model in a folder, with eager attention, in evaluation mode, in `dtype`.
+
+    Raises UsageError if there is no model of a class that transformers has.
+    """
+    _, factory = _model_class(folder)
+    model: nn.Module = factory.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    return model.eval().requires_grad_(False)
+
+
+def empty_base(folder: Path) -> nn.Module:
+    """Return the base model in a folder on the device `meta`. Only its config is read. Raises UsageError as `load_base`."""
+    import torch
+
+    config, factory = _model_class(folder)
+    with torch.device("meta"):
+        model: nn.Module = factory(config)
+    return model
+
+
+def logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return the logits of a model for each prompt, one prompt at a time, without a cache.
+
+    prompts: token ids. Each result is (tokens, vocabulary) for a causal model, and (labels,) for a classifier.
+    """
+    import torch
+
+    found = []
+    with torch.no_grad():
+        for prompt in prompts:
+            out: Tensor = model(input_ids=torch.tensor([list(prompt)]), use_cache=False).logits
+            found.append(out[0])
+    return found

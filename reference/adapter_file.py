@@ -1,0 +1,309 @@
+"""Adapter files: the weights that a LoRA file in the format of HF peft gives to a model. A format, not a Method.
+
+    W' = W + s B A                                s = alpha / r, with use_rslora s = alpha / sqrt(r)
+    W' = m (W + s B A) / ||W + s B A||            use_dora, one m per output
+    b' = b + s c                                  lora_bias, c is stored as lora_B.bias
+
+The rank r and alpha of a layer may come from rank_pattern and alpha_pattern. Other tensors of a file replace parameters
+of the model: modules_to_save, biases, and base weights that were saved beside the adapter. Shape letters: D input
+features, E output features, R rank, K experts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reference.dora import gain, norms
+from reference.shared.layers import KINDS, WORDS, kind_of
+
+PREFIX = "base_model.model."
+"""Beginning of every key of a file."""
+ALL_LINEAR = "all-linear"
+UNSUPPORTED = {
+    "alora_invocation_tokens": "the adapter acts only after certain tokens",
+    "arrow_config": "a router mixes adapters",
+    "ensure_weight_tying": "tied layers share one adapter",
+    "kasa_config": "the base weight is truncated first",
+    "layer_replication": "the model has more layers than the base",
+    "monteclora_config": "the adapter is random",
+    "trainable_token_indices": "single rows of the embedding are replaced",
+    "use_bdlora": "A or B is block-diagonal",
+    "use_qalora": "inputs are pooled",
+}
+"""Keys of a config that give the tensors another meaning, with this meaning. They are not implemented here."""
+_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
+"""Values of init_lora_weights after which the base weight differs from that of the base model."""
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The keys of an adapter_config.json that decide the weights. The names are those of the file."""
+
+    r: int = 8
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    target_parameters: Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    task_type: str | None = None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> AdapterSettings:
+        """Return the settings in the content of an adapter_config.json. A missing key, or null, is its default."""
+        names = [one.name for one in fields(cls)]
+        return cls(**{name: config[name] for name in names if config.get(name) is not None})
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """Names of the modules that the file replaces: modules_to_save, and the head of a classifier."""
+        heads = ("classifier", "score") if self.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
+        return (*(self.modules_to_save or ()), *heads)
+
+    def rank(self, name: str) -> int:
+        """Return the rank of the layer or parameter with this name in the base."""
+        return self.rank_pattern.get(_matching(self.rank_pattern, name), self.r)
+
+    def alpha(self, name: str) -> float:
+        """Return alpha of the layer or parameter with this name in the base."""
+        return self.alpha_pattern.get(_matching(self.alpha_pattern, name), self.lora_alpha)
+
+    def scaling(self, name: str) -> float:
+        """Return s, by which B A is multiplied in the layer or parameter with this name in the base."""
+        rank = self.rank(name)
+        return self.alpha(name) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def targets(self, path: str) -> bool:
+        """Return whether target_modules selects the module at this path. See `targeted` for `all-linear`.
+
+        exclude_modules and modules_to_save win over target_modules. A string is a regular expression for the whole
+        path. A list holds whole paths or ends of paths, and layers_to_transform restricts it to some blocks.
+        """
+        excluded, wanted = self.exclude_modules or (), self.target_modules or ()
+        if re.fullmatch(excluded, path) if isinstance(excluded, str) else _ends_with(path, excluded):
+            return False
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save or ()):
+            return False
+        if isinstance(wanted, str):
+            return re.fullmatch(wanted, path) is not None
+        return path in wanted or (_ends_with(path, wanted) and self._transforms(path))
+
+    def _transforms(self, path: str) -> bool:
+        """Return whether layers_to_transform has the number of the block that holds the module at this path."""
+        blocks = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
+        if not blocks:
+            return True
+        names = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names or ()] or [r".*?\.[^.]*\.(\d+)\."]
+        found = next(filter(None, (re.match(pattern, path) for pattern in patterns)), None)
+        return found is not None and int(found[1]) in blocks
+
+
+def unsupported(config: Mapping[str, Any]) -> list[str]:
+    """Return the reasons why the content of an adapter_config.json has a meaning that is not implemented here."""
+    reasons = [f"{key}: {meaning}" for key, meaning in UNSUPPORTED.items() if config.get(key)]
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(_INITS):
+        reasons.append(f"init_lora_weights={init}: the base weight of the training run is not that of the base model")
+    return reasons
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """The low-rank update of one parameter of the base, and the keys of its tensors in the file."""
+
+    path: str
+    """Path of the module in the base."""
+    parameter: str
+    """Name of the parameter in this module: `weight`, or the name of a stack of experts."""
+    kind: str
+    """Kind of the module, one of `KINDS`, or `stack` for a parameter that target_parameters selects."""
+    rank: int
+    scaling: float
+    A: str
+    """Key of A: (R, D), for an embedding (R, entries), for a stack (K R, D) with the ranks of an expert together."""
+    B: str
+    """Key of B: (E, R), for a stack (E, R K) with the experts of a rank together."""
+    bias: str = ""
+    """Key of c (E,), or an empty string."""
+    magnitude: str = ""
+    """Key of DoRA's m (E,), or an empty string."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of the file that belong to this update."""
+        return tuple(filter(None, (self.A, self.B, self.bias, self.magnitude)))
+
+    def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Map the keys to the shapes that their tensors must have for this module of the base."""
+        shape = tuple(getattr(module, self.parameter).shape)
+        stack = shape[0] if self.kind == "stack" and len(shape) == 3 else 1
+        E, D = shape[-2:] if not self._is_transposed(module) else reversed(shape[-2:])
+        R = self.rank * stack
+        found = {self.A: (R, D), self.B: (E, R), self.bias: (E,), self.magnitude: (E,)}
+        return {key: shape for key, shape in found.items() if key}
+
+    def weight(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the parameter with the update, in the dtype and the shape of the base's parameter.
+
+        tensors: the tensors of the file, by key.
+        """
+        W: Tensor = getattr(module, self.parameter).detach()
+        A_RD, B_ER = (tensors[key].to(W.dtype) for key in (self.A, self.B))
+        transposed = self._is_transposed(module)
+        W_ED = W.transpose(-2, -1) if transposed else W
+        V_ED = W_ED + self.scaling * (_stacked_update(A_RD, B_ER, len(W)) if W.dim() == 3 else B_ER @ A_RD)
+        if self.magnitude:
+            V_ED = gain(tensors[self.magnitude].to(W.dtype), norms(V_ED))[:, None] * V_ED
+        return (V_ED.transpose(-2, -1) if transposed else V_ED).contiguous()
+
+    def added_bias(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """Return s c (E,), which is added to the bias of the base. None if the file has no bias for this layer."""
+        return self.scaling * tensors[self.bias] if self.bias else None
+
+    def _is_transposed(self, module: nn.Module) -> bool:
+        """Return whether the base stores the parameter as (D, E)."""
+        return self.kind in ("Conv1D", "embedding") or bool(getattr(module, "is_transposed", False))
+
+
+def _stacked_update(A: Tensor, B: Tensor, experts: int) -> Tensor:
+    """Return B A of each expert, (K, E, D), for A (K R, D), expert by expert, and B (E, R K), rank by rank."""
+    A_KRD, B_ERK = A.reshape(experts, -1, A.shape[-1]), B.reshape(len(B), -1, experts)
+    return torch.einsum("erk,krd->ked", B_ERK, A_KRD)
+
+
+@dataclass(frozen=True)
+class AdapterReading:
+    """The meaning of each tensor of a file for one base."""
+
+    updates: tuple[LayerUpdate, ...]
+    replaced: dict[str, str]
+    """Key of the file -> name of the base's parameter that the tensor replaces."""
+    unused: dict[str, str]
+    """Key of the file that has no meaning for this base -> reason."""
+    absent: tuple[str, ...]
+    """Modules and parameters of the base that the config targets, but that have no A or no B in the file."""
+
+
+def read(settings: AdapterSettings, keys: Sequence[str], model: nn.Module) -> AdapterReading:
+    """Find out what each tensor of a file means for a base.
+
+    keys: the keys of the file. model: the base. Its parameters may be on the device `meta`.
+    """
+    updates, absent = [], []
+    for update in _possible(settings, keys, model):
+        if update.A in keys and update.B in keys:
+            updates.append(update)
+        else:
+            absent.append(update.path if update.kind != "stack" else f"{update.path}.{update.parameter}")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    left = [key for key in keys if not any(key in update.keys for update in updates)]
+    names = {key: key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in left if key.startswith(PREFIX)}
+    replaced = {key: name for key, name in names.items() if name in parameters}
+    unused = {key: _why_unused(key, model) for key in left if key not in replaced}
+    return AdapterReading(tuple(updates), replaced, unused, tuple(absent))
+
+
+@torch.no_grad()
+def apply(model: nn.Module, settings: AdapterSettings, tensors: Mapping[str, Tensor]) -> AdapterReading:
+    """Write the weights that a file gives into `model`, and return the reading of the file.
+
+    The weights are computed in the dtype of the model. A layer that is tied to another one is untied, because a file
+    gives weights to one layer: an adapter of the embedding leaves the tied head as it is. The one exception is a base
+    weight in the file, which replaces the weight of both layers. Raises ValueError if a tensor has a wrong shape.
+    """
+    reading = read(settings, list(tensors), model)
+    for key, name in reading.replaced.items():
+        path, _, own = name.rpartition(".")
+        module = model.get_submodule(path)
+        _require_shape(key, tensors[key], tuple(getattr(module, own).shape))
+        value = tensors[key].to(getattr(module, own).dtype)
+        if any(name.startswith(f"{path}.") for path in _saved(settings, model)):
+            setattr(module, own, nn.Parameter(value.clone(), requires_grad=False))
+        else:
+            getattr(module, own).copy_(value)
+    for update in reading.updates:
+        layer: Any = model.get_submodule(update.path)
+        for key, shape in update.shapes(layer).items():
+            _require_shape(key, tensors[key], shape)
+        setattr(layer, update.parameter, nn.Parameter(update.weight(layer, tensors), requires_grad=False))
+        added = update.added_bias(tensors)
+        if added is not None:
+            added = added.to(layer.weight.dtype) + (0.0 if layer.bias is None else layer.bias)
+            layer.bias = nn.Parameter(added, requires_grad=False)
+    return reading
+
+
+def targeted(settings: AdapterSettings, model: nn.Module) -> list[str]:
+    """Return the paths of the modules of the base that target_modules selects, in the model's order."""
+    if isinstance(settings.target_modules, str) and settings.target_modules.lower() == ALL_LINEAR:
+        return list(WORDS[ALL_LINEAR](model))
+    return [path for path, _ in model.named_modules() if path and settings.targets(path)]
+
+
+def _possible(settings: AdapterSettings, keys: Sequence[str], model: nn.Module) -> Iterator[LayerUpdate]:
+    """Yield an update for each target of the config, whether the file has its tensors or not."""
+    for path in targeted(settings, model):
+        kind, start = kind_of(model.get_submodule(path)), f"{PREFIX}{path}"
+        if kind not in KINDS or kind == "Conv2d":
+            continue
+        names = ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+        A, B = (f"{start}.{name}" for name in names)
+        bias = f"{start}.lora_B.bias" if settings.lora_bias else ""
+        magnitudes = [f"{start}.lora_magnitude_vector", f"{start}.lora_magnitude_vector.weight"]
+        magnitude = next((key for key in magnitudes if key in keys), magnitudes[0]) if settings.use_dora else ""
+        yield LayerUpdate(path, "weight", kind, settings.rank(path), settings.scaling(path), A, B, bias, magnitude)
+    for path, module in model.named_modules():
+        own = [name for name, _ in module.named_parameters(recurse=False)]
+        stacks = [name for name in own if _ends_with(f"{path}.{name}", settings.target_parameters or ())]
+        for index, name in enumerate(stacks):
+            # Each parameter of a module has a wrapper, and the wrapper of the first parameter is the innermost one.
+            start = f"{PREFIX}{path}" + ".base_layer" * (len(stacks) - 1 - index)
+            whole = f"{path}.{name}"
+            rank, scaling = settings.rank(whole), settings.scaling(whole)
+            yield LayerUpdate(path, name, "stack", rank, scaling, f"{start}.lora_A.weight", f"{start}.lora_B.weight")
+
+
+def _saved(settings: AdapterSettings, model: nn.Module) -> list[str]:
+    """Return the paths of the modules that the file replaces. Names match ends of paths, even within a word."""
+    return [path for path, _ in model.named_modules() if path.endswith(settings.saved)] if settings.saved else []
+
+
+def _why_unused(key: str, model: nn.Module) -> str:
+    if not key.startswith(PREFIX):
+        return f"it does not begin with {PREFIX}"
+    path, _, rest = key.removeprefix(PREFIX).partition(".lora_")
+    path = path.replace(".base_layer", "")
+    if not rest:
+        return "the base has no parameter of this name"
+    if path not in {name for name, _ in model.named_modules()}:
+        return f"the base has no module {path}"
+    return f"the config does not target {path}, or the tensor has no partner"
+
+
+def _require_shape(key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{key} has the shape {tuple(tensor.shape)}, should be {shape}")
+
+
+def _matching(patterns: Mapping[str, Any], name: str) -> str:
+    """Return the first pattern that matches the whole name, or its end after a dot. Otherwise return the name."""
+    return next((one for one in patterns if re.match(rf"(.*\.)?({one})$", name)), name)
+
+
+def _ends_with(name: str, ends: Sequence[str]) -> bool:
+    return any(name == end or name.endswith(f".{end}") for end in ends)
