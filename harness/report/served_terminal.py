@@ -40,16 +40,17 @@ def _row(one: SubjectResult, phase: PhaseResult) -> list[str]:
 
 def _verdict(one: SubjectResult, dtype: str) -> list[str]:
     head = f"{_SIGNS[one.verdict]} {one.name or 'base'}: {one.verdict.value}"
-    if one.verdict is Verdict.NOT_COMPARED or one.allowed is None:
+    if one.allowed is None:
         return [f"{head}: {one.reason}"]
-    allowed = f"allowed {one.allowed.largest:.1e} nats, from the noise of {dtype}"
+    allowed = f"allowed: {one.allowed.largest:.1e} nats in {dtype}"
     if one.finding is not None:
-        found = one.finding
-        return [f"{head}: {found.what}", f"    worst: {found.worst}", f"    again: {found.request}"]
+        wrong = ", ".join(f"{p.wrong} of {p.requests} {p.phase.value}" for p in one.phases if p.wrong)
+        found = [f"{head}: wrong answers: {wrong or 'all together'}; {one.finding.cause} ({allowed})"]
+        return [*found, f"    worst: {one.finding.worst}", f"    again: {one.finding.request}"]
     if one.notices is None:
         return [f"{head} ({allowed})"]
     if one.verdict is Verdict.CANNOT_TELL:
         return [
-            f"{head}: a scaling that is wrong by less than a factor of 1 + {one.notices:.1g} would not show ({allowed}); train a stronger adapter"
+            f"{head}: a scaling that is wrong by {one.notices:.0%} would not show ({allowed}); the adapter is too weak"
         ]
-    return [f"{head}; a scaling that is wrong by a factor of 1 + {one.notices:.1g} would show ({allowed})"]
+    return [f"{head}; a scaling that is wrong by {100 * one.notices:.1g} % would show ({allowed})"]

@@ -27,6 +27,11 @@ class Position:
     others: Mapping[int, float]
     """Log-probabilities of the most likely other tokens, by id."""
 
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The log-probability of the token, then those of the others."""
+        return (math.nan if self.logprob is None else self.logprob, *self.others.values())
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -1,20 +1,20 @@
-"""Compare what a server answered with the reference, and name the mistake behind wrong answers."""
+"""Compare what a server answered with the reference: noise floor, verdict and evidence."""
 
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.conformance.adapter_files.adapter_file import AdapterFile
-from harness.conformance.served import noise, scores
+from harness.conformance.served import causes, noise
 from harness.conformance.served.client import TOKEN_VARIABLE, TOP
 from harness.conformance.served.noise import Errors
-from harness.conformance.served.report import Finding, PhaseResult, SubjectResult, Verdict
-from harness.conformance.served.scores import Score, returned
+from harness.conformance.served.report import Finding, SubjectResult, Verdict
+from harness.conformance.served.rows import Row, measure, of_phase
+from harness.conformance.served.scores import score
 from harness.conformance.served.session import BASE, Observation, Phase
 from harness.conformance.tolerance_constants import SERVED_WEAK
 from harness.errors import UsageError
@@ -49,26 +49,24 @@ class Comparison:
         dtypes: dtypes that the server may use, the one with the smallest errors first. Raises UsageError if the base
         rows are neither those of the base nor those of one of the adapters.
         """
-        have = [returned(one) for one in alone]
-        right = scores.score(self.base, None, alone)
-        measured = noise.errors(have, _values(right))
+        rows = self._rows(None, alone)
+        measured = noise.errors([row.flat for row in rows])
         limits: dict[str, Errors] = {}
         for dtype in dtypes:
-            limits[dtype] = self._allowed(None, alone, right, dtype, None)
+            limits[dtype] = self._allowed(None, rows, NoiseFloor(dtype, None))
             if measured.at_most(limits[dtype]):
                 return NoiseFloor(dtype, measured)
         for adapter in self.adapters.values():
-            other = noise.errors(have, _values(scores.score(self.base, adapter, alone)))
-            for dtype in dtypes:
-                if other.at_most(limits[dtype]):
+            errors = noise.errors([row.flat for row in self._rows(adapter, alone)])
+            for dtype, limit in limits.items():
+                if errors.at_most(limit):
                     return NoiseFloor(dtype, None)
-        limit = limits[dtypes[-1]]
         raise UsageError(
-            f"the base rows are not those of --base-model: log-probabilities differ by up to {measured.largest:.2g} nats "
-            f"(root mean square {measured.rms:.2g}), {dtypes[-1]} explains {limit.largest:.2g} ({limit.rms:.2g})",
-            where=str(self.base),
-            hint="--base-model needs the weights that the server loads; a server with quantised weights, or one that "
-            "changes base rows while an adapter is loaded, fails here too",
+            f"the server does not answer as this base model: log-probabilities differ by up to {measured.largest:.2g} "
+            f"nats, and {dtypes[-1]} explains {limits[dtypes[-1]].largest:.2g}",
+            where=f"--base-model {self.base}",
+            hint="give the weights that the server loads; quantised weights, or a server that changes base rows while "
+            "an adapter is loaded, fail here too",
         )  # fmt: skip
 
     def judge(self, name: str, observed: Sequence[Observation], floor: NoiseFloor) -> SubjectResult:
@@ -76,175 +74,73 @@ class Comparison:
         adapter = self.adapters[name] if name != BASE else None
         folder = str(adapter.folder if adapter else self.base)
         if not observed:
-            return SubjectResult(name, folder, Verdict.NOT_COMPARED, "no request was answered")
-        right = scores.score(self.base, adapter, observed)
-        limit = self._allowed(adapter, observed, right, floor.dtype, floor.measured)
-        wrong = [_is_wrong(one, score, limit) for one, score in zip(observed, right, strict=True)]
-        all_errors = noise.errors([returned(one) for one in observed], _values(right))
-        notices = None if adapter is None else self._notices(adapter, observed, right, limit)
-        phases = tuple(
-            _phase_result(
-                phase,
-                [i for i, one in enumerate(observed) if one.request.phase is phase],
-                observed,
-                right,
-                wrong,
-                limit,
-            )
-            for phase in Phase
-            if any(one.request.phase is phase for one in observed)
+            return SubjectResult(name, folder, Verdict.NOT_COMPARED, reason="no request was answered")
+        rows = self._rows(adapter, observed)
+        limit = self._allowed(adapter, rows, floor)
+        notices = None if adapter is None else self._notices(adapter, rows, limit)
+        phases = tuple(measure(phase, some, limit) for phase in Phase if (some := of_phase(rows, phase)))
+        wrong = [row for row in rows if row.is_wrong(limit)]
+        if not wrong and not noise.errors([row.flat for row in rows]).at_most(limit):
+            wrong = rows  # no single answer shows it, but all of them together do
+        if wrong:
+            finding = self._finding(name, wrong, limit)
+            return SubjectResult(name, folder, Verdict.NONCONFORMING, "", limit, notices, phases, finding)
+        weak = notices is not None and notices > SERVED_WEAK
+        return SubjectResult(
+            name, folder, Verdict.CANNOT_TELL if weak else Verdict.CONFORMS, "", limit, notices, phases
         )
-        finding = None
-        verdict = Verdict.CONFORMS
-        if any(wrong) or not all_errors.at_most(limit):
-            verdict = Verdict.NONCONFORMING
-            finding = self._finding(name, observed, right, wrong, limit)
-        elif notices is not None and notices > SERVED_WEAK:
-            verdict = Verdict.CANNOT_TELL
-        return SubjectResult(name, folder, verdict, "", limit, notices, phases, finding)
 
-    def _allowed(
-        self,
-        adapter: AdapterFile | None,
-        observed: Sequence[Observation],
-        right: Sequence[Score],
-        dtype: str,
-        measured: Errors | None,
-    ) -> Errors:
-        want = _values(right)
-        own = noise.errors(_values(scores.score(self.base, adapter, observed, dtype)), want)
-        return noise.allowed(own, measured, want, dtype)
+    def _rows(self, adapter: AdapterFile | None, observed: Sequence[Observation]) -> list[Row]:
+        return [Row(*pair) for pair in zip(observed, score(self.base, adapter, observed), strict=True)]
 
-    def _notices(
-        self, adapter: AdapterFile, observed: Sequence[Observation], right: Sequence[Score], limit: Errors
-    ) -> float:
-        scaled = scores.score(self.base, scores.rescaled(adapter, 1 + _EFFECT), observed)
-        return noise.smallest_noticed(noise.errors(_values(scaled), _values(right)), _EFFECT, limit)
+    def _allowed(self, adapter: AdapterFile | None, rows: Sequence[Row], floor: NoiseFloor) -> Errors:
+        rounded = score(self.base, adapter, [row.observation for row in rows], floor.dtype)
+        own = noise.errors(noise.differences(rounded, [row.score for row in rows]))
+        return noise.allowed(own, floor.measured, [_numbers(row) for row in rows], floor.dtype)
 
-    def _finding(
-        self, name: str, observed: Sequence[Observation], right: Sequence[Score], wrong: Sequence[bool], limit: Errors
-    ) -> Finding:
-        rows = [i for i, bad in enumerate(wrong) if bad] or list(range(len(observed)))
-        phases = {
-            phase: [sum(wrong[i] for i in of), len(of)]
-            for phase in Phase
-            if (of := [i for i, one in enumerate(observed) if one.request.phase is phase])
-        }
-        shown = ", ".join(f"{bad} of {n} answers {phase}" for phase, (bad, n) in phases.items() if bad)
-        what = f"wrong: {shown or 'all answers together'}; allowed: {limit.largest:.2g} nats"
-        cause = self._cause(name, [observed[i] for i in rows], limit)
-        worst = max(rows, key=lambda i: _largest(observed[i], right[i]))
-        return Finding(f"{what}; {cause}", _worst_number(observed[worst], right[worst]), self._request(observed[worst]))
+    def _notices(self, adapter: AdapterFile, rows: Sequence[Row], limit: Errors) -> float:
+        """Return the smallest relative error of the scaling that would be a finding."""
+        scaled = score(self.base, causes.rescaled(adapter, 1 + _EFFECT), [row.observation for row in rows])
+        effect = noise.errors(noise.differences(scaled, [row.score for row in rows]))
+        return noise.smallest_noticed(effect, _EFFECT, limit)
 
-    def _cause(self, name: str, wrong: Sequence[Observation], limit: Errors) -> str:
-        """Return which mistake explains most of the wrong answers."""
+    def _finding(self, name: str, wrong: Sequence[Row], limit: Errors) -> Finding:
         others = {other: adapter for other, adapter in self.adapters.items() if other != name}
-        tried: list[tuple[str, AdapterFile | None]]
-        if name == BASE:
-            tried = [(f"adapter {other}: base rows get an adapter", adapter) for other, adapter in others.items()]
-        else:
-            tried = list(scores.mistakes(self.adapters[name], others))
-        most, cause = 0, "no typical mistake explains them"
-        for text, adapter in tried:
-            explained = scores.score(self.base, adapter, wrong)
-            count = sum(not _is_wrong(one, score, limit) for one, score in zip(wrong, explained, strict=True))
-            if count > most:
-                most, cause = count, f"{count} of {len(wrong)} wrong answers are those of {text}"
-            if most == len(wrong):
-                break
-        return cause
+        adapter = self.adapters.get(name)
+        worst = max(wrong, key=lambda row: (max(row.flat) > limit.largest, max(row.score.margins), max(row.flat)))
+        return Finding(
+            cause=causes.cause(self.base, adapter, others, wrong, limit),
+            worst=_worst(worst, limit),
+            request=self._request(worst.observation),
+        )
 
     def _request(self, one: Observation) -> str:
+        """Return the command that sends a request again."""
         body = {
             "model": one.request.served_as, "prompt": list(one.context), "max_tokens": len(one.positions),
             "temperature": 0, "logprobs": TOP, "return_tokens_as_token_ids": True,
         }  # fmt: skip
         if not one.greedy:
             body |= {"prompt": [*one.context, *one.tokens], "max_tokens": 1, "echo": True}
-        token = f'-H "Authorization: Bearer ${TOKEN_VARIABLE}" '
-        return (
-            f"curl {shlex.quote(self.url + '/v1/completions')} {token}-H 'Content-Type: application/json' "
-            f"-d {shlex.quote(json.dumps(body))}"
-        )
+        headers = f"""-H "Authorization: Bearer ${TOKEN_VARIABLE}" -H 'Content-Type: application/json'"""
+        return f"curl {shlex.quote(self.url + '/v1/completions')} {headers} -d {shlex.quote(json.dumps(body))}"
 
 
-def _values(several: Sequence[Score]) -> list[tuple[float, ...]]:
-    return [one.values for one in several]
+def _numbers(row: Row) -> list[float]:
+    return [one for several in row.score.values for one in several]
 
 
-def _is_wrong(observation: Observation, right: Score, limit: Errors) -> bool:
-    mine = noise.errors([returned(observation)], [right.values])
-    return not (
-        mine.row_rms <= limit.row_rms
-        and mine.largest <= limit.largest
-        and not any(observation.greedy and margin > 2 * limit.largest for margin in right.margins)
-    )
-
-
-def _differences(observation: Observation, right: Score) -> list[float]:
-    found = [abs(a - b) for a, b in zip(returned(observation), right.values, strict=True)]
-    return [math.inf if math.isnan(one) else one for one in found]
-
-
-def _largest(observation: Observation, right: Score) -> float:
-    return max(_differences(observation, right))
-
-
-def _worst_number(observation: Observation, right: Score) -> str:
-    differences = _differences(observation, right)
-    worst = differences.index(max(differences))
-    places = [(i, token) for i, one in enumerate(observation.positions) for token in (one.token, *one.others)]
-    position, token = places[worst]
-    return (
-        f"{observation.request.phase}, prompt {observation.request.prompt}, position {position}, token {token}: "
-        f"{returned(observation)[worst]:.6f} nats, should be {right.values[worst]:.6f}"
-    )
-
-
-def _phase_result(
-    phase: Phase,
-    rows: Sequence[int],
-    observed: Sequence[Observation],
-    right: Sequence[Score],
-    wrong: Sequence[bool],
-    limit: Errors,
-) -> PhaseResult:
-    differences = [one for i in rows for one in _differences(observed[i], right[i])]
-    own = [
-        abs((position.logprob if position.logprob is not None else math.nan) - want)
-        for i in rows
-        for position, want in zip(observed[i].positions, _own(observed[i], right[i]), strict=True)
-    ]
-    margins = [
-        margin
-        for i in rows
-        if observed[i].greedy
-        for token, best, margin in zip(observed[i].tokens, right[i].best, right[i].margins, strict=True)
-        if token != best
-    ]
-    differ = sum(margin > 2 * limit.largest for margin in margins)
-    return PhaseResult(
-        phase,
-        len(rows),
-        sum(wrong[i] for i in rows),
-        max(differences),
-        sum(differences) / len(differences),
-        sum(_exp(one) for one in own) / len(own),
-        len(own),
-        differ,
-        len(margins) - differ,
-        max(margins, default=0.0),
-    )
-
-
-def _own(observation: Observation, right: Score) -> list[float]:
-    """Return the reference's log-probability of the token at each position."""
-    found, start = [], 0
-    for one in observation.positions:
-        found.append(right.values[start])
-        start += 1 + len(one.others)
-    return found
-
-
-def _exp(number: float) -> float:
-    return math.exp(min(number, 700.0)) if not math.isnan(number) else math.inf
+def _worst(row: Row, limit: Errors) -> str:
+    """Return a text about the worst token of an answer."""
+    observation = row.observation
+    place = f"{observation.request.phase.value}, prompt {observation.request.prompt}, position"
+    if not row.inaccurate(limit) and (unlikely := row.unlikely(limit)):
+        i = max(unlikely, key=lambda i: row.score.margins[i])
+        likely = f"token {row.score.best[i]} is more likely by {row.score.margins[i]:.3g} nats"
+        return f"{place} {i}: token {observation.tokens[i]}, but {likely}"
+    position = max(range(len(row.differences)), key=lambda i: max(row.differences[i]))
+    several = row.differences[position]
+    index, one = several.index(max(several)), observation.positions[position]
+    token = (one.token, *one.others)[index]
+    want = row.score.values[position][index]
+    return f"{place} {position}, token {token}: {one.values[index]:.6f} nats, should be {want:.6f}"

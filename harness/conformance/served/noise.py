@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from harness.conformance.tolerance_constants import (
     CARRIED_FACTOR,
@@ -14,63 +15,80 @@ from harness.conformance.tolerance_constants import (
     LARGEST_FACTOR,
     NOISE_FACTOR,
     NOISE_FLOOR_EPS,
-)  # fmt: skip
+)
+
+if TYPE_CHECKING:
+    from harness.conformance.served.scores import Score
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Size of the differences between two lists of log-probabilities, in nats."""
+    """Sizes of the differences of log-probabilities, in nats."""
 
     rms: float
     """Root mean square of all differences."""
     row_rms: float
-    """The largest root mean square of the differences of one request."""
+    """The largest root mean square of the differences of one answer."""
     largest: float
     """The largest difference."""
 
     def at_most(self, other: Errors) -> bool:
-        """Return whether no error is larger than in `other`. NaN is larger than any number."""
-        return all(getattr(self, one) <= getattr(other, one) for one in ("rms", "row_rms", "largest"))
+        """Return whether no error is larger than in `other`."""
+        return self.rms <= other.rms and self.row_rms <= other.row_rms and self.largest <= other.largest
+
+    def share_of(self, other: Errors) -> float:
+        """Return the largest ratio of an error to that in `other`."""
+        return max(self.rms / other.rms, self.row_rms / other.row_rms, self.largest / other.largest)
 
 
-def errors(have: Sequence[Sequence[float]], want: Sequence[Sequence[float]]) -> Errors:
-    """Return the errors of `have`, one list of log-probabilities per request."""
-    rows = [[abs(a - b) for a, b in zip(x, y, strict=True)] for x, y in zip(have, want, strict=True)]
-    rows = [[math.inf if math.isnan(one) else one for one in row] for row in rows]
-    return Errors(_rms([one for row in rows for one in row]), max(map(_rms, rows)), max(map(max, rows)))
+def errors(rows: Sequence[Sequence[float]]) -> Errors:
+    """Return the errors from absolute differences, one list per answer."""
+    return Errors(rms([one for row in rows for one in row]), max(map(rms, rows)), max(map(max, rows)))
+
+
+def differences(have: Sequence[Score], want: Sequence[Score]) -> list[list[float]]:
+    """Return the absolute differences between two scores of the same answers, one list per answer."""
+    return [
+        [
+            abs(a - b)
+            for x, y in zip(one.values, other.values, strict=True)
+            for a, b in zip(x, y, strict=True)
+        ]
+        for one, other in zip(have, want, strict=True)
+    ]  # fmt: skip
 
 
 def allowed(own: Errors, measured: Errors | None, want: Sequence[Sequence[float]], dtype: str) -> Errors:
     """Return the largest errors that a right server may have.
 
-    own: errors of the reference in `dtype`. measured: errors of the server's base rows, if they are known to be right.
-    want: the reference's log-probabilities in float64. The factors are those of `carried_noise`; what the server itself
-    measured counts with NOISE_FACTOR.
+    own: errors of the reference in `dtype`. measured: errors of the server's base rows, if these are right. want: the
+    reference's log-probabilities in float64, one list per answer. The rule is that of `carried_noise` for the errors of
+    the reference, and NOISE_FACTOR for what the server itself showed; the larger one counts.
     """
     numbers = [one for row in want for one in row]
-    floor = NOISE_FLOOR_EPS[dtype] * EPSILON[dtype] * _rms(numbers)
+    floor = NOISE_FLOOR_EPS[dtype] * EPSILON[dtype] * rms(numbers)
     few = 1 + FEW_NUMBERS / min(map(len, want))
+    base = measured or Errors(0.0, 0.0, 0.0)
 
     def wide(own_error: float, measured_error: float) -> float:
         return max(CARRIED_FACTOR * own_error, NOISE_FACTOR * measured_error)
 
-    base = measured or Errors(0.0, 0.0, 0.0)
-
     return Errors(
-        wide(own.rms, base.rms) * (1 + FEW_NUMBERS / len(numbers)) + floor,
-        wide(own.row_rms, base.row_rms) * few + floor,
-        LARGEST_FACTOR * (wide(own.largest, base.largest) + LARGEST_EPS * floor),
+        rms=wide(own.rms, base.rms) * (1 + FEW_NUMBERS / len(numbers)) + floor,
+        row_rms=wide(own.row_rms, base.row_rms) * few + floor,
+        largest=LARGEST_FACTOR * (wide(own.largest, base.largest) + LARGEST_EPS * floor),
     )
 
 
 def smallest_noticed(effect: Errors, factor: float, limit: Errors) -> float:
-    """Return the smallest relative error of the scaling that exceeds a limit.
+    """Return the smallest relative error of the scaling that exceeds a limit; infinite if a wrong scaling has no effect.
 
-    effect: errors that a scaling causes which is wrong by `factor`. Smaller errors are taken as proportional.
+    effect: errors that a scaling causes which is wrong by `factor`. Other errors are taken as proportional to it.
     """
-    ratios = [getattr(effect, one) / max(getattr(limit, one), 1e-300) for one in ("rms", "row_rms", "largest")]
-    return factor / max(ratios) if max(ratios) > 0 else math.inf
+    share = effect.share_of(limit)
+    return factor / share if share else math.inf
 
 
-def _rms(numbers: Sequence[float]) -> float:
+def rms(numbers: Sequence[float]) -> float:
+    """Return the root mean square."""
     return math.sqrt(sum(one * one for one in numbers) / len(numbers))

@@ -49,12 +49,12 @@ class PhaseResult:
 class Finding:
     """The evidence of one nonconforming adapter, or of the base."""
 
-    what: str
-    """The mistake in one sentence."""
+    cause: str
+    """The mistake that explains the wrong answers, in one sentence."""
     worst: str
-    """The worst number: prompt, token, value, and what it should be."""
+    """The worst token: phase, prompt, value, and what it should be."""
     request: str
-    """A command that sends the request of the worst number again."""
+    """A command that sends the request of the worst token again."""
 
 
 @dataclass(frozen=True)
