@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness.conformance.served import prompts
 from harness.conformance.served.client import TOKEN_VARIABLE, Client, Dialect, ServedModel, first_dialect
@@ -14,6 +15,9 @@ from harness.console import print_json, print_lines, print_note
 from harness.errors import Exit, HarnessError, UsageError, did_you_mean
 from harness.process.termination import handle_termination
 from harness.report import served_terminal
+
+if TYPE_CHECKING:
+    from harness.conformance.adapter_files.adapter_file import AdapterFile
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,13 @@ class ServedRequest:
 
 def check(request: ServedRequest, as_json: bool) -> Exit:
     """Compare, print the report, and return the exit code. Raises UsageError and ServerError before the first result."""
-    from harness.conformance.adapter_files.adapter_file import AdapterFile
     from harness.conformance.served.comparison import NARROWEST_NOISE_FIRST, Comparison
-    from harness.conformance.served.report import ServedReport
+    from harness.conformance.served.report import ServedReport, SubjectResult, Verdict
     from harness.records.environment import describe
 
     folders = prompts.adapters(request.adapters)
     base_name, base = prompts.split(request.base_model)
-    files = {name: AdapterFile.read(folder) for name, folder in folders.items()}
+    files = {name: _read(folder) for name, folder in folders.items()}
     drawn = prompts.drawn(base, request.seed)
     client = Client(request.url, os.environ.get(TOKEN_VARIABLE, ""), request.patience)
     with handle_termination():
@@ -71,7 +74,11 @@ def check(request: ServedRequest, as_json: bool) -> Exit:
         results = []
         for name in (BASE, *folders):
             observed = [one for one in session.observations if one.request.subject == name]
-            results.append(comparison.judge(name, observed, floor))
+            try:
+                results.append(comparison.judge(name, observed, floor))
+            except UsageError as error:  # the file of one adapter does not fit the base
+                folder = str(folders.get(name, base))
+                results.append(SubjectResult(name, folder, Verdict.NOT_COMPARED, reason=str(error)))
         report = replace(
             report, dtype=floor.dtype, subjects=results, not_offered=session.not_offered,
             findings=session.findings, notes=[left] if left else [], software=describe().software,
@@ -81,6 +88,18 @@ def check(request: ServedRequest, as_json: bool) -> Exit:
     else:
         print_lines(served_terminal.lines(report))
     return report.exit
+
+
+def _read(folder: Path) -> AdapterFile:
+    """Read an adapter. Raises UsageError if it has a setting that the reference does not implement."""
+    from harness.conformance.adapter_files.adapter_file import AdapterFile
+    from reference.adapter_file import unsupported
+
+    adapter = AdapterFile.read(folder)
+    if reasons := unsupported(adapter.config):
+        hint = "the reference does not implement it; check the other adapters"
+        raise UsageError("; ".join(reasons), where=str(folder), hint=hint)
+    return adapter
 
 
 def _send_all(session: Session, echo: bool) -> None:

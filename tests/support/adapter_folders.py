@@ -1,4 +1,4 @@
-"""Bases and adapter folders for tests of model servers. `python tests/support/adapter_folders.py BASE OUT` writes four adapters."""
+"""Bases and adapter folders for tests of model servers. `python tests/support/adapter_folders.py BASE OUT` writes FOUR."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ FOUR: dict[str, dict[str, Any]] = {
 """Name -> config of an adapter."""
 
 
-def base(folder: Path) -> Path:
-    """Save a Llama of two layers with seeded random weights, and return the folder."""
-    torch.manual_seed(0)
+def base(folder: Path, seed: int = 0, **facts: Any) -> Path:
+    """Save a Llama of two layers with seeded random weights, and return the folder. facts: changes of its config."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2} | facts
     config = LlamaConfig(
-        vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
+        **sizes, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1,
+        eos_token_id=2, initializer_range=0.2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BASE = "tiny"
 
@@ -25,12 +25,15 @@ class ModelServer:
     """The models of a server. `fault` is the name of the mistake that it makes; empty for none."""
 
     def __init__(self, base: Path, adapters: dict[str, Path], fault: str = "", **options: Any) -> None:
-        """options: dtype, loading (offers load and unload), token, stops_after (number of requests)."""
+        """Read the options: dtype, loading (offers load and unload), scale (of every adapter), token, stops_after (a number
+        of requests), on_request (called with their number), tokenizer (a folder), texts_only (no token ids).
+        """
         self.base, self.fault, self.options = base, fault, options
         self.dtype = options.get("dtype", torch.float32)
         self.stopped = False
         self.busiest = self.requests = self._busy = 0
         self.authorizations: set[str | None] = set()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder) if (folder := options.get("tokenizer")) else None
         self._lock, self._first_logits, self._last = threading.Lock(), {}, BASE
         self._kept: dict[str, Any] = {}
         self.models = {BASE: AutoModelForCausalLM.from_pretrained(base, dtype=self.dtype).eval()}
@@ -53,7 +56,7 @@ class ModelServer:
         weights = model.state_dict()
         rslora = config.get("use_rslora") and self.fault != "rsLoRA ignored"
         s = config["lora_alpha"] / (config["r"] ** 0.5 if rslora else config["r"])
-        s *= {"scaling": 1.01, "multiplied by alpha": config["r"]}.get(self.fault, 1.0)
+        s *= config["r"] if self.fault == "multiplied by alpha" else self.options.get("scale", 1.0)
         for key, A in tensors.items():
             if ".lora_A." in key:
                 update = s * tensors[key.replace(".lora_A.", ".lora_B.")] @ A
@@ -70,7 +73,7 @@ class ModelServer:
             del self.models[name]
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        model, prompt = self._model(body["model"]), body["prompt"]
+        model, prompt = self._model(body["model"]), self._ids(body["prompt"])
         if self.fault == "drops a token under load" and self._busy > 2:
             prompt = prompt[:-1] or prompt
         ids, rows = list(prompt), []
@@ -88,17 +91,16 @@ class ModelServer:
                 rows = list(table[:-1])
         start = 1 if body.get("echo") else len(prompt)
         entries = [(token, row) for token, row in zip(ids[start:], rows, strict=True)]
-        named = [f"token_id:{token}" for token, _ in entries]
         found = {
-            "tokens": named,
+            "tokens": [self._name(token) for token, _ in entries],
             "token_logprobs": [float(row[token]) for token, row in entries],
             "top_logprobs": [
-                {f"token_id:{i}": float(row[i]) for i in row.topk(body["logprobs"]).indices.tolist()}
+                {self._name(i): float(row[i]) for i in row.topk(body["logprobs"]).indices.tolist()}
                 for _, row in entries
             ],
         }
         if body.get("echo"):
-            found["tokens"].insert(0, f"token_id:{ids[0]}")
+            found["tokens"].insert(0, self._name(ids[0]))
             found["token_logprobs"].insert(0, None)
             found["top_logprobs"].insert(0, None)
         if self.fault == "few tokens":
@@ -109,6 +111,14 @@ class ModelServer:
             "choices": [{"index": 0, "text": "", "logprobs": found, "finish_reason": "length"}],
             "usage": {"prompt_tokens": len(prompt), "completion_tokens": body["max_tokens"]},
         }
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, list):
+            return prompt
+        return self.tokenizer(prompt)["input_ids"] + ([5] if self.fault == "another tokenizer" else [])
+
+    def _name(self, token: int) -> str:
+        return self.tokenizer.decode([token]) if self.options.get("texts_only") else f"token_id:{token}"
 
     def _model(self, name: str) -> Any:
         """Return the model that answers, with the mistakes of servers that hold one adapter at a time."""
@@ -128,6 +138,7 @@ class ModelServer:
             self._busy += 1
             self.requests += 1
             self.busiest = max(self.busiest, self._busy)
+            self.options.get("on_request", lambda _: None)(self.requests)
             self.stopped |= self.requests > self.options.get("stops_after", 10**9)
         try:
             yield
@@ -177,8 +188,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _completion(self, models: ModelServer, body: dict[str, Any]) -> None:
         if body["model"] not in models.models:
             return self._answer(404, {"error": {"message": f"The model `{body['model']}` does not exist."}})
-        if not isinstance(body["prompt"], list):
+        if isinstance(body["prompt"], str) and models.tokenizer is None:
             return self._answer(400, {"error": {"message": "no tokenizer"}})
+        if models.options.get("texts_only") and (not isinstance(body["prompt"], str) or "ignore_eos" in body):
+            return self._answer(422, {"detail": "Unexpected fields, or token ids"})
         if models.fault == "hangs" and models.requests > 3:
             self.send_response(200)
             self.end_headers()

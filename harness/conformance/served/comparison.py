@@ -13,7 +13,7 @@ from harness.conformance.served import causes, noise
 from harness.conformance.served.client import TOKEN_VARIABLE, TOP
 from harness.conformance.served.noise import Errors
 from harness.conformance.served.report import Finding, SubjectResult, Verdict
-from harness.conformance.served.rows import Row, measure, of_phase
+from harness.conformance.served.rows import Row, distances, measure, of_phase
 from harness.conformance.served.scores import score
 from harness.conformance.served.session import BASE, Observation, Phase
 from harness.conformance.tolerance_constants import SERVED_WEAK
@@ -95,13 +95,13 @@ class Comparison:
 
     def _allowed(self, adapter: AdapterFile | None, rows: Sequence[Row], floor: NoiseFloor) -> Errors:
         rounded = score(self.base, adapter, [row.observation for row in rows], floor.dtype)
-        own = noise.errors(noise.differences(rounded, [row.score for row in rows]))
+        own = noise.errors(distances(rounded, [row.score for row in rows]))
         return noise.allowed(own, floor.measured, [_numbers(row) for row in rows], floor.dtype)
 
     def _notices(self, adapter: AdapterFile, rows: Sequence[Row], limit: Errors) -> float:
         """Return the smallest relative error of the scaling that would be a finding."""
         scaled = score(self.base, causes.rescaled(adapter, 1 + _EFFECT), [row.observation for row in rows])
-        effect = noise.errors(noise.differences(scaled, [row.score for row in rows]))
+        effect = noise.errors(distances(scaled, [row.score for row in rows]))
         return noise.smallest_noticed(effect, _EFFECT, limit)
 
     def _finding(self, name: str, wrong: Sequence[Row], limit: Errors) -> Finding:

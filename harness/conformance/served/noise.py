@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from harness.conformance.tolerance_constants import (
     CARRIED_FACTOR,
@@ -16,9 +15,6 @@ from harness.conformance.tolerance_constants import (
     NOISE_FACTOR,
     NOISE_FLOOR_EPS,
 )
-
-if TYPE_CHECKING:
-    from harness.conformance.served.scores import Score
 
 
 @dataclass(frozen=True)
@@ -44,18 +40,6 @@ class Errors:
 def errors(rows: Sequence[Sequence[float]]) -> Errors:
     """Return the errors from absolute differences, one list per answer."""
     return Errors(rms([one for row in rows for one in row]), max(map(rms, rows)), max(map(max, rows)))
-
-
-def differences(have: Sequence[Score], want: Sequence[Score]) -> list[list[float]]:
-    """Return the absolute differences between two scores of the same answers, one list per answer."""
-    return [
-        [
-            abs(a - b)
-            for x, y in zip(one.values, other.values, strict=True)
-            for a, b in zip(x, y, strict=True)
-        ]
-        for one, other in zip(have, want, strict=True)
-    ]  # fmt: skip
 
 
 def allowed(own: Errors, measured: Errors | None, want: Sequence[Sequence[float]], dtype: str) -> Errors:

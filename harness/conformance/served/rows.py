@@ -5,16 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from harness.conformance.served.noise import Errors, rms
 from harness.conformance.served.report import PhaseResult
 from harness.conformance.served.session import Observation, Phase
 
-if TYPE_CHECKING:
-    from harness.conformance.served.scores import Score
-
 _LARGEST_EXPONENT = 700.0
+
+
+@dataclass(frozen=True)
+class Score:
+    """The reference's numbers for one answer."""
+
+    values: tuple[tuple[float, ...], ...]
+    """Log-probabilities in nats, one tuple per position: first that of the token, then those of the other tokens."""
+    best: tuple[int, ...]
+    """The most likely token at each position."""
+    margins: tuple[float, ...]
+    """By how much the most likely token is above the server's token, in nats, at each position."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,14 @@ class Row:
     def is_wrong(self, limit: Errors) -> bool:
         """Return whether the answer cannot be that of a right server."""
         return bool(self.inaccurate(limit) or self.unlikely(limit)) or rms(self.flat) > limit.row_rms
+
+
+def distances(have: Sequence[Score], want: Sequence[Score]) -> list[list[float]]:
+    """Return the absolute differences between two scores of the same answers, one list per answer."""
+    return [
+        [abs(a - b) for x, y in zip(one.values, other.values, strict=True) for a, b in zip(x, y, strict=True)]
+        for one, other in zip(have, want, strict=True)
+    ]
 
 
 def of_phase(rows: Iterable[Row], phase: Phase) -> list[Row]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,21 +10,11 @@ from torch import Tensor
 
 from harness.conformance.adapter_files.adapter_file import AdapterFile
 from harness.conformance.adapter_files.reference_logits import reference_logits
+from harness.conformance.served.rows import Score
 from harness.conformance.served.session import Observation
 from harness.conformance.subject import DTYPES
 from harness.console import foreign_output
-
-
-@dataclass(frozen=True)
-class Score:
-    """The reference's numbers for one answer."""
-
-    values: tuple[tuple[float, ...], ...]
-    """Log-probabilities in nats, one tuple per position: first that of the token, then those of the other tokens."""
-    best: tuple[int, ...]
-    """The most likely token at each position."""
-    margins: tuple[float, ...]
-    """By how much the most likely token is above the server's token, in nats, at each position."""
+from harness.errors import UsageError
 
 
 def score(
@@ -33,12 +22,19 @@ def score(
 ) -> list[Score]:
     """Return the reference's score of each answer, computed in `dtype` for the server's own tokens.
 
-    So a tie that the server decides in another way changes one token, and not all that follow.
+    So a tie that the server decides in another way changes one token, and not all that follow. Raises UsageError if the
+    adapter does not fit the base, or if the base does not have the server's tokens.
     """
     sequences = list(dict.fromkeys(one.context + one.tokens[:-1] for one in observations))
     with foreign_output(), torch.no_grad():
         logits = reference_logits(base, adapter, sequences, DTYPES[dtype])
     # The softmax is computed in float64, also of rounded logits, so that all errors are those of the model.
+    largest = max(
+        token for one in observations for position in one.positions for token in (position.token, *position.others)
+    )
+    if largest >= (size := logits[0].shape[-1]):
+        what = f"the server returned token {largest}, and the vocabulary of the base model has {size} tokens"
+        raise UsageError(what, where=f"--base-model {base}", hint="give the folder that the server loads")
     known = {sequence: torch.log_softmax(one.double(), -1) for sequence, one in zip(sequences, logits, strict=True)}
     return [_score(one, known[one.context + one.tokens[:-1]]) for one in observations]
 
