@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.conformance.served import prompts
 from harness.conformance.served.client import TOKEN_VARIABLE, Client, Dialect, ServedModel, first_dialect
+from harness.conformance.served.report import ServedReport, SubjectResult, Verdict
 from harness.conformance.served.session import BASE, ROUNDS, Session
 from harness.console import print_json, print_lines, print_note
 from harness.errors import Exit, HarnessError, UsageError, did_you_mean
 from harness.process.termination import handle_termination
+from harness.records.environment import describe
 from harness.report import served_terminal
 
 if TYPE_CHECKING:
     from harness.conformance.adapter_files.adapter_file import AdapterFile
+    from harness.conformance.served.comparison import Comparison, NoiseFloor
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,12 @@ class ServedRequest:
 
 
 def check(request: ServedRequest, as_json: bool) -> Exit:
-    """Compare, print the report, and return the exit code. Raises UsageError and ServerError before the first result."""
+    """Compare, print the report, and return the exit code.
+
+    Raises UsageError for wrong options, a wrong model or a server that cannot be compared, and ServerError if the server
+    stops before the noise floor is known. After that, an error ends the requests, and the report has the results so far.
+    """
     from harness.conformance.served.comparison import NARROWEST_NOISE_FIRST, Comparison
-    from harness.conformance.served.report import ServedReport, SubjectResult, Verdict
-    from harness.records.environment import describe
 
     folders = prompts.adapters(request.adapters)
     base_name, base = prompts.split(request.base_model)
@@ -56,7 +61,7 @@ def check(request: ServedRequest, as_json: bool) -> Exit:
         session = Session(client, base_name, folders, drawn, (), prompts.TOKENS, request.concurrency, request.seed)
         _agree(client, session, prompts.Tokenizer.find(base))
         comparison = Comparison(client.url, base, files)
-        report = ServedReport(client.url, "", [])
+        stopped, code = "", Exit.PASS
         try:
             session.load_missing([one.name for one in listed])
             print_note(f"base: {len(session.prompts)} requests")
@@ -65,29 +70,32 @@ def check(request: ServedRequest, as_json: bool) -> Exit:
             try:
                 _send_all(session, request.echo)
             except HarnessError as error:
-                report = replace(report, stopped=str(error), stopped_exit=error.exit_code)
+                stopped, code = str(error), error.exit_code
             except KeyboardInterrupt:
-                report = replace(report, stopped="interrupted")
+                stopped, code = "interrupted", Exit.INFRASTRUCTURE
         finally:
             left = session.tidy()
         print_note("comparing with the float64 reference")
-        results = []
-        for name in (BASE, *folders):
-            observed = [one for one in session.observations if one.request.subject == name]
-            try:
-                results.append(comparison.judge(name, observed, floor))
-            except UsageError as error:  # the file of one adapter does not fit the base
-                folder = str(folders.get(name, base))
-                results.append(SubjectResult(name, folder, Verdict.NOT_COMPARED, reason=str(error)))
-        report = replace(
-            report, dtype=floor.dtype, subjects=results, not_offered=session.not_offered,
-            findings=session.findings, notes=[left] if left else [], software=describe().software,
+        subjects = [_judge(comparison, session, name, floor) for name in (BASE, *folders)]
+        report = ServedReport(
+            url=client.url, dtype=floor.dtype, subjects=subjects,
+            not_offered=session.not_offered, findings=session.findings, stopped=stopped, stopped_exit=code,
+            notes=[left] if left else [], software=describe().software,
         )  # fmt: skip
     if as_json:
         print_json(report.document())
     else:
         print_lines(served_terminal.lines(report))
     return report.exit
+
+
+def _judge(comparison: Comparison, session: Session, name: str, floor: NoiseFloor) -> SubjectResult:
+    observed = [one for one in session.observations if one.request.subject == name]
+    try:
+        return comparison.judge(name, observed, floor)
+    except UsageError as error:  # the file of this adapter does not fit the base
+        folder = session.adapters.get(name, comparison.base)
+        return SubjectResult(name, str(folder), Verdict.NOT_COMPARED, reason=str(error))
 
 
 def _read(folder: Path) -> AdapterFile:

@@ -83,6 +83,7 @@ def test_a_server_without_loading_is_compared_without_it(check, base, adapters) 
     code, out, _ = check(ModelServer(base, adapters), base, adapters, "--json")
     assert code == Exit.PASS, out
     assert "404" in str(json.loads(out)["served"]["not_offered"])
+    assert {phase["phase"] for one in subjects(out).values() for phase in one["phases"]} == {"alone", "mixed"}
     code, out, err = check(ModelServer(base, {}), base, adapters)
     assert (code, out) == (Exit.USAGE, "")
     assert "rslora" in err

@@ -42,7 +42,7 @@ class ModelServer:
             self.load(name, folder)
         if fault == "wrong slot":
             first, second = self.static[:2]
-            self.models[first], self.models[second] = self.models[second], self.models[first]
+            self._kept[first], self._kept[second] = self._kept[second], self._kept[first]
         if fault == "base rows changed":
             self.models[BASE] = self.models[self.static[0]]
 
@@ -122,15 +122,15 @@ class ModelServer:
 
     def _model(self, name: str) -> Any:
         """Return the model that answers, with the mistakes of servers that hold one adapter at a time."""
+        last = self._last
+        if name != BASE or self.fault == "one adapter for all requests at a time":
+            self._last = name
         if self.fault == "one adapter for all requests at a time":
-            self._last = name
             time.sleep(0.01)  # other requests come in meanwhile
-            return self.models[self._last]
-        if self.fault == "base rows keep the last adapter":
-            if name == BASE:
-                return self.models[self._last]
-            self._last = name
-        return self.models[name]
+            name = self._last
+        if self.fault == "base rows keep the last adapter" and name == BASE:
+            name = last
+        return self._kept[name] if name in self._kept else self.models[name]  # an unloaded adapter may be the last one
 
     @contextmanager
     def counted(self) -> Iterator[None]:

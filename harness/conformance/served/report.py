@@ -92,7 +92,9 @@ class ServedReport:
     stopped: str = ""
     """Error that ended the requests early. Empty if all requests were answered."""
     stopped_exit: Exit = Exit.INFRASTRUCTURE
+    """Exit code of this error."""
     notes: Sequence[str] = ()
+    """What the user must know beside the results, e.g. an adapter that is still loaded."""
     software: Mapping[str, str] = field(default_factory=dict)
     """Library -> version."""
 

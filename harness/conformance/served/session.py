@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
 from harness.conformance.served.answers import Position
 from harness.conformance.served.client import Client, RequestRefusedError
-from harness.errors import HarnessError, UsageError
+from harness.errors import HarnessError, ServerError, UsageError
 
 BASE = ""
 """Stands for the base model where a name of an adapter could stand."""
@@ -125,8 +125,10 @@ class Session:
         Mixed requests run at the same time.
         """
         first, *others = self.adapters
+        before = len(self.observations)
         self.mixed(Phase.LOADED, lambda: self._load_if_offered(SWAPPED, self.adapters[first]))
         if SWAPPED not in self._loaded:
+            self.observations[before:] = [_in_phase(Phase.MIXED, one) for one in self.observations[before:]]
             return
         self._swapped(Phase.LOADED, first)
         if others:
@@ -147,8 +149,8 @@ class Session:
         self._unload(SWAPPED)
 
     def echoes(self) -> None:
-        """Request the log-probabilities of the prompts' tokens, of every model."""
-        self._send(self._of_all(Phase.ECHO), 1)
+        """Request the log-probabilities of the prompts' tokens, of every model. The first token of a prompt has none."""
+        self._send([one for one in self._of_all(Phase.ECHO) if len(self.prompts[one.prompt]) > 1], 1)
 
     def tidy(self) -> str:
         """Unload what this session loaded. Return the reason if the server does not do it."""
@@ -194,6 +196,8 @@ class Session:
         prompt, echo = tuple(self.prompts[request.prompt]), request.phase is Phase.ECHO
         answer = self.client.complete(request.served_as, self._sent(request.prompt), 1 if echo else self.tokens, echo)
         if echo:
+            if tuple(one.token for one in answer.positions[: len(prompt)]) != prompt:
+                raise ServerError("half an answer: it does not begin with the prompt's tokens", where=self.client.url)
             return Observation(request, prompt[:1], answer.positions[1 : len(prompt)], greedy=False)
         return Observation(request, prompt, answer.positions, greedy=True)
 
@@ -218,3 +222,7 @@ class Session:
     def _unload(self, name: str) -> None:
         self.client.unload(name)
         self._loaded.remove(name)
+
+
+def _in_phase(phase: Phase, one: Observation) -> Observation:
+    return replace(one, request=replace(one.request, phase=phase))
