@@ -90,9 +90,8 @@ def check(request: ServedRequest, as_json: bool) -> Exit:
 
 
 def _judge(comparison: Comparison, session: Session, name: str, floor: NoiseFloor) -> SubjectResult:
-    observed = [one for one in session.observations if one.request.subject == name]
     try:
-        return comparison.judge(name, observed, floor)
+        return comparison.judge(name, session.observations, floor)
     except UsageError as error:  # the file of this adapter does not fit the base
         folder = session.adapters.get(name, comparison.base)
         return SubjectResult(name, str(folder), Verdict.NOT_COMPARED, reason=str(error))
@@ -129,7 +128,7 @@ def _base_name(name: str, folder: Path, listed: Sequence[ServedModel], adapters:
     names = [one.name for one in listed]
     bases = [one.name for one in listed if not one.parent and one.name not in adapters]
     if name:
-        if name not in names:
+        if names and name not in names:  # `transformers serve` may list none, and still has one
             raise UsageError(
                 f"the server has no model {name}", where="--base-model", hint=did_you_mean(name, names, "it has")
             )

@@ -21,7 +21,7 @@ _UNKNOWN = "no typical mistake explains them"
 def cause(
     base: Path, adapter: AdapterFile | None, others: Mapping[str, AdapterFile], wrong: Sequence[Row], limit: Errors
 ) -> str:
-    """Return which mistake explains most of the wrong positions, in one sentence.
+    """Return which mistakes explain how many of the wrong positions, in one sentence.
 
     adapter: the right one, or None for the base. others: the other adapters of the server, by name.
     """
@@ -35,16 +35,18 @@ def cause(
         return (
             f"the log-probabilities are right, but {count} tokens are not the most likely ones: decoding is not greedy"
         )
-    most, found = 0, _UNKNOWN
+    left = [set(several) for several in positions]
+    found = []
     for text, other in _mistakes(adapter, others):
         scores = score(base, other, [row.observation for row in wrong])
-        explained = [Row(row.observation, one).inaccurate(limit) for row, one in zip(wrong, scores, strict=True)]
-        count = sum(i not in left for several, left in zip(positions, explained, strict=True) for i in several)
-        if count > most:
-            most, found = count, f"at {count} of {total} wrong positions, the answer is that of {text}"
-        if most == total:
+        unexplained = [Row(row.observation, one).inaccurate(limit) for row, one in zip(wrong, scores, strict=True)]
+        count = sum(map(len, left))
+        left = [several & set(still) for several, still in zip(left, unexplained, strict=True)]
+        if count := count - sum(map(len, left)):
+            found.append(f"at {count} of {total} wrong positions, the answer is that of {text}")
+        if not any(left):
             break
-    return found
+    return "; ".join(found) or _UNKNOWN
 
 
 def rescaled(adapter: AdapterFile, factor: float) -> AdapterFile:

@@ -20,6 +20,8 @@ from harness.conformance.tolerance_constants import SERVED_WEAK
 from harness.errors import UsageError
 
 NARROWEST_NOISE_FIRST = ("float32", "float16", "bfloat16")
+_LONG = 64
+"""Number of tokens of a request that keeps the server busy while another one is sent."""
 _EFFECT = 0.125
 """Relative error of the scaling whose effect is computed, to find the smallest one that the check notices."""
 
@@ -69,8 +71,10 @@ class Comparison:
             "an adapter is loaded, fail here too",
         )  # fmt: skip
 
-    def judge(self, name: str, observed: Sequence[Observation], floor: NoiseFloor) -> SubjectResult:
-        """Return the result of one adapter, or of the base, from all answers that it should have given."""
+    def judge(self, name: str, every: Sequence[Observation], floor: NoiseFloor) -> SubjectResult:
+        """Return the result of one adapter, or of the base. every: the answers of all adapters and of the base."""
+        observed = [one for one in every if one.request.subject == name]
+        company = next((one for one in every if one.request.subject not in (BASE, name)), None)
         adapter = self.adapters[name] if name != BASE else None
         folder = str(adapter.folder if adapter else self.base)
         if not observed:
@@ -83,7 +87,7 @@ class Comparison:
         if not wrong and not noise.errors([row.flat for row in rows]).at_most(limit):
             wrong = rows  # no single answer shows it, but all of them together do
         if wrong:
-            finding = self._finding(name, wrong, limit)
+            finding = self._finding(name, wrong, limit, company)
             return SubjectResult(name, folder, Verdict.NONCONFORMING, "", limit, notices, phases, finding)
         weak = notices is not None and notices > SERVED_WEAK
         return SubjectResult(
@@ -104,21 +108,20 @@ class Comparison:
         effect = noise.errors(distances(scaled, [row.score for row in rows]))
         return noise.smallest_noticed(effect, _EFFECT, limit)
 
-    def _finding(self, name: str, wrong: Sequence[Row], limit: Errors) -> Finding:
+    def _finding(self, name: str, wrong: Sequence[Row], limit: Errors, company: Observation | None) -> Finding:
         others = {other: adapter for other, adapter in self.adapters.items() if other != name}
         adapter = self.adapters.get(name)
         worst = max(wrong, key=lambda row: (max(row.flat) > limit.largest, max(row.score.margins), max(row.flat)))
-        return Finding(
-            cause=causes.cause(self.base, adapter, others, wrong, limit),
-            worst=_worst(worst, limit),
-            request=self._request(worst.observation),
-        )
+        request = self._request(worst.observation)
+        if company is not None and not of_phase(wrong, Phase.ALONE):
+            request = f"{self._request(company, tokens=_LONG)} & sleep 1; {request}"  # it is wrong in company only
+        return Finding(causes.cause(self.base, adapter, others, wrong, limit), _worst(worst, limit), request)
 
-    def _request(self, one: Observation) -> str:
-        """Return the command that sends a request again."""
+    def _request(self, one: Observation, tokens: int = 0) -> str:
+        """Return the command that sends a request again. tokens: number of tokens to generate, if it is another one."""
         body = {
-            "model": one.request.served_as, "prompt": list(one.context), "max_tokens": len(one.positions),
-            "temperature": 0, "logprobs": TOP, "return_tokens_as_token_ids": True,
+            "model": one.request.served_as, "prompt": list(one.context), "max_tokens": tokens or len(one.positions),
+            "temperature": 0, "logprobs": TOP, "return_tokens_as_token_ids": True, "ignore_eos": True,
         }  # fmt: skip
         if not one.greedy:
             body |= {"prompt": [*one.context, *one.tokens], "max_tokens": 1, "echo": True}

@@ -54,7 +54,7 @@ class Finding:
     worst: str
     """The worst token: phase, prompt, value, and what it should be."""
     request: str
-    """A command that sends the request of the worst token again."""
+    """A command that sends the request of the worst token again, in company if it was wrong only then."""
 
 
 @dataclass(frozen=True)
