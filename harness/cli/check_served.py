@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from harness.conformance.served import prompts
 from harness.conformance.served.client import TOKEN_VARIABLE, Client, Dialect, ServedModel, first_dialect
+from harness.conformance.served.noise import NARROWEST_NOISE_FIRST
 from harness.conformance.served.report import ServedReport, SubjectResult, Verdict
 from harness.conformance.served.session import BASE, ROUNDS, Session
 from harness.console import print_json, print_lines, print_note
@@ -48,8 +49,12 @@ def check(request: ServedRequest, as_json: bool) -> Exit:
     Raises UsageError for wrong options, a wrong model or a server that cannot be compared, and ServerError if the server
     stops before the noise floor is known. After that, an error ends the requests, and the report has the results so far.
     """
-    from harness.conformance.served.comparison import NARROWEST_NOISE_FIRST, Comparison
+    from harness.conformance.served.comparison import Comparison
 
+    dtypes = [one for one in NARROWEST_NOISE_FIRST if one in (request.dtypes or NARROWEST_NOISE_FIRST)]
+    if unknown := set(request.dtypes) - set(dtypes):
+        hint = f"one or more of {', '.join(NARROWEST_NOISE_FIRST)}"
+        raise UsageError(f"no server computes in {', '.join(sorted(unknown))}", where="--dtype", hint=hint)
     folders = prompts.adapters(request.adapters)
     base_name, base = prompts.split(request.base_model)
     files = {name: _read(folder) for name, folder in folders.items()}
@@ -66,7 +71,7 @@ def check(request: ServedRequest, as_json: bool) -> Exit:
             session.load_missing([one.name for one in listed])
             print_note(f"base: {len(session.prompts)} requests")
             session.alone(BASE)
-            floor = comparison.noise_floor(session.observations, request.dtypes or NARROWEST_NOISE_FIRST)
+            floor = comparison.noise_floor(session.observations, dtypes)
             try:
                 _send_all(session, request.echo)
             except HarnessError as error:

@@ -19,7 +19,6 @@ from harness.conformance.served.session import BASE, Observation, Phase
 from harness.conformance.tolerance_constants import SERVED_WEAK
 from harness.errors import UsageError
 
-NARROWEST_NOISE_FIRST = ("float32", "float16", "bfloat16")
 _LONG = 64
 """Number of tokens of a request that keeps the server busy while another one is sent."""
 _EFFECT = 0.125

@@ -16,6 +16,9 @@ from harness.conformance.tolerance_constants import (
     NOISE_FLOOR_EPS,
 )
 
+NARROWEST_NOISE_FIRST = ("float32", "float16", "bfloat16")
+"""Dtypes in which servers compute, the one with the smallest rounding errors first."""
+
 
 @dataclass(frozen=True)
 class Errors:
