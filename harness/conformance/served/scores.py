@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 
 from harness.conformance.adapter_files.adapter_file import AdapterFile
@@ -26,6 +27,7 @@ def score(
     adapter does not fit the base, or if the base does not have the server's tokens.
     """
     sequences = list(dict.fromkeys(one.context + one.tokens[:-1] for one in observations))
+    transformers.utils.logging.disable_progress_bar()
     with foreign_output(), torch.no_grad():
         logits = reference_logits(base, adapter, sequences, DTYPES[dtype])
     # The softmax is computed in float64, also of rounded logits, so that all errors are those of the model.
