@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conforming:
-    """A function under test. It implements a Method, an Operation or a quantisation of the base."""
+    """A function under test. It implements a Method, an Operation or a quantisation of the base, or loads adapter files."""
 
     implementation: Implementation
     breadth: CaseSelection = FEW
@@ -61,9 +61,7 @@ class Conforming:
         )
         return outcomes
 
-    def _run(
-        self, plan: parity_suite.ParitySuite, case: parity_suite.MethodCase | parity_suite.OperationCase
-    ) -> list[CheckOutcome]:
+    def _run(self, plan: parity_suite.ParitySuite, case: parity_suite.AnyCase) -> list[CheckOutcome]:
         from harness.conformance.execution import suite_run
 
         return list(
@@ -91,7 +89,8 @@ def conformance(
 ) -> Callable[[Callable[..., Any]], Conforming]:
     """Return a decorator that makes pytest tests for a function.
 
-    target: the Method or Operation that the function implements. For a Method, the function is its `attach`. full: test
+    target: the Method or Operation that the function implements, or `adapter_files`. For a Method, the function is its
+    `attach`; for `adapter_files`, it returns a Loader (harness/methods/loader.py). full: test
     every combination of config, shape and layer in the suite. By default, each config, shape and layer is tested at
     least once. wide: also test a fixed sample that covers pairs of settings, and also test calls, walks and NaN. drawn:
     number of additional cases with random ranks and shapes. seed: seed of the additional cases.

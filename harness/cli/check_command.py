@@ -8,6 +8,7 @@ import click
 
 from harness.cli import options
 from harness.errors import Exit, UsageError
+from harness.resources import user_path
 
 
 @click.command()
@@ -28,6 +29,11 @@ from harness.errors import Exit, UsageError
     help="Also check N random cases per parity suite, and all of --wide; shrink each failure.",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), metavar="S", help="Random seed of --drawn.  [default: 0]")
+@click.option(
+    "--base-model", metavar="[NAME=]FOLDER",
+    help="For an adapter file: the folder of its base model.  [default: base_model_name_or_path, if it is a folder] With "
+    "--served: also its name on the server.",
+)  # fmt: skip
 @options.jobs
 @click.option(
     "--patience", callback=options.finite_seconds, default=120.0, show_default=True, metavar="SECONDS",
@@ -41,7 +47,6 @@ from harness.errors import Exit, UsageError
     "--adapter", "adapters", multiple=True, metavar="[NAME=]DIR",
     help=f"With --served: folder of an adapter, and its name on the server.  [default: the folder's name] {options.AGAIN}",
 )  # fmt: skip
-@click.option("--base-model", metavar="[NAME=]FOLDER", help="With --served: folder of the base model.")
 @click.option(
     "--concurrency", type=click.IntRange(1, 256), metavar="N",
     help="With --served: most requests at the same time.  [default: 8]",
@@ -63,11 +68,14 @@ from harness.errors import Exit, UsageError
 @options.as_json
 def check(
     implementations: tuple[str, ...], methods: tuple[str, ...], operations: tuple[str, ...], dtypes: tuple[str, ...],
-    full: bool, wide: bool, drawn: int, seed: int | None, jobs: int | None, patience: float, served: str | None,
-    adapters: tuple[str, ...], base_model: str | None, concurrency: int | None, echo: bool, junit: Path | None,
+    full: bool, wide: bool, drawn: int, seed: int | None, base_model: str | None, jobs: int | None, patience: float,
+    served: str | None, adapters: tuple[str, ...], concurrency: int | None, echo: bool, junit: Path | None,
     html: Path | None, self_test: bool, mutants: int | None, power: bool, as_json: bool,
 ) -> Exit:  # fmt: skip
-    """Check implementations against the reference.
+    """Check implementations against the reference, or judge one adapter file or a model server.
+
+    IMPLEMENTATIONS are names, or the path of one adapter: a folder with adapter_config.json, or its
+    adapter_model.safetensors. An adapter is judged without running a loader.
 
     Without arguments, checks every implementation in all cases that this machine can run. The reference is computed in
     float64. Each plug-in runs in its own process: a crash or a hang counts as a failure, and the other plug-ins continue.
@@ -93,8 +101,8 @@ def check(
             ),
             as_json,
         )
-    for option, given in (("--adapter", adapters), ("--concurrency", concurrency), ("--echo", echo)):
-        if given:
+    for option, value in (("--adapter", adapters), ("--concurrency", concurrency), ("--echo", echo)):
+        if value:
             raise UsageError("changes nothing without --served", where=option, hint="add --served URL")
     for option, given in (("--mutants", mutants is not None), ("--power", power)):
         if given and not self_test:
@@ -124,6 +132,22 @@ def check(
         from harness.conformance.mutants import run
 
         return run.check(mutants or None, seed or 0, jobs, targets, as_json)
+    if paths := [one for one in implementations if _is_adapter_path(one)]:
+        given = {
+            "--method": methods, "--op": operations, "--dtype": dtypes, "--full": full, "--wide": wide, "--drawn": drawn,
+            "--seed": seed is not None, "--junit": junit, "--html": html, "a second name": implementations[1:],
+        }  # fmt: skip
+        for option in (name for name, value in given.items() if value):
+            raise UsageError(
+                "does not apply to an adapter file", where=option, hint="keep only --base-model and --json"
+            )
+        from harness.cli import adapter
+
+        return adapter.check(user_path(paths[0]), None if base_model is None else Path(base_model), as_json)
+    if base_model is not None:
+        raise UsageError(
+            "has no effect without the path of an adapter", where="--base-model", hint="add the path, or --served URL"
+        )
     from harness.cli import check as command
     from harness.conformance.case_selection import CaseSelection
 
@@ -134,3 +158,12 @@ def check(
     breadth = CaseSelection(full, drawn, seed or 0, wide)
     request = command.CheckRequest(implementations, methods, operations, dtypes, breadth, jobs, patience)
     return command.check(request, as_json, junit, html)
+
+
+def _is_adapter_path(argument: str) -> bool:
+    """Return whether an argument is the path of an adapter, and not the name of an implementation.
+
+    A path contains a slash, ends with .safetensors, or is a folder that holds an adapter.
+    """
+    files = (Path(argument) / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+    return "/" in argument or argument.endswith(".safetensors") or any(file.is_file() for file in files)

@@ -1,4 +1,4 @@
-"""Parity suites: the cases that `check` tries for a Method or an Operation. Each suite is a YAML file in
+"""Parity suites: the cases that `check` tries for a Method, an Operation or a loader. Each suite is a YAML file in
 suites/parity/.
 """
 
@@ -8,15 +8,16 @@ import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import Field
 
 from harness import yaml_lines
 from harness.conformance import checks
+from harness.conformance.adapter_files import corpus
 from harness.conformance.case_selection import CaseSelection, Values
 from harness.errors import Problem, SuiteError, UsageError, did_you_mean
-from harness.methods.registry import DTYPES
+from harness.methods.registry import DTYPES, TargetKind
 from harness.methods.spec import methods
 from harness.records.record import FrozenModel
 from harness.resources import data_folder
@@ -187,7 +188,29 @@ class OperationSuite(FrozenModel):
             yield from (OperationCase(values, dtype) for values in self.values[every] or self.values)
 
 
-ParitySuite = MethodSuite | OperationSuite
+class LoaderSuite(FrozenModel):
+    """The cases of a loader of adapter files: each adapter in suites/adapters in each of `dtypes`."""
+
+    loader: str
+    follows: str
+    checks: list[str] = Field(min_length=1)
+    dtypes: list[Dtype] = Field(min_length=1)
+    tolerances: dict[str, Tolerance] = Field(default={})
+
+    def factors(self) -> dict[str, float]:
+        """Map names of checks to the factor by which this suite multiplies their noise floor."""
+        return {check: looser.factor for check, looser in self.tolerances.items()}
+
+    def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[LoaderCase]:
+        """Yield the suite's cases in those of `dtypes` that the suite has, selected as in `OperationSuite.cases`."""
+        there = [dtype for dtype in self.dtypes if dtype in dtypes]
+        for dtype in there:
+            every = slice(None) if wanted.full else _share(self.dtypes, there, dtype)[1]
+            yield from (LoaderCase(name, dtype) for name in corpus.names()[every])
+
+
+ParitySuite = MethodSuite | OperationSuite | LoaderSuite
+_PlainSuite = TypeVar("_PlainSuite", OperationSuite, LoaderSuite)
 
 
 @dataclass(frozen=True)
@@ -204,6 +227,22 @@ class OperationCase:
     def __str__(self) -> str:
         magnitude = "" if self.magnitude == "normal" else f"magnitude={self.magnitude}"
         return " ".join(filter(None, [in_words(self.values), magnitude]))
+
+
+@dataclass(frozen=True)
+class LoaderCase:
+    """One case of a loader: one adapter of the corpus, in one dtype of the base model."""
+
+    adapter: str
+    dtype: Dtype
+    sampled: bool = False
+    """Always false, because no further adapters are made."""
+
+    def __str__(self) -> str:
+        return self.adapter
+
+
+AnyCase = MethodCase | OperationCase | LoaderCase
 
 
 def _drops(config: Values) -> bool:
@@ -233,17 +272,21 @@ def names() -> list[str]:
     return sorted(file.stem for file in path_of("any").parent.glob("*.yaml"))
 
 
-def kind_of(name: str) -> Literal["method", "operation", "base"]:
-    """Return what the parity suite of this name judges: a Method, an Operation, or a quantisation of the base."""
+def kind_of(name: str) -> TargetKind:
+    """Return what the parity suite of this name judges."""
     data = yaml_lines.load(_existing(name)).data
-    if isinstance(data, dict) and "operation" in data:
-        return "operation"
-    return "base" if isinstance(data, dict) and data.get("base") else "method"
+    kinds: tuple[TargetKind, ...] = ("operation", "loader", "base")
+    return next((kind for kind in kinds if isinstance(data, dict) and data.get(kind)), "method")
 
 
 def load_plan(name: str) -> ParitySuite:
-    """Read the parity suite of a Method, an Operation or a quantisation of the base. Raises the errors of `load`."""
-    return load_operation(name) if kind_of(name) == "operation" else load(name)
+    """Read the parity suite of a target of any kind. Raises the errors of `load`."""
+    match kind_of(name):
+        case "operation":
+            return load_operation(name)
+        case "loader":
+            return _load_plain(name, LoaderSuite)
+    return load(name)
 
 
 def in_words(values: Values) -> str:
@@ -272,7 +315,11 @@ def load_operation(name: str) -> OperationSuite:
 
     Raises UsageError if there is no such suite. Raises SuiteError, which lists all mistakes, if the suite has any.
     """
-    document, plan = yaml_lines.load_model(_existing(name), OperationSuite)
+    return _load_plain(name, OperationSuite)
+
+
+def _load_plain(name: str, kind: type[_PlainSuite]) -> _PlainSuite:
+    document, plan = yaml_lines.load_model(_existing(name), kind)
     if problems := list(_of_checks(document, plan)):
         raise SuiteError(problems)
     return plan
@@ -285,7 +332,7 @@ def _existing(name: str) -> Path:
     return path
 
 
-def _of_checks(document: yaml_lines.Document, plan: MethodSuite | OperationSuite) -> Iterator[Problem]:
+def _of_checks(document: yaml_lines.Document, plan: ParitySuite) -> Iterator[Problem]:
     known = checks.docstrings()
     for index, name in enumerate(plan.checks):
         if name not in known:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from harness.conformance import checks, faults, operations, parity_suite
+from harness.conformance import checks, faults, parity_suite
 from harness.conformance.checks import Reference
 from harness.conformance.execution import suite_run
 from harness.conformance.faults import Fault
@@ -23,7 +23,6 @@ from harness.conformance.findings.outcomes import CheckOutcome, Execution
 from harness.console import print_json, print_lines
 from harness.errors import Exit, UsageError, did_you_mean
 from harness.methods.registry import Implementation, TargetKind
-from harness.methods.spec import methods
 from harness.records.record import Outcome
 
 
@@ -149,7 +148,7 @@ def _caught(fault: Fault) -> tuple[str, ...]:
 
 def _failures(implementation: Implementation, fault: Fault) -> Iterator[CheckOutcome]:
     """Try an implementation in the fault's case, and yield the outcome of every check that fails."""
-    case = fault.case.of_operation() if implementation.kind == "operation" else fault.case.of_method()
+    case = fault.case.of_kind(implementation.kind)
     outcomes = suite_run.run_case(implementation, _plan(implementation.target), case, wide=_needs_wide(fault))
     return (one for one in outcomes if one.result.outcome is Outcome.FAIL)
 
@@ -180,16 +179,17 @@ def require_targets(names: Iterable[str], option: str) -> None:
 
 @cache
 def _kind(target: str) -> TargetKind:
-    if target in methods():
-        return "method"
-    return "operation" if target in operations.every() else "base"
+    return parity_suite.kind_of(target)
 
 
 def source_module(target: str) -> str:
     """Return the dotted name of the module that implements a target. The self-test changes a copy of this module."""
-    if _kind(target) == "base":
-        return "reference.operations.nf4"
-    return f"harness.conformance.operations.{target}" if _kind(target) == "operation" else f"reference.{target}"
+    fixed: dict[TargetKind, str] = {
+        "base": "reference.operations.nf4",
+        "loader": "harness.methods.reference_loader",
+        "operation": f"harness.conformance.operations.{target}",
+    }
+    return fixed.get(_kind(target), f"reference.{target}")
 
 
 def implementation(target: str, copy: PatchedCopy) -> Implementation:
@@ -198,4 +198,6 @@ def implementation(target: str, copy: PatchedCopy) -> Implementation:
     function: Any = {"method": copy.attach, "base": partial(pack, copy, target == "nf4-dq")}.get(kind)
     if kind == "operation":
         function = copy.module().OPERATION.reference
+    elif kind == "loader":
+        function = copy.module().ReferenceLoader
     return Implementation("planted", kind, target, function, dtypes=("float64", "float32", "bfloat16", "float16"))

@@ -18,13 +18,14 @@ from typing import Any, Literal, get_args
 
 from harness.console import foreign_output
 from harness.errors import ImplementationError, did_you_mean
+from harness.methods.loader import ADAPTER_FILES
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.spec import Adapted, methods
 from harness.resources import data_folder
 
 GROUP = "harness.implementations"
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-TargetKind = Literal["method", "operation", "base"]
+TargetKind = Literal["method", "operation", "base", "loader"]
 
 _OPERATIONS = Path(__file__).resolve().parents[1] / "conformance" / "operations"
 _WORD = re.compile(r"[\w.+-]+")
@@ -33,15 +34,16 @@ _ADAPTED = [name for name in (*Adapted.__annotations__, *vars(Adapted)) if not n
 
 @dataclass(frozen=True)
 class Implementation:
-    """Code that implements a Method, an Operation or a quantisation of the base weights."""
+    """Code that implements a Method, an Operation or a quantisation of the base weights, or that loads adapter files."""
 
     name: str
     """Name in suites, e.g. `hf-peft`."""
     kind: TargetKind
     target: str
-    """The Method (`lora`), Operation (`nf4_linear`) or quantisation (`nf4`) that it implements."""
+    """The Method (`lora`), Operation (`nf4_linear`) or quantisation (`nf4`) that it implements, or `adapter_files`."""
     function: Callable[..., Any]
-    """The code. For a Method, it takes (model, config, generator) and returns an Adapted."""
+    """The code. For a Method, it takes (model, config, generator) and returns an Adapted. For `adapter_files`, it takes
+    (base_folder, dtype) and returns a Loader."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     """Supported dtypes, a subset of `DTYPES`."""
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -131,6 +133,7 @@ def targets() -> dict[str, TargetKind]:
     """
     found: dict[str, TargetKind] = {file.stem: "base" for file in (data_folder("suites") / "parity").glob("*.yaml")}
     found |= {file.stem: "operation" for file in _OPERATIONS.glob("*.py") if not file.stem.startswith("_")}
+    found[ADAPTER_FILES] = "loader"
     return found | dict.fromkeys([*methods(), *UNREFERENCED], "method")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from harness.conformance.adapter_files.adapter_file import AdapterFile
+from harness.conformance.comparison.tolerance_policies import perturbed
 from harness.errors import Unsupported, UsageError
 from harness.methods.base_model import load_base, logits
 from reference.adapter_file import apply, unsupported
@@ -21,11 +22,13 @@ def reference_logits(
     adapter: AdapterFile | None,
     prompts: Sequence[Sequence[int]],
     dtype: torch.dtype = torch.float64,
+    perturbation: torch.Generator | None = None,
 ) -> list[Tensor]:
     """Return the logits of the base with the weights that the adapter file gives, one tensor per prompt, in `dtype`.
 
     adapter: None for the base alone. prompts: token ids. The shapes are (tokens, vocabulary), or (labels,) for a
     classifier. In float64, the parts that a model computes in float32 in every dtype are computed in float64 too.
+    perturbation: moves every weight at random by up to half a unit in its last place, as other correct roundings would.
     Raises UsageError if the file does not fit the base, and Unsupported for a config that the reference does not
     implement.
     """
@@ -35,11 +38,16 @@ def reference_logits(
     if adapter is not None:
         if reasons := unsupported(adapter.config):
             raise Unsupported("; ".join(reasons))
+        hint = f"is {base_folder} the base of this adapter? `peft-harness check {adapter.folder}` judges the file"
         try:
-            apply(model, adapter.settings, adapter.tensors())
+            reading = apply(model, adapter.settings, adapter.tensors())
         except ValueError as error:
-            hint = f"is {base_folder} the base of this adapter? `peft-harness check {adapter.folder}` judges the file"
             raise UsageError(str(error), where=str(adapter.weights), hint=hint) from error
+        if not reading.updates and not reading.replaced:
+            raise UsageError("no tensor has a place in the base", where=str(adapter.weights), hint=hint)
+    if perturbation is not None:
+        for parameter in model.parameters():
+            parameter.data = perturbed(parameter.data, str(dtype).removeprefix("torch."), perturbation)
     if dtype is not torch.float64:
         return logits(model, prompts)
     with _Float64():

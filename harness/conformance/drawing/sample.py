@@ -16,9 +16,12 @@ from harness.conformance.drawing.covering import covering, every_level, every_pa
 from harness.conformance.drawing.factors import Factor, of_config, of_signature
 from harness.conformance.execution.acceptance import is_accepted
 from harness.conformance.parity_suite import (
+    AnyCase,
     CaseShape,
+    LoaderSuite,
     Magnitude,
     MethodCase,
+    MethodSuite,
     ModelForm,
     OperationCase,
     OperationSuite,
@@ -27,7 +30,6 @@ from harness.conformance.parity_suite import (
 from harness.conformance.subject import DTYPES
 from harness.methods.spec import FieldInfo, methods
 
-AnyCase = MethodCase | OperationCase
 _SIDES = Factor(((24, 40), (32, 32), (12, 1030), (520, 16), (260, 270)), dimensions=(2,))
 """Numbers of input features and output features of the first adapted layer."""
 _LEAST_SIDE = 8
@@ -53,7 +55,7 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     # 16 bits first, so that what a first call caches in its dtype shows in the wider ones.
     examples: list[AnyCase] = [*plan.cases(wanted, dtypes)]
     yield from sorted(examples, key=lambda case: DTYPES[case.dtype].itemsize)
-    if not wanted.is_wide:
+    if not wanted.is_wide or isinstance(plan, LoaderSuite):
         return
     there = factors(plan, dtypes)
     if not there["dtype"].levels:
@@ -75,12 +77,14 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
 
 
 def random(plan: ParitySuite, dtypes: Collection[str]) -> st.SearchStrategy[AnyCase]:
-    """Return a Hypothesis strategy for those cases of the suite that the reference accepts."""
+    """Return a Hypothesis strategy for those cases of the suite that the reference accepts. A loader has none."""
+    if isinstance(plan, LoaderSuite):
+        return st.nothing()
     drawn = strategies.case_values(factors(plan, dtypes))
     return drawn.map(lambda chosen: case_of(plan, chosen)).filter(lambda case: is_accepted(plan, case))
 
 
-def case_of(plan: ParitySuite, chosen: Mapping[str, Any]) -> AnyCase:
+def case_of(plan: MethodSuite | OperationSuite, chosen: Mapping[str, Any]) -> AnyCase:
     """Return the case in which the factors have these values. A setting equal to the Config's default is left out."""
     if isinstance(plan, OperationSuite):
         settings = {
@@ -94,7 +98,7 @@ def case_of(plan: ParitySuite, chosen: Mapping[str, Any]) -> AnyCase:
     return MethodCase(config, chosen["kind"], shape, chosen["dtype"], chosen["model"], chosen["magnitude"])
 
 
-def factors(plan: ParitySuite, dtypes: Collection[str]) -> dict[str, Factor]:
+def factors(plan: MethodSuite | OperationSuite, dtypes: Collection[str]) -> dict[str, Factor]:
     """Return all factors of a suite's cases, by name."""
     there = sorted((dtype for dtype in plan.dtypes if dtype in dtypes), key=lambda dtype: dtype != "float32")
     if isinstance(plan, OperationSuite):

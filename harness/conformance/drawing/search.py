@@ -14,10 +14,9 @@ from hypothesis.errors import FlakyFailure, Unsatisfiable
 from harness.assets import cache as asset_cache
 from harness.conformance.case_selection import CaseSelection
 from harness.conformance.drawing import sample
-from harness.conformance.drawing.sample import AnyCase
 from harness.conformance.findings import defects
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
-from harness.conformance.parity_suite import ParitySuite
+from harness.conformance.parity_suite import AnyCase, ParitySuite
 
 
 def cases(plan: ParitySuite, dtypes: Sequence[str], number: int, first_seed: int) -> list[AnyCase]:

@@ -14,7 +14,7 @@ import torch
 
 from harness.conformance.drawing.factors import LARGEST_SIZE
 from harness.conformance.execution.parity_model import ParityModel, is_built
-from harness.conformance.parity_suite import CaseShape, Kind, MethodCase, MethodSuite, OperationCase, ParitySuite
+from harness.conformance.parity_suite import AnyCase, CaseShape, Kind, MethodCase, MethodSuite, ParitySuite
 from harness.conformance.subject import attach_reference, configure
 from harness.methods.spec import methods
 
@@ -23,11 +23,11 @@ _LARGEST_DEEP = 4096
 once for each of them."""
 
 
-def is_accepted(plan: ParitySuite, case: MethodCase | OperationCase) -> bool:
+def is_accepted(plan: ParitySuite, case: AnyCase) -> bool:
     """Return whether a case can be tried with the reference.
 
-    For a Method, the parity model must exist in this form, and the reference must accept the settings. Every case of an
-    Operation can be tried.
+    For a Method, the parity model must exist in this form, and the reference must accept the settings. Every case of
+    another target can be tried.
     """
     if not isinstance(case, MethodCase) or not isinstance(plan, MethodSuite):
         return True

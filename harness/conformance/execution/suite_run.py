@@ -13,16 +13,25 @@ import torch
 from torch import nn
 
 from harness.conformance import checks, operations, parity_suite, process_settings
+from harness.conformance.adapter_files.subject import LoaderSubject, corpus_adapter
 from harness.conformance.case import Case
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.checks import States
 from harness.conformance.comparison.magnitudes import vary
 from harness.conformance.drawing import sample
-from harness.conformance.drawing.sample import AnyCase
 from harness.conformance.execution.parity_model import ParityModel, whole
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
 from harness.conformance.operation import Arguments, OperationSubject
-from harness.conformance.parity_suite import MethodCase, MethodSuite, OperationCase, OperationSuite, ParitySuite
+from harness.conformance.parity_suite import (
+    AnyCase,
+    LoaderCase,
+    LoaderSuite,
+    MethodCase,
+    MethodSuite,
+    OperationCase,
+    OperationSuite,
+    ParitySuite,
+)
 from harness.conformance.subject import (
     DTYPES,
     ExpectedCodes,
@@ -89,7 +98,7 @@ def stream(
 def run_case(
     implementation: Implementation,
     plan: ParitySuite,
-    of: MethodCase | OperationCase,
+    of: AnyCase,
     device: torch.device = CPU,
     *,
     wide: bool = False,
@@ -97,7 +106,7 @@ def run_case(
 ) -> Iterator[CheckOutcome]:
     """Run every check in one case, and yield the outcomes.
 
-    device: device of a Method's case. An Operation's case runs on the CPU. wide: also try the checks that only a wide
+    device: device of a Method's case. Other cases run on the CPU. wide: also try the checks that only a wide
     selection tries. seed: decides the random walks, together with the case.
     """
     runner = CaseRunner(implementation, str(of), of.dtype)
@@ -107,6 +116,8 @@ def run_case(
         yield from _run_operation(runner, plan, of, tried)
     elif isinstance(plan, MethodSuite) and isinstance(of, MethodCase):
         yield from _run_method(runner, plan, of, device, tried, seed)
+    elif isinstance(plan, LoaderSuite) and isinstance(of, LoaderCase):
+        yield from _run_loader(runner, plan, of, tried)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +132,7 @@ class CaseRunner:
     """Name of the case."""
     dtype: str
 
-    def check(self, name: str, subject: Subject | OperationSubject, case: Case) -> CheckOutcome:
+    def check(self, name: str, subject: Subject | OperationSubject | LoaderSubject, case: Case) -> CheckOutcome:
         """Run one check and return its outcome. Its changes to process-wide settings are undone."""
 
         def run() -> CheckResult:
@@ -187,6 +198,18 @@ def _run_operation(
     subject, case = call(runner.implementation, plan, of)
     for name in tried:
         yield runner.check(name, subject, case)
+
+
+def _run_loader(runner: CaseRunner, plan: LoaderSuite, of: LoaderCase, tried: Sequence[str]) -> Iterator[CheckOutcome]:
+    subject = LoaderSubject(runner.implementation, of.dtype, corpus_adapter(of.adapter))
+    case = Case("loaded", seed=SEED, factors=plan.factors())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are tiny, and threads would wait for each other
+    try:
+        for name in tried:
+            yield runner.check(name, subject, case)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def call(implementation: Implementation, plan: OperationSuite, of: OperationCase) -> tuple[OperationSubject, Case]:

@@ -29,6 +29,7 @@ from typing import Any
 from harness.conformance import parity_suite
 from harness.conformance.case_selection import Values
 from harness.conformance.faults.patched_copy import PatchedCopy
+from harness.methods.registry import TargetKind
 
 Spoil = Callable[[PatchedCopy], None]
 
@@ -47,20 +48,25 @@ class FaultCase:
     outputs: int = 24
     magnitude: parity_suite.Magnitude = "normal"
 
+    adapter: str = ""
+    """Adapter of the corpus, for a loader."""
+
     def __str__(self) -> str:
+        if self.adapter:
+            return f"{self.adapter} {self.dtype}"
         shape = f"{self.tokens}x{self.inputs}x{self.outputs}"
         magnitude = "" if self.magnitude == "normal" else f"magnitude={self.magnitude}"
         return " ".join(filter(None, [parity_suite.in_words(self.values), self.layer, shape, magnitude, self.dtype]))
 
-    def of_method(self) -> parity_suite.MethodCase:
-        """Return this case as the MethodCase of a Method or a base."""
+    def of_kind(self, kind: TargetKind) -> parity_suite.AnyCase:
+        """Return this case as a case of a parity suite for targets of this kind."""
+        if kind == "operation":
+            return parity_suite.OperationCase(self.values, self.dtype)
+        if kind == "loader":
+            return parity_suite.LoaderCase(self.adapter, self.dtype)
         shape = {"tokens": self.tokens, "in": self.inputs, "out": self.outputs}
         of = parity_suite.CaseShape.model_validate(shape)
         return parity_suite.MethodCase(self.values, self.layer, of, self.dtype, magnitude=self.magnitude)
-
-    def of_operation(self) -> parity_suite.OperationCase:
-        """Return this case as an OperationCase."""
-        return parity_suite.OperationCase(self.values, self.dtype)
 
 
 @dataclass(frozen=True)

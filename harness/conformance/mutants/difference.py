@@ -18,7 +18,7 @@ from harness.conformance import parity_suite
 from harness.conformance.comparison import operation_call
 from harness.conformance.drawing.search import cases
 from harness.conformance.execution import suite_run
-from harness.conformance.parity_suite import MethodCase, MethodSuite, OperationCase, OperationSuite
+from harness.conformance.parity_suite import AnyCase, MethodCase, MethodSuite, OperationCase, OperationSuite
 from harness.conformance.subject import DTYPES, warm
 from harness.conformance.walk.world import LOOKS, World
 from harness.methods.registry import Implementation
@@ -37,7 +37,7 @@ def digests(implementation: Implementation) -> list[str]:
     return [digest(implementation, plan, case) for case in cases(plan, implementation.dtypes, CASES, SEED)]
 
 
-def digest(implementation: Implementation, plan: parity_suite.ParitySuite, case: MethodCase | OperationCase) -> str:
+def digest(implementation: Implementation, plan: parity_suite.ParitySuite, case: AnyCase) -> str:
     """Return a digest of what the implementation computes in a case."""
     found = hashlib.sha256()
     try:
@@ -56,7 +56,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _observed(
-    implementation: Implementation, plan: parity_suite.ParitySuite, of: MethodCase | OperationCase
+    implementation: Implementation, plan: parity_suite.ParitySuite, of: AnyCase
 ) -> Iterator[Mapping[str, object]]:
     torch.manual_seed(SEED)
     if isinstance(plan, OperationSuite) and isinstance(of, OperationCase):

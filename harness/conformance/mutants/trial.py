@@ -80,9 +80,9 @@ def implementation(target: str, of: Owner, mutant: Mutant | None) -> Implementat
 
 
 def targets(of: Owner) -> list[str]:
-    """List the targets that the reference or `fused` implements and that have a parity suite."""
+    """List the targets that the reference or `fused` implements and that have a parity suite, without the loader."""
     if of == "reference":
-        return parity_suite.names()
+        return [name for name in parity_suite.names() if parity_suite.kind_of(name) != "loader"]
     return [one.target for one in fused.implementations() if one.target in parity_suite.names()]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.console import foreign_output
 from harness.errors import UsageError
+from harness.resources import user_path
 
 if TYPE_CHECKING:
     from harness.conformance.served.client import Client
@@ -131,4 +132,4 @@ def adapters(given: Sequence[str]) -> Mapping[str, Path]:
 def split(value: str) -> tuple[str, Path]:
     """Return name and folder from NAME=DIR. The name is empty if only DIR is given."""
     name, sign, folder = value.partition("=")
-    return (name, Path(folder)) if sign and not Path(value).is_dir() else ("", Path(value))
+    return (name, user_path(folder)) if sign and not user_path(value).is_dir() else ("", user_path(value))

@@ -1,4 +1,4 @@
-"""`reference`: one Implementation for the reference of each Method and Operation."""
+"""`reference`: one Implementation for the reference of each Method and Operation, and one for adapter files."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ import pkgutil
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from harness.methods.loader import ADAPTER_FILES
 from harness.methods.registry import DTYPES, Implementation, implements
 from harness.methods.spec import methods
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Generator, nn
 
+    from harness.methods.loader import Loader
     from harness.methods.spec import Adapted
 OPERATIONS = "harness.conformance.operations"
 
 
 def implementations() -> list[Implementation]:
-    """Return one Implementation per Method and per Operation. They import torch on their first call."""
+    """Return one Implementation per Method, per Operation and for adapter files. They import torch on their first call."""
     found = find_spec(OPERATIONS)
     folders = found.submodule_search_locations if found is not None else None
     operations = [module.name for module in pkgutil.iter_modules(folders)] if folders else []
-    return [*map(_method, methods()), *map(_operation, operations)]
+    return [*map(_method, methods()), *map(_operation, operations), _loader]
 
 
 def _method(name: str) -> Implementation:
@@ -40,3 +44,10 @@ def _operation(name: str) -> Implementation:
         return importlib.import_module(f"{OPERATIONS}.{name}").OPERATION.reference(**arguments)
 
     return call
+
+
+@implements(ADAPTER_FILES, name="reference", requires=["transformers"])
+def _loader(base_folder: Path, dtype: str) -> Loader:
+    from harness.methods.reference_loader import ReferenceLoader
+
+    return ReferenceLoader(base_folder, dtype)

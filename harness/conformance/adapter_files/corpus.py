@@ -1,0 +1,17 @@
+"""Names of the adapters of the corpus in suites/adapters. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harness.resources import data_folder
+
+
+def folder() -> Path:
+    """Return the folder of the corpus."""
+    return data_folder("suites") / "adapters"
+
+
+def names() -> list[str]:
+    """List the names of the adapters, sorted. Each is the name of a folder."""
+    return sorted(file.parent.name for file in folder().glob("*/adapter_config.json"))

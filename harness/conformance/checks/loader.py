@@ -1,0 +1,25 @@
+"""Checks of a loader of adapter files."""
+
+from __future__ import annotations
+
+from harness.conformance.adapter_files.subject import LoaderSubject, by_prompt
+from harness.conformance.case import Case
+from harness.conformance.checks import check
+from harness.conformance.comparison.check_results import judged
+from harness.conformance.comparison.tolerance_policies import carried_noise
+from harness.conformance.tolerance_constants import CARRIED_FACTOR
+from harness.records.record import CheckResult
+
+
+@check()
+def check_logits(subject: LoaderSubject, case: Case) -> CheckResult:
+    """The logits of the base with the adapter loaded are those that the adapter file gives.
+
+    Truth: the logits in float64 that stand beside the adapter in suites/adapters. They were computed from the file, by
+    the effective weight of every layer (reference/adapter_file.py). A loader may be wrong by a multiple of the error
+    that the reference makes in the dtype of the base.
+    """
+    have = by_prompt(subject.loaded().logits(subject.adapter.prompts, "first"))
+    factor = case.factors.get("logits", CARRIED_FACTOR)
+    verdict = carried_noise(have, subject.truth(), subject.rounded(), subject.dtype, factor)
+    return judged(subject, case, "logits", verdict)

@@ -1,0 +1,75 @@
+"""Loaders: programs that load adapter files into a base model, as implementations of the target `adapter_files`. No torch.
+
+@implements("adapter_files", name="mine", requires=["my_library"])
+def load_base(base_folder: Path, dtype: str) -> Loader: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.errors import Unsupported
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ADAPTER_FILES = "adapter_files"
+"""The target that a loader implements."""
+
+
+class Loader:
+    """A base model in evaluation mode, and the adapters that have been loaded into it.
+
+    A subclass implements `load` and `logits`. It overrides any other function that its program offers; the functions
+    here raise harness.Unsupported. Each adapter has a name, which the caller gives.
+    """
+
+    def load(self, folder: Path, name: str) -> None:
+        """Load the adapter in `folder`, which has adapter_config.json and adapter_model.safetensors, as `name`."""
+        raise NotImplementedError
+
+    def logits(self, prompts: Sequence[Sequence[int]], name: str | None) -> list[Tensor]:
+        """Return the logits of each prompt with one adapter, or of the base alone if `name` is None.
+
+        prompts: token ids. Each result is (tokens, vocabulary) for a causal model, and (labels,) for a classifier.
+        """
+        raise NotImplementedError
+
+    def combine(self, names: Sequence[str], weights: Sequence[float], new_name: str) -> None:
+        """Add an adapter whose update is the sum of the updates of `names`, each multiplied by its weight."""
+        raise Unsupported("combine: it adds no adapters up")
+
+    def merge(self, names: Sequence[str]) -> None:
+        """Add the updates of these adapters to the base weights. `logits` with the name None then includes them."""
+        raise Unsupported("merge: it merges no adapter")
+
+    def unmerge(self) -> None:
+        """Undo `merge`."""
+        raise Unsupported("unmerge: it merges no adapter")
+
+    def hotswap(self, folder: Path, name: str) -> None:
+        """Replace the adapter `name` by that in `folder`, without loading the base again."""
+        raise Unsupported("hotswap: it replaces no adapter in place")
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Return a context in which `logits` of any name are those of the base."""
+        raise Unsupported("disabled: it cannot switch adapters off")
+
+    def set_scale(self, name: str, factor: float) -> None:
+        """Multiply the scaling that the file of this adapter gives by `factor`."""
+        raise Unsupported("set_scale: it changes no scaling")
+
+    def train(self, mode: bool) -> None:
+        """Switch to training mode, or back to evaluation mode."""
+        raise Unsupported("train: it has no training mode")
+
+    def copy(self) -> Loader:
+        """Return an independent copy."""
+        raise Unsupported("copy: it cannot be copied")
+
+    def delete(self, name: str) -> None:
+        """Remove an adapter."""
+        raise Unsupported("delete: it removes no adapter")
