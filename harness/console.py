@@ -98,6 +98,11 @@ def _coloured(found: re.Match[str]) -> str:
     return click.style(found[0], fg=_COLOUR_OF[found[0].split()[0]])
 
 
+def terminal_width() -> int | None:
+    """Return the number of characters in a line of the terminal, or None if stdout is no terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
 def align_columns(rows: Sequence[Sequence[str]], *, right: Container[int] = (), indent: str = "  ") -> list[str]:
     """Return one line per row, with columns aligned to the left. right: indices of columns to align to the right.
 
@@ -105,8 +110,8 @@ def align_columns(rows: Sequence[Sequence[str]], *, right: Container[int] = (), 
     """
     shown = [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    if sys.stdout.isatty():
-        widths = _fitted(widths, right, shutil.get_terminal_size().columns - len(indent))
+    if (available := terminal_width()) is not None:
+        widths = _fitted(widths, right, available - len(indent))
     columns = [(">" if i in right else "<", width) for i, width in enumerate(widths)]
     padded = (
         [f"{_cut(cell, width):{sign}{width}}" for cell, (sign, width) in zip(row, columns, strict=True)]

@@ -1,14 +1,15 @@
 """Metrics: one declaration for each number of a Record that the harness shows, exports, tracks or judges.
 
 `METRICS` feeds the comparison table (terminal and page), the export table `cells`, the history and the baseline gate.
-To add a metric, add one entry here. Latencies have no entry, because each latency has many samples instead of one
-number: see `tracked_metrics.times`.
+To add a metric, add one entry here. Except for one number of the charts, latencies have no entry, because a Record has
+several with many samples each: see `tracked_metrics.times`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -60,6 +61,8 @@ class Metric:
     """Heading of the column in the comparison table on the page, with the unit."""
     terminal_heading: str = ""
     """Heading of the column in the comparison table in the terminal."""
+    axis: str = ""
+    """Name of the axis in the charts of accuracy against a cost."""
     column: str = ""
     """Name of the column in the export table `cells`."""
     history: str = ""
@@ -118,6 +121,17 @@ def _tokens_per_s(record: Record) -> float | None:
     return measurements.throughput(training) if training else None
 
 
+def _latency(record: Record) -> float | None:
+    """Return the latency of the adapter or, without one, of the base model. Decoding counts before a whole pass."""
+    alone = [
+        x for x in (record.measurements.latency if record.measurements else ()) if x.adapters is None and x.seconds
+    ]
+    alone = [x for x in alone if x.batch == 1 and x.kind in ("forward", "decode")]
+    found = {x.variant: x.seconds for x in alone}
+    seconds = found.get("unmerged") or found.get("base")
+    return median(seconds) if seconds else None
+
+
 def _no_peak(record: Record) -> str:
     return "the training phase has no memory peak" if record.training else "not trained"
 
@@ -130,7 +144,7 @@ def _no_speed(record: Record) -> str:
 TRAINABLE = Metric(
     name="trainable", unit="1", meaning="parameters that the optimizer updates", kind="counted",
     read=_measured("parameters", "trainable"), heading="Trainable", terminal_heading="trainable",
-    column="parameters.trainable", history="parameters",
+    axis="trainable parameters", column="parameters.trainable", history="parameters",
 )  # fmt: skip
 ACCURACY = Metric(
     name="accuracy", unit="share", kind="score", better="higher", read=_measured("accuracy", "value"),
@@ -155,18 +169,24 @@ TRAINING_PEAK = Metric(
 PEAK_ABOVE_IMPORTS = Metric(
     name="training_peak_above_imports_B", unit="B", read=_peak_above_imports, why_missing=_no_peak,
     meaning="training peak minus the memory of the process before the model was loaded",
-    heading="Peak, MiB", terminal_heading="peak MiB", column="training_peak_above_imports_B",
+    heading="Peak, MiB", terminal_heading="peak MiB",
+    axis="training memory", column="training_peak_above_imports_B",
 )  # fmt: skip
 STEP = Metric(
     name="step_s", unit="s", kind="timed", better="lower", read=measurements.step_seconds, why_missing=_no_speed,
     meaning="median time of a steady step in this process; missing where a check failed or was impossible",
     finding=FindingKind.TIME,
-    heading="Step, ms", terminal_heading="step ms", column="step_s", history="step_s", quantity="step",
+    heading="Step, ms", terminal_heading="step ms", axis="step time", column="step_s", history="step_s", quantity="step",
 )  # fmt: skip
 TOKENS_PER_S = Metric(
     name="tokens_per_s", unit="1/s", kind="timed", better="higher", read=_tokens_per_s, why_missing=_no_speed,
     meaning="tokens without padding per second of the steady steps; missing where step_s is missing",
     heading="Tokens/s", terminal_heading="tok/s", column="tokens_per_s",
+)  # fmt: skip
+LATENCY = Metric(
+    name="latency_s", unit="s", kind="timed", better="lower", read=_latency, axis="latency",
+    meaning="median time of one pass with one request and an adapter that is not merged; of decoding one token, for a model"
+    " that generates text; of the base model if there is no adapter",
 )  # fmt: skip
 METRICS: tuple[Metric, ...] = (
     _counted("parameters", "adapter", quantity="adapter parameters"),
@@ -179,7 +199,7 @@ METRICS: tuple[Metric, ...] = (
     _counted("memory", "gradients_B", history="gradients_B", quantity="gradients"),
     _counted("memory", "optimizer_B", history="optimizer_B", quantity="optimizer"),
     _counted("memory", "optimizer_host_B", quantity="optimizer on the host"),
-    _counted("checkpoint", "adapter_file_B", history="adapter_file_B", quantity="adapter file"),
+    _counted("checkpoint", "adapter_file_B", history="adapter_file_B", quantity="adapter file", axis="adapter file"),
     _counted("checkpoint", "head_B", quantity="head in it"),
     _counted("checkpoint", "model_B", history="model_B", quantity="whole model"),
     COUNTED_PEAK,
@@ -196,12 +216,18 @@ METRICS: tuple[Metric, ...] = (
         name="duration_s", unit="s", better="lower", read=lambda record: record.duration_s, heading="Cell, s",
         meaning="wall time of the whole attempt in its own process, start-up included", column="duration_s",
     ),
+    LATENCY,
 )  # fmt: skip
 
 
 def in_history(name: str) -> Metric | None:
     """Return the metric with this name in the history. If there is none, return None."""
     return next((metric for metric in METRICS if metric.history == name), None)
+
+
+def costs() -> list[Metric]:
+    """Return the metrics that charts show accuracy against, the training memory first."""
+    return sorted((metric for metric in METRICS if metric.axis), key=lambda metric: metric is not PEAK_ABOVE_IMPORTS)
 
 
 def shown() -> Iterator[Metric]:

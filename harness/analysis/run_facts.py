@@ -55,6 +55,11 @@ class RunFacts:
         return {r.cell_id: e for g in self.groups for e in g.entries for r in e.records}
 
     @cached_property
+    def group_of(self) -> dict[str, Group]:
+        """The group of the ranking entry of each ranked Cell, by cell_id."""
+        return {r.cell_id: g for g in self.groups for e in g.entries for r in e.records}
+
+    @cached_property
     def names(self) -> dict[str, str]:
         """Short names of the Cells, by cell_id. A name is unique within a model and task."""
         return naming.in_group(self.run.manifest.cells)

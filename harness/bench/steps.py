@@ -59,6 +59,7 @@ STEPS: dict[str, StepBenchmark] = {
         {"rank": 12, "target_rank": 8, "targets": LINEAR, "total_steps": 1000, "tinit": 0, "tfinal": 10, "delta_t": 1},
     ),
     "vera": StepBenchmark("vera", {"rank": 256, "targets": LINEAR}),
+    # The Method `lora` on an nf4 base that another implementation packs, as a Cell's name says: "lora on nf4".
     "lora-nf4": StepBenchmark("lora", _LORA, base="nf4"),
     "galore": StepBenchmark("galore", _GALORE | {"niter": 2}, fallback=_GALORE),
     "galore-exact": StepBenchmark("galore", _GALORE),

@@ -9,6 +9,9 @@ import click
 from harness.cli import options
 from harness.errors import Exit
 
+_ANSWERS = {"yes": Exit.PASS, "no": Exit.FAIL, "unknown": Exit.INFRASTRUCTURE}
+"""Answer to the question of --batch -> exit code."""
+
 
 @click.command()
 @click.argument("model")
@@ -35,6 +38,11 @@ from harness.errors import Exit
 @click.option(
     "--tokens", type=int, metavar="N", help="Length of each text.  [default: 512, or the model's maximum if shorter]"
 )
+@click.option(
+    "--batch", type=int, metavar="N",
+    help="Ask whether a batch of N texts fits, at the given --rank; the exit code is 1 if it fits nowhere."
+    "  [default: find the largest that fits]",
+)  # fmt: skip
 @click.option("--dtype", default="bfloat16", show_default=True, metavar="D", help="Dtype of weights and adapter.")
 @click.option(
     "--checkpointing", is_flag=True, help="Gradient checkpointing: store the inputs of blocks only, recompute the rest."
@@ -50,19 +58,24 @@ def fit(
 ) -> Exit:  # fmt: skip
     """Predict what fits into a memory.
 
-    Prints, for each method and base, the largest rank and batch that fit, and the parts of the memory. Nothing is trained
-    or downloaded: each prediction is the peak of a training step on fake tensors, which have shapes but no data.
+    Prints, for each method and base, the largest rank and batch that fit, and the parts of the memory. With --batch, the
+    first line says yes or no, and trainings that do not fit are listed with changes that would make them fit. Nothing is
+    trained or downloaded: each prediction is the peak of a training step on fake tensors, which have shapes but no data.
 
     MODEL is a shape from the papers (llama-7b ... llama-65b, llama-3-8b, llama-3-70b, gpt-3-175b-shape), a name that
     `peft-harness list models` shows, a folder with a config.json, or a repository in the local cache of the hub.
     """
     from harness.memory_model import fit as fitting
-    from harness.memory_model import fit_search
-    from harness.report import fit_table
+    from harness.memory_model import fit_question, fit_search
+    from harness.report import fit_answer, fit_table
 
     request = fitting.fit_request(model, memory, methods, **choices)
     counted = fitting.count_model(request)
     document = fitting.document_by_formulas(request, counted)
+    if request.batch is not None:
+        document = fit_question.answer(request, counted, document, by_steps=not formulas)
+        options.print_document(document, as_json, fit_answer.lines)
+        return _ANSWERS[document["answer"]]
     if not formulas:
         document = fit_search.search_by_steps(request, counted, document)
     options.print_document(document, as_json, fit_table.lines)

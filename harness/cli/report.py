@@ -10,7 +10,7 @@ import click
 
 from harness.cli import options
 from harness.console import print_lines
-from harness.errors import Exit
+from harness.errors import Exit, plural
 
 if TYPE_CHECKING:
     from harness.records.store import Run
@@ -32,8 +32,12 @@ _MOST_SERIOUS_FIRST = (Exit.FAIL, Exit.NOTHING_COMPARED, Exit.INFRASTRUCTURE, Ex
     "--format", "form", type=click.Choice(["html", "markdown", "csv", "json"]), default="html", show_default=True,
     help="Other formats hold the answers and the recipes, and are printed, or written to --out.",
 )  # fmt: skip
+@click.option(
+    "--svg", type=options.FOLDER, metavar="DIR",
+    help="Also write each chart to this folder as two SVG files, light and dark, for a README or a paper.",
+)  # fmt: skip
 @options.strict
-def report(runs: tuple[str, ...], out: Path | None, form: str, strict: bool) -> Exit:
+def report(runs: tuple[str, ...], out: Path | None, form: str, svg: Path | None, strict: bool) -> Exit:
     """Write the HTML report of runs.
 
     Also prints a summary of each run, except with another --format. RUN is a folder, an id, the start of an id, or
@@ -43,10 +47,11 @@ def report(runs: tuple[str, ...], out: Path | None, form: str, strict: bool) -> 
     from harness.analysis.comparison import reproducibility
     from harness.analysis.run_facts import analyse_all
     from harness.records import files, store
-    from harness.report import html, reruns, side_by_side, terminal, text_formats
+    from harness.report import chart_files, html, reruns, side_by_side, terminal, text_formats
 
     read = [store.read_run(store.find_run(name)) for name in runs]
     analysed, again = analyse_all(read), reproducibility.possible_reruns(read)
+    charts = [] if svg is None else chart_files.write_charts(analysed, svg)
     if form == "html":
         page = html.page_path(out or read[0].path / _page_name(read))
         html.write_report(analysed, page, again)
@@ -60,7 +65,7 @@ def report(runs: tuple[str, ...], out: Path | None, form: str, strict: bool) -> 
     if again or len(read) > 1:
         codes.append(reproducibility.judge(again or (), strict=strict))
     if form == "html":
-        print_lines([f"report: {page}"])
+        print_lines([f"report: {page}", *([] if svg is None else [f"charts: {plural(len(charts), 'file')} in {svg}"])])
     else:
         text = text_formats.FORMATS[form](analysed)
         if out is None:

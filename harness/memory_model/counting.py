@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +24,8 @@ from harness.cell.training import model as models
 from harness.cell.training.head import adapted_layers, head_of, in_head
 from harness.conformance.subject import DTYPES, attach_reference, configure
 from harness.errors import AssetError, UsageError
-from harness.memory_model import activations, saved_activations, state_sizes
+from harness.memory_model import activations, equal_blocks, saved_activations, state_sizes
+from harness.memory_model.activations import LlamaShape, SavedActivations
 from harness.memory_model.ledger import BASES, OWN
 from harness.memory_model.messages import CountRequest, MethodCount, ModelCount
 from harness.methods import experts
@@ -31,9 +34,23 @@ from harness.methods.spec import Adapted
 from reference.shared import layers as surgery
 from reference.shared.layers import kind_of
 
+_Counted = tuple[MethodCount, tuple[Any, ...] | None]
+"""Count of one config, and the fields of its `SavedActivations`."""
+
+
+_FACTORIES = (torch.empty, torch.randn, torch.zeros)
+"""Functions that make a Method's new tensors. Tables of values, such as NF4's levels, are made by others."""
+
 
 class SkipRandomDraws(TorchFunctionMode):
-    """Skips the drawing of random numbers: only sizes matter here, and the draws for a large model take minutes."""
+    """Skips the drawing of random numbers: only sizes matter here, and the draws for a large model take minutes.
+
+    device: device of new tensors that the code makes without naming a device. None means torch's default.
+    """
+
+    def __init__(self, device: str | None = None) -> None:
+        super().__init__()
+        self.device = device
 
     def __torch_function__(
         self,
@@ -43,6 +60,8 @@ class SkipRandomDraws(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func in _FACTORIES and self.device:
+            kwargs.setdefault("device", self.device)
         if kwargs.pop("generator", None) is None:
             return func(*args, **kwargs)
         return torch.empty(*args, **kwargs) if func is torch.randn else args[0]
@@ -61,31 +80,72 @@ def count(
     If a target matches no layer of any Method, the result has only `misfits`. Raises ValueError for a model that
     transformers does not know, and AssetError for an unreadable checkpoint.
     """
-    model, lacks = structure.build(config, kind, DTYPES[dtype]), models.lacks(checkpoint)
-    head = head_of(model, kind, lacks)
+    lacks = models.lacks(checkpoint)
+
+    def build() -> tuple[Any, dict[str, nn.Parameter]]:
+        model = structure.build(config, kind, DTYPES[dtype])
+        return model, head_of(model, kind, lacks)
+
+    model, head = build()
     if misfits := structure.model_misfits(model, targets):
         return {"misfits": misfits}
     names = targets or default_targets(model)
-    total = sum(p.numel() for p in model.parameters())
     shape = saved_activations.llama_shape(model, DTYPES[dtype])
-    found: dict[str, list[MethodCount]] = {}
+    path = equal_blocks.find_blocks(model, head)
+    chosen = {name for configs in methods.values() for one in configs for name in one.get("targets", names)}
+    counts = None
+    if path and not any(map(equal_blocks.names_one_block, chosen)):
+
+        def build_small(number: int) -> tuple[Any, dict[str, nn.Parameter]]:
+            small, head = build()
+            equal_blocks.keep_blocks(small, path, number)
+            return small, head
+
+        one, two = (_count_methods(partial(build_small, n), methods, names, dtype) for n in equal_blocks.SMALL)
+        counts = equal_blocks.extrapolate(one, two, len(model.get_submodule(path)))
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "targets": names,
+        "positions": positions(model),
+        "logits": activations.logit_bytes_per_token(shape) if shape else None,
+        "methods": {
+            method: [_with_activations(counted, saved, shape) for counted, saved in of_method]
+            for method, of_method in (counts or _count_methods(build, methods, names, dtype)).items()
+        },
+    }
+
+
+def _count_methods(
+    build: Callable[[], tuple[Any, dict[str, nn.Parameter]]],
+    methods: Mapping[str, list[dict[str, Any]]],
+    names: list[str],
+    dtype: str,
+) -> dict[str, list[_Counted]]:
+    """Count every config of each Method.
+
+    build: function that returns a new model on the meta device, and the parameters of its head.
+    """
+    model, head = build()
+    found: dict[str, list[_Counted]] = {}
     for method, configs in methods.items():
         found[method] = []
         for one in configs:
             try:
                 counted = count_method(model, method, one, names, head, DTYPES[dtype])
             except structure.BUILD_ERRORS as error:  # only this config fails; the others are still counted
-                counted = {"rank": one.get("rank"), "error": _sentence(error)}
-                model = structure.build(config, kind, DTYPES[dtype])  # the old model may be partly adapted
-                head = head_of(model, kind, lacks)
+                counted = {"rank": one.get("rank"), "error": _sentence(error)}, None
+                model, head = build()  # the old model may be partly adapted
             found[method].append(counted)
-    return {
-        "parameters": total,
-        "targets": names,
-        "positions": positions(model),
-        "logits": activations.logit_bytes_per_token(shape) if shape else None,
-        "methods": found,
-    }
+    return found
+
+
+def _with_activations(counted: MethodCount, saved: tuple[Any, ...] | None, shape: LlamaShape | None) -> MethodCount:
+    """Return a count with its activations. saved: fields of `SavedActivations`; shape: sizes of the whole model."""
+    if saved is None or shape is None:
+        return counted
+    fields = SavedActivations(*saved)
+    plain, checkpointed = (activations.bytes_per_token(shape, fields, how) for how in (False, True))
+    return {**counted, "activations": (plain, checkpointed)}
 
 
 def default_targets(model: nn.Module) -> list[str]:
@@ -120,7 +180,7 @@ def attached(model: nn.Module, method: str, config: object) -> Iterator[Adapted]
 
 
 def _attach(model: nn.Module, method: str, config: object) -> Adapted:
-    with SkipRandomDraws():
+    with SkipRandomDraws("meta"):
         return attach_reference(method, model, config, None, torch.Generator())
 
 
@@ -131,21 +191,22 @@ def count_method(
     names: list[str],
     head: Mapping[str, nn.Parameter],
     dtype: torch.dtype,
-) -> MethodCount:
+) -> _Counted:
     """Attach the reference of a Method, count its bytes, detach it, and return the counts.
 
-    names: targets to use if the config has no targets.
+    The second result has the fields of `SavedActivations`, or is None for a model without a Llama's blocks. names:
+    targets to use if the config has no targets.
     """
     rank = config.get("rank")
     if method in UNREFERENCED:
-        return {"rank": rank, "error": f"there is no reference of `{method}` to count"}
-    own, shape = {id(p) for p in model.parameters()}, saved_activations.llama_shape(model, dtype)
+        return {"rank": rank, "error": f"there is no reference of `{method}` to count"}, None
+    own, is_llama = {id(p) for p in model.parameters()}, saved_activations.llama_shape(model, dtype) is not None
     targets = {"targets": names} if hasattr(configure(method, {}), "targets") else {}
     try:
         chosen, _ = adapted_layers(model, method, targets | dict(config), head)
         adapted = _attach(model, method, chosen)
     except (UsageError, ValueError) as error:
-        return {"rank": rank, "error": error.what if isinstance(error, UsageError) else str(error)}
+        return {"rank": rank, "error": error.what if isinstance(error, UsageError) else str(error)}, None
     layers = {path: layer for path, layer in adapted.layers.items() if not in_head(path, head)}
     added = [t for t in adapted.tensors().values() if id(t) not in own]
     for parameter in head.values():
@@ -167,15 +228,10 @@ def count_method(
         layerwise=storage_bytes(largest) + state_sizes.bytes_in_step(largest, dtype, own=own_optimizer),
         activations=None,
     )
-    if shape is not None:
-        inside = saved_activations.sum_over_llama(model, of_layers, layers.keys())
-        found["activations"] = (
-            activations.bytes_per_token(shape, inside),
-            activations.bytes_per_token(shape, inside, checkpointing=True),
-        )
+    saved = astuple(saved_activations.sum_over_llama(model, of_layers, layers.keys())) if is_llama else None
     adapted.detach()
     model.requires_grad_(False)
-    return found
+    return found, saved
 
 
 def _weights(every: int, frozen: list[Tensor], calls: bool, dtype: torch.dtype) -> dict[str, int]:

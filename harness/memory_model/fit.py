@@ -9,7 +9,9 @@ peak: largest number of bytes in tensors during a training step on fake tensors.
   runs the CPU code of `fused`, or of `reference` for full fine-tuning; `--json` names this code. In tests, the peak
   differs by at most 3 % from measured steps of small models.
 total: sum of the closed forms, without temporary tensors. The total chooses among the ranks that fit.
-left: the given memory minus the peak, or minus the total with --formulas. It is negative if not even one text fits.
+needed: the peak, or the total with --formulas. It decides what fits. The columns before it add up to it.
+other: the rest of what is needed, such as temporary tensors. It is negative if parts do not exist at the same time.
+free: the given memory minus what is needed. It is negative if the row does not fit. In JSON, it is called left.
 
 In tests, weights, adapter, gradients and optimizer differ by at most 3 % from the ledgers of real Cells. Activations
 have a closed form for Llama-like models only. In tests, this form differs by at most 2 % from what autograd saves in
@@ -61,6 +63,8 @@ class FitRequest:
     """True to use gradient checkpointing."""
     layerwise: bool = False
     """True to use layer-wise updates, for Methods that train the model's own weights."""
+    batch: int | None = None
+    """Number of texts in the batch that the user asks about. None means: find the largest that fits."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ def fit_request(
     dtype: str = "bfloat16",
     checkpointing: bool = False,
     layerwise: bool = False,
+    batch: int | None = None,
 ) -> FitRequest:
     """Validate the arguments of `fit`, and return them as a request. Raises one UsageError for all problems."""
     problems: list[Problem] = []
@@ -131,11 +136,15 @@ def fit_request(
     problems += [
         Problem("--rank", f"{n}: {p}") for n, field in of_rank.items() for r in ranks if (p := field.problem(r))
     ]
+    if batch is not None and batch < 1:
+        problems.append(Problem("--batch", f"{batch} is not at least 1", "write a whole number above 0"))
+    if batch is not None and of_rank and not ranks:
+        problems.append(Problem("--batch", "the rank is missing", "add e.g. `--rank 16`"))
     if problems or found is None or size is None:
         raise usage_error(problems)
     tried = {n: tuple(ranks or RANKS) if "rank" in there[n].fields else (None,) for n in chosen}
     return FitRequest(
-        found, size, tried, of_base, of_optimizer, tuple(targets), tokens, dtype, checkpointing, layerwise
+        found, size, tried, of_base, of_optimizer, tuple(targets), tokens, dtype, checkpointing, layerwise, batch
     )
 
 
@@ -221,7 +230,36 @@ def _rows(request: FitRequest, counted: ModelCount, method: str, tokens: int) ->
         yield FitRow(method, "-", "-", because="it trains the model's own weights, which a packed base excludes")
     for base in bases:
         for optimizer in wanted:
-            yield best_row(request, counted, tokens, of_ranks, method, base, optimizer)
+            if request.batch is None:
+                yield best_row(request, counted, tokens, of_ranks, method, base, optimizer)
+            else:
+                yield from (requested_row(request, counted, tokens, one, method, base, optimizer) for one in of_ranks)
+
+
+def requested_row(
+    request: FitRequest, counted: ModelCount, tokens: int, one: MethodCount, method: str, base: str, optimizer: str
+) -> FitRow:
+    """Return the row of one rank with the batch that the user asks about."""
+    needed = _ledger(request, counted, one, method, base, optimizer, tokens * (request.batch or 1))
+    left = request.memory.number_B - needed.total
+    known = counted["logits"] is not None
+    return FitRow(
+        method, base, optimizer, "" if left >= 0 else DOES_NOT_FIT, one["rank"], one["trainable"],
+        batch=request.batch if known else None, ledger=needed, left=left, untouched=_untouched(request, counted, one),
+    )  # fmt: skip
+
+
+def _ledger(
+    request: FitRequest, counted: ModelCount, one: MethodCount, method: str, base: str, optimizer: str, tokens: int
+) -> Ledger:
+    layerwise = request.layerwise and methods()[method].spec.trains_weights
+    how = {"checkpointing": request.checkpointing, "layerwise": layerwise}
+    return Ledger.of(one, base, optimizer, counted["logits"], tokens, **how)
+
+
+def _untouched(request: FitRequest, counted: ModelCount, one: MethodCount) -> str:
+    means_all = not request.targets or experts.ALL_LINEAR in request.targets
+    return experts.note(one["untouched"], counted["parameters"]) if means_all else ""
 
 
 def best_row(
@@ -240,14 +278,11 @@ def best_row(
     """
     found: tuple[int, FitRow] | None = None
     room, logits, most = request.memory.number_B, counted["logits"], counted["positions"]
-    layerwise = request.layerwise and methods()[method].spec.trains_weights
 
     def ledger(one: MethodCount, batch: int) -> Ledger:
-        how = {"checkpointing": request.checkpointing, "layerwise": layerwise}
-        return Ledger.of(one, base, optimizer, logits, tokens * batch, **how)
+        return _ledger(request, counted, one, method, base, optimizer, tokens * batch)
 
-    means_all = not request.targets or experts.ALL_LINEAR in request.targets
-    untouched = experts.note(of_ranks[0]["untouched"], counted["parameters"]) if means_all else ""
+    untouched = _untouched(request, counted, of_ranks[0])
     for one in of_ranks:
         per_token = (
             one["activations"][request.checkpointing] + logits if one["activations"] and logits is not None else 0

@@ -14,6 +14,7 @@ from typing import Any
 
 from harness.cell.training.bypassed_layers import NO_EFFECT
 from harness.console import print_note
+from harness.errors import plural
 from harness.memory_model import counting_client, fit
 from harness.memory_model.fit import DOES_NOT_FIT, FitRequest, config_at
 from harness.memory_model.largest_batch import largest_fitting
@@ -24,10 +25,10 @@ from harness.methods.spec import methods
 from harness.records.record import Base, Cell, Evaluation, Training
 
 OURS, _REFERENCE = "fused", "reference"
-_LATE = "the steps before it took too long"
+LATE = "the steps before it took too long"
 _BATCH_PARTS = ("activations_B", "logits_B")
 """Parts of the ledger that grow with the batch."""
-_MAX_BATCH = 2**16
+MAX_BATCH = 2**16
 """Largest batch to try."""
 _GRAIN = 0.01
 """Relative tolerance of the longest text that fits. The search ends if a text that is longer by this share does not
@@ -45,13 +46,14 @@ def search_by_steps(request: FitRequest, counted: ModelCount, document: Mapping[
     rank at which one text fits.
     """
     rows = [
-        row | {"peak_B": None, "peak_by": _provider(row["method"]), "no_peak": "" if row["ledger"] else row["because"]}
+        row | {"peak_B": None, "peak_by": provider(row["method"]), "no_peak": "" if row["ledger"] else row["because"]}
         for row in document["rows"]
     ]
     there = [n for n, row in enumerate(rows) if not row["no_peak"]]
     if there:
-        print_note(f"taking steps on fake tensors for {len(there)} rows ...")
-    search = _Search(request, counted, document)
+        count = plural(len(there), "row")
+        print_note(f"simulating training steps for {count} (several steps each, a few seconds per row) ...")
+    search = Search(request, counted, document)
     for n, row in zip(there, search.batches([rows[n] for n in there]), strict=True):
         rows[n] = row
     others = {n: ranks for n in there if (ranks := search.other_ranks(rows[n], document["rows"][n]))}
@@ -61,11 +63,12 @@ def search_by_steps(request: FitRequest, counted: ModelCount, document: Mapping[
 
 
 @cache
-def _provider(method: str) -> str:
+def provider(method: str) -> str:
+    """Return the implementation that takes the steps of a Method."""
     return OURS if OURS in discover().names("method", method) else _REFERENCE
 
 
-class _Search:
+class Search:
     """Searches for several rows at once. All steps of a search run in one child process."""
 
     def __init__(self, request: FitRequest, counted: ModelCount, document: Mapping[str, Any]) -> None:
@@ -75,14 +78,14 @@ class _Search:
     def batches(self, rows: list[Row]) -> list[Row]:
         """Return each row with the largest batch and the longest single text that fit."""
         most = self.counted["positions"]
-        steps = [self._largest(row, "batch", self.tokens, first=row["batch"] or 1, most=_MAX_BATCH) for row in rows]
+        steps = [self.largest(row, "batch", self.tokens, first=row["batch"] or 1, most=MAX_BATCH) for row in rows]
         for row in rows:
             first = row["longest"] or self.tokens
-            steps.append(self._largest(row, "max_tokens", first, first=first, most=most, grain=_GRAIN))
-        answers = _answers(steps)
+            steps.append(self.largest(row, "max_tokens", first, first=first, most=most, grain=_GRAIN))
+        answers = run_steps(steps)
         updated = [self._updated(row, found) for row, found in zip(rows, answers, strict=False)]
         lengths = [
-            largest_fitting(_tried(row, one), self.room) or None
+            largest_fitting(tried_sizes(row, one), self.room) or None
             for row, one in zip(rows, answers[len(rows) :], strict=True)
         ]
         return [
@@ -107,7 +110,7 @@ class _Search:
         that does not fit gets the smallest of these ranks.
         """
         pairs = [(n, self._at(rows[n], rank)) for n, of_row in enumerate(ranks) for rank in sorted(of_row)]
-        answers = _answers([self._step(one, 1, self.tokens) for _, one in pairs])
+        answers = run_steps([self.step(one, 1, self.tokens) for _, one in pairs])
         found: dict[int, Row] = {}
         for (n, one), answer in zip(pairs, answers, strict=True):
             if "peak_B" not in answer:
@@ -127,18 +130,19 @@ class _Search:
         by_formulas = fit.row_document(fit.best_row(self.request, self.counted, self.tokens, of_rank, *names))
         return row | by_formulas | {"peak_B": None, "no_peak": ""}
 
-    def _largest(
+    def largest(
         self, row: Row, of: str, tokens: int, *, first: int, most: int | None, grain: float = 0.0
     ) -> StepRequest:
+        """Return the request for a search for the largest batch or text of a row; see `SearchOptions`."""
         # Paged states are in host memory. In a step on a CPU, this memory is also the device's memory.
         host = row["ledger"]["host_B"]
         options: SearchOptions = {
             "of": of, "room": self.room + host, "first": first, "most": most, "grain": grain,
             "lasting": _lasting(row) + host,
         }  # fmt: skip
-        return {**self._step(row, 1, tokens), "largest": options}
+        return {**self.step(row, 1, tokens), "largest": options}
 
-    def _step(self, row: Row, batch: int, tokens: int) -> StepRequest:
+    def step(self, row: Row, batch: int, tokens: int) -> StepRequest:
         """Return the request for a row's step. Every token has a loss, and `fused` provides a 4-bit base."""
         info = methods()[row["method"]]
         targets = {"targets": self.document["targets"]} if "targets" in info.fields else {}
@@ -151,7 +155,7 @@ class _Search:
             model=self.request.model.name,
             task="synthetic",
             method=row["method"],
-            implementation=_provider(row["method"]),
+            implementation=provider(row["method"]),
             config=config_at(info, row["rank"]) | targets,
             base=Base(quantization=row["base"], implementation=OURS) if packed else Base(),
             optimizer="adamw" if row["optimizer"] == OWN else row["optimizer"],
@@ -165,9 +169,9 @@ class _Search:
         }  # fmt: skip
 
     def _updated(self, row: Row, found: StepAnswer) -> Row:
-        tried = _tried(row, found)
+        tried = tried_sizes(row, found)
         if not tried:
-            why = found.get("no_peak", _LATE)
+            why = found.get("no_peak", LATE)
             return row | {"no_peak": why} | ({"ledger": None, "because": why} if NO_EFFECT in why else {})
         fits = largest_fitting(tried, self.room)
         if not fits and 1 not in tried:
@@ -185,14 +189,15 @@ class _Search:
         return row | {"batch": batch, "ledger": ledger} | outcome
 
 
-def _answers(requests: list[StepRequest]) -> list[StepAnswer]:
+def run_steps(requests: list[StepRequest]) -> list[StepAnswer]:
+    """Return the answer to each request. An answer is empty if the steps before it took too long."""
     answers = counting_client.run_requests(requests)
     if isinstance(answers, str):
         return [{"no_peak": answers}] * len(requests)
     return answers + [{}] * (len(requests) - len(answers))
 
 
-def _tried(row: Row, found: StepAnswer) -> dict[int, int]:
+def tried_sizes(row: Row, found: StepAnswer) -> dict[int, int]:
     """Map each batch or length that was tried to its peak in device memory, in bytes.
 
     The keys in `found` are strings, because it comes from JSON.

@@ -17,10 +17,15 @@ from harness.errors import HarnessError
 from harness.process import nvidia_smi
 from harness.records.record import Environment
 
-# Libraries that can change a number. `id` hashes their versions, so a resumed run measures again after an upgrade.
+# Libraries that can change a number. `id` hashes the versions of those that are installed, so a resumed run measures again
+# after an upgrade. The second group replaces code of the first when it is installed: bitsandbytes and transformers take
+# kernels from the hub through `kernels`; the others bring attention, norms and matrix products, or patch torch on import.
 LIBRARIES = (
     "torch", "transformers", "peft", "bitsandbytes", "torchao", "triton", "lm-eval", "tokenizers", "numpy", "safetensors",
     "datasets", "galore-torch", "loralib",
+    "kernels", "apex", "causal-conv1d", "deepspeed", "fbgemm-gpu", "fbgemm-gpu-genai", "flash-attn",
+    "flash-attn-3", "flash-linear-attention", "gptqmodel", "intel-extension-for-pytorch", "liger-kernel", "mamba-ssm",
+    "mslk", "optimum", "transformer-engine", "unsloth", "unsloth-zoo", "xformers",
 )  # fmt: skip
 _GIT_S = 30.0
 _GPU_QUERY = "gpu=uuid,name,driver_version,memory.total"

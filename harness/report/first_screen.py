@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
-from harness.analysis import choice, contention, failed_checks, metrics
+from harness.analysis import choice, contention, metrics
 from harness.analysis.choice import MARGIN, Choice
-from harness.analysis.ranking import Group, RankingEntry
+from harness.analysis.ranking import Group
 from harness.analysis.run_facts import RunFacts
+from harness.console import json_text
 from harness.errors import plural
-from harness.records.record import Record
+from harness.methods.adapter_config import peft_equivalent
+from harness.records.record import Cell, Record
 from harness.report import formatting, item_differences, links, recipes, sections
-from harness.report.formatting import Field
+from harness.report.recipes import Names
 
-Names = dict[int, str]
-"""Maps the id() of a ranking entry to its name in its group."""
 NO_BREAK = "\u00a0"
-WIDTH, HEIGHT = 240.0, 18.0
-"""Size of the drawing of an interval, in SVG units."""
 
 
 def answers(f: RunFacts) -> list[dict[str, Any]]:
@@ -30,23 +27,30 @@ def answers(f: RunFacts) -> list[dict[str, Any]]:
     for number, group in enumerate(several):
         chosen = choice.choose(group)
         if chosen is not None:
-            names = dict(zip(map(id, group.entries), _short_names(f, group.entries), strict=True))
-            title, budget = _title(group), group.budget
+            names = links.entry_names(f, group.entries)
+            title, budget, key = _title(group), group.budget, f"{f.prefix}answer-{number}"
             if titles[title] > 1:
                 title += f" · {budget.dtype}, {budget.steps} steps"
             found.append(
                 {
-                    "id": f"{f.prefix}answer-{number}",
+                    "id": key,
                     "title": title,
                     "cards": [_which(names, group, chosen), _cost(names, chosen), _trust(f, group, chosen)],
-                    "table": _table(f, names, group),
+                    "table": recipes.table(f, f"{key}-table", title, group, names, chosen),
                     "items": item_differences.rows(group, names),
                     "highest": names[id(chosen.highest)],
                     "recommended": names[id(chosen.pick)],
                     "command": sections.rerun_command(f, chosen.pick.record.cell_id),
+                    "adapter": _adapter(chosen.pick.record.cell),
                 }
             )
     return found
+
+
+def _adapter(cell: Cell) -> dict[str, str]:
+    """Return the recommended recipe as an adapter_config.json of peft, with a remark."""
+    found = peft_equivalent(cell.method, cell.config, cell.base.quantization)
+    return {"text": "" if found.keys is None else json_text(found.keys), "remark": found.remark}
 
 
 def _title(group: Group) -> str:
@@ -97,7 +101,7 @@ def _cost(names: Names, chosen: Choice) -> dict[str, Any]:
         if mine is not None:
             parts.append(write(mine) + what + ("" if other is None else f" instead of {write(other)}"))
     details = [f"{names[id(pick)]} against {names[id(against)]}." if against is not None else f"{names[id(pick)]}."]
-    busy = [names[id(e)] for e in (pick, against) if e is not None and _busy(e)]
+    busy = [names[id(e)] for e in (pick, against) if e is not None and recipes.busy(e)]
     if busy:
         details.append(f"! Other programs used the CPU while {' and '.join(busy)} trained: these times are too high.")
     return _card("At what cost?", ", ".join(parts) + "." if parts else "No costs were measured.", *details)
@@ -157,84 +161,3 @@ def _reasons(f: RunFacts, group: Group, chosen: Choice) -> list[str]:
     if f.verdict.missing:
         reasons.append(f"{plural(len(f.verdict.missing), 'planned Cell')} of this run are missing.")
     return reasons
-
-
-def _busy(entry: RankingEntry) -> int:
-    return sum(bool(contention.busy(record)) for record in entry.records)
-
-
-def _table(f: RunFacts, names: Names, group: Group) -> dict[str, Any]:
-    """Return the rows of the recipes, best first, each with its interval drawn on the same scale."""
-    low = min(e.score.low for e in group.entries)
-    high = max(e.score.high for e in group.entries)
-    margin = (high - low or 1.0) * 0.04
-    low, high = low - margin, high + margin
-
-    def at(value: float) -> float:
-        return round(WIDTH * (value - low) / (high - low), 1)
-
-    best = at(group.entries[0].score.value)
-    rows = [
-        {
-            "name": names[id(entry)],
-            "href": f"#{links.anchor(f, entry.record.cell_id)}",
-            "interval": [at(entry.score.low), at(entry.score.value), at(entry.score.high)],
-            "filled": entry.standing == "best" and len(group.ranked) > 1,
-            "accuracy": formatting.percent(entry.score.value),
-            "value": entry.score.value,
-            "range": formatting.interval(entry.score),
-            "gap": formatting.points(entry.difference) if entry is not group.entries[0] else formatting.DASH,
-            "standing": entry.standing,
-            "why": _standing(entry),
-            "costs": _costs(entry),
-            "recipe": _recipe(entry),
-        }
-        for entry in group.entries
-    ]
-    return {"best": best, "width": WIDTH, "height": HEIGHT, "rows": rows}
-
-
-def _recipe(entry: RankingEntry) -> dict[str, Any]:
-    """Return the numbers of a recipe in base units: shares of 1, bytes and seconds."""
-    score = entry.score
-    return {
-        "accuracy": score.value, "low": score.low, "high": score.high, "difference": entry.difference,
-        "standing": entry.standing, "trainable": entry.typical(metrics.TRAINABLE.read),
-        "peak_B": entry.typical(metrics.PEAK_ABOVE_IMPORTS.read), "step_s": entry.typical(metrics.STEP.value),
-        "busy": _busy(entry),
-    }  # fmt: skip
-
-
-def _short_names(f: RunFacts, entries: Sequence[RankingEntry]) -> list[str]:
-    """Return the names of the entries. A name has its implementation only if its method has several in the group."""
-    pairs = {(e.record.cell.method, e.record.cell.implementation) for e in entries}
-    implementations = Counter(method for method, _ in pairs)
-    names = []
-    for entry in entries:
-        cell, name = entry.record.cell, f.entry_name(entry)
-        alone = implementations[cell.method] == 1
-        names.append(name.replace(f" [{cell.implementation}]", "", 1) if alone else name)
-    return names if len(set(names)) == len(names) else [f.entry_name(entry) for entry in entries]
-
-
-def _standing(entry: RankingEntry) -> str:
-    p = "" if entry.p is None else f" ({formatting.probability(entry.p)})"
-    words = {
-        "best": "the highest accuracy",
-        "tied": f"no test tells it apart from the highest{p}",
-        "below": f"lower than the highest{p}",
-        "untrained": "not trained",
-    }
-    return words[entry.standing]
-
-
-def _costs(entry: RankingEntry) -> list[Field]:
-    busy = _busy(entry)
-    flag = f"busy {busy} of {len(entry.records)}" if busy else ""
-    refused = next((why for r in entry.records if (why := failed_checks.no_speed(r))), "")
-    return [
-        recipes.over(entry.records, metrics.TRAINABLE.read, lambda n: f"{n:,.0f}", "not trained"),
-        recipes.over(entry.records, metrics.PEAK_ABOVE_IMPORTS.read, formatting.mebibytes, "no peak"),
-        recipes.over(entry.records, metrics.STEP.value, formatting.milliseconds, refused or "not trained, or not timed")
-        | {"flag": flag},
-    ]

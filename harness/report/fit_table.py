@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from harness.analysis.grouping import group
-from harness.console import align_columns
-from harness.memory_model.size_units import MemorySize
+from harness.console import align_columns, terminal_width
+from harness.memory_model.size_units import UNITS, MemorySize
 from harness.report.formatting import short_count
 
-_PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "total", "left")
+_PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits")
+_RESULTS = ("needed", "free", "host")
+_SIZES = (*_PARTS, "other", *_RESULTS)
+"""Columns of sizes. The parts and `other` add up to `needed`."""
+_OPTIONAL = ("activations", "logits", "other", "host")
+"""Columns that are left out if they are empty."""
+_TEXTS = ("method", "base", "optimizer")
+"""Columns that are aligned to the left."""
 _Row = Mapping[str, Any]
 _Write = Callable[[_Row], str]
 
@@ -22,33 +28,81 @@ def lines(document: Mapping[str, Any]) -> list[str]:
     possible = [row for row in document["rows"] if row["ledger"] is not None]
     refused = [f"  {row['method']}: {row['because']}" for row in document["rows"] if row["ledger"] is None]
     several = len({row["optimizer"] for row in document["rows"]} - {"-"}) > 1
-    columns = _columns(document, possible, size, several)
-    rows = [list(columns), *([write(row) for write in columns.values()] for row in possible)]
+    names = _names(document, possible, several)
+    sizes = [column for column in zip(_SIZES, *(_sizes(row, size) for row in possible), strict=True) if _shown(column)]
+    table, hidden = _table([list(column) for column in zip(*names, strict=True)], sizes)
     exceptions = [
         *_left_out(document),
         *_experts(document["rows"]),
         *_without_step(document["rows"]),
         *(["not possible:", *dict.fromkeys(refused)] if refused else []),
     ]
-    blocks = [_heading(document, size, several), align_columns(rows), exceptions, [_explanation(document, size)]]
+    explanations = [_explanation(document, size), *hidden]
+    blocks = [_heading(document, size, several), table, exceptions, explanations]
     return [line for block in blocks if block for line in ("", *block)][1:]
 
 
-def _columns(document: Mapping[str, Any], rows: Sequence[_Row], size: MemorySize, several: bool) -> dict[str, _Write]:
-    """Return the columns of the table: heading -> function that returns the text of this column for a row."""
-    checked, by_formula = document["checked"], document["activations_known"]
-    parts = [part for part in _PARTS if by_formula or part not in ("activations", "logits", "total" * checked)]
-    parts[-1:-1] = ["peak"] if checked else []
-    parts += ["host"] if any(row["ledger"]["host_B"] for row in rows) else []
+def _names(document: Mapping[str, Any], rows: Sequence[_Row], several: bool) -> list[list[str]]:
+    """Return the columns before the sizes. Each starts with its heading."""
     columns: dict[str, _Write] = {"method": lambda row: row["method"], "base": lambda row: row["base"]}
     if several:
         columns["optimizer"] = lambda row: row["optimizer"]
     columns["rank"] = lambda row: str(row["rank"] or "-")
-    if by_formula or checked:
+    if document["activations_known"] or document["checked"]:
         columns["batch"] = lambda row: "-" if row["batch"] is None else str(row["batch"])
-        columns["longest"] = lambda row: "-" if row["longest"] is None else f"{row['longest']:,}"
+        if "answer" not in document:
+            columns["longest"] = lambda row: "-" if row["longest"] is None else f"{row['longest']:,}"
     columns["trainable"] = lambda row: short_count(row["trainable"])
-    return columns | {part: partial(_size, size, part) for part in parts}
+    return [[heading, *map(write, rows)] for heading, write in columns.items()]
+
+
+def _sizes(row: _Row, size: MemorySize) -> list[str]:
+    """Return the texts of the columns `_SIZES`. A part that is unknown is a dash, and counts as `other`.
+
+    The parts add up to `needed`, and `needed` and `free` add up to the memory, digit by digit. So a part may be rounded
+    up or down.
+    """
+    ledger, unit = row["ledger"], UNITS[size.unit]
+    parts = [ledger[f"{part}_B"] for part in _PARTS]
+    known = [part or 0 for part in parts]
+    needed = size.number_B - ledger["left_B"]
+    hundredths = round_to_sum([*known, needed - sum(known)], unit)
+    total = sum(hundredths)
+    shown = [*hundredths, total, 100 * size.number_B // unit - total, 100 * ledger["host_B"] // unit]
+    texts = [f"{number / 100:,.2f}" for number in shown]
+    return ["-" if n < len(parts) and parts[n] is None else text for n, text in enumerate(texts)]
+
+
+def round_to_sum(parts: Sequence[int], unit: int) -> list[int]:
+    """Round numbers of bytes to hundredths of a unit. The results add up to the sum of all parts, rounded up.
+
+    Each number is rounded down, and those with the largest remainders are then rounded up.
+    """
+    rounded = [100 * part // unit for part in parts]
+    missing = -(-100 * sum(parts) // unit) - sum(rounded)
+    order = sorted(range(len(parts)), key=lambda n: 100 * parts[n] % unit, reverse=True)
+    for n in order[:missing]:
+        rounded[n] += 1
+    return rounded
+
+
+def _shown(column: Sequence[str]) -> bool:
+    """Return whether a column of sizes has anything to show."""
+    heading, *texts = column
+    return heading not in _OPTIONAL or any(text not in ("-", "0.00") for text in texts)
+
+
+def _table(names: Sequence[list[str]], sizes: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
+    """Return the lines of the table, and a line about the columns that a narrow terminal cannot show."""
+    left, available = sum(heading in _TEXTS for heading in names[0]), terminal_width()
+    lines: list[str] = []
+    for columns in (sizes, [column for column in sizes if column[0] in _RESULTS]):
+        rows = [[*row, *texts] for row, *texts in zip(names, *columns, strict=True)]
+        lines = align_columns(rows, right=range(left, len(rows[0])))
+        if available is None or max(map(len, lines)) <= available:
+            hidden = len(sizes) - len(columns)
+            return lines, [f"{hidden} columns with the parts of the memory need a wider terminal"] if hidden else []
+    return lines, []
 
 
 def _left_out(document: Mapping[str, Any]) -> list[str]:
@@ -97,10 +151,3 @@ def _without_step(rows: Sequence[_Row]) -> list[str]:
         if row["ledger"] and row.get("no_peak")
     )
     return [f"no training step simulated for {', '.join(names)}: {why}" for why, names in found.items()]
-
-
-def _size(size: MemorySize, part: str, row: _Row) -> str:
-    number_B = row.get("peak_B") if part == "peak" else row["ledger"][f"{part}_B"]
-    if number_B is None:
-        return "-"
-    return f"-{size.shown(-number_B)}" if number_B < 0 else size.shown(number_B)

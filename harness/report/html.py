@@ -23,17 +23,18 @@ def render(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) -
     return fill(TEMPLATE, view.build(analysed, again))
 
 
-def fill(template: str, page: Mapping[str, Any]) -> str:
-    """Return a template filled with `page`. Every value is escaped, since names and messages are untrusted."""
+def fill(template: str, page: Mapping[str, Any], style: str = "") -> str:
+    """Return a template filled with `page`. Every value is escaped, since names and messages are untrusted.
+
+    style: CSS in place of that of the pages.
+    """
     # The import is late, so that `peft-harness --help` stays fast.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    folder = resources.data_folder("report_templates")
-    style = (folder / "report.css").read_text(encoding="utf-8")
-    script = (folder / "report.js").read_text(encoding="utf-8")
+    style, script = style or data("report.css", "charts.css"), data("tables.js", "download.js", "charts.js")
     environment = Environment(
-        loader=FileSystemLoader(folder),
+        loader=FileSystemLoader(resources.data_folder("report_templates")),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -41,11 +42,17 @@ def fill(template: str, page: Mapping[str, Any]) -> str:
     )
     return environment.get_template(template).render(
         page={**page, "generated": store.now()},
-        # These two files of the package, never data, are the only unescaped text on the page.
+        # These files of the package, never data, are the only unescaped text on the page.
         style=Markup(style),  # noqa: S704
         script=Markup(script),  # noqa: S704
         policy=policy(style, script),
     )
+
+
+def data(*names: str) -> str:
+    """Return the text of files of `report_templates`, one after the other."""
+    folder = resources.data_folder("report_templates")
+    return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
 def policy(style: str, script: str) -> str:

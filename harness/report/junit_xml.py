@@ -11,14 +11,14 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 def suite(root: ET.Element, name: str) -> ET.Element:
     """Add a test suite to `root`, and return the suite."""
-    return ET.SubElement(root, "testsuite", name=_clean(name))
+    return ET.SubElement(root, "testsuite", name=clean(name))
 
 
 def case(suite: ET.Element, kind: str, name: str, tag: str, message: str) -> None:
     """Add a case to a suite. tag: `failure`, `error` or `skipped`; empty for a passed case."""
-    case = ET.SubElement(suite, "testcase", classname=_clean(kind), name=_clean(name))
+    case = ET.SubElement(suite, "testcase", classname=clean(kind), name=clean(name))
     if tag:
-        ET.SubElement(case, tag, message=_clean(message))
+        ET.SubElement(case, tag, message=clean(message))
 
 
 def document(root: ET.Element) -> bytes:
@@ -30,5 +30,6 @@ def document(root: ET.Element) -> bytes:
     return data
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
+    """Return a text with a replacement character for each character that XML cannot represent."""
     return _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)

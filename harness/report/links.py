@@ -1,9 +1,11 @@
-"""Links within a page: anchors of Cells, and the fields that identify the row of a Cell."""
+"""Links and names within a page: anchors of Cells, fields that identify the row of a Cell, short names of recipes."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
+from harness.analysis.ranking import RankingEntry
 from harness.analysis.run_facts import RunFacts
 from harness.records.record import Cell
 
@@ -27,3 +29,19 @@ def row(facts: RunFacts, cell: Cell) -> dict[str, str]:
 def sources(facts: RunFacts, record_ids: Sequence[str]) -> list[dict[str, str]]:
     """Return links to the rows of these Records in the comparison table."""
     return [{"id": i, "href": f"#{anchor(facts, i.split('.')[0])}"} for i in record_ids]
+
+
+def short_names(cells: Sequence[Cell], names: Sequence[str]) -> list[str]:
+    """Return the names of Cells without the implementation, where all Cells of a method have the same."""
+    implementations = Counter(method for method, _ in {(cell.method, cell.implementation) for cell in cells})
+    found = [
+        name.replace(f" [{cell.implementation}]", "", 1) if implementations[cell.method] == 1 else name
+        for cell, name in zip(cells, names, strict=True)
+    ]
+    return found if len(set(found)) == len(set(names)) else list(names)
+
+
+def entry_names(facts: RunFacts, entries: Sequence[RankingEntry]) -> dict[int, str]:
+    """Return the short names of the entries of a group, by the id() of the entry."""
+    names = short_names([e.record.cell for e in entries], [facts.entry_name(e) for e in entries])
+    return dict(zip(map(id, entries), names, strict=True))

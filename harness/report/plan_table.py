@@ -18,7 +18,7 @@ from harness.report.formatting import mebibytes, seconds, short_count
 from harness.suites.expand import Plan
 from harness.suites.suite import Suite
 
-_HEAD = ("cell", "id", "name", "trainable", "memory, MiB", "weights", "activations", "last run")
+_HEAD = ("cell", "name", "parameters", "memory, MiB", "time")
 
 
 def predictions(suite: Suite, plan: Plan) -> dict[str, PlannedMemory | str]:
@@ -72,16 +72,19 @@ def planning(
     }
 
 
-def lines(document: Mapping[str, Any]) -> list[str]:
-    """Return the lines of the plan: a table with one line per Cell, then the comparisons and the meaning of the numbers."""
-    rows = [
-        _HEAD,
-        *((c["cell_id"], c["id"], c["name"], *_sizes(c["predicted"]), _time(c["last"])) for c in document["cells"]),
-    ]
+def lines(document: Mapping[str, Any], most: int | None = None) -> list[str]:
+    """Return the lines of the plan: a table with one line per Cell, then the comparisons and the meaning of the numbers.
+
+    most: number of Cells to show. None means all.
+    """
+    cells = document["cells"][:most]
+    rows = [_HEAD, *((c["cell_id"], c["name"], *_sizes(c["predicted"]), _time(c["last"])) for c in cells)]
+    hidden = len(document["cells"]) - len(cells)
     questions = [f"  {c['kind']}: {c['says']}" for c in document["comparisons"]]
     return [
         f"{document['suite']}: {document['title']}",
-        *align_columns(rows),
+        *align_columns(rows, right=range(2, len(_HEAD))),
+        *([f"  ... and {plural(hidden, 'more Cell')}: --all shows them"] if hidden else []),
         *(["compares:", *questions] if questions else []),
         _summary(document["estimate"]),
         *_notes(document["cells"]),
@@ -98,17 +101,11 @@ def _predicted(found: PlannedMemory | str | None) -> dict[str, Any]:
     return {"predicted": {**found.model_dump(), "total_B": found.total_B}, "not_predicted": ""}
 
 
-def _sizes(predicted: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """Return four texts: the number of trainable parameters, and three sizes in MiB.
-
-    The sizes are the total, the weights, and the sum of activations and logits.
-    """
+def _sizes(predicted: Mapping[str, Any] | None) -> tuple[str, str]:
+    """Return two texts: the number of trainable parameters, and the predicted memory in MiB."""
     if predicted is None:
-        return ("-",) * 4
-    activations = predicted["activations_B"]
-    passing = "-" if activations is None else mebibytes(activations + (predicted["logits_B"] or 0))
-    sizes = (mebibytes(predicted["total_B"]), mebibytes(predicted["weights_B"]), passing)
-    return (short_count(predicted["trainable"]), *sizes)
+        return "-", "-"
+    return short_count(predicted["trainable"]), mebibytes(predicted["total_B"])
 
 
 def _notes(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -119,7 +116,8 @@ def _notes(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     predicted = [row["predicted"] for row in cells if row["predicted"]]
     if predicted:
         yield (
-            "Predicted memory leaves out allocator overhead, evaluation and latency. Details: peft-harness explain memory"
+            "parameters: those that train; memory: predicted, without allocator overhead, evaluation and latency "
+            "(`peft-harness explain memory`); time: that of the newest run here"
         )
     for what, n in Counter(p["untouched"] for p in predicted if p["untouched"]).items():
         yield f"of {plural(n, 'Cell')}: {what}"

@@ -1,173 +1,238 @@
-"""Tables of means over seeds, and of searches for learning rates."""
+"""Table of the recipes of a group: the columns from which a reader can choose, and one row for each recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median, stdev
+from typing import Any
 
-from harness.analysis import failed_checks, metrics, ranking, tuning
-from harness.analysis.ranking import Group, RankingEntry, Score
+from harness.analysis import contention, failed_checks, metrics, ranking, target_loss
+from harness.analysis.choice import Choice
+from harness.analysis.ranking import Group, RankingEntry
 from harness.analysis.run_facts import RunFacts
-from harness.analysis.statistics.over_seeds import INTERVAL
+from harness.analysis.target_loss import TargetLoss
+from harness.errors import plural
 from harness.records.record import Record
 from harness.report import formatting, links
-from harness.report.formatting import Field, field, unmeasured
-from harness.report.table_model import Table, by_key, column, grouped
-from harness.report.tables import standing_field
+from harness.report.formatting import DASH, Field, field, unmeasured
+from harness.report.table_model import Column, Table, column, facets, grouped
+
+Names = Mapping[int, str]
+"""Maps the id() of a ranking entry to its name in its group."""
+Read = Callable[[Record], float | None]
+WIDTH, HEIGHT = 240.0, 18.0
+"""Size of the drawing of an interval, in SVG units."""
+_UNTIMED = "not trained, or not timed"
 
 
-def over_seeds(facts: RunFacts) -> Table | None:
-    """Return the table of recipes that were trained with several seeds. If there is no such recipe, return None.
+def table(f: RunFacts, key: str, title: str, group: Group, names: Names, chosen: Choice) -> Table:
+    """Return the table of the recipes of a group, best first, with their intervals drawn on one scale.
 
-    Recipes with an equal budget form a group, in which the best recipe comes first.
+    key: the HTML id. Each row has `recipe`, its numbers in base units by name.
     """
-    columns = [
-        column("Seeds", "number of scored training runs", key="seeds"),
-        column("Accuracy, %", f"mean over the seeds; brackets: {INTERVAL}", key="accuracy"),
-        column("Between seeds, points", "standard deviation of the accuracies of the runs"),
-        column("Each run, %", "accuracies in the order of the seeds", number=False),
-        column(
-            "Against the best, points",
-            "among recipes with an equal budget; t test of paired items plus seeds, Holm-adjusted",
-            key="rank",
+    target, scale = target_loss.target(chosen), _scale(group)
+    columns = list(_columns(group, target))
+    rows = [_row(f, columns, group, names[id(e)], e, target, scale) for e in group.entries]
+    file = f"{f.run.manifest.run}-{key}"
+    made = grouped(key, f"Recipes of {title}", columns, [("", rows)], file=file, first="Recipe")
+    return made | {
+        "facets": facets(rows), "scale": {"width": WIDTH, "height": HEIGHT, "best": scale(group.entries[0].score.value)},
+        "flagged": any(f["flag"] for row in rows for f in row["fields"]),
+        "target": None if target is None else {"loss": target.loss, "window": target.window},
+    }  # fmt: skip
+
+
+def _columns(group: Group, target: TargetLoss | None) -> Iterator[Column]:
+    """Yield the columns. The key of a column is the name of its value in the formats CSV and JSON."""
+    score = group.entries[0].score
+    yield column("Accuracy, %", f"mean over the seeds; interval: {score.means}", key="accuracy")
+    yield column("95 % interval", "dashed line: the highest accuracy", number=False, key="interval")
+    title = "accuracy minus the highest; ≈: no test tells the recipe apart from the highest"
+    yield column("To the highest, points", title, key="difference")
+    yield column("Trainable", metrics.TRAINABLE.meaning, key="trainable")
+    yield column(
+        "Peak, MiB", "memory in training, without Python and its libraries; median over the seeds", key="peak_B"
+    )
+    yield column("Step, ms", "median over the seeds of the median steady step of each training", key="step_s")
+    if target is not None:
+        title = (
+            f"seconds of training steps until the mean loss of {plural(target.window, 'step')} first reached"
+            f" {target.loss:.3g}, which every recipe near the top reached; median over the seeds"
+        )
+        yield column(f"To loss {target.loss:.3g}, s", title, key="to_target_s")
+    more = (
+        ("Tokens/s", "tokens without padding per second of the steady steps, median over the seeds", "tokens_per_s"),
+        ("Adapter's file, MiB", "size of a safetensors file with the adapter and the head", "adapter_file_B"),
+        (
+            "Unmerged, ms",
+            f"median latency with the adapter attached{_pass(group)}; median over the seeds",
+            "unmerged_s",
         ),
-        column("Trainable", "parameters that the optimizer updates"),
-        column("Peak, MiB", "highest memory in training without that of the imports, median over the seeds"),
-        column("Tokens/s", "tokens without padding per second of the steady steps, median over the seeds"),
-        column("Step, ms", "median over the seeds of the median steady step of each run; brackets: lowest and highest"),
-    ]
-    groups = [
-        (f"{g.budget.model} · {g.budget.task}", rows)
-        for g in facts.groups
-        if (rows := [_recipe(facts, g, e) for e in g.entries if len(e.records) > 1])
-    ]
-    caption = "Means over seeds"
-    file = f"{facts.run.manifest.run}-recipes"
-    return grouped(f"{facts.prefix}recipes", caption, columns, groups, first="Recipe", file=file) if groups else None
+        ("Merged, ms", f"median latency of the merged model{_pass(group)}; median over the seeds", "merged_s"),
+        ("Learning rate", "largest learning rate of the adapter's schedule", "lr"),
+        ("Seeds", "number of scored training runs", "seeds"),
+        ("Between seeds, points", "standard deviation of the accuracies of the runs", "spread"),
+    )
+    for label, title, key in more:
+        yield column(label, title, key=key, shown=False)
 
 
-def _recipe(facts: RunFacts, g: Group, e: RankingEntry) -> Table:
-    accuracies = [a.value for a in ranking.accuracies(e.records)]
-    seeds = ", ".join(str(r.cell.seed) for r in e.records)
-    trainable = metrics.TRAINABLE.read(e.record) or 0
+def _row(
+    f: RunFacts, columns: Sequence[Column], group: Group, name: str, e: RankingEntry, target: TargetLoss | None,
+    scale: Callable[[float], float],
+) -> Table:  # fmt: skip
+    found = _fields(group, e, target, scale)
+    cell, score = e.record.cell, e.score
+    return {
+        "name": name,
+        "title": f.entry_name(e),
+        "record": e.record.id,
+        "anchor": "",
+        "href": f"#{links.anchor(f, e.record.cell_id)}",
+        "facets": {"method": cell.method, "rank": str(cell.config.get("rank", "")), "ranking": e.standing},
+        "fields": [found[c["key"]] for c in columns],
+        "recipe": {
+            "accuracy": score.value, "low": score.low, "high": score.high, "difference": e.difference,
+            "standing": e.standing, "busy": busy(e), "target_loss": target.loss if target else None,
+            **{key: found[key]["value"] for key in found.keys() - {"accuracy", "interval", "difference", "spread"}},
+        },
+    }  # fmt: skip
+
+
+def _fields(
+    group: Group, e: RankingEntry, target: TargetLoss | None, scale: Callable[[float], float]
+) -> dict[str, Field]:
+    score, accuracies = e.score, [a.value for a in ranking.accuracies(e.records)]
     refused = next((why for r in e.records if (why := failed_checks.no_speed(r))), "")
-    alone = unmeasured("no other recipe has this budget and these seeds")
-    return _row(
-        facts, facts.entry_name(e), facts.entry_name(e), e.record.cell_id, e.record.id,
-        field(str(len(accuracies)), len(accuracies), why=f"seeds {seeds}"),
-        _accuracy(e.score) | {"why": e.score.means},
-        field(f"{100 * stdev(accuracies):.1f}", stdev(accuracies)),
-        _text(" ".join(f"{100 * value:.1f}" for value in accuracies)),
-        standing_field(e) if g.is_ranking else alone,
-        field(f"{trainable:,}", trainable),
-        over(e.records, metrics.PEAK_ABOVE_IMPORTS.read, formatting.mebibytes, "no peak of training"),
-        over(e.records, metrics.TOKENS_PER_S.read, lambda rate: f"{rate:,.0f}", refused=refused),
-        over(e.records, metrics.STEP.read, formatting.milliseconds, refused=refused, ends=True),
-    )  # fmt: skip
+    merged_refused = next((why for r in e.records if (why := failed_checks.no_merged_speed(r))), "")
+    drawn = {
+        "interval": [scale(score.low), scale(score.value), scale(score.high)],
+        "filled": e.standing == "best" and len(group.ranked) > 1,
+    }
+    seeds = ", ".join(str(r.cell.seed) for r in e.records)
+    each = " ".join(f"{100 * value:.1f}" for value in accuracies)
+    return {
+        "accuracy": field(formatting.percent(score.value), score.value, more=formatting.ends(score)),
+        "interval": field(formatting.interval(score), score.value) | drawn,
+        "difference": _gap(group, e),
+        "trainable": over(e.records, metrics.TRAINABLE.read, lambda n: f"{n:,.0f}", "not trained"),
+        "peak_B": over(e.records, metrics.PEAK_ABOVE_IMPORTS.read, formatting.mebibytes, "no peak"),
+        "step_s": _timed(e, over(e.records, metrics.STEP.value, formatting.milliseconds, refused or _UNTIMED)),
+        "to_target_s": _timed(e, _to_target(e, target, refused)),
+        "tokens_per_s": _timed(e, over(e.records, metrics.TOKENS_PER_S.read, lambda n: f"{n:,.0f}", refused=refused)),
+        "adapter_file_B": over(e.records, _file, formatting.mebibytes, "there is no such file, or it was not measured"),
+        "unmerged_s": over(
+            e.records, _latency("unmerged"), formatting.milliseconds, "not measured, or no adapter", refused=refused
+        ),
+        "merged_s": over(
+            e.records, _latency("merged"), formatting.milliseconds, "not measured, or not merged", refused=merged_refused
+        ),
+        "lr": over(e.records, lambda r: r.cell.training.lr if r.cell.training.steps else None, "{:g}".format, "not trained"),
+        "seeds": field(str(len(accuracies)), len(accuracies), why=f"seeds {seeds}: {each} %"),
+        "spread": field(f"{100 * stdev(accuracies):.1f}", stdev(accuracies), why=f"seeds {seeds}: {each} %")
+        if len(accuracies) > 1
+        else unmeasured("one seed"),
+    }  # fmt: skip
 
 
-def _row(facts: RunFacts, name: str, title: str, cell_id: str, record: str, *fields: Field) -> Table:
-    href = f"#{links.anchor(facts, cell_id)}"
-    return {"name": name, "title": title, "record": record, "anchor": "", "href": href, "fields": list(fields)}
+def _gap(group: Group, e: RankingEntry) -> Field:
+    if e is group.entries[0]:
+        return field(DASH, 0.0, why="the highest accuracy", more={"standing": e.standing})
+    p = "" if e.p is None else f" ({formatting.probability(e.p)})"
+    words = {
+        "best": "the highest accuracy",
+        "tied": f"no test tells it apart from the highest{p}",
+        "below": f"lower than the highest{p}",
+        "untrained": "not trained",
+    }
+    tied = e.standing == "tied"
+    text = formatting.points(e.difference).removesuffix(" points") + (" ≈" if tied else "")
+    more: dict[str, str] = {"standing": e.standing} | ({} if e.p is None else {"p": f"{e.p:.3g}"})
+    return field(text, e.difference, why=words[e.standing], tone="quiet" if tied else "", more=more)
 
 
-def _accuracy(score: Score) -> Field:
-    more = formatting.ends(score)
-    return field(formatting.percent(score.value), score.value, small=formatting.interval(score), more=more)
+def _to_target(e: RankingEntry, target: TargetLoss | None, refused: str) -> Field:
+    found = None if target is None else target_loss.time_to(e, target)
+    if target is None or found is None:
+        return unmeasured(refused or _UNTIMED)
+    some = f"{found.reached} of {plural(found.seeds, 'training')} reached it"
+    if math.isinf(found.seconds):
+        return unmeasured(some)
+    small = "" if found.reached == found.seeds else f"{found.reached} of {found.seeds}"
+    why = f"after {found.steps:g} steps; {some}"
+    text = f"{found.seconds:.1f}" if found.seconds < 100 else f"{found.seconds:,.0f}"
+    return field(text, found.seconds, small=small, why=why, more={"steps": str(found.steps), "reached": some})
 
 
-def _text(text: str) -> Field:
-    return field(text, text or None)
+def _timed(e: RankingEntry, shown: Field) -> Field:
+    """Return the field of a time, flagged if some of the trainings were timed on a busy machine."""
+    count = busy(e)
+    return shown | {"flag": f"busy {count} of {len(e.records)}"} if count and shown["value"] is not None else shown
+
+
+def busy(entry: RankingEntry) -> int:
+    """Return the number of trainings that were timed on a busy machine."""
+    return sum(bool(contention.busy(record)) for record in entry.records)
 
 
 def over(
     records: Sequence[Record],
-    value: Callable[[Record], float | None],
+    value: Read,
     write: Callable[[float], str],
-    missing: str = "not trained, or not timed",
+    missing: str = _UNTIMED,
     *,
     refused: str = "",
-    ends: bool = False,
 ) -> Field:
-    """Return the field with the median over seeds. ends: also show the range.
+    """Return the field with the median over seeds.
 
     missing: reason to show if no seed has a value. refused: reason to hide the values, if any.
     """
     values = [x for r in records if (x := value(r)) is not None]
     if refused or not values:
         return unmeasured(refused or missing)
-    shown = field(write(median(values)), median(values))
-    if not ends:
-        return shown
-    low, high = min(values), max(values)
-    return shown | {"small": f"[{write(low)}, {write(high)}]", "more": {"lowest": low, "highest": high}}
+    return field(write(median(values)), median(values))
 
 
-def searched(facts: RunFacts) -> Table | None:
-    """Return the table of declared searches, with the accuracy of each learning rate. Without a search, return None."""
-    found = tuning.searches(facts.run)
-    if not found:
-        return None
-    rates = sorted({t.lr for search in found for t in search.tries})
-    columns = [
-        column("Chosen", "learning rate of the ranked Cells"),
-        *(
-            column(f"{rate:g}, %", "accuracy with this learning rate, on test items that no ranking uses")
-            for rate in rates
-        ),
-        column("Band, points", "highest minus lowest accuracy over the learning rates: the effect of the choice"),
-        column("The choice", "the chosen learning rate compared with the others", number=False),
-    ]
-    groups: dict[str, list[Table]] = {}
-    for search in found:
-        by_rate = {t.lr: t for t in search.tries}
-        first = (search.cells or [t.cell for t in search.tries])[0]
-        band = None if search.band is None else search.band[1] - search.band[0]
-        tried = search.tries[0].cell.cell_id
-        row = _row(
-            facts, facts.recipes[first.recipe_id] if len(search.cells) == 1 else search.tuning.entry,
-            f"{len(search.cells)} ranked Cells of {search.tuning.entry}", tried, tried,
-            _text(" ".join(f"{t.lr:g}" for t in search.tries if t.chosen)),
-            *(_tried(by_rate.get(rate)) for rate in rates),
-            unmeasured("fewer than two were scored") if band is None else field(f"{100 * band:.1f}", band),
-            _text(_choice(search)) | {"tone": "bad" if search.better else ""},
-        )  # fmt: skip
-        groups.setdefault(f"{first.model} · {first.task}", []).append(row)
-    caption, file = "Accuracy by learning rate", f"{facts.run.manifest.run}-tuning"
-    return grouped(f"{facts.prefix}tuning", caption, columns, groups.items(), first="Recipe", file=file)
+def _file(record: Record) -> float | None:
+    size = record.measurements.checkpoint if record.measurements else None
+    return size.adapter_file_B if size else None
 
 
-def _tried(t: tuning.Try | None) -> Field:
-    if t is None or t.score is None:
-        return unmeasured(t.because if t else "not tried")
-    return _accuracy(t.score)
+def _passes(record: Record) -> list[tuple[str, int, int]]:
+    """Return the kinds of pass with one adapter: kind, batch and tokens. The last, e.g. `decode`, has a column."""
+    measured = record.measurements.latency if record.measurements else []
+    return list(dict.fromkeys((x.kind, x.batch, x.tokens) for x in measured if x.variant == "base"))
 
 
-def _choice(search: tuning.Search) -> str:
-    if search.better:
-        return f"worse than {', '.join(f'{x:g}' for x in search.better)}"
-    if not search.cells:
-        best = ", ".join(f"{x:g}" for x in search.best)
-        return f"none is in this run; the best tried: {best}" if best else "none is in this run"
-    chosen = {t.lr for t in search.tries if t.chosen and t.score}
-    if not chosen:
-        return "unknown: the chosen learning rate has no score"
-    choice = "the best tried" if chosen & set(search.best) else f"not distinguishable from the best, {search.best[0]:g}"
-    return choice + ("; the best is the lowest or highest rate tried" if search.at_edge else "")
+def _pass(group: Group) -> str:
+    found = [passes[-1] for e in group.entries if (passes := _passes(e.record))]
+    return ", {}, batch {}, {} tokens".format(*found[0]) if found else ""
 
 
-def lines(facts: RunFacts) -> list[list[str]]:
-    """Return the table of means over seeds as rows of text for a terminal. Without several seeds, return an empty list.
+def _latency(variant: str) -> Read:
+    def read(record: Record) -> float | None:
+        last = _passes(record)[-1:]
+        found = [
+            x for x in (record.measurements.latency if record.measurements else ())
+            if x.variant == variant and x.adapters is None and [(x.kind, x.batch, x.tokens)] == last
+        ]  # fmt: skip
+        return median(found[0].seconds) if found and found[0].seconds else None
 
-    Each group of recipes starts with a row of headings.
-    """
-    table = over_seeds(facts)
-    headings = {"seeds": "seeds", "accuracy": "accuracy", "rank": "against the best"}
-    rows: list[list[str]] = []
-    for group in table["groups"] if table else ():
-        rows.append([f"{group['title']}, over seeds", *headings.values()])
+    return read
+
+
+def _scale(group: Group) -> Callable[[float], float]:
+    """Return the function from an accuracy to its place in the drawing of an interval, in SVG units."""
+    low = min(e.score.low for e in group.entries)
+    high = max(e.score.high for e in group.entries)
+    margin = (high - low or 1.0) * 0.04
+    low, high = low - margin, high + margin
+    return lambda value: round(WIDTH * (value - low) / (high - low), 1)
+
+
+def numbers(made: Table) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name and the numbers of each recipe in base units: shares of 1, bytes and seconds."""
+    for group in made["groups"]:
         for row in group["rows"]:
-            fields = by_key(table["columns"], row["fields"]) if table else {}
-            shown = [fields[key] for key in headings]
-            rows.append([row["name"], *(" ".join(filter(None, [f["text"], f["small"]])) for f in shown)])
-    return rows
+            yield row["name"], row["recipe"]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from harness.analysis import failed_checks, measurements
+from harness.analysis import failed_checks
 from harness.analysis.comparison.reproducibility import strangers, usual_environment
 from harness.analysis.grouping import group
 from harness.analysis.run_facts import RunFacts
@@ -19,42 +18,16 @@ from harness.analysis.verdict_kind import VerdictKind
 from harness.conformance.findings.summary import describe
 from harness.errors import plural
 from harness.records.record import CheckResult, Environment, Failure, Json, Outcome, Record, Status
-from harness.report import formatting, links
+from harness.report import chart_sets, formatting, links
 from harness.report.formatting import DASH, GIB, check_fields
-from harness.report.svg import charts
 from harness.report.tones import badge
 
 Section = dict[str, Any]
 
-_CURVES_IN_A_CHART = 10
 MANY = 40
-"""Number of Cells above which the page summarises what it otherwise shows for each Cell: checks, phases and commands."""
+"""Number of Cells above which the page summarises what it otherwise shows for each Cell: checks and commands."""
 OUTSIDE_TARGET = 0.10
 """Largest acceptable share of a run's time that is spent outside the Cells."""
-
-
-def curves(facts: RunFacts) -> list[Section]:
-    """Return charts of the training losses, by model and task.
-
-    Each recipe has one curve. With several seeds, the curve shows mean losses.
-    """
-    trained = [record for record in facts.latest.values() if record.training and record.training.losses]
-    recipes = group((record.cell.recipe_id, record) for record in trained).values()
-    series = group((f"{r[0].cell.model} · {r[0].cell.task}", _curve(facts, r)) for r in recipes)
-    return [
-        charts.learning(title, lines[i : i + _CURVES_IN_A_CHART])
-        for title, lines in series.items()
-        for i in range(0, len(lines), _CURVES_IN_A_CHART)
-    ]
-
-
-def _curve(facts: RunFacts, records: Sequence[Record]) -> charts.ChartSeries:
-    """Return the curve of one recipe: in each step, the mean loss over its seeds."""
-    losses = [r.training.losses for r in records if r.training]
-    if len(losses) == 1:
-        return charts.ChartSeries(facts.names[records[0].cell_id], losses[0])
-    name = f"{facts.recipes[records[0].cell.recipe_id]}, {len(losses)} seeds"
-    return charts.ChartSeries(name, [fmean(step) for step in zip(*losses, strict=True)])
 
 
 def losses(facts: RunFacts, judgement: QuestionVerdict) -> Section | None:
@@ -62,18 +35,10 @@ def losses(facts: RunFacts, judgement: QuestionVerdict) -> Section | None:
     subjects = judgement.trajectories
     if subjects is None:
         return None
-    compared = [s for s in subjects if s.errors]
-    by_noise = [s for s in compared if s.by == "noise"]
-    drawing = None
-    if compared:
-        bound = (by_noise or compared)[0]
-        allowed = charts.ChartSeries("allowed" if by_noise else "allowed growth", bound.allowed)
-        lines = [charts.ChartSeries(facts.names[s.cell_id], s.errors) for s in compared]
-        drawing = charts.errors("Distance from the float64 losses", lines, allowed)
     return {
         "says": judgement.comparison.says,
         "word": judgement.verdict.word.value,
-        "chart": drawing,
+        "chart": chart_sets.errors(facts, judgement),
         "rows": [_subject(facts, s) for s in subjects],
     }
 
@@ -153,22 +118,7 @@ def duration(facts: RunFacts) -> str:
 
 
 def time(facts: RunFacts) -> Section:
-    """Return the section on time: the phases of each Cell, and the time in which no Cell ran."""
-    bars = []
-    for record in facts.latest.values():
-        spent = [(p.name, p.seconds) for p in record.phases if p.name != measurements.STARTUP]
-        rest = measurements.unaccounted_seconds(record)
-        own = [*spent, (charts.NO_PHASE, rest)] if record.phases and rest > 0 else spent
-        if record.phases:
-            bars.append(charts.PhaseBars(facts.titles[record.cell_id], measurements.startup_seconds(record), own))
-    title = "Phases of each Cell"
-    if len(bars) > MANY:
-        title = f"Phases of the {MANY} slowest of {len(bars)} Cells"
-        bars = sorted(bars, key=lambda bar: -sum(seconds for _, seconds in bar.phases))[:MANY]
-    return {"chart": charts.phases(title, bars) if bars else None, **_outside(facts)}
-
-
-def _outside(facts: RunFacts) -> Section:
+    """Return the sentence about the time in which no Cell ran, and the parts of this time."""
     footer = facts.run.footer
     if footer is None or footer.seconds_total <= 0:
         return {

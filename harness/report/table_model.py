@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from harness.analysis.grouping import group
 from harness.analysis.run_facts import RunFacts
 from harness.records.record import Cell, Measurements, Record
 from harness.report import links
@@ -14,16 +16,20 @@ Table = dict[str, Any]
 Column = dict[str, Any]
 _SCALES = {"MiB": 1 / MIB, "ms": 1e3, "MHz": 1e-6, "%": 100, "points": 100}
 """Unit of a column -> factor by which the values in base units are multiplied. Other units are base units."""
+STATIC = 200
+"""Number of Cells up to which the page has all rows of its tables of Cells. In a larger run, it stores the rows as data, and
+its script makes the rows of a table when a reader opens the table."""
 
 
-def column(label: str, title: str = "", *, number: bool = True, key: str = "") -> Column:
+def column(label: str, title: str = "", *, number: bool = True, key: str = "", shown: bool = True) -> Column:
     """Return the head of a column.
 
     label: its heading; if the column has a unit, the heading ends in a comma and the unit. title: explanation of the
-    column. key: name by which other code finds the column's fields; empty if no code needs them.
+    column. key: name by which other code finds the column's fields; empty if no code needs them. shown: whether the reader
+    sees the column without choosing it; a column to choose has a key.
     """
     scale = _SCALES.get(label.rpartition(", ")[2], 1)
-    return {"label": label, "title": title, "number": number, "key": key, "scale": scale}
+    return {"label": label, "title": title, "number": number, "key": key, "scale": scale, "shown": shown}
 
 
 def table(
@@ -43,11 +49,18 @@ def table(
     groups: dict[str, list[Table]] = {}
     for cell, fields in rows:
         anchor = links.anchor(facts, cell.cell_id) if anchored else ""
-        row = {**links.row(facts, cell), "fields": fields, "anchor": anchor}
+        row = {
+            **links.row(facts, cell),
+            "fields": fields,
+            "anchor": anchor,
+            "facets": _facets(facts, cell) if anchored else {},
+        }
         groups.setdefault(f"{cell.model} · {cell.task}", []).append(row)
-    return grouped(
+    made = grouped(
         f"{facts.prefix}{key}", caption, columns, groups.items(), file=f"{facts.run.manifest.run}-{key}", notes=notes
     )
+    every = [row for group in groups.values() for row in group]
+    return made | {"facets": facets(every), "stored": len(every) if len(facts.run.manifest.cells) > STATIC else 0}
 
 
 def grouped(
@@ -69,8 +82,58 @@ def grouped(
     shown = [{"title": title, "rows": rows} for title, rows in groups]
     return {
         "id": key, "caption": caption, "file": file, "first": first, "by": by, "columns": columns, "groups": shown,
-        "notes": list(notes),
+        "notes": list(notes), "facets": {}, "stored": 0,
     }  # fmt: skip
+
+
+def facets(rows: Iterable[Table]) -> dict[str, list[str]]:
+    """Map each property by which a reader can filter the rows to its values, in natural order.
+
+    A property with only one value is left out.
+    """
+    found = group(pair for row in rows for pair in row["facets"].items())
+    values = {name: sorted({value for value in values if value}, key=_natural) for name, values in found.items()}
+    return {name: values for name, values in values.items() if len(values) > 1}
+
+
+def _facets(facts: RunFacts, cell: Cell) -> dict[str, str]:
+    rank = str(cell.config.get("rank", ""))
+    return {"method": cell.method, "rank": rank, "model": cell.model, "status": facts.status(cell)}
+
+
+def _natural(text: str) -> tuple[float, str]:
+    return (float(text) if text.isdecimal() else math.inf, text)
+
+
+def stored(tables: Iterable[Table]) -> dict[str, Any]:
+    """Return the rows of the tables whose rows the page stores as data, until a reader opens the table.
+
+    `rows`: what identifies a row, once for all tables: name, title, Record, link, facets. `tables`: by id, for each group
+    its title and its rows. A row is the number of its entry in `rows`, its anchor, and its fields, without their last
+    empty parts. `texts`: the strings that occur in fields; a field names them by number.
+    """
+    rows: dict[str, tuple[int, list[Any]]] = {}
+    texts = {"": 0}
+    found = {
+        t["id"]: [[g["title"], [_packed(row, rows, texts) for row in g["rows"]]] for g in t["groups"]] for t in tables
+    }
+    return {"rows": [row for _, row in rows.values()], "texts": list(texts), "tables": found}
+
+
+def _packed(row: Table, rows: dict[str, tuple[int, list[Any]]], texts: dict[str, int]) -> list[Any]:
+    shared = [row["name"], row["title"], row["record"], row["href"], row["facets"]]
+    number, known = rows.setdefault(row["href"], (len(rows), shared))
+    known[-1] = known[-1] or row["facets"]
+    return [number, row["anchor"], *(_packed_field(f, texts) for f in row["fields"])]
+
+
+def _packed_field(f: Field, texts: dict[str, int]) -> list[Any]:
+    parts = [f["value"], *(texts.setdefault(f[key], len(texts)) for key in ("text", "small", "why", "tone", "flag"))]
+    if f["more"]:
+        return [*parts, f["more"]]
+    while parts[-1] == 0 and len(parts) > 2:
+        parts.pop()
+    return parts
 
 
 def by_key(columns: Sequence[Column], fields: Sequence[Field]) -> dict[str, Field]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from harness.analysis import contention, failed_checks, measurements, metrics
@@ -27,8 +27,8 @@ _NAMED = 3
 """Maximum number of busy Cells that a note names. A Cell is busy if other programs used the CPU during its training."""
 
 
-def comparison(facts: RunFacts) -> Table:
-    """Return the comparison table. It has a row for every expected Cell, measured or not.
+def comparison(facts: RunFacts, cells: Sequence[Cell] | None = None) -> Table:
+    """Return the comparison table. It has a row for every expected Cell, measured or not, or only for `cells`.
 
     A row shows the Cell's status, metrics and Record.
     """
@@ -39,7 +39,7 @@ def comparison(facts: RunFacts) -> Table:
             title = "among Cells with an equal budget; paired on the same items if there is a p value"
             columns.append(column("Against the best, points", title))
     columns.append(column("Record", number=False))
-    rows = ((cell, list(_fields(facts, cell))) for cell in facts.run.manifest.cells)
+    rows = ((cell, list(_fields(facts, cell))) for cell in (facts.run.manifest.cells if cells is None else cells))
     notes = [*_unreferenced_note(facts), *_busy_note(facts)]
     return table(facts, "cells", "Every expected Cell", columns, rows, notes=notes, anchored=True)
 
@@ -111,7 +111,7 @@ def _standing(facts: RunFacts, cell: Cell) -> Field:
     if entry is None:
         swept = any(cell.cell_id in tuning.sweep for tuning in facts.run.manifest.tuning)
         return unmeasured("a try of the search for a learning rate is not ranked" if swept else "not scored")
-    group = next(g for g in facts.groups if entry in g.entries)
+    group = facts.group_of[cell.cell_id]
     if len(group.entries) == 1:
         return unmeasured("no other recipe has this budget, these seeds and this number of learning rates tried")
     if entry.standing == "best" and not group.is_ranking:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from harness.analysis import divergence, failed_checks, metrics
 from harness.analysis.grouping import group
@@ -10,7 +11,7 @@ from harness.analysis.run_facts import RunFacts
 from harness.console import align_columns
 from harness.records.notes import notes_of_kind
 from harness.records.record import NoteKind, Status
-from harness.report import first_screen, recipes, sections, tables
+from harness.report import first_screen, sections, tables
 from harness.report.formatting import Field
 from harness.report.table_model import by_key
 from harness.report.tones import icon
@@ -19,9 +20,10 @@ from harness.report.tones import icon
 def summary(f: RunFacts) -> list[str]:
     """Return the summary of a run as lines of text."""
     lines = _cells(f)
-    if means := recipes.lines(f):
+    answers = first_screen.answers(f)
+    if means := _recipes(answers):
         lines += [*_aligned(means), ""]
-    lines += _answers(f)
+    lines += _answers(answers)
     for j in f.verdict.judgements:
         lines.append(f"{icon(j.verdict.word)} {j.verdict.word.value}: {j.comparison.says}")
         lines.append(f"    {j.verdict.reason}")
@@ -52,35 +54,51 @@ def summary(f: RunFacts) -> list[str]:
 
 def _cells(f: RunFacts) -> list[str]:
     """Return the table of the Cells. In a run of many Cells, only those that did not end ok have a row."""
-    lines: list[str] = []
-    table = tables.comparison(f)
-    headings = {tables.STATUS: "status"} | {m.name: m.terminal_heading for m in metrics.shown() if m.terminal_heading}
     cells = f.run.manifest.cells
-    ok = (
-        {f.names[cell.cell_id] for cell in cells if f.status(cell) == Status.OK}
-        if len(cells) > sections.MANY
-        else set()
-    )
+    many = len(cells) > sections.MANY
+    table = tables.comparison(f, [c for c in cells if f.status(c) != Status.OK] if many else cells)
+    headings = {tables.STATUS: "status"} | {m.name: m.terminal_heading for m in metrics.shown() if m.terminal_heading}
+    lines: list[str] = []
     for section in table["groups"]:
         rows = [[section["title"], *headings.values()]]
         for row in section["rows"]:
-            if row["name"] in ok:
-                continue
             fields = by_key(table["columns"], row["fields"])
             rows.append([row["name"], *(_text(fields[key]) for key in headings)])
-        if len(rows) > 1:
-            lines += [*_aligned(rows), ""]
-    if ok:
-        count = sum(f.status(cell) == Status.OK for cell in cells)
-        lines += [f"{count} of {len(cells)} Cells are ok; the page has a row for each.", ""]
+        lines += [*_aligned(rows), ""]
+    if many:
+        ok = sum(f.status(cell) == Status.OK for cell in cells)
+        lines += [f"{ok} of {len(cells)} Cells are ok; the page has a row for each.", ""]
     return lines
 
 
-def _answers(f: RunFacts) -> list[str]:
-    """Return the headlines of the cards on the page's first screen, for every group of recipes."""
+def _recipes(answers: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Return the recipes that were trained with several seeds, as rows of text. Each group starts with headings."""
+    columns = {"seeds": "seeds", "accuracy": "accuracy", "interval": "95 % interval", "difference": "to the highest"}
+    rows: list[list[str]] = []
+    for answer in answers:
+        found = [
+            (row["name"], by_key(answer["table"]["columns"], row["fields"]))
+            for group in answer["table"]["groups"]
+            for row in group["rows"]
+        ]
+        if any(fields["seeds"]["value"] > 1 for _, fields in found):
+            rows.append([f"{answer['title']}, over seeds", *columns.values()])
+            rows += [[name, *(_text(fields[key]) for key in columns)] for name, fields in found]
+    return rows
+
+
+def _answers(answers: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the headlines and the warnings of the cards on the page's first screen, for every group of recipes."""
     lines: list[str] = []
-    for answer in first_screen.answers(f):
-        rows = [[card["question"], card["headline"].replace(first_screen.NO_BREAK, " ")] for card in answer["cards"]]
+    for answer in answers:
+        rows = [
+            [question, text.replace(first_screen.NO_BREAK, " ")]
+            for card in answer["cards"]
+            for question, text in [
+                (card["question"], card["headline"]),
+                *(("", detail) for detail in card["details"] if detail.startswith("! ")),
+            ]
+        ]
         lines += [answer["title"], *align_columns(rows), ""]
     return lines
 

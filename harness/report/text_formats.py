@@ -9,14 +9,21 @@ from typing import Any
 
 from harness.analysis.run_facts import RunFacts
 from harness.console import json_text, visible
-from harness.report import first_screen
+from harness.report import first_screen, recipes
 from harness.report.formatting import escape_markdown
+from harness.report.table_model import Table
 
-COLUMNS = (
-    "run", "model and task", "recipe", "accuracy, %", "lower bound, %", "upper bound, %", "to the highest, points",
-    "standing", "trainable parameters", "peak memory, MiB", "step, ms", "busy",
-)  # fmt: skip
-"""Columns of the CSV, with units. `busy`: how many of the trainings were timed on a busy machine."""
+COLUMNS = {
+    "accuracy": ("accuracy, %", 100), "low": ("lower bound, %", 100), "high": ("upper bound, %", 100),
+    "difference": ("to the highest, points", 100), "standing": ("standing", None),
+    "trainable": ("trainable parameters", None), "peak_B": ("peak memory, MiB", 2**-20), "step_s": ("step, ms", 1000),
+    "busy": ("busy", None), "target_loss": ("target loss", None), "to_target_s": ("time to the target loss, s", 1),
+    "tokens_per_s": ("tokens/s", 1), "adapter_file_B": ("adapter file, MiB", 2**-20),
+    "unmerged_s": ("unmerged latency, ms", 1000), "merged_s": ("merged latency, ms", 1000),
+    "lr": ("learning rate", None), "seeds": ("seeds", None),
+}  # fmt: skip
+"""Name of a number of a recipe -> heading in the CSV, with its unit, and factor from the base unit to this unit; None for
+values that stay as they are. `busy`: how many of the trainings were timed on a busy machine."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -31,27 +38,37 @@ def markdown(analysed: Sequence[RunFacts]) -> str:
             for card in answer["cards"]:
                 headline, details = map(escape_markdown, (card["headline"], " ".join(card["details"])))
                 lines.append(f"- **{card['question']} {headline}** {details}")
-            heads = ["Recipe", "Accuracy", "95 % interval", "To the highest", "Trainable", "Peak, MiB", "Step, ms"]
-            lines += ["", _row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
-            for row in answer["table"]["rows"]:
-                gap = row["gap"] + (" ≈" if row["standing"] == "tied" else "")
-                costs = [_with_flag(cost) for cost in row["costs"]]
-                lines.append(_row([escape_markdown(row["name"]), row["accuracy"], row["range"], gap, *costs]))
-            lines += ["", "≈: no test tells the recipe apart from the highest.", ""]
+            lines += ["", *_recipes(answer["table"]), "", "≈: no test tells the recipe apart from the highest."]
+            if target := answer["table"]["target"]:
+                lines += [
+                    f"To loss: training until the mean loss of {target['window']} steps was {target['loss']:.3g}."
+                ]
+            lines.append("")
     return "\n".join(lines)
+
+
+def _recipes(table: Table) -> Iterator[str]:
+    """Yield the lines of a table with the columns that the page shows without a choice."""
+    shown = [i for i, c in enumerate(table["columns"]) if c["shown"]]
+    heads = ["Recipe", *(table["columns"][i]["label"] for i in shown)]
+    yield from (_row(heads), _row(["---", *["---:"] * (len(heads) - 1)]))
+    for group in table["groups"]:
+        for row in group["rows"]:
+            yield _row([escape_markdown(row["name"]), *(_with_flag(row["fields"][i]) for i in shown)])
 
 
 def rows(analysed: Sequence[RunFacts]) -> str:
     """Return the recipes of all runs as CSV, in the units of COLUMNS. A text cannot start a formula in a spreadsheet."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow(["run", "model and task", "recipe", *(heading for heading, _ in COLUMNS.values())])
     for facts in analysed:
         for answer in first_screen.answers(facts):
-            for row in answer["table"]["rows"]:
-                recipe = row["recipe"]
-                texts = (facts.run.manifest.run, answer["title"], row["name"])
-                writer.writerow([*map(_harmless, texts), *_numbers(recipe)])
+            for name, numbers in recipes.numbers(answer["table"]):
+                texts = (facts.run.manifest.run, answer["title"], name)
+                writer.writerow(
+                    [*map(_harmless, texts), *(_scaled(numbers[key], by) for key, (_, by) in COLUMNS.items())]
+                )
     return out.getvalue()
 
 
@@ -65,7 +82,7 @@ def document(analysed: Sequence[RunFacts]) -> str:
                 {
                     "title": answer["title"],
                     "cards": answer["cards"],
-                    "recipes": [{"name": row["name"], **row["recipe"]} for row in answer["table"]["rows"]],
+                    "recipes": [{"name": name, **numbers} for name, numbers in recipes.numbers(answer["table"])],
                 }
                 for answer in first_screen.answers(facts)
             ],
@@ -79,10 +96,8 @@ FORMATS: dict[str, Callable[[Sequence[RunFacts]], str]] = {"markdown": markdown,
 """Name of a format -> function that returns the report in it."""
 
 
-def _numbers(recipe: dict[str, Any]) -> Iterator[Any]:
-    scales = {"accuracy": 100, "low": 100, "high": 100, "difference": 100, "peak_B": 2**-20, "step_s": 1000}
-    for name, value in recipe.items():
-        yield "" if value is None else round(value * scales[name], 4) if name in scales else value
+def _scaled(value: Any, factor: float | None) -> Any:
+    return "" if value is None else value if factor is None else round(value * factor, 4)
 
 
 def _row(fields: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from harness.analysis import divergence, failed_checks, measurements, metrics
+from harness.analysis import divergence, failed_checks
 from harness.analysis.comparison import reproducibility
 from harness.analysis.comparison.reproducibility import Rerun
 from harness.analysis.ranking import Budget, Group, RankingEntry
@@ -15,19 +15,27 @@ from harness.analysis.verdict import QuestionVerdict
 from harness.errors import plural
 from harness.records.record import Record, Status
 from harness.report import (
+    chart_sets,
     costs,
     first_screen,
     formatting,
     latencies,
     links,
-    recipes,
     reruns,
     sections,
     side_by_side,
+    table_model,
     tables,
+    tuning_table,
 )
-from harness.report.svg import charts
 from harness.report.tones import badge
+
+_OF_CELLS = ("comparison", "latency", "mixed", "memory", "costs", "gpus")
+"""The tables of Cells in the content of a run."""
+
+
+_LISTED = 4
+"""Number of entries that a sentence about a ranking names. The table of recipes has all of them, with p values."""
 
 
 def build(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) -> dict[str, Any]:
@@ -35,11 +43,13 @@ def build(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) ->
 
     again: Cells that were measured more than once; None if the runs cannot contain such Cells.
     """
+    runs = [_run(f) for f in analysed]
     return {
         "title": " and ".join(dict.fromkeys(f.run.manifest.title or f.run.manifest.suite for f in analysed)),
-        "runs": [_run(f) for f in analysed],
+        "runs": runs,
         "pairs": side_by_side.section(analysed),
         "reproducibility": None if again is None else reruns.section([f.run for f in analysed], again),
+        "stored": table_model.stored(run[name] for run in runs for name in _OF_CELLS if run[name]["stored"]),
         "data": [{"run": f.run.manifest.run, "suite": f.run.manifest.suite, "cells": tables.raw(f)} for f in analysed],
     }
 
@@ -48,10 +58,10 @@ def _run(f: RunFacts) -> dict[str, Any]:
     m, footer = f.run.manifest, f.run.footer
     same_losses = [s for j in f.verdict.judgements if (s := sections.losses(f, j))]
     groups = [_group(f, g) for g in f.groups if len(g.entries) > 1]
-    curves, time = sections.curves(f), sections.time(f)
-    drawings = [d for g in groups for d in g["charts"]] + curves + [s["chart"] for s in same_losses] + [time["chart"]]
-    for number, drawing in enumerate(d for d in drawings if d):
-        drawing["id"] = f"{f.prefix}chart-{number}"
+    rates, curves, time = chart_sets.rates(f), chart_sets.curves(f), chart_sets.time(f)
+    sets = [one["chart"] for one in groups + same_losses if one["chart"]] + rates + curves + time
+    for number, one in enumerate(sets):
+        one["id"] = f"{f.prefix}chart-{number}"
     return {
         "id": m.run,
         "prefix": f.prefix,
@@ -72,18 +82,18 @@ def _run(f: RunFacts) -> dict[str, Any]:
         "parity_summary": _parity_summary(f),
         "groups": groups,
         "alone": [_alone(f, g) for g in f.groups if len(g.entries) == 1],
-        "over_seeds": recipes.over_seeds(f),
-        "tuning": recipes.searched(f),
+        "tuning": tuning_table.searched(f),
         "comparison": tables.comparison(f),
         "latency": latencies.latency(f),
         "mixed": latencies.several_adapters(f),
         "memory": tables.memory(f),
         "costs": costs.costs(f),
         "gpus": costs.gpus(f),
+        "rates": rates,
         "curves": curves,
         "same_losses": same_losses,
         "parity": sections.checks(f),
-        "time": time,
+        "time": sections.time(f) | {"charts": time},
         "environment": sections.environment(f),
         "failures": sections.failures(f),
         "notes": sections.notes(f),
@@ -146,16 +156,12 @@ def _parity_summary(f: RunFacts) -> dict[str, Any]:
 
 
 def _group(f: RunFacts, g: Group) -> dict[str, Any]:
-    levels = [charts.Level(f.entry_name(e), e.score.value, e.score.low, e.score.high) for e in g.untrained]
-    drawings = []
-    if g.ranked:
-        drawings = [d for d in (_memory_chart(f, g, levels), _size_chart(f, g, levels)) if d]
     return {
         "title": f"{g.budget.model} · {g.budget.task}",
         "budget": _budget(g),
         "sentences": _sentences(f, g),
-        "charts": drawings,
-        "undrawn": _undrawn(f, g) if drawings else [],
+        "chart": chart_sets.accuracy(f, g),
+        "undrawn": _undrawn(f, g) if g.ranked else [],
     }
 
 
@@ -183,7 +189,9 @@ def _sentences(f: RunFacts, g: Group) -> list[str]:
     """Return sentences about the ranking of a group: the best entry, the tied ones, those below, and the tests."""
 
     def listed(entries: Sequence[RankingEntry]) -> str:
-        return ", ".join(f"{f.entry_name(e)} ({_gap(e)})" for e in entries)
+        shown = ", ".join(f"{f.entry_name(e)} ({_gap(e)})" for e in entries[:_LISTED])
+        more = len(entries) - _LISTED
+        return f"{shown} and {more} more, which the table of recipes lists" if more > 0 else shown
 
     sentences = []
     best = f"{f.entry_name(g.entries[0])}, {formatting.accuracy(g.entries[0].score)}"
@@ -245,70 +253,17 @@ def _gap(e: RankingEntry) -> str:
     return formatting.points(e.difference) + (f", {formatting.probability(e.p)}" if e.p is not None else "")
 
 
-def _points(f: RunFacts, entries: Sequence[tuple[RankingEntry, float]], cost: str) -> list[charts.Point]:
-    return [
-        charts.Point(
-            label=f.entry_name(e),
-            cost=value,
-            value=e.score.value,
-            low=e.score.low,
-            high=e.score.high,
-            tied=e.standing in ("best", "tied"),
-            tip=f"{f.entry_name(e)}: {formatting.accuracy(e.score)}, {cost.format(value)}; {_records(e)}",
-            href=f"#{links.anchor(f, e.record.cell_id)}",
-        )
-        for e, value in entries
-    ]
-
-
-def _records(e: RankingEntry) -> str:
-    return f"Record{'s' * (len(e.records) > 1)} {', '.join(r.id for r in e.records)}"
-
-
-def _peak(e: RankingEntry) -> float | None:
-    """Return the training memory of a recipe in MiB. If it was not measured, return None."""
-    peak = e.typical(metrics.PEAK_ABOVE_IMPORTS.read)
-    return None if peak is None else peak / formatting.MIB
-
-
-def _memory_chart(f: RunFacts, g: Group, levels: Sequence[charts.Level]) -> dict[str, Any] | None:
-    with_peak = [(e, peak) for e in g.ranked if (peak := _peak(e)) is not None]
-    if not with_peak:
-        return None
-    points = _points(f, with_peak, "{:,.0f} MiB")
-    stopped = [
-        charts.Stopped(f"{f.names[r.cell_id]}: out of memory", measurements.above_imports(r, peak) / formatting.MIB)
-        for r in f.latest.values()
-        if Budget.of(r.cell) == g.budget and (peak := _last_peak(r)) is not None
-    ]
-    title, axis = (
-        "Accuracy against training memory",
-        "peak memory in training, MiB (Python and its libraries not counted)",
-    )
-    return charts.cost(title, axis, points, levels, stopped, log=False)
-
-
-def _last_peak(record: Record | None) -> int | None:
-    """Return the last peak of a Cell that ran out of memory, in bytes. For any other Cell, return None."""
-    return record.failure.last_peak_B if record and record.status is Status.OOM and record.failure else None
-
-
-def _size_chart(f: RunFacts, g: Group, levels: Sequence[charts.Level]) -> dict[str, Any] | None:
-    with_size = [(e, float(n)) for e in g.ranked if (n := metrics.TRAINABLE.read(e.record))]
-    if not with_size:
-        return None
-    points = _points(f, with_size, "{:,.0f} trainable parameters")
-    axis = "trainable parameters (logarithmic)"
-    return charts.cost("Accuracy against trainable parameters", axis, points, levels, log=True)
-
-
 def _undrawn(f: RunFacts, g: Group) -> list[dict[str, str]]:
-    """Return the Cells that belong to this group but have no point in a chart, each with the reason."""
+    """Return the Cells that belong to this group but were not scored, each with the reason."""
     found = []
     for cell in f.run.manifest.cells:
         if Budget.of(cell) == g.budget and cell.cell_id not in f.entries:
             peak = _last_peak(f.latest.get(cell.cell_id))
             at = f", last peak {formatting.mebibytes(peak)} MiB" if peak is not None else ""
             found.append({**links.row(f, cell), "why": f.why_unmeasured(cell) + at})
-    no_peak = [e for e in g.ranked if _peak(e) is None]
-    return found + [{**links.row(f, e.record.cell), "why": "no memory peak was recorded"} for e in no_peak]
+    return found
+
+
+def _last_peak(record: Record | None) -> int | None:
+    """Return the last peak of a Cell that ran out of memory, in bytes. For any other Cell, return None."""
+    return record.failure.last_peak_B if record and record.status is Status.OOM and record.failure else None

@@ -237,7 +237,7 @@ def test_terminal_and_page_show_means_with_their_test(tmp_path: Path) -> None:
     lines = "\n".join(terminal.summary(analyse(run)))
     assert "over seeds" in lines
     page = Page(html.render([analyse(run)])).text
-    assert "Means over seeds" in page
+    assert "mean over the seeds; interval: 95 % for new items and new seeds" in page
     assert "Each accuracy is the mean of 3 training runs (seeds 0, 1, 2)." in page
     assert "exact McNemar, Holm-adjusted" not in page
 

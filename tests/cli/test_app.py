@@ -105,7 +105,7 @@ def test_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     assert main(["plan", "smoke", "--only", "method=lora"]) == Exit.PASS
     printed = capsys.readouterr()
-    assert printed.err == ""
+    assert printed.err == "predicting the memory of 3 Cells ...\n"
     assert "3 Cells; " in printed.out
     assert "time unknown" in printed.out
     assert "same-losses: both implementations of LoRA" in printed.out
@@ -147,6 +147,10 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
     assert document["estimate"]["seconds"] == 7.0
     assert (document["estimate"]["cells"], document["estimate"]["of"]) == (1, 4)
     text = "\n".join(plan_table.lines(document))
+    cut = plan_table.lines(document, most=3)
+    assert cut[5] == "  ... and 1 more Cell: --all shows them"
+    assert [line.split()[0] for line in cut[2:5]] == [cell.cell_id for cell in plan.cells[:3]]
+    assert cut[6:] == text.splitlines()[6:]
     times = [line.rsplit("  ", 1)[-1].strip() for line in text.splitlines()[2:6]]
     assert times == ["-", "7.0 s", "oom after 3.0 s", "-"]
     assert "time unknown for the other 3" in text

@@ -527,6 +527,10 @@ def test_dropout_of_0_and_1_equals_that_of_torch(generator: torch.Generator) -> 
         assert torch.equal(x * mask / kept, nn.functional.dropout(x, p))
 
 
+def test_dropout_scales_up_by_exactly_1_over_1_minus_p() -> None:
+    assert keep_mask(torch.empty(1000), 0.1)[1] == 1 - 0.1
+
+
 @pytest.mark.parametrize("p", [0.999, 0.99999, 1 - 1e-9, 1 - 1e-12])
 def test_dropout_near_1_has_a_nonzero_probability(p: float, generator: torch.Generator) -> None:
     torch.manual_seed(0)

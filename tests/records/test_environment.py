@@ -146,3 +146,17 @@ def test_a_git_that_does_not_answer_is_no_reason_to_stop(tmp_path: Path, monkeyp
     finally:
         environment._git.cache_clear()
     assert (described.git_sha, described.git_dirty) == ("", None)
+
+
+@pytest.mark.parametrize("library", ["kernels", "flash-attn"])
+def test_an_installed_library_that_replaces_code_of_another_changes_the_id(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = environment.describe()
+    folder = tmp_path / f"{library.replace('-', '_')}-99.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {library}\nVersion: 99.0\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    after = environment.describe()
+    assert after.software == before.software | {library: "99.0"}
+    assert after.id != before.id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import io
 import json
 import os
@@ -34,6 +35,17 @@ def test_what_is_written_is_read_back(run: store.Run) -> None:
     assert (run.missing(), run.broken) == ([], {})
     for record in run.records:
         assert store.read_record(_path(run, record)) == record
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_reading_leaves_the_garbage_collector_as_it_was(run: store.Run, collects: bool) -> None:
+    before = gc.isenabled()
+    try:
+        (gc.enable if collects else gc.disable)()
+        store.read_run(run.path)
+        assert gc.isenabled() is collects
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"schema": 1, "run": "x', b"[]", b"null", b'{"schema": "1"}', b"\xff\xfe"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 from harness.analysis import choice, ranking, run_facts
 from harness.analysis.choice import Choice
 from harness.records.record import Outcome, Record
-from harness.report import first_screen, html
+from harness.report import first_screen, html, terminal
+from harness.report.table_model import by_key
 from support import recorded_run
 
 Change = Callable[[str, Record], Record | None]
@@ -33,6 +35,12 @@ def _method(entry: Any) -> tuple[str, str]:
 
 def _card(answer: dict[str, Any], question: str) -> dict[str, Any]:
     return next(card for card in answer["cards"] if card["question"] == question)
+
+
+def _rows(answer: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Map the name of each recipe to its fields by column."""
+    table = answer["table"]
+    return {row["name"]: by_key(table["columns"], row["fields"]) for g in table["groups"] for row in g["rows"]}
 
 
 def test_a_winner_is_named_only_if_every_other_recipe_is_told_apart(tmp_path: Path) -> None:
@@ -99,16 +107,56 @@ def test_busy_times_are_flagged_in_the_row_and_on_the_cards(tmp_path: Path, busy
         return record.model_copy(update={"measurements": record.measurements.model_copy(update={"training": changed})})
 
     _, answer = _chosen(tmp_path / "r", ["full", "reference"], wait)
-    flags = [row["costs"][-1]["flag"] for row in answer["table"]["rows"]]
-    assert flags == (["busy 1 of 1"] * 2 if busy else ["", ""])
+    for key in ("step_s", "to_target_s", "tokens_per_s"):
+        assert [fields[key]["flag"] for fields in _rows(answer).values()] == (["busy 1 of 1"] * 2 if busy else ["", ""])
     said = " ".join(text for card in answer["cards"] for text in card["details"])
     assert ("busy machine" in said) is busy
     assert ("Other programs used the CPU" in said) is busy
 
 
+def test_the_warnings_of_the_cards_are_in_the_terminal(tmp_path: Path) -> None:
+    def wait(_: str, record: Record) -> Record:
+        assert record.measurements is not None
+        training = record.training.model_copy(update={"cpu_seconds": 0.1})  # type: ignore[union-attr]
+        return record.model_copy(update={"measurements": record.measurements.model_copy(update={"training": training})})
+
+    run = recorded_run.write_run(tmp_path / "r", only=["full", "reference"], change=wait)
+    lines = terminal.summary(run_facts.analyse(run))
+    (line,) = [line for line in lines if "! Other programs used the CPU while" in line]
+    assert lines[lines.index(line) - 1].strip().startswith("At what cost?")
+
+
+def test_a_recipe_has_more_columns_to_choose(tmp_path: Path) -> None:
+    _, answer = _chosen(tmp_path / "r", ["full", "reference"])
+    shown = {c["key"] for c in answer["table"]["columns"] if c["shown"]}
+    assert {"accuracy", "trainable", "peak_B", "step_s", "to_target_s"} <= shown
+    lora = _rows(answer)["lora r=8"]
+    assert shown.isdisjoint({"tokens_per_s", "adapter_file_B", "unmerged_s", "merged_s", "lr", "seeds"})
+    assert (lora["lr"]["text"], lora["seeds"]["text"]) == ("0.002", "1")
+    assert 1.2 < lora["unmerged_s"]["value"] / lora["merged_s"]["value"] < 1.5  # 1.35 / 1.01 in the recorded run
+    assert _rows(answer)["full"]["unmerged_s"]["why"] == "not measured, or no adapter"
+
+
+def test_the_recommended_recipe_comes_as_an_adapter_config(tmp_path: Path) -> None:
+    cell = recorded_run.cells()["fused"]
+    cell = cell.model_copy(update={"config": {**cell.config, "targets": ["query", "value"]}})
+    made = recorded_run.record("fused", cell)
+    run = recorded_run.write_run(tmp_path / "r", only=["head"], cells=[cell], change=lambda *_: None, extra=[made])
+    (answer,) = first_screen.answers(run_facts.analyse(run))
+    keys = json.loads(answer["adapter"]["text"])
+    assert [keys["peft_type"], keys["r"], keys["lora_alpha"]] == ["LORA", 8, 16]
+    assert keys["target_modules"] == ["query", "value"]
+
+    _, answer = _chosen(tmp_path / "full", ["full", "head"])
+    assert answer["adapter"] == {
+        "text": "",
+        "remark": "There is no adapter_config.json for full: peft has no such Method.",
+    }
+
+
 def test_names_show_an_implementation_only_where_a_method_has_several(tmp_path: Path) -> None:
     _, answer = _chosen(tmp_path / "r", ["full", "reference", "fused"])
-    assert {row["name"] for row in answer["table"]["rows"]} == {"full", "lora r=8 [reference]", "lora r=8 [fused]"}
+    assert set(_rows(answer)) == {"full", "lora r=8 [reference]", "lora r=8 [fused]"}
 
 
 def test_the_cards_stand_before_everything_else_on_the_page(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_a_run_in_which_every_cell_failed(tmp_path: Path) -> None:
 
 def test_a_run_that_has_not_begun(tmp_path: Path) -> None:
     run = recorded_run.write_run(tmp_path / "r", change=lambda *_: None, footer=False)
-    assert view.build([analyse(run)])["runs"][0]["time"]["chart"] is None
+    assert view.build([analyse(run)])["runs"][0]["time"]["charts"] == []
     assert "10 expected Cells have no Record" in Page(html.render([analyse(run)])).text
 
 
@@ -270,7 +270,7 @@ def test_the_same_losses_are_reported_step_by_step(good: store.Run) -> None:
     (section,) = view.build([analyse(good)])["runs"][0]["same_losses"]
     assert section["word"] == "pass"
     assert [row["word"] for row in section["rows"]] == ["pass"] * 3
-    names = {m["text"] for m in section["chart"]["marks"]}
+    names = {entry["name"] for entry in section["chart"]["legend"]}
     assert {"allowed", "lora r=8 [fused]", "lora r=8 [hf-peft]"} <= names
 
 
@@ -301,12 +301,12 @@ def test_a_cell_is_rerun_from_the_suite_as_it_was_given(given: str, tmp_path: Pa
 
 def test_golden_keys_of_the_view(good: store.Run) -> None:
     built = view.build([analyse(good)])
-    assert sorted(built) == ["data", "pairs", "reproducibility", "runs", "title"]
+    assert sorted(built) == ["data", "pairs", "reproducibility", "runs", "stored", "title"]
     assert sorted(built["runs"][0]) == [
         "about", "alerts", "alone", "answers", "comparison", "costs", "counts", "curves", "duration", "ended", "environment",
-        "failures", "gpus", "groups", "id", "latency", "memory", "mixed", "notes", "over_seeds", "parity",
-        "parity_summary", "prefix", "questions", "rerun", "same_losses", "started", "suite", "time", "title", "tuning",
-        "verdict",
+        "failures", "gpus", "groups", "id", "latency", "memory", "mixed", "notes", "parity",
+        "parity_summary", "prefix", "questions", "rates", "rerun", "same_losses", "started", "suite", "time", "title",
+        "tuning", "verdict",
     ]  # fmt: skip
     json.dumps(built, allow_nan=False)
 
@@ -334,5 +334,4 @@ def test_many_cells_are_summarised(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert any("fused" in one["title"] and one["open"] for one in shown)  # what failed is shown in full
     assert all(one["word"] != "pass" for one in shown)
     assert "all checks passed; largest error:" in last["summary"]
-    assert "3 slowest of" in sections.time(facts)["chart"]["title"]
     assert sections.rerun(facts)["pattern"] == "peft-harness run suites/quick.yaml --only CELL_ID"

@@ -31,12 +31,16 @@ def test_csv_has_the_values_in_the_units_of_its_header(run: Path, capsys: pytest
     assert float(fused["peak memory, MiB"]) == 396  # 806 less 410 of the imports
     assert 80 < float(fused["step, ms"]) < 90  # around 82, in ms and not in seconds
     assert float(fused["lower bound, %"]) < 81 < float(fused["upper bound, %"])
+    assert 0.4 < float(fused["target loss"]) < 0.7
+    assert 0 < float(fused["time to the target loss, s"]) < 60 * 0.1  # less than all 60 steps, in seconds
+    assert float(fused["learning rate"]) == 0.002
 
 
 def test_json_has_base_units(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (only,) = json.loads(_printed(capsys, str(run), "--format", "json"))["runs"]
     recipes = {one["name"]: one for group in only["groups"] for one in group["recipes"]}
     assert recipes["lora r=8 [fused]"]["peak_B"] == 396 * 2**20
+    assert 0 < recipes["lora r=8 [fused]"]["to_target_s"] < 6
     assert [card["question"] for card in only["groups"][0]["cards"]] == [
         "Which method?", "At what cost?", "Can I trust it?",
     ]  # fmt: skip
@@ -48,7 +52,8 @@ def test_markdown_is_one_table_per_model_and_task(run: Path, capsys: pytest.Capt
         "## minilm-l6 · movie-sentiment", "## smollm2-135m-instruct · movie-sentiment",
     ]  # fmt: skip
     table = [line for line in lines if line.startswith("|")]
-    assert {line.count(" | ") for line in table} == {6}
+    assert {line.count(" | ") for line in table} == {7}
+    assert any(line.startswith("To loss: training until the mean loss of 6 steps was 0.") for line in lines)
     assert any(line.startswith("| lora r=8 \\[fused\\] | 81.0 % |") for line in table)
 
 

@@ -72,7 +72,8 @@ def test_busy_cells_are_flagged_and_the_rule_is_shown(good: store.Run, tmp_path:
     assert contention.RULE in note
     assert "lora r=8 [fused], 0.50 s of CPU time per second for 2 threads; load average 9.0" in note
     words = Page(html.render([analyse(run)])).text
-    assert words.count("! busy") == 4  # on the first screen, twice in the row, once with the rule
+    # Three times of its recipe (step, time to the target loss, tokens/s), two of its Cell, and the rule.
+    assert words.count("! busy") == 6
     assert contention.RULE in words
     text = terminal.summary(analyse(run))
     assert [line for line in text if line.endswith("] !") and "lora r=8 [fused]" in line]

@@ -69,9 +69,16 @@ class Shown:
 
 
 @contextmanager
-def opened(browser: Any, file: Path, width: int = 1280, hash_: str = "") -> Iterator[Shown]:
-    """Open a file in a window of its own."""
-    context = browser.new_context(viewport={"width": width, "height": 800})
+def opened(
+    browser: Any, file: Path, width: int = 1280, hash_: str = "", *, scheme: str = "light", script: bool = True
+) -> Iterator[Shown]:
+    """Open a file in a window of its own. scheme: light or dark. A window of 390 pixels has a touch screen."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 800},
+        color_scheme=scheme,
+        java_script_enabled=script,
+        has_touch=width == 390,
+    )
     context.set_default_timeout(10_000)
     try:
         yield Shown(context.new_page(), file, hash_)

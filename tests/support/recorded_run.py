@@ -121,7 +121,7 @@ def losses(cell: Cell) -> list[float]:
     """Return falling losses, one per step. Implementations of a recipe differ only by the rounding of their dtype."""
     what = f"{cell.model}{cell.method}{cell.config}{cell.base}{cell.seed}"
     exact, noise = random.Random(what), random.Random(f"{what}{cell.implementation}{cell.dtype}")
-    pace = {"frozen": 0.25, "full": 1.2, "lora": 1.0}[cell.method]
+    pace = {"frozen": 0.25, "full": 1.2}.get(cell.method, 1.0)
     floor = 0.42 + (0.03 if cell.base.quantization != "none" else 0.0)
     found = []
     for t in range(cell.training.steps):
@@ -191,7 +191,7 @@ def _latency(cell: Cell) -> list[Latency]:
 
 
 def checks(cell: Cell) -> list[CheckResult]:
-    if cell.method != "lora":
+    if cell.method in ("frozen", "full"):
         return []
     rng = random.Random(f"checks{cell.cell_id}")
     found = []
@@ -200,7 +200,7 @@ def checks(cell: Cell) -> list[CheckResult]:
             allowed = EPSILON[cell.dtype] * (40 + 20 * rng.random())
             found.append(
                 CheckResult(
-                    check=f"lora/{name}/{cell.dtype}/{state}",
+                    check=f"{cell.method}/{name}/{cell.dtype}/{state}",
                     outcome=Outcome.PASS,
                     error=allowed * rng.uniform(0.1, 0.7),
                     allowed=allowed,
@@ -209,7 +209,7 @@ def checks(cell: Cell) -> list[CheckResult]:
                 )
             )
     skipped = CheckResult(
-        check=f"lora/dropout/{cell.dtype}/warm", outcome=Outcome.SKIPPED, detail="no way to inject a mask"
+        check=f"{cell.method}/dropout/{cell.dtype}/warm", outcome=Outcome.SKIPPED, detail="no way to inject a mask"
     )
     return [*found, skipped]
 

@@ -131,7 +131,8 @@ def _of_seeds(runs: Sequence[Accuracy], prior: Prior | None = None) -> tuple[flo
 def _means(runs: Sequence[Accuracy]) -> list[float]:
     """Return the mean answer to each item over all runs, in the order of the items' ids."""
     answers = [run.answers for run in runs]
-    return [fmean(one[i] for one in answers) for i in sorted(answers[0])]
+    ids = sorted(answers[0])
+    return [fmean(item) for item in zip(*([one[i] for i in ids] for one in answers), strict=True)]
 
 
 def _quantile(share: float, df: float) -> float:

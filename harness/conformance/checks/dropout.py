@@ -25,6 +25,8 @@ FEATURES = 32
 """With at least this number of features, nearly every token has both dropped and retained features."""
 TOKENS = 64
 """Smallest number of tokens that the check uses. For a convolution, smallest number of images."""
+MANY = 8_192
+"""Number of equal tokens that show the share of dropped tokens, and whether the mask repeats itself."""
 
 
 @check(States.WARM)
@@ -77,6 +79,8 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
             if x[0].numel() >= FEATURES and (whole := _whole_tokens(subject, path, layer, x, dy, p)) > len(x) // 2:
                 problems.append(f"{path}: {whole} of {len(x)} tokens are retained or dropped as a whole")
             problems += [f"{path}: {problem}" for problem in _repeats(subject, path, layer, p)]
+            if x.dim() == 2 and index == 0:
+                problems += [f"{path}: {problem}" for problem in _share(subject, path, layer, p)]
     spread = DROPOUT_SIGMAS * (total * p * (1 - p)) ** 0.5
     if drops and not total and not problems:
         return skipped(subject, case, "dropout", "in this state the adapter adds nothing")
@@ -152,6 +156,37 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterato
                 seeded.append({"y": observe(layer, {}, only, dy, training=True)["y"]})
         if not exact(*seeded).passed:
             yield "two calls with the same seed of torch drop other features; activation checkpointing needs the same"
+
+
+def _share(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterator[str]:
+    """Yield a message if training mode drops another share than p of many tokens, or repeats a mask after some tokens.
+
+    All tokens are equal and have one nonzero feature, so that each output is one of two vectors.
+    """
+    dtype, generator = DTYPES[subject.dtype], torch.Generator().manual_seed(0)
+    x, dy = inputs(subject.original_base(path), 1, dtype, generator)
+    one, _ = _single(x, torch.zeros(1, dtype=torch.long))
+    retained, dropped = (
+        reference_runs(subject, path, one, dy[:0], look=partial(_masked, mask))[0]["y"].double()
+        for mask in (1 / (1 - p), 0.0)
+    )
+    if torch.equal(retained, dropped):
+        return
+    ys = observe(layer, {}, one.expand(MANY, -1).contiguous(), dy[:0], training=True)["y"].double()
+    mask = (ys - dropped).norm(dim=1) < (ys - retained).norm(dim=1)
+
+    def differs(found: int, share: float, of: int) -> str:
+        spread = DROPOUT_SIGMAS * (of * share * (1 - share)) ** 0.5 + 1
+        return f"should be {of * share:.0f} +- {spread:.0f}" if abs(found - of * share) > spread else ""
+
+    if expected := differs(int(mask.sum()), p, MANY):
+        yield f"{int(mask.sum())} of {MANY} tokens were dropped at p = {p:g}, {expected}"
+        return
+    for shift in (2**k for k in range(MANY.bit_length() - 1)):
+        equal, pairs = int((mask[shift:] == mask[:-shift]).sum()), MANY - shift
+        if expected := differs(equal, p * p + (1 - p) ** 2, pairs):
+            yield f"{equal} of {pairs} tokens are treated like the token {shift} places before, {expected}"
+            return
 
 
 def _masked(

@@ -53,10 +53,11 @@ def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Every way to call an implementation gives what the reference gives for the same numbers.
 
     A layer: sequences of one token, four dimensions, transposed and sliced inputs, images with channels last; no_grad,
-    inference_mode, autocast (also after a change of the tensors) and activation checkpointing; an input, the adapter, or
-    all but one of its tensors without gradients; a deep copy, and one in another dtype; the gradient of a gradient; many
-    calls, and calls in two threads. An Operation: no_grad, inference_mode, arguments that need a gradient, all or one of
-    them; the gradient of a sum; other numbers, arguments that change between two calls, and many calls.
+    inference_mode, autocast (also after a change of the tensors) and activation checkpointing; an input, the adapter,
+    or all but one of its tensors without gradients; a deep copy, and one in another dtype; the gradient of a gradient;
+    a graph that torch.compile traces; many calls, and calls in two threads. An Operation: no_grad, inference_mode,
+    arguments that need a gradient, all or one of them; the gradient of a sum; other numbers, arguments that change
+    between two calls, and many calls.
     """
     found = list(_of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:

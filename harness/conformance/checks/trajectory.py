@@ -26,7 +26,7 @@ def check_trajectory(subject: Subject, case: Case) -> CheckResult:
     """Three optimizer steps of the whole model leave every trainable tensor where the float64 reference leaves it.
 
     Each step has another gradient, and includes the Method's own term of the loss and its work between steps. The
-    optimizer is the Method's own, or AdamW with weight decay, so that its moments are compared too.
+    optimizer is the Method's own, or torch's fused AdamW with weight decay, so that its moments are compared too.
     """
     if subject.dtype == "float64":
         return skipped(
@@ -76,7 +76,7 @@ def _trained(
     parameters = list(dict.fromkeys(adapted.parameters()))  # the check `parameters` reports duplicates
     if not parameters:
         return {}
-    optimizer = optimizer_of(adapted, parameters, dtype)
+    optimizer = optimizer_of(adapted, parameters, dtype, fused=True)
     for step in range(1, STEPS + 1):
         optimizer.zero_grad()
         y = forward(model)

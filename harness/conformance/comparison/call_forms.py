@@ -108,6 +108,15 @@ def copied(call: Call) -> dict[str, Tensor]:
     return call.observe(call.x, call.dy, layer=copy.deepcopy(call.layer))
 
 
+def _compiled(call: Call) -> dict[str, Tensor]:
+    """Call the layer through torch.compile, without code generation: the traced graph computes forward and backward."""
+    torch.compiler.reset()
+    try:
+        return call.observe(call.x, call.dy, call=lambda layer, x: torch.compile(layer, backend="aot_eager")(x))
+    finally:
+        torch.compiler.reset()
+
+
 def _repeated(call: Call) -> dict[str, Tensor]:
     """Call the layer many times in its mode, and return an output that differs from the first output.
 
@@ -164,6 +173,7 @@ FORMS: dict[str, Form] = {
 }
 """Name -> function that calls a layer on its input in another mode."""
 LONG_FORMS: dict[str, Form] = {
+    "under torch.compile": _compiled,
     f"{REPEATS} times": _repeated,
     f"in {THREADS} threads": _threaded,
 }

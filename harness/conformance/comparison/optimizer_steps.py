@@ -11,7 +11,9 @@ from harness.conformance.tolerance_constants import EPSILON, LEARNING_RATE_EPS
 from harness.methods.spec import Adapted
 
 
-def optimizer_of(adapted: Adapted, tensors: Iterable[Tensor], dtype: str) -> torch.optim.Optimizer:
+def optimizer_of(
+    adapted: Adapted, tensors: Iterable[Tensor], dtype: str, *, fused: bool = False
+) -> torch.optim.Optimizer:
     """Return the Method's own optimizer. If there is none, return AdamW with weight decay over `tensors`.
 
     dtype: dtype of the subject. The learning rate is so large that a step moves the tensors by many units in the last
@@ -21,6 +23,9 @@ def optimizer_of(adapted: Adapted, tensors: Iterable[Tensor], dtype: str) -> tor
     AdamW's first step is lr g / (|g| + eps). Here eps is large. With a small eps, the few elements with a gradient near
     zero would dominate the error, and two correct programs could differ by any factor. In float16 the usual eps, 1e-8,
     would even be zero.
+
+    fused: let AdamW be torch's fused one. It writes into the tensors without raising their `_version`, as bitsandbytes'
+    optimizers do, so that a cache that relies on the version is wrong after the step.
     """
     lr = max(1e-2, LEARNING_RATE_EPS * EPSILON[dtype])
-    return adapted.optimizer(lr, 0.1) or torch.optim.AdamW(list(tensors), lr=lr, weight_decay=0.1, eps=1.0)
+    return adapted.optimizer(lr, 0.1) or torch.optim.AdamW(list(tensors), lr=lr, weight_decay=0.1, eps=1.0, fused=fused)

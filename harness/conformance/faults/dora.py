@@ -26,6 +26,13 @@ FAULTS = [
     _dora("does_not_apply_the_magnitude", ["forward", "gradient"], _G, "g = torch.ones_like(norm)"),
     _dora("takes_the_norm_of_the_base", ["forward", "gradient"],
         "norm = norms(self.direction(W0_ED), self.per)", "norm = norms(W0_ED, self.per)"),
+    # Keep the norm until the version of A or B rises, which a fused optimizer does not do.
+    _dora("keeps_the_norm_until_a_version_rises", ["trajectory"],
+        "norm = norms(self.direction(W0_ED), self.per)",
+        "key = (self.A._version, self.B._version)\n"
+        "        if self.__dict__.get('_key') != key:\n"
+        "            self.__dict__.update(_key=key, _norm=norms(self.direction(W0_ED), self.per).detach())\n"
+        "        norm = self._norm"),
     _dora("leaves_the_scaling_out_of_the_norm", ["forward"],
         "norm = norms(self.direction(W0_ED), self.per)", "norm = norms(W0_ED + self.B @ self.A, self.per)"),
     _dora("does_not_scale_the_base", ["forward"],

@@ -40,6 +40,12 @@ FAULTS = [
     _lora("does_not_drop", ["dropout"], _INPUT, "x_TD @ self.A.T", values=_DROP),
     _lora("drops_without_scaling_up", ["dropout"],
         _INPUT, "(self.dropout(x_TD) * (1 - self.dropout.p * self.training)) @ self.A.T", values=_DROP),
+    _lora("rounds_the_dropout_to_sixteenths", ["dropout"], _INPUT,
+        "(nn.functional.dropout(x_TD, 0.125) * (0.875 / 0.9) if self.training else x_TD) @ self.A.T",
+        values={**_USUAL, "dropout": 0.1}),
+    _lora("repeats_the_mask_after_1024_tokens", ["dropout"], _INPUT,
+        "(x_TD * self.dropout(torch.ones_like(x_TD[:1024])).repeat(-(-len(x_TD) // 1024), *[1] * (x_TD.dim() - 1))"
+        "[: len(x_TD)]) @ self.A.T", values=_DROP),
     _lora("does_not_drop_before_a_convolution", ["dropout"],
         "convolve(self.base, self.dropout(x), self.A, groups=1)", "convolve(self.base, x, self.A, groups=1)",
         file="lora_layers", values=_DROP, layer="conv2d"),

@@ -3,53 +3,67 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+WIDE = 10.0
+"""An axis is logarithmic if its values are positive and the highest is more than WIDE times the lowest."""
 
 
 @dataclass(frozen=True)
-class Scale:
+class Axis:
     """A linear or logarithmic axis. It maps values from `low` to `high` to coordinates from `start` to `end`."""
 
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
+    name: str
+    """Name of the quantity, with its unit."""
+    write: Callable[[float], str]
+    """Function that formats the value of a tick."""
+    log: bool | None = None
+    """True for a logarithmic axis. If None, `over` decides."""
+    each: bool = False
+    """True to name each value that has room, instead of round numbers."""
+    values: tuple[float, ...] = ()
+    """Values of which `over` was told, lowest first."""
+    span: tuple[float, float, float, float] = (0.0, 1.0, 0.0, 1.0)
+    """Lowest and highest value, and their coordinates."""
+
+    def over(self, values: Sequence[float], start: float, end: float, pad: float = 0.06) -> Axis:
+        """Return this axis with a range that shows all `values`, with some padding. The name says if it is logarithmic."""
+        low, high = min(values), max(values)
+        log = 0 < low < high / WIDE if self.log is None else self.log
+        low, high = (math.log10(v) if log else v for v in (low, high))
+        air = (high - low) * pad if high > low else 0.3 if log else abs(high) * 0.1 or 1.0
+        low, high = (10**v if log else v for v in (low - air, high + air))
+        name = f"{self.name} (logarithmic)" if log else self.name
+        return replace(self, name=name, log=log, values=tuple(sorted(set(values))), span=(low, high, start, end))
 
     def at(self, value: float) -> float:
         """Return the coordinate of `value`. A value outside the range gets the coordinate of the nearer end."""
-        share = (self._f(value) - self._f(self.low)) / (self._f(self.high) - self._f(self.low))
-        return round(self.start + min(1.0, max(0.0, share)) * (self.end - self.start), 2)
+        low, high, start, end = self.span
+        share = (self._f(value) - self._f(low)) / (self._f(high) - self._f(low))
+        return round(start + min(1.0, max(0.0, share)) * (end - start), 2)
 
     def _f(self, value: float) -> float:
         return math.log10(max(value, 5e-324)) if self.log else value
 
-    def ticks(self, about: int = 5) -> list[float]:
-        """Return round values inside the range, roughly `about` of them."""
+    def ticks(self, about: int = 6) -> list[float]:
+        """Return round values inside the range, roughly `about` of them; or, with `each`, the values that have room."""
+        low, high, *_ = self.span
+        if self.each:
+            found: list[float] = []
+            for value in self.values:
+                if not found or abs(self.at(value) - self.at(found[-1])) >= 30:
+                    found.append(value)
+            return found
         if not self.log:
-            step = _round_step((self.high - self.low) / about)
-            first = math.ceil(self.low / step - 1e-9)
-            last = math.floor(self.high / step + 1e-9)
-            return [round(i * step, 12) for i in range(first, last + 1)]
-        first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+            step = _round_step((high - low) / about)
+            lowest, highest = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+            return [round(i * step, 12) for i in range(lowest, highest + 1)]
+        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         every = max(1, math.ceil((last - first) / about))
         digits = (1.0,) if last - first > 3 else (1.0, 2.0, 5.0)
         values = [float(f"{d * 10.0**e:.6g}") for e in range(first, last + 1, every) for d in digits]
-        return [v for v in values if self.low <= v <= self.high]
-
-
-def linear(values: list[float], start: float, end: float, pad: float = 0.06) -> Scale:
-    """Return a linear scale that shows all `values`, with some padding."""
-    low, high = min(values), max(values)
-    air = (high - low) * pad or abs(high) * 0.1 or 1.0
-    return Scale(low - air, high + air, start, end)
-
-
-def logarithmic(values: list[float], start: float, end: float, pad: float = 0.06) -> Scale:
-    """Return a logarithmic scale that shows all `values`. They must be positive."""
-    low, high = math.log10(min(values)), math.log10(max(values))
-    air = (high - low) * pad or 0.3
-    return Scale(10 ** (low - air), 10 ** (high + air), start, end, log=True)
+        return [v for v in values if low <= v <= high]
 
 
 def _round_step(rough: float) -> float:

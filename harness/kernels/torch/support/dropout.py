@@ -10,9 +10,9 @@ _COARSE = 1 / 256
 
 
 def keep_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """Return (mask, keep): a random mask of zeros and ones in the shape of x, and the probability of a one.
+    """Return (mask, keep): a random mask of zeros and ones in the shape of x, and 1 - p.
 
-    The caller divides the remaining features by `keep`, which is 1 - p. If p is 1, `keep` is 1. On a CPU, 1 - p is
+    The caller divides the remaining features by `keep`. If p is 1, `keep` is 1. On a CPU, the probability of a zero is p
     rounded to a multiple of 2^-16, or of 2^-32 if p is near 0 or 1. torch would draw a double per element on a CPU,
     which is most of the cost of dropout. Here one draw of 64 bits decides four elements, or two if p is near 0 or 1.
     """
@@ -24,4 +24,4 @@ def keep_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     dropped = min(round(p * 2**bits), 2**bits - 1)
     words = torch.empty(-(-x.numel() * bits // 64), dtype=torch.int64, device="cpu").random_(-(2**63), None)
     lanes = words.view(lane)[: x.numel()]
-    return (lanes >= dropped - 2 ** (bits - 1)).to(x.dtype).view(x.shape), 1 - dropped / 2**bits
+    return (lanes >= dropped - 2 ** (bits - 1)).to(x.dtype).view(x.shape), 1 - p

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from harness.kernels.torch.lora_linear import is_plain
 from harness.kernels.torch.lora_linears import LoraFactors, lora_linears
@@ -56,10 +58,10 @@ class InputGroup:
     """Layers with the same input. A call of one layer also computes the others, and saves their outputs.
 
     A saved output is used if the same thread calls the layer with the same tensor. Neither this tensor nor the layer's
-    own tensors may have been modified, and no backward pass may have freed the saved tensors. Any other call computes.
-    As in autograd, writes through `.data` are not detected. Outputs are saved until the next call that computes, or
-    until the input is freed. All outputs belong to one node of the graph. Only one backward pass can therefore go
-    through them, unless it retains the graph.
+    own tensors may have been modified, no optimizer may have stepped, and no backward pass may have freed the saved
+    tensors. Any other call computes. As in autograd, writes through `.data` are not detected. Outputs are saved until
+    the next call that computes, or until the input is freed. All outputs belong to one node of the graph. Only one
+    backward pass can therefore go through them, unless it retains the graph.
 
     Under saved-tensor hooks each layer is computed alone, because of checkpointing. The recomputation in checkpointing
     must save exactly the same tensors as the first pass, and may stop early.
@@ -137,6 +139,7 @@ def link(layers: Mapping[str, Any]) -> None:
 
     layers: path -> SharedInputLayer.
     """
+    _optimizer_steps()
     groups: dict[tuple[str, tuple[str, ...]], InputGroup] = {}
     for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
@@ -146,11 +149,26 @@ def link(layers: Mapping[str, Any]) -> None:
         layer.input_group.join(layer)
 
 
+@functools.cache
+def _optimizer_steps() -> list[int]:
+    """Return a list with the number of optimizer steps in this process. The number is counted from the first call.
+
+    Fused optimizers and those of bitsandbytes write into tensors without raising their version.
+    """
+    steps = [0]
+
+    def count(*_: Any) -> None:
+        steps[0] += 1
+
+    register_optimizer_step_post_hook(count)
+    return steps
+
+
 def _context(x: Tensor) -> tuple[Any, ...]:
     stream = torch.cuda.current_stream(x.device) if x.is_cuda else None  # another stream would not wait for the outputs
     return (
         x._version, x.data_ptr(), x.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled(x.device.type), stream,
+        torch.is_autocast_enabled(x.device.type), stream, _optimizer_steps()[0],
     )  # fmt: skip
 
 

@@ -1,0 +1,102 @@
+"""Time to a target loss: seconds of training until the smoothed training loss of a recipe first reaches a target.
+
+The target belongs to a group of recipes with one budget: the highest final loss among the recipes near the top
+(`choice.MARGIN`). So every recipe near the top reaches it, and the time compares how fast recipes get as far as a recipe
+that a reader might choose. A loss is smoothed by the mean over the last steps. The time counts the steps themselves, those
+of the warm-up included, and neither start-up nor evaluation. A low training loss is no proof of a high accuracy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from statistics import median_high
+
+from harness.analysis import failed_checks
+from harness.analysis.choice import Choice
+from harness.analysis.ranking import RankingEntry
+from harness.records.record import Record
+
+
+@dataclass(frozen=True)
+class TargetLoss:
+    """Training loss that the recipes of a group are timed to."""
+
+    loss: float
+    """Smoothed training loss."""
+    window: int
+    """Number of steps whose mean is a smoothed loss."""
+
+
+@dataclass(frozen=True)
+class TimeToTarget:
+    """Training of a recipe until its smoothed loss first reached the target, as the median over its seeds.
+
+    If the number of seeds is even, the median is the higher of the two in the middle.
+    """
+
+    seconds: float
+    """Sum of the times of the steps; infinite if at most half of the seeds reached the target."""
+    steps: float
+    """Number of these steps; infinite if at most half of the seeds reached the target."""
+    reached: int
+    """Number of seeds that reached the target."""
+    seeds: int
+    """Number of seeds with losses."""
+
+
+def target(chosen: Choice) -> TargetLoss | None:
+    """Return the target loss of a group of recipes. Without losses of a recipe near the top, return None."""
+    window = _window(max((len(losses) for e in chosen.near for r in e.records if (losses := _losses(r))), default=0))
+    final = [loss for e in chosen.near if (loss := _typical(e, lambda r: _final(r, window))) is not None]
+    return TargetLoss(max(final), window) if final else None
+
+
+def time_to(entry: RankingEntry, to: TargetLoss) -> TimeToTarget | None:
+    """Return how long a recipe trained to the target. Without losses or times of steps, or if no time of one of its Cells
+    may be shown, return None.
+    """
+    timed = [r for r in entry.records if r.training and len(r.training.step_seconds) == len(_losses(r)) > 0]
+    if not timed or any(map(failed_checks.no_speed, entry.records)):
+        return None
+    steps = [_first(r, to) for r in timed]
+    seconds = [math.inf if n is None else math.fsum(_seconds(r)[:n]) for r, n in zip(timed, steps, strict=True)]
+    reached = [math.inf if n is None else n for n in steps]
+    return TimeToTarget(median_high(seconds), median_high(reached), sum(n is not None for n in steps), len(timed))
+
+
+def smoothed(losses: list[float], window: int) -> list[float]:
+    """Return the mean of each `window` consecutive losses. The first mean belongs to step number `window`."""
+    sums = [0.0, *accumulate(losses)]
+    return [(sums[end] - sums[end - window]) / window for end in range(window, len(sums))]
+
+
+def _window(steps: int) -> int:
+    """Return the number of steps that one smoothed loss averages: a tenth of the training, but at least five steps."""
+    return min(max(5, steps // 10), steps)
+
+
+def _first(record: Record, to: TargetLoss) -> int | None:
+    """Return the number of steps after which a record's smoothed loss first reached the target; None if it never did."""
+    found = (n for n, loss in enumerate(smoothed(_losses(record), to.window), to.window) if loss <= to.loss)
+    return next(found, None)
+
+
+def _final(record: Record, window: int) -> float | None:
+    means = smoothed(_losses(record), window)
+    return means[-1] if means else None
+
+
+def _typical(entry: RankingEntry, read: Callable[[Record], float | None]) -> float | None:
+    values = [value for record in entry.records if (value := read(record)) is not None and math.isfinite(value)]
+    return median_high(values) if values else None
+
+
+def _losses(record: Record) -> list[float]:
+    return record.training.losses if record.training else []
+
+
+def _seconds(record: Record) -> list[float]:
+    return record.training.step_seconds if record.training else []

@@ -1,0 +1,108 @@
+"""Adapter config of HF peft for the Method of a Cell, as an adapter_config.json. No torch.
+
+It holds what the Method determines. peft's own defaults apply to all other keys, such as `task_type`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from harness.methods.peft_config import FILE, KEY, PEFT
+
+Config = Mapping[str, Any]
+_ATTENTION = "attention"
+_ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class PeftEquivalent:
+    """Equivalent of a Method in peft."""
+
+    keys: dict[str, Any] | None
+    """Content of an adapter_config.json; None if there is no equivalent."""
+    remark: str
+    """Sentence on what to do besides, or why there is no equivalent; can be empty."""
+
+
+def peft_equivalent(method: str, config: Config, quantization: str = "none") -> PeftEquivalent:
+    """Return the adapter config with which peft trains a Method.
+
+    config: the Method's config as in a Cell. quantization: that of the Cell's base.
+    """
+    if method == PEFT.name:
+        return PeftEquivalent(dict(config[KEY]), "")
+    make = _EQUIVALENTS.get(method)
+    if make is None:
+        return PeftEquivalent(None, f"There is no {FILE} for {method}: peft has no such Method.")
+    if refusal := _refusal(config):
+        return PeftEquivalent(None, f"There is no {FILE} for {method}: {refusal}.")
+    try:
+        names, keys = list(config["targets"]), make(config)
+    except KeyError as error:
+        return PeftEquivalent(None, f"There is no {FILE} for {method}: the Cell's config lacks {error.args[0]}.")
+    keys["target_modules"] = _ALL_LINEAR if names == [_ALL_LINEAR] else names
+    bits = method == "qlora" or quantization != "none"
+    remark = "Load the base model in 4 bits first (`BitsAndBytesConfig` of transformers, nf4). " if bits else ""
+    return PeftEquivalent(keys, f"{remark}Add the `task_type` of your model.")
+
+
+def _refusal(config: Config) -> str:
+    """Return the reason why peft cannot train a config of a Method that it has. If it can, return an empty string."""
+    names = config.get("targets", ())
+    if _ATTENTION in names or (_ALL_LINEAR in names and len(names) > 1):
+        return f"peft needs the names of the layers, and this config says {', '.join(names)}"
+    if config.get("per", "output") != "output" or not config.get("detach_norm", True):
+        return "peft's DoRA has one magnitude per output feature, and its norm has no gradient"
+    if config.get("regularization", "mean-norm") != "mean-norm":
+        return "peft's AdaLoRA has another regulariser"
+    return ""
+
+
+def _low_rank(config: Config) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA", "r": config["rank"], "lora_alpha": config["alpha"],
+        "lora_dropout": config.get("dropout", 0.0),
+    }  # fmt: skip
+
+
+def _lora(config: Config) -> dict[str, Any]:
+    start = config.get("init", "kaiming")
+    return {
+        **_low_rank(config),
+        "use_rslora": config.get("rslora", False),
+        "init_lora_weights": True if start == "kaiming" else start,
+    }
+
+
+def _pissa(config: Config) -> dict[str, Any]:
+    niter = config.get("niter", 0)
+    return {**_low_rank(config), "init_lora_weights": f"pissa_niter_{niter}" if niter else "pissa"}
+
+
+def _vera(config: Config) -> dict[str, Any]:
+    return {
+        "peft_type": "VERA", "r": config["rank"], "vera_dropout": config["dropout"],
+        "projection_prng_key": config["projection_key"], "d_initial": config["d_initial"],
+    }  # fmt: skip
+
+
+def _adalora(config: Config) -> dict[str, Any]:
+    return {
+        "peft_type": "ADALORA", "init_r": config["rank"], "target_r": config["target_rank"],
+        "lora_alpha": config["alpha"], "lora_dropout": config["dropout"], "total_step": config["total_steps"],
+        "tinit": config["tinit"], "tfinal": config["tfinal"], "deltaT": config["delta_t"], "beta1": config["beta1"],
+        "beta2": config["beta2"], "orth_reg_weight": config["orthogonality"],
+    }  # fmt: skip
+
+
+_EQUIVALENTS: dict[str, Callable[[Config], dict[str, Any]]] = {
+    "lora": _lora,
+    "qlora": _low_rank,
+    "dora": lambda config: {**_low_rank(config), "use_dora": True},
+    "pissa": _pissa,
+    "vera": _vera,
+    "adalora": _adalora,
+}
+"""Method that peft has -> function from its config to peft's keys, without the targets."""

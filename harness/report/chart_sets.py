@@ -1,0 +1,282 @@
+"""Charts of a run: accuracy against costs, ranks and learning rates; losses by step; time by phase.
+
+A chart set has one figure, or several of which the reader chooses one, and one legend for all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+from harness.analysis import contention, measurements, metrics, tuning
+from harness.analysis.grouping import group
+from harness.analysis.metrics import Metric
+from harness.analysis.ranking import Group, RankingEntry, Score
+from harness.analysis.run_facts import RunFacts
+from harness.analysis.verdict import QuestionVerdict
+from harness.errors import plural
+from harness.records import naming
+from harness.records.record import ADAPTER_CONFIG, Cell, Record
+from harness.report import formatting, links
+from harness.report.svg import charts
+from harness.report.svg.canvas import Drawing
+from harness.report.svg.charts import Point, Series
+from harness.report.svg.scales import Axis
+
+ChartSet = dict[str, Any]
+_CURVES = 8
+"""Largest number of learning curves that a chart shows before the reader picks others."""
+_RISE = 1.25
+"""Learning curves are drawn up to this multiple of the highest first loss."""
+_POINTS = 150
+"""Largest number of points of a drawn curve."""
+_BARS = 24
+"""Largest number of Cells with a bar of time each. If there are more, a bar is the mean of the Cells of a method."""
+_STEPS = Axis("optimizer step", "{:.0f}".format, log=False)
+_UNITS: dict[str, tuple[float, str, Callable[[float], str], Callable[[float], str]]] = {
+    "B": (formatting.MIB, " MiB", formatting.mebibytes, "{:,.6g}".format),
+    "s": (1e-3, " ms", formatting.milliseconds, "{:,.6g}".format),
+    "1": (1.0, "", "{:,.0f}".format, formatting.short_count),
+}
+"""For each unit of a cost: the shown unit, its name, and functions that format a value and a tick in the shown unit."""
+
+
+def every(f: RunFacts) -> list[ChartSet]:
+    """Return all chart sets of a run."""
+    found = [accuracy(f, g) for g in f.groups] + [errors(f, j) for j in f.verdict.judgements]
+    return [*filter(None, found), *rates(f), *curves(f), *time(f)]
+
+
+def _set(title: str, figures: Sequence[Drawing], series: Sequence[Series], note: str = "") -> ChartSet:
+    legend = [{"series": k, "name": s.name, "shown": s.shown, "sample": charts.sample(s)} for k, s in enumerate(series)]
+    return {"title": title, "figures": list(figures), "legend": legend, "note": note}
+
+
+def _figure(name: str, drawing: Drawing, notes: Iterable[str] = (), choice: str = "") -> Drawing:
+    return {**drawing, "title": name, "choice": choice, "notes": [n for n in notes if n]}
+
+
+def _method(cell: Cell) -> str:
+    """Return the name of a Cell's method and implementation: its label without model, rank and search."""
+    config = {key: value for key, value in cell.config.items() if key == ADAPTER_CONFIG}
+    whole = cell.evaluation.model_copy(update={"skip": 0})
+    return naming.short(cell.model_copy(update={"config": config, "evaluation": whole}))
+
+
+def _coloured(f: RunFacts, named: Mapping[str, Cell]) -> list[Series]:
+    """Return an empty series for each name. A method has the same hue in all charts of a run."""
+    hues = {method: k for k, method in enumerate(dict.fromkeys(map(_method, f.run.manifest.cells)))}
+    earlier = {hue: itertools.count() for hue in hues.values()}
+    pairs = [(name, hues[_method(cell)]) for name, cell in named.items()]
+    return [Series(name, hue, variant=next(earlier[hue])) for name, hue in pairs]
+
+
+def _place(cell: Cell) -> str:
+    return f"{cell.model} · {cell.task}"
+
+
+def _rank(e: RankingEntry) -> float:
+    """Return the rank of a recipe; 0 if it has none."""
+    config = e.record.cell.config
+    adapter = config.get(ADAPTER_CONFIG)
+    rank = config.get("rank", adapter.get("r") if isinstance(adapter, dict) else None)
+    return float(rank) if isinstance(rank, int | float) else 0.0
+
+
+def _percent_chart(x: Axis, series: Sequence[Series], *, front: bool = False) -> Drawing:
+    return charts.xy(x, Axis("accuracy", lambda share: f"{100 * share:.4g} %", log=False), series, front=front)
+
+
+def accuracy(f: RunFacts, g: Group) -> ChartSet | None:
+    """Return the charts of accuracy against each cost that was measured, and against the rank.
+
+    Return None for fewer than two trained recipes.
+    """
+    if not g.is_ranking:
+        return None
+    names = links.entry_names(f, g.entries)
+    lines = group((names[id(e)].replace(f" r={_rank(e):g}", "", 1), e) for e in g.ranked)
+    empty = _coloured(f, {name: line[0].record.cell for name, line in lines.items()})
+    levels = [
+        Series(f"{names[id(e)]}, not trained", charts.REST, [_point(f, e, names[id(e)], 0.0, "")], kind="level")
+        for e in g.untrained
+    ]
+
+    def placed(points: dict[int, Point]) -> list[Series]:
+        """Return the lines with those entries that have a point, by id(), from the lowest to the highest rank."""
+        drawn = [
+            replace(s, points=[points[id(e)] for e in sorted(line, key=_rank) if id(e) in points])
+            for s, line in zip(empty, lines.values(), strict=True)
+        ]
+        return [*drawn, *levels]
+
+    figures = []
+    for metric in metrics.costs():
+        points = {id(e): point for e in g.ranked if (point := _at_cost(f, metric, e, names[id(e)]))}
+        if len(points) > 1:
+            figures.append(_against(metric, placed(points), [names[id(e)] for e in g.ranked if id(e) not in points]))
+    ranks = {id(e): _point(f, e, names[id(e)], rank, f"rank {rank:g}") for e in g.ranked if (rank := _rank(e)) > 0}
+    swept = [
+        s if s.kind == "level" or len({p.x for p in s.points}) > 1 else replace(s, points=()) for s in placed(ranks)
+    ]
+    if any(s.points for s in swept if s.kind == "line"):
+        chart = _percent_chart(Axis("rank", "{:g}".format, each=True), swept)
+        figures.append(_figure("Accuracy against rank", chart, ["Methods with at least two ranks."], "rank"))
+    note = "Bars: 95 % intervals. A line joins the ranks of one method, from the lowest to the highest."
+    return _set(_place(g.ranked[0].record.cell), figures, [*empty, *levels], note) if figures else None
+
+
+def _at_cost(f: RunFacts, metric: Metric, e: RankingEntry, name: str) -> Point | None:
+    cost = e.typical(metric.value)
+    if cost is None:
+        return None
+    size, unit, write, _ = _UNITS[metric.unit]
+    busy = sum(bool(contention.busy(r)) for r in e.records) if metric.kind == "timed" else 0
+    flag = f" (! may be too high: other programs used the CPU while {busy} of {plural(len(e.records), 'run')} trained)"
+    return _point(f, e, name, cost / size, f"{metric.axis} {write(cost)}{unit}{flag if busy else ''}", busy=bool(busy))
+
+
+def _point(f: RunFacts, e: RankingEntry, name: str, x: float, text: str, *, busy: bool = False) -> Point:
+    tip = f"{name}: {formatting.accuracy(e.score)}, {text}."
+    href = f"#{links.anchor(f, e.record.cell_id)}"
+    return Point(x, e.score.value, (e.score.low, e.score.high), tip, href, busy, hollow=e.standing == "below")
+
+
+def _against(metric: Metric, series: Sequence[Series], missing: Sequence[str]) -> Drawing:
+    _, unit, _, tick = _UNITS[metric.unit]
+    points = [p for s in series if s.kind == "line" for p in s.points]
+    front = [points[i].tip.partition(": ")[0] for i in charts.pareto([(p.x, p.y) for p in points])]
+    busy = sum(p.busy for p in points)
+    notes = [
+        f"{formatting.sentence(metric.meaning)}.",
+        f"On the dashed front, where no other recipe is both cheaper and more accurate: {', '.join(front)}.",
+        f"! Dashed ring, {busy} of {len(points)}: other programs used the CPU; the time may be too high."
+        if busy
+        else "",
+        "Hollow: a test tells it apart from the highest." if any(p.hollow for p in points) else "",
+        f"Without a value: {', '.join(missing)}." if missing else "",
+    ]
+    chart = _percent_chart(Axis(metric.axis + unit.replace(" ", ", "), tick), series, front=True)
+    return _figure(f"Accuracy against {metric.axis}", chart, notes, metric.axis)
+
+
+def rates(f: RunFacts) -> list[ChartSet]:
+    """Return charts of accuracy against the learning rate, by model and task, for searches with two scored rates."""
+    searches = [search for search in tuning.searches(f.run) if len(search.scored) > 1]
+    found = []
+    for title, same in group((_place(search.tries[0].cell), search) for search in searches).items():
+        empty = _coloured(f, {search.tuning.entry: search.tries[0].cell for search in same})
+        series = [
+            replace(s, points=[_tried(f, search, t, t.score) for t in search.tries if t.score])
+            for s, search in zip(empty, same, strict=True)
+        ]
+        chart = _percent_chart(Axis("learning rate", "{:g}".format, each=True), series)
+        note = "Filled: the chosen rate. Bars: 95 % intervals over test items that no ranking uses. A point is one run."
+        found.append(_set(title, [_figure("Accuracy against learning rate", chart)], series, note))
+    return found
+
+
+def _tried(f: RunFacts, search: tuning.Search, t: tuning.Try, s: Score) -> Point:
+    chosen = ", the chosen rate" if t.chosen else ""
+    tip = f"{search.tuning.entry}: {formatting.accuracy(s)} with lr={t.lr:g}{chosen}"
+    return Point(t.lr, s.value, (s.low, s.high), tip, f"#{links.anchor(f, t.cell.cell_id)}", hollow=not t.chosen)
+
+
+def curves(f: RunFacts) -> list[ChartSet]:
+    """Return charts of the training losses, by model and task. The curve of several seeds shows mean losses."""
+    trained = [record for record in f.latest.values() if record.training and record.training.losses]
+    return [_curves(f, *place) for place in group((_place(record.cell), record) for record in trained).items()]
+
+
+def _curves(f: RunFacts, title: str, records: Sequence[Record]) -> ChartSet:
+    """Return the chart of one model and task. At first it shows the best recipe of each method, and no search."""
+    seeds = group((r.cell.recipe_id, r.training.losses) for r in records if r.training)
+    losses = [[fmean(step) for step in zip(*several, strict=True)] for several in seeds.values()]
+    means = [[fmean(one[max(0, t - 2) : t + 3]) for t in range(len(one))] for one in losses]
+    cells = {r.cell.recipe_id: r.cell for r in records}
+    names = links.short_names(list(cells.values()), [f.recipes[i] for i in cells])
+    best: dict[str, str] = {}
+    for cell in [*(e.record.cell for g in f.groups for e in g.ranked), *cells.values()]:
+        if cell.recipe_id in cells:
+            best.setdefault(_method(cell), cell.recipe_id)
+    shown = list(best.values())[:_CURVES]
+    bound = _RISE * max(one[0] for one in losses)
+    empty = _coloured(f, dict(zip(names, cells.values(), strict=True)))
+    series = [
+        replace(_curve(s, mean, high=bound), shown=recipe in shown)
+        for s, mean, recipe in zip(empty, means, cells, strict=True)
+    ]
+    over = [
+        f"{name} reaches {max(one):.3g} at step {one.index(max(one))}"
+        for name, one, mean in zip(names, losses, means, strict=True)
+        if max(mean) > bound
+    ]
+    clipped = f"Drawn up to {bound:.3g}, {_RISE:g} times the highest first loss: {'; '.join(over)}." if over else ""
+    chart = charts.xy(_STEPS, Axis("training loss, nats", "{:.3g}".format), series)
+    note = f"At first: the best recipe of each method, at most {_CURVES}." if len(shown) < len(series) else ""
+    return _set(
+        title, [_figure("Training loss", chart, ["Mean of all seeds and of five steps.", clipped])], series, note
+    )
+
+
+def _curve(s: Series, values: Sequence[float], low: float = -math.inf, high: float = math.inf) -> Series:
+    """Return a series as a curve over the steps, drawn from `low` to `high`. Of many steps, each second, ... has a point."""
+    steps = range(0, len(values), math.ceil(len(values) / _POINTS))
+    points = [Point(float(t), min(max(values[t], low), high)) for t in steps]
+    kind = "curve" if s.kind == "line" else s.kind
+    return replace(s, points=points, kind=kind, texts=[f"{t}: {values[t]:.3g}" for t in steps])
+
+
+def errors(f: RunFacts, judgement: QuestionVerdict) -> ChartSet | None:
+    """Return the chart of |loss - float64 loss| by step and of the largest allowed error, for `same-losses`."""
+    compared = [s for s in judgement.trajectories or () if s.errors]
+    if not compared:
+        return None
+    by_noise = [s for s in compared if s.by == "noise"]
+    allowed = (by_noise or compared)[0].allowed
+    # Two losses may agree to many digits by chance; such a dip must not flatten the other curves.
+    lowest = min((v for v in allowed if v > 0), default=1.0) / 1e3
+    cells = {cell.cell_id: cell for cell in f.run.manifest.cells}
+    series = [
+        *_coloured(f, {f.names[s.cell_id]: cells[s.cell_id] for s in compared}),
+        Series("allowed" if by_noise else "allowed growth", charts.REST, kind="bound"),
+    ]
+    values = [*(s.errors for s in compared), allowed]
+    drawn = [_curve(s, errors, low=lowest) for s, errors in zip(series, values, strict=True)]
+    chart = charts.xy(_STEPS, Axis("distance from the float64 loss", "{:.0e}".format), drawn)
+    return _set(judgement.comparison.says, [_figure("Distance from the float64 losses", chart)], drawn)
+
+
+def time(f: RunFacts) -> list[ChartSet]:
+    """Return charts of the time by phase, by model and task: a bar for each Cell or, see `_BARS`, for each method."""
+    records = [record for record in f.latest.values() if record.phases]
+    phases = dict.fromkeys(p.name for record in records for p in record.phases if p.name != measurements.STARTUP)
+    series = [
+        Series(measurements.STARTUP, charts.OUTLINED, kind="fill"),
+        *(Series(name, k, kind="fill") for k, name in enumerate(phases)),
+        Series("in no phase", charts.REST, kind="fill"),
+    ]
+    places = group((_place(record.cell), record) for record in records)
+    return [_time(f, title, same, series) for title, same in places.items()]
+
+
+def _time(f: RunFacts, title: str, records: Sequence[Record], series: Sequence[Series]) -> ChartSet:
+    rows, name, note = group((f.names[r.cell_id], r) for r in records), "Time of each Cell by phase", ""
+    if len(rows) > _BARS:
+        rows, name = group((_method(r.cell), r) for r in records), "Time of each method by phase"
+        note = f"Each bar is the mean of all Cells of a method; {len(records)} Cells in total."
+    parts = {row: _mean_seconds(same, series) for row, same in rows.items()}
+    longest_first = dict(sorted(parts.items(), key=lambda pair: -sum(pair[1])))
+    chart = charts.bars(Axis("seconds", "{:.4g}".format), longest_first, series, formatting.seconds)
+    return _set(title, [_figure(name, chart)], series, note)
+
+
+def _mean_seconds(records: Sequence[Record], series: Sequence[Series]) -> list[float]:
+    """Return the mean seconds in each phase; the last series stands for the time in no phase."""
+    spent = group((p.name, p.seconds) for record in records for p in record.phases)
+    spent[series[-1].name] = [measurements.unaccounted_seconds(record) for record in records]
+    return [sum(spent.get(s.name, ())) / len(records) for s in series]

@@ -1,0 +1,66 @@
+"""Text output of `fit --batch`: the answer in the first line, the table, and what would make the rest fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from harness.memory_model.size_units import MemorySize
+from harness.report import fit_table
+
+_Row = Mapping[str, Any]
+
+
+def lines(document: Mapping[str, Any]) -> list[str]:
+    """Format the document of a question as lines of text."""
+    size = MemorySize(document["memory_B"], document["unit"])
+    rows = [row for row in document["rows"] if row["ledger"]]
+    several = len({row["optimizer"] for row in rows}) > 1
+    changes = [line for row in rows if row["fits"] is False for line in _changes(row, size, several)]
+    return [_answer(document, rows, size, several), *changes, "", *fit_table.lines(document)]
+
+
+def _answer(document: Mapping[str, Any], rows: list[_Row], size: MemorySize, several: bool) -> str:
+    """Return the first line: yes or no, and the training that needs least memory."""
+    known = sorted((row for row in rows if row["fits"] is not None), key=lambda row: row["needed_B"])
+    asked = f"batch {document['batch']} of {document['tokens']:,} tokens"
+    if not known:
+        return f"unknown: no memory could be predicted for {asked}"
+    needs = f"{_name(known[0], several)} needs {_against(known[0], size)}"
+    if len(known) == 1:
+        return f"{document['answer']}: {asked}: {needs}"
+    fitting = sum(row["fits"] for row in known)
+    return f"{document['answer']}: {asked} fits in {fitting or 'none'} of {len(known)} rows; {needs}"
+
+
+def _against(row: _Row, size: MemorySize) -> str:
+    """Return the needed memory, the given memory, and the difference."""
+    of, free = f"of {size.shown(size.number_B)} {size.unit}", row["free_B"]
+    rest = f"{size.shown(abs(free))} {size.unit} {'free' if row['fits'] else 'missing'}"
+    return f"{size.shown(row['needed_B'])} {of}: {rest}"
+
+
+def _changes(row: _Row, size: MemorySize, several: bool) -> Iterator[str]:
+    """Yield what would make a row fit: a smaller batch, or the fewest other changes."""
+    ways = []
+    if row["largest_batch"]:
+        ways.append(f"at most batch {row['largest_batch']}")
+    fitting = [one for one in row["changes"] if one["fits"]]
+    fewest = min((len(one["settings"]) for one in fitting), default=0)
+    ways += [
+        f"{' + '.join(_setting(*one) for one in change['settings'].items())} ({size.shown(change['needed_B'])} {size.unit})"
+        for change in fitting
+        if len(change["settings"]) == fewest
+    ]
+    none = "does not fit: one text is too much, and so is every change that was tried"
+    yield f"  {_name(row, several)} {'would fit with ' + ' or '.join(ways) if ways else none}"
+
+
+def _setting(name: str, value: Any) -> str:
+    return f"--{name}" if value is True else f"--{name} {value}"
+
+
+def _name(row: _Row, several: bool) -> str:
+    rank = f" r={row['rank']}" if row["rank"] else ""
+    base = "" if row["base"] in ("none", "its own", "-") else f" on {row['base']}"
+    return f"{row['method']}{rank}{base}{' by ' + row['optimizer'] if several else ''}"
