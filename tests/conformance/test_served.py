@@ -122,6 +122,8 @@ FAULTS = {
     "drops a token under load": ({"base", "rslora", "linear"}, PHASES[1:], ""),
 }
 """Fault -> what does not conform, the phases in which it may show, and a word of the cause."""
+RACES = ("one adapter for all requests at a time", "drops a token under load")
+"""Faults that show only if requests meet, so perhaps not in every phase."""
 QUICK = ("rsLoRA ignored", "base rows keep the last adapter")
 
 
@@ -135,7 +137,8 @@ def test_a_planted_fault_is_found_where_it_is(check, base, adapters, fault) -> N
     assert code == Exit.FAIL
     assert {name for name, one in found.items() if one["verdict"] == "nonconforming"} == wrong
     for name in wrong:
-        assert {one["phase"] for one in found[name]["phases"] if one["wrong"]} <= set(phases)
+        shown = [one["phase"] for one in found[name]["phases"] if one["wrong"]]
+        assert shown == phases or (fault in RACES and shown and set(shown) <= set(phases))
         assert word in found[name]["finding"]["cause"]
         # What is wrong only in company is sent again in company.
         assert found[name]["finding"]["request"].count("curl ") == (1 if phases == PHASES else 2)
