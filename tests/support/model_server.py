@@ -74,7 +74,7 @@ class ModelServer:
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         model, prompt = self._model(body["model"]), self._ids(body["prompt"])
-        if self.fault == "drops a token under load" and self._busy > 2:
+        if self.fault == "drops a token under load" and self._busy > 1:
             prompt = prompt[:-1] or prompt
         ids, rows = list(prompt), []
         with torch.no_grad():
@@ -134,17 +134,21 @@ class ModelServer:
 
     @contextmanager
     def counted(self) -> Iterator[None]:
+        """Count a completion that is being computed. It ends before its answer is sent, so the client cannot be ahead."""
         with self._lock:
             self._busy += 1
-            self.requests += 1
             self.busiest = max(self.busiest, self._busy)
-            self.options.get("on_request", lambda _: None)(self.requests)
-            self.stopped |= self.requests > self.options.get("stops_after", 10**9)
         try:
             yield
         finally:
             with self._lock:
                 self._busy -= 1
+
+    def note_request(self) -> None:
+        with self._lock:
+            self.requests += 1
+            self.options.get("on_request", lambda _: None)(self.requests)
+            self.stopped |= self.requests > self.options.get("stops_after", 10**9)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -161,29 +165,29 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self, body: dict[str, Any]) -> None:
         models: ModelServer = self.server.models
-        with models.counted():
-            sent = self.headers.get("Authorization")
-            models.authorizations.add(sent)
-            if models.stopped:
-                return self.connection.close()
-            if models.options.get("token") and sent != f"Bearer {models.options['token']}":
-                return self._answer(401, {"error": {"message": f"not a valid token: {sent}"}})
-            if models.fault == "web page":
-                return self._send(200, b"<!doctype html><title>Welcome</title>", "text/html")
-            if self.path == "/v1/models":
-                rows = [{"id": name, "parent": None if name == BASE else BASE} for name in models.models]
-                return self._answer(200, {"object": "list", "data": rows})
-            if self.path == "/v1/completions":
-                return self._completion(models, body)
-            if self.path == "/v1/load_lora_adapter" and models.options.get("loading"):
-                if body["lora_name"] in models.models and not body.get("load_inplace"):
-                    return self._answer(400, {"error": {"message": "already loaded"}})
-                models.load(body["lora_name"], Path(body["lora_path"]))
-                return self._send(200, b"Success", "text/plain")
-            if self.path == "/v1/unload_lora_adapter" and models.options.get("loading"):
-                models.unload(body["lora_name"])
-                return self._send(200, b"Success", "text/plain")
-            return self._answer(404, {"detail": "Not Found"})
+        models.note_request()
+        sent = self.headers.get("Authorization")
+        models.authorizations.add(sent)
+        if models.stopped:
+            return self.connection.close()
+        if models.options.get("token") and sent != f"Bearer {models.options['token']}":
+            return self._answer(401, {"error": {"message": f"not a valid token: {sent}"}})
+        if models.fault == "web page":
+            return self._send(200, b"<!doctype html><title>Welcome</title>", "text/html")
+        if self.path == "/v1/models":
+            rows = [{"id": name, "parent": None if name == BASE else BASE} for name in models.models]
+            return self._answer(200, {"object": "list", "data": rows})
+        if self.path == "/v1/completions":
+            return self._completion(models, body)
+        if self.path == "/v1/load_lora_adapter" and models.options.get("loading"):
+            if body["lora_name"] in models.models and not body.get("load_inplace"):
+                return self._answer(400, {"error": {"message": "already loaded"}})
+            models.load(body["lora_name"], Path(body["lora_path"]))
+            return self._send(200, b"Success", "text/plain")
+        if self.path == "/v1/unload_lora_adapter" and models.options.get("loading"):
+            models.unload(body["lora_name"])
+            return self._send(200, b"Success", "text/plain")
+        return self._answer(404, {"detail": "Not Found"})
 
     def _completion(self, models: ModelServer, body: dict[str, Any]) -> None:
         if body["model"] not in models.models:
@@ -200,7 +204,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b" ")
                 self.wfile.flush()
             return None
-        content = json.dumps(models.complete(body)).encode()
+        with models.counted():
+            content = json.dumps(models.complete(body)).encode()
         if models.fault == "half an answer":
             content = content[: len(content) // 2]
         self._send(200, content, "application/json", cut=models.fault == "connection lost")
