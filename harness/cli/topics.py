@@ -39,6 +39,7 @@ _KINDS = (
     "methods and keys of their `config:`, operations, checks, claims, measures, known defects, optimizers, keys"
     " of `training:`, commands, verdicts, errors, statuses (ok, oom), exit codes (0 to 5) and terms (Cell, Record)"
 )
+_SERVED = "verdict {} of `check --served`"
 _OPERATIONS = Path(__file__).resolve().parents[1] / "conformance" / "operations"
 
 
@@ -107,7 +108,12 @@ def _topics() -> Iterator[Topic]:
         default = "" if field.is_required() else f"\ndefault: {str(field.default).lower()}"
         yield key, partial(_titled, f"training.{key}", f"{field.description or ''}{default}".strip())
     yield from _of_configs()
-    for kind, title in (("optimizer", "optimizer {}"), ("term", "{}"), ("status", "status {}")):
+    for kind, title in (
+        ("optimizer", "optimizer {}"),
+        ("term", "{}"),
+        ("status", "status {}"),
+        ("served verdict", _SERVED),
+    ):
         yield from _defined(defined[kind], title)
     for word, meant in defined["alias"].items():
         yield word, partial(_definition, meant, defined["term"][meant])
