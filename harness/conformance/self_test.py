@@ -22,7 +22,6 @@ from harness.conformance.faults.patched_copy import PatchedCopy
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
 from harness.console import print_json, print_lines
 from harness.errors import Exit, UsageError, did_you_mean
-from harness.methods.reference_loader import ReferenceLoader
 from harness.methods.registry import Implementation, TargetKind
 from harness.records.record import Outcome
 
@@ -187,7 +186,7 @@ def source_module(target: str) -> str:
     """Return the dotted name of the module that implements a target. The self-test changes a copy of this module."""
     fixed: dict[TargetKind, str] = {
         "base": "reference.operations.nf4",
-        "loader": "reference.adapter_file",
+        "loader": "harness.methods.reference_loader",
         "operation": f"harness.conformance.operations.{target}",
     }
     return fixed.get(_kind(target), f"reference.{target}")
@@ -200,5 +199,5 @@ def implementation(target: str, copy: PatchedCopy) -> Implementation:
     if kind == "operation":
         function = copy.module().OPERATION.reference
     elif kind == "loader":
-        function = partial(ReferenceLoader, reading=copy.module())
+        function = copy.module().ReferenceLoader
     return Implementation("planted", kind, target, function, dtypes=("float64", "float32", "bfloat16", "float16"))

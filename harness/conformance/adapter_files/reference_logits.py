@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from harness.conformance.adapter_files.adapter_file import AdapterFile
 from harness.errors import Unsupported, UsageError
 from harness.methods.base_model import load_base, logits
-from reference.adapter_file import apply, unsupported
+from reference.adapter_file import apply, combine, unsupported
 
 
 def reference_logits(
@@ -40,7 +41,36 @@ def reference_logits(
         except ValueError as error:
             hint = f"is {base_folder} the base of this adapter? `peft-harness check {adapter.folder}` judges the file"
             raise UsageError(str(error), where=str(adapter.weights), hint=hint) from error
-    if dtype is not torch.float64:
+    return _logits(model, prompts)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter in a weighted sum of adapters."""
+
+    folder: Path
+    weight: float = 1.0
+    factor: float = 1.0
+    """Factor on the scaling that the file gives."""
+
+
+def combined_logits(
+    base_folder: Path, parts: Sequence[Part], prompts: Sequence[Sequence[int]], dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """Return the logits of the base with a weighted sum of adapters, as `reference_logits` does for one.
+
+    Without parts, these are the logits of the base.
+    """
+    model = load_base(base_folder, dtype)
+    if dtype is torch.float64:
+        model = model.double()
+    files = [(AdapterFile.read(part.folder), part) for part in parts]
+    combine(model, [(file.settings.scaled(part.factor), file.tensors(), part.weight) for file, part in files])
+    return _logits(model, prompts)
+
+
+def _logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    if next(model.parameters()).dtype is not torch.float64:
         return logits(model, prompts)
     with _Float64():
         return logits(model, prompts)

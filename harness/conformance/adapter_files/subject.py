@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,11 +10,15 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from harness.conformance.adapter_files import corpus
+from harness.conformance.adapter_files import corpus, variants
 from harness.conformance.adapter_files.adapter_file import AdapterFile
-from harness.conformance.adapter_files.reference_logits import reference_logits
+from harness.conformance.adapter_files.reference_logits import Part, combined_logits, reference_logits
+from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise
 from harness.conformance.subject import DTYPES
 from harness.methods.loader import ADAPTER_FILES, Loader
+
+FIRST, SECOND = "style", "style-2"
+"""Names under which adapters are loaded. One begins with the other, as names often do."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,16 @@ class LoaderSubject:
         """Load the base of the case again, and return the loader without an adapter."""
         return self.function(self.adapter.base, self.dtype)
 
-    def loaded(self, name: str = "first") -> Loader:
-        """Load the base of the case and its adapter, under this name."""
+    def loaded(self) -> Loader:
+        """Load the base of the case, and its adapter as FIRST."""
         loader = self.fresh()
-        loader.load(self.adapter.folder, name)
+        loader.load(self.adapter.folder, FIRST)
+        return loader
+
+    def loaded_both(self) -> Loader:
+        """Load the base of the case, its adapter as FIRST, and `another` as SECOND."""
+        loader = self.loaded()
+        loader.load(self.another, SECOND)
         return loader
 
     def truth(self) -> dict[str, Tensor]:
@@ -80,6 +90,34 @@ class LoaderSubject:
         """Map the name of each prompt to the reference's logits in the dtype of the case."""
         adapter = AdapterFile.read(self.adapter.folder)
         return by_prompt(reference_logits(self.adapter.base, adapter, self.adapter.prompts, DTYPES[self.dtype]))
+
+    @property
+    def another(self) -> Path:
+        """Folder of another adapter of the same layers: other numbers, one more rank, and twice the alpha."""
+        return variants.another(self.adapter.folder, self.adapter.base)
+
+    def compare(self, have: Mapping[str, Sequence[Tensor]], want: Mapping[str, Sequence[Part]]) -> Judgement:
+        """Judge logits by those of weighted sums of adapters in float64.
+
+        have: name -> logits of the prompts. want: the same name -> the parts of the sum. No part stands for the base.
+        """
+        truth, rounded = (
+            {name: self._expected(parts, dtype) for name, parts in want.items()} for dtype in ("float64", self.dtype)
+        )
+        return carried_noise(dict(_named(have)), dict(_named(truth)), dict(_named(rounded)), self.dtype)
+
+    def _expected(self, parts: Sequence[Part], dtype: str) -> list[Tensor]:
+        prompts = tuple(map(tuple, self.adapter.prompts))
+        return _combined_logits(self.adapter.base, tuple(parts), prompts, DTYPES[dtype])
+
+
+_combined_logits = cache(combined_logits)
+
+
+def _named(logits: Mapping[str, Sequence[Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensors in logits.items():
+        for prompt, tensor in by_prompt(list(tensors)).items():
+            yield f"{name}, {prompt}", tensor
 
 
 def by_prompt(logits: list[Tensor]) -> dict[str, Tensor]:
