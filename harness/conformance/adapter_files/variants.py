@@ -76,8 +76,7 @@ def _another(folder: Path, base: Path) -> _Written:
     changed = {
         "r": settings.r + 1,
         "rank_pattern": {name: rank + 1 for name, rank in settings.rank_pattern.items()},
-        "lora_alpha": 2 * settings.lora_alpha,
-        "alpha_pattern": {name: 2 * alpha for name, alpha in settings.alpha_pattern.items()},
+        "lora_alpha": 2 * settings.lora_alpha,  # not alpha_pattern: a program may need equal ones to swap adapters
     }
     return _Written.of(file.config | changed, tensors)
 

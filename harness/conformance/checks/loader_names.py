@@ -48,23 +48,40 @@ def check_renamed(subject: LoaderSubject, case: Case) -> CheckResult:
 def check_hotswap(subject: LoaderSubject, case: Case) -> CheckResult:
     """An adapter that replaces another one in place computes what it computes when it is loaded afresh.
 
-    The two adapters differ in rank, alpha, patterns and numbers. They are swapped to and fro. The base stays as it was,
-    and so does a third adapter, whose name begins with the name of the replaced one.
+    The two adapters differ in rank, alpha and numbers. They are swapped to and fro, and the base stays as it was.
     """
     loader, prompts = subject.fresh(), subject.adapter.prompts
     first, second = Part(subject.adapter.folder), Part(subject.another)
     loader.load(second.folder, FIRST)
-    loader.load(second.folder, SECOND)
     loader.hotswap(first.folder, FIRST)
-    have, want = {"swapped": loader.logits(prompts, FIRST)}, {"swapped": [first]}
-    have[f"beside it, {SECOND}"], want[f"beside it, {SECOND}"] = loader.logits(prompts, SECOND), [second]
-    have["base"], want["base"] = loader.logits(prompts, None), []
-    with suppress(Unsupported):
-        loader.set_scale(FIRST, _HALF)
-        have["scaled"], want["scaled"] = loader.logits(prompts, FIRST), [Part(first.folder, factor=_HALF)]
+    have = {"swapped": loader.logits(prompts, FIRST)}
     loader.hotswap(second.folder, FIRST)
-    have["swapped back"], want["swapped back"] = loader.logits(prompts, FIRST), [second]
+    have |= {"swapped back": loader.logits(prompts, FIRST), "base": loader.logits(prompts, None)}
+    want = {"swapped": [first], "swapped back": [second], "base": []}
     return judged(subject, case, "hotswap", subject.compare(have, want))
+
+
+@check()
+def check_hotswap_beside(subject: LoaderSubject, case: Case) -> CheckResult:
+    """Replacing an adapter changes no other one, even if its name begins with the name of the replaced one."""
+    loader = subject.fresh()
+    for name in (FIRST, SECOND):
+        loader.load(subject.another, name)
+    loader.hotswap(subject.adapter.folder, FIRST)
+    have = {SECOND: loader.logits(subject.adapter.prompts, SECOND)}
+    return judged(subject, case, "hotswap_beside", subject.compare(have, {SECOND: [Part(subject.another)]}))
+
+
+@check()
+def check_hotswap_scale(subject: LoaderSubject, case: Case) -> CheckResult:
+    """A factor on the scaling refers to the file that was swapped in, not to the one before it."""
+    loader = subject.fresh()
+    loader.load(subject.another, FIRST)
+    loader.hotswap(subject.adapter.folder, FIRST)
+    loader.set_scale(FIRST, _HALF)
+    have = {FIRST: loader.logits(subject.adapter.prompts, FIRST)}
+    verdict = subject.compare(have, {FIRST: [Part(subject.adapter.folder, factor=_HALF)]})
+    return judged(subject, case, "hotswap_scale", verdict)
 
 
 @check()
@@ -85,17 +102,25 @@ def check_hotswap_merged(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_delete(subject: LoaderSubject, case: Case) -> CheckResult:
-    """Deleting an adapter changes no other one, and leaves the base when it was the last."""
+    """Deleting an adapter changes neither the base nor another adapter, and its name can be used again."""
     loader, prompts = subject.loaded_both(), subject.adapter.prompts
     loader.delete(FIRST)
     have = {SECOND: loader.logits(prompts, SECOND), "base": loader.logits(prompts, None)}
-    loader.delete(SECOND)
-    have["base without adapters"] = loader.logits(prompts, None)
     loader.load(subject.adapter.folder, FIRST)
     have[FIRST] = loader.logits(prompts, FIRST)
-    first, second = Part(subject.adapter.folder), Part(subject.another)
-    want = {SECOND: [second], "base": [], "base without adapters": [], FIRST: [first]}
+    want = {SECOND: [Part(subject.another)], "base": [], FIRST: [Part(subject.adapter.folder)]}
     return judged(subject, case, "delete", subject.compare(have, want))
+
+
+@check()
+def check_delete_last(subject: LoaderSubject, case: Case) -> CheckResult:
+    """Deleting the only adapter leaves the base, and an adapter can be loaded again."""
+    loader, prompts = subject.loaded(), subject.adapter.prompts
+    loader.delete(FIRST)
+    have = {"base": loader.logits(prompts, None)}
+    loader.load(subject.adapter.folder, FIRST)
+    have[FIRST] = loader.logits(prompts, FIRST)
+    return judged(subject, case, "delete_last", subject.compare(have, {"base": [], FIRST: [Part(subject.adapter.folder)]}))
 
 
 @check()

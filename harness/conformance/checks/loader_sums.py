@@ -48,23 +48,26 @@ def _combined(
 ) -> CheckResult:
     folders = (subject.adapter.folder, subject.another)
     parts = [Part(folder, weight) for folder, weight in zip(folders, weights, strict=False)]
-    have, want, refusals = {}, {}, []
+    have, want = {}, {}
+    raised: list[Exception] = []
     for way in subject.fresh().combinations:
         loader = subject.loaded()
         if len(names) > 1:
             loader.load(subject.another, SECOND)
+        label = " ".join(filter(None, (way, _SUM)))
         try:
             loader.combine(names, weights, _SUM, way)
-        except Unsupported as error:
-            refusals.append(error)
+            have[label], want[label] = loader.logits(subject.adapter.prompts, _SUM), parts
+        except (Unsupported, RuntimeError) as error:  # raised below: one way must not hide the others
+            raised.append(error)
             continue
-        label = " ".join(filter(None, (way, _SUM)))
-        have[label], want[label] = loader.logits(subject.adapter.prompts, _SUM), parts
         have[f"{FIRST} after {label}"] = loader.logits(subject.adapter.prompts, FIRST)
         want[f"{FIRST} after {label}"] = [Part(folders[0])]
-    if not have:
-        raise refusals[0]
-    return judged(subject, case, name, subject.compare(have, want))
+    verdict = subject.compare(have, want) if have else None
+    broken = [error for error in raised if not isinstance(error, Unsupported)]
+    if verdict is None or (verdict.passed and broken):
+        raise (broken or raised)[0]
+    return judged(subject, case, name, verdict)
 
 
 @check()

@@ -90,10 +90,11 @@ class PeftLoader(Loader):
         """Replace an adapter by `hotswap_adapter`."""
         from peft.utils.hotswap import hotswap_adapter
 
-        self.model.set_adapter(name)
+        if not self.merged:  # peft compares configs with that of the active adapter
+            self.model.set_adapter(name)
         try:
             hotswap_adapter(self.model, str(folder), name, torch_device="cpu")
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # documented for adapters that do not fit
             raise Unsupported(f"hotswap: {error}") from error
 
     @contextmanager
