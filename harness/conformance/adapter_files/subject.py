@@ -92,6 +92,11 @@ class LoaderSubject:
         return by_prompt(reference_logits(self.adapter.base, adapter, self.adapter.prompts, DTYPES[self.dtype]))
 
     @property
+    def prompts(self) -> list[list[int]]:
+        """Prompts for checks that ask for many logits: the longest one."""
+        return [max(self.adapter.prompts, key=len)]
+
+    @property
     def another(self) -> Path:
         """Folder of another adapter of the same layers: other numbers, one more rank, and twice the alpha."""
         return variants.another(self.adapter.folder, self.adapter.base)
@@ -99,7 +104,7 @@ class LoaderSubject:
     def compare(self, have: Mapping[str, Sequence[Tensor]], want: Mapping[str, Sequence[Part]]) -> Judgement:
         """Judge logits by those of weighted sums of adapters in float64.
 
-        have: name -> logits of the prompts. want: the same name -> the parts of the sum. No part stands for the base.
+        have: name -> logits of `prompts`. want: the same name -> the parts of the sum. No part stands for the base.
         """
         truth, rounded = (
             {name: self._expected(parts, dtype) for name, parts in want.items()} for dtype in ("float64", self.dtype)
@@ -107,7 +112,7 @@ class LoaderSubject:
         return carried_noise(dict(_named(have)), dict(_named(truth)), dict(_named(rounded)), self.dtype)
 
     def _expected(self, parts: Sequence[Part], dtype: str) -> list[Tensor]:
-        prompts = tuple(map(tuple, self.adapter.prompts))
+        prompts = tuple(map(tuple, self.prompts))
         return _combined_logits(self.adapter.base, tuple(parts), prompts, DTYPES[dtype])
 
 

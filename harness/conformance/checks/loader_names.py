@@ -26,14 +26,14 @@ def check_switch(subject: LoaderSubject, case: Case) -> CheckResult:
     have, want = {}, {}
     for name, part in ((None, []), (SECOND, [second]), (FIRST, [first]), (None, []), (FIRST, [first])):
         label = f"call {len(have) + 1}, {name or 'base'}"
-        have[label], want[label] = loader.logits(subject.adapter.prompts, name), part
+        have[label], want[label] = loader.logits(subject.prompts, name), part
     return judged(subject, case, "switch", subject.compare(have, want))
 
 
 @check()
 def check_renamed(subject: LoaderSubject, case: Case) -> CheckResult:
     """A file computes the same under another name, beside itself and after it was deleted."""
-    loader, prompts = subject.loaded(), subject.adapter.prompts
+    loader, prompts = subject.loaded(), subject.prompts
     loader.load(subject.adapter.folder, _RENAMED)
     have = {name: loader.logits(prompts, name) for name in (_RENAMED, FIRST)}
     with suppress(Unsupported):
@@ -50,7 +50,7 @@ def check_hotswap(subject: LoaderSubject, case: Case) -> CheckResult:
 
     The two adapters differ in rank, alpha and numbers. They are swapped to and fro, and the base stays as it was.
     """
-    loader, prompts = subject.fresh(), subject.adapter.prompts
+    loader, prompts = subject.fresh(), subject.prompts
     first, second = Part(subject.adapter.folder), Part(subject.another)
     loader.load(second.folder, FIRST)
     loader.hotswap(first.folder, FIRST)
@@ -68,7 +68,7 @@ def check_hotswap_beside(subject: LoaderSubject, case: Case) -> CheckResult:
     for name in (FIRST, SECOND):
         loader.load(subject.another, name)
     loader.hotswap(subject.adapter.folder, FIRST)
-    have = {SECOND: loader.logits(subject.adapter.prompts, SECOND)}
+    have = {SECOND: loader.logits(subject.prompts, SECOND)}
     return judged(subject, case, "hotswap_beside", subject.compare(have, {SECOND: [Part(subject.another)]}))
 
 
@@ -79,7 +79,7 @@ def check_hotswap_scale(subject: LoaderSubject, case: Case) -> CheckResult:
     loader.load(subject.another, FIRST)
     loader.hotswap(subject.adapter.folder, FIRST)
     loader.set_scale(FIRST, _HALF)
-    have = {FIRST: loader.logits(subject.adapter.prompts, FIRST)}
+    have = {FIRST: loader.logits(subject.prompts, FIRST)}
     verdict = subject.compare(have, {FIRST: [Part(subject.adapter.folder, factor=_HALF)]})
     return judged(subject, case, "hotswap_scale", verdict)
 
@@ -87,7 +87,7 @@ def check_hotswap_scale(subject: LoaderSubject, case: Case) -> CheckResult:
 @check()
 def check_hotswap_merged(subject: LoaderSubject, case: Case) -> CheckResult:
     """Replacing an adapter that is merged is refused, or it is right after unmerging. The base is intact either way."""
-    loader, prompts = subject.fresh(), subject.adapter.prompts
+    loader, prompts = subject.fresh(), subject.prompts
     loader.load(subject.another, FIRST)
     loader.merge([FIRST])
     loaded, detail = Part(subject.adapter.folder), ""
@@ -103,7 +103,7 @@ def check_hotswap_merged(subject: LoaderSubject, case: Case) -> CheckResult:
 @check()
 def check_delete(subject: LoaderSubject, case: Case) -> CheckResult:
     """Deleting an adapter changes neither the base nor another adapter, and its name can be used again."""
-    loader, prompts = subject.loaded_both(), subject.adapter.prompts
+    loader, prompts = subject.loaded_both(), subject.prompts
     loader.delete(FIRST)
     have = {SECOND: loader.logits(prompts, SECOND), "base": loader.logits(prompts, None)}
     loader.load(subject.adapter.folder, FIRST)
@@ -115,7 +115,7 @@ def check_delete(subject: LoaderSubject, case: Case) -> CheckResult:
 @check()
 def check_delete_last(subject: LoaderSubject, case: Case) -> CheckResult:
     """Deleting the only adapter leaves the base, and an adapter can be loaded again."""
-    loader, prompts = subject.loaded(), subject.adapter.prompts
+    loader, prompts = subject.loaded(), subject.prompts
     loader.delete(FIRST)
     have = {"base": loader.logits(prompts, None)}
     loader.load(subject.adapter.folder, FIRST)
@@ -126,7 +126,7 @@ def check_delete_last(subject: LoaderSubject, case: Case) -> CheckResult:
 @check()
 def check_deepcopy(subject: LoaderSubject, case: Case) -> CheckResult:
     """A copy is independent: what one of the two loads or merges does not reach the other one."""
-    loader, prompts = subject.loaded(), subject.adapter.prompts
+    loader, prompts = subject.loaded(), subject.prompts
     first, second = Part(subject.adapter.folder), Part(subject.another)
     twin = loader.copy()
     twin.load(second.folder, SECOND)

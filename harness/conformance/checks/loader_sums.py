@@ -57,11 +57,11 @@ def _combined(
         label = " ".join(filter(None, (way, _SUM)))
         try:
             loader.combine(names, weights, _SUM, way)
-            have[label], want[label] = loader.logits(subject.adapter.prompts, _SUM), parts
+            have[label], want[label] = loader.logits(subject.prompts, _SUM), parts
         except (Unsupported, RuntimeError) as error:  # raised below: one way must not hide the others
             raised.append(error)
             continue
-        have[f"{FIRST} after {label}"] = loader.logits(subject.adapter.prompts, FIRST)
+        have[f"{FIRST} after {label}"] = loader.logits(subject.prompts, FIRST)
         want[f"{FIRST} after {label}"] = [Part(folders[0])]
     verdict = subject.compare(have, want) if have else None
     broken = [error for error in raised if not isinstance(error, Unsupported)]
@@ -78,7 +78,7 @@ def check_merge_two(subject: LoaderSubject, case: Case) -> CheckResult:
     for first, second in ((FIRST, SECOND), (SECOND, FIRST)):
         loader = subject.loaded_both()
         loader.merge([first, second])
-        have[f"{first}, then {second}"] = loader.logits(subject.adapter.prompts, None)
+        have[f"{first}, then {second}"] = loader.logits(subject.prompts, None)
     return judged(subject, case, "merge_two", subject.compare(have, dict.fromkeys(have, parts)))
 
 
@@ -95,7 +95,7 @@ def check_merge_training(subject: LoaderSubject, case: Case) -> CheckResult:
         loader.train(training)
         loader.merge([FIRST])
         loader.train(False)
-        have[f"merged in {'training' if training else 'evaluation'} mode"] = loader.logits(subject.adapter.prompts, None)
+        have[f"merged in {'training' if training else 'evaluation'} mode"] = loader.logits(subject.prompts, None)
     verdict = subject.compare(have, dict.fromkeys(have, [Part(subject.adapter.folder)]))
     return judged(subject, case, "merge_training", verdict)
 
@@ -107,7 +107,7 @@ def check_merge_undone(subject: LoaderSubject, case: Case) -> CheckResult:
     The bound is that of rounding errors in the dtype of the base. The result says whether the logits of the base are
     restored to the last bit.
     """
-    loader, prompts = subject.loaded(), subject.adapter.prompts
+    loader, prompts = subject.loaded(), subject.prompts
     before = loader.logits(prompts, None)
     for _ in range(_ROUNDS):
         loader.merge([FIRST])
@@ -122,7 +122,7 @@ def check_merge_undone(subject: LoaderSubject, case: Case) -> CheckResult:
 @check()
 def check_disabled(subject: LoaderSubject, case: Case) -> CheckResult:
     """Disabled adapters leave the base, and an adapter that is enabled again computes what it computed before."""
-    loader, prompts = subject.loaded(), subject.adapter.prompts
+    loader, prompts = subject.loaded(), subject.prompts
     with loader.disabled():
         have = {"disabled": loader.logits(prompts, FIRST)}
     have["enabled again"] = loader.logits(prompts, FIRST)
@@ -140,6 +140,6 @@ def check_scale(subject: LoaderSubject, case: Case) -> CheckResult:
     loader, have, want = subject.loaded(), {}, {}
     for factor in _FACTORS:
         loader.set_scale(FIRST, factor)
-        have[f"factor {factor:g}"] = loader.logits(subject.adapter.prompts, FIRST)
+        have[f"factor {factor:g}"] = loader.logits(subject.prompts, FIRST)
         want[f"factor {factor:g}"] = [Part(subject.adapter.folder, factor=factor)]
     return judged(subject, case, "scale", subject.compare(have, want))
