@@ -237,7 +237,7 @@ def _unknown(request: CheckRequest, registry: Registry) -> Iterator[str]:
         yours += f"; entry points that could not be loaded: {broken}"
     for what, given, known in (
         ("implementation", request.implementations, names),
-        ("method", request.methods, [*known_targets["method"], *known_targets["base"]]),
+        ("method", request.methods, [*known_targets["method"], *known_targets["base"], *known_targets["loader"]]),
         ("operation", request.operations, known_targets["operation"]),
         ("dtype", request.dtypes, DTYPES),
     ):

@@ -8,6 +8,7 @@ import click
 
 from harness.cli import options
 from harness.errors import Exit, UsageError
+from harness.resources import user_path
 
 
 @click.command()
@@ -28,6 +29,10 @@ from harness.errors import Exit, UsageError
     help="Also check N random cases per parity suite, and all of --wide; shrink each failure.",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), metavar="S", help="Random seed of --drawn.  [default: 0]")
+@click.option(
+    "--base-model", type=click.Path(path_type=Path), metavar="FOLDER",
+    help="For an adapter file: the folder of its base model.  [default: base_model_name_or_path, if it is a folder]",
+)  # fmt: skip
 @options.jobs
 @click.option(
     "--patience", callback=options.finite_seconds, default=120.0, show_default=True, metavar="SECONDS",
@@ -47,10 +52,13 @@ from harness.errors import Exit, UsageError
 @options.as_json
 def check(
     implementations: tuple[str, ...], methods: tuple[str, ...], operations: tuple[str, ...], dtypes: tuple[str, ...],
-    full: bool, wide: bool, drawn: int, seed: int | None, jobs: int | None, patience: float, junit: Path | None,
+    full: bool, wide: bool, drawn: int, seed: int | None, base_model: Path | None, jobs: int | None, patience: float, junit: Path | None,
     html: Path | None, self_test: bool, mutants: int | None, power: bool, as_json: bool,
 ) -> Exit:  # fmt: skip
-    """Check implementations against the reference.
+    """Check implementations against the reference, or judge one adapter file.
+
+    IMPLEMENTATIONS are names, or the path of one adapter: a folder with adapter_config.json, or its
+    adapter_model.safetensors. An adapter is judged without running a loader.
 
     Without arguments, checks every implementation in all cases that this machine can run. The reference is computed in
     float64. Each plug-in runs in its own process: a crash or a hang counts as a failure, and the other plug-ins continue.
@@ -85,6 +93,20 @@ def check(
         from harness.conformance.mutants import run
 
         return run.check(mutants or None, seed or 0, jobs, targets, as_json)
+    if paths := [one for one in implementations if _is_adapter_path(one)]:
+        given = {
+            "--method": methods, "--op": operations, "--dtype": dtypes, "--full": full, "--wide": wide, "--drawn": drawn,
+            "--seed": seed is not None, "--junit": junit, "--html": html, "a second name": implementations[1:],
+        }  # fmt: skip
+        for option in (name for name, value in given.items() if value):
+            raise UsageError(
+                "does not apply to an adapter file", where=option, hint="keep only --base-model and --json"
+            )
+        from harness.cli import adapter
+
+        return adapter.check(user_path(paths[0]), base_model, as_json)
+    if base_model is not None:
+        raise UsageError("has no effect without the path of an adapter", where="--base-model", hint="add the path")
     from harness.cli import check as command
     from harness.conformance.case_selection import CaseSelection
 
@@ -95,3 +117,12 @@ def check(
     breadth = CaseSelection(full, drawn, seed or 0, wide)
     request = command.CheckRequest(implementations, methods, operations, dtypes, breadth, jobs, patience)
     return command.check(request, as_json, junit, html)
+
+
+def _is_adapter_path(argument: str) -> bool:
+    """Return whether an argument is the path of an adapter, and not the name of an implementation.
+
+    A path contains a slash, ends with .safetensors, or is a folder that holds an adapter.
+    """
+    files = (Path(argument) / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+    return "/" in argument or argument.endswith(".safetensors") or any(file.is_file() for file in files)

@@ -17,10 +17,13 @@ from harness import errors, yaml_lines
 from harness.analysis import contention
 from harness.analysis.comparison.baseline_rows import MEANING
 from harness.conformance import checks
+from harness.conformance.adapter_files import corpus
 from harness.console import visible
 from harness.errors import EXITS, HarnessError, UsageError, closest_match
 from harness.memory_model import activations, fit
 from harness.memory_model.ledger import PARTS
+from harness.methods import registry
+from harness.methods.loader import ADAPTER_FILES, Loader
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.spec import FieldInfo, MethodInfo, methods
 from harness.records.record import Training
@@ -82,6 +85,7 @@ def _topics() -> Iterator[Topic]:
     for file in sorted(_OPERATIONS.glob("[!_]*.py")):
         about = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
         yield file.stem, partial(_operation, file.stem, about)
+    yield ADAPTER_FILES, _loader
     kinds = "\n".join(line for kind, text in MEANING.items() for line in _wrapped(f"{kind.value}: {text}.", "  "))
     yield "gate", partial(_titled, "gate: kinds of findings", kinds)
     yield "fit", partial(_titled, "fit", inspect.getdoc(fit) or "")
@@ -221,7 +225,8 @@ def _narrowed(patterns: Iterable[str]) -> str:
     targets = sorted({pattern.partition("/")[0] for pattern in patterns})
     if any(set(target) & set("*?[") for target in targets):
         return ""
-    return "".join(f" {'--method' if target in methods() else '--op'} {target}" for target in targets)
+    kinds = registry.targets()
+    return "".join(f" {'--op' if kinds.get(target) == 'operation' else '--method'} {target}" for target in targets)
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
@@ -237,6 +242,26 @@ def _operation(name: str, about: str) -> str:
 
     command = ["", "to check who offers it:", f"  peft-harness check --op {name}"]
     return _titled(f"operation {name}", "\n".join([about, "", *_folded(interfaces.of_operation(name)), *command]))
+
+
+def _loader() -> str:
+    """Return a text about loaders of adapter files: the class, and the adapters of the corpus."""
+    functions = [
+        f"  {name}({', '.join(list(inspect.signature(function).parameters)[1:])}): {inspect.getdoc(function)}"
+        for name, function in vars(Loader).items()
+        if inspect.isfunction(function)
+    ]
+    lines = [
+        *(inspect.getdoc(inspect.getmodule(Loader)) or "").splitlines(),
+        "",
+        *(inspect.getdoc(Loader) or "").splitlines(),
+        *(line for text in functions for line in _folded(text.splitlines()[:1])),
+        "",
+        *_folded([f"adapters in {corpus.folder()}: {', '.join(corpus.names())}"]),
+        "to check who offers it:",
+        f"  peft-harness check --method {ADAPTER_FILES}",
+    ]
+    return _titled(f"loader {ADAPTER_FILES}", "\n".join(lines))
 
 
 def _folded(lines: Iterable[str]) -> Iterator[str]:

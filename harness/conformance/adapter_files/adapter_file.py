@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,10 +76,15 @@ class AdapterFile:
 
     def tensors(self) -> dict[str, Tensor]:
         """Read and return all tensors, on the CPU, in the dtypes of the file."""
-        from safetensors.torch import load_file
+        return dict(self.stream())
 
-        found: dict[str, Tensor] = load_file(self.weights)
-        return found
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Read the tensors one by one, and yield each with its key."""
+        from safetensors import safe_open
+
+        with safe_open(self.weights, framework="pt") as file:
+            for key in self.header:
+                yield key, file.get_tensor(key)
 
 
 def read_json_object(path: Path, hint: str) -> dict[str, Any]:

@@ -1,0 +1,234 @@
+"""Findings about one adapter file: what is wrong with its keys, shapes and values, by itself and for its base."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from harness.conformance.adapter_files.adapter_file import AdapterFile
+from harness.errors import first_names
+from reference.adapter_file import PREFIX, AdapterReading, LayerUpdate, read, unsupported
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+KINDS = {
+    "empty": "the file has no tensors of an adapter",
+    "prefix": f"a key does not begin with {PREFIX}, or holds the name of an adapter",
+    "missing-half": "a layer has an A without a B, or a B without an A",
+    "rank": "A and B have another rank than the config, or differ in rank",
+    "dtype": "a tensor holds integers or 8-bit numbers",
+    "not-finite": "a tensor holds NaN or infinity",
+    "zero-update": "every B (or every A) is zero, so the adapter does nothing: it was not trained, or not saved",
+    "scaling": "the scaling of a layer is 0, so its update does nothing",
+    "magnitude": "use_dora and the lora_magnitude_vector tensors contradict each other",
+    "lora-bias": "lora_bias and the lora_B.bias tensors contradict each other",
+    "bias": "`bias` and the bias tensors contradict each other",
+    "unused-pattern": "an entry of rank_pattern or alpha_pattern fits no layer of the file",
+    "other-base": "no tensor of the file fits the base: the adapter belongs to another model",
+    "unmatched-key": "a tensor has no place in the base: loaders drop it or refuse the file",
+    "missing-target": "the config targets a layer for which the file has no tensors",
+    "undeclared": "a tensor replaces a weight of the base that modules_to_save does not name",
+    "shape": "a tensor does not fit the layer of the base",
+    "vocabulary": "a tensor has another number of tokens than the base",
+    "unsupported": "the config gives the tensors a meaning that the reference does not have, so nothing else was judged",
+}
+"""Name of a kind of finding -> its meaning."""
+_NOTES = ("unused-pattern", "missing-target", "unsupported")
+"""Kinds of findings after which the file still conforms."""
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_HALF = re.compile(r"(?P<start>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?:\.weight)?")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding about a file."""
+
+    kind: str
+    """One of `KINDS`."""
+    where: str
+    """Key of the file, path of a layer, or key of the config."""
+    message: str
+    hint: str = ""
+
+    @property
+    def nonconforming(self) -> bool:
+        """True if the file does not conform. Otherwise the finding is a note."""
+        return self.kind not in _NOTES
+
+
+def judge(adapter: AdapterFile, base: nn.Module | None = None) -> list[Finding]:
+    """Return the findings about an adapter, in the order of `KINDS`.
+
+    base: the base model, whose parameters may be on the device `meta`. None if the file is judged by itself.
+    """
+    if reasons := unsupported(adapter.config):
+        return [Finding("unsupported", "adapter_config.json", reason) for reason in reasons]
+    judge = _Judge(adapter)
+    found = [*judge.alone(), *(judge.against(base) if base is not None else ())]
+    return sorted(found, key=lambda one: list(KINDS).index(one.kind))
+
+
+@dataclass(frozen=True)
+class _Judge:
+    adapter: AdapterFile
+
+    @cached_property
+    def pairs(self) -> dict[str, dict[str, str]]:
+        """Beginning of keys -> `A` or `B` -> the whole key."""
+        found: dict[str, dict[str, str]] = {}
+        for key in self.adapter.header:
+            if match := _HALF.fullmatch(key):
+                found.setdefault(match["start"], {})[match["half"]] = key
+        return found
+
+    def alone(self) -> Iterator[Finding]:
+        """Yield what can be found without the base."""
+        if not self.pairs:
+            hint = "save the adapter by `save_pretrained` of the PeftModel, with gathered weights if it was sharded"
+            yield Finding("empty", self.adapter.weights.name, f"{len(self.adapter.header)} tensors, no lora_A", hint)
+        odd = [key for key in self.adapter.header if not key.startswith(PREFIX)]
+        odd += [key for key in self.adapter.header if re.search(r"\.lora_[AB]\.(?!weight$|bias$)", key)]
+        if odd:
+            hint = f"rename the keys to {PREFIX}<layer>.lora_A.weight"
+            yield Finding("prefix", odd[0], f"{first_names(odd)}: no loader of this format finds them", hint)
+        yield from self._of_pairs()
+        yield from self._of_values()
+        yield from self._of_config()
+
+    def _of_pairs(self) -> Iterator[Finding]:
+        settings, header = self.adapter.settings, self.adapter.header
+        for start, halves in self.pairs.items():
+            if len(halves) == 1:
+                (half,) = halves
+                yield Finding("missing-half", halves[half], f"there is no {'B' if half == 'A' else 'A'} for it")
+                continue
+            A, B = (header[halves[half]].shape for half in "AB")
+            path = _path(start)
+            if len(A) != 2 or len(B) != 2:
+                yield Finding("rank", halves["A"], f"A is {A} and B is {B}; both should have two dimensions")
+            elif A[0] != B[1]:
+                yield Finding("rank", halves["A"], f"A is {A}, of rank {A[0]}, and B is {B}, of rank {B[1]}")
+            elif not self._is_stack(path) and A[0] != settings.rank(path):
+                hint = "write the rank into r, or an entry for this layer into rank_pattern"
+                yield Finding(
+                    "rank", halves["A"], f"rank {A[0]}, but the config gives rank {settings.rank(path)}", hint
+                )
+            if not math.isfinite(settings.scaling(path)) or settings.scaling(path) == 0:
+                yield Finding("scaling", path, f"the config gives the scaling {settings.scaling(path):g}")
+
+    def _is_stack(self, path: str) -> bool:
+        """Return whether this may be the path of a module with a parameter in target_parameters."""
+        parents = [name.rpartition(".")[0] for name in self.adapter.settings.target_parameters or ()]
+        return any(path == parent or path.endswith(f".{parent}") or not parent for parent in parents)
+
+    def _of_values(self) -> Iterator[Finding]:
+        zero: dict[str, list[str]] = {"A": [], "B": []}
+        for key, tensor in self.adapter.stream():
+            if self.adapter.header[key].dtype not in _FLOATS:
+                yield Finding("dtype", key, f"the dtype is {self.adapter.header[key].dtype}", "save it as F32 or BF16")
+                continue
+            if bad := int((~tensor.isfinite()).sum()):
+                yield Finding("not-finite", key, f"{bad} of {tensor.numel()} elements are NaN or infinite")
+            if (match := _HALF.fullmatch(key)) and not bool(tensor.any()):
+                zero[match["half"]].append(key)
+        for half, keys in zero.items():
+            if keys and len(keys) == len(self.pairs):
+                hint = "train it; if it was trained, gather sharded weights before saving"
+                yield Finding(
+                    "zero-update", keys[0], f"all {len(keys)} tensors {half} are zero: nothing was trained", hint
+                )
+
+    def _of_config(self) -> Iterator[Finding]:
+        settings, keys = self.adapter.settings, list(self.adapter.header)
+        magnitudes = [key for key in keys if ".lora_magnitude_vector" in key]
+        own = [key for key in keys if key.endswith(".lora_B.bias")]
+        biases = [key for key in keys if key.endswith(".bias") and key not in own and not self._is_saved(key)]
+        for kind, setting, there, tensors in (
+            ("magnitude", "use_dora", settings.use_dora, magnitudes),
+            ("lora-bias", "lora_bias", settings.lora_bias, own),
+            ("bias", "bias", settings.bias != "none", biases),
+        ):
+            if tensors and not there:
+                yield Finding(kind, tensors[0], f"the file has such tensors, but {setting} is off", f"set {setting}")
+            if there and len(tensors) < (1 if kind == "bias" else len(self.pairs)):
+                found = f"{len(tensors)} such tensors for {len(self.pairs)} layers"
+                yield Finding(kind, setting, f"{setting} is on, but the file has {found}")
+        names = [_path(start) for start in self.pairs]
+        for setting, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
+            for pattern in patterns:
+                stack = any(self._is_stack(name) for name in names)
+                if not stack and not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                    yield Finding("unused-pattern", setting, f"{pattern!r} fits no layer of the file")
+
+    def _is_saved(self, key: str) -> bool:
+        return any(f".{name}." in key for name in self.adapter.settings.saved)
+
+    def against(self, base: nn.Module) -> Iterator[Finding]:
+        """Yield what is wrong with the file for this base."""
+        reading = read(self.adapter.settings, list(self.adapter.header), base)
+        misfits = {update: list(self._misfits(update, base)) for update in reading.updates}
+        if self.pairs and all(misfits.values()):
+            name = getattr(getattr(base, "config", None), "model_type", "model")
+            first = next(
+                (one.message for some in misfits.values() for one in some), f"{len(reading.unused)} keys have no layer"
+            )
+            hint = "give the base that the adapter was trained on by --base-model"
+            yield Finding(
+                "other-base", self.adapter.weights.name, f"no layer fits this {name}; for example, {first}", hint
+            )
+            return
+        for some in misfits.values():
+            yield from some
+        for key, reason in reading.unused.items():
+            if key.startswith(PREFIX):
+                yield Finding("unmatched-key", key, reason)
+        if reading.absent:
+            yield Finding("missing-target", reading.absent[0], f"no tensors for {first_names(reading.absent)}")
+        yield from self._of_replaced(reading, base)
+
+    def _misfits(self, update: LayerUpdate, base: nn.Module) -> Iterator[Finding]:
+        module = base.get_submodule(update.path)
+        is_head = module is _embeddings(base, "output")
+        for key, shape in update.shapes(module).items():
+            have = self.adapter.header[key].shape if key in self.adapter.header else None
+            if have is None or have == shape:  # `magnitude` and `lora-bias` report a tensor that is missing
+                continue
+            tokens = (update.kind == "embedding" and key == update.A) or (is_head and key == update.B)
+            yield Finding("vocabulary" if tokens else "shape", key, f"{have}, should be {shape}")
+
+    def _of_replaced(self, reading: AdapterReading, base: nn.Module) -> Iterator[Finding]:
+        parameters: Mapping[str, Tensor] = dict(base.named_parameters(remove_duplicate=False))
+        tables = {id(getattr(_embeddings(base, side), "weight", None)) for side in ("input", "output")}
+        for key, name in reading.replaced.items():
+            have, want = self.adapter.header[key].shape, tuple(parameters[name].shape)
+            if have != want:
+                kind = "vocabulary" if id(parameters[name]) in tables else "shape"
+                yield Finding(kind, key, f"{have}, should be {want}")
+            if ".base_layer." not in key and not key.endswith(".bias") and not self._is_named(name):
+                hint = "name the module in modules_to_save, or remove the tensor"
+                yield Finding("undeclared", key, f"it replaces {name} of the base", hint)
+
+    def _is_named(self, parameter: str) -> bool:
+        path = parameter.rpartition(".")[0]
+        saved = self.adapter.settings.saved
+        return bool(saved) and any(part.endswith(saved) for part in _parents(path))
+
+
+def _parents(path: str) -> Iterator[str]:
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
+def _path(start: str) -> str:
+    return start.removeprefix(PREFIX).replace(".base_layer", "")
+
+
+def _embeddings(base: nn.Module, side: str) -> Any:
+    """Return the module with the embedding (`input`) or the head (`output`) of a model. None if it has none."""
+    return getattr(base, f"get_{side}_embeddings", lambda: None)()

@@ -1,0 +1,99 @@
+"""What each known loader makes of an adapter file, by the features that the file uses. The data are in loader_readings.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from harness import yaml_lines
+from harness.conformance.adapter_files.adapter_file import AdapterFile
+from harness.conformance.adapter_files.findings import Finding
+from harness.records.base_model import FrozenModel
+
+Verdict = Literal["wrong", "refused", "not known", "ok"]
+"""`wrong` means that the loader computes something else without an error."""
+_WORST_FIRST: tuple[Verdict, ...] = ("wrong", "refused", "not known", "ok")
+
+
+class Reading(FrozenModel):
+    """What a loader makes of one feature."""
+
+    reading: Literal["wrong", "refused", "ok"]
+    because: str = ""
+    source: str
+
+
+class KnownLoader(FrozenModel):
+    """A loader, and what it makes of each feature that is known."""
+
+    loader: str
+    readings: dict[str, Reading]
+
+
+class _File(FrozenModel):
+    features: dict[str, str]
+    loaders: list[KnownLoader]
+
+
+@dataclass(frozen=True)
+class LoaderVerdict:
+    """What a loader makes of a file: the worst of its features."""
+
+    loader: str
+    verdict: Verdict
+    feature: str
+    """The feature that decides. Empty if the verdict is `ok`."""
+    because: str
+    source: str
+
+
+@cache
+def _read() -> _File:
+    return yaml_lines.load_model(Path(__file__).with_suffix(".yaml"), _File)[1]
+
+
+def features(adapter: AdapterFile, findings: Sequence[Finding] = (), tied: bool = False) -> list[str]:
+    """List the features that an adapter uses, in the order of loader_readings.yaml.
+
+    findings: those about the adapter. tied: the base ties its head to its embedding.
+    """
+    settings, keys = adapter.settings, list(adapter.header)
+    head = any(".lm_head.lora_" in key for key in keys)
+    experts = bool(settings.target_parameters)
+    used = {
+        "plain": True,
+        "rslora": settings.use_rslora,
+        "rank_pattern": bool(settings.rank_pattern),
+        "alpha_pattern": bool(settings.alpha_pattern),
+        "dora": settings.use_dora,
+        "bias": settings.bias != "none",
+        "lora_bias": settings.lora_bias,
+        "modules_to_save": bool(settings.modules_to_save),
+        "embedding": any(".lora_embedding_" in key for key in keys),
+        "head": head,
+        "tied_head": head and tied,
+        "base_weights": any(key.endswith(".base_layer.weight") for key in keys),
+        "experts": experts,
+        "rslora_experts": experts and settings.use_rslora,
+        "unmatched_keys": any(one.kind == "unmatched-key" for one in findings),
+    }
+    return [name for name in _read().features if used[name]]
+
+
+def verdicts(used: list[str]) -> Iterator[LoaderVerdict]:
+    """Yield what each known loader makes of a file with these features."""
+    for known in _read().loaders:
+        found = [_of_feature(known, feature) for feature in used]
+        worst = min(found, key=lambda one: _WORST_FIRST.index(one.verdict))
+        yield worst
+
+
+def _of_feature(known: KnownLoader, feature: str) -> LoaderVerdict:
+    reading = known.readings.get(feature)
+    if reading is None:
+        return LoaderVerdict(known.loader, "not known", feature, "", "")
+    decides = "" if reading.reading == "ok" else feature
+    return LoaderVerdict(known.loader, reading.reading, decides, reading.because, reading.source)
