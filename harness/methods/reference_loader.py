@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,10 +31,10 @@ class _Part:
 
 
 class ReferenceLoader(Loader):
-    """A folder with a base model, and adapters. Each call of `logits` loads the base and writes adapters into it."""
+    """A base model, and adapters. Each call of `logits` copies the base and writes adapters into the copy."""
 
     def __init__(self, base_folder: Path, dtype: str) -> None:
-        self.base_folder, self.dtype = base_folder, getattr(torch, dtype)
+        self.base = load_base(base_folder, getattr(torch, dtype))
         self.adapters: dict[str, list[_Part]] = {}
         self.merged: list[_Part] = []
         self.is_disabled = self.training = False
@@ -48,7 +49,7 @@ class ReferenceLoader(Loader):
 
     def logits(self, prompts: Sequence[Sequence[int]], name: str | None) -> list[Tensor]:
         """Compute logits with one adapter, or of the base and of what is merged into it."""
-        model = load_base(self.base_folder, self.dtype)
+        model = copy.deepcopy(self.base)
         parts = self.merged if name is None else self.adapters[name]
         if not self.is_disabled:
             sums = [(one.settings.scaled(one.factor), one.tensors, one.weight) for one in parts]
@@ -95,7 +96,7 @@ class ReferenceLoader(Loader):
 
     def copy(self) -> ReferenceLoader:
         """Return an independent copy."""
-        other = type(self)(self.base_folder, str(self.dtype).removeprefix("torch."))
+        other = copy.copy(self)
         other.adapters, other.merged = dict(self.adapters), list(self.merged)
         return other
 
