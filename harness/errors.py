@@ -29,7 +29,8 @@ EXITS = {
     "the suite is refuted, a rerun differs without a named cause, a Record was changed after its run, or a history holds a "
     "change for the worse that is counted or confirmed",
     Exit.USAGE: "wrong use: an option, a name, a path, or a mistake in a suite; nothing was run",
-    Exit.INCONCLUSIVE: "a question could not be decided either way; only with --strict",
+    Exit.INCONCLUSIVE: "a question could not be decided either way; only with --strict, or because an adapter is too weak "
+    "for `check --served`",
     Exit.INFRASTRUCTURE: "Cells were not measured (out of memory, timeout, lost, ended by Ctrl-C, SIGTERM or SIGHUP), an "
     "implementation named to `check` could not be tried, or the machine failed: no GPU, no network, a full disk",
     Exit.NOTHING_COMPARED: "nothing was measured or compared, so nothing can pass; or there is nothing to export",
@@ -154,6 +155,12 @@ class StoreError(HarnessError):
     """A run folder or Record could not be written or read (full disk, torn file, newer schema). Finished Records stay."""
 
     code = "store"
+
+
+class ServerError(HarnessError):
+    """A model server did not answer, or stopped in the middle of an answer. Results so far are printed."""
+
+    code = "server"
 
 
 class ImplementationError(HarnessError):

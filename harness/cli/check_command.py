@@ -29,15 +29,31 @@ from harness.resources import user_path
     help="Also check N random cases per parity suite, and all of --wide; shrink each failure.",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), metavar="S", help="Random seed of --drawn.  [default: 0]")
-@click.option(
-    "--base-model", type=click.Path(path_type=Path), metavar="FOLDER",
-    help="For an adapter file: the folder of its base model.  [default: base_model_name_or_path, if it is a folder]",
-)  # fmt: skip
 @options.jobs
 @click.option(
     "--patience", callback=options.finite_seconds, default=120.0, show_default=True, metavar="SECONDS",
-    help="Stop an implementation that gives no result for this long.",
+    help="Stop an implementation, or a request to a server, that gives no result for this long.",
 )  # fmt: skip
+@click.option(
+    "--served", metavar="URL",
+    help="Check a model server with the OpenAI completions API instead, e.g. http://127.0.0.1:8000.",
+)  # fmt: skip
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="[NAME=]DIR",
+    help=f"With --served: folder of an adapter, and its name on the server.  [default: the folder's name] {options.AGAIN}",
+)  # fmt: skip
+@click.option(
+    "--base-model", metavar="[NAME=]FOLDER",
+    help="Folder of the base model: with --served, with its name on the server; for an adapter file, without a name.  "
+    "[default for a file: base_model_name_or_path, if it is a folder]",
+)  # fmt: skip
+@click.option(
+    "--concurrency", type=click.IntRange(1, 256), metavar="N",
+    help="With --served: most requests at the same time.  [default: 8]",
+)  # fmt: skip
+@click.option(
+    "--echo", is_flag=True, help="With --served: also compare the log-probabilities of the prompts' own tokens."
+)
 @options.junit
 @options.html
 @click.option("--self-test", is_flag=True, help="Test the checks themselves: each planted fault must be detected.")
@@ -52,7 +68,8 @@ from harness.resources import user_path
 @options.as_json
 def check(
     implementations: tuple[str, ...], methods: tuple[str, ...], operations: tuple[str, ...], dtypes: tuple[str, ...],
-    full: bool, wide: bool, drawn: int, seed: int | None, base_model: Path | None, jobs: int | None, patience: float, junit: Path | None,
+    full: bool, wide: bool, drawn: int, seed: int | None, jobs: int | None, patience: float, served: str | None,
+    adapters: tuple[str, ...], base_model: str | None, concurrency: int | None, echo: bool, junit: Path | None,
     html: Path | None, self_test: bool, mutants: int | None, power: bool, as_json: bool,
 ) -> Exit:  # fmt: skip
     """Check implementations against the reference, or judge one adapter file.
@@ -65,6 +82,28 @@ def check(
     Ctrl-C or SIGTERM prints the results so far and exits with 4; the exit code is also 4 if a named IMPLEMENTATION cannot be
     tested.
     """
+    if served is not None:
+        if implementations or methods or operations or full or wide or drawn or jobs or junit or html or self_test:
+            raise UsageError(
+                "checks a server, not an implementation", where="--served",
+                hint="it takes --adapter, --base-model, --dtype, --concurrency, --echo, --patience, --seed and --json",
+            )  # fmt: skip
+        if not adapters or base_model is None:
+            raise UsageError(
+                "needs --adapter and --base-model", where="--served",
+                hint="--adapter DIR --base-model FOLDER with what the server loads",
+            )  # fmt: skip
+        from harness.cli import check_served
+
+        return check_served.check(
+            check_served.ServedRequest(
+                served, adapters, base_model, dtypes, concurrency or 8, patience, echo, seed or 0
+            ),
+            as_json,
+        )
+    for option, given in (("--adapter", adapters), ("--concurrency", concurrency), ("--echo", echo)):
+        if given:
+            raise UsageError("changes nothing without --served", where=option, hint="add --served URL")
     for option, given in (("--mutants", mutants is not None), ("--power", power)):
         if given and not self_test:
             raise UsageError("changes nothing without --self-test", where=option, hint="add --self-test")
@@ -104,9 +143,10 @@ def check(
             )
         from harness.cli import adapter
 
-        return adapter.check(user_path(paths[0]), base_model, as_json)
+        return adapter.check(user_path(paths[0]), None if base_model is None else Path(base_model), as_json)
     if base_model is not None:
-        raise UsageError("has no effect without the path of an adapter", where="--base-model", hint="add the path")
+        hint = "add the path of an adapter, or --served URL"
+        raise UsageError("has no effect on implementations", where="--base-model", hint=hint)
     from harness.cli import check as command
     from harness.conformance.case_selection import CaseSelection
 

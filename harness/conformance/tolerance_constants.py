@@ -76,6 +76,10 @@ TRAJECTORY_FACTOR = 4.0
 # happen to round to the exact value, and a factor times zero would then demand bitwise equality.
 TRAJECTORY_FLOOR_EPS = 8.0
 
+# An adapter on a server is too weak to be judged if its scaling could be wrong by more than this share without a finding.
+# A server that ignores use_rslora at rank 4 halves the scaling: no published mistake of servers is smaller.
+SERVED_WEAK = 0.5
+
 # Smallest learning rate of a check, in units of eps: a step then moves a weight of 1 by about 10 units in its last place.
 LEARNING_RATE_EPS = 32.0
 

@@ -1,0 +1,134 @@
+"""Answers of the completions API: read tokens and log-probabilities, refuse half answers. The module imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from harness.errors import ServerError, UsageError
+
+TokenNames = Callable[[str], int | None]
+"""Function from the name of a token in an answer to its id, or to None for an unknown or ambiguous name."""
+_LONGEST_MESSAGE = 200
+
+
+@dataclass(frozen=True)
+class Position:
+    """The log-probabilities of one position."""
+
+    token: int
+    """Id of the token at this position."""
+    logprob: float | None
+    """Its log-probability in nats. None for the first token of a prompt."""
+    others: Mapping[int, float]
+    """Log-probabilities of the most likely other tokens, by id."""
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The log-probability of the token, then those of the others."""
+        return (math.nan if self.logprob is None else self.logprob, *self.others.values())
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server returned for one prompt."""
+
+    positions: tuple[Position, ...]
+    prompt_tokens: int | None
+    """Number of tokens of the prompt, as the server counts them."""
+    prompt_ids: tuple[int, ...] | None
+    """Token ids of the prompt, if the server returns them."""
+
+
+def token_id(name: str) -> int | None:
+    """Return the id from a name such as `token_id:42`, or None for other names."""
+    found = re.fullmatch(r"token_id:(\d+)", name)
+    return int(found[1]) if found else None
+
+
+def message(content: bytes) -> str:
+    """Return the server's error message as one short line."""
+    try:
+        document = json.loads(content)
+    except ValueError:
+        text = "" if content.lstrip()[:1] == b"<" else content.decode("utf-8", "replace")
+    else:
+        inner = document.get("error", document) if isinstance(document, dict) else document
+        keys = ("message", "detail")
+        text = str(next((inner[k] for k in keys if inner.get(k)), "") if isinstance(inner, dict) else inner)
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST_MESSAGE else text[: _LONGEST_MESSAGE - 1] + "…"
+
+
+def read(document: Any, tokens: int, echo: bool, names: TokenNames, where: str) -> Answer:
+    """Return the answer to one prompt. tokens: number of tokens requested. where: for messages.
+
+    Raises UsageError for an answer without log-probabilities, ServerError for half an answer.
+    """
+
+    def half(what: str) -> ServerError:
+        return ServerError(f"half an answer: {what}", where=where, hint="the server's log may have the reason")
+
+    choices = document.get("choices") if isinstance(document, dict) else None
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        raise half(f"{len(choices)} choices for one prompt" if isinstance(choices, list) else "it has no `choices`")
+    choice = choices[0]
+    found = choice.get("logprobs")
+    if not isinstance(found, dict) or found.get("token_logprobs") is None:
+        if isinstance(found, dict) and found.get("content"):
+            raise UsageError("log-probabilities have the form of chat completions", where=where, hint=_NEEDED)
+        raise UsageError("the server returned no log-probabilities", where=where, hint=_NEEDED)
+    texts, values = found.get("tokens"), found["token_logprobs"]
+    if not isinstance(texts, list) or not isinstance(values, list) or len(texts) != len(values):
+        raise half("`tokens` and `token_logprobs` differ in length")
+    tops = found.get("top_logprobs") or [None] * len(texts)
+    if not isinstance(tops, list) or len(tops) != len(texts):
+        raise half("`top_logprobs` and `tokens` differ in length")
+    usage = document.get("usage") if isinstance(document.get("usage"), dict) else {}
+    given = choice.get("prompt_token_ids")
+    prompt = tuple(given) if isinstance(given, list) and all(isinstance(one, int) for one in given) else None
+    ids = choice.get("token_ids")
+    known = [*(prompt or ()), *ids] if echo and isinstance(ids, list) else ids
+    if not isinstance(known, list) or len(known) != len(texts):
+        known = [names(str(text)) for text in texts]
+    if None in known:
+        text = texts[known.index(None)]
+        raise UsageError(f"the id of token {text!r} in the answer is unknown", where=where, hint=_NAMES)
+    positions = tuple(
+        Position(
+            int(known[i]), _number(values[i], i > 0 or not echo, half), _others(tops[i], int(known[i]), names, half)
+        )
+        for i in range(len(texts))
+    )
+    count = usage.get("prompt_tokens")
+    generated = len(positions) - (count if echo and isinstance(count, int) else 0)
+    if not positions or (choice.get("finish_reason") == "length" and not echo and generated != tokens):
+        raise half(f"{generated} of {tokens} tokens, although none of them ends the text")
+    return Answer(positions, count if isinstance(count, int) else None, prompt)
+
+
+_NEEDED = "the check compares the field `logprobs` of /v1/completions; vLLM has it, `transformers serve` ignores it"
+_NAMES = (
+    "the server must return token ids, as vLLM does for `return_tokens_as_token_ids`, or --base-model needs a tokenizer"
+)
+
+
+def _number(value: Any, needed: bool, half: Callable[[str], ServerError]) -> float | None:
+    if value is None and not needed:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise half(f"a log-probability is {value!r}")
+    return float(value) if math.isfinite(value) else math.nan
+
+
+def _others(top: Any, token: int, names: TokenNames, half: Callable[[str], ServerError]) -> dict[int, float]:
+    if top is None:
+        return {}
+    if not isinstance(top, dict):
+        raise half("`top_logprobs` has an entry that is no object")
+    found = {names(str(name)): _number(value, True, half) for name, value in top.items()}
+    return {one: value for one, value in found.items() if one is not None and one != token and value is not None}

@@ -1,0 +1,108 @@
+"""The mistake behind wrong answers: which adapter a server applied instead of the right one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from harness.conformance.adapter_files.adapter_file import AdapterFile
+from harness.conformance.served.noise import Errors
+from harness.conformance.served.rows import Row
+from harness.conformance.served.scores import score
+
+_UNKNOWN = "no typical mistake explains them"
+
+
+def cause(
+    base: Path, adapter: AdapterFile | None, others: Mapping[str, AdapterFile], wrong: Sequence[Row], limit: Errors
+) -> str:
+    """Return which mistakes explain how many of the wrong positions, in one sentence.
+
+    adapter: the right one, or None for the base. others: the other adapters of the server, by name.
+    """
+    # Without a wrong position, the error is in all of them: small, but more than rounding.
+    positions = [
+        row.inaccurate(limit) or (range(len(row.differences)) if not row.unlikely(limit) else ()) for row in wrong
+    ]
+    total = sum(map(len, positions))
+    if not total:
+        count = sum(len(row.unlikely(limit)) for row in wrong)
+        return (
+            f"the log-probabilities are right, but {count} tokens are not the most likely ones: decoding is not greedy"
+        )
+    left = [set(several) for several in positions]
+    found = []
+    for text, other in _mistakes(adapter, others):
+        scores = score(base, other, [row.observation for row in wrong])
+        unexplained = [Row(row.observation, one).inaccurate(limit) for row, one in zip(wrong, scores, strict=True)]
+        count = sum(map(len, left))
+        left = [several & set(still) for several, still in zip(left, unexplained, strict=True)]
+        if count := count - sum(map(len, left)):
+            found.append(f"at {count} of {total} wrong positions, the answer is that of {text}")
+        if not any(left):
+            break
+    return "; ".join(found) or _UNKNOWN
+
+
+def rescaled(adapter: AdapterFile, factor: float) -> AdapterFile:
+    """Return the adapter with a scaling that is `factor` times as large in every layer."""
+    pattern = {key: alpha * factor for key, alpha in adapter.settings.alpha_pattern.items()}
+    return replace(
+        adapter,
+        config={**adapter.config, "lora_alpha": adapter.settings.lora_alpha * factor, "alpha_pattern": pattern},
+    )
+
+
+def _mistakes(
+    adapter: AdapterFile | None, others: Mapping[str, AdapterFile]
+) -> Iterator[tuple[str, AdapterFile | None]]:
+    """Yield typical mistakes of servers: a description, and the adapter that a server with this mistake applies."""
+    for name, other in others.items():
+        yield f"adapter {name}", other
+    if adapter is None:
+        return
+    yield "the base: the adapter is not applied", None
+    if adapter.settings.use_rslora:
+        ignored = replace(adapter, config={**adapter.config, "use_rslora": False})
+        yield "the adapter with the scaling alpha / r: use_rslora is ignored", ignored
+    for factor in (2.0, 0.5, float(adapter.settings.r), 1 / adapter.settings.lora_alpha):
+        yield f"the adapter with {factor:.3g} times its scaling", rescaled(adapter, factor)
+    yield "the adapter with transposed updates of square layers", _Changed(**vars(adapter), change=_transpose)
+    for module in sorted({_module(key) for key in adapter.header if ".lora_B." in key}):
+        yield f"the adapter without its {module}", _Changed(**vars(adapter), change=partial(_without, module))
+
+
+@dataclass(frozen=True)
+class _Changed(AdapterFile):
+    """An adapter with other tensors than its file."""
+
+    change: Callable[[dict[str, Tensor]], None]
+    """Function that changes the tensors of the file."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the changed tensors."""
+        self.change(found := super().tensors())
+        return found
+
+
+def _transpose(tensors: dict[str, Tensor]) -> None:
+    for a in [key for key in tensors if ".lora_A." in key]:
+        b = a.replace(".lora_A.", ".lora_B.")
+        if b in tensors and tensors[a].dim() == 2 and tensors[a].shape[1] == tensors[b].shape[0]:
+            tensors[a], tensors[b] = tensors[b].T.contiguous(), tensors[a].T.contiguous()
+
+
+def _without(module: str, tensors: dict[str, Tensor]) -> None:
+    for key in tensors:
+        if ".lora_B." in key and _module(key) == module:
+            tensors[key] = torch.zeros_like(tensors[key])
+
+
+def _module(key: str) -> str:
+    """Return the last part of a module's path from a key of its B."""
+    return key.partition(".lora_B.")[0].rpartition(".")[2]

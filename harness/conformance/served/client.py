@@ -1,0 +1,231 @@
+"""Client of a model server with the OpenAI completions API. The module imports no torch.
+
+A connection serves one request and follows no redirect, so that the token reaches only the server that the user named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from harness.conformance.served import answers
+from harness.conformance.served.answers import Answer, TokenNames
+from harness.errors import HarnessError, ServerError, UsageError
+
+TOKEN_VARIABLE = "PEFT_HARNESS_API_KEY"  # noqa: S105  # the name of the variable, not a token
+TOP = 5
+"""Number of most likely tokens to request per position: the most that the API allows."""
+_LARGEST_B = 64 << 20
+_EXTENSIONS: dict[str, Any] = {
+    "return_tokens_as_token_ids": True, "return_token_ids": True, "ignore_eos": True, "repetition_penalty": 1.0,
+}  # fmt: skip
+"""Fields of vLLM. The first two give ids of tokens instead of their texts, the others switch off other defaults."""
+
+
+class RequestRefusedError(UsageError):
+    """The server answered a request with a status from 400 to 499."""
+
+    def __init__(self, what: str, *, status: int, where: str = "", hint: str = "") -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One model of the list `/v1/models`."""
+
+    name: str
+    parent: str
+    """Name of the base model, if the server says that this is an adapter; otherwise empty."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """Forms of a request that the server accepts."""
+
+    token_ids: bool = True
+    """Whether a prompt may be a list of token ids. Otherwise it is text."""
+    extensions: bool = True
+    """Whether a request may have fields of vLLM."""
+
+
+class Client:
+    """Client of one server. Several threads may use it."""
+
+    def __init__(self, url: str, token: str = "", patience: float = 120.0) -> None:
+        """url: address, with or without `/v1`. token: sent with each request. patience: seconds per request.
+
+        Raises UsageError for an address that is none.
+        """
+        parts = _parsed(url)
+        if not all("!" <= one <= "~" for one in token):  # the header could not hold it; http.client would print it
+            raise UsageError(
+                "is not printable ASCII without spaces", where=TOKEN_VARIABLE, hint="set it to the token alone"
+            )
+        self._secure, self._host, self._port = parts.scheme == "https", parts.hostname or "", parts.port
+        self._prefix = parts.path.rstrip("/").removesuffix("/v1")
+        self._token, self._patience = token, patience
+        self._open: set[socket.socket] = set()
+        self.url = f"{parts.scheme}://{parts.netloc}{self._prefix}"
+        self.dialect = Dialect()
+        self.names: TokenNames = answers.token_id
+        """Function that returns the id of a token from its name in an answer, or None for an unknown name."""
+
+    def models(self) -> list[ServedModel]:
+        """Return the models that the server lists. Raises UsageError if the answer is no such list."""
+        document = self._json("GET", "/v1/models")
+        rows = document.get("data") if isinstance(document, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
+            raise self._not_this_api("/v1/models", "the answer is no list of models")
+        return [ServedModel(str(row["id"]), str(row.get("parent") or "")) for row in rows]
+
+    def complete(self, model: str, prompt: Sequence[int] | str, tokens: int, echo: bool = False) -> Answer:
+        """Return the greedy continuation of a prompt with `tokens` tokens, and log-probabilities.
+
+        echo: return the tokens of the prompt too. Raises ServerError for no answer or half an answer,
+        RequestRefusedError for a refused request, UsageError for an answer without log-probabilities.
+        """
+        body = {
+            "model": model, "prompt": prompt if isinstance(prompt, str) else list(prompt), "max_tokens": tokens,
+            "temperature": 0, "logprobs": TOP,
+        } | ({"echo": True} if echo else {}) | (_EXTENSIONS if self.dialect.extensions else {})  # fmt: skip
+        document = self._json("POST", "/v1/completions", body)
+        return answers.read(document, tokens, echo, self.names, f"{self.url}/v1/completions")
+
+    def load(self, name: str, folder: Path, in_place: bool = False) -> None:
+        """Load an adapter by vLLM's endpoint. in_place: replace a loaded adapter of this name."""
+        body = {"lora_name": name, "lora_path": str(folder.resolve())} | ({"load_inplace": True} if in_place else {})
+        self._request("POST", "/v1/load_lora_adapter", body)
+
+    def unload(self, name: str) -> None:
+        """Unload an adapter by vLLM's endpoint."""
+        self._request("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+
+    def abort(self) -> None:
+        """End all requests that wait for an answer. Each raises ServerError in its thread."""
+        for one in list(self._open):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        content, kind = self._request(method, path, body)
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            if "html" in kind or content.lstrip()[:1] == b"<":
+                raise self._not_this_api(path, "the answer is a web page, not JSON") from error
+            raise ServerError(
+                f"half an answer: its {len(content)} bytes are no complete JSON", where=self.url + path, hint=_AGAIN
+            ) from error
+
+    def _not_this_api(self, path: str, what: str) -> UsageError:
+        hint = "--served takes the address of an OpenAI-compatible server, e.g. http://127.0.0.1:8000"
+        return UsageError(what, where=self.url + path, hint=hint)
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[bytes, str]:
+        """Return the body and the content type of the answer."""
+        where = self.url + path
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        connection = kind(self._host, self._port, timeout=self._patience)
+        deadline = time.monotonic() + self._patience
+        try:
+            connection.connect()
+            self._open.add(held := connection.sock)
+            try:
+                connection.request(method, self._prefix + path, None if body is None else json.dumps(body), headers)
+                answer = connection.getresponse()
+                content = _read(answer, deadline)
+            finally:
+                self._open.discard(held)
+        except TimeoutError as error:
+            limit = f"no complete answer in {self._patience:g} seconds"
+            raise ServerError(limit, where=where, hint="--patience SECONDS allows more time") from error
+        except (http.client.HTTPException, ConnectionResetError, BrokenPipeError) as error:
+            what = f"the server ended the connection before the end of its answer ({type(error).__name__})"
+            raise ServerError(what, where=where, hint=_AGAIN) from error
+        except OSError as error:
+            raise ServerError(f"no connection ({error.strerror or error})", where=where, hint=_AGAIN) from error
+        finally:
+            connection.close()
+        if answer.status != http.client.OK:
+            raise self._refusal(answer, content, where)
+        return content, answer.getheader("Content-Type", "")
+
+    def _refusal(self, answer: http.client.HTTPResponse, content: bytes, where: str) -> HarnessError:
+        said = answers.message(content)
+        if self._token:  # a server may repeat what it was sent
+            said = said.replace(self._token, "***")
+        status, what = answer.status, f"HTTP {answer.status} {answer.reason}" + (f": {said}" if said else "")
+        if status in (http.client.UNAUTHORIZED, http.client.FORBIDDEN):
+            given = "was refused" if self._token else "is needed"
+            hint = f"set the environment variable {TOKEN_VARIABLE}"
+            return UsageError(f"a token {given} ({what})", where=where, hint=hint)
+        if 300 <= status < 400:
+            hint = "give --served the address that the server redirects to"
+            return UsageError(f"redirect to {answer.getheader('Location', 'nowhere')}", where=where, hint=hint)
+        if 400 <= status < 500:
+            return RequestRefusedError(what, status=status, where=where)
+        return ServerError(what, where=where, hint="the server's log has the reason")
+
+
+_AGAIN = "is the server running? its log has the reason if it stopped"
+
+
+def _parsed(url: str) -> Any:
+    example = "e.g. http://127.0.0.1:8000"
+    try:
+        parts = urlsplit(url)
+        right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # e.g. a port that is no number
+        right = None
+    if not right:
+        raise UsageError(f"`{url}` is no address of a server", where="--served", hint=example)
+    if parts.username or parts.password or parts.query or parts.fragment:
+        hint = f"the address alone, {example}; the token belongs into {TOKEN_VARIABLE}"
+        raise UsageError("the address has a user, a password, a query or a fragment", where="--served", hint=hint)
+    return parts
+
+
+def _read(answer: http.client.HTTPResponse, deadline: float) -> bytes:
+    """Read the body. Raises TimeoutError after the deadline, also if bytes still come, one at a time."""
+    parts: list[bytes] = []
+    length = 0
+    while part := answer.read1(1 << 16):
+        parts.append(part)
+        length += len(part)
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        if length > _LARGEST_B:
+            raise http.client.HTTPException(f"more than {_LARGEST_B >> 20} MiB")
+    # read1 does not compare the length with the header, as read does.
+    if answer.length:
+        raise http.client.IncompleteRead(b"", answer.length)
+    return b"".join(parts)
+
+
+def first_dialect(try_one: Callable[[Dialect], None], token_ids_only: bool) -> Dialect:
+    """Return the first dialect that the server accepts. token_ids_only: True if there is no tokenizer for texts.
+
+    try_one: sends a request in the dialect. Raises what the last dialect raised if the server accepts none.
+    """
+    dialects = [Dialect(ids, more) for ids in ((True,) if token_ids_only else (True, False)) for more in (True, False)]
+    for dialect in dialects:
+        try:
+            try_one(dialect)
+        except RequestRefusedError as error:
+            if error.status not in (400, 422) or dialect == dialects[-1]:
+                raise
+        else:
+            return dialect
+    raise AssertionError

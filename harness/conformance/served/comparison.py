@@ -1,0 +1,149 @@
+"""Compare what a server answered with the reference: noise floor, verdict and evidence."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.conformance.adapter_files.adapter_file import AdapterFile
+from harness.conformance.served import causes, noise
+from harness.conformance.served.client import TOKEN_VARIABLE, TOP
+from harness.conformance.served.noise import Errors
+from harness.conformance.served.report import Finding, SubjectResult, Verdict
+from harness.conformance.served.rows import Row, distances, measure, of_phase
+from harness.conformance.served.scores import score
+from harness.conformance.served.session import BASE, Observation, Phase
+from harness.conformance.tolerance_constants import SERVED_WEAK
+from harness.errors import UsageError
+
+NARROWEST_NOISE_FIRST = ("float32", "float16", "bfloat16")
+_LONG = 64
+"""Number of tokens of a request that keeps the server busy while another one is sent."""
+_EFFECT = 0.125
+"""Relative error of the scaling whose effect is computed, to find the smallest one that the check notices."""
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """Errors of the base rows."""
+
+    dtype: str
+    """Dtype whose rounding errors explain them."""
+    measured: Errors | None
+    """Errors of the server. None if its base rows are wrong."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Facts that all comparisons of a run share."""
+
+    url: str
+    base: Path
+    adapters: Mapping[str, AdapterFile]
+    """Name on the server -> adapter."""
+
+    def noise_floor(self, alone: Sequence[Observation], dtypes: Sequence[str]) -> NoiseFloor:
+        """Return the noise floor of the server from its base rows.
+
+        dtypes: dtypes that the server may use, the one with the smallest errors first. Raises UsageError if the base
+        rows are neither those of the base nor those of one of the adapters.
+        """
+        rows = self._rows(None, alone)
+        measured = noise.errors([row.flat for row in rows])
+        limits: dict[str, Errors] = {}
+        for dtype in dtypes:
+            limits[dtype] = self._allowed(None, rows, NoiseFloor(dtype, None))
+            if measured.at_most(limits[dtype]):
+                return NoiseFloor(dtype, measured)
+        for adapter in self.adapters.values():
+            errors = noise.errors([row.flat for row in self._rows(adapter, alone)])
+            for dtype, limit in limits.items():
+                if errors.at_most(limit):
+                    return NoiseFloor(dtype, None)
+        raise UsageError(
+            f"the server does not answer as this base model: log-probabilities differ by up to {measured.largest:.2g} "
+            f"nats, and {dtypes[-1]} explains {limits[dtypes[-1]].largest:.2g}",
+            where=f"--base-model {self.base}",
+            hint="give the weights that the server loads; quantised weights, or a server that changes base rows while "
+            "an adapter is loaded, fail here too",
+        )  # fmt: skip
+
+    def judge(self, name: str, every: Sequence[Observation], floor: NoiseFloor) -> SubjectResult:
+        """Return the result of one adapter, or of the base. every: the answers of all adapters and of the base."""
+        observed = [one for one in every if one.request.subject == name]
+        company = next((one for one in every if one.request.subject not in (BASE, name)), None)
+        adapter = self.adapters[name] if name != BASE else None
+        folder = str(adapter.folder if adapter else self.base)
+        if not observed:
+            return SubjectResult(name, folder, Verdict.NOT_COMPARED, reason="no request was answered")
+        rows = self._rows(adapter, observed)
+        limit = self._allowed(adapter, rows, floor)
+        notices = None if adapter is None else self._notices(adapter, rows, limit)
+        phases = tuple(measure(phase, some, limit) for phase in Phase if (some := of_phase(rows, phase)))
+        wrong = [row for row in rows if row.is_wrong(limit)]
+        if not wrong and not noise.errors([row.flat for row in rows]).at_most(limit):
+            wrong = rows  # no single answer shows it, but all of them together do
+        if wrong:
+            finding = self._finding(name, wrong, limit, company)
+            return SubjectResult(name, folder, Verdict.NONCONFORMING, "", limit, notices, phases, finding)
+        weak = notices is not None and notices > SERVED_WEAK
+        return SubjectResult(
+            name, folder, Verdict.CANNOT_TELL if weak else Verdict.CONFORMS, "", limit, notices, phases
+        )
+
+    def _rows(self, adapter: AdapterFile | None, observed: Sequence[Observation]) -> list[Row]:
+        return [Row(*pair) for pair in zip(observed, score(self.base, adapter, observed), strict=True)]
+
+    def _allowed(self, adapter: AdapterFile | None, rows: Sequence[Row], floor: NoiseFloor) -> Errors:
+        rounded = score(self.base, adapter, [row.observation for row in rows], floor.dtype)
+        own = noise.errors(distances(rounded, [row.score for row in rows]))
+        return noise.allowed(own, floor.measured, [_numbers(row) for row in rows], floor.dtype)
+
+    def _notices(self, adapter: AdapterFile, rows: Sequence[Row], limit: Errors) -> float:
+        """Return the smallest relative error of the scaling that would be a finding."""
+        scaled = score(self.base, causes.rescaled(adapter, 1 + _EFFECT), [row.observation for row in rows])
+        effect = noise.errors(distances(scaled, [row.score for row in rows]))
+        return noise.smallest_noticed(effect, _EFFECT, limit)
+
+    def _finding(self, name: str, wrong: Sequence[Row], limit: Errors, company: Observation | None) -> Finding:
+        others = {other: adapter for other, adapter in self.adapters.items() if other != name}
+        adapter = self.adapters.get(name)
+        worst = max(wrong, key=lambda row: (max(row.flat) > limit.largest, max(row.score.margins), max(row.flat)))
+        request = self._request(worst.observation)
+        if company is not None and not of_phase(wrong, Phase.ALONE):
+            request = f"{self._request(company, tokens=_LONG)} & sleep 1; {request}"  # it is wrong in company only
+        return Finding(causes.cause(self.base, adapter, others, wrong, limit), _worst(worst, limit), request)
+
+    def _request(self, one: Observation, tokens: int = 0) -> str:
+        """Return the command that sends a request again. tokens: number of tokens to generate, if it is another one."""
+        body = {
+            "model": one.request.served_as, "prompt": list(one.context), "max_tokens": tokens or len(one.positions),
+            "temperature": 0, "logprobs": TOP, "return_tokens_as_token_ids": True, "ignore_eos": True,
+        }  # fmt: skip
+        if not one.greedy:
+            body |= {"prompt": [*one.context, *one.tokens], "max_tokens": 1, "echo": True}
+        headers = f"""-H "Authorization: Bearer ${TOKEN_VARIABLE}" -H 'Content-Type: application/json'"""
+        return f"curl {shlex.quote(self.url + '/v1/completions')} {headers} -d {shlex.quote(json.dumps(body))}"
+
+
+def _numbers(row: Row) -> list[float]:
+    return [one for several in row.score.values for one in several]
+
+
+def _worst(row: Row, limit: Errors) -> str:
+    """Return a text about the worst token of an answer."""
+    observation = row.observation
+    place = f"{observation.request.phase.value}, prompt {observation.request.prompt}, position"
+    if not row.inaccurate(limit) and (unlikely := row.unlikely(limit)):
+        i = max(unlikely, key=lambda i: row.score.margins[i])
+        likely = f"token {row.score.best[i]} is more likely by {row.score.margins[i]:.3g} nats"
+        return f"{place} {i}: token {observation.tokens[i]}, but {likely}"
+    position = max(range(len(row.differences)), key=lambda i: max(row.differences[i]))
+    several = row.differences[position]
+    index, one = several.index(max(several)), observation.positions[position]
+    token = (one.token, *one.others)[index]
+    want = row.score.values[position][index]
+    return f"{place} {position}, token {token}: {one.values[index]:.6f} nats, should be {want:.6f}"

@@ -1,0 +1,78 @@
+"""Errors of log-probabilities, and how large they may be. The module imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from harness.conformance.tolerance_constants import (
+    CARRIED_FACTOR,
+    EPSILON,
+    FEW_NUMBERS,
+    LARGEST_EPS,
+    LARGEST_FACTOR,
+    NOISE_FACTOR,
+    NOISE_FLOOR_EPS,
+)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Sizes of the differences of log-probabilities, in nats."""
+
+    rms: float
+    """Root mean square of all differences."""
+    row_rms: float
+    """The largest root mean square of the differences of one answer."""
+    largest: float
+    """The largest difference."""
+
+    def at_most(self, other: Errors) -> bool:
+        """Return whether no error is larger than in `other`."""
+        return self.rms <= other.rms and self.row_rms <= other.row_rms and self.largest <= other.largest
+
+    def share_of(self, other: Errors) -> float:
+        """Return the largest ratio of an error to that in `other`."""
+        return max(self.rms / other.rms, self.row_rms / other.row_rms, self.largest / other.largest)
+
+
+def errors(rows: Sequence[Sequence[float]]) -> Errors:
+    """Return the errors from absolute differences, one list per answer."""
+    return Errors(rms([one for row in rows for one in row]), max(map(rms, rows)), max(map(max, rows)))
+
+
+def allowed(own: Errors, measured: Errors | None, want: Sequence[Sequence[float]], dtype: str) -> Errors:
+    """Return the largest errors that a right server may have.
+
+    own: errors of the reference in `dtype`. measured: errors of the server's base rows, if these are right. want: the
+    reference's log-probabilities in float64, one list per answer. The rule is that of `carried_noise` for the errors of
+    the reference, and NOISE_FACTOR for what the server itself showed; the larger one counts.
+    """
+    numbers = [one for row in want for one in row]
+    floor = NOISE_FLOOR_EPS[dtype] * EPSILON[dtype] * rms(numbers)
+    few = 1 + FEW_NUMBERS / min(map(len, want))
+    base = measured or Errors(0.0, 0.0, 0.0)
+
+    def wide(own_error: float, measured_error: float) -> float:
+        return max(CARRIED_FACTOR * own_error, NOISE_FACTOR * measured_error)
+
+    return Errors(
+        rms=wide(own.rms, base.rms) * (1 + FEW_NUMBERS / len(numbers)) + floor,
+        row_rms=wide(own.row_rms, base.row_rms) * few + floor,
+        largest=LARGEST_FACTOR * (wide(own.largest, base.largest) + LARGEST_EPS * floor),
+    )
+
+
+def smallest_noticed(effect: Errors, factor: float, limit: Errors) -> float:
+    """Return the smallest relative error of the scaling that exceeds a limit; infinite if a wrong scaling has no effect.
+
+    effect: errors that a scaling causes which is wrong by `factor`. Other errors are taken as proportional to it.
+    """
+    share = effect.share_of(limit)
+    return factor / share if share else math.inf
+
+
+def rms(numbers: Sequence[float]) -> float:
+    """Return the root mean square."""
+    return math.sqrt(sum(one * one for one in numbers) / len(numbers))

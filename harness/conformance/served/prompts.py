@@ -1,0 +1,134 @@
+"""Prompts of the check of a server, and the tokenizer of the base."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.console import foreign_output
+from harness.errors import UsageError
+
+if TYPE_CHECKING:
+    from harness.conformance.served.client import Client
+
+LENGTHS = (1, 3, 7, 12, 20, 40)
+"""Lengths of the prompts in tokens. All models get the same prompts, so that a cache of prefixes that mixes up adapters
+shows; 40 tokens fill two blocks of vLLM's cache."""
+TOKENS = 8
+"""Number of tokens that the server generates per request."""
+TEXTS = (
+    "The capital of France is",
+    "def mean(numbers):\n    return",
+    "Once upon a time there was a small town by the sea, and in that town",
+    "Ein Satz auf Deutsch: Größe, Maß und 1,5 kg.",
+    "12 + 30 = 42, 7 * 8 =",
+    "A harness compares what a server computes with what an adapter file says.",
+)
+"""Texts that show another tokenizer, and prompts for servers that take no token ids."""
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The tokenizer in the folder of the base."""
+
+    folder: Path
+
+    @classmethod
+    def find(cls, folder: Path) -> Tokenizer | None:
+        """Return the tokenizer of a base. Return None if its folder has none."""
+        return cls(folder) if any((folder / name).is_file() for name in _TOKENIZERS) else None
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, with the special tokens that the tokenizer adds."""
+        return list(self._loaded(text)["input_ids"])
+
+    def name_id(self, name: str) -> int | None:
+        """Return the id of the only token with this text, or None."""
+        return self._ids.get(name)
+
+    @cached_property
+    def _ids(self) -> dict[str, int | None]:
+        found: dict[str, int | None] = {}
+        for one in range(len(self._loaded)):
+            text = self._loaded.decode([one])
+            found[text] = None if text in found else one
+        return found
+
+    @cached_property
+    def _loaded(self) -> Any:
+        with foreign_output():
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+
+
+def drawn(folder: Path, seed: int) -> list[list[int]]:
+    """Return prompts of random token ids for the base in a folder, one per length of LENGTHS.
+
+    Ids of special tokens that the config names are left out. Raises UsageError if the folder has no vocabulary size.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        size = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        hint = "--base-model needs the folder of the base: config.json and model.safetensors"
+        raise UsageError("has no vocabulary size", where=str(path), hint=hint) from error
+    special = {one for key in ("bos", "eos", "pad") for one in _listed(config.get(f"{key}_token_id"))}
+    draw = random.Random(seed)  # noqa: S311  # prompts, not secrets
+    ids = [one for one in range(size) if one not in special]
+    return [draw.choices(ids, k=length) for length in LENGTHS]
+
+
+def require_tokenizer(client: Client, base: str, tokenizer: Tokenizer) -> None:
+    """Compare the server's tokenizer with that of the base. Raises UsageError if they split a text differently."""
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        answer = client.complete(base, text, 1)
+        if answer.prompt_ids is not None and list(answer.prompt_ids) != ids:
+            raise _another(text, f"ids {_first(ids)}", f"{_first(answer.prompt_ids)}", tokenizer)
+        if answer.prompt_ids is None and answer.prompt_tokens not in (None, len(ids)):
+            raise _another(text, f"{len(ids)} tokens", f"{answer.prompt_tokens}", tokenizer)
+
+
+def _another(text: str, mine: str, theirs: str, tokenizer: Tokenizer) -> UsageError:
+    return UsageError(
+        f"the server has another tokenizer: {text!r} is {mine} in --base-model, and {theirs} on the server",
+        where=str(tokenizer.folder), hint="give --base-model the folder that the server loads",
+    )  # fmt: skip
+
+
+def _first(ids: Sequence[int]) -> str:
+    return " ".join(map(str, ids[:8])) + (" ..." if len(ids) > 8 else "")
+
+
+def _listed(value: Any) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def adapters(given: Sequence[str]) -> Mapping[str, Path]:
+    """Return name on the server -> folder from values NAME=DIR or DIR of `--adapter`.
+
+    Raises UsageError for a name that occurs twice.
+    """
+    found: dict[str, Path] = {}
+    for one in given:
+        name, folder = split(one)
+        name = name or folder.resolve().name
+        if name in found:
+            hint = "name one of them: --adapter NAME=DIR"
+            raise UsageError(f"two adapters have the name {name}", where="--adapter", hint=hint)
+        found[name] = folder
+    return found
+
+
+def split(value: str) -> tuple[str, Path]:
+    """Return name and folder from NAME=DIR. The name is empty if only DIR is given."""
+    name, sign, folder = value.partition("=")
+    return (name, Path(folder)) if sign and not Path(value).is_dir() else ("", Path(value))

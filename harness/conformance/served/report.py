@@ -1,0 +1,124 @@
+"""Results of `check --served`: metrics, verdicts, findings, exit code and JSON document. The module imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+
+from harness.conformance.served.noise import Errors
+from harness.conformance.served.session import Phase
+from harness.errors import Exit
+
+
+class Verdict(StrEnum):
+    """Judgement of one adapter, or of the base."""
+
+    CONFORMS = "conforms"
+    NONCONFORMING = "nonconforming"
+    CANNOT_TELL = "cannot tell"
+    """The adapter changes the log-probabilities too little to tell a wrong scaling from a right one."""
+    NOT_COMPARED = "not compared"
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """Metrics of one adapter, or of the base, in one phase."""
+
+    phase: Phase
+    requests: int
+    wrong: int
+    """Number of requests with an error above the allowed error, or with a token that is not the most likely one."""
+    largest: float
+    """Largest difference of a log-probability from the reference, in nats."""
+    mean: float
+    """Mean absolute difference of the log-probabilities, in nats."""
+    mean_exp: float
+    """Mean of exp(absolute difference) of the tokens' own log-probabilities. 1 if all are equal."""
+    tokens: int
+    """Number of tokens that the server generated or scored."""
+    differ: int
+    """Number of generated tokens that are not the most likely token of the reference, ties excluded."""
+    ties: int
+    """Number of generated tokens that differ where the reference's margin is within twice the allowed error."""
+    margin: float
+    """Largest margin, in nats, of the reference's most likely token over a different one that the server chose."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The evidence of one nonconforming adapter, or of the base."""
+
+    cause: str
+    """The mistake that explains the wrong answers, in one sentence."""
+    worst: str
+    """The worst token: phase, prompt, value, and what it should be."""
+    request: str
+    """A command that sends the request of the worst token again, in company if it was wrong only then."""
+
+
+@dataclass(frozen=True)
+class SubjectResult:
+    """Result of one adapter, or of the base."""
+
+    name: str
+    """Name on the server."""
+    folder: str
+    """Folder of the adapter, or of the base."""
+    verdict: Verdict
+    reason: str = ""
+    """Reason why the subject was not compared."""
+    allowed: Errors | None = None
+    """Largest errors that a right server may have."""
+    notices: float | None = None
+    """Smallest relative error of the scaling that the check would notice. None for the base."""
+    phases: tuple[PhaseResult, ...] = ()
+    finding: Finding | None = None
+
+
+@dataclass(frozen=True)
+class ServedReport:
+    """Findings of one run of `check --served`."""
+
+    url: str
+    dtype: str
+    """Dtype whose rounding errors explain the errors of the base rows."""
+    subjects: Sequence[SubjectResult]
+    """The base first, then the adapters."""
+    not_offered: Mapping[str, str] = field(default_factory=dict)
+    """What the server does not offer -> why."""
+    findings: Sequence[str] = ()
+    """Findings that belong to no adapter."""
+    stopped: str = ""
+    """Error that ended the requests early. Empty if all requests were answered."""
+    stopped_exit: Exit = Exit.INFRASTRUCTURE
+    """Exit code of this error."""
+    notes: Sequence[str] = ()
+    """What the user must know beside the results, e.g. an adapter that is still loaded."""
+    software: Mapping[str, str] = field(default_factory=dict)
+    """Library -> version."""
+
+    @property
+    def exit(self) -> Exit:
+        """The exit code. The first of these rules that applies decides.
+
+        4, or 2 for a refused token: the requests ended early. 1: an adapter or the base does not conform. 5: nothing
+        was compared. 3: an adapter is too weak to be judged. 0: otherwise.
+        """
+        verdicts = [one.verdict for one in self.subjects]
+        if self.stopped:
+            return self.stopped_exit
+        if Verdict.NONCONFORMING in verdicts or self.findings:
+            return Exit.FAIL
+        if Verdict.NOT_COMPARED in verdicts:
+            return Exit.NOTHING_COMPARED
+        return Exit.INCONCLUSIVE if Verdict.CANNOT_TELL in verdicts else Exit.PASS
+
+    def document(self) -> dict[str, object]:
+        """Return the JSON document."""
+        served = {
+            "url": self.url, "dtype": self.dtype, "subjects": [asdict(one) for one in self.subjects],
+            "not_offered": dict(self.not_offered), "findings": list(self.findings), "stopped": self.stopped,
+            "notes": list(self.notes),
+        }  # fmt: skip
+        return {"schema": 2, "exit": int(self.exit), "software": dict(self.software), "served": served}

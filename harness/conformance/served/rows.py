@@ -1,0 +1,105 @@
+"""One answer of a server beside the reference, and the metrics of several. The module imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from harness.conformance.served.noise import Errors, rms
+from harness.conformance.served.report import PhaseResult
+from harness.conformance.served.session import Observation, Phase
+
+_LARGEST_EXPONENT = 700.0
+
+
+@dataclass(frozen=True)
+class Score:
+    """The reference's numbers for one answer."""
+
+    values: tuple[tuple[float, ...], ...]
+    """Log-probabilities in nats, one tuple per position: first that of the token, then those of the other tokens."""
+    best: tuple[int, ...]
+    """The most likely token at each position."""
+    margins: tuple[float, ...]
+    """By how much the most likely token is above the server's token, in nats, at each position."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answer, and the reference's numbers for its tokens."""
+
+    observation: Observation
+    score: Score
+
+    @property
+    def differences(self) -> list[list[float]]:
+        """Absolute differences in nats, one list per position; infinite where the server returned NaN."""
+        return [
+            [_distance(have, want) for have, want in zip(one.values, expected, strict=True)]
+            for one, expected in zip(self.observation.positions, self.score.values, strict=True)
+        ]
+
+    @property
+    def flat(self) -> list[float]:
+        """All differences."""
+        return [one for several in self.differences for one in several]
+
+    def unlikely(self, limit: Errors) -> list[int]:
+        """Return the positions where a server that chooses the most likely token must have chosen another one.
+
+        If both log-probabilities may be wrong by the largest allowed error, a margin of twice this error is a tie.
+        """
+        margins = self.score.margins if self.observation.greedy else ()
+        return [i for i, margin in enumerate(margins) if margin > 2 * limit.largest]
+
+    def inaccurate(self, limit: Errors) -> list[int]:
+        """Return the positions with a difference above the allowed one."""
+        return [i for i, several in enumerate(self.differences) if max(several) > limit.largest]
+
+    def is_wrong(self, limit: Errors) -> bool:
+        """Return whether the answer cannot be that of a right server."""
+        return bool(self.inaccurate(limit) or self.unlikely(limit)) or rms(self.flat) > limit.row_rms
+
+
+def distances(have: Sequence[Score], want: Sequence[Score]) -> list[list[float]]:
+    """Return the absolute differences between two scores of the same answers, one list per answer."""
+    return [
+        [abs(a - b) for x, y in zip(one.values, other.values, strict=True) for a, b in zip(x, y, strict=True)]
+        for one, other in zip(have, want, strict=True)
+    ]
+
+
+def of_phase(rows: Iterable[Row], phase: Phase) -> list[Row]:
+    """Return the rows of one phase."""
+    return [row for row in rows if row.observation.request.phase is phase]
+
+
+def measure(phase: Phase, rows: Sequence[Row], limit: Errors) -> PhaseResult:
+    """Return the metrics of the rows of one phase."""
+    flat = [one for row in rows for one in row.flat]
+    own = [several[0] for row in rows for several in row.differences]
+    margins = [
+        margin
+        for row in rows
+        if row.observation.greedy
+        for token, best, margin in zip(row.observation.tokens, row.score.best, row.score.margins, strict=True)
+        if token != best
+    ]
+    differ = sum(len(row.unlikely(limit)) for row in rows)
+    return PhaseResult(
+        phase=phase,
+        requests=len(rows),
+        wrong=sum(row.is_wrong(limit) for row in rows),
+        largest=max(flat),
+        mean=sum(flat) / len(flat),
+        mean_exp=sum(math.exp(min(one, _LARGEST_EXPONENT)) for one in own) / len(own),
+        tokens=len(own),
+        differ=differ,
+        ties=len(margins) - differ,
+        margin=max(margins, default=0.0),
+    )
+
+
+def _distance(have: float, want: float) -> float:
+    return math.inf if math.isnan(have) else abs(have - want)

@@ -1,0 +1,47 @@
+"""Log-probabilities of the reference for the tokens that a server returned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from harness.conformance.adapter_files.adapter_file import AdapterFile
+from harness.conformance.adapter_files.reference_logits import reference_logits
+from harness.conformance.served.rows import Score
+from harness.conformance.served.session import Observation
+from harness.conformance.subject import DTYPES
+from harness.console import foreign_output
+from harness.errors import UsageError
+
+
+def score(
+    base: Path, adapter: AdapterFile | None, observations: Sequence[Observation], dtype: str = "float64"
+) -> list[Score]:
+    """Return the reference's score of each answer, computed in `dtype` for the server's own tokens.
+
+    So a tie that the server decides in another way changes one token, and not all that follow. Raises UsageError if the
+    adapter does not fit the base, or if the base does not have the server's tokens.
+    """
+    sequences = list(dict.fromkeys(one.context + one.tokens[:-1] for one in observations))
+    with foreign_output(), torch.no_grad():
+        logits = reference_logits(base, adapter, sequences, DTYPES[dtype])
+    # The softmax is computed in float64, also of rounded logits, so that all errors are those of the model.
+    largest = max(
+        token for one in observations for position in one.positions for token in (position.token, *position.others)
+    )
+    if largest >= (size := logits[0].shape[-1]):
+        what = f"the server returned token {largest}, and the vocabulary of the base model has {size} tokens"
+        raise UsageError(what, where=f"--base-model {base}", hint="give the folder that the server loads")
+    known = {sequence: torch.log_softmax(one.double(), -1) for sequence, one in zip(sequences, logits, strict=True)}
+    return [_score(one, known[one.context + one.tokens[:-1]]) for one in observations]
+
+
+def _score(observation: Observation, table: Tensor) -> Score:
+    rows = table[len(observation.context) - 1 :]
+    values = tuple(tuple(rows[i, [one.token, *one.others]].tolist()) for i, one in enumerate(observation.positions))
+    top, best = rows.max(-1)
+    margins = tuple(float(top[i]) - several[0] for i, several in enumerate(values))
+    return Score(values, tuple(best.tolist()), margins)

@@ -1,0 +1,228 @@
+"""Requests to a server, in phases: alone, mixed and concurrent, load, hot-swap, unload. The module imports no torch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+
+from harness.conformance.served.answers import Position
+from harness.conformance.served.client import Client, RequestRefusedError
+from harness.errors import HarnessError, ServerError, UsageError
+
+BASE = ""
+"""Stands for the base model where a name of an adapter could stand."""
+SWAPPED = "peft-harness-swap"
+"""Name under which the check itself loads adapters, replaces and unloads them."""
+ALLOW = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+"""Variable of the server's environment that makes vLLM offer load and unload."""
+ROUNDS = 2
+"""Number of rounds of mixed requests before adapters are loaded. Each has every prompt of every model in another order."""
+
+
+class Phase(StrEnum):
+    """State of the server while it answers a request."""
+
+    ALONE = "alone"
+    """One request at a time, one model after the other."""
+    MIXED = "mixed"
+    """Base and adapters in random order, several requests at the same time."""
+    LOADED = "loaded"
+    """An adapter loaded under a new name during mixed requests."""
+    SWAPPED = "hot-swapped"
+    """Another adapter loaded under the same name in place of the first, during mixed requests."""
+    RELOADED = "reloaded"
+    """The first adapter loaded under the same name again, after the name was unloaded."""
+    ECHO = "echo"
+    """Log-probabilities of the prompt's tokens."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request for the continuation of a prompt."""
+
+    phase: Phase
+    subject: str
+    """Name of the adapter that must answer, or BASE."""
+    served_as: str
+    """Name of the model in the request."""
+    prompt: int
+    """Index of the prompt."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the server answered to one request."""
+
+    request: Request
+    context: tuple[int, ...]
+    """Token ids before the first position."""
+    positions: tuple[Position, ...]
+    """All have a log-probability."""
+    greedy: bool
+    """Whether the server chose the tokens. Otherwise they are from the prompt."""
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The token ids of the positions."""
+        return tuple(one.token for one in self.positions)
+
+
+@dataclass
+class Session:
+    """The requests to one server, and what it answered so far."""
+
+    client: Client
+    base: str
+    """Name of the base model on the server."""
+    adapters: Mapping[str, Path]
+    """Name of each adapter on the server -> its folder."""
+    prompts: Sequence[Sequence[int]]
+    """Token ids of each prompt."""
+    texts: Sequence[str]
+    """The prompts as text. Empty if the server takes token ids."""
+    tokens: int
+    """Number of tokens to generate per request."""
+    concurrency: int
+    """Most requests at the same time."""
+    seed: int
+    observations: list[Observation] = field(default_factory=list)
+    not_offered: dict[str, str] = field(default_factory=dict)
+    """What the server does not offer -> why."""
+    findings: list[str] = field(default_factory=list)
+    """Mistakes of the server that show without a comparison."""
+    _loaded: list[str] = field(default_factory=list)
+
+    def load_missing(self, listed: Sequence[str]) -> None:
+        """Load the adapters that the server does not list. Raises UsageError if the server refuses this."""
+        for name, folder in self.adapters.items():
+            if name not in listed:
+                try:
+                    self._load(name, folder)
+                except RequestRefusedError as error:
+                    has = f"the server lists {', '.join(listed)}"
+                    hint = f"--adapter NAME=DIR names a listed one; vLLM loads others if {ALLOW} is set"
+                    what = f"the server has no adapter {name}, and does not load it ({error.what}); {has}"
+                    raise UsageError(what, where="--adapter", hint=hint) from error
+
+    def alone(self, subject: str) -> None:
+        """Send every prompt to one model, one request at a time."""
+        self._send([self._request(Phase.ALONE, subject, i) for i in range(len(self.prompts))], 1)
+
+    def mixed(self, phase: Phase = Phase.MIXED, meanwhile: Callable[[], None] | None = None) -> None:
+        """Send every prompt to every model in random order. meanwhile: called while the requests run."""
+        order = random.Random(f"{self.seed} {phase} {len(self.observations)}")  # noqa: S311  # an order, not a secret
+        requests = self._of_all(phase)
+        order.shuffle(requests)
+        self._send(requests, self.concurrency, meanwhile)
+
+    def swaps(self) -> None:
+        """Load an adapter under a new name, replace it by another one, unload it, and load the first again.
+
+        Mixed requests run at the same time.
+        """
+        first, *others = self.adapters
+        before = len(self.observations)
+        self.mixed(Phase.LOADED, lambda: self._load_if_offered(SWAPPED, self.adapters[first]))
+        if SWAPPED not in self._loaded:
+            self.observations[before:] = [_in_phase(Phase.MIXED, one) for one in self.observations[before:]]
+            return
+        self._swapped(Phase.LOADED, first)
+        if others:
+            self.mixed(Phase.SWAPPED, lambda: self._replace(SWAPPED, self.adapters[others[0]]))
+            self._swapped(Phase.SWAPPED, others[0])
+        else:
+            self.not_offered["hot-swap"] = "it needs two adapters"
+        self._unload(SWAPPED)
+        try:
+            self.client.complete(SWAPPED, self._sent(0), self.tokens)
+        except RequestRefusedError:
+            pass
+        else:
+            self.findings.append(f"the server still answers for {SWAPPED} after it has unloaded it")
+            return
+        self.mixed(Phase.RELOADED, lambda: self._load(SWAPPED, self.adapters[first]))
+        self._swapped(Phase.RELOADED, first)
+        self._unload(SWAPPED)
+
+    def echoes(self) -> None:
+        """Request the log-probabilities of the prompts' tokens, of every model. The first token of a prompt has none."""
+        self._send([one for one in self._of_all(Phase.ECHO) if len(self.prompts[one.prompt]) > 1], 1)
+
+    def tidy(self) -> str:
+        """Unload what this session loaded. Return the reason if the server does not do it."""
+        for name in list(self._loaded):
+            try:
+                self._unload(name)
+            except HarnessError as error:
+                return f"{name} is still loaded on the server: {error.what}"
+        return ""
+
+    def _of_all(self, phase: Phase) -> list[Request]:
+        """Return one request for every prompt of every model."""
+        return [self._request(phase, one, i) for one in (BASE, *self.adapters) for i in range(len(self.prompts))]
+
+    def _request(self, phase: Phase, subject: str, prompt: int, served_as: str = "") -> Request:
+        return Request(phase, subject, served_as or subject or self.base, prompt)
+
+    def _sent(self, prompt: int) -> Sequence[int] | str:
+        return self.texts[prompt] if self.texts else self.prompts[prompt]
+
+    def _swapped(self, phase: Phase, subject: str) -> None:
+        requests = [self._request(phase, subject, i, SWAPPED) for i in range(len(self.prompts))]
+        self._send(requests, self.concurrency)
+
+    def _send(self, requests: Sequence[Request], workers: int, meanwhile: Callable[[], None] | None = None) -> None:
+        """Send requests by `workers` threads and keep the answers, also if a request fails or the user interrupts."""
+        with ThreadPoolExecutor(workers) as pool:
+            futures: list[Future[Observation]] = [pool.submit(self._observe, request) for request in requests]
+            try:
+                if meanwhile is not None:
+                    meanwhile()
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.client.abort()
+                raise
+            finally:
+                done = (one for one in futures if one.done() and not one.cancelled() and one.exception() is None)
+                self.observations += [one.result() for one in done]
+
+    def _observe(self, request: Request) -> Observation:
+        prompt, echo = tuple(self.prompts[request.prompt]), request.phase is Phase.ECHO
+        answer = self.client.complete(request.served_as, self._sent(request.prompt), 1 if echo else self.tokens, echo)
+        if echo:
+            if tuple(one.token for one in answer.positions[: len(prompt)]) != prompt:
+                raise ServerError("half an answer: it does not begin with the prompt's tokens", where=self.client.url)
+            return Observation(request, prompt[:1], answer.positions[1 : len(prompt)], greedy=False)
+        return Observation(request, prompt, answer.positions, greedy=True)
+
+    def _load(self, name: str, folder: Path) -> None:
+        self.client.load(name, folder)
+        self._loaded.append(name)
+
+    def _load_if_offered(self, name: str, folder: Path) -> None:
+        try:
+            self._load(name, folder)
+        except RequestRefusedError as error:
+            self.not_offered["load, hot-swap and unload"] = error.what
+
+    def _replace(self, name: str, folder: Path) -> None:
+        """Load an adapter under a name that is in use: in place, or after an unload if the server refuses that."""
+        try:
+            self.client.load(name, folder, in_place=True)
+        except RequestRefusedError:
+            self._unload(name)
+            self._load(name, folder)
+
+    def _unload(self, name: str) -> None:
+        self.client.unload(name)
+        self._loaded.remove(name)
+
+
+def _in_phase(phase: Phase, one: Observation) -> Observation:
+    return replace(one, request=replace(one.request, phase=phase))

@@ -1,0 +1,285 @@
+"""`check --served`: a right server passes, every planted fault is found, bad input ends with one message."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness.assets import generated
+from harness.cli import main
+from harness.conformance.served.client import TOKEN_VARIABLE
+from harness.errors import Exit
+from support import adapter_folders
+from support.model_server import ModelServer, serving
+
+TOKEN = "sk-never-written-down"
+PHASES = ["alone", "mixed", "loaded", "hot-swapped", "reloaded"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return adapter_folders.base(tmp_path_factory.mktemp("served") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path) -> dict[str, Path]:
+    folders = adapter_folders.four(base, base.parent / "adapters")
+    return {name: folders[name] for name in ("rslora", "linear")}
+
+
+@pytest.fixture
+def check(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Exit, str, str]]:
+    """Return a function that checks a server, and returns the exit code, stdout and stderr."""
+
+    def run(models: ModelServer, base: Path, adapters: dict[str, Path], *options: str) -> tuple[Exit, str, str]:
+        with serving(models) as url:
+            named = [word for folder in adapters.values() for word in ("--adapter", str(folder))]
+            code = main(["check", "--served", url, "--base-model", str(base), *named, *options])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def subjects(out: str) -> dict[str, dict[str, Any]]:
+    return {one["name"] or "base": one for one in json.loads(out)["served"]["subjects"]}
+
+
+def verdicts(out: str) -> dict[str, str]:
+    return {name: one["verdict"] for name, one in subjects(out).items()}
+
+
+# ---- a right server
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_right_server_passes_in_every_phase(check, base, adapters, dtype) -> None:
+    models = ModelServer(base, adapters, dtype=getattr(torch, dtype), loading=True)
+    code, out, _ = check(models, base, adapters, "--json", "--echo", "--concurrency", "4")
+    assert code == Exit.PASS, out
+    assert json.loads(out)["served"]["dtype"] == dtype
+    assert verdicts(out) == {"base": "conforms", "rslora": "conforms", "linear": "conforms"}
+    for one in subjects(out).values():
+        assert [phase["phase"] for phase in one["phases"]] == [*PHASES, "echo"]
+        assert all(phase["wrong"] == phase["differ"] == 0 for phase in one["phases"])
+    assert 1 < models.busiest <= 5  # four requests for tokens, and one to load
+    assert set(models.models) == {"tiny", *adapters}  # what the check loaded is unloaded again
+
+
+def test_adapters_that_the_server_does_not_list_are_loaded_and_unloaded(check, base, adapters) -> None:
+    models = ModelServer(base, {}, loading=True)
+    code, out, _ = check(models, base, adapters, "--json")
+    assert (code, list(models.models)) == (Exit.PASS, ["tiny"]), out
+
+
+def test_a_server_without_loading_is_compared_without_it(check, base, adapters) -> None:
+    code, out, _ = check(ModelServer(base, adapters), base, adapters, "--json")
+    assert code == Exit.PASS, out
+    assert "404" in str(json.loads(out)["served"]["not_offered"])
+    assert {phase["phase"] for one in subjects(out).values() for phase in one["phases"]} == {"alone", "mixed"}
+    code, out, err = check(ModelServer(base, {}), base, adapters)
+    assert (code, out) == (Exit.USAGE, "")
+    assert "rslora" in err
+
+
+def test_the_smallest_wrong_scaling_that_it_names_is_the_one_that_it_notices(check, base, adapters) -> None:
+    _, out, _ = check(ModelServer(base, adapters), base, adapters, "--json")
+    smallest = subjects(out)["linear"]["notices"]
+    for factor, verdict in ((4, "nonconforming"), (1 / 4, "conforms")):
+        models = ModelServer(base, adapters, scale=1 + factor * smallest)
+        assert verdicts(check(models, base, adapters, "--json")[1])["linear"] == verdict
+
+
+def test_an_adapter_that_is_too_weak_is_neither_passed_nor_failed(check, base, tmp_path) -> None:
+    config = adapter_folders.FOUR["mlp"]
+    weak = {"weak": adapter_folders.adapter(base, tmp_path / "weak", 1e-8, **config)}
+    code, out, _ = check(ModelServer(base, weak), base, weak, "--json")
+    assert (code, verdicts(out)["weak"]) == (Exit.INCONCLUSIVE, "cannot tell")
+
+
+# ---- planted faults
+
+FAULTS = {
+    "rsLoRA ignored": ({"rslora"}, PHASES, "use_rslora"),
+    "multiplied by alpha": ({"rslora", "linear"}, PHASES, "times its scaling"),
+    "transposed": ({"rslora", "linear"}, PHASES, "transposed"),
+    "up_proj never loaded": ({"linear"}, PHASES, "up_proj"),
+    "wrong slot": ({"rslora", "linear"}, PHASES, "adapter"),
+    "stale adapter": ({"linear"}, ["hot-swapped"], "rslora"),
+    "base rows changed": ({"base"}, PHASES, "rslora"),
+    "base rows keep the last adapter": ({"base"}, PHASES[1:], "adapter"),
+    "prefix cache without adapter": ({"rslora", "linear"}, PHASES, "base"),
+    "not greedy": ({"base", "rslora", "linear"}, PHASES, "not greedy"),
+    "one adapter for all requests at a time": ({"base", "rslora", "linear"}, PHASES[1:], "adapter"),
+    "drops a token under load": ({"base", "rslora", "linear"}, PHASES[1:], ""),
+}
+"""Fault -> what does not conform, the phases in which it may show, and a word of the cause."""
+QUICK = ("rsLoRA ignored", "base rows keep the last adapter")
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=[] if fault in QUICK else pytest.mark.slow) for fault in FAULTS]
+)
+def test_a_planted_fault_is_found_where_it_is(check, base, adapters, fault) -> None:
+    wrong, phases, word = FAULTS[fault]
+    code, out, _ = check(ModelServer(base, adapters, fault, loading=True), base, adapters, "--json")
+    found = subjects(out)
+    assert code == Exit.FAIL
+    assert {name for name, one in found.items() if one["verdict"] == "nonconforming"} == wrong
+    for name in wrong:
+        assert {one["phase"] for one in found[name]["phases"] if one["wrong"]} <= set(phases)
+        assert word in found[name]["finding"]["cause"]
+        assert found[name]["finding"]["request"].startswith("curl ")
+
+
+def test_a_server_that_answers_for_an_unloaded_adapter_fails(check, base, adapters) -> None:
+    code, out, _ = check(ModelServer(base, adapters, "unload ignored", loading=True), base, adapters)
+    assert code == Exit.FAIL
+    assert "peft-harness-swap" in out
+
+
+def test_the_text_shows_metrics_verdicts_and_a_reproduction(check, base, adapters) -> None:
+    code, out, _ = check(ModelServer(base, adapters, "rsLoRA ignored"), base, adapters)
+    assert code == Exit.FAIL
+    for part in ("mean exp|Δ|", "✓ base", "✗ rslora", "✓ linear", "curl ", f"Bearer ${TOKEN_VARIABLE}"):
+        assert part in out
+
+
+# ---- servers that stop, and bad input
+
+
+def test_results_so_far_are_printed_if_the_server_stops(check, base, adapters) -> None:
+    # The list of models, a trial, 6 requests each to the base and the first adapter, then some to the second.
+    code, out, _ = check(ModelServer(base, adapters, stops_after=17), base, adapters, "--json")
+    assert code == Exit.INFRASTRUCTURE
+    assert json.loads(out)["served"]["stopped"]
+    assert {name: [p["requests"] for p in one["phases"]] for name, one in subjects(out).items()} == {
+        "base": [6],
+        "rslora": [6],
+        "linear": [3],
+    }
+
+
+def test_results_so_far_are_printed_if_the_user_interrupts(check, base, adapters) -> None:
+    def interrupt(number: int) -> None:
+        if number == 24:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    code, out, _ = check(ModelServer(base, adapters, on_request=interrupt), base, adapters, "--json")
+    assert (code, json.loads(out)["served"]["stopped"]) == (Exit.INFRASTRUCTURE, "interrupted")
+    assert all(one["phases"] for one in subjects(out).values())
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "word"),
+    [
+        ("web page", Exit.USAGE, "JSON"),
+        ("no log-probabilities", Exit.USAGE, "log-probabilities"),
+        ("half an answer", Exit.INFRASTRUCTURE, "half"),
+        ("few tokens", Exit.INFRASTRUCTURE, "half"),
+        ("connection lost", Exit.INFRASTRUCTURE, "ended the connection"),
+        ("hangs", Exit.INFRASTRUCTURE, "--patience"),
+    ],
+)
+def test_a_server_that_cannot_be_compared_gets_one_message(check, base, adapters, fault, code, word) -> None:
+    found, out, err = check(ModelServer(base, adapters, fault), base, adapters, "--patience", "2")
+    assert (found, out) == (code, "")
+    assert word in err
+    assert err.count("peft-harness: ") == 1
+
+
+def test_another_base_or_no_such_model_is_wrong_use(check, base, adapters, tmp_path) -> None:
+    other = adapter_folders.base(tmp_path / "other", seed=1)
+    code, out, err = check(ModelServer(base, adapters), other, adapters)
+    assert (code, out) == (Exit.USAGE, "")
+    assert str(other) in err
+    code, out, err = check(ModelServer(base, adapters), Path(f"tinny={base}"), adapters)
+    assert (code, out) == (Exit.USAGE, "")
+    assert "did you mean `tiny`" in err
+
+
+def test_an_adapter_that_does_not_fit_the_base_leaves_the_others_their_results(check, base, adapters, tmp_path) -> None:
+    wider = adapter_folders.base(tmp_path / "wider", hidden_size=128)
+    misfit = adapter_folders.adapter(wider, tmp_path / "misfit", **adapter_folders.FOUR["narrow"])
+    models = ModelServer(base, adapters)
+    models.models["misfit"] = models.models["tiny"]
+    code, out, _ = check(models, base, adapters | {"misfit": misfit}, "--json")
+    assert code == Exit.NOTHING_COMPARED
+    assert verdicts(out) == {
+        "base": "conforms", "rslora": "conforms", "linear": "conforms", "misfit": "not compared",
+    }  # fmt: skip
+
+
+def test_no_server_is_one_message(base, adapters, capsys) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # bound, and nobody listens
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        options = ["--base-model", str(base), "--adapter", str(adapters["linear"])]
+        assert main(["check", "--served", url, *options]) == Exit.INFRASTRUCTURE
+    assert url in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--served", "localhost:8000"],
+        ["--served", "http://user:secret@localhost"],
+        ["--served", "http://localhost", "hf-peft"],
+        ["--served", "http://localhost", "--html", "page.html"],
+        ["--served", "http://localhost", "--adapter", "ADAPTER"],
+        ["--echo"],
+    ],
+)
+def test_wrong_options_are_refused(wrong, base, adapters, capsys) -> None:
+    words = [word.replace("ADAPTER", str(adapters["linear"])) for word in wrong]
+    named = ["--adapter", str(adapters["linear"]), "--base-model", str(base)] if "--served" in wrong else []
+    assert main(["check", *words, *named]) == Exit.USAGE
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "secret" not in err
+
+
+def test_the_token_is_sent_and_never_written(check, base, adapters, monkeypatch) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+    models = ModelServer(base, adapters, "rsLoRA ignored", token=TOKEN)
+    code, *written = check(models, base, adapters, "--json")
+    assert (code, models.authorizations) == (Exit.FAIL, {f"Bearer {TOKEN}"})
+    assert TOKEN not in "".join(written)
+    # This server repeats the token that it refuses.
+    code, out, err = check(ModelServer(base, adapters, token="another"), base, adapters)
+    assert (code, out) == (Exit.USAGE, "")
+    assert TOKEN not in err
+    assert TOKEN_VARIABLE in err
+    monkeypatch.setenv(TOKEN_VARIABLE, f"{TOKEN}\n")
+    code, out, err = check(models, base, adapters)
+    assert (code, out) == (Exit.USAGE, "")
+    assert TOKEN not in err
+
+
+# ---- tokenizers
+
+
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    """Return a base with a tokenizer, and an adapter of it."""
+    generated.tiny_llama(folder := tmp_path_factory.mktemp("worded"))
+    return folder, {"linear": adapter_folders.adapter(folder, folder / "linear", **adapter_folders.FOUR["linear"])}
+
+
+def test_another_tokenizer_is_wrong_use(check, worded) -> None:
+    code, out, err = check(ModelServer(*worded, "another tokenizer", tokenizer=worded[0]), *worded)
+    assert (code, out) == (Exit.USAGE, "")
+    assert "tokenizer" in err
+
+
+def test_a_server_that_takes_and_returns_texts_only_is_compared(check, worded) -> None:
+    models = ModelServer(*worded, tokenizer=worded[0], texts_only=True)
+    code, out, _ = check(models, *worded, "--json")
+    assert (code, verdicts(out)) == (Exit.PASS, {"base": "conforms", "linear": "conforms"}), out
