@@ -40,7 +40,7 @@ def check_renamed(subject: LoaderSubject, case: Case) -> CheckResult:
         loader.delete(_RENAMED)
         loader.load(subject.adapter.folder, _RENAMED)
         have["deleted and loaded again"] = loader.logits(prompts, _RENAMED)
-    verdict = subject.compare(have, dict.fromkeys(have, [Part(subject.adapter.folder)]))
+    verdict = subject.compare(have, dict.fromkeys(have, (Part(subject.adapter.folder),)))
     return judged(subject, case, "renamed", verdict)
 
 
@@ -120,7 +120,8 @@ def check_delete_last(subject: LoaderSubject, case: Case) -> CheckResult:
     have = {"base": loader.logits(prompts, None)}
     loader.load(subject.adapter.folder, FIRST)
     have[FIRST] = loader.logits(prompts, FIRST)
-    return judged(subject, case, "delete_last", subject.compare(have, {"base": [], FIRST: [Part(subject.adapter.folder)]}))
+    want = {"base": [], FIRST: [Part(subject.adapter.folder)]}
+    return judged(subject, case, "delete_last", subject.compare(have, want))
 
 
 @check()

@@ -73,7 +73,7 @@ def _combined(
 @check()
 def check_merge_two(subject: LoaderSubject, case: Case) -> CheckResult:
     """Two adapters merged in either order give the base with the sum of their updates."""
-    parts = [Part(subject.adapter.folder), Part(subject.another)]
+    parts = (Part(subject.adapter.folder), Part(subject.another))
     have = {}
     for first, second in ((FIRST, SECOND), (SECOND, FIRST)):
         loader = subject.loaded_both()
@@ -96,7 +96,7 @@ def check_merge_training(subject: LoaderSubject, case: Case) -> CheckResult:
         loader.merge([FIRST])
         loader.train(False)
         have[f"merged in {'training' if training else 'evaluation'} mode"] = loader.logits(subject.prompts, None)
-    verdict = subject.compare(have, dict.fromkeys(have, [Part(subject.adapter.folder)]))
+    verdict = subject.compare(have, dict.fromkeys(have, (Part(subject.adapter.folder),)))
     return judged(subject, case, "merge_training", verdict)
 
 

@@ -13,10 +13,10 @@ _COMBINED = "replace(one, weight=one.weight * weight) for name, weight in pairs 
 _MERGED = "self.merged = [one for name in names for one in self.adapters[name]]"
 _DELETED = "del self.adapters[name]"
 _REFUSED = 'raise Unsupported("hotswap: an adapter is merged")'
-_SWAPPED = "            raise Unsupported(\"hotswap: an adapter is merged\")\n        self.load(folder, name)"
+_SWAPPED = '            raise Unsupported("hotswap: an adapter is merged")\n        self.load(folder, name)'
 _SCALED = "[replace(one, factor=factor) for one in self.adapters[name]]"
 _COPIED = "other.adapters, other.merged = dict(self.adapters), list(self.merged)"
-_LOADED = "self.adapters[name] = [_Part(settings, load_file(folder / \"adapter_model.safetensors\"))]"
+_LOADED = 'self.adapters[name] = [_Part(settings, load_file(folder / "adapter_model.safetensors"))]'
 
 
 def _fault(name: str, check: str, *lines: str, adapter: str = "plain") -> Fault:
@@ -64,7 +64,8 @@ FAULTS = [
         "            for name, weight in pairs for one in self.adapters[name]", adapter="modules_to_save"),
     _fault("combines_in_place", "combine_one", "self.adapters[new_name] = [\n",
         "self.adapters[new_name] = self.adapters[names[0]] = 2 * [\n"),
-    _fault("applies_the_weight_to_both_factors", "combine_two", _COMBINED, _COMBINED.replace("* weight)", "* weight * weight)")),
+    _fault("applies_the_weight_to_both_factors", "combine_two", _COMBINED,
+        _COMBINED.replace("* weight)", "* weight * weight)")),
     _fault("forgets_the_sign_of_a_weight", "combine_two", _COMBINED, _COMBINED.replace("* weight)", "* abs(weight))")),
     _fault("normalises_the_weights", "combine_two", _COMBINED, _COMBINED.replace("* weight)", "* weight / sum(weights))")),
     # peft#3608
@@ -74,8 +75,9 @@ FAULTS = [
         "self.merged = [one for name in names[:1] for one in self.adapters[name]]"),
     # peft#3586
     _fault("merges_the_dropout", "merge_training", _MERGED,
-        _MERGED + "\n        self.merged = [replace(one, tensors={key: t * (torch.rand_like(t) > 0.5 if self.training else 1)\n"
-        "            for key, t in one.tensors.items()}) for one in self.merged]"),
+        _MERGED + "\n        mask = (lambda t: torch.rand_like(t) > 0.5) if self.training else torch.ones_like\n"
+        "        self.merged = [replace(one, tensors={key: t * mask(t) for key, t in one.tensors.items()})\n"
+        "            for one in self.merged]"),
     _fault("unmerges_half", "merge_undone", "        self.merged = []\n\n    def hotswap",
         "        self.merged = self.merged[1:] or [replace(one, weight=1e-4) for one in self.merged]\n\n    def hotswap"),
     _fault("drifts_with_every_merge", "merge_undone",
@@ -96,7 +98,8 @@ FAULTS = [
         adapter="classifier"),
     # peft#3780
     _fault("zeroes_adapters_with_a_similar_name", "hotswap_beside", _SWAPPED,
-        _swap("self.adapters = {key: parts if key == name or name not in key else [] for key, parts in self.adapters.items()}")),
+        _swap("self.adapters = {key: [] if name in key and key != name else parts\n"
+        "            for key, parts in self.adapters.items()}")),
     # peft#3581
     _fault("scales_by_the_alpha_of_the_adapter_before", "hotswap_scale", _SWAPPED,
         _swap("self.alpha = old[0].settings.lora_alpha"), _SCALED,
@@ -107,7 +110,8 @@ FAULTS = [
         "old = self.merged", "        self.merged = []\n\n    def hotswap",
         "        new = [one for parts in self.adapters.values() for one in parts]\n"
         "        self.merged = [*self.merged, *(replace(one, weight=-1.0) for one in new)]\n\n    def hotswap"),
-    _fault("does_nothing_when_disabled", "disabled", "        self.is_disabled = True\n", "        self.is_disabled = False\n"),
+    _fault("does_nothing_when_disabled", "disabled",
+        "        self.is_disabled = True\n", "        self.is_disabled = False\n"),
     _fault("stays_disabled", "disabled", "            self.is_disabled = False\n", "            pass\n"),
     # peft#2733
     _fault("sets_the_scaling_without_rslora", "scale", _SCALED,

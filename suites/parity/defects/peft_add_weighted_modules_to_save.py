@@ -16,5 +16,8 @@ for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
 head = model.base_model.model[1]
 model.add_weighted_adapter(["default"], [1.0], "same")
-print("head is that of the adapter:", torch.equal(head.modules_to_save["same"].weight, head.modules_to_save["default"].weight))
+print(
+    "head is that of the adapter:",
+    torch.equal(head.modules_to_save["same"].weight, head.modules_to_save["default"].weight),
+)
 print("head is that of the base:   ", torch.equal(head.modules_to_save["same"].weight, head.original_module.weight))

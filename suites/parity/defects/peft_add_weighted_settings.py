@@ -2,8 +2,8 @@
 
 The updates of the adapters, with their scalings, go into the new A and B, and the new adapter gets alpha = r, so that its
 scaling is 1. With use_rslora the scaling is then sqrt(r). With lora_bias the new bias is what it starts with, and with
-use_dora so is the new magnitude. Even one adapter with the weight 1 becomes another one. On a base in 16 bits, the new A and B are float32 and the bias is not,
-so that the forward pass raises. peft#3761. Here on 0.21.2.
+use_dora so is the new magnitude. Even one adapter with the weight 1 becomes another one. On a base in 16 bits, the new A
+and B are float32 and the bias is not, so that the forward pass raises. peft#3761. Here on 0.21.2.
 """
 
 import torch
@@ -24,7 +24,9 @@ for setting in ("none", "use_rslora", "lora_bias", "use_dora"):
     error = float((model(x) - expected).norm() / expected.norm())
     print(f"{setting}: the combination of one adapter with the weight 1 is off by {error:.2g} (should be 0)")
 
-model = get_peft_model(nn.Sequential(nn.Linear(12, 12)).bfloat16(), LoraConfig(r=4, target_modules=["0"], lora_bias=True))
+model = get_peft_model(
+    nn.Sequential(nn.Linear(12, 12)).bfloat16(), LoraConfig(r=4, target_modules=["0"], lora_bias=True)
+)
 model.add_weighted_adapter(["default"], [1.0], "same")
 model.set_adapter("same")
 try:

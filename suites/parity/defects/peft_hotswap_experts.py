@@ -28,7 +28,9 @@ class Experts(nn.Module):
 def adapted(rank):
     """Return a model with an adapter of this rank."""
     model = nn.Sequential(Experts())
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[], target_parameters=["0.weight"], init_lora_weights=False)
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=[], target_parameters=["0.weight"], init_lora_weights=False
+    )
     return get_peft_model(model, config)
 
 
@@ -40,4 +42,4 @@ for rank in (1, 2):
         right.save_pretrained(folder)
         hotswap_adapter(model, folder, "default", torch_device="cpu")
     error = (model(x) - right(x)).flatten(1).norm(dim=1) / right(x).flatten(1).norm(dim=1)
-    print(f"swapped into a slot of rank {rank}, the experts are off by {[round(e, 2) for e in error.tolist()]} (should be 0)")
+    print(f"in a slot of rank {rank}, the experts are off by {[round(e, 2) for e in error.tolist()]} (should be 0)")

@@ -1,4 +1,4 @@
-"""peft: after `hotswap_adapter`, `set_scale` and `unscale_layer` go back to the scaling of the adapter that was there before.
+"""peft: after `hotswap_adapter`, `set_scale` and `unscale_layer` compute from the alpha of the old adapter.
 
 The swap changes the scaling of a layer, but not its lora_alpha and r, from which both functions compute. The config of the
 model is the old one too, so that saving gives a wrong file (peft#3581). Here on 0.21.2.

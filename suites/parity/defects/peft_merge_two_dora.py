@@ -23,4 +23,5 @@ for order in (["a", "b"], ["b", "a"]):
     merged = copy.deepcopy(model)
     merged.merge_adapter(order)
     weights.append(merged.base_model.model[0].base_layer.weight)
-print(f"the two orders differ by {float((weights[0] - weights[1]).norm() / weights[0].norm()):.2g} of the weight (should be 0)")
+error = float((weights[0] - weights[1]).norm() / weights[0].norm())
+print(f"the two orders differ by {error:.2g} of the weight (should be 0)")
