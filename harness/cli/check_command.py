@@ -133,11 +133,11 @@ def check(
 
         return run.check(mutants or None, seed or 0, jobs, targets, as_json)
     if paths := [one for one in implementations if _is_adapter_path(one)]:
-        given = {
+        changed = {
             "--method": methods, "--op": operations, "--dtype": dtypes, "--full": full, "--wide": wide, "--drawn": drawn,
             "--seed": seed is not None, "--junit": junit, "--html": html, "a second name": implementations[1:],
         }  # fmt: skip
-        for option in (name for name, value in given.items() if value):
+        for option in (name for name, value in changed.items() if value):
             raise UsageError(
                 "does not apply to an adapter file", where=option, hint="keep only --base-model and --json"
             )

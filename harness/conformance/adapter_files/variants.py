@@ -78,11 +78,11 @@ def _another(folder: Path, base: Path) -> _Written:
         "rank_pattern": {name: rank + 1 for name, rank in settings.rank_pattern.items()},
         "lora_alpha": 2 * settings.lora_alpha,  # not alpha_pattern: a program may need equal ones to swap adapters
     }
-    return _Written.of(file.config | changed, tensors)
+    return _Written.of({**file.config, **changed}, tensors)
 
 
 @cache
 def _with_dropout(folder: Path) -> _Written:
     file = AdapterFile.read(folder)
     dropout = 0.0 if file.settings.target_parameters else DROPOUT
-    return _Written.of(file.config | {"lora_dropout": dropout}, file.tensors())
+    return _Written.of({**file.config, "lora_dropout": dropout}, file.tensors())

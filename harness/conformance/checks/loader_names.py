@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from torch import Tensor
+
 from harness.conformance.adapter_files.reference_logits import Part
 from harness.conformance.adapter_files.subject import FIRST, SECOND, LoaderSubject
 from harness.conformance.case import Case
@@ -23,7 +25,8 @@ def check_switch(subject: LoaderSubject, case: Case) -> CheckResult:
     No call depends on the adapter of the call before it.
     """
     loader, first, second = subject.loaded_both(), Part(subject.adapter.folder), Part(subject.another)
-    have, want = {}, {}
+    have: dict[str, list[Tensor]] = {}
+    want: dict[str, list[Part]] = {}
     for name, part in ((None, []), (SECOND, [second]), (FIRST, [first]), (None, []), (FIRST, [first])):
         label = f"call {len(have) + 1}, {name or 'base'}"
         have[label], want[label] = loader.logits(subject.prompts, name), part
