@@ -39,6 +39,12 @@ UNSUPPORTED = {
     "use_qalora": "inputs are pooled",
 }
 """Keys of a config that give the tensors another meaning, with this meaning. They are not implemented here."""
+_EXPERT = re.compile(r"(?P<block>.+)\.(?:block_sparse_moe|mlp)\.experts\.(?P<expert>\d+)\.(?P<name>\w+)")
+_STACKED = {
+    "w1": ("gate_up_proj", 0), "gate_proj": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "up_proj": ("gate_up_proj", 1),
+    "w2": ("down_proj", None), "down_proj": ("down_proj", None),
+}  # fmt: skip
+"""Name of a layer of one expert -> the stack that holds its weight, and the half of the stack's outputs."""
 _INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """Values of init_lora_weights after which the base weight differs from that of the base model."""
 
@@ -137,7 +143,8 @@ class LayerUpdate:
     parameter: str
     """Name of the parameter in this module: `weight`, or the name of a stack of experts."""
     kind: str
-    """Kind of the module, one of `KINDS`, or `stack` for a parameter that target_parameters selects."""
+    """Kind of the module, one of `KINDS`; `stack` for a parameter that target_parameters selects; or `expert` for a layer
+    of one expert, in a file that was made before the base stacked its experts."""
     rank: int
     scaling: float
     A: str
@@ -148,6 +155,10 @@ class LayerUpdate:
     """Key of c (E,), or an empty string."""
     magnitude: str = ""
     """Key of DoRA's m (E,), or an empty string."""
+    expert: int = 0
+    """Index of the expert, for the kind `expert`."""
+    half: int | None = None
+    """0 for the first half of the expert's outputs, 1 for the second half. None for all outputs."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -156,7 +167,7 @@ class LayerUpdate:
 
     def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """Map the keys to the shapes that their tensors must have for this module of the base."""
-        shape = tuple(getattr(module, self.parameter).shape)
+        shape = tuple(self._part(getattr(module, self.parameter)).shape)
         stack = shape[0] if self.kind == "stack" and len(shape) == 3 else 1
         E, D = shape[-2:] if not self._is_transposed(module) else reversed(shape[-2:])
         R = self.rank * stack
@@ -168,18 +179,27 @@ class LayerUpdate:
 
         tensors: the tensors of the file, by key.
         """
-        W: Tensor = getattr(module, self.parameter).detach()
+        whole: Tensor = getattr(module, self.parameter).detach().clone()
+        W = self._part(whole)
         A_RD, B_ER = (tensors[key].to(W.dtype) for key in (self.A, self.B))
         transposed = self._is_transposed(module)
         W_ED = W.transpose(-2, -1) if transposed else W
         V_ED = W_ED + self.scaling * (_stacked_update(A_RD, B_ER, len(W)) if W.dim() == 3 else B_ER @ A_RD)
         if self.magnitude:
             V_ED = gain(tensors[self.magnitude].to(W.dtype), norms(V_ED))[:, None] * V_ED
-        return (V_ED.transpose(-2, -1) if transposed else V_ED).contiguous()
+        W.copy_(V_ED.transpose(-2, -1) if transposed else V_ED)
+        return whole
 
     def added_bias(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """Return s c (E,), which is added to the bias of the base. None if the file has no bias for this layer."""
         return self.scaling * tensors[self.bias] if self.bias else None
+
+    def _part(self, parameter: Tensor) -> Tensor:
+        """Return a view of the part of the parameter that is updated: the matrix of one expert, or everything."""
+        if self.kind != "expert":
+            return parameter
+        matrix = parameter[self.expert]
+        return matrix if self.half is None else matrix.chunk(2)[self.half]
 
     def _is_transposed(self, module: nn.Module) -> bool:
         """Return whether the base stores the parameter as (D, E)."""
@@ -211,7 +231,7 @@ def read(settings: AdapterSettings, keys: Sequence[str], model: nn.Module) -> Ad
     keys: the keys of the file. model: the base. Its parameters may be on the device `meta`.
     """
     updates, absent = [], []
-    for update in _possible(settings, keys, model):
+    for update in (*_possible(settings, keys, model), *_of_experts(settings, keys, model)):
         if update.A in keys and update.B in keys:
             updates.append(update)
         else:
@@ -309,6 +329,25 @@ def _possible(settings: AdapterSettings, keys: Sequence[str], model: nn.Module) 
             whole = f"{path}.{name}"
             rank, scaling = settings.rank(whole), settings.scaling(whole)
             yield LayerUpdate(path, name, "stack", rank, scaling, f"{start}.lora_A.weight", f"{start}.lora_B.weight")
+
+
+def _of_experts(settings: AdapterSettings, keys: Sequence[str], model: nn.Module) -> Iterator[LayerUpdate]:
+    """Yield an update for each layer of one expert that the file names and the config targets, if the base stacks experts.
+
+    Patterns fit the name of the layer in the file.
+    """
+    modules = dict(model.named_modules())
+    for key in keys:
+        path = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        found = _EXPERT.fullmatch(path)
+        if found is None or path in modules or found["name"] not in _STACKED or not settings.targets(path):
+            continue
+        stack, (parameter, half) = f"{found['block']}.mlp.experts", _STACKED[found["name"]]
+        weight = getattr(modules.get(stack), parameter, None)
+        if weight is not None and weight.dim() == 3 and int(found["expert"]) < len(weight):
+            A, B = (f"{PREFIX}{path}.lora_{name}.weight" for name in "AB")
+            rank, scaling, expert = settings.rank(path), settings.scaling(path), int(found["expert"])
+            yield LayerUpdate(stack, parameter, "expert", rank, scaling, A, B, expert=expert, half=half)
 
 
 def _saved(settings: AdapterSettings, model: nn.Module) -> list[str]:

@@ -64,6 +64,8 @@ class Corpus:
     keys: Mapping[str, str] = field(default_factory=dict)
     """End of a parameter's name -> end of its key in the file, where they differ."""
     dtype: torch.dtype = torch.float32
+    experts: Iterable[str] = ()
+    """Names of the layers of each expert, in a file that was made before transformers stacked the experts."""
     missing: Iterable[str] = ()
     """Paths of adapted layers that the base does not have."""
 
@@ -73,6 +75,7 @@ _PATTERN_RANKS = {"q_proj": 1, "layers.1.mlp.down_proj": 6}
 _ALPHAS = {"alpha_pattern": {"q_proj": 24, r"layers\.1\..*up_proj": 1}}
 _EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "r": 2}
 _STACKS = {"gate_up_proj": ".base_layer", "down_proj": ""}
+_NAMES = ["w1", "w2", "w3"]
 _EMBEDDING = {"embed_tokens.weight": "embed_tokens.base_layer.weight"}
 _HEAD = {"lm_head.weight": "lm_head.base_layer.weight"}
 _BIASES = {f"{name}.bias": f"{name}.base_layer.bias" for name in _OF_GPT2}
@@ -119,6 +122,13 @@ CORPUS = (
     Corpus("experts", "mixtral", ("q_proj",), _EXPERTS | {"rank_pattern": {"experts.down_proj": 3}},
            {"experts.down_proj": 3}, stacks=_STACKS),
     Corpus("experts_rslora", "mixtral", (), _EXPERTS | {"use_rslora": True, "r": 4}, stacks=_STACKS),
+    Corpus("experts_by_name", "mixtral", ("q_proj",), {"target_modules": ["q_proj", "w1", "w2", "w3"]}, experts=_NAMES),
+    Corpus("experts_by_name_rslora", "mixtral", (), {"target_modules": _NAMES, "use_rslora": True}, experts=_NAMES),
+    Corpus("experts_by_name_alpha_pattern", "mixtral", (), {"target_modules": _NAMES, "alpha_pattern": {"w2": 24, "w3": 2}},
+           experts=_NAMES),
+    Corpus("experts_by_name_rank_pattern", "mixtral", (), {"target_modules": _NAMES, "rank_pattern": {"w2": 3}}, {"w2": 3},
+           experts=_NAMES),
+    Corpus("experts_by_name_without_w2", "mixtral", (), {"target_modules": ["w1", "w3"]}, experts=("w1", "w3")),
 )  # fmt: skip
 
 
@@ -186,6 +196,13 @@ def _tensors(
                 R, start = _rank(adapter, f"{path}.{stack}", config["r"]), f"{PREFIX}{path}{between}"
                 found[f"{start}.lora_A.weight"] = _normal(generator, K * R, D) / D**0.5
                 found[f"{start}.lora_B.weight"] = _normal(generator, E, R * K) / 2
+        for name in adapter.experts if path.endswith("mlp.experts") else ():
+            for expert in range(module.num_experts):
+                start = f"{PREFIX}{path.replace('mlp', 'block_sparse_moe')}.{expert}.{name}"
+                R, (D, E) = _rank(adapter, start, config["r"]), (module.hidden_dim, module.intermediate_dim)
+                D, E = (E, D) if name == "w2" else (D, E)
+                found[f"{start}.lora_A.weight"] = _normal(generator, R, D) / D**0.5
+                found[f"{start}.lora_B.weight"] = _normal(generator, E, R) / 4
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if any(name.endswith(end) for end in adapter.saved):
             key = next((name.removesuffix(old) + new for old, new in adapter.keys.items() if name.endswith(old)), name)

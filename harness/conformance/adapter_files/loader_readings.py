@@ -1,4 +1,4 @@
-"""What each known loader makes of an adapter file, by the features that the file uses. The data are in loader_readings.yaml."""
+"""What each known loader makes of an adapter file, by the features that it uses. The data are in loader_readings.yaml."""
 
 from __future__ import annotations
 
