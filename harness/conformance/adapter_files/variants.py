@@ -16,7 +16,7 @@ from torch import Tensor
 
 from harness.conformance.adapter_files.adapter_file import CONFIG, WEIGHTS, AdapterFile
 from harness.methods.base_model import empty_base
-from reference.adapter_file import read
+from reference.adapter_file import AdapterReading, read
 
 DROPOUT = 0.5
 _SEED = 7
@@ -47,9 +47,12 @@ def another(folder: Path, base: Path) -> Path:
     return _another(folder, base).path
 
 
-def with_dropout(folder: Path) -> Path:
-    """Return a folder with the same adapter, whose config has dropout. A stack of experts can have no dropout."""
-    return _with_dropout(folder).path
+def with_dropout(folder: Path, base: Path) -> Path:
+    """Return a folder with the same adapter, whose config has dropout. Stacked experts can have no dropout.
+
+    base: the folder of the base model.
+    """
+    return _with_dropout(folder, base).path
 
 
 @cache
@@ -61,7 +64,7 @@ def _another(folder: Path, base: Path) -> _Written:
         noise = torch.randn(*shape, generator=generator)
         return (noise * like.float().square().mean().sqrt()).to(like.dtype)
 
-    reading = read(file.settings, list(tensors), empty_base(base))
+    reading = _read(file, base)
     for update in reading.updates:
         A, B = tensors[update.A], tensors[update.B]
         rows = len(A) // update.rank * (update.rank + 1)
@@ -82,7 +85,11 @@ def _another(folder: Path, base: Path) -> _Written:
 
 
 @cache
-def _with_dropout(folder: Path) -> _Written:
+def _with_dropout(folder: Path, base: Path) -> _Written:
     file = AdapterFile.read(folder)
-    dropout = 0.0 if file.settings.target_parameters else DROPOUT
+    dropout = 0.0 if any(update.kind in ("stack", "expert") for update in _read(file, base).updates) else DROPOUT
     return _Written.of({**file.config, "lora_dropout": dropout}, file.tensors())
+
+
+def _read(file: AdapterFile, base: Path) -> AdapterReading:
+    return read(file.settings, list(file.header), empty_base(base))

@@ -91,7 +91,7 @@ def check_merge_training(subject: LoaderSubject, case: Case) -> CheckResult:
     have = {}
     for training in (True, False):
         loader = subject.fresh()
-        loader.load(variants.with_dropout(subject.adapter.folder), FIRST)
+        loader.load(variants.with_dropout(subject.adapter.folder, subject.adapter.base), FIRST)
         loader.train(training)
         loader.merge([FIRST])
         loader.train(False)

@@ -73,6 +73,9 @@ FAULTS = [
         "[adapter_file.combine(model, [one]) for one in sums]", adapter="dora"),
     _fault("merges_the_first_adapter_only", "merge_two", _MERGED,
         "self.merged = [one for name in names[:1] for one in self.adapters[name]]"),
+    # peft#2777
+    _fault("merges_into_both_tied_layers", "merge_training", _APPLIED, _APPLIED + "\n        if name is None and parts:\n"
+        "            model.get_input_embeddings().weight = model.get_output_embeddings().weight", adapter="tied_head"),
     # peft#3586
     _fault("merges_the_dropout", "merge_training", _MERGED,
         _MERGED + "\n        mask = (lambda t: torch.rand_like(t) > 0.5) if self.training else torch.ones_like\n"
