@@ -100,14 +100,14 @@ def _matrix(report: CheckReport) -> dict[str, Any]:
         }  # fmt: skip
         groups.setdefault(target, []).append(row)
     columns = [column(dtype, number=False) for dtype in dtypes]
-    caption = "Implementations by method or operation and dtype"
+    caption = "Implementations by target and dtype"
     return grouped(
         "matrix",
         caption,
         columns,
         groups.items(),
         first="Implementation",
-        by="Method or operation",
+        by="Target",
         file="check-matrix",
     )
 
@@ -169,7 +169,7 @@ def _by_check(target: str, implementation: str, tried: list[CheckOutcome]) -> di
 
 
 def _not_checked(report: CheckReport) -> list[dict[str, Any]]:
-    """List the methods and operations that were not checked. Each reason has a row of its own."""
+    """List the targets that were not checked. Each reason has a row of its own."""
     reasons = group(
         ((f"{one.implementation} {one.target}", one.status.value, f"{one.check}: {one.result.detail}"), one.dtype)
         for one in report.tried

@@ -16,9 +16,9 @@ _MOST_LINES = 40
 
 
 def matrix(report: CheckReport) -> list[str]:
-    """Return a table of results by method or operation, implementation and dtype, then what `lines` returns."""
+    """Return a table of results by target, implementation and dtype, then what `lines` returns."""
     dtypes = summary.dtypes(report.tried)
-    rows = [["method or operation", "implementation", *dtypes]]
+    rows = [["target", "implementation", *dtypes]]
     for (target, implementation), tried in summary.rows(report.tried).items():
         fields = [summary.summarise(summary.select_dtype(tried, dtype)) for dtype in dtypes]
         rows.append([target, implementation, *map(summary.format_field, fields)])

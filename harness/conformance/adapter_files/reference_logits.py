@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from harness.conformance.adapter_files.adapter_file import AdapterFile
+from harness.conformance.comparison.tolerance_policies import perturbed
 from harness.errors import Unsupported, UsageError
 from harness.methods.base_model import load_base, logits
 from reference.adapter_file import apply, combine, unsupported
@@ -22,11 +23,13 @@ def reference_logits(
     adapter: AdapterFile | None,
     prompts: Sequence[Sequence[int]],
     dtype: torch.dtype = torch.float64,
+    perturbation: torch.Generator | None = None,
 ) -> list[Tensor]:
     """Return the logits of the base with the weights that the adapter file gives, one tensor per prompt, in `dtype`.
 
     adapter: None for the base alone. prompts: token ids. The shapes are (tokens, vocabulary), or (labels,) for a
     classifier. In float64, the parts that a model computes in float32 in every dtype are computed in float64 too.
+    perturbation: moves every weight at random by up to half a unit in its last place, as other correct roundings would.
     Raises UsageError if the file does not fit the base, and Unsupported for a config that the reference does not
     implement.
     """
@@ -36,12 +39,14 @@ def reference_logits(
     if adapter is not None:
         if reasons := unsupported(adapter.config):
             raise Unsupported("; ".join(reasons))
+        hint = f"is {base_folder} the base of this adapter? `peft-harness check {adapter.folder}` judges the file"
         try:
-            apply(model, adapter.settings, adapter.tensors())
+            reading = apply(model, adapter.settings, adapter.tensors())
         except ValueError as error:
-            hint = f"is {base_folder} the base of this adapter? `peft-harness check {adapter.folder}` judges the file"
             raise UsageError(str(error), where=str(adapter.weights), hint=hint) from error
-    return _logits(model, prompts)
+        if not reading.updates and not reading.replaced:
+            raise UsageError("no tensor has a place in the base", where=str(adapter.weights), hint=hint)
+    return _logits(model, prompts, perturbation)
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,11 @@ class Part:
 
 
 def combined_logits(
-    base_folder: Path, parts: Sequence[Part], prompts: Sequence[Sequence[int]], dtype: torch.dtype = torch.float64
+    base_folder: Path,
+    parts: Sequence[Part],
+    prompts: Sequence[Sequence[int]],
+    dtype: torch.dtype = torch.float64,
+    perturbation: torch.Generator | None = None,
 ) -> list[Tensor]:
     """Return the logits of the base with a weighted sum of adapters, as `reference_logits` does for one.
 
@@ -66,11 +75,15 @@ def combined_logits(
         model = model.double()
     files = [(AdapterFile.read(part.folder), part) for part in parts]
     combine(model, [(file.settings.scaled(part.factor), file.tensors(), part.weight) for file, part in files])
-    return _logits(model, prompts)
+    return _logits(model, prompts, perturbation)
 
 
-def _logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-    if next(model.parameters()).dtype is not torch.float64:
+def _logits(model: nn.Module, prompts: Sequence[Sequence[int]], perturbation: torch.Generator | None) -> list[Tensor]:
+    dtype = next(model.parameters()).dtype
+    if perturbation is not None:
+        for parameter in model.parameters():
+            parameter.data = perturbed(parameter.data, str(dtype).removeprefix("torch."), perturbation)
+    if dtype is not torch.float64:
         return logits(model, prompts)
     with _Float64():
         return logits(model, prompts)

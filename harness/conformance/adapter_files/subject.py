@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from harness.conformance.adapter_files.adapter_file import AdapterFile
 from harness.conformance.adapter_files.reference_logits import Part, combined_logits, reference_logits
 from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise
 from harness.conformance.subject import DTYPES
+from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from harness.methods.loader import ADAPTER_FILES, Loader
 
 FIRST, SECOND = "style", "style-2"
@@ -86,10 +88,12 @@ class LoaderSubject:
         """Map the name of each prompt to the logits that the corpus has for it, in float64."""
         return by_prompt(self.adapter.logits)
 
-    def rounded(self) -> dict[str, Tensor]:
-        """Map the name of each prompt to the reference's logits in the dtype of the case."""
-        adapter = AdapterFile.read(self.adapter.folder)
-        return by_prompt(reference_logits(self.adapter.base, adapter, self.adapter.prompts, DTYPES[self.dtype]))
+    def rounded(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the reference's logits in the dtype of the case, by prompt. Further draws perturb its weights."""
+        one, adapter = self.adapter, AdapterFile.read(self.adapter.folder)
+        for seed in (None, *range(PERTURBED_DRAWS)):
+            perturbation = None if seed is None else torch.Generator().manual_seed(seed)
+            yield by_prompt(reference_logits(one.base, adapter, one.prompts, DTYPES[self.dtype], perturbation))
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -106,17 +110,22 @@ class LoaderSubject:
 
         have: name -> logits of `prompts`. want: the same name -> the parts of the sum. No part stands for the base.
         """
-        truth, rounded = (
-            {name: self._expected(parts, dtype) for name, parts in want.items()} for dtype in ("float64", self.dtype)
-        )
-        return carried_noise(dict(_named(have)), dict(_named(truth)), dict(_named(rounded)), self.dtype)
 
-    def _expected(self, parts: Sequence[Part], dtype: str) -> list[Tensor]:
-        prompts = tuple(map(tuple, self.prompts))
-        return _combined_logits(self.adapter.base, tuple(parts), prompts, DTYPES[dtype])
+        def expected(dtype: str, seed: int | None = None) -> dict[str, Tensor]:
+            prompts = tuple(map(tuple, self.prompts))
+            sums = {name: (self.adapter.base, tuple(parts), prompts, dtype, seed) for name, parts in want.items()}
+            return dict(_named({name: _combined_logits(*one) for name, one in sums.items()}))
+
+        draws = (expected(self.dtype, seed) for seed in (None, *range(PERTURBED_DRAWS)))
+        return carried_noise(dict(_named(have)), expected("float64"), draws, self.dtype)
 
 
-_combined_logits = cache(combined_logits)
+@cache
+def _combined_logits(
+    base: Path, parts: tuple[Part, ...], prompts: tuple[tuple[int, ...], ...], dtype: str, seed: int | None
+) -> list[Tensor]:
+    perturbation = None if seed is None else torch.Generator().manual_seed(seed)
+    return combined_logits(base, parts, prompts, DTYPES[dtype], perturbation)
 
 
 def _named(logits: Mapping[str, Sequence[Tensor]]) -> Iterator[tuple[str, Tensor]]:

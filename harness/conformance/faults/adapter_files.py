@@ -101,6 +101,16 @@ FAULTS = [
     # unsloth-zoo#913
     _logits("transposes_square_experts", _SUM,
         'torch.einsum("erk,krd->kde" if len(B) == A.shape[1] else "erk,krd->ked", B_ERK, A_KRD)', adapter="experts"),
+    _logits("swaps_w1_and_w3_of_experts", "return matrix if self.half is None else matrix.chunk(2)[self.half]",
+        "return matrix if self.half is None else matrix.chunk(2)[1 - self.half]", adapter="experts_by_name"),
+    _logits("adapts_the_next_expert", "matrix = parameter[self.expert]", "matrix = parameter[self.expert - 1]",
+        adapter="experts_by_name"),
+    # peft 0.21.2, which turns w1 and w3 into one update of twice the rank and twice alpha
+    _logits("doubles_rank_and_alpha_of_stacked_experts",
+        "rank, scaling, expert = settings.rank(path), settings.scaling(path), int(found[\"expert\"])",
+        "rank, scaling, expert = settings.rank(path), settings.scaling(path), int(found[\"expert\"])\n"
+        "            scaling *= math.sqrt(2) if settings.use_rslora and half is not None else 1",
+        adapter="experts_by_name_rslora"),
     # unsloth-zoo#812
     _logits("drops_the_update_of_experts", "if W.dim() == 3 else", "* 0 if W.dim() == 3 else", adapter="experts"),
 ]

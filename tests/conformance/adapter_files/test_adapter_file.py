@@ -1,0 +1,90 @@
+"""Reading an adapter: what is refused, and with which message."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.conformance.adapter_files import corpus
+from harness.conformance.adapter_files.adapter_file import AdapterFile
+from harness.conformance.adapter_files.reference_logits import reference_logits
+from harness.errors import Unsupported, UsageError
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """Return a copy of the plain adapter of the corpus."""
+    return Path(shutil.copytree(corpus.folder() / "plain", tmp_path / "plain"))
+
+
+def test_a_folder_and_its_file_are_the_same_adapter(plain: Path) -> None:
+    assert AdapterFile.read(plain) == AdapterFile.read(plain / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not a JSON object"),
+        (json.dumps({"peft_type": "IA3"}), "unknown type of adapter: peft_type is 'IA3'"),
+        (json.dumps({}), "unknown type of adapter: peft_type is None"),
+        (json.dumps({"peft_type": "LORA", "r": "four"}), "r is 'four'"),
+        (json.dumps({"peft_type": "LORA", "r": 0}), "r is 0"),
+        (json.dumps({"peft_type": "LORA", "rank_pattern": {"q_proj": "4"}}), "rank_pattern: 'q_proj' is '4'"),
+    ],
+)
+def test_a_wrong_config_is_one_message_with_a_hint(plain: Path, content: str, says: str) -> None:
+    (plain / "adapter_config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        AdapterFile.read(plain)
+    assert says in caught.value.what
+    assert caught.value.where.endswith("adapter_config.json")
+    assert caught.value.hint
+
+
+def test_a_file_that_is_no_safetensors_is_refused(plain: Path) -> None:
+    (plain / "adapter_model.safetensors").write_bytes(b"no safetensors")
+    with pytest.raises(UsageError, match="is no safetensors file"):
+        AdapterFile.read(plain)
+
+
+def test_a_pickle_is_never_read(plain: Path) -> None:
+    (plain / "adapter_model.safetensors").rename(plain / "adapter_model.bin")
+    with pytest.raises(UsageError, match="is a pickle, which may run code"):
+        AdapterFile.read(plain)
+
+
+def test_an_adapter_of_another_base_is_refused() -> None:
+    adapter = AdapterFile.read(corpus.folder() / "plain")
+    with pytest.raises(UsageError, match="no tensor has a place in the base"):
+        reference_logits(corpus.folder() / "bases" / "gpt2", adapter, [[1]])
+    with pytest.raises(UsageError, match=r"has the shape \(4, 24\), should be \(4, 12\)"):
+        reference_logits(corpus.folder() / "bases" / "llama", _wider(adapter), [[1]])
+
+
+def _wider(adapter: AdapterFile) -> AdapterFile:
+    class Wider(AdapterFile):
+        def tensors(self) -> dict[str, torch.Tensor]:
+            return {key: t.repeat(1, 2) if ".lora_A." in key else t for key, t in super().tensors().items()}
+
+    return Wider(adapter.weights, adapter.config, adapter.header)
+
+
+def test_a_config_that_the_reference_does_not_implement_is_unsupported(plain: Path) -> None:
+    config = json.loads((plain / "adapter_config.json").read_text(encoding="utf-8"))
+    (plain / "adapter_config.json").write_text(json.dumps({**config, "use_qalora": True}), encoding="utf-8")
+    with pytest.raises(Unsupported, match="use_qalora"):
+        reference_logits(corpus.folder() / "bases" / "llama", AdapterFile.read(plain), [[1]])
+
+
+def test_logits_in_float64_are_not_rounded_to_float32() -> None:
+    base = corpus.folder() / "bases" / "llama"
+    (logits,) = reference_logits(base, None, [[5, 6, 7]])
+    assert logits.dtype is torch.float64
+    assert not torch.equal(logits, logits.float().double())
+    (alone,) = reference_logits(base, None, [[5, 6]])  # a causal model: earlier logits do not depend on later tokens
+    assert float((alone - logits[:2]).abs().max()) < float(torch.finfo(torch.float32).eps) ** 1.5

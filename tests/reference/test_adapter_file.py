@@ -1,0 +1,92 @@
+"""The reading of adapter files: scaling, patterns, which layers a config selects, and the weights of a layer."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from reference.adapter_file import PREFIX, AdapterSettings, apply, read, unsupported
+
+# What HF peft 0.21.2 reads from the same configs.
+SCALINGS = [
+    ({}, 2.0),
+    ({"use_rslora": True}, 4.0),
+    ({"alpha_pattern": {"q": 32}}, 8.0),
+    ({"rank_pattern": {"q": 2}}, 4.0),
+    ({"rank_pattern": {"q": 2}, "use_rslora": True}, 8 / math.sqrt(2)),
+    ({"rank_pattern": {"a.q": 2, "q": 1}}, 4.0),
+    ({"alpha_pattern": {"q": 32, "a.q": 2}}, 8.0),
+    ({"alpha_pattern": {"": 2}}, 2.0),
+    ({"alpha_pattern": {"aq": 32}}, 2.0),
+    ({"alpha_pattern": {r".*\\.q": 32}}, 2.0),
+    ({"alpha_pattern": {r"a\.\w": 32}}, 8.0),
+]
+
+
+@pytest.mark.parametrize(("config", "scaling"), SCALINGS, ids=str)
+def test_scaling(config: dict[str, object], scaling: float) -> None:
+    settings = AdapterSettings.of({"r": 4, "lora_alpha": 8, **config})
+    assert settings.scaling("a.q") == pytest.approx(scaling)
+
+
+@pytest.mark.parametrize(
+    ("config", "selected"),
+    [
+        ({"target_modules": ["q"]}, ["blocks.0.q", "blocks.1.q"]),
+        ({"target_modules": r"blocks\.0.*"}, ["blocks.0", "blocks.0.q", "blocks.0.v"]),
+        ({"target_modules": r".*\.1\.[qv]"}, ["blocks.1.q", "blocks.1.v"]),
+        ({"target_modules": ["q", "v"], "exclude_modules": ["0.v"]}, ["blocks.0.q", "blocks.1.q", "blocks.1.v"]),
+        ({"target_modules": ["q", "v"], "modules_to_save": ["v"]}, ["blocks.0.q", "blocks.1.q"]),
+        ({"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "blocks"}, ["blocks.1.q"]),
+        ({"target_modules": ["q"], "layers_to_transform": [0], "layers_pattern": ["other", "blocks"]}, ["blocks.0.q"]),
+        ({"target_modules": ["q"], "layers_to_transform": [0], "layers_pattern": "other"}, []),
+        ({}, []),
+    ],
+    ids=str,
+)
+def test_targets(config: dict[str, object], selected: list[str]) -> None:
+    settings = AdapterSettings.of(config)
+    blocks = {f"blocks.{index}{name}" for index in range(2) for name in ("", ".q", ".v")}
+    assert [path for path in sorted({"blocks", "head", *blocks}) if settings.targets(path)] == selected
+
+
+def test_a_missing_key_and_null_are_the_default() -> None:
+    assert AdapterSettings.of({"r": None, "rank_pattern": None}) == AdapterSettings.of({}) == AdapterSettings()
+
+
+def test_the_weight_of_a_layer_is_the_formula() -> None:
+    model = nn.ModuleDict({"q": nn.Linear(3, 2, bias=False, dtype=torch.float64)})
+    W, A, B = model["q"].weight.detach().clone(), torch.randn(1, 3), torch.randn(2, 1)
+    tensors = {f"{PREFIX}q.lora_A.weight": A, f"{PREFIX}q.lora_B.weight": B}
+    apply(model, AdapterSettings(r=1, lora_alpha=3, target_modules=["q"]), tensors)
+    torch.testing.assert_close(model["q"].weight.detach(), W + 3 * B.double() @ A.double(), rtol=0, atol=0)
+
+
+def test_every_key_has_one_meaning() -> None:
+    model = nn.ModuleDict({"q": nn.Linear(3, 2), "v": nn.Linear(3, 2)})
+    names = [
+        "q.lora_A.weight",
+        "q.lora_B.weight",
+        "q.base_layer.bias",
+        "v.lora_A.weight",
+        "x.lora_B.weight",
+        "y.weight",
+    ]
+    keys = [f"{PREFIX}{name}" for name in names]
+    reading = read(AdapterSettings(target_modules=["q", "v"]), [*keys, "q.lora_A.weight"], model)
+    assert [update.path for update in reading.updates] == ["q"]
+    assert reading.replaced == {keys[2]: "q.bias"}
+    assert reading.absent == ("v",)
+    assert {key: reason.partition(" ")[0] for key, reason in reading.unused.items()} == {
+        keys[3]: "the", keys[4]: "the", keys[5]: "the", "q.lora_A.weight": "it",
+    }  # fmt: skip
+    assert "no module x" in reading.unused[keys[4]]
+    assert "no parameter" in reading.unused[keys[5]]
+
+
+def test_configs_with_another_meaning_are_named() -> None:
+    assert unsupported({"r": 4, "use_qalora": False, "init_lora_weights": True}) == []
+    assert len(unsupported({"use_qalora": True, "init_lora_weights": "pissa_niter_4"})) == 2
