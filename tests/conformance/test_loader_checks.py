@@ -14,7 +14,7 @@ from harness.conformance.execution import suite_run
 from harness.conformance.findings.outcomes import CheckOutcome
 from harness.methods.loader import ADAPTER_FILES, Loader
 from harness.methods.reference_loader import ReferenceLoader
-from harness.methods.registry import Implementation
+from harness.methods.registry import Implementation, discover
 from harness.records.record import Outcome
 from reference.adapter_file import AdapterSettings, combine
 
@@ -70,6 +70,12 @@ def test_unmerging_says_whether_the_base_is_restored_to_the_last_bit(adapter: st
     found = outcomes(ReferenceLoader, adapter)
     assert {name for name, one in found.items() if one.result.outcome is not Outcome.PASS} == set()
     assert found["merge_undone"].result.detail == "restored to the last bit"
+
+
+@pytest.mark.slow
+def test_the_reference_passes_every_check_with_every_adapter() -> None:
+    found = suite_run.run(discover(only=["reference"]).find("loader", ADAPTER_FILES, "reference"))
+    assert {(one.case, one.dtype, one.check) for one in found if one.result.outcome is not Outcome.PASS} == set()
 
 
 def test_a_sum_adds_the_changes_of_the_weights_up() -> None:
