@@ -11,10 +11,11 @@ features, E output features, R rank, K experts.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -92,6 +93,11 @@ class AdapterSettings:
         """Return s, by which B A is multiplied in the layer or parameter with this name in the base."""
         rank = self.rank(name)
         return self.alpha(name) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def scaled(self, factor: float) -> AdapterSettings:
+        """Return these settings with the scaling of every layer multiplied by `factor`."""
+        alphas = {name: factor * alpha for name, alpha in self.alpha_pattern.items()}
+        return replace(self, lora_alpha=factor * self.lora_alpha, alpha_pattern=alphas)
 
     def targets(self, path: str) -> bool:
         """Return whether target_modules selects the module at this path. See `targeted` for `all-linear`.
@@ -266,6 +272,33 @@ def apply(model: nn.Module, settings: AdapterSettings, tensors: Mapping[str, Ten
             added = added.to(layer.weight.dtype) + (0.0 if layer.bias is None else layer.bias)
             layer.bias = nn.Parameter(added, requires_grad=False)
     return reading
+
+
+WeightedAdapter = tuple[AdapterSettings, Mapping[str, Tensor], float]
+"""Settings and tensors of a file, and the weight of the adapter in a sum."""
+
+
+@torch.no_grad()
+def combine(model: nn.Module, adapters: Sequence[WeightedAdapter]) -> None:
+    """Write the weights that a weighted sum of adapters gives into `model`.
+
+        P' = P + sum_i w_i (P_i - P)
+
+    P is a parameter of the base, and P_i is the same parameter with adapter i alone: see `apply`. P is 0 where the base
+    has no bias. The sum is rounded once, to the dtype of the model. Raises ValueError as `apply`.
+    """
+    base = {name: p.detach().double() for name, p in model.named_parameters(remove_duplicate=False)}
+    sums: dict[str, Tensor] = {}
+    for settings, tensors, weight in adapters:
+        changed = copy.deepcopy(model)
+        apply(changed, settings, tensors)
+        for name, parameter in changed.named_parameters(remove_duplicate=False):
+            P = base.get(name, torch.zeros_like(parameter, dtype=torch.float64))
+            sums[name] = sums.get(name, P) + weight * (parameter.double() - P)
+    dtype = next(model.parameters()).dtype
+    for name, value in sums.items():
+        path, _, own = name.rpartition(".")
+        setattr(model.get_submodule(path), own, nn.Parameter(value.to(dtype), requires_grad=False))
 
 
 def targeted(settings: AdapterSettings, model: nn.Module) -> list[str]:

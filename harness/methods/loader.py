@@ -27,6 +27,9 @@ class Loader:
     here raise harness.Unsupported. Each adapter has a name, which the caller gives.
     """
 
+    combinations: tuple[str, ...] = ("",)
+    """Names of the ways in which the program adds adapters up. Each is checked."""
+
     def load(self, folder: Path, name: str) -> None:
         """Load the adapter in `folder`, which has adapter_config.json and adapter_model.safetensors, as `name`."""
         raise NotImplementedError
@@ -38,8 +41,11 @@ class Loader:
         """
         raise NotImplementedError
 
-    def combine(self, names: Sequence[str], weights: Sequence[float], new_name: str) -> None:
-        """Add an adapter whose update is the sum of the updates of `names`, each multiplied by its weight."""
+    def combine(self, names: Sequence[str], weights: Sequence[float], new_name: str, way: str) -> None:
+        """Add an adapter whose update is the sum of the updates of `names`, each multiplied by its weight.
+
+        way: one of `combinations`. Raises Unsupported where the program documents that this way is an approximation.
+        """
         raise Unsupported("combine: it adds no adapters up")
 
     def merge(self, names: Sequence[str]) -> None:

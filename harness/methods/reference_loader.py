@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -19,29 +20,86 @@ from reference import adapter_file
 
 
 @dataclass(frozen=True)
-class _Adapter:
-    config: dict[str, Any]
+class _Part:
+    """One file in a weighted sum."""
+
+    settings: adapter_file.AdapterSettings
     tensors: dict[str, Tensor]
+    weight: float = 1.0
+    factor: float = 1.0
+    """Factor on the scaling that the file gives."""
 
 
 class ReferenceLoader(Loader):
-    """A folder with a base model, and adapters. Each call of `logits` loads the base and writes one adapter into it."""
+    """A base model, and adapters. Each call of `logits` copies the base and writes adapters into the copy."""
 
     def __init__(self, base_folder: Path, dtype: str) -> None:
-        self.base_folder, self.dtype = base_folder, getattr(torch, dtype)
-        self.adapters: dict[str, _Adapter] = {}
+        self.base = load_base(base_folder, getattr(torch, dtype))
+        self.adapters: dict[str, list[_Part]] = {}
+        self.merged: list[_Part] = []
+        self.is_disabled = self.training = False
 
     def load(self, folder: Path, name: str) -> None:
         """Read an adapter. Raises Unsupported for a config that the reference does not implement."""
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         if reasons := adapter_file.unsupported(config):
             raise Unsupported("; ".join(reasons))
-        self.adapters[name] = _Adapter(config, load_file(folder / "adapter_model.safetensors"))
+        settings = adapter_file.AdapterSettings.of(config)
+        self.adapters[name] = [_Part(settings, load_file(folder / "adapter_model.safetensors"))]
 
     def logits(self, prompts: Sequence[Sequence[int]], name: str | None) -> list[Tensor]:
-        """Compute logits with one adapter, or of the base."""
-        model = load_base(self.base_folder, self.dtype)
-        if name is not None:
-            adapter = self.adapters[name]
-            adapter_file.apply(model, adapter_file.AdapterSettings.of(adapter.config), adapter.tensors)
+        """Compute logits with one adapter, or of the base and of what is merged into it."""
+        model = copy.deepcopy(self.base)
+        parts = self.merged if name is None else self.adapters[name]
+        if not self.is_disabled:
+            sums = [(one.settings.scaled(one.factor), one.tensors, one.weight) for one in parts]
+            adapter_file.combine(model, sums)
         return logits(model, prompts)
+
+    def combine(self, names: Sequence[str], weights: Sequence[float], new_name: str, way: str) -> None:
+        """Add a weighted sum of adapters."""
+        pairs = zip(names, weights, strict=True)
+        self.adapters[new_name] = [
+            replace(one, weight=one.weight * weight) for name, weight in pairs for one in self.adapters[name]
+        ]
+
+    def merge(self, names: Sequence[str]) -> None:
+        """Merge adapters."""
+        self.merged = [one for name in names for one in self.adapters[name]]
+
+    def unmerge(self) -> None:
+        """Undo `merge`."""
+        self.merged = []
+
+    def hotswap(self, folder: Path, name: str) -> None:
+        """Replace an adapter. Raises Unsupported if an adapter is merged."""
+        if self.merged:
+            raise Unsupported("hotswap: an adapter is merged")
+        self.load(folder, name)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Disable all adapters within the context."""
+        self.is_disabled = True
+        try:
+            yield
+        finally:
+            self.is_disabled = False
+
+    def set_scale(self, name: str, factor: float) -> None:
+        """Set the factor on the scaling of an adapter's file."""
+        self.adapters[name] = [replace(one, factor=factor) for one in self.adapters[name]]
+
+    def train(self, mode: bool) -> None:
+        """Switch to training mode. Nothing is random here, so the logits do not depend on it."""
+        self.training = mode
+
+    def copy(self) -> ReferenceLoader:
+        """Return an independent copy."""
+        other = copy.copy(self)
+        other.adapters, other.merged = dict(self.adapters), list(self.merged)
+        return other
+
+    def delete(self, name: str) -> None:
+        """Remove an adapter."""
+        del self.adapters[name]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from harness.conformance.adapter_files.adapter_file import AdapterFile
 from harness.conformance.comparison.tolerance_policies import perturbed
 from harness.errors import Unsupported, UsageError
 from harness.methods.base_model import load_base, logits
-from reference.adapter_file import apply, unsupported
+from reference.adapter_file import apply, combine, unsupported
 
 
 def reference_logits(
@@ -45,6 +46,40 @@ def reference_logits(
             raise UsageError(str(error), where=str(adapter.weights), hint=hint) from error
         if not reading.updates and not reading.replaced:
             raise UsageError("no tensor has a place in the base", where=str(adapter.weights), hint=hint)
+    return _logits(model, prompts, perturbation)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter in a weighted sum of adapters."""
+
+    folder: Path
+    weight: float = 1.0
+    factor: float = 1.0
+    """Factor on the scaling that the file gives."""
+
+
+def combined_logits(
+    base_folder: Path,
+    parts: Sequence[Part],
+    prompts: Sequence[Sequence[int]],
+    dtype: torch.dtype = torch.float64,
+    perturbation: torch.Generator | None = None,
+) -> list[Tensor]:
+    """Return the logits of the base with a weighted sum of adapters, as `reference_logits` does for one.
+
+    Without parts, these are the logits of the base.
+    """
+    model = load_base(base_folder, dtype)
+    if dtype is torch.float64:
+        model = model.double()
+    files = [(AdapterFile.read(part.folder), part) for part in parts]
+    combine(model, [(file.settings.scaled(part.factor), file.tensors(), part.weight) for file, part in files])
+    return _logits(model, prompts, perturbation)
+
+
+def _logits(model: nn.Module, prompts: Sequence[Sequence[int]], perturbation: torch.Generator | None) -> list[Tensor]:
+    dtype = next(model.parameters()).dtype
     if perturbation is not None:
         for parameter in model.parameters():
             parameter.data = perturbed(parameter.data, str(dtype).removeprefix("torch."), perturbation)

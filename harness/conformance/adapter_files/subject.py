@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,12 +11,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from harness.conformance.adapter_files import corpus
+from harness.conformance.adapter_files import corpus, variants
 from harness.conformance.adapter_files.adapter_file import AdapterFile
-from harness.conformance.adapter_files.reference_logits import reference_logits
+from harness.conformance.adapter_files.reference_logits import Part, combined_logits, reference_logits
+from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from harness.methods.loader import ADAPTER_FILES, Loader
+
+FIRST, SECOND = "style", "style-2"
+"""Names under which adapters are loaded. One begins with the other, as names often do."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,16 @@ class LoaderSubject:
         """Load the base of the case again, and return the loader without an adapter."""
         return self.function(self.adapter.base, self.dtype)
 
-    def loaded(self, name: str = "first") -> Loader:
-        """Load the base of the case and its adapter, under this name."""
+    def loaded(self) -> Loader:
+        """Load the base of the case, and its adapter as FIRST."""
         loader = self.fresh()
-        loader.load(self.adapter.folder, name)
+        loader.load(self.adapter.folder, FIRST)
+        return loader
+
+    def loaded_both(self) -> Loader:
+        """Load the base of the case, its adapter as FIRST, and `another` as SECOND."""
+        loader = self.loaded()
+        loader.load(self.another, SECOND)
         return loader
 
     def truth(self) -> dict[str, Tensor]:
@@ -84,6 +94,44 @@ class LoaderSubject:
         for seed in (None, *range(PERTURBED_DRAWS)):
             perturbation = None if seed is None else torch.Generator().manual_seed(seed)
             yield by_prompt(reference_logits(one.base, adapter, one.prompts, DTYPES[self.dtype], perturbation))
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Prompts for checks that ask for many logits: the longest one."""
+        return [max(self.adapter.prompts, key=len)]
+
+    @property
+    def another(self) -> Path:
+        """Folder of another adapter of the same layers: other numbers, one more rank, and twice the alpha."""
+        return variants.another(self.adapter.folder, self.adapter.base)
+
+    def compare(self, have: Mapping[str, Sequence[Tensor]], want: Mapping[str, Sequence[Part]]) -> Judgement:
+        """Judge logits by those of weighted sums of adapters in float64.
+
+        have: name -> logits of `prompts`. want: the same name -> the parts of the sum. No part stands for the base.
+        """
+
+        def expected(dtype: str, seed: int | None = None) -> dict[str, Tensor]:
+            prompts = tuple(map(tuple, self.prompts))
+            sums = {name: (self.adapter.base, tuple(parts), prompts, dtype, seed) for name, parts in want.items()}
+            return dict(_named({name: _combined_logits(*one) for name, one in sums.items()}))
+
+        draws = (expected(self.dtype, seed) for seed in (None, *range(PERTURBED_DRAWS)))
+        return carried_noise(dict(_named(have)), expected("float64"), draws, self.dtype)
+
+
+@cache
+def _combined_logits(
+    base: Path, parts: tuple[Part, ...], prompts: tuple[tuple[int, ...], ...], dtype: str, seed: int | None
+) -> list[Tensor]:
+    perturbation = None if seed is None else torch.Generator().manual_seed(seed)
+    return combined_logits(base, parts, prompts, DTYPES[dtype], perturbation)
+
+
+def _named(logits: Mapping[str, Sequence[Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensors in logits.items():
+        for prompt, tensor in by_prompt(list(tensors)).items():
+            yield f"{name}, {prompt}", tensor
 
 
 def by_prompt(logits: list[Tensor]) -> dict[str, Tensor]:

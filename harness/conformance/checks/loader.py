@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.conformance.adapter_files.subject import LoaderSubject, by_prompt
+from harness.conformance.adapter_files.subject import FIRST, LoaderSubject, by_prompt
 from harness.conformance.case import Case
 from harness.conformance.checks import check
 from harness.conformance.comparison.check_results import judged
@@ -19,7 +19,7 @@ def check_logits(subject: LoaderSubject, case: Case) -> CheckResult:
     the effective weight of every layer (reference/adapter_file.py). A loader may be wrong by a multiple of the error
     that the reference makes in the dtype of the base.
     """
-    have = by_prompt(subject.loaded().logits(subject.adapter.prompts, "first"))
+    have = by_prompt(subject.loaded().logits(subject.adapter.prompts, FIRST))
     factor = case.factors.get("logits", CARRIED_FACTOR)
     verdict = carried_noise(have, subject.truth(), subject.rounded(), subject.dtype, factor)
     return judged(subject, case, "logits", verdict)

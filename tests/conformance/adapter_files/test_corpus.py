@@ -11,16 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from harness.conformance import faults, self_test
+from harness.conformance import faults, parity_suite, self_test
 from harness.conformance.adapter_files import corpus
 from harness.conformance.adapter_files.adapter_file import AdapterFile
 from harness.conformance.adapter_files.reference_logits import reference_logits
 from harness.conformance.adapter_files.subject import by_prompt, corpus_adapter
+from harness.conformance.case_selection import FEW
 from harness.conformance.comparison.tolerance_policies import carried_noise, exact
 from harness.conformance.execution import suite_run
 from harness.conformance.findings import defects
-from harness.conformance.findings.outcomes import CheckStatus
-from harness.methods.registry import discover
+from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
+from harness.methods.registry import Implementation, discover
 from harness.records.check import Outcome
 
 FAR = 1000
@@ -82,25 +83,32 @@ def test_updates_have_both_signs_and_no_b_is_zero(name: str) -> None:
             assert bool((tensor < 0).any()), key
 
 
+def logits_outcomes(loader: Implementation, *dtypes: str) -> list[CheckOutcome]:
+    """Run the check `logits` alone with every adapter. tests/conformance/test_loader_checks.py has the other checks."""
+    plan = parity_suite.load_plan("adapter_files").model_copy(update={"checks": ["logits"]})
+    cases = [case for case in plan.cases(FEW) if not dtypes or case.dtype in dtypes]
+    return [one for case in cases for one in suite_run.run_case(loader, plan, case)]
+
+
 def test_hf_peft_agrees_with_every_file_or_has_a_known_defect() -> None:
     loader = discover(only=["hf-peft"]).find("loader", "adapter_files", "hf-peft")
     tried, complaints = defects.explained(
-        suite_run.run(loader, dtypes=("float32",)), [one for one in defects.known() if one.target == "adapter_files"]
+        logits_outcomes(loader, "float32"), [one for one in defects.known() if one.target == "adapter_files"]
     )
     assert [f"{one.case}: {one.result.detail}" for one in tried if one.status is CheckStatus.FAIL] == []
     assert complaints == []
-    assert sorted({one.case for one in tried if one.check == "logits"}) == corpus.names()
+    assert sorted({one.case for one in tried}) == corpus.names()
 
 
 def test_the_reference_agrees_with_every_file_in_every_dtype() -> None:
     loader = discover(only=["reference"]).find("loader", "adapter_files", "reference")
-    wrong = [one for one in suite_run.run(loader) if one.result.outcome is Outcome.FAIL]
+    wrong = [one for one in logits_outcomes(loader) if one.result.outcome is Outcome.FAIL]
     assert [f"{one.case} {one.dtype}: {one.result}" for one in wrong] == []
 
 
 @pytest.mark.parametrize("fault", [one for one in FAULTS if one.expected == ("logits",)], ids=lambda one: one.name)
 def test_a_wrong_reading_is_far_from_the_logits(fault: faults.Fault) -> None:
-    logits = [one for one in self_test._failures(self_test._spoilt(fault), fault) if one.check == "logits"]
-    assert [one.result.error is not None and one.result.error > FAR * (one.result.allowed or 0) for one in logits] == [
-        True
-    ]
+    plan = parity_suite.load_plan("adapter_files").model_copy(update={"checks": ["logits"]})
+    (logits,) = suite_run.run_case(self_test._spoilt(fault), plan, fault.case.of_kind("loader"))
+    assert logits.result.error is not None
+    assert logits.result.error > FAR * (logits.result.allowed or 0)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import Unsupported
 from harness.methods.loader import ADAPTER_FILES, Loader
 from harness.methods.registry import implements
 
@@ -14,7 +17,12 @@ if TYPE_CHECKING:
 
 
 class PeftLoader(Loader):
-    """A transformers model with a PeftModel around it, once an adapter is loaded."""
+    """A transformers model with a PeftModel around it, once an adapter is loaded.
+
+    What peft refuses with a ValueError is Unsupported, and so is what it warns of in its documentation.
+    """
+
+    combinations = ("cat", "svd", "linear")
 
     def __init__(self, base_folder: Path, dtype: str) -> None:
         import torch
@@ -22,6 +30,7 @@ class PeftLoader(Loader):
         from harness.methods.base_model import load_base
 
         self.model: Any = load_base(base_folder, getattr(torch, dtype))
+        self.merged = False
 
     @property
     def has_adapters(self) -> bool:
@@ -30,24 +39,91 @@ class PeftLoader(Loader):
 
     def load(self, folder: Path, name: str) -> None:
         """Load an adapter."""
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
         if self.has_adapters:
+            configs = [PeftConfig.from_pretrained(folder), *self.model.peft_config.values()]
+            if any(config.bias != "none" for config in configs):
+                raise Unsupported("peft refuses a second adapter where one has `bias`")
             self.model.load_adapter(folder, name)
         else:
             self.model = PeftModel.from_pretrained(self.model, folder, adapter_name=name)
         self.model.eval()
 
     def logits(self, prompts: Sequence[Sequence[int]], name: str | None) -> list[Tensor]:
-        """Compute logits with one adapter, or with all adapters disabled."""
+        """Compute logits with one adapter, with what is merged, or with all adapters disabled."""
         from harness.methods.base_model import logits
 
-        if name is None and self.has_adapters:
-            with self.model.disable_adapter():
+        if name is None and self.has_adapters and not self.merged:
+            with self.disabled():
                 return logits(self.model, prompts)
         if name is not None:
             self.model.set_adapter(name)
         return logits(self.model, prompts)
+
+    def combine(self, names: Sequence[str], weights: Sequence[float], new_name: str, way: str) -> None:
+        """Combine by `add_weighted_adapter`. The way `linear` adds the factors A and B up, not the updates."""
+        if way == "linear" and len(names) > 1:
+            raise Unsupported("combine: peft documents `linear` as a very rough approximation")
+        rank = sum(max([config.r, *config.rank_pattern.values()]) for config in map(self.model.peft_config.get, names))
+        try:
+            self.model.add_weighted_adapter(
+                list(names), list(weights), new_name, way, svd_rank=rank if way == "svd" else None
+            )
+        except ValueError as error:
+            raise Unsupported(f"combine: {error}") from error
+
+    def merge(self, names: Sequence[str]) -> None:
+        """Merge by `merge_adapter`. Modules that the first adapter replaces stay active."""
+        if len(names) > 1 and any(self.model.peft_config[name].modules_to_save for name in names):
+            raise Unsupported("merge: one set of modules_to_save can be active")
+        self.model.set_adapter(names[0])
+        self.model.merge_adapter(list(names))
+        self.merged = True
+
+    def unmerge(self) -> None:
+        """Undo `merge` by `unmerge_adapter`."""
+        self.model.unmerge_adapter()
+        self.merged = False
+
+    def hotswap(self, folder: Path, name: str) -> None:
+        """Replace an adapter by `hotswap_adapter`."""
+        from peft.utils.hotswap import hotswap_adapter
+
+        if not self.merged:  # peft compares configs with that of the active adapter
+            self.model.set_adapter(name)
+        try:
+            hotswap_adapter(self.model, str(folder), name, torch_device="cpu")
+        except (ValueError, RuntimeError) as error:  # documented for adapters that do not fit
+            raise Unsupported(f"hotswap: {error}") from error
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Disable by `disable_adapter`."""
+        if any(config.bias != "none" for config in self.model.peft_config.values()):
+            raise Unsupported("disabled: peft documents that disabling leaves the biases that it trained")
+        with self.model.disable_adapter():
+            yield
+
+    def set_scale(self, name: str, factor: float) -> None:
+        """Set the factor in each layer by `set_scale`."""
+        from peft.tuners.lora import LoraLayer
+
+        for module in self.model.modules():
+            if isinstance(module, LoraLayer):
+                module.set_scale(name, factor)
+
+    def train(self, mode: bool) -> None:
+        """Switch the mode of the model."""
+        self.model.train(mode)
+
+    def copy(self) -> PeftLoader:
+        """Return a deep copy."""
+        return copy.deepcopy(self)
+
+    def delete(self, name: str) -> None:
+        """Delete an adapter by `delete_adapter`."""
+        self.model.delete_adapter(name)
 
 
 @implements(ADAPTER_FILES, name="hf-peft", requires=["peft", "transformers"])

@@ -1,0 +1,54 @@
+"""PUBLIC_BUGS.md names checks, planted faults and reproductions that exist, and claims no more than the faults show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import harness.conformance
+from harness.conformance import checks, faults
+from harness.conformance.findings import defects
+
+TABLE = Path(harness.conformance.__file__).parent / "PUBLIC_BUGS.md"
+SERVER = Path(__file__).parents[1] / "support" / "model_server.py"
+SERVED, FROM_SERVER = "check --served", "served: "
+FAULTS = {(fault.target, fault.name): fault for fault in faults.every()}
+
+
+def rows(columns: int) -> Iterator[list[str]]:
+    """Yield the cells of each row of the tables with this number of columns, without their headers."""
+    for line in TABLE.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and len(cells) == columns and cells[-1] not in ("state", "script", "---"):
+            yield cells
+
+
+def names(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def test_every_named_check_and_fault_exists_and_the_fault_is_expected_of_the_check() -> None:
+    tables = list(rows(4))
+    assert len(tables) > 30
+    for bug, check, fault, state in tables:
+        tried, _, target = check.partition(" of ")
+        if SERVED in check:
+            made = SERVER.read_text(encoding="utf-8")
+            assert not fault or fault.startswith(FROM_SERVER), bug
+            assert all(f'fault == "{name}"' in made or f'fault != "{name}"' in made for name in names(fault)), bug
+        else:
+            assert set(names(tried)) <= set(checks.every()), bug
+            for name in names(fault):
+                planted = FAULTS[names(target)[0] if target else "adapter_files", name]
+                assert set(planted.expected) & set(names(tried)), (bug, name)
+        assert state.startswith("caught" if fault else "not yet: "), bug
+
+
+def test_every_defect_has_its_reproduction_among_the_known_ones() -> None:
+    known = {defect.reproduction: defect for defect in defects.known() if defect.library == "peft"}
+    found = list(rows(3))
+    assert found
+    for _, check, script in found:
+        (reproduction,) = names(script)
+        assert any(f"adapter_files/{name}/*/*" in known[reproduction].checks for name in names(check))
