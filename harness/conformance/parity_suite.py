@@ -202,9 +202,13 @@ class LoaderSuite(FrozenModel):
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[LoaderCase]:
-        """Yield the suite's cases in those of `dtypes` that the suite has, selected as in `OperationSuite.cases`."""
+        """Yield the suite's cases in those of `dtypes` that the suite has.
+
+        Without `wanted.is_wide`, these are all adapters in the first dtype. With it, some adapters are also read in the
+        other dtypes, and with `wanted.full` all of them.
+        """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
-        for dtype in there:
+        for dtype in there if wanted.is_wide else there[:1]:
             every = slice(None) if wanted.full else _share(self.dtypes, there, dtype)[1]
             yield from (LoaderCase(name, dtype) for name in corpus.names()[every])
 

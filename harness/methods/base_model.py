@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,9 @@ from harness.errors import UsageError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+_KEPT_B = 2**22
+"""Largest size of the weights of a model that is kept in memory, in bytes: checks load tiny models hundreds of times."""
 
 
 def _model_class(folder: Path) -> tuple[Any, Any]:
@@ -36,6 +41,20 @@ def load_base(folder: Path, dtype: torch.dtype) -> nn.Module:
 
     Raises UsageError if there is no model of a class that transformers has.
     """
+    files = [folder / name for name in ("config.json", "model.safetensors")]
+    if all(file.is_file() for file in files) and files[1].stat().st_size <= _KEPT_B:
+        times = tuple(file.stat().st_mtime_ns for file in files)
+        return copy.deepcopy(_kept(folder.resolve(), dtype, times))
+    return _loaded(folder, dtype)
+
+
+@cache
+def _kept(folder: Path, dtype: torch.dtype, times: tuple[int, ...]) -> nn.Module:
+    """Load a small base model once. times: modification times of its files, so that a changed file is read again."""
+    return _loaded(folder, dtype)
+
+
+def _loaded(folder: Path, dtype: torch.dtype) -> nn.Module:
     _, factory = _model_class(folder)
     model: nn.Module = factory.from_pretrained(
         folder,
