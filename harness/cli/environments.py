@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from harness.assets import cache
 from harness.assets.environments import create as creation
-from harness.assets.environments import folder, table
+from harness.assets.environments import folder, integrity, table
 from harness.assets.environments.folder import MadeEnvironment
 from harness.assets.environments.packages import IndexOptions
 from harness.cli import options
@@ -30,6 +30,48 @@ def create(name: str | None, requirement: str | None, file: Path | None, dry_run
         made = creation.ensure(spec, index, print_note)
     print_lines([f"{made.name}: {made.label}, {_size(made)}, {made.folder}"])
     return Exit.PASS
+
+
+def ensure_all(texts: Sequence[str], index: IndexOptions) -> list[MadeEnvironment]:
+    """Return the environments for names or requirements, each once, in their order. Make those that do not exist.
+
+    A name may be that of an environment that was made from a user's table. All texts are read before anything is made.
+    Raises UsageError for an unknown name or version, and for two environments with the same versions.
+    """
+    known = {one.name: one.file.spec for one in folder.made() if one.is_current} | table.load()
+    specs = [table.resolve(text, known) for text in texts]
+    made = list({one.folder: one for one in (creation.ensure(spec, index, print_note) for spec in specs)}.values())
+    labels = [one.label for one in made]
+    if twice := next((label for label in labels if labels.count(label) > 1), ""):
+        names = ", ".join(one.name for one in made if one.label == twice)
+        raise UsageError(
+            f"the environments {names} hold the same versions: {twice}", where="--with", hint="keep one of them"
+        )
+    return made
+
+
+def homes(implementations: Collection[str]) -> dict[str, MadeEnvironment | str]:
+    """Map implementations to the environment that a table declares for them, or to its name if it does not exist.
+
+    Implementations without such an environment are left out.
+    """
+    if not implementations:
+        return {}
+    specs = {one.name: one.file.spec for one in folder.made() if one.is_current} | table.load()
+    return {
+        name: folder.read(folder.place(spec)) or spec.name
+        for spec in specs.values()
+        for name in spec.implementations
+        if name in implementations
+    }
+
+
+def at(place: Path) -> MadeEnvironment:
+    """Return the environment in a folder, after a test of its interpreter."""
+    environment = folder.read(place)
+    assert environment is not None  # noqa: S101  # `homes` has just read it
+    integrity.require_start(environment)
+    return environment
 
 
 def list_(as_json: bool) -> Exit:
