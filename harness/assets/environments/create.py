@@ -84,7 +84,8 @@ def _make(
         wheels = packages.download(spec, python, pins, options, staging)
         content = int(_COMPILED * packages.unpacked_size(wheels))
         cache.require_space(content, what)
-        say(f"{spec.name}: installing {plural(len(wheels), 'package')}, about {content / _MB:,.1f} MB on disk")
+        if wheels:
+            say(f"{spec.name}: installing {plural(len(wheels), 'package')}, about {content / _MB:,.1f} MB on disk")
         installer = packages.install(spec, python, wheels, staging)
         _move_scripts(made, place)
         file = EnvironmentFile(

@@ -92,9 +92,9 @@ def of_requirement(text: str) -> EnvironmentSpec:
     try:
         requirement = _parse(text)
     except InvalidRequirement as error:
-        raise UsageError(f"{text!r} is no requirement", where="--with", hint=hint) from error
+        raise UsageError(f"{text!r} is no requirement", hint=hint) from error
     if not requirement.specifier and not requirement.url:
-        raise UsageError(f"{text!r} names no version", where="--with", hint=hint)
+        raise UsageError(f"{text!r} names no version", hint=hint)
     version = requirement.url.rpartition("/")[2] if requirement.url else str(requirement.specifier)
     slug = re.sub(r"[^a-z0-9._]+", "-", f"{canonicalize_name(requirement.name)}-{version}".lower()).strip("-")
     return EnvironmentSpec(name=slug[:60].rstrip("-"), requirements=[text.strip()])
