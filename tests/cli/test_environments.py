@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import pytest
 from harness.assets.environments import table
 from harness.cli import main
 from harness.errors import Exit
-from support import tiny_wheels
+from harness.records import store
+from support import recorded_run, tiny_wheels
 from support.report_page import Page
-from support.sandbox import Sandbox
+from support.repository import PUBLISHED
+from support.sandbox import Sandbox, make_sandbox
 
 PLUGIN = """
 from harness import implements
@@ -27,23 +30,30 @@ DOOR = "[harness.implementations]\ntiny-op = tiny_op:decode\n"
 
 
 @pytest.fixture
+def alone(wheels: Path, tmp_path: Path) -> Sandbox:
+    """The command with a cache of its own."""
+    return make_sandbox(tmp_path, tmp_path / "cache")
+
+
+@pytest.fixture
 def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with three releases of a plug-in. The second is wrong."""
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-    for version, factor in (("1.0", 1), ("1.1", 1.01), ("1.2", 1)):
+    for number, factor in (("1.0", 1), ("1.1", 1.01), ("1.2", 1)):
         module = {"tiny_op.py": PLUGIN.format(factor=factor, requires="")}
-        tiny_wheels.wheel(tmp_path / "wheels", "tiny-op", version, module, entry_points=DOOR)
+        tiny_wheels.wheel(tmp_path / "wheels", "tiny-op", number, module, entry_points=DOOR)
     return tmp_path / "wheels"
 
 
-def test_check_shows_in_which_release_a_defect_came_and_went(sandbox: Sandbox, wheels: Path, tmp_path: Path) -> None:
+@pytest.mark.e2e
+def test_check_shows_in_which_release_a_defect_came_and_went(alone: Sandbox, wheels: Path, tmp_path: Path) -> None:
     versions = [f"--with=tiny-op=={one}" for one in ("1.0", "1.1", "1.2")]
     page = tmp_path / "page.html"
     checking = ("check", "tiny-op", *versions, "--offline", "--find-links", str(wheels), "--html", str(page))
-    done = sandbox.command(*checking, "--json")
+    done = alone.command(*checking, "--json")
     assert done.code == Exit.FAIL, done.err
     document = json.loads(done.out)
     assert [one["label"] for one in document["environments"]] == ["tiny-op 1.0", "tiny-op 1.1", "tiny-op 1.2"]
@@ -53,19 +63,20 @@ def test_check_shows_in_which_release_a_defect_came_and_went(sandbox: Sandbox, w
     assert {one["environment"] for one in document["checks"] if one["standing"] == "fail"} == {"tiny-op 1.1"}
     assert "tiny-op (tiny-op 1.1)" in Page(page.read_text(encoding="utf-8")).text
     assert done.err.count("installing 1 package") == 3
-    again = sandbox.command("check", "tiny-op", *versions[:1])
+    again = alone.command("check", "tiny-op", *versions[:1])
     assert again.code == Exit.PASS, again.err
     assert "installing" not in again.err
     assert "tiny-op (tiny-op 1.0)" in again.out
-    listed = sandbox.command("env", "list")
+    listed = alone.command("env", "list")
     assert "3 environments" in listed.out
-    removed = sandbox.command("env", "remove", "tiny-op-1.0", "tiny-op-1.1", "tiny-op-1.2")
+    removed = alone.command("env", "remove", "tiny-op-1.0", "tiny-op-1.1", "tiny-op-1.2")
     assert removed.code == Exit.PASS
-    assert json.loads(sandbox.command("env", "list", "--json").out)["environments"] == []
+    assert json.loads(alone.command("env", "list", "--json").out)["environments"] == []
 
 
-def test_an_implementation_runs_in_the_environment_that_a_table_declares_for_it(
-    sandbox: Sandbox, wheels: Path, tmp_path: Path
+@pytest.mark.e2e
+def test_an_environment_of_a_users_table_has_what_the_implementation_needs(
+    alone: Sandbox, wheels: Path, tmp_path: Path
 ) -> None:
     """Its library is not installed beside the others, as vLLM's is not."""
     tiny_wheels.wheel(wheels, "tiny-backend", "1.0")
@@ -78,14 +89,70 @@ def test_an_implementation_runs_in_the_environment_that_a_table_declares_for_it(
         "  - {name: tiny-whole, requirements: [tiny-op==3.0, tiny-backend==1.0], implementations: [tiny-op]}\n"
     )
     index = ("--file", str(file), "--offline", "--find-links", str(wheels))
-    assert sandbox.command("env", "create", "tiny", *index).code == Exit.PASS
-    without = sandbox.command("check", "tiny-op", "--with", "tiny")
+    assert alone.command("env", "create", "tiny", *index).code == Exit.PASS
+    without = alone.command("check", "tiny-op", "--with", "tiny")
     assert without.code == Exit.INFRASTRUCTURE, without.err
     assert "needs tiny_backend, which is not installed" in without.out
-    assert sandbox.command("env", "create", "tiny-whole", *index).code == Exit.PASS
-    done = sandbox.command("check", "tiny-op", "--with", "tiny-whole")
+    assert alone.command("env", "create", "tiny-whole", *index).code == Exit.PASS
+    done = alone.command("check", "tiny-op", "--with", "tiny-whole")
     assert done.code == Exit.PASS, done.err
     assert "tiny-op (tiny-op 3.0, tiny-backend 1.0)" in done.out
+
+
+@pytest.mark.e2e
+def test_a_suite_runs_the_same_cells_in_several_environments(
+    wheels: Path, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Record holds the version of the library that its process saw, and a resumed run measures nothing again."""
+    tiny_wheels.wheel(wheels, "liger-kernel", "99.0")
+    sandbox.environment.update({"PIP_FIND_LINKS": str(wheels), "PIP_NO_INDEX": "1"})
+    suite = sandbox.suite("{id: both, implementation: reference, environment: ['', liger-kernel==99.0]}")
+    done = sandbox.command("run", suite, "--out", "run")
+    assert done.code == Exit.PASS, done.err
+    seen = {one.cell.environment: one.environment.software.get("liger-kernel", "") for one in sandbox.read().records}
+    assert seen == {"": version_here("liger-kernel"), "liger-kernel==99.0": "99.0"}
+    losses = [one.measurements.training.losses for one in sandbox.read().records if one.measurements]
+    assert losses[0] == losses[1]
+    again = sandbox.command("run", suite, "--resume", "run")
+    assert again.code == Exit.PASS, again.err
+    assert len(sandbox.read().records) == 2
+
+
+def version_here(project: str) -> str:
+    try:
+        return version(project)
+    except PackageNotFoundError:
+        return ""
+
+
+def test_a_cell_without_an_environment_keeps_its_id() -> None:
+    cell = recorded_run.cells()["fused"]
+    assert cell.model_copy(update={"environment": "peft==0.19.1"}).cell_id != cell.cell_id
+    values = json.loads(cell.model_dump_json())
+    del values["environment"]  # as in a Record of an older harness
+    assert type(cell).model_validate(values).cell_id == cell.cell_id
+    older = next((PUBLISHED / "2026-11-24-quick-cpu" / "cells").glob("*.json"))
+    assert store.read_record(older).cell.cell_id == older.name.partition(".")[0]
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ("peft", "unknown environment 'peft'"),
+        ("'pe ft==1'", "is no requirement"),
+        ("[a==1, a==1]", "lists 'a==1' 2 times"),
+    ],
+)
+def test_a_mistake_in_a_suites_environment_has_its_line(
+    environment: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = make_sandbox(tmp_path, tmp_path).suite(
+        f"{{id: one, implementation: reference, environment: {environment}}}"
+    )
+    assert main(["plan", suite]) == Exit.USAGE
+    err = capsys.readouterr().err
+    assert said in err
+    assert "faults.yaml:12" in err
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,11 @@ def load(file: Path | None = None) -> dict[str, EnvironmentSpec]:
     return found
 
 
+def home_of(implementation: str) -> str:
+    """Return the name of the environment that the harness's own table declares for an implementation, or ""."""
+    return next((spec.name for spec in load().values() if implementation in spec.implementations), "")
+
+
 def of_requirement(text: str) -> EnvironmentSpec:
     """Return the environment in which only this requirement differs from the Python that runs the harness.
 
