@@ -152,7 +152,7 @@ def test_a_mistake_in_a_suites_environment_has_its_line(
     assert main(["plan", suite]) == Exit.USAGE
     err = capsys.readouterr().err
     assert said in err
-    assert "faults.yaml:12" in err
+    assert "faults.yaml:13" in err
 
 
 @pytest.mark.parametrize(
