@@ -147,7 +147,8 @@ def check(
     if paths := [one for one in implementations if _is_adapter_path(one)]:
         unfit = {
             "--method": methods, "--op": operations, "--dtype": dtypes, "--full": full, "--wide": wide, "--drawn": drawn,
-            "--seed": seed is not None, "--with": environments, "--junit": junit, "--html": html, "a second name": implementations[1:],
+            "--seed": seed is not None, "--with": environments, "--junit": junit, "--html": html,
+            "a second name": implementations[1:],
         }  # fmt: skip
         for option in (name for name, value in unfit.items() if value):
             raise UsageError(

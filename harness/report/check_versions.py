@@ -75,7 +75,7 @@ def document(report: CheckReport) -> dict[str, Any]:
     return {
         "defects": [
             {
-                "defect": row.defect.id, "versions": row.defect.versions, "differs": row.differs,
+                "defect": row.defect.id, "versions": row.defect.versions, "differs": row.differs, "misdated": row.is_misdated,
                 "fields": [vars(f) for f in row.fields],
             }
             for row in versions.defect_rows(report.tried, report.defects, report.environments)
@@ -124,7 +124,7 @@ def _defect_table(report: CheckReport, rows: Sequence[DefectRow], key: str) -> T
         _row(
             row.defect.id,
             "#defects",
-            [field(row.defect.versions, row.defect.versions), *map(_defect_field, row.fields)],
+            [_range_field(row), *map(_defect_field, row.fields)],
         )
         for row in rows
     ]
@@ -164,9 +164,16 @@ def _check_field(one: CheckField) -> Field:
     )
 
 
+def _range_field(row: DefectRow) -> Field:
+    why = "a version in this table contradicts the range" if row.is_misdated else ""
+    return field(
+        row.defect.versions, row.defect.versions, tone="bad" if why else "", flag="range" if why else "", why=why
+    )
+
+
 def _defect_field(one: DefectField) -> Field:
     if not one.tried:
-        return unmeasured("no case was tried that could show it")
+        return unmeasured("no case was tried that could show it, or each failed in another way")
     if not one.shown:
         return field("✓", "absent", tone="good", why="does not show")
     why = "" if one.in_range else "shows, although the range of the entry does not contain this version"

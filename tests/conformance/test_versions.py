@@ -79,6 +79,18 @@ def test_a_known_defect_shows_whatever_its_range_says() -> None:
     assert row.is_misdated
 
 
+def test_a_check_that_fails_in_another_way_tells_nothing_about_a_known_defect() -> None:
+    narrow = DEFECT.model_copy(update={"at_most": 0.5})  # the error is 1.0
+    tried = [*report("1.0", merge=True).tried, *report("2.0", merge=False).tried]
+    assert versions.defect_rows(tried, [narrow], [environment("1.0"), environment("2.0")]) == []
+    shown = report("3.0", merge=True).tried[0]
+    small = shown.model_copy(update={"result": shown.result.model_copy(update={"error": 0.4})})
+    three = [environment(one) for one in ("1.0", "2.0", "3.0")]
+    (row,) = versions.defect_rows([*tried, small], [narrow], three)
+    assert [field.tried for field in row.fields] == [0, 1, 1]
+    assert row.differs
+
+
 def test_a_known_defect_that_came_in_its_range_is_dated_rightly(both: CheckReport) -> None:
     (row,) = versions.defect_rows(both.tried, both.defects, both.environments)
     assert row.differs
@@ -118,4 +130,5 @@ def test_the_document_has_a_field_per_environment(both: CheckReport) -> None:
     document = check_versions.document(both)
     merge = next(row for row in document["checks"] if row["check"] == "lora/merge")
     assert [field["standing"] for field in merge["fields"]] == ["pass", "known defect"]
+    assert [row["misdated"] for row in document["defects"]] == [False]
     assert [one["label"] for one in both.document()["environments"]] == [OLD, NEW]

@@ -71,7 +71,7 @@ class DefectField:
     shown: int
     """Number of failures that look like the defect, whatever the entry's range says."""
     tried: int
-    """Number of outcomes that could have shown it."""
+    """Number of outcomes that passed or look like the defect. One that failed in another way tells nothing about it."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,11 @@ def defect_rows(
 
 
 def _defect_field(defect: Defect, tried: Sequence[CheckOutcome], software: dict[str, str]) -> DefectField:
-    matching = [one for one in tried if one.result.outcome is not Outcome.SKIPPED and defect.matches(one)]
+    shown = sum(defect.explains(one) for one in tried)
+    passed = sum(one.result.outcome is Outcome.PASS and defect.matches(one) for one in tried)
     return DefectField(
         version=software.get(defect.library, ""),
         in_range=defect.applies(software),
-        shown=sum(defect.explains(one) for one in matching),
-        tried=len(matching),
+        shown=shown,
+        tried=shown + passed,
     )
