@@ -75,8 +75,8 @@ def document(report: CheckReport) -> dict[str, Any]:
     return {
         "defects": [
             {
-                "defect": row.defect.id, "versions": row.defect.versions, "differs": row.differs, "misdated": row.is_misdated,
-                "fields": [vars(f) for f in row.fields],
+                "defect": row.defect.id, "versions": row.defect.versions, "differs": row.differs,
+                "misdated": row.is_misdated, "fields": [vars(f) for f in row.fields],
             }
             for row in versions.defect_rows(report.tried, report.defects, report.environments)
         ],
