@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.assets.environments import table
-from harness.cli import main
+from harness.assets.environments import folder, table
+from harness.cli import check, main
+from harness.conformance.findings.report import CheckReport
 from harness.errors import Exit
 from harness.records import store
 from support import recorded_run, tiny_wheels
@@ -184,3 +185,39 @@ def test_the_list_names_what_could_be_made(
     out = capsys.readouterr().out
     for spec in table.load().values():
         assert spec.requirements[0] in out
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_implementation_that_nobody_installed_runs_in_its_environment_or_names_the_command(
+    exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path / "cache"))
+    spec = table.load()["loralib"]
+    if exists:
+        made = folder.place(spec)
+        made.mkdir(parents=True)
+        file = folder.EnvironmentFile(
+            spec=spec, base={}, versions={"loralib": "0.1.2"}, packages=[], size=1, made="2026-11-28", installer="pip"
+        )
+        (made / folder.FILE).write_text(file.model_dump_json())
+        monkeypatch.setattr(check.environments.integrity, "require_start", lambda _: None)
+    ran: list[str] = []
+
+    def judge_in(request: check.CheckRequest, environment: folder.MadeEnvironment | None) -> tuple[CheckReport, set]:
+        ran.append(environment.label if environment else "here")
+        if environment:
+            assert request.implementations == ["loralib"]
+            return CheckReport([]), set()
+        skipped = {"loralib lora": "needs loralib, which is not installed", "other lora": "needs other"}
+        report = CheckReport([], skipped, untried=["loralib"])
+        return report, {("loralib", "method", "lora"), ("other", "method", "lora")}
+
+    monkeypatch.setattr(check, "_judge_in", judge_in)
+    report = check.judge(check.CheckRequest())
+    if exists:
+        assert ran == ["here", "loralib 0.1.2"]
+        assert (report.skipped, list(report.untried)) == ({"other lora": "needs other"}, [])
+    else:
+        assert ran == ["here"]
+        assert "`peft-harness env create loralib`" in report.skipped["loralib lora"]
+        assert report.skipped["other lora"] == "needs other"
