@@ -162,12 +162,13 @@ def _other_batches(left: Record, right: Record) -> str:
 def _training_settings(cell: Cell) -> dict[str, object]:
     """Return the settings of a Cell that determine its losses in exact arithmetic.
 
-    These are all settings except the implementation, the dtype, the evaluation, and how a step is computed
+    These are all settings except the implementation, its environment, the dtype, the evaluation, and how a step is computed
     (`accumulate`, `checkpointing`, `compile`, `layerwise`).
     """
     how = {"accumulate", "checkpointing", "compile", "layerwise"}
     return cell.model_dump(
-        mode="json", exclude={"implementation": True, "dtype": True, "evaluation": True, "training": how}
+        mode="json",
+        exclude={"implementation": True, "environment": True, "dtype": True, "evaluation": True, "training": how},
     )
 
 

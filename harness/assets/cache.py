@@ -1,6 +1,7 @@
 """The cache folder. It holds only complete entries: an entry is built in `staging/` and then renamed to its final path.
 
-Folders: models/NAME-KEY/, data/NAME-KEY/, carriers/ (wheels and sdists that users put there), staging/.
+Folders: models/NAME-KEY/, data/NAME-KEY/, environments/NAME-KEY/, staging/, carriers/ (wheels and sdists that users put
+there).
 """
 
 from __future__ import annotations
@@ -84,6 +85,18 @@ def staging(what: str) -> Iterator[Path]:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
+
+
+def sweep() -> None:
+    """Remove what killed processes left in the staging folder."""
+    base = root() / "staging"
+    if base.is_dir():
+        with _asset_errors("nothing"):
+            guard = _locked(base / "lock")
+            try:
+                _sweep(base)
+            finally:
+                os.close(guard)
 
 
 def promote(made: Path, destination: Path) -> None:

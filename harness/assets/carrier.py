@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from harness.assets import cache
+from harness.assets import cache, pip_output
 from harness.assets.table import Source
 from harness.errors import AssetError
 from harness.process.supervisor import Subprocess, python
@@ -129,9 +129,9 @@ def _failure(source: Source, pip: Subprocess) -> AssetError:
     what = f"{source.name} ({source.address})"
     if pip.reports_full_disk:
         return cache.disk_full(what)
-    if got := re.search(r"Got\s+([0-9a-f]{64})", output):
-        return _wrong_hash(source, got[1], "pip", "do not use this file; if the package is right, correct the table")
-    if re.search(r"Retrying \(Retry|ConnectionError|Failed to resolve|name resolution|[Tt]imed out|ProxyError", output):
+    if got := pip_output.wrong_hash(output):
+        return _wrong_hash(source, got, "pip", "do not use this file; if the package is right, correct the table")
+    if pip_output.reaches_no_index(output):
         return AssetError(
             f"cannot fetch {what}: pip reaches no package index",
             hint=f"connect to a network for the first run, or name a mirror in PIP_INDEX_URL; or {_manual_hint(source)}",
@@ -141,11 +141,8 @@ def _failure(source: Source, pip: Subprocess) -> AssetError:
             f"cannot fetch {what}: pip's package index does not have it",
             hint=f"look at PIP_INDEX_URL, PIP_NO_INDEX and `pip config list`; or {_manual_hint(source)}",
         )
-    errors = [line for line in output.splitlines() if line.startswith("ERROR:") and line != "ERROR: Exception:"]
-    reason = " / ".join(errors or output.splitlines()[-1:]) or "no output"
-    return AssetError(
-        f"cannot fetch {what}: pip ended with exit code {pip.exit_code}: {reason}", hint=_manual_hint(source)
-    )
+    why = f"pip ended with exit code {pip.exit_code}: {pip_output.reason(output)}"
+    return AssetError(f"cannot fetch {what}: {why}", hint=_manual_hint(source))
 
 
 def _manual_hint(source: Source) -> str:

@@ -53,6 +53,8 @@ class Job(FrozenModel):
     """Number of CPU threads that the Cell may use; None for one per available core."""
     at_once: int = 1
     """Number of Cells, this one included, that may run on the same machine at the same time."""
+    python: str = ""
+    """Path of the interpreter that runs the Cell; empty for the one that runs the harness."""
     gpu: str = ""
     """UUID of the GPU that only this Cell uses; empty on a CPU, or if the batch system assigns a GPU."""
 

@@ -19,6 +19,7 @@ from harness.cli.bench import bench
 from harness.cli.check_command import check
 from harness.cli.claims import claims
 from harness.cli.doctor_command import doctor
+from harness.cli.env import env
 from harness.cli.explain import explain
 from harness.cli.export import export
 from harness.cli.fit import fit
@@ -47,9 +48,11 @@ class _Group(click.Group):
 
 @click.group(
     cls=_Group,
-    commands=[baseline, bench, check, claims, doctor, explain, export, fit, gate, history, list_, plan, report, run],
+    commands=[
+        baseline, bench, check, claims, doctor, env, explain, export, fit, gate, history, list_, plan, report, run,
+    ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
+)  # fmt: skip
 @click.version_option(package_name="peft-harness", message="%(prog)s %(version)s")
 def commands() -> None:
     """Conformance tests and benchmarks of parameter-efficient fine-tuning: does an implementation compute its method, what

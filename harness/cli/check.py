@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import get_args
 
+from harness.assets.environments.folder import MadeEnvironment
+from harness.assets.environments.packages import IndexOptions
+from harness.cli import environments
 from harness.conformance import parity_suite
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.execution import worker_processes
-from harness.conformance.execution.worker_protocol import WorkerTask
+from harness.conformance.execution.worker_protocol import Target, WorkerTask
 from harness.conformance.findings import defects
 from harness.conformance.findings.defects import Defect
 from harness.conformance.findings.outcomes import CheckStatus
 from harness.conformance.findings.report import CheckReport
+from harness.conformance.findings.versions import CheckedEnvironment
 from harness.conformance.parity_suite import ParitySuite, path_of
 from harness.console import print_json, print_lines, print_note
-from harness.errors import Exit, Problem, SuiteError, UsageError, did_you_mean
+from harness.errors import Exit, HarnessError, Problem, SuiteError, UsageError, did_you_mean
 from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
 from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
 from harness.process.termination import handle_termination
 from harness.records.check import CheckId
+from harness.records.environment import code_version, describe
 from harness.records.files import refuse_unwritable
-from harness.report import check_terminal
+from harness.report import check_terminal, check_versions
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,10 @@ class CheckRequest:
     jobs: int | None = None
     patience: float = worker_processes.PATIENCE
     """Seconds without a result after which an implementation counts as hanging."""
+    environments: Sequence[str] = ()
+    """Names or requirements, e.g. `peft==0.19.1`, of the environments in which to check. Empty for this Python."""
+    index: IndexOptions = field(default_factory=IndexOptions)
+    """Where pip looks for the packages of environments that do not exist yet."""
 
 
 def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html: Path | None = None) -> Exit:
@@ -60,7 +69,8 @@ def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html:
 
             afterwards.callback(write_junit, report, junit)
         if as_json:
-            print_json(report.document())
+            by_version = {"versions": check_versions.document(report)} if report.environments else {}
+            print_json(report.document() | by_version)
         else:
             print_lines(check_terminal.matrix(report))
     return report.exit
@@ -69,17 +79,64 @@ def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html:
 def judge(request: CheckRequest) -> CheckReport:
     """Run the requested checks in worker processes, and return the report.
 
-    Raises UsageError for unknown names.
+    Without environments in the request, an implementation whose libraries are not installed runs in the environment that
+    a table declares for it, if that environment exists. Raises UsageError for unknown names.
     """
-    from harness.records.environment import describe
+    if request.environments:
+        reports = []
+        for environment in environments.ensure_all(request.environments, request.index):
+            reports.append(_judge_in(request, environment)[0])
+            if reports[-1].interrupted:
+                break
+        return CheckReport.joined(reports)
+    report, missing = _judge_in(request, None)
+    return report if report.interrupted else _with_homes(report, missing, request)
 
-    registry = worker_processes.discover(request.patience)
+
+def _with_homes(report: CheckReport, missing: Collection[Target], request: CheckRequest) -> CheckReport:
+    """Run the targets whose libraries are missing in the environments that a table declares for them, and add the results.
+
+    If such an environment does not exist, the reason of the skipped target names the command that makes it.
+    """
+    homes = environments.homes({name for name, *_ in missing})
+    skipped, there = dict(report.skipped), dict[Path, set[str]]()
+    for name, _, target in missing:
+        home = homes.get(name)
+        if isinstance(home, MadeEnvironment):
+            del skipped[f"{name} {target}"]
+            there.setdefault(home.folder, set()).add(name)
+        elif home:
+            skipped[f"{name} {target}"] += f"; `peft-harness env create {home}` makes an environment that has it"
+    moved = {name for names in there.values() for name in names}
+    report = replace(report, skipped=skipped, untried=[name for name in report.untried if name not in moved])
+    others = [
+        _judge_in(replace(request, implementations=sorted(names)), environments.at(folder))[0]
+        for folder, names in there.items()
+    ]
+    return CheckReport.joined([report, *others])
+
+
+def _judge_in(request: CheckRequest, environment: MadeEnvironment | None) -> tuple[CheckReport, Collection[Target]]:
+    """Run the checks in one environment, or in this Python. Return the report, and targets whose libraries are missing."""
+    python, label = (environment.python, environment.label) if environment is not None else (None, "")
+    registry = worker_processes.discover(request.patience, python)
+    described = registry.environment or describe()
+    if environment is not None and described.code_version != code_version():
+        raise HarnessError(
+            f"environment {label} runs other code of the harness than this command",
+            where=str(python),
+            hint="install the harness, e.g. by `pip install -e .`, and remove the environment: `peft-harness env remove`",
+        )
     _require_known_names(request, registry)
     wanted = [i for i in registry.implementations if _is_requested(i, request)]
     plans, known = _read(wanted)
     jobs = request.jobs or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     tasks, skipped = _tasks(wanted, request, plans, jobs)
-    findings, interrupted = worker_processes.run(tasks, jobs, print_note, request.patience)
+
+    def progress(line: str) -> None:
+        print_note(f"{label}: {line}" if label else line)
+
+    findings, interrupted = worker_processes.run(tasks, jobs, progress, request.patience, python)
     for found in findings:
         skipped |= {f"{name} {target}": why for (name, _, target), why in found.missing.items()}
         if interrupted:
@@ -88,15 +145,27 @@ def judge(request: CheckRequest) -> CheckReport:
     omitted = {target for found in findings for target in found.not_tried}
     done = {target for task in tasks for target in task.targets} - omitted
     due = [defect for defect in known if _was_fully_tried(defect, request, registry, done)]
-    marked, _ = defects.explained([one for found in findings for one in found.tried], known)
-    complaints = defects.explained(marked, due)[1]
+    software = described.software
+    marked, _ = defects.explained([one for found in findings for one in found.tried], known, software)
+    complaints = defects.explained(marked, due, software)[1]
     needed = {*request.implementations, *(i.point for i in wanted)}
     broken = {n: w for n, w in registry.broken.items() if not request.implementations or n in needed}
     compared = {
         one.implementation for one in marked if one.status not in (CheckStatus.UNSUPPORTED, CheckStatus.SKIPPED)
     }
     untried = [name for name in request.implementations if name not in compared and name not in broken]
-    return CheckReport(marked, skipped, complaints, broken, known, plans, describe().software, interrupted, untried)
+    report = CheckReport(marked, skipped, complaints, broken, known, plans, software, interrupted, untried)
+    if environment is not None:
+        report = report.labelled(
+            CheckedEnvironment(
+                label=label,
+                name=environment.name,
+                requirements=environment.file.spec.requirements,
+                packages=environment.file.packages,
+                environment=described,
+            )
+        )
+    return report, {target for found in findings for target in found.missing}
 
 
 def _was_fully_tried(

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from harness.cli import options
+from harness.cli.env import index, index_options
 from harness.errors import Exit, UsageError
 from harness.resources import user_path
 
@@ -54,6 +55,12 @@ from harness.resources import user_path
 @click.option(
     "--echo", is_flag=True, help="With --served: also compare the log-probabilities of the prompts' own tokens."
 )
+@click.option(
+    "--with", "environments", multiple=True, metavar="ENVIRONMENT",
+    help="Check in the environment with this version, e.g. peft==0.19.1, or of this name (`env list`). Repeat it to compare "
+    "versions.",
+)  # fmt: skip
+@index_options
 @options.junit
 @options.html
 @click.option("--self-test", is_flag=True, help="Test the checks themselves: each planted fault must be detected.")
@@ -69,8 +76,9 @@ from harness.resources import user_path
 def check(
     implementations: tuple[str, ...], methods: tuple[str, ...], operations: tuple[str, ...], dtypes: tuple[str, ...],
     full: bool, wide: bool, drawn: int, seed: int | None, base_model: str | None, jobs: int | None, patience: float,
-    served: str | None, adapters: tuple[str, ...], concurrency: int | None, echo: bool, junit: Path | None,
-    html: Path | None, self_test: bool, mutants: int | None, power: bool, as_json: bool,
+    served: str | None, adapters: tuple[str, ...], concurrency: int | None, echo: bool, environments: tuple[str, ...],
+    offline: bool, find_links: tuple[str, ...], junit: Path | None, html: Path | None, self_test: bool, mutants: int | None,
+    power: bool, as_json: bool,
 ) -> Exit:  # fmt: skip
     """Check implementations against the reference, or judge one adapter file or a model server.
 
@@ -80,10 +88,14 @@ def check(
     Without arguments, checks every implementation in all cases that this machine can run. The reference is computed in
     float64. Each plug-in runs in its own process: a crash or a hang counts as a failure, and the other plug-ins continue.
     Ctrl-C or SIGTERM prints the results so far and exits with 4; the exit code is also 4 if a named IMPLEMENTATION cannot be
-    tested.
+    tested. With --with, it runs the same checks once per environment, and shows which of them differ; an environment that
+    does not exist is made first.
     """
+    if (offline or find_links) and not environments:
+        raise UsageError("has no effect without --with", where="--offline" if offline else "--find-links")
     if served is not None:
-        if implementations or methods or operations or full or wide or drawn or jobs or junit or html or self_test:
+        of_implementations = (implementations, methods, operations, full, wide, drawn, jobs, environments, junit, html)
+        if any(of_implementations) or self_test:
             raise UsageError(
                 "checks a server, not an implementation", where="--served",
                 hint="it takes --adapter, --base-model, --dtype, --concurrency, --echo, --patience, --seed and --json",
@@ -108,7 +120,7 @@ def check(
         if given and not self_test:
             raise UsageError("changes nothing without --self-test", where=option, hint="add --self-test")
     if self_test:
-        if implementations or dtypes or full or wide or drawn or junit or html:
+        if implementations or dtypes or full or wide or drawn or junit or html or environments:
             raise UsageError(
                 "tests the checks, not an implementation", where="--self-test",
                 hint="remove all options but --json; --mutants and --power also take --method, --op and --jobs",
@@ -135,7 +147,8 @@ def check(
     if paths := [one for one in implementations if _is_adapter_path(one)]:
         unfit = {
             "--method": methods, "--op": operations, "--dtype": dtypes, "--full": full, "--wide": wide, "--drawn": drawn,
-            "--seed": seed is not None, "--junit": junit, "--html": html, "a second name": implementations[1:],
+            "--seed": seed is not None, "--with": environments, "--junit": junit, "--html": html,
+            "a second name": implementations[1:],
         }  # fmt: skip
         for option in (name for name, value in unfit.items() if value):
             raise UsageError(
@@ -156,7 +169,9 @@ def check(
             "has no effect without --drawn", where="--seed", hint="add the number of cases, e.g. --drawn 50"
         )
     breadth = CaseSelection(full, drawn, seed or 0, wide)
-    request = command.CheckRequest(implementations, methods, operations, dtypes, breadth, jobs, patience)
+    request = command.CheckRequest(
+        implementations, methods, operations, dtypes, breadth, jobs, patience, environments, index(offline, find_links)
+    )
     return command.check(request, as_json, junit, html)
 
 

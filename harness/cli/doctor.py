@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from harness.assets import cache, fetch
+from harness.assets.environments.table import home_of
 from harness.cli import options
 from harness.console import align_columns
 from harness.errors import Exit
@@ -113,7 +114,9 @@ def _implementations() -> list[Diagnosis]:
     found = []
     for one in registry.implementations:
         if missing := [m for m in one.requires if importlib.util.find_spec(m) is None]:
-            why = f"not installed: {', '.join(missing)}; its Cells are skipped"
+            home = home_of(one.name)
+            way = f"; `peft-harness env create {home}` makes an environment that has it" if home else ""
+            why = f"not installed: {', '.join(missing)}; its Cells are skipped{way}"
             summary = f"{one.kind}s cannot run, {', '.join(missing)} not installed"
             found.append(Diagnosis("implementations", str(one), "note", why, summary, f"{one.target} by {one.name}"))
         else:

@@ -14,7 +14,7 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from harness.console import foreign_output
 from harness.errors import ImplementationError, did_you_mean
@@ -22,6 +22,9 @@ from harness.methods.loader import ADAPTER_FILES
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.spec import Adapted, methods
 from harness.resources import data_folder
+
+if TYPE_CHECKING:
+    from harness.records.record import Environment
 
 GROUP = "harness.implementations"
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -144,6 +147,8 @@ class Registry:
     implementations: tuple[Implementation, ...] = ()
     broken: dict[str, str] = field(default_factory=dict)
     """Entry points that failed entirely or in part, with the reason. The names are those of `entry_points_by_name`."""
+    environment: Environment | None = None
+    """Software of the process that loaded the entry points. None if it is this process."""
 
     def names(self, kind: str, target: str) -> list[str]:
         """List the names of the Implementations of `target`, sorted."""

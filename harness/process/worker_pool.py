@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -31,10 +32,14 @@ _LAST_LINES = 50
 
 
 class WorkerPool:
-    """The workers of one command. Ctrl-C ends all of them."""
+    """The workers of one command. Ctrl-C ends all of them.
 
-    def __init__(self) -> None:
+    python: interpreter of the workers. By default, it is the one that runs this process.
+    """
+
+    def __init__(self, python: Path | None = None) -> None:
         self.stopped = False
+        self._python = str(python or sys.executable)
         self._alive: set[Subprocess] = set()
         self._lock = threading.Lock()
 
@@ -54,7 +59,7 @@ class WorkerPool:
         """
         token = uuid.uuid4().hex
         with self._lock:
-            worker = None if self.stopped else _start(module, task, token)
+            worker = None if self.stopped else _start(self._python, module, task, token)
             if worker is not None:
                 self._alive.add(worker)
         if worker is None:
@@ -92,10 +97,10 @@ class WorkerPool:
             self._alive.discard(worker)
 
 
-def _start(module: str, task: Mapping[str, Any], token: str) -> Subprocess:
+def _start(python: str, module: str, task: Mapping[str, Any], token: str) -> Subprocess:
     # The tensors are tiny, and threads that wait for each other would slow down other programs.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, _TOKEN: token}
-    command = [sys.executable, *module_arguments(module)]
+    command = [python, *module_arguments(module)]
     return Subprocess(
         command, [json.dumps(task)], environment=environment, events=True, lifeline=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

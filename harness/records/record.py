@@ -131,6 +131,9 @@ class Cell(FrozenModel):
     """Training budget and recipe."""
     evaluation: Evaluation
     """Settings for scoring and for latencies."""
+    environment: str = ""
+    """Environment of the Cell's process: a requirement, e.g. `peft==0.19.1`, or a name; see `peft-harness env list`. Empty
+    for the Python that runs the harness."""
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Cell:
         """Return a copy with changed fields. update: the new values. A changed copy has a different cell_id."""
@@ -142,11 +145,12 @@ class Cell(FrozenModel):
     def cell_id(self) -> str:
         """The first 16 hex digits of the SHA-256 over the Cell's canonical JSON.
 
-        Some fields of Training and Evaluation were added later. The JSON leaves such a field out if it has its default
-        value, so that the ids of older Cells stay the same.
+        Some fields of Training and Evaluation, and the environment, were added later. The JSON leaves such a field out if
+        it has its default value, so that the ids of older Cells stay the same.
         """
         parts: dict[str, ExtendedModel] = {"training": self.training, "evaluation": self.evaluation}
-        absent = {name: {*part.later_fields} - part.later().keys() for name, part in parts.items()}
+        absent: dict[str, Any] = {name: {*part.later_fields} - part.later().keys() for name, part in parts.items()}
+        absent |= {} if self.environment else {"environment": True}
         values = self.model_dump(mode="json", exclude=absent)
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -178,7 +182,8 @@ class Cell(FrozenModel):
         later = "".join(f" {name}" if value is True else f" {name}={value:g}" for name, value in settings.items())
         # Cells skip test items only in a search for a learning rate.
         tried = f" tried with lr={self.training.lr:g}" if self.evaluation.skip else ""
-        return f"{self.model} {method}{rank} [{self.implementation}]{base}{dtype}{optimizer}{later}{tried}"
+        by = f"{self.implementation}{f' with {self.environment}' if self.environment else ''}"
+        return f"{self.model} {method}{rank} [{by}]{base}{dtype}{optimizer}{later}{tried}"
 
 
 class Phase(FrozenModel):

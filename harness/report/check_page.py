@@ -10,7 +10,7 @@ from harness.analysis.grouping import group
 from harness.conformance.findings import defects, summary
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.errors import EXITS, Exit, plural
-from harness.report import html
+from harness.report import check_versions, html
 from harness.report.formatting import check_fields, field, unmeasured
 from harness.report.table_model import column, grouped
 from harness.report.tones import badge, icon, tone
@@ -50,6 +50,7 @@ def build(report: CheckReport) -> dict[str, Any]:
         ],
         "alerts": _alerts(report),
         "matrix": _matrix(report),
+        "versions": check_versions.section(report),
         "failures": [_failed(one) for one in report.tried if one.status is CheckStatus.FAIL],
         "defects": [_defect(defect, report) for defect in report.shown_defects()],
         "checks": [_by_check(*key, tried) for key, tried in summary.rows(report.tried).items()],
@@ -83,7 +84,7 @@ def _alerts(report: CheckReport) -> list[dict[str, Any]]:
         "Plug-ins that could not be loaded": [f"{name}: {why}" for name, why in report.broken.items()],
         "Known defects that did not show": report.complaints,
         "Implementations that crashed or hung": [
-            f"{one.implementation} {one.target} ({one.case}): {one.result.detail}" for one in crashes
+            f"{one.provider} {one.target} ({one.case}): {one.result.detail}" for one in crashes
         ],
     }
     return [{"text": text, "items": items} for text, items in found.items() if items]
@@ -95,7 +96,7 @@ def _matrix(report: CheckReport) -> dict[str, Any]:
     for (target, implementation), tried in summary.rows(report.tried).items():
         row = {
             "name": implementation, "title": f"{target} by {implementation}", "anchor": "", "record": "",
-            "href": f"#{_anchor(target, implementation)}",
+            "href": f"#{check_versions.anchor(target, implementation)}",
             "fields": [_field(summary.select_dtype(tried, dtype)) for dtype in dtypes],
         }  # fmt: skip
         groups.setdefault(target, []).append(row)
@@ -132,13 +133,9 @@ def _reasons(tried: Iterable[CheckOutcome]) -> str:
     return "; ".join(sorted({one.result.detail for one in tried if one.result.detail})[:3])
 
 
-def _anchor(target: str, implementation: str) -> str:
-    return f"checks-{target}-{implementation}"
-
-
 def _failed(one: CheckOutcome) -> dict[str, str]:
-    href = f"#{_anchor(one.target, one.implementation)}"
-    return check_fields(one.result) | {"implementation": one.implementation, "case": one.case, "href": href}
+    href = f"#{check_versions.anchor(one.target, one.provider)}"
+    return check_fields(one.result) | {"implementation": one.provider, "case": one.case, "href": href}
 
 
 def _defect(defect: Defect, report: CheckReport) -> dict[str, Any]:
@@ -148,8 +145,15 @@ def _defect(defect: Defect, report: CheckReport) -> dict[str, Any]:
     return {
         **defect.model_dump(mode="json"), "count": len(shown), "source": reproduction.read_text(encoding="utf-8"),
         "worst": {"check": worst.result.check, "case": worst.case, "result": summary.describe(worst.result)},
-        "installed": report.software.get(defect.library, ""),
+        "installed": ", ".join(_versions(defect, shown, report)),
     }  # fmt: skip
+
+
+def _versions(defect: Defect, shown: Iterable[CheckOutcome], report: CheckReport) -> list[str]:
+    """Return the versions of the library with which these outcomes were found, each once."""
+    software = {"": report.software} | {one.label: one.environment.software for one in report.environments}
+    found = (software[one.environment].get(defect.library, "") for one in shown)
+    return list(dict.fromkeys(filter(None, found)))
 
 
 def _by_check(target: str, implementation: str, tried: list[CheckOutcome]) -> dict[str, Any]:
@@ -163,7 +167,8 @@ def _by_check(target: str, implementation: str, tried: list[CheckOutcome]) -> di
     whole = summary.summarise(tried)
     status = whole.status if whole is not None else CheckStatus.SKIPPED
     return badge(status) | {
-        "anchor": _anchor(target, implementation), "title": f"{target} by {implementation}", "dtypes": dtypes, "rows": rows,
+        "anchor": check_versions.anchor(target, implementation), "title": f"{target} by {implementation}",
+        "dtypes": dtypes, "rows": rows,
         "cases": len({(one.case, one.dtype) for one in tried}), "open": status is CheckStatus.FAIL,
     }  # fmt: skip
 
@@ -171,7 +176,7 @@ def _by_check(target: str, implementation: str, tried: list[CheckOutcome]) -> di
 def _not_checked(report: CheckReport) -> list[dict[str, Any]]:
     """List the targets that were not checked. Each reason has a row of its own."""
     reasons = group(
-        ((f"{one.implementation} {one.target}", one.status.value, f"{one.check}: {one.result.detail}"), one.dtype)
+        ((f"{one.provider} {one.target}", one.status.value, f"{one.check}: {one.result.detail}"), one.dtype)
         for one in report.tried
         if one.status in (CheckStatus.UNSUPPORTED, CheckStatus.SKIPPED)
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from harness.conformance.findings import summary
 from harness.conformance.findings.outcomes import CheckStatus
 from harness.console import align_columns
+from harness.report import check_versions
 
 if TYPE_CHECKING:
     from harness.conformance.findings.report import CheckReport
@@ -16,14 +17,17 @@ _MOST_LINES = 40
 
 
 def matrix(report: CheckReport) -> list[str]:
-    """Return a table of results by target, implementation and dtype, then what `lines` returns."""
+    """Return a table of results by target, implementation and dtype, then what `lines` returns.
+
+    If the checks ran in several environments, a table by version follows.
+    """
     dtypes = summary.dtypes(report.tried)
     rows = [["target", "implementation", *dtypes]]
     for (target, implementation), tried in summary.rows(report.tried).items():
         fields = [summary.summarise(summary.select_dtype(tried, dtype)) for dtype in dtypes]
         rows.append([target, implementation, *map(summary.format_field, fields)])
     table = align_columns(rows, right=range(2, len(rows[0])), indent="") if report.tried else []
-    return [*table, *lines(report)]
+    return [*table, *lines(report), *check_versions.lines(report)]
 
 
 def lines(report: CheckReport) -> list[str]:

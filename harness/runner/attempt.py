@@ -69,6 +69,7 @@ class Attempt:
         self._oom_kills = KernelKills()
         self._by_kernel: bool | None = False
         try:
+            command = [job.python or command[0], *command[1:]]
             self._worker = _start(self.job, context.folder.log_path(job.cell.cell_id, job.attempt), command)
         except BaseException:
             self._oom_kills.close()

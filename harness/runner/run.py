@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,10 +25,11 @@ from harness.errors import Exit, HarnessError, Problem, StoreError, SuiteError, 
 from harness.process import termination
 from harness.records import environment, naming, store
 from harness.records.manifest import Footer, Manifest
-from harness.records.record import Environment, Provider, Status
+from harness.records.record import Environment, Provider, Record, Status
 from harness.report import html, terminal
-from harness.runner import executors, task_assets
+from harness.runner import cell_environments, executors, task_assets
 from harness.runner.attempt import RunContext
+from harness.runner.cell_environments import CellEnvironment
 from harness.runner.executors.executor import Device, Executor
 from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
@@ -89,15 +90,16 @@ def run_suite(
         progress = Progress(plan.cells)
         stack.callback(progress.close)
         assets = _fetch(suite, plan, progress)
+        homes = cell_environments.ensure(plan.cells, progress.print)
         model_checks.check_models(suite, plan)  # again, since all models are on this machine now
         times.lap("fetch")
         if old:
-            folder, run_id, done = _reopen(old, here, assets, chosen, progress, is_remote=entered.is_remote)
+            folder, run_id, done = _reopen(old, here, homes, assets, chosen, progress, is_remote=entered.is_remote)
         else:
             folder, run_id, done = _open(suite, plan, here, out, progress, stack)
         times.lap("scheduling")
         with _errors_name(folder):
-            session = _Session(plan, assets, done, folder, run_id, chosen, times, progress)
+            session = _Session(plan, assets, homes, done, folder, run_id, chosen, times, progress)
             run = _measure(session, entered, RunContext(folder, here, timeout))
             progress.close()
             return _report(run, strict=strict)
@@ -109,6 +111,7 @@ class _Session:
 
     plan: Plan
     assets: CellAssets
+    homes: Mapping[str, CellEnvironment]
     done: set[str]
     """Ids of the Cells that need not run again."""
     folder: store.RunFolder
@@ -130,6 +133,7 @@ class _Session:
             job = Job(
                 run=self.run_id, folder=str(self.folder.path.resolve()), attempt=attempt, cell=cell,
                 model=model, data=data, task=task, device=self.device,
+                python=self.homes[cell.environment].python if cell.environment else "",
             )  # fmt: skip
             self.times.lap("scheduling")
             yield job
@@ -231,8 +235,9 @@ def _find_old(plan: Plan, out: Path | None, resume: str | None, stack: contextli
 
 
 def _reopen(
-    path: Path, here: Environment, assets: CellAssets, device: str, progress: Progress, *, is_remote: bool
-) -> tuple[store.RunFolder, str, set[str]]:
+    path: Path, here: Environment, homes: Mapping[str, CellEnvironment], assets: CellAssets, device: str,
+    progress: Progress, *, is_remote: bool,
+) -> tuple[store.RunFolder, str, set[str]]:  # fmt: skip
     """Return the folder of an old run, its id, and the ids of the Cells that need not run again.
 
     A Cell need not run again if its newest Record is `ok` and was made under the same conditions: machine, code,
@@ -251,14 +256,20 @@ def _reopen(
         record.cell_id
         for record in old.latest().values()  # the report and the verdict use the same Records
         if record.status is Status.OK
-        and (record.environment.software == here.software if is_remote else record.environment.id == here.id)
-        and record.environment.code_version == here.code_version
-        and record.device == device
-        and (record.provider is None or _is_installed(record.provider))
         and record.cell_id in assets
+        and _is_of(record, homes[name].described if (name := record.cell.environment) else here, is_remote=is_remote)
+        and record.device == device
+        and (record.provider is None or name or _is_installed(record.provider))
         and record.assets == used(*assets[record.cell_id])
     }
     return folder, old.manifest.run, done
+
+
+def _is_of(record: Record, here: Environment, *, is_remote: bool) -> bool:
+    """Return whether a Record was made with this software and code and, unless `is_remote`, on this machine."""
+    there = record.environment
+    same = there.software == here.software if is_remote else there.id == here.id
+    return same and there.code_version == here.code_version
 
 
 def _is_installed(provider: Provider) -> bool:

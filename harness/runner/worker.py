@@ -109,7 +109,15 @@ def _import_all(implementation: Implementation, job: Job, registry: Registry) ->
         try:
             import_module(module)
         except ImportError as error:
-            return f"{job.cell.implementation} needs {module}, which cannot be imported ({error}); pip install it"
+            from harness.assets.environments.table import home_of  # imported here, so that no measured Cell pays for it
+
+            home = home_of(job.cell.implementation)
+            way = (
+                f"`peft-harness env create {home}`, and `environment: {home}` in the suite"
+                if home
+                else "pip install it"
+            )
+            return f"{job.cell.implementation} needs {module}, which cannot be imported ({error}); {way}"
     return ""
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.assets import model_folder, shapes
+from harness.assets.environments import table as environments
 from harness.assets.table import Source, resolve
 from harness.errors import HarnessError, Problem, SuiteError, did_you_mean
 from harness.methods.registry import Registry
@@ -47,6 +48,7 @@ class SuiteEntry:
     config: dict[str, dict[str, list[Any]]]
     """Method -> field -> values. A field that the entry omits has its default."""
     implementation: list[str]
+    environment: list[str]
     optimizer: list[Optimizer]
     dtype: list[Dtype]
     seed: list[int]
@@ -132,6 +134,10 @@ class _EntryChecker:
         for i, implementation in enumerate(keys.implementation):
             for method in config:
                 self._offer("method", method, implementation, self._path("implementation", i))
+        for i, environment in enumerate(keys.environment):
+            with self.context.problem_if_raised(self._path("environment", i)):
+                if environment:
+                    environments.resolve(environment, environments.load())
         for i, base in enumerate(keys.base):
             self._base(base, self._path("base", i))
         wrong = list(combination_problems(config, self.context.methods, keys.base, self.steps))
@@ -153,6 +159,7 @@ class _EntryChecker:
             base=[Base(**base.model_dump()) for base in keys.base],
             config=config,
             implementation=keys.implementation,
+            environment=keys.environment,
             optimizer=keys.optimizer,
             dtype=keys.dtype,
             seed=keys.seed,

@@ -94,6 +94,7 @@ class CellKeys(Keys):
     task: OneOrMany[Word] = []
     method: OneOrMany[Word] = []
     implementation: OneOrMany[Word] = ["reference"]
+    environment: OneOrMany[str] = [""]
     config: dict[str, Any] = {}
     base: OneOrMany[BaseKeys] = [BaseKeys()]
     optimizer: OneOrMany[Optimizer] = ["adamw"]

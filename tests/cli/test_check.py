@@ -212,7 +212,7 @@ def test_an_unknown_name_may_be_of_an_entry_point_that_could_not_be_used(
 ) -> None:
     one = Implementation("acme", "operation", "nf4_dequantize", print)
     found = Registry((one,), {"b4": "TypeError: name must be a word", "torn": "SyntaxError: oh"})
-    monkeypatch.setattr(command.worker_processes, "discover", lambda patience: found)
+    monkeypatch.setattr(command.worker_processes, "discover", lambda *_: found)
     assert main(["check", "wexit"]) == Exit.USAGE
     said = capsys.readouterr().err
     assert "'wexit': there are: acme;" in said  # entry points are no implementations
@@ -244,7 +244,7 @@ def test_why_no_dtype_is_left_to_try(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     one = Implementation("acme", "operation", "double_dequantize", print, dtypes=offers)
-    monkeypatch.setattr(command.worker_processes, "discover", lambda patience: Registry((one,)))
+    monkeypatch.setattr(command.worker_processes, "discover", lambda *_: Registry((one,)))
     asked = itertools.chain.from_iterable(("--dtype", dtype) for dtype in dtypes)
     assert main(["check", "acme", *asked]) == Exit.INFRASTRUCTURE
     assert f"not checked: acme double_dequantize: {said}\n" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
 from harness.conformance.execution.worker_protocol import (
@@ -27,7 +28,7 @@ from harness.conformance.execution.worker_protocol import (
 )
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.errors import HarnessError
-from harness.methods.registry import Implementation, Registry, entry_points_by_name
+from harness.methods.registry import Implementation, Registry
 from harness.process.worker_pool import WorkerPool
 
 PATIENCE = 120.0
@@ -52,17 +53,17 @@ class CheckFindings:
         return {*self.missing, *self.cut_short, *self.left}
 
 
-def discover(patience: float = PATIENCE) -> Registry:
+def discover(patience: float = PATIENCE, python: Path | None = None) -> Registry:
     """Return the Registry of the installed distributions. The functions of its Implementations cannot be called.
 
     Another process imports the entry points, because a plug-in may hang or crash on import. Raises HarnessError if this
-    process dies before it begins to import an entry point.
+    process dies before it begins to import an entry point. python: interpreter of that process, by default this one.
     """
-    pool, points = WorkerPool(), list(entry_points_by_name())
+    pool = WorkerPool(python)
     broken: dict[str, str] = {}
     while True:
         point, died, offered = "", "", None
-        for event in discovery_events(pool, points, patience):
+        for event in discovery_events(pool, list(broken), patience):
             match event:
                 case PointBegun(begin=begun):
                     point = begun
@@ -73,11 +74,10 @@ def discover(patience: float = PATIENCE) -> Registry:
         if offered is not None:
             implementations = tuple(Implementation(**fields, function=_not_callable) for fields in offered.offered)
             after = {"one of them": f"after importing them all {died}"} if died else {}
-            return Registry(implementations, offered.broken | broken | after)
+            return Registry(implementations, offered.broken | broken | after, offered.environment)
         if not point:
             raise HarnessError(f"loading the plug-ins: {died}", hint="read the output of the plug-in process above")
         broken[point] = f"importing it: {died}"
-        points = [one for one in points if one != point]
 
 
 def _not_callable(*_: object, **__: object) -> NoReturn:
@@ -135,15 +135,20 @@ class _Run:
 
 
 def run(
-    tasks: Sequence[WorkerTask], jobs: int, progress: Callable[[str], None], patience: float = PATIENCE
+    tasks: Sequence[WorkerTask],
+    jobs: int,
+    progress: Callable[[str], None],
+    patience: float = PATIENCE,
+    python: Path | None = None,
 ) -> tuple[list[CheckFindings], bool]:
     """Run all tasks in at most `jobs` processes at a time.
 
     Return the findings of each task, in the order of the tasks, and whether Ctrl-C interrupted the run.
 
-    progress: called with a line of text when a target begins and when it ends. patience: see PATIENCE.
+    progress: called with a line of text when a target begins and when it ends. patience: see PATIENCE. python:
+    interpreter of the processes, by default this one.
     """
-    workers = _Run(WorkerPool(), progress, patience)
+    workers = _Run(WorkerPool(python), progress, patience)
     findings = [CheckFindings(left=list(task.targets)) for task in tasks]
     interrupted = False
     with ThreadPoolExecutor(max_workers=max(1, jobs)) as threads:

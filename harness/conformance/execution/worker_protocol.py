@@ -16,6 +16,7 @@ from harness.methods.registry import TargetKind
 from harness.process.event_pipe import Emit
 from harness.process.worker_pool import WorkerPool
 from harness.records.base_model import FrozenModel
+from harness.records.record import Environment
 
 Target = tuple[str, TargetKind, str]
 """(name of an implementation, kind of its target, name of its target)"""
@@ -44,6 +45,8 @@ class Offered(FrozenModel):
     """Fields of the Implementations, without their functions."""
     broken: dict[str, str]
     """Entry point -> reason why it cannot be used."""
+    environment: Environment
+    """Machine and software of the worker."""
 
 
 class TargetBegun(FrozenModel):
@@ -96,10 +99,10 @@ def send(emit: Emit, event: FrozenModel) -> None:
     emit(**event.model_dump(mode="json"))
 
 
-def discovery_events(pool: WorkerPool, points: list[str], patience: float) -> Iterator[DiscoveryEvent]:
-    """Import the entry points in a worker, and yield the events that the worker reports."""
+def discovery_events(pool: WorkerPool, without: list[str], patience: float) -> Iterator[DiscoveryEvent]:
+    """Import all entry points but those in `without` in a worker, and yield the events that the worker reports."""
     module = "harness.conformance.execution.discovery_worker"
-    yield from _parsed(pool.events(module, {"points": points}, patience), _DISCOVERY)
+    yield from _parsed(pool.events(module, {"without": without}, patience), _DISCOVERY)
 
 
 def worker_events(pool: WorkerPool, task: WorkerTask, patience: float) -> Iterator[WorkerEvent]:

@@ -11,7 +11,7 @@ entry names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -104,12 +104,13 @@ class Defect(FrozenModel):
         small = self.at_most is None or (result.error is not None and result.error <= self.at_most)
         return small and (not self.shows or any(re.search(one, description) for one in self.shows))
 
-    def applies(self) -> bool:
-        """Return whether an affected version of the library is installed."""
-        try:
-            return version(self.library) in SpecifierSet(self.versions, prereleases=True)
-        except PackageNotFoundError:
-            return False
+    def applies(self, software: Mapping[str, str] | None = None) -> bool:
+        """Return whether an affected version of the library is installed.
+
+        software: library -> version. By default, the libraries of this process count.
+        """
+        number = _installed(self.library) if software is None else software.get(self.library, "")
+        return bool(number) and number in SpecifierSet(self.versions, prereleases=True)
 
 
 def _description(result: CheckResult) -> str:
@@ -152,14 +153,24 @@ def known() -> tuple[Defect, ...]:
     return tuple(keys.defects)
 
 
-def explained(tried: Iterable[CheckOutcome], defects: Sequence[Defect]) -> tuple[list[CheckOutcome], list[str]]:
+def _installed(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""
+
+
+def explained(
+    tried: Iterable[CheckOutcome], defects: Sequence[Defect], software: Mapping[str, str] | None = None
+) -> tuple[list[CheckOutcome], list[str]]:
     """Return the outcomes, and complaints about known defects that did not show.
 
     In the returned outcomes, each failure has the id of the first known defect that explains it. A complaint names a
     defect whose cases were tried, but which showed in none of them. If only some of the defect's checks did not show
     it, the complaint names these checks. A defect counts as shown even if an earlier defect explains the same failure.
+    software: versions of the libraries with which the outcomes were found. By default, those of this process.
     """
-    active = [defect for defect in defects if defect.applies()]
+    active = [defect for defect in defects if defect.applies(software)]
     marked = []
     due, shown = set[tuple[str, str]](), set[tuple[str, str]]()
     for one in tried:
@@ -174,8 +185,9 @@ def explained(tried: Iterable[CheckOutcome], defects: Sequence[Defect]) -> tuple
         missing = [pattern for pattern in defect.checks if (defect.id, pattern) in due - shown]
         if missing and not defect.sometimes:
             where = f" in {', '.join(missing)}" if defect.id in {name for name, _ in shown} else ""
+            number = _installed(defect.library) if software is None else software[defect.library]
             complaints.append(
-                f"known defect {defect.id} did not show{where} with {defect.library} {version(defect.library)}: it is fixed "
+                f"known defect {defect.id} did not show{where} with {defect.library} {number}: it is fixed "
                 f"there, or the check no longer sees it; run {defect.reproduction}, then narrow the entry in {path().name}"
             )
     return marked, complaints

@@ -29,6 +29,11 @@ class Execution(StrEnum):
     """The implementation or the check raised another exception; `result.detail` names it."""
 
 
+def in_environment(name: str, environment: str) -> str:
+    """Return a name with the label of an environment in parentheses, if there is one."""
+    return f"{name} ({environment})" if environment else name
+
+
 class CheckOutcome(FrozenModel):
     """Outcome of one check of one case."""
 
@@ -42,6 +47,8 @@ class CheckOutcome(FrozenModel):
     defect: str = ""
     """Id of the known defect that explains the failure. Empty if no known defect explains it."""
     execution: Execution = Execution.COMPLETED
+    environment: str = ""
+    """Label of the environment in which the check ran, e.g. `peft 0.19.1`. Empty for the Python that runs the harness."""
 
     @classmethod
     def of_whole_target(
@@ -60,6 +67,11 @@ class CheckOutcome(FrozenModel):
         return cls(
             implementation=implementation, kind=kind, target=target, dtype="-", case=case, result=result, execution=execution
         )  # fmt: skip
+
+    @property
+    def provider(self) -> str:
+        """Name of the implementation, with its environment, e.g. `hf-peft (peft 0.19.1)`."""
+        return in_environment(self.implementation, self.environment)
 
     @property
     def check(self) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from harness.conformance.findings.defects import Defect
-from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
+from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus, in_environment
+from harness.conformance.findings.versions import CheckedEnvironment
 from harness.conformance.parity_suite import ParitySuite
 from harness.errors import Exit
 
@@ -31,6 +32,37 @@ class CheckReport:
     interrupted: bool = False
     untried: Sequence[str] = ()
     """Implementations that were requested by name but not compared."""
+    environments: Sequence[CheckedEnvironment] = ()
+    """Environments in which the checks ran. Empty if only the Python that runs the harness was used."""
+
+    @classmethod
+    def joined(cls, reports: Sequence[CheckReport]) -> CheckReport:
+        """Return one report of all findings. The versions of libraries are those of the first report."""
+        first = reports[0]
+        return cls(
+            tried=[one for report in reports for one in report.tried],
+            skipped={name: why for report in reports for name, why in report.skipped.items()},
+            complaints=[one for report in reports for one in report.complaints],
+            broken={name: why for report in reports for name, why in report.broken.items()},
+            defects=first.defects,
+            plans={target: plan for report in reports for target, plan in report.plans.items()},
+            software=first.software,
+            interrupted=any(report.interrupted for report in reports),
+            untried=list(dict.fromkeys(name for report in reports for name in report.untried)),
+            environments=[one for report in reports for one in report.environments],
+        )
+
+    def labelled(self, environment: CheckedEnvironment) -> CheckReport:
+        """Return the report with the environment's label at everything that was found in it."""
+        label = environment.label
+        return replace(
+            self,
+            tried=[one.model_copy(update={"environment": label}) for one in self.tried],
+            skipped={in_environment(name, label): why for name, why in self.skipped.items()},
+            broken={in_environment(name, label): why for name, why in self.broken.items()},
+            untried=[in_environment(name, label) for name in self.untried],
+            environments=[environment],
+        )
 
     def count(self, status: CheckStatus) -> int:
         """Return the number of outcomes with this status."""
@@ -70,4 +102,5 @@ class CheckReport:
             "schema": 2, "exit": int(self.exit), "interrupted": self.interrupted, "software": self.software, "checks": rows,
             "skipped": self.skipped, "complaints": self.complaints, "broken": self.broken, "untried": list(self.untried),
             "defects": [defect.model_dump(mode="json") for defect in self.shown_defects()],
+            "environments": [one.model_dump(mode="json") for one in self.environments],
         }  # fmt: skip

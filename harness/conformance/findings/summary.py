@@ -33,10 +33,10 @@ class MatrixField:
 
 
 def rows(tried: Iterable[CheckOutcome]) -> dict[tuple[str, str], list[CheckOutcome]]:
-    """Group outcomes by (target, implementation), and return the groups in sorted order."""
+    """Group outcomes by (target, implementation with its environment), and return the groups in sorted order."""
     found: dict[tuple[str, str], list[CheckOutcome]] = {}
     for one in tried:
-        found.setdefault((one.target, one.implementation), []).append(one)
+        found.setdefault((one.target, one.provider), []).append(one)
     return dict(sorted(found.items()))
 
 
@@ -95,7 +95,7 @@ def failures(tried: Iterable[CheckOutcome]) -> list[str]:
     alike: dict[tuple[str, str], list[CheckOutcome]] = {}
     for one in tried:
         if one.status is CheckStatus.FAIL:
-            alike.setdefault((one.implementation, describe(one.result)), []).append(one)
+            alike.setdefault((one.provider, describe(one.result)), []).append(one)
     return [_failure(several[0], len(several) - 1) for several in alike.values()]
 
 
@@ -103,7 +103,7 @@ def _failure(one: CheckOutcome, others: int) -> str:
     more = f" and {others} more" if others else ""
     # The id of a check of a base names the Method on the base, not the base.
     base = f" {one.target}" if one.kind == "base" else ""
-    return f"FAIL {one.implementation}{base} {one.result.check} ({one.case}){more}: {' '.join(describe(one.result).split())}"
+    return f"FAIL {one.provider}{base} {one.result.check} ({one.case}){more}: {' '.join(describe(one.result).split())}"
 
 
 def describe(result: CheckResult) -> str:

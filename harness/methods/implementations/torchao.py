@@ -14,6 +14,15 @@ _OPERATION: dict[str, Any] = {"name": "torchao", "kind": "operation", "requires"
 BLOCK, SCALER_BLOCK = 64, 256
 
 
+def _nf4_module() -> Any:
+    """Return torchao's module of the NF4 tensor, which release 0.18 moved."""
+    try:
+        from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
+    except ModuleNotFoundError:
+        from torchao.dtypes import nf4tensor as nf4_tensor
+    return nf4_tensor
+
+
 @implements("nf4_quantize", **_OPERATION)
 def nf4_quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Pack W by torchao's `to_nf4`. Return the packed bytes, and the absmax of each block.
@@ -21,8 +30,7 @@ def nf4_quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
     `to_nf4` divides by this absmax, and quantises it only later. Raises Unsupported for three dimensions and for sizes
     that torchao's blocks do not divide.
     """
-    from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
-
+    nf4_tensor = _nf4_module()
     if W.dim() > 2 or W.numel() % (block * SCALER_BLOCK):
         raise Unsupported(f"torchao supports matrices of whole blocks of {block} x {SCALER_BLOCK} elements only")
     packed = nf4_tensor.to_nf4(W, block, SCALER_BLOCK)
@@ -37,9 +45,10 @@ def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, 
     quantisation. Raises Unsupported for sizes that torchao's blocks do not divide.
     """
     import torch
-    from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
 
     from reference.shared.layers import replace
+
+    nf4_tensor = _nf4_module()
 
     class Nf4Linear(torch.nn.Linear):
         """A layer with an NF4Tensor. Its `weight` holds the packed bytes, because an NF4Tensor cannot be compared."""

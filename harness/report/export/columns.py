@@ -116,7 +116,7 @@ def _cells() -> tuple[Column, ...]:
         Column("latest", BOOLEAN, "", "Whether this is the newest attempt at its Cell in the run; older ones do not count"),
         *_fields("", Record, ("status", "because")),
         Column("label", TEXT, "", "Name for plots, shared by Cells that differ only in the seed"),
-        *_fields("", Cell, ("model", "task", "method", "implementation")),
+        *_fields("", Cell, ("model", "task", "method", "implementation", "environment")),
         _field("provider", Provider, "distribution"),
         _field("provider_version", Provider, "version"),
         _field("base", Base, "quantization"),

@@ -32,7 +32,7 @@ def cell(record: Record, label: str, *, latest: bool) -> ExportRow:
         "status": record.status.value,
         "because": record.because,
         "label": label,
-        **_fields("", it, ("model", "task", "method", "implementation", "optimizer", "dtype", "seed")),
+        **_fields("", it, ("model", "task", "method", "implementation", "environment", "optimizer", "dtype", "seed")),
         "provider": getattr(record.provider, "distribution", None),
         "provider_version": getattr(record.provider, "version", None),
         "base": it.base.quantization,

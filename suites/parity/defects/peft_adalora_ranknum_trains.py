@@ -1,7 +1,7 @@
 """peft: AdaLoRA's rank, by which its update is divided, is a parameter that trains, unless the model is in float32.
 
 `ranknum` is made with requires_grad=False; moving it to another dtype makes a new parameter, which trains. An optimizer over
-all that requires a gradient then changes the scaling alpha / ranknum, which is not saved with the adapter. Here on 0.21.2.
+all that requires a gradient then changes the scaling alpha / ranknum, which is not saved with the adapter. Came with 0.21.0.
 """
 
 import torch

@@ -6,7 +6,11 @@ another weight in the other. Here on 0.18.0.
 """
 
 import torch
-from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
+
+try:
+    from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
+except ModuleNotFoundError:  # before 0.18
+    from torchao.dtypes import nf4tensor as nf4_tensor
 
 torch.manual_seed(0)
 W = torch.randn(256, 256) * 10.0 ** torch.randn(256, 1).mul(0.3)

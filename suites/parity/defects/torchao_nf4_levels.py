@@ -4,7 +4,11 @@ In bfloat16 levels and quotients have eight bits, and every two hundredth code o
 """
 
 import torch
-from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+
+try:
+    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+except ModuleNotFoundError:  # before 0.18
+    from torchao.dtypes.nf4tensor import to_nf4
 
 quantile = torch.distributions.Normal(0.0, 1.0).icdf
 table = torch.cat([-quantile(torch.linspace(0.9677083, 0.5, 8)[:-1]), quantile(torch.linspace(0.5, 0.9677083, 9))])

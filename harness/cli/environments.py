@@ -1,0 +1,139 @@
+"""Work of the command group `env`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from harness.assets import cache
+from harness.assets.environments import create as creation
+from harness.assets.environments import folder, integrity, table
+from harness.assets.environments.folder import MadeEnvironment
+from harness.assets.environments.packages import IndexOptions
+from harness.cli import options
+from harness.console import align_columns, print_lines, print_note
+from harness.errors import Exit, UsageError, did_you_mean, plural
+from harness.process.termination import handle_termination
+
+
+def create(name: str | None, requirement: str | None, file: Path | None, dry_run: bool, index: IndexOptions) -> Exit:
+    """Make an environment, or only say its size, and print its path."""
+    if (name is None) == (requirement is None):
+        hint = "write one of the two; `peft-harness env list` shows the names"
+        raise UsageError("needs a NAME or --with", where="env create", hint=hint)
+    known = table.load(file)
+    spec = table.of_requirement(requirement) if requirement is not None else table.resolve(name or "", known)
+    with handle_termination():
+        if dry_run:
+            creation.announce(spec, index, print_note)
+            return Exit.PASS
+        made = creation.ensure(spec, index, print_note)
+    print_lines([f"{made.name}: {made.label}, {_size(made)}, {made.folder}"])
+    return Exit.PASS
+
+
+def ensure_all(texts: Sequence[str], index: IndexOptions) -> list[MadeEnvironment]:
+    """Return the environments for names or requirements, each once, in their order. Make those that do not exist.
+
+    A name may be that of an environment that was made from a user's table. All texts are read before anything is made.
+    Raises UsageError for an unknown name or version, and for two environments with the same versions.
+    """
+    known = {one.name: one.file.spec for one in folder.made() if one.is_current} | table.load()
+    specs = [table.resolve(text, known) for text in texts]
+    made = list({one.folder: one for one in (creation.ensure(spec, index, print_note) for spec in specs)}.values())
+    labels = [one.label for one in made]
+    if twice := next((label for label in labels if labels.count(label) > 1), ""):
+        names = ", ".join(one.name for one in made if one.label == twice)
+        raise UsageError(
+            f"the environments {names} hold the same versions: {twice}", where="--with", hint="keep one of them"
+        )
+    return made
+
+
+def homes(implementations: Collection[str]) -> dict[str, MadeEnvironment | str]:
+    """Map implementations to the environment that a table declares for them, or to its name if it does not exist.
+
+    Implementations without such an environment are left out.
+    """
+    if not implementations:
+        return {}
+    specs = {one.name: one.file.spec for one in folder.made() if one.is_current} | table.load()
+    return {
+        name: folder.read(folder.place(spec)) or spec.name
+        for spec in specs.values()
+        for name in spec.implementations
+        if name in implementations
+    }
+
+
+def at(place: Path) -> MadeEnvironment:
+    """Return the environment in a folder, after a test of its interpreter."""
+    environment = folder.read(place)
+    assert environment is not None  # noqa: S101  # `homes` has just read it
+    integrity.require_start(environment)
+    return environment
+
+
+def list_(as_json: bool) -> Exit:
+    """Print the environments that exist, and those that could be made."""
+    cache.sweep()
+    made = folder.made()
+    names = {one.name for one in made if one.is_current}
+    possible = [spec for spec in table.load().values() if spec.name not in names]
+    document = {
+        "schema": 1,
+        "environments": [
+            {"name": one.name, "folder": str(one.folder), "current": one.is_current, **one.file.model_dump(mode="json")}
+            for one in made
+        ],
+        "possible": [spec.model_dump(mode="json") for spec in possible],
+    }
+    options.print_document(document, as_json, lambda _: _lines(made, possible))
+    return Exit.PASS
+
+
+def _lines(made: Sequence[MadeEnvironment], possible: Sequence[table.EnvironmentSpec]) -> list[str]:
+    rows = [[one.name, one.label, _size(one), one.file.made[:10], _state(one)] for one in made]
+    lines = align_columns([["environment", "versions", "size", "made", ""], *rows], indent="") if rows else []
+    if made:
+        total = sum(one.file.size for one in made)
+        free = f"{folder.free() / 1e9:,.1f} GB free at {folder.root()}"
+        lines.append(f"{plural(len(made), 'environment')}, {total / 1e6:,.1f} MB, {free}")
+    if possible:
+        lines += [*([""] if lines else []), "can be made by `peft-harness env create NAME`:"]
+        lines += align_columns([[one.name, ", ".join(one.requirements), one.about] for one in possible])
+    return lines
+
+
+def _state(environment: MadeEnvironment) -> str:
+    return "" if environment.is_current else "of another Python or other libraries"
+
+
+def remove(names: Sequence[str]) -> Exit:
+    """Remove all environments with these names, also those that another Python made."""
+    for environment in [one for name in names for one in _named(name)]:
+        folder.remove(environment)
+        print_lines([f"removed {environment.name}: {_size(environment)}"])
+    return Exit.PASS
+
+
+def repair(name: str, index: IndexOptions) -> Exit:
+    """Verify an environment, make it again if it is damaged, and print what was wrong."""
+    *_, environment = sorted(_named(name), key=lambda one: one.is_current)
+    with handle_termination():
+        wrong = creation.repair(environment, index, print_note)
+    print_lines([f"{name}: {one}" for one in wrong] + [f"{name}: {'repaired' if wrong else 'is whole'}"])
+    return Exit.PASS
+
+
+def _named(name: str) -> list[MadeEnvironment]:
+    """Return the environments that have this name. Raises UsageError if there are none."""
+    made = folder.made()
+    if found := [one for one in made if one.name == name]:
+        return found
+    hint = did_you_mean(name, dict.fromkeys(one.name for one in made), "there are")
+    raise UsageError(f"there is no environment {name!r}", hint=hint)
+
+
+def _size(environment: MadeEnvironment) -> str:
+    return f"{environment.file.size / 1e6:,.1f} MB"

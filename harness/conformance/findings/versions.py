@@ -1,0 +1,145 @@
+"""Compare the outcomes of the same checks in several environments: in which version did a defect come, and go? No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from harness.conformance.findings import summary
+from harness.conformance.findings.defects import Defect
+from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
+from harness.conformance.findings.summary import MatrixField
+from harness.records.base_model import FrozenModel
+from harness.records.check import Outcome
+from harness.records.record import Environment
+
+_FAILED = (CheckStatus.FAIL, CheckStatus.KNOWN_DEFECT)
+
+
+class CheckedEnvironment(FrozenModel):
+    """An environment in which checks ran."""
+
+    label: str
+    """Required projects with their versions, e.g. `peft 0.19.1`."""
+    name: str
+    """Name for `peft-harness env`."""
+    requirements: list[str]
+    packages: list[str]
+    """Packages that the environment adds or replaces, as pins."""
+    environment: Environment
+    """Machine and software that the workers saw."""
+
+
+@dataclass(frozen=True)
+class CheckField:
+    """Outcomes of one check in one environment."""
+
+    summary: MatrixField | None
+    """None if the check was not tried."""
+    failed: frozenset[tuple[str, str]]
+    """Ids and cases of the failures."""
+    defects: tuple[str, ...]
+    """Ids of the known defects that explain failures."""
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """One check that fails in at least one environment."""
+
+    implementation: str
+    target: str
+    """Target of the implementation: for a base, the quantisation."""
+    check: str
+    """`method/check`, without dtype and state."""
+    fields: tuple[CheckField, ...]
+    """One per environment."""
+
+    @property
+    def differs(self) -> bool:
+        """True if the environments have different failures, or known defects explain them in some only."""
+        return len({(field.summary and field.summary.status, field.failed) for field in self.fields}) > 1
+
+
+@dataclass(frozen=True)
+class DefectField:
+    """One known defect in one environment."""
+
+    version: str
+    """Version of the library. Empty if it is not installed."""
+    in_range: bool
+    """True if the entry's range contains this version."""
+    shown: int
+    """Number of failures that look like the defect, whatever the entry's range says."""
+    tried: int
+    """Number of outcomes that passed or look like the defect. One that failed in another way tells nothing about it."""
+
+
+@dataclass(frozen=True)
+class DefectRow:
+    """One known defect that shows in at least one environment."""
+
+    defect: Defect
+    fields: tuple[DefectField, ...]
+    """One per environment."""
+
+    @property
+    def differs(self) -> bool:
+        """True if the defect shows in some environments, but not in all in which it was tried."""
+        return len({field.shown > 0 for field in self.fields if field.tried}) > 1
+
+    @property
+    def is_misdated(self) -> bool:
+        """True if the entry's range contradicts an environment."""
+        return any(
+            field.tried and not self.defect.sometimes and field.in_range != (field.shown > 0) for field in self.fields
+        )
+
+
+def check_rows(tried: Iterable[CheckOutcome], environments: Sequence[CheckedEnvironment]) -> list[CheckRow]:
+    """Return the checks that fail in at least one environment, sorted."""
+    found: dict[tuple[str, str, str], dict[str, list[CheckOutcome]]] = {}
+    for one in tried:
+        key = (one.implementation, one.target, f"{one.result.id.target}/{one.check}")
+        found.setdefault(key, {}).setdefault(one.environment, []).append(one)
+    rows = [
+        CheckRow(*key, tuple(_check_field(outcomes.get(one.label, [])) for one in environments))
+        for key, outcomes in sorted(found.items())
+    ]
+    return [row for row in rows if any(field.failed for field in row.fields)]
+
+
+def _check_field(tried: Sequence[CheckOutcome]) -> CheckField:
+    failed = [one for one in tried if one.status in _FAILED]
+    return CheckField(
+        summary.summarise(tried),
+        frozenset((one.result.check, one.case) for one in failed),
+        tuple(sorted({one.defect for one in failed if one.defect})),
+    )
+
+
+def defect_rows(
+    tried: Iterable[CheckOutcome], defects: Iterable[Defect], environments: Sequence[CheckedEnvironment]
+) -> list[DefectRow]:
+    """Return the known defects that show in at least one environment, in the order of their file."""
+    by_label: dict[str, list[CheckOutcome]] = {one.label: [] for one in environments}
+    for one in tried:
+        by_label.get(one.environment, []).append(one)
+    rows = [
+        DefectRow(
+            defect,
+            tuple(_defect_field(defect, by_label[one.label], one.environment.software) for one in environments),
+        )
+        for defect in defects
+    ]
+    return [row for row in rows if any(field.shown for field in row.fields)]
+
+
+def _defect_field(defect: Defect, tried: Sequence[CheckOutcome], software: dict[str, str]) -> DefectField:
+    shown = sum(defect.explains(one) for one in tried)
+    passed = sum(one.result.outcome is Outcome.PASS and defect.matches(one) for one in tried)
+    return DefectField(
+        version=software.get(defect.library, ""),
+        in_range=defect.applies(software),
+        shown=shown,
+        tried=shown + passed,
+    )

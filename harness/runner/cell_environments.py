@@ -1,0 +1,52 @@
+"""Environments of the Cells that name one: made before the run, and described by their own Python."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from harness.assets.environments import create, folder, table
+from harness.assets.environments.packages import IndexOptions
+from harness.errors import HarnessError
+from harness.records.environment import code_version
+from harness.records.record import Cell, Environment
+
+_DESCRIBE = "from harness.records import environment as e; print(e.describe(e.threads()).model_dump_json())"
+
+
+@dataclass(frozen=True)
+class CellEnvironment:
+    """The environment of a Cell."""
+
+    python: str
+    """Path of its interpreter."""
+    described: Environment
+    """Machine and software, as its interpreter sees them."""
+
+
+def ensure(cells: Iterable[Cell], say: Callable[[str], None]) -> dict[str, CellEnvironment]:
+    """Make the environments that Cells name, if they do not exist, and return them by `Cell.environment`.
+
+    Raises UsageError for a version that does not exist, and HarnessError if an environment cannot be made or used.
+    """
+    known = {one.name: one.file.spec for one in folder.made() if one.is_current} | table.load()
+    texts = dict.fromkeys(cell.environment for cell in cells if cell.environment)
+    specs = {text: table.resolve(text, known) for text in texts}
+    return {text: _described(create.ensure(spec, IndexOptions(), say).python) for text, spec in specs.items()}
+
+
+def _described(python: object) -> CellEnvironment:
+    command = [str(python), "-P", "-c", _DESCRIBE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        described = Environment.model_validate_json(done.stdout)
+    except ValidationError as error:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise HarnessError(f"the harness does not run there: {last}", where=str(python), hint="remove it") from error
+    if described.code_version != code_version():
+        hint = "install the harness, e.g. by `pip install -e .`, and remove the environment: `peft-harness env remove`"
+        raise HarnessError("this environment runs other code of the harness", where=str(python), hint=hint)
+    return CellEnvironment(str(python), described)
