@@ -1,4 +1,4 @@
-"""Adapter files: the weights that a LoRA file in the format of HF peft gives to a model. A format, not a Method.
+"""Adapter files: compute the weights that a LoRA file in the format of HF peft gives a model. A format, not a Method.
 
     W' = W + s B A                                s = alpha / r, with use_rslora s = alpha / sqrt(r)
     W' = m (W + s B A) / ||W + s B A||            use_dora, one m per output
@@ -38,13 +38,13 @@ UNSUPPORTED = {
     "use_bdlora": "A or B is block-diagonal",
     "use_qalora": "inputs are pooled",
 }
-"""Keys of a config that give the tensors another meaning, with this meaning. They are not implemented here."""
+"""Key of a config -> the meaning that it gives the tensors. These meanings are not implemented here."""
 _EXPERT = re.compile(r"(?P<block>.+)\.(?:block_sparse_moe|mlp)\.experts\.(?P<expert>\d+)\.(?P<name>\w+)")
 _STACKED = {
     "w1": ("gate_up_proj", 0), "gate_proj": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "up_proj": ("gate_up_proj", 1),
     "w2": ("down_proj", None), "down_proj": ("down_proj", None),
 }  # fmt: skip
-"""Name of a layer of one expert -> the stack that holds its weight, and the half of the stack's outputs."""
+"""Name of one expert's layer -> the stacked parameter that holds its weight, and the half of the outputs; see `half`."""
 _INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """Values of init_lora_weights after which the base weight differs from that of the base model."""
 
@@ -71,7 +71,7 @@ class AdapterSettings:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> AdapterSettings:
-        """Return the settings in the content of an adapter_config.json. A missing key, or null, is its default."""
+        """Return the settings in the content of an adapter_config.json. A missing key or null gives the default."""
         names = [one.name for one in fields(cls)]
         return cls(**{name: config[name] for name in names if config.get(name) is not None})
 
@@ -100,10 +100,11 @@ class AdapterSettings:
         return replace(self, lora_alpha=factor * self.lora_alpha, alpha_pattern=alphas)
 
     def targets(self, path: str) -> bool:
-        """Return whether target_modules selects the module at this path. See `targeted` for `all-linear`.
+        """Return whether target_modules selects the module at this path. `targeted` handles `all-linear`.
 
-        exclude_modules and modules_to_save win over target_modules. A string is a regular expression for the whole
-        path. A list holds whole paths or ends of paths, and layers_to_transform restricts it to some blocks.
+        exclude_modules and modules_to_save take precedence over target_modules. A string is a regular expression that
+        must match the whole path. A list holds whole paths or ends of paths. layers_to_transform restricts ends of
+        paths to some blocks.
         """
         excluded, wanted = self.exclude_modules or (), self.target_modules or ()
         if re.fullmatch(excluded, path) if isinstance(excluded, str) else _ends_with(path, excluded):
@@ -115,12 +116,13 @@ class AdapterSettings:
         return path in wanted or (_ends_with(path, wanted) and self._transforms(path))
 
     def _transforms(self, path: str) -> bool:
-        """Return whether layers_to_transform has the number of the block that holds the module at this path."""
+        """Return whether layers_to_transform contains the number of the block in which the module at this path lies."""
         blocks = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
         if not blocks:
             return True
         names = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names or ()] or [r".*?\.[^.]*\.(\d+)\."]
+        names = [name for name in names or () if name]
+        patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names] or [r".*?\.[^.]*\.(\d+)\."]
         found = next(filter(None, (re.match(pattern, path) for pattern in patterns)), None)
         return found is not None and int(found[1]) in blocks
 
@@ -143,14 +145,14 @@ class LayerUpdate:
     parameter: str
     """Name of the parameter in this module: `weight`, or the name of a stack of experts."""
     kind: str
-    """Kind of the module, one of `KINDS`; `stack` for a parameter that target_parameters selects; or `expert` for a layer
-    of one expert, in a file that was made before the base stacked its experts."""
+    """One of `KINDS`: the kind of the module. `stack`: target_parameters selects the parameter. `expert`: the update is
+    for the layer of one expert; files from before transformers stacked the experts have such layers."""
     rank: int
     scaling: float
     A: str
-    """Key of A: (R, D), for an embedding (R, entries), for a stack (K R, D) with the ranks of an expert together."""
+    """Key of A: (R, D); for an embedding (R, entries); for a stack (K R, D), where the R rows of an expert are adjacent."""
     B: str
-    """Key of B: (E, R), for a stack (E, R K) with the experts of a rank together."""
+    """Key of B: (E, R); for a stack (E, R K), where the K columns of a rank are adjacent."""
     bias: str = ""
     """Key of c (E,), or an empty string."""
     magnitude: str = ""
@@ -207,7 +209,7 @@ class LayerUpdate:
 
 
 def _stacked_update(A: Tensor, B: Tensor, experts: int) -> Tensor:
-    """Return B A of each expert, (K, E, D), for A (K R, D), expert by expert, and B (E, R K), rank by rank."""
+    """Return B A of each expert, (K, E, D). A is (K R, D), ordered by expert; B is (E, R K), ordered by rank."""
     A_KRD, B_ERK = A.reshape(experts, -1, A.shape[-1]), B.reshape(len(B), -1, experts)
     return torch.einsum("erk,krd->ked", B_ERK, A_KRD)
 
@@ -222,7 +224,7 @@ class AdapterReading:
     unused: dict[str, str]
     """Key of the file that has no meaning for this base -> reason."""
     absent: tuple[str, ...]
-    """Modules and parameters of the base that the config targets, but that have no A or no B in the file."""
+    """Modules and parameters of the base that the config targets, but for which the file lacks A or B."""
 
 
 def read(settings: AdapterSettings, keys: Sequence[str], model: nn.Module) -> AdapterReading:
@@ -248,9 +250,9 @@ def read(settings: AdapterSettings, keys: Sequence[str], model: nn.Module) -> Ad
 def apply(model: nn.Module, settings: AdapterSettings, tensors: Mapping[str, Tensor]) -> AdapterReading:
     """Write the weights that a file gives into `model`, and return the reading of the file.
 
-    The weights are computed in the dtype of the model. A layer that is tied to another one is untied, because a file
-    gives weights to one layer: an adapter of the embedding leaves the tied head as it is. The one exception is a base
-    weight in the file, which replaces the weight of both layers. Raises ValueError if a tensor has a wrong shape.
+    The weights are computed in the dtype of the model. An update of one of two tied layers unties them: an adapter of
+    the embedding does not change the tied head. Only a base weight in the file replaces the weight of both layers.
+    Raises ValueError if a tensor has a wrong shape.
     """
     reading = read(settings, list(tensors), model)
     for key, name in reading.replaced.items():
@@ -280,12 +282,12 @@ WeightedAdapter = tuple[AdapterSettings, Mapping[str, Tensor], float]
 
 @torch.no_grad()
 def combine(model: nn.Module, adapters: Sequence[WeightedAdapter]) -> None:
-    """Write the weights that a weighted sum of adapters gives into `model`.
+    """Write the weights of a weighted sum of adapters into `model`.
 
         P' = P + sum_i w_i (P_i - P)
 
     P is a parameter of the base, and P_i is the same parameter with adapter i alone: see `apply`. P is 0 where the base
-    has no bias. The sum is rounded once, to the dtype of the model. Raises ValueError as `apply`.
+    has no bias. The sum is rounded once, to the dtype of the model. Raises ValueError if a tensor has a wrong shape.
     """
     base = {name: p.detach().double() for name, p in model.named_parameters(remove_duplicate=False)}
     sums: dict[str, Tensor] = {}
@@ -332,9 +334,9 @@ def _possible(settings: AdapterSettings, keys: Sequence[str], model: nn.Module) 
 
 
 def _of_experts(settings: AdapterSettings, keys: Sequence[str], model: nn.Module) -> Iterator[LayerUpdate]:
-    """Yield an update for each layer of one expert that the file names and the config targets, if the base stacks experts.
+    """Yield an update for each layer of one expert that the file names and the config targets.
 
-    Patterns fit the name of the layer in the file.
+    If the base does not stack its experts, yield none. The config's patterns refer to the layer's name in the file.
     """
     modules = dict(model.named_modules())
     for key in keys:
@@ -351,7 +353,7 @@ def _of_experts(settings: AdapterSettings, keys: Sequence[str], model: nn.Module
 
 
 def _saved(settings: AdapterSettings, model: nn.Module) -> list[str]:
-    """Return the paths of the modules that the file replaces. Names match ends of paths, even within a word."""
+    """Return the paths of the modules that the file replaces. A name matches the end of a path, even within a word."""
     return [path for path, _ in model.named_modules() if path.endswith(settings.saved)] if settings.saved else []
 
 

@@ -10,7 +10,8 @@ for (const chart of document.querySelectorAll(".chart")) {
     figures.forEach((figure) => { figure.hidden = figure !== wanted; });
     choices.forEach((button) => button.setAttribute("aria-pressed", button.dataset.figure === wanted.id));
   };
-  const follow = () => {
+  const follow = (event) => {
+    if (event && !location.hash.startsWith("#?")) return; // a link within the page keeps the choice
     const name = location.hash.startsWith("#?") && new URLSearchParams(location.hash.slice(2)).get(chart.id);
     const found = figures.find((figure) => figure.dataset.choice === name);
     choose(found ?? figures[0]);

@@ -138,9 +138,17 @@ function openFor(id) {
   location.replace(`#${id}`); // now the row exists, and is the target
 }
 
+function anchor() {
+  try {
+    return decodeURIComponent(location.hash.slice(1));
+  } catch {
+    return ""; // no valid text, so no id of this page
+  }
+}
+
 function followHash() {
   if (!location.hash.startsWith("#?")) {
-    openFor(decodeURIComponent(location.hash.slice(1)));
+    openFor(anchor());
     const row = document.querySelector("tr:target"), table = row?.closest("table.sortable");
     if (!table) return;
     table.closest("details.stored")?.setAttribute("open", "");

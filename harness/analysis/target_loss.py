@@ -1,9 +1,9 @@
 """Time to a target loss: seconds of training until the smoothed training loss of a recipe first reaches a target.
 
 The target belongs to a group of recipes with one budget: the highest final loss among the recipes near the top
-(`choice.MARGIN`). So every recipe near the top reaches it, and the time compares how fast recipes get as far as a recipe
-that a reader might choose. A loss is smoothed by the mean over the last steps. The time counts the steps themselves, those
-of the warm-up included, and neither start-up nor evaluation. A low training loss is no proof of a high accuracy.
+(`choice.MARGIN`). So every recipe near the top reaches it. The time says how fast a recipe reaches the loss of a recipe
+that a reader might choose. A smoothed loss is the mean over the last steps. The time is the sum over all steps, including
+warm-up, without start-up and evaluation. A low training loss does not prove a high accuracy.
 """
 
 from __future__ import annotations
@@ -48,15 +48,16 @@ class TimeToTarget:
 
 
 def target(chosen: Choice) -> TargetLoss | None:
-    """Return the target loss of a group of recipes. Without losses of a recipe near the top, return None."""
+    """Return the target loss of a group of recipes. Return None if no recipe near the top has losses."""
     window = _window(max((len(losses) for e in chosen.near for r in e.records if (losses := _losses(r))), default=0))
     final = [loss for e in chosen.near if (loss := _typical(e, lambda r: _final(r, window))) is not None]
     return TargetLoss(max(final), window) if final else None
 
 
 def time_to(entry: RankingEntry, to: TargetLoss) -> TimeToTarget | None:
-    """Return how long a recipe trained to the target. Without losses or times of steps, or if no time of one of its Cells
-    may be shown, return None.
+    """Return how long a recipe trained to the target.
+
+    Return None if it has no losses or no times of steps, or if a failed check forbids the times of one of its Cells.
     """
     timed = [r for r in entry.records if r.training and len(r.training.step_seconds) == len(_losses(r)) > 0]
     if not timed or any(map(failed_checks.no_speed, entry.records)):

@@ -16,7 +16,7 @@ from harness.methods.base_model import empty_base
 
 
 def check(path: Path, base_model: Path | None, as_json: bool) -> Exit:
-    """Judge an adapter, print the findings and what known loaders make of it, and return the exit code.
+    """Judge an adapter, print the findings and how known loaders read it, and return the exit code.
 
     base_model: folder of the base. By default, base_model_name_or_path if that is a folder; otherwise the file is
     judged by itself. Raises UsageError if the adapter or the base cannot be read.

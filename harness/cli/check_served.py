@@ -133,7 +133,7 @@ def _base_name(name: str, folder: Path, listed: Sequence[ServedModel], adapters:
     names = [one.name for one in listed]
     bases = [one.name for one in listed if not one.parent and one.name not in adapters]
     if name:
-        if names and name not in names:  # `transformers serve` may list none, and still has one
+        if names and name not in names:  # `transformers serve` may list no model, although it has one
             raise UsageError(
                 f"the server has no model {name}", where="--base-model", hint=did_you_mean(name, names, "it has")
             )

@@ -22,7 +22,7 @@ def index_options(command: _C) -> _C:
     command = click.option(
         "--find-links", multiple=True, metavar="FOLDER", help=f"Folder or page with wheels. {options.AGAIN}"
     )(command)
-    return click.option("--offline", is_flag=True, help="Ask no package index, only --find-links.")(command)
+    return click.option("--offline", is_flag=True, help="Use no package index, only --find-links.")(command)
 
 
 def index(offline: bool, find_links: tuple[str, ...]) -> IndexOptions:
@@ -36,18 +36,19 @@ def index(offline: bool, find_links: tuple[str, ...]) -> IndexOptions:
 def env() -> None:
     """Environments for libraries that cannot share one Python.
 
-    An environment holds other versions of libraries, or libraries that exclude others. `check` runs implementations in it.
-    pip resolves and downloads with your settings of index and proxy; uv installs if it is on the path.
+    An environment holds other versions of libraries, or libraries that conflict with others. `check` runs implementations
+    in it. pip resolves and downloads packages with your index and proxy settings. uv installs them if it is on the path,
+    otherwise pip does.
     """
 
 
 @env.command("create")
 @click.argument("name", metavar="[NAME]", required=False)
-@click.option("--with", "requirement", metavar="REQUIREMENT", help="Make one for this version, e.g. peft==0.19.1.")
+@click.option("--with", "requirement", metavar="REQUIREMENT", help="Library and version to install, e.g. peft==0.19.1.")
 @click.option(
     "--file", "file", type=options.FILE, metavar="FILE", help="Table of environments, like suites/environments.yaml."
 )
-@click.option("--dry-run", is_flag=True, help="Only say what would be downloaded, and how large it is.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be downloaded, and its size.")
 @index_options
 def create(
     name: str | None, requirement: str | None, file: Path | None, dry_run: bool, offline: bool, find_links: tuple[str, ...]
@@ -61,7 +62,7 @@ def create(
 @env.command("list")
 @options.as_json
 def list_(as_json: bool) -> Exit:
-    """List the environments: those that exist, and those that could be made."""
+    """List the environments that exist, and those that could be made."""
     from harness.cli import environments
 
     return environments.list_(as_json)

@@ -111,7 +111,7 @@ def _state(environment: MadeEnvironment) -> str:
 
 def remove(names: Sequence[str]) -> Exit:
     """Remove all environments with these names, also those that another Python made."""
-    for environment in [one for name in names for one in _named(name)]:
+    for environment in [one for name in dict.fromkeys(names) for one in _named(name)]:
         folder.remove(environment)
         print_lines([f"removed {environment.name}: {_size(environment)}"])
     return Exit.PASS
@@ -120,6 +120,9 @@ def remove(names: Sequence[str]) -> Exit:
 def repair(name: str, index: IndexOptions) -> Exit:
     """Verify an environment, make it again if it is damaged, and print what was wrong."""
     *_, environment = sorted(_named(name), key=lambda one: one.is_current)
+    if not environment.is_current:
+        hint = f"`peft-harness env remove {name}` and `peft-harness env create`, or repair it with its own Python"
+        raise UsageError(f"another Python or torch made the environment {name!r}", hint=hint)
     with handle_termination():
         wrong = creation.repair(environment, index, print_note)
     print_lines([f"{name}: {one}" for one in wrong] + [f"{name}: {'repaired' if wrong else 'is whole'}"])

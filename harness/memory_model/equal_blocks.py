@@ -1,7 +1,7 @@
 """Count a model of many equal blocks from copies with one block and with two blocks.
 
-Every count is a sum over layers, or a maximum over layers. So each block after the first adds the same number, and the
-count of the whole model follows exactly. A Llama with 80 blocks takes no longer to count than one with 32.
+Every count is a sum or a maximum over layers. So each block after the first adds the same number, and the two copies give
+the exact count of the whole model. Counting a Llama with 80 blocks takes no longer than counting one with 32.
 """
 
 from __future__ import annotations

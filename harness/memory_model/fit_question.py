@@ -21,11 +21,11 @@ from harness.memory_model.messages import MethodCount, ModelCount, StepAnswer, S
 from harness.methods.spec import methods
 
 _PACKED = "nf4"
-"""Base that replaces an unpacked one."""
+"""Packed base that the change `base` puts in the place of an unpacked one."""
 _EIGHT_BIT = {"adamw": "adamw-8bit", "paged-adamw": "paged-adamw-8bit"}
 """Optimizer -> the optimizer with moments in 8 bits that replaces it."""
 _DOUBT = 0.25
-"""Relative error of a closed form at which a step decides. In tests, closed forms differ by at most 20 %."""
+"""Assumed largest relative error of a closed form; within it, a step decides. In tests, the error is at most 20 %."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def answer(request: FitRequest, counted: ModelCount, document: Mapping[str, Any]
     answer: `yes` if at least one row fits, `no` if none fits, or `unknown` if there is no prediction. Each row gets
     `fits`, `needed_B` and `free_B`. A row that does not fit also gets `largest_batch`, which is 0 if not even one text
     fits, and `changes`: the settings that were tried, each with `fits`, `needed_B` and `free_B`. by_steps: predict from
-    training steps on fake tensors. Raises UsageError if a closed form is asked of a model that has none.
+    training steps on fake tensors. Raises UsageError if this is False and the model has no closed form.
     """
     if not by_steps and not document["activations_known"]:
         what = f"there is no closed form of the activations of {request.model.name}"
@@ -52,7 +52,7 @@ def answer(request: FitRequest, counted: ModelCount, document: Mapping[str, Any]
     asked = _Question(request, counted, document, by_steps)
     rows = asked.answered()
     fits = [row["fits"] for row in rows if row["ledger"]]
-    word = "yes" if True in fits else "no" if False in fits else "unknown"
+    word = "yes" if True in fits else "unknown" if None in fits or not fits else "no"
     checked = any(row.get("peak_B") is not None for row in rows)
     return dict(document) | {"batch": request.batch, "answer": word, "checked": checked, "rows": rows}
 
@@ -98,7 +98,7 @@ class _Question:
         if not self.by_steps:
             return [_judged(row, row["ledger"]["total_B"], self.room) for _, row in rows], []
         if rows or searches:
-            of_searches = f", and searching {plural(len(searches), 'largest batch')}" if searches else ""
+            of_searches = f", and looking for the largest batch of {plural(len(searches), 'row')}" if searches else ""
             print_note(f"simulating {plural(len(rows), 'training step')}{of_searches} (a few seconds each) ...")
         steps = [Search(how, self.counted, self.document).step(row, self.batch, self.tokens) for how, row in rows]
         answers = run_steps([*steps, *searches])

@@ -23,7 +23,7 @@ class PeftEquivalent:
     keys: dict[str, Any] | None
     """Content of an adapter_config.json; None if there is no equivalent."""
     remark: str
-    """Sentence on what to do besides, or why there is no equivalent; can be empty."""
+    """Sentence that says what else to do, or why there is no equivalent. May be empty."""
 
 
 def peft_equivalent(method: str, config: Config, quantization: str = "none") -> PeftEquivalent:
@@ -44,7 +44,9 @@ def peft_equivalent(method: str, config: Config, quantization: str = "none") -> 
         return PeftEquivalent(None, f"There is no {FILE} for {method}: the Cell's config lacks {error.args[0]}.")
     keys["target_modules"] = _ALL_LINEAR if names == [_ALL_LINEAR] else names
     bits = method == "qlora" or quantization != "none"
-    remark = "Load the base model in 4 bits first (`BitsAndBytesConfig` of transformers, nf4). " if bits else ""
+    twice = quantization == "nf4-dq" or (method == "qlora" and config.get("double_quant", True))
+    how = "nf4, bnb_4bit_use_double_quant" if twice else "nf4"
+    remark = f"Load the base model in 4 bits first (`BitsAndBytesConfig` of transformers, {how}). " if bits else ""
     return PeftEquivalent(keys, f"{remark}Add the `task_type` of your model.")
 
 
@@ -55,6 +57,10 @@ def _refusal(config: Config) -> str:
         return f"peft needs the names of the layers, and this config says {', '.join(names)}"
     if config.get("per", "output") != "output" or not config.get("detach_norm", True):
         return "peft's DoRA has one magnitude per output feature, and its norm has no gradient"
+    if config.get("block", 64) != 64:
+        return "transformers quantises with blocks of 64 weights"
+    if config.get("conv", "peft") != "peft":
+        return "peft's LoRA of a convolution is another one"
     if config.get("regularization", "mean-norm") != "mean-norm":
         return "peft's AdaLoRA has another regulariser"
     return ""

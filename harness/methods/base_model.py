@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _KEPT_B = 2**22
-"""Largest size of the weights of a model that is kept in memory, in bytes: checks load tiny models hundreds of times."""
+"""Models with at most this many bytes of weights stay in memory: checks load tiny models hundreds of times."""
 
 
 def _model_class(folder: Path) -> tuple[Any, Any]:

@@ -28,7 +28,7 @@ class Loader:
     """
 
     combinations: tuple[str, ...] = ("",)
-    """Names of the ways in which the program adds adapters up. Each is checked."""
+    """Names of the ways in which the program combines adapters. The harness checks each."""
 
     def load(self, folder: Path, name: str) -> None:
         """Load the adapter in `folder`, which has adapter_config.json and adapter_model.safetensors, as `name`."""
@@ -57,15 +57,15 @@ class Loader:
         raise Unsupported("unmerge: it merges no adapter")
 
     def hotswap(self, folder: Path, name: str) -> None:
-        """Replace the adapter `name` by that in `folder`, without loading the base again."""
+        """Replace the adapter `name` by the one in `folder`, without loading the base again."""
         raise Unsupported("hotswap: it replaces no adapter in place")
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Return a context in which `logits` of any name are those of the base."""
+        """Return a context in which `logits` returns the logits of the base for every name."""
         raise Unsupported("disabled: it cannot switch adapters off")
 
     def set_scale(self, name: str, factor: float) -> None:
-        """Multiply the scaling that the file of this adapter gives by `factor`."""
+        """Set the scaling of an adapter to `factor` times the scaling that its file gives."""
         raise Unsupported("set_scale: it changes no scaling")
 
     def train(self, mode: bool) -> None:

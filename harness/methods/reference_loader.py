@@ -1,4 +1,4 @@
-"""The loader `reference`: the reading of adapter files in reference/adapter_file.py, and transformers for the base model."""
+"""The loader `reference`: it reads files as reference/adapter_file.py does. transformers runs the base model."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class ReferenceLoader(Loader):
         self.adapters[name] = [replace(one, factor=factor) for one in self.adapters[name]]
 
     def train(self, mode: bool) -> None:
-        """Switch to training mode. Nothing is random here, so the logits do not depend on it."""
+        """Switch to training mode. The logits do not depend on the mode, because nothing here is random."""
         self.training = mode
 
     def copy(self) -> ReferenceLoader:

@@ -19,7 +19,7 @@ _COLUMNS, _COLUMN, _ROW, _HEAD = 3, 185.0, 18.0, 28.0
 
 
 def write_charts(analysed: Sequence[RunFacts], folder: Path, option: str = "--svg") -> list[Path]:
-    """Write every chart of some runs to `folder`, and return the paths. Raise UsageError if that cannot be written."""
+    """Write every chart of some runs to `folder`, and return the paths. Raise UsageError if the folder cannot be written."""
     styles, written = {scheme: _style(dark=scheme == "dark") for scheme in ("light", "dark")}, []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def write_charts(analysed: Sequence[RunFacts], folder: Path, option: str = "--sv
 
 
 def _pages(analysed: Sequence[RunFacts]) -> dict[str, dict[str, Any]]:
-    """Return what the template of each chart needs, by the name of its file: model, task and title."""
+    """Map the file name of each chart to the values for its template. Model, task and title make the name."""
     found: dict[str, dict[str, Any]] = {}
     for f, one in ((facts, one) for facts in analysed for one in chart_sets.every(facts)):
         legend = [entry for entry in one["legend"] if entry["shown"]]
@@ -55,7 +55,7 @@ def _pages(analysed: Sequence[RunFacts]) -> dict[str, dict[str, Any]]:
 
 
 def _style(*, dark: bool) -> str:
-    """Return the style of charts without variables, since few programs but browsers know them."""
+    """Return the style of charts, with CSS variables replaced by their values. Few programs but browsers know variables."""
     page, rules = html.data("report.css", "charts.css"), html.data("charts.css")
     named = [_DARK.sub("", page), *(_DARK.findall(page) if dark else ())]
     values = dict(pair for text in named for pair in re.findall(r"--([\w-]+): ([^;]+);", text))

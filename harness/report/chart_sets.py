@@ -1,6 +1,6 @@
 """Charts of a run: accuracy against costs, ranks and learning rates; losses by step; time by phase.
 
-A chart set has one figure, or several of which the reader chooses one, and one legend for all of them.
+A chart set has one or more figures, and one legend for all of them. The reader chooses which figure to see.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _RISE = 1.25
 _POINTS = 150
 """Largest number of points of a drawn curve."""
 _BARS = 24
-"""Largest number of Cells with a bar of time each. If there are more, a bar is the mean of the Cells of a method."""
+"""Largest number of Cells for which the chart of time has one bar per Cell. For more, it has one mean bar per method."""
 _STEPS = Axis("optimizer step", "{:.0f}".format, log=False)
 _UNITS: dict[str, tuple[float, str, Callable[[float], str], Callable[[float], str]]] = {
     "B": (formatting.MIB, " MiB", formatting.mebibytes, "{:,.6g}".format),
     "s": (1e-3, " ms", formatting.milliseconds, "{:,.6g}".format),
     "1": (1.0, "", "{:,.0f}".format, formatting.short_count),
 }
-"""For each unit of a cost: the shown unit, its name, and functions that format a value and a tick in the shown unit."""
+"""Unit of a cost -> size and name of the shown unit; function that formats a cost; function that formats a tick."""
 
 
 def every(f: RunFacts) -> list[ChartSet]:
@@ -107,7 +107,7 @@ def accuracy(f: RunFacts, g: Group) -> ChartSet | None:
     ]
 
     def placed(points: dict[int, Point]) -> list[Series]:
-        """Return the lines with those entries that have a point, by id(), from the lowest to the highest rank."""
+        """Return the series with their points, from the lowest to the highest rank. points: id() of entry -> point."""
         drawn = [
             replace(s, points=[points[id(e)] for e in sorted(line, key=_rank) if id(e) in points])
             for s, line in zip(empty, lines.values(), strict=True)
@@ -188,7 +188,7 @@ def _tried(f: RunFacts, search: tuning.Search, t: tuning.Try, s: Score) -> Point
 
 def curves(f: RunFacts) -> list[ChartSet]:
     """Return charts of the training losses, by model and task. The curve of several seeds shows mean losses."""
-    trained = [record for record in f.latest.values() if record.training and record.training.losses]
+    trained = [record for record in f.latest.values() if record.training and len(record.training.losses) > 1]
     return [_curves(f, *place) for place in group((_place(record.cell), record) for record in trained).items()]
 
 
@@ -217,14 +217,15 @@ def _curves(f: RunFacts, title: str, records: Sequence[Record]) -> ChartSet:
     ]
     clipped = f"Drawn up to {bound:.3g}, {_RISE:g} times the highest first loss: {'; '.join(over)}." if over else ""
     chart = charts.xy(_STEPS, Axis("training loss, nats", "{:.3g}".format), series)
-    note = f"At first: the best recipe of each method, at most {_CURVES}." if len(shown) < len(series) else ""
+    first = "the best recipe" if any(g.ranked for g in f.groups) else "one recipe"
+    note = f"At first: {first} of each method, at most {_CURVES}." if len(shown) < len(series) else ""
     return _set(
         title, [_figure("Training loss", chart, ["Mean of all seeds and of five steps.", clipped])], series, note
     )
 
 
 def _curve(s: Series, values: Sequence[float], low: float = -math.inf, high: float = math.inf) -> Series:
-    """Return a series as a curve over the steps, drawn from `low` to `high`. Of many steps, each second, ... has a point."""
+    """Return a series as a curve over the steps, drawn from `low` to `high`. It has at most `_POINTS` points."""
     steps = range(0, len(values), math.ceil(len(values) / _POINTS))
     points = [Point(float(t), min(max(values[t], low), high)) for t in steps]
     kind = "curve" if s.kind == "line" else s.kind

@@ -103,7 +103,9 @@ def _cost(names: Names, chosen: Choice) -> dict[str, Any]:
     details = [f"{names[id(pick)]} against {names[id(against)]}." if against is not None else f"{names[id(pick)]}."]
     busy = [names[id(e)] for e in (pick, against) if e is not None and recipes.busy(e)]
     if busy:
-        details.append(f"! Other programs used the CPU while {' and '.join(busy)} trained: these times are too high.")
+        details.append(
+            f"! Other programs used the CPU while {' and '.join(busy)} trained: these times may be too high."
+        )
     return _card("At what cost?", ", ".join(parts) + "." if parts else "No costs were measured.", *details)
 
 

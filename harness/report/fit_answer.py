@@ -52,7 +52,8 @@ def _changes(row: _Row, size: MemorySize, several: bool) -> Iterator[str]:
         for change in fitting
         if len(change["settings"]) == fewest
     ]
-    none = "does not fit: one text is too much, and so is every change that was tried"
+    alone = "one text is too much" if row["largest_batch"] == 0 else "the largest batch is unknown"
+    none = f"does not fit: {alone}{', and no change that was tried suffices' if row['changes'] else ''}"
     yield f"  {_name(row, several)} {'would fit with ' + ' or '.join(ways) if ways else none}"
 
 

@@ -29,7 +29,7 @@ _UNTIMED = "not trained, or not timed"
 def table(f: RunFacts, key: str, title: str, group: Group, names: Names, chosen: Choice) -> Table:
     """Return the table of the recipes of a group, best first, with their intervals drawn on one scale.
 
-    key: the HTML id. Each row has `recipe`, its numbers in base units by name.
+    key: the HTML id. `recipe` of each row maps names to the numbers of the recipe, in base units.
     """
     target, scale = target_loss.target(chosen), _scale(group)
     columns = list(_columns(group, target))
@@ -200,7 +200,7 @@ def _file(record: Record) -> float | None:
 
 
 def _passes(record: Record) -> list[tuple[str, int, int]]:
-    """Return the kinds of pass with one adapter: kind, batch and tokens. The last, e.g. `decode`, has a column."""
+    """Return kind, batch and tokens of each measured pass. The table shows only the last one, e.g. `decode`."""
     measured = record.measurements.latency if record.measurements else []
     return list(dict.fromkeys((x.kind, x.batch, x.tokens) for x in measured if x.variant == "base"))
 

@@ -17,8 +17,8 @@ Column = dict[str, Any]
 _SCALES = {"MiB": 1 / MIB, "ms": 1e3, "MHz": 1e-6, "%": 100, "points": 100}
 """Unit of a column -> factor by which the values in base units are multiplied. Other units are base units."""
 STATIC = 200
-"""Number of Cells up to which the page has all rows of its tables of Cells. In a larger run, it stores the rows as data, and
-its script makes the rows of a table when a reader opens the table."""
+"""Largest number of Cells for which the page holds its tables of Cells as HTML. For a larger run, it stores the rows as
+data, and its script makes the rows of a table when a reader opens the table."""
 
 
 def column(label: str, title: str = "", *, number: bool = True, key: str = "", shown: bool = True) -> Column:
@@ -26,7 +26,7 @@ def column(label: str, title: str = "", *, number: bool = True, key: str = "", s
 
     label: its heading; if the column has a unit, the heading ends in a comma and the unit. title: explanation of the
     column. key: name by which other code finds the column's fields; empty if no code needs them. shown: whether the reader
-    sees the column without choosing it; a column to choose has a key.
+    sees the column at first; a column that is hidden at first needs a key.
     """
     scale = _SCALES.get(label.rpartition(", ")[2], 1)
     return {"label": label, "title": title, "number": number, "key": key, "scale": scale, "shown": shown}
@@ -108,9 +108,9 @@ def _natural(text: str) -> tuple[float, str]:
 def stored(tables: Iterable[Table]) -> dict[str, Any]:
     """Return the rows of the tables whose rows the page stores as data, until a reader opens the table.
 
-    `rows`: what identifies a row, once for all tables: name, title, Record, link, facets. `tables`: by id, for each group
-    its title and its rows. A row is the number of its entry in `rows`, its anchor, and its fields, without their last
-    empty parts. `texts`: the strings that occur in fields; a field names them by number.
+    `rows`: name, title, Record, link and facets of each row, once for all tables. `tables`: id of a table -> title and
+    rows of each group. A row is the number of its entry in `rows`, its anchor and its fields. A field has no empty parts
+    at its end. `texts`: the strings of all fields; a field refers to them by number.
     """
     rows: dict[str, tuple[int, list[Any]]] = {}
     texts = {"": 0}

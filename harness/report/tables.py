@@ -77,7 +77,9 @@ def _unreferenced_note(facts: RunFacts) -> list[str]:
 def short_notes(facts: RunFacts) -> list[str]:
     """Return the notes on the comparison table for the terminal. The notes on the page are longer."""
     names = first_names([name for name, _ in _busy(facts)], _NAMED)
-    text = f"busy: other programs used the CPU, so these times are too high: {names}. Rule: peft-harness explain busy"
+    text = (
+        f"busy: other programs used the CPU, so these times may be too high: {names}. Rule: peft-harness explain busy"
+    )
     return [*_unreferenced_note(facts), *([text] if names else [])]
 
 

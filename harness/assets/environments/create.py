@@ -22,7 +22,7 @@ from harness.assets.environments.table import EnvironmentSpec
 from harness.errors import AssetError, plural
 
 Say = Callable[[str], None]
-"""Function that is told what happens next, in a line."""
+"""Function that reports the next step in one line."""
 _MB = 1e6
 _GROWTH = 4
 """Estimated bytes on disk per byte of a download: the wheel, its content, and the compiled modules."""
@@ -105,7 +105,7 @@ def _make(
 
 
 def _create_python(spec: EnvironmentSpec, made: Path) -> None:
-    """Create the interpreter, without packages of its own, and let it find the harness."""
+    """Create the interpreter, without packages of its own, and make the harness importable in it."""
     venv.EnvBuilder(with_pip=False, symlinks=True).create(made)
     target = folder.site_packages(made)
     if spec.isolated:
@@ -117,13 +117,13 @@ def _create_python(spec: EnvironmentSpec, made: Path) -> None:
 
 
 def _site_folders() -> list[str]:
-    """Return the folders of packages of the Python that runs the harness. The first wins."""
+    """Return the folders of packages of the Python that runs the harness, in search order."""
     user = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
     return [there for there in [*user, *site.getsitepackages()] if Path(there).is_dir()]
 
 
 def _link_harness(target: Path) -> None:
-    """Make the packages `harness` and `reference`, and their entry points, importable. Nothing else of their folder is."""
+    """Make the packages `harness` and `reference` and their entry points importable, and nothing else in their folder."""
     top = Path(resources.__file__).resolve().parents[1]
     for package in ("harness", "reference"):
         (target / package).symlink_to(top / package)
@@ -175,7 +175,7 @@ def _versions(spec: EnvironmentSpec, python: Path) -> dict[str, str]:
 
 
 def _move_scripts(made: Path, place: Path) -> None:
-    """Let the first line of each script name the interpreter's path after the renaming of the folder."""
+    """Write the interpreter's later path, after the folder is renamed, into the first line of each script."""
     old, new = os.fsencode(f"#!{made}/"), os.fsencode(f"#!{place}/")
     for script in (made / "bin").iterdir():
         if script.is_file() and not script.is_symlink():

@@ -37,8 +37,8 @@ class EnvironmentFile(FrozenModel):
 
     spec: EnvironmentSpec
     base: dict[str, str]
-    """The Python that the environment was made by: its folder, its version, and the versions of torch and of the
-    replaced libraries there."""
+    """The Python that made the environment: its folder, its version, and its versions of torch and of the libraries
+    that the environment replaces."""
     versions: dict[str, str]
     """Required project -> its version."""
     packages: list[str]
@@ -95,7 +95,7 @@ def root() -> Path:
 
 
 def base(spec: EnvironmentSpec) -> dict[str, str]:
-    """Return the facts about the Python that runs the harness which decide how an environment turns out."""
+    """Return the properties of the Python that runs the harness on which the content of an environment depends."""
     shared = {} if spec.isolated else {"prefix": sys.prefix, "packages": ":".join(site.getsitepackages())}
     facts = {"python": platform.python_version(), "executable": os.path.realpath(sys.executable), **shared}
     for project in () if spec.isolated else ("torch", *spec.projects):
@@ -128,7 +128,7 @@ def made() -> list[MadeEnvironment]:
 
 
 def remove(environment: MadeEnvironment) -> None:
-    """Remove an environment. A killed removal leaves no half environment: the folder moves out of its place first."""
+    """Remove an environment. Its folder is renamed first, so that a killed removal leaves no half environment."""
     with cache.staging(environment.name) as staging:
         environment.folder.rename(staging / "removed")
 
@@ -137,7 +137,7 @@ def remove(environment: MadeEnvironment) -> None:
 def locked(folder: Path, wait: Callable[[], None]) -> Iterator[None]:
     """Hold the lock of an environment's folder inside the context. wait: called once if another process holds it.
 
-    The lock is a file beside the folder, which is removed at the end. The kernel releases the lock of a killed process.
+    The lock is a file beside the folder. It is removed at the end. The kernel releases the lock of a killed process.
     """
     path = Path(f"{folder}.lock")
     lock = _lock(path, wait)

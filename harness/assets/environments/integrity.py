@@ -30,7 +30,7 @@ def require_start(environment: MadeEnvironment) -> None:
 
 
 def damage(environment: MadeEnvironment) -> list[str]:
-    """Return what is wrong with an environment, a line per package. An empty list means that it is whole."""
+    """Return what is wrong with an environment, one line per package. An empty list: nothing is damaged."""
     return [*_interpreter(environment), *_packages(environment)]
 
 
@@ -48,17 +48,27 @@ def _packages(environment: MadeEnvironment) -> Iterator[str]:
     }
     for package in environment.file.packages:
         name = package.partition("==")[0].partition(" @ ")[0]
+        recorded = list(_recorded(records[name])) if name in records else []
         if name not in records:
             yield f"{name} is missing"
-        elif lost := [file for file, digest in _recorded(records[name]) if not _is_whole(folder / file, digest)]:
+        elif not recorded:
+            yield f"{name}: its RECORD lists no file"
+        elif lost := [file for file, digest in recorded if not _is_whole(folder / file, digest)]:
             yield f"{name}: {plural(len(lost), 'file')} missing or changed, e.g. {lost[0]}"
 
 
 def _recorded(record: Path) -> Iterator[tuple[str, str]]:
-    """Yield the path and the digest of each file that a package's RECORD lists with a digest."""
-    with record.open(encoding="utf-8", newline="") as file:
-        for path, digest, *_ in csv.reader(file):
-            if digest.startswith("sha256=") and not path.startswith(".."):  # scripts get another first line
+    """Yield the path and the digest of each file that a package's RECORD lists with a digest.
+
+    A line that was cut off has no digest, and counts as a damaged file.
+    """
+    with record.open(encoding="utf-8", errors="replace", newline="") as file:
+        for path, *rest in csv.reader(file):
+            if len(rest) < 2:
+                yield path, ""
+            elif (digest := rest[0]).startswith("sha256=") and not path.startswith(
+                ".."
+            ):  # `create` changes the first line of scripts
                 yield path, digest
 
 

@@ -1,7 +1,7 @@
 """Resolve, download and install the packages of an environment.
 
-The user's pip resolves and downloads, so its settings of index and proxy apply. The downloaded wheels are then installed
-without an index: by uv if it is on the path, otherwise by pip.
+The user's pip resolves and downloads, so its index and proxy settings apply. uv then installs the downloaded wheels
+without an index. If uv is not on the path, pip installs them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from harness.process import lifeline
 from harness.process.supervisor import Subprocess
 
 _LEAST_PIP = 22
-"""Major version of pip from which on `pip --python` exists (22.3)."""
+"""Smallest accepted major version of pip: `pip --python` exists since 22.3."""
 _HEAD_S = 10.0
 _SHOWN_VERSIONS = 6
 DISTRIBUTION = "peft-harness"
@@ -40,7 +40,7 @@ DISTRIBUTION = "peft-harness"
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """Options that decide where pip looks. By default, the user's settings of pip decide alone."""
+    """Options for where pip looks for packages. By default, only the user's settings of pip apply."""
 
     offline: bool = False
     """True: no index is asked, only the folders of `find_links`."""
@@ -71,7 +71,7 @@ class Package:
         return f"{self.name}=={self.version}{f' --hash=sha256:{self.sha256}' if self.sha256 else ''}"
 
     def size(self) -> int | None:
-        """Return the bytes of the file to download. None if its server does not tell. A file on this disk counts too."""
+        """Return the bytes of the file to download, or of the file on this disk. None if the server does not tell."""
         parts = urlsplit(self.url)
         if parts.scheme == "file":
             path = Path(unquote(parts.path))
@@ -148,7 +148,7 @@ def install(spec: EnvironmentSpec, python: Path, wheels: Sequence[Path], work: P
             _run(spec, [*command, *files], IndexOptions(offline=True), work)
         return installer
     if files:
-        # --ignore-installed: pip must not try to uninstall what lies in the folders of the other Python.
+        # --ignore-installed: pip must not try to uninstall packages of the Python that runs the harness.
         quiet = ["--quiet", "--no-warn-script-location"]
         arguments = ["install", *quiet, "--no-index", "--no-deps", "--ignore-installed", *files]
         run_pip(spec, python, arguments, IndexOptions(offline=True), work)

@@ -28,7 +28,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Dtype and shape of a tensor, as the header of a safetensors file has them."""
+    """Dtype and shape of a tensor, from the header of a safetensors file."""
 
     dtype: str
     """Name as in the file, e.g. `F32`."""
@@ -40,7 +40,7 @@ class AdapterFile:
     """One adapter. The tensors are read only by `tensors`."""
 
     weights: Path
-    """Path of the safetensors file. The config stands beside it."""
+    """Path of the safetensors file. The config is in the same folder."""
     config: Mapping[str, Any]
     """Content of the adapter_config.json."""
     header: Mapping[str, TensorHeader]
@@ -50,8 +50,8 @@ class AdapterFile:
     def read(cls, path: Path) -> AdapterFile:
         """Read the config and the header of an adapter.
 
-        path: the folder, or the file adapter_model.safetensors in it. Raises UsageError if there is no such file, if
-        the file is no safetensors file, or if the config is not that of a LoRA.
+        path: the folder, or the file adapter_model.safetensors in it. Raises UsageError if the file does not exist, if
+        it is not a safetensors file, or if the config is not that of a LoRA.
         """
         weights = path / WEIGHTS if path.is_dir() else path
         if not weights.is_file():
@@ -88,7 +88,7 @@ class AdapterFile:
 
 
 def read_json_object(path: Path, hint: str) -> dict[str, Any]:
-    """Return the JSON object in a file. hint: what to do if there is none.
+    """Return the JSON object in a file. hint: advice to show in the error.
 
     Raises UsageError if the file is missing, cannot be read or holds something else.
     """
@@ -96,7 +96,7 @@ def read_json_object(path: Path, hint: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot be read ({error.strerror})", where=str(path), hint=hint) from error
-    except ValueError as error:  # no UTF-8, or no JSON
+    except ValueError as error:  # not UTF-8, or not JSON
         raise UsageError(f"is not JSON ({error})", where=str(path), hint=hint) from error
     if not isinstance(content, dict):
         raise UsageError("is not a JSON object", where=str(path), hint=hint)
@@ -109,7 +109,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # no mapping
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
             return {key: TensorHeader(one.get_dtype(), tuple(one.get_shape())) for key, one in slices.items()}
     except (SafetensorError, OSError) as error:
         hint = "save the adapter again; `peft-harness check` reads safetensors only"
@@ -131,5 +131,5 @@ def _require_lora(config: Mapping[str, Any], where: Path) -> None:
         for pattern, value in (config.get(key) or {}).items():
             if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
                 raise UsageError(f"{key}: {pattern!r} is {value!r}", where=str(where), hint="write a positive number")
-    if config.get("r", 1) < 1:
+    if config.get("r") is not None and config["r"] < 1:
         raise UsageError(f"r is {config['r']}", where=str(where), hint="a rank is at least 1")

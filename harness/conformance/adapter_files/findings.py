@@ -1,4 +1,4 @@
-"""Findings about one adapter file: what is wrong with its keys, shapes and values, by itself and for its base."""
+"""Findings about one adapter file: mistakes in its keys, shapes and values, by themselves and compared with a base."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ _NOTES = ("unused-pattern", "missing-target", "unsupported")
 """Kinds of findings after which the file still conforms."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _HALF = re.compile(r"(?P<start>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?:\.weight)?")
+_NAMED = re.compile(r"\.lora_[AB]\.(?!weight$|bias$)|\.lora_embedding_[AB]\.|\.lora_magnitude_vector\.(?!weight$)")
+"""A key that holds the name of an adapter, as in the state_dict of a PeftModel."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,12 @@ class _Judge:
         return found
 
     def alone(self) -> Iterator[Finding]:
-        """Yield what can be found without the base."""
+        """Yield the findings that need no base."""
         if not self.pairs:
             hint = "save the adapter by `save_pretrained` of the PeftModel, with gathered weights if it was sharded"
             yield Finding("empty", self.adapter.weights.name, f"{len(self.adapter.header)} tensors, no lora_A", hint)
         odd = [key for key in self.adapter.header if not key.startswith(PREFIX)]
-        odd += [key for key in self.adapter.header if re.search(r"\.lora_[AB]\.(?!weight$|bias$)", key)]
+        odd += [key for key in self.adapter.header if _NAMED.search(key)]
         if odd:
             hint = f"rename the keys to {PREFIX}<layer>.lora_A.weight"
             yield Finding("prefix", odd[0], f"{first_names(odd)}: no loader of this format finds them", hint)
@@ -136,12 +138,11 @@ class _Judge:
                 yield Finding("not-finite", key, f"{bad} of {tensor.numel()} elements are NaN or infinite")
             if (match := _HALF.fullmatch(key)) and not bool(tensor.any()):
                 zero[match["half"]].append(key)
-        for half, keys in zero.items():
-            if keys and len(keys) == len(self.pairs):
-                hint = "train it; if it was trained, gather sharded weights before saving"
-                yield Finding(
-                    "zero-update", keys[0], f"all {len(keys)} tensors {half} are zero: nothing was trained", hint
-                )
+        keys = [*zero["B"], *zero["A"]]
+        if keys and len({_HALF.fullmatch(key)["start"] for key in keys}) == len(self.pairs):  # type: ignore[index]
+            hint = "train it; if it was trained, gather sharded weights before saving"
+            found = f"A or B of all {len(self.pairs)} layers is zero: nothing was trained"
+            yield Finding("zero-update", keys[0], found, hint)
 
     def _of_config(self) -> Iterator[Finding]:
         settings, keys = self.adapter.settings, list(self.adapter.header)
@@ -169,7 +170,7 @@ class _Judge:
         return any(f".{name}." in key for name in self.adapter.settings.saved)
 
     def against(self, base: nn.Module) -> Iterator[Finding]:
-        """Yield what is wrong with the file for this base."""
+        """Yield the findings from a comparison of the file with a base."""
         reading = read(self.adapter.settings, list(self.adapter.header), base)
         misfits = {update: list(self._misfits(update, base)) for update in reading.updates}
         if self.pairs and all(misfits.values()):

@@ -1,4 +1,4 @@
-"""What each known loader makes of an adapter file, by the features that it uses. The data are in loader_readings.yaml."""
+"""How each known loader reads an adapter file, by the features that the file uses. Data: loader_readings.yaml."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from harness.conformance.adapter_files.findings import Finding
 from harness.records.base_model import FrozenModel
 
 Verdict = Literal["wrong", "refused", "not known", "ok"]
-"""`wrong` means that the loader computes something else without an error."""
+"""`wrong`: the loader computes other logits than the file gives, and raises no error."""
 _WORST_FIRST: tuple[Verdict, ...] = ("wrong", "refused", "not known", "ok")
 
 
 class Reading(FrozenModel):
-    """What a loader makes of one feature."""
+    """How a loader reads one feature."""
 
     reading: Literal["wrong", "refused", "ok"]
     because: str = ""
@@ -27,7 +27,7 @@ class Reading(FrozenModel):
 
 
 class KnownLoader(FrozenModel):
-    """A loader, and what it makes of each feature that is known."""
+    """A loader, and its known readings of features."""
 
     loader: str
     readings: dict[str, Reading]
@@ -40,7 +40,7 @@ class _File(FrozenModel):
 
 @dataclass(frozen=True)
 class LoaderVerdict:
-    """What a loader makes of a file: the worst of its features."""
+    """How a loader reads a file: the worst of its readings of the file's features."""
 
     loader: str
     verdict: Verdict
@@ -58,7 +58,7 @@ def _read() -> _File:
 def features(adapter: AdapterFile, findings: Sequence[Finding] = (), tied: bool = False) -> list[str]:
     """List the features that an adapter uses, in the order of loader_readings.yaml.
 
-    findings: those about the adapter. tied: the base ties its head to its embedding.
+    findings: findings about the adapter. tied: whether the base ties its head to its embedding.
     """
     settings, keys = adapter.settings, list(adapter.header)
     head = any(".lm_head.lora_" in key for key in keys)
@@ -84,7 +84,7 @@ def features(adapter: AdapterFile, findings: Sequence[Finding] = (), tied: bool 
 
 
 def verdicts(used: list[str]) -> Iterator[LoaderVerdict]:
-    """Yield what each known loader makes of a file with these features."""
+    """Yield how each known loader reads a file with these features."""
     for known in _read().loaders:
         found = [_of_feature(known, feature) for feature in used]
         worst = min(found, key=lambda one: _WORST_FIRST.index(one.verdict))

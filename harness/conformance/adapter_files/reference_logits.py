@@ -28,8 +28,8 @@ def reference_logits(
     """Return the logits of the base with the weights that the adapter file gives, one tensor per prompt, in `dtype`.
 
     adapter: None for the base alone. prompts: token ids. The shapes are (tokens, vocabulary), or (labels,) for a
-    classifier. In float64, the parts that a model computes in float32 in every dtype are computed in float64 too.
-    perturbation: moves every weight at random by up to half a unit in its last place, as other correct roundings would.
+    classifier. A model computes some parts in float32 for every dtype; if `dtype` is float64, they are in float64 too.
+    perturbation: generator that moves each weight by up to half a unit in its last place, as correct rounding may do.
     Raises UsageError if the file does not fit the base, and Unsupported for a config that the reference does not
     implement.
     """
@@ -66,7 +66,7 @@ def combined_logits(
     dtype: torch.dtype = torch.float64,
     perturbation: torch.Generator | None = None,
 ) -> list[Tensor]:
-    """Return the logits of the base with a weighted sum of adapters, as `reference_logits` does for one.
+    """Return the logits of the base with a weighted sum of adapters, as `reference_logits` does for one adapter.
 
     Without parts, these are the logits of the base.
     """
@@ -92,13 +92,13 @@ def _logits(model: nn.Module, prompts: Sequence[Sequence[int]], perturbation: to
 class _Float64(TorchFunctionMode):
     """Within this context, a float64 tensor stays in float64, even where a model asks for float32.
 
-    Norms, softmax and rotary embeddings of transformers convert to float32, which would round the result.
+    In transformers, norms, softmax and rotary embeddings convert to float32. This would round the result.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Call `func`, with float64 in the place of float32 if the first argument is a tensor in float64."""
+        """Call `func`. If the first argument is a tensor in float64, replace float32 by float64."""
         named = dict(kwargs or {})
         if args and isinstance(args[0], Tensor) and args[0].dtype is torch.float64:
             if func is Tensor.float:

@@ -20,7 +20,7 @@ from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from harness.methods.loader import ADAPTER_FILES, Loader
 
 FIRST, SECOND = "style", "style-2"
-"""Names under which adapters are loaded. One begins with the other, as names often do."""
+"""Names of loaded adapters. SECOND begins with FIRST, because some programs confuse such names."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class LoaderSubject:
 
     @property
     def method(self) -> str:
-        """The target. Check ids contain it in the place of a Method's name."""
+        """The target. Check ids contain it instead of a Method's name."""
         return ADAPTER_FILES
 
     def fresh(self) -> Loader:
@@ -89,7 +89,7 @@ class LoaderSubject:
         return by_prompt(self.adapter.logits)
 
     def rounded(self) -> Iterator[dict[str, Tensor]]:
-        """Yield the reference's logits in the dtype of the case, by prompt. Further draws perturb its weights."""
+        """Yield the reference's logits in the dtype of the case, by prompt: first unchanged, then with perturbed weights."""
         one, adapter = self.adapter, AdapterFile.read(self.adapter.folder)
         for seed in (None, *range(PERTURBED_DRAWS)):
             perturbation = None if seed is None else torch.Generator().manual_seed(seed)
@@ -97,18 +97,18 @@ class LoaderSubject:
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Prompts for checks that ask for many logits: the longest one."""
+        """Prompts of checks that compute logits many times: only the longest prompt."""
         return [max(self.adapter.prompts, key=len)]
 
     @property
     def another(self) -> Path:
-        """Folder of another adapter of the same layers: other numbers, one more rank, and twice the alpha."""
+        """Folder of another adapter of the same layers: other values, a rank that is larger by 1, and twice the alpha."""
         return variants.another(self.adapter.folder, self.adapter.base)
 
     def compare(self, have: Mapping[str, Sequence[Tensor]], want: Mapping[str, Sequence[Part]]) -> Judgement:
-        """Judge logits by those of weighted sums of adapters in float64.
+        """Compare logits with the reference's logits of weighted sums of adapters, in float64.
 
-        have: name -> logits of `prompts`. want: the same name -> the parts of the sum. No part stands for the base.
+        have: name -> logits of `prompts`. want: the same name -> the parts of the sum. Without parts, it is the base.
         """
 
         def expected(dtype: str, seed: int | None = None) -> dict[str, Tensor]:

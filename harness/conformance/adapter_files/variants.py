@@ -40,7 +40,7 @@ class _Written:
 
 
 def another(folder: Path, base: Path) -> Path:
-    """Return a folder with another adapter of the same layers: other numbers, one more rank, and twice the alpha.
+    """Return a folder with another adapter of the same layers: other values, a rank larger by 1, and twice the alpha.
 
     base: the folder of the base model.
     """
@@ -48,7 +48,7 @@ def another(folder: Path, base: Path) -> Path:
 
 
 def with_dropout(folder: Path, base: Path) -> Path:
-    """Return a folder with the same adapter, whose config has dropout. Stacked experts can have no dropout.
+    """Return a folder with the same adapter, whose config has dropout. With stacked experts, the dropout is 0.
 
     base: the folder of the base model.
     """
@@ -73,13 +73,13 @@ def _another(folder: Path, base: Path) -> _Written:
         for key in filter(None, (update.bias, update.magnitude)):
             tensors[key] = tensors[key] + drawn(tensors[key], *tensors[key].shape) / 4
     for key in reading.replaced:
-        if not key.endswith(".base_layer.weight"):  # that of an adapted embedding is saved as it is in the base
+        if not key.endswith(".base_layer.weight"):  # files repeat the base weight of an adapted embedding
             tensors[key] = tensors[key] + drawn(tensors[key], *tensors[key].shape) / 4
     settings = file.settings
     changed = {
         "r": settings.r + 1,
         "rank_pattern": {name: rank + 1 for name, rank in settings.rank_pattern.items()},
-        "lora_alpha": 2 * settings.lora_alpha,  # not alpha_pattern: a program may need equal ones to swap adapters
+        "lora_alpha": 2 * settings.lora_alpha,  # alpha_pattern stays: a program may swap only adapters with equal ones
     }
     return _Written.of({**file.config, **changed}, tensors)
 

@@ -175,16 +175,19 @@ def _share(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterator[
     ys = observe(layer, {}, one.expand(MANY, -1).contiguous(), dy[:0], training=True)["y"].double()
     mask = (ys - dropped).norm(dim=1) < (ys - retained).norm(dim=1)
 
-    def differs(found: int, share: float, of: int) -> str:
-        spread = DROPOUT_SIGMAS * (of * share * (1 - share)) ** 0.5 + 1
+    def differs(found: int, share: float, variance: float, of: int) -> str:
+        spread = DROPOUT_SIGMAS * (of * variance) ** 0.5 + 1
         return f"should be {of * share:.0f} +- {spread:.0f}" if abs(found - of * share) > spread else ""
 
-    if expected := differs(int(mask.sum()), p, MANY):
+    if expected := differs(int(mask.sum()), p, p * (1 - p), MANY):
         yield f"{int(mask.sum())} of {MANY} tokens were dropped at p = {p:g}, {expected}"
         return
+    alike = p**2 + (1 - p) ** 2
+    # Two pairs that share a token are correlated: both are alike if all three tokens are.
+    variance = alike * (1 - alike) + 2 * (p**3 + (1 - p) ** 3 - alike**2)
     for shift in (2**k for k in range(MANY.bit_length() - 1)):
         equal, pairs = int((mask[shift:] == mask[:-shift]).sum()), MANY - shift
-        if expected := differs(equal, p * p + (1 - p) ** 2, pairs):
+        if expected := differs(equal, alike, variance, pairs):
             yield f"{equal} of {pairs} tokens are treated like the token {shift} places before, {expected}"
             return
 

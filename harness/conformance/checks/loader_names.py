@@ -35,7 +35,7 @@ def check_switch(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_renamed(subject: LoaderSubject, case: Case) -> CheckResult:
-    """A file computes the same under another name, beside itself and after it was deleted."""
+    """A file gives the same logits under a second name, and after a deletion and a new load under this name."""
     loader, prompts = subject.loaded(), subject.prompts
     loader.load(subject.adapter.folder, _RENAMED)
     have = {name: loader.logits(prompts, name) for name in (_RENAMED, FIRST)}
@@ -49,9 +49,9 @@ def check_renamed(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_hotswap(subject: LoaderSubject, case: Case) -> CheckResult:
-    """An adapter that replaces another one in place computes what it computes when it is loaded afresh.
+    """An adapter that replaces another one in place gives the same logits as after a fresh load.
 
-    The two adapters differ in rank, alpha and numbers. They are swapped to and fro, and the base stays as it was.
+    The two adapters differ in rank, alpha and values. The check swaps them there and back. The base must not change.
     """
     loader, prompts = subject.fresh(), subject.prompts
     first, second = Part(subject.adapter.folder), Part(subject.another)
@@ -89,7 +89,7 @@ def check_hotswap_scale(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_hotswap_merged(subject: LoaderSubject, case: Case) -> CheckResult:
-    """Replacing an adapter that is merged is refused, or it is right after unmerging. The base is intact either way."""
+    """A loader refuses to replace a merged adapter, or is right after unmerging. The base is unchanged either way."""
     loader, prompts = subject.fresh(), subject.prompts
     loader.load(subject.another, FIRST)
     loader.merge([FIRST])
@@ -117,7 +117,7 @@ def check_delete(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_delete_last(subject: LoaderSubject, case: Case) -> CheckResult:
-    """Deleting the only adapter leaves the base, and an adapter can be loaded again."""
+    """After the only adapter is deleted, the logits are those of the base, and an adapter can be loaded again."""
     loader, prompts = subject.loaded(), subject.prompts
     loader.delete(FIRST)
     have = {"base": loader.logits(prompts, None)}
@@ -129,7 +129,7 @@ def check_delete_last(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_deepcopy(subject: LoaderSubject, case: Case) -> CheckResult:
-    """A copy is independent: what one of the two loads or merges does not reach the other one."""
+    """A copy is independent: loading or merging in one of the two does not change the other."""
     loader, prompts = subject.loaded(), subject.prompts
     first, second = Part(subject.adapter.folder), Part(subject.another)
     twin = loader.copy()

@@ -30,15 +30,15 @@ _ROUNDS = 3
 
 @check()
 def check_combine_one(subject: LoaderSubject, case: Case) -> CheckResult:
-    """The combination of one adapter with the weight 1 is this adapter, and the adapter itself stays as it was."""
+    """The combination of one adapter with the weight 1 gives the logits of this adapter, and does not change it."""
     return _combined(subject, case, "combine_one", (FIRST,), (1.0,))
 
 
 @check()
 def check_combine_two(subject: LoaderSubject, case: Case) -> CheckResult:
-    """The combination of two adapters has the weighted sum of their updates, for a positive and a negative weight.
+    """The combination of two adapters has the weighted sum of their updates. One weight is positive, one negative.
 
-    The two adapters differ in rank, alpha and numbers. Every way of adding up that the program offers is tried.
+    The two adapters differ in rank, alpha and values. The check tries every way of combining that the program offers.
     """
     return _combined(subject, case, "combine_two", (FIRST, SECOND), _WEIGHTS)
 
@@ -104,8 +104,8 @@ def check_merge_training(subject: LoaderSubject, case: Case) -> CheckResult:
 def check_merge_undone(subject: LoaderSubject, case: Case) -> CheckResult:
     """After merging and unmerging three times, the base and the adapter compute what they computed before.
 
-    The bound is that of rounding errors in the dtype of the base. The result says whether the logits of the base are
-    restored to the last bit.
+    Rounding errors in the dtype of the base are allowed. The result says whether the logits of the base are restored to
+    the last bit.
     """
     loader, prompts = subject.loaded(), subject.prompts
     before = loader.logits(prompts, None)
@@ -121,7 +121,7 @@ def check_merge_undone(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_disabled(subject: LoaderSubject, case: Case) -> CheckResult:
-    """Disabled adapters leave the base, and an adapter that is enabled again computes what it computed before."""
+    """With adapters disabled, the logits are those of the base. Enabled again, the adapter gives the same as before."""
     loader, prompts = subject.loaded(), subject.prompts
     with loader.disabled():
         have = {"disabled": loader.logits(prompts, FIRST)}
@@ -132,10 +132,10 @@ def check_disabled(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_scale(subject: LoaderSubject, case: Case) -> CheckResult:
-    """An adapter whose scaling is multiplied by f computes what the file with the alpha f alpha gives.
+    """An adapter with its scaling multiplied by f gives the same logits as its file with alpha multiplied by f.
 
-    With f = 0 a LoRA is the base. A DoRA is m W / ||W||, and modules that a file replaces stay replaced. The factor
-    refers to the file, not to the scaling that an earlier call has set.
+    With f = 0, a LoRA gives the base and a DoRA gives m W / ||W||. Modules that a file replaces stay replaced. The factor
+    applies to the scaling of the file, not to the scaling that an earlier call has set.
     """
     loader, have, want = subject.loaded(), {}, {}
     for factor in _FACTORS:

@@ -1,4 +1,4 @@
-"""The mistake behind wrong answers: which adapter a server applied instead of the right one."""
+"""Find the mistake that explains wrong answers: the adapter that a server applied instead of the right one."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _UNKNOWN = "no typical mistake explains them"
 def cause(
     base: Path, adapter: AdapterFile | None, others: Mapping[str, AdapterFile], wrong: Sequence[Row], limit: Errors
 ) -> str:
-    """Return which mistakes explain how many of the wrong positions, in one sentence.
+    """Return a sentence with the mistakes that explain wrong positions, and the number of positions that each explains.
 
     adapter: the right one, or None for the base. others: the other adapters of the server, by name.
     """
-    # Without a wrong position, the error is in all of them: small, but more than rounding.
+    # Without a wrong position, an answer is wrong as a whole: its errors together exceed rounding. All positions count.
     positions = [
         row.inaccurate(limit) or (range(len(row.differences)) if not row.unlikely(limit) else ()) for row in wrong
     ]

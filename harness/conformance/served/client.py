@@ -27,7 +27,7 @@ _LARGEST_B = 64 << 20
 _EXTENSIONS: dict[str, Any] = {
     "return_tokens_as_token_ids": True, "return_token_ids": True, "ignore_eos": True, "repetition_penalty": 1.0,
 }  # fmt: skip
-"""Fields of vLLM. The first two give ids of tokens instead of their texts, the others switch off other defaults."""
+"""Request fields of vLLM. The first two return token ids, the others ignore end tokens and default penalties."""
 
 
 class RequestRefusedError(UsageError):
@@ -63,10 +63,10 @@ class Client:
     def __init__(self, url: str, token: str = "", patience: float = 120.0) -> None:
         """url: address, with or without `/v1`. token: sent with each request. patience: seconds per request.
 
-        Raises UsageError for an address that is none.
+        Raises UsageError if url is not the address of a server, or if token is not printable ASCII.
         """
         parts = _parsed(url)
-        if not all("!" <= one <= "~" for one in token):  # the header could not hold it; http.client would print it
+        if not all("!" <= one <= "~" for one in token):  # http.client would print such a token in its error
             raise UsageError(
                 "is not printable ASCII without spaces", where=TOKEN_VARIABLE, hint="set it to the token alone"
             )
@@ -80,7 +80,7 @@ class Client:
         """Function that returns the id of a token from its name in an answer, or None for an unknown name."""
 
     def models(self) -> list[ServedModel]:
-        """Return the models that the server lists. Raises UsageError if the answer is no such list."""
+        """Return the models that the server lists. Raises UsageError if the answer is not such a list."""
         document = self._json("GET", "/v1/models")
         rows = document.get("data") if isinstance(document, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
@@ -91,7 +91,7 @@ class Client:
         """Return the greedy continuation of a prompt with `tokens` tokens, and log-probabilities.
 
         echo: return the tokens of the prompt too. Raises ServerError for no answer or half an answer,
-        RequestRefusedError for a refused request, UsageError for an answer without log-probabilities.
+        RequestRefusedError for a refused request, and UsageError for an answer without log-probabilities.
         """
         body = {
             "model": model, "prompt": prompt if isinstance(prompt, str) else list(prompt), "max_tokens": tokens,
@@ -101,12 +101,12 @@ class Client:
         return answers.read(document, tokens, echo, self.names, f"{self.url}/v1/completions")
 
     def load(self, name: str, folder: Path, in_place: bool = False) -> None:
-        """Load an adapter by vLLM's endpoint. in_place: replace a loaded adapter of this name."""
+        """Load an adapter with vLLM's endpoint. in_place: replace a loaded adapter of this name."""
         body = {"lora_name": name, "lora_path": str(folder.resolve())} | ({"load_inplace": True} if in_place else {})
         self._request("POST", "/v1/load_lora_adapter", body)
 
     def unload(self, name: str) -> None:
-        """Unload an adapter by vLLM's endpoint."""
+        """Unload an adapter with vLLM's endpoint."""
         self._request("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
     def abort(self) -> None:
@@ -163,10 +163,12 @@ class Client:
         return content, answer.getheader("Content-Type", "")
 
     def _refusal(self, answer: http.client.HTTPResponse, content: bytes, where: str) -> HarnessError:
+        reason = answer.reason
+        if self._token:  # a server may repeat what it was sent; `message` cuts, so the token goes first
+            content = content.replace(self._token.encode(), b"***")
+            reason = reason.replace(self._token, "***")
         said = answers.message(content)
-        if self._token:  # a server may repeat what it was sent
-            said = said.replace(self._token, "***")
-        status, what = answer.status, f"HTTP {answer.status} {answer.reason}" + (f": {said}" if said else "")
+        status, what = answer.status, f"HTTP {answer.status} {reason}" + (f": {said}" if said else "")
         if status in (http.client.UNAUTHORIZED, http.client.FORBIDDEN):
             given = "was refused" if self._token else "is needed"
             hint = f"set the environment variable {TOKEN_VARIABLE}"
@@ -198,7 +200,7 @@ def _parsed(url: str) -> Any:
 
 
 def _read(answer: http.client.HTTPResponse, deadline: float) -> bytes:
-    """Read the body. Raises TimeoutError after the deadline, also if bytes still come, one at a time."""
+    """Read the body. Raises TimeoutError after the deadline, even if bytes still arrive."""
     parts: list[bytes] = []
     length = 0
     while part := answer.read1(1 << 16):
@@ -217,7 +219,7 @@ def _read(answer: http.client.HTTPResponse, deadline: float) -> bytes:
 def first_dialect(try_one: Callable[[Dialect], None], token_ids_only: bool) -> Dialect:
     """Return the first dialect that the server accepts. token_ids_only: True if there is no tokenizer for texts.
 
-    try_one: sends a request in the dialect. Raises what the last dialect raised if the server accepts none.
+    try_one: function that sends a request in a dialect. If the server accepts none, raises the error of the last one.
     """
     dialects = [Dialect(ids, more) for ids in ((True,) if token_ids_only else (True, False)) for more in (True, False)]
     for dialect in dialects:

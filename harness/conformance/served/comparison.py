@@ -22,22 +22,22 @@ from harness.errors import UsageError
 _LONG = 64
 """Number of tokens of a request that keeps the server busy while another one is sent."""
 _EFFECT = 0.125
-"""Relative error of the scaling whose effect is computed, to find the smallest one that the check notices."""
+"""A scaling with this relative error is simulated. Its effect gives the smallest error that the check notices."""
 
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """Errors of the base rows."""
+    """Errors of the answers of the base, the base rows."""
 
     dtype: str
-    """Dtype whose rounding errors explain them."""
+    """Dtype whose rounding errors explain the errors of the base rows."""
     measured: Errors | None
     """Errors of the server. None if its base rows are wrong."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Facts that all comparisons of a run share."""
+    """What all comparisons of a run have in common."""
 
     url: str
     base: Path
@@ -117,7 +117,7 @@ class Comparison:
         return Finding(causes.cause(self.base, adapter, others, wrong, limit), _worst(worst, limit), request)
 
     def _request(self, one: Observation, tokens: int = 0) -> str:
-        """Return the command that sends a request again. tokens: number of tokens to generate, if it is another one."""
+        """Return the command that sends a request again. tokens: number of tokens to generate; 0: as before."""
         body = {
             "model": one.request.served_as, "prompt": list(one.context), "max_tokens": tokens or len(one.positions),
             "temperature": 0, "logprobs": TOP, "return_tokens_as_token_ids": True, "ignore_eos": True,

@@ -49,8 +49,8 @@ def allowed(own: Errors, measured: Errors | None, want: Sequence[Sequence[float]
     """Return the largest errors that a right server may have.
 
     own: errors of the reference in `dtype`. measured: errors of the server's base rows, if these are right. want: the
-    reference's log-probabilities in float64, one list per answer. The rule is that of `carried_noise` for the errors of
-    the reference, and NOISE_FACTOR for what the server itself showed; the larger one counts.
+    reference's log-probabilities in float64, one list per answer. The rule is that of `carried_noise`, applied to the
+    larger of CARRIED_FACTOR times `own` and NOISE_FACTOR times `measured`.
     """
     numbers = [one for row in want for one in row]
     floor = NOISE_FLOOR_EPS[dtype] * EPSILON[dtype] * rms(numbers)
@@ -70,7 +70,7 @@ def allowed(own: Errors, measured: Errors | None, want: Sequence[Sequence[float]
 def smallest_noticed(effect: Errors, factor: float, limit: Errors) -> float:
     """Return the smallest relative error of the scaling that exceeds a limit; infinite if a wrong scaling has no effect.
 
-    effect: errors that a scaling causes which is wrong by `factor`. Other errors are taken as proportional to it.
+    effect: errors that result if the scaling is wrong by `factor`. They are assumed to be proportional to `factor`.
     """
     share = effect.share_of(limit)
     return factor / share if share else math.inf

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from harness.conformance.served.client import Client
 
 LENGTHS = (1, 3, 7, 12, 20, 40)
-"""Lengths of the prompts in tokens. All models get the same prompts, so that a cache of prefixes that mixes up adapters
-shows; 40 tokens fill two blocks of vLLM's cache."""
+"""Lengths of the prompts in tokens. All models get the same prompts, so that the check notices a prefix cache that mixes up
+adapters. 40 tokens fill two blocks of vLLM's cache."""
 TOKENS = 8
 """Number of tokens that the server generates per request."""
 TEXTS = (
@@ -30,7 +30,7 @@ TEXTS = (
     "12 + 30 = 42, 7 * 8 =",
     "A harness compares what a server computes with what an adapter file says.",
 )
-"""Texts that show another tokenizer, and prompts for servers that take no token ids."""
+"""Texts that different tokenizers split differently. Servers that accept no token ids get them as prompts."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -114,7 +114,7 @@ def _listed(value: Any) -> list[int]:
 
 
 def adapters(given: Sequence[str]) -> Mapping[str, Path]:
-    """Return name on the server -> folder from values NAME=DIR or DIR of `--adapter`.
+    """Map each name on the server to its folder, from values NAME=DIR or DIR of `--adapter`.
 
     Raises UsageError for a name that occurs twice.
     """

@@ -54,7 +54,7 @@ class Finding:
     worst: str
     """The worst token: phase, prompt, value, and what it should be."""
     request: str
-    """A command that sends the request of the worst token again, in company if it was wrong only then."""
+    """A command that repeats the request of the worst token. If needed, it sends a request to another adapter first."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ class ServedReport:
     def exit(self) -> Exit:
         """The exit code. The first of these rules that applies decides.
 
-        4, or 2 for a refused token: the requests ended early. 1: an adapter or the base does not conform. 5: nothing
-        was compared. 3: an adapter is too weak to be judged. 0: otherwise.
+        4, or 2 for a refused token: the requests ended early. 1: an adapter or the base does not conform. 5: an adapter
+        or the base was not compared. 3: an adapter changes too little to be judged. 0: otherwise.
         """
         verdicts = [one.verdict for one in self.subjects]
         if self.stopped:

@@ -46,9 +46,9 @@ class Row:
         return [one for several in self.differences for one in several]
 
     def unlikely(self, limit: Errors) -> list[int]:
-        """Return the positions where a server that chooses the most likely token must have chosen another one.
+        """Return the positions where the server's token cannot be the most likely one.
 
-        If both log-probabilities may be wrong by the largest allowed error, a margin of twice this error is a tie.
+        Two log-probabilities may each be wrong by the largest allowed error. So a margin up to twice this error is a tie.
         """
         margins = self.score.margins if self.observation.greedy else ()
         return [i for i, margin in enumerate(margins) if margin > 2 * limit.largest]

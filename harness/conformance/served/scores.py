@@ -30,7 +30,7 @@ def score(
     transformers.utils.logging.disable_progress_bar()
     with foreign_output(), torch.no_grad():
         logits = reference_logits(base, adapter, sequences, DTYPES[dtype])
-    # The softmax is computed in float64, also of rounded logits, so that all errors are those of the model.
+    # The softmax is always computed in float64, so that it adds no error to those of the logits.
     largest = max(
         token for one in observations for position in one.positions for token in (position.token, *position.others)
     )

@@ -14,13 +14,13 @@ from harness.conformance.served.client import Client, RequestRefusedError
 from harness.errors import HarnessError, ServerError, UsageError
 
 BASE = ""
-"""Stands for the base model where a name of an adapter could stand."""
+"""Stands for the base model in the place of an adapter's name."""
 SWAPPED = "peft-harness-swap"
-"""Name under which the check itself loads adapters, replaces and unloads them."""
+"""Name under which the check itself loads, replaces and unloads adapters."""
 ALLOW = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
 """Variable of the server's environment that makes vLLM offer load and unload."""
 ROUNDS = 2
-"""Number of rounds of mixed requests before adapters are loaded. Each has every prompt of every model in another order."""
+"""Rounds of mixed requests before the check loads adapters. Each sends every prompt to every model, in a new order."""
 
 
 class Phase(StrEnum):
@@ -87,7 +87,7 @@ class Session:
     tokens: int
     """Number of tokens to generate per request."""
     concurrency: int
-    """Most requests at the same time."""
+    """Largest number of requests at the same time."""
     seed: int
     observations: list[Observation] = field(default_factory=list)
     not_offered: dict[str, str] = field(default_factory=dict)
@@ -149,17 +149,18 @@ class Session:
         self._unload(SWAPPED)
 
     def echoes(self) -> None:
-        """Request the log-probabilities of the prompts' tokens, of every model. The first token of a prompt has none."""
+        """Ask every model for the log-probabilities of the prompts' tokens. The first token of a prompt has none."""
         self._send([one for one in self._of_all(Phase.ECHO) if len(self.prompts[one.prompt]) > 1], 1)
 
     def tidy(self) -> str:
-        """Unload what this session loaded. Return the reason if the server does not do it."""
+        """Unload the adapters that this session loaded. Return a message about those that the server does not unload."""
+        left = []
         for name in list(self._loaded):
             try:
                 self._unload(name)
             except HarnessError as error:
-                return f"{name} is still loaded on the server: {error.what}"
-        return ""
+                left.append(f"{name} is still loaded on the server: {error.what}")
+        return "; ".join(left)
 
     def _of_all(self, phase: Phase) -> list[Request]:
         """Return one request for every prompt of every model."""
@@ -176,7 +177,7 @@ class Session:
         self._send(requests, self.concurrency)
 
     def _send(self, requests: Sequence[Request], workers: int, meanwhile: Callable[[], None] | None = None) -> None:
-        """Send requests by `workers` threads and keep the answers, also if a request fails or the user interrupts."""
+        """Send requests from `workers` threads. Keep the answers even if a request fails or the user interrupts."""
         with ThreadPoolExecutor(workers) as pool:
             futures: list[Future[Observation]] = [pool.submit(self._observe, request) for request in requests]
             try:
@@ -202,8 +203,12 @@ class Session:
         return Observation(request, prompt, answer.positions, greedy=True)
 
     def _load(self, name: str, folder: Path) -> None:
-        self.client.load(name, folder)
-        self._loaded.append(name)
+        self._loaded.append(name)  # before the request, which a time-out may end while the server goes on loading
+        try:
+            self.client.load(name, folder)
+        except RequestRefusedError:
+            self._loaded.remove(name)
+            raise
 
     def _load_if_offered(self, name: str, folder: Path) -> None:
         try:

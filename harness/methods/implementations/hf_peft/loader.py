@@ -82,8 +82,13 @@ class PeftLoader(Loader):
         self.merged = True
 
     def unmerge(self) -> None:
-        """Undo `merge` by `unmerge_adapter`."""
+        """Undo `merge` by `unmerge_adapter`. Raises RuntimeError if a layer is still merged.
+
+        peft would unmerge such a layer by itself when the adapters are disabled, so the logits would not show it.
+        """
         self.model.unmerge_adapter()
+        if any(getattr(module, "merged", False) is True for module in self.model.modules()):
+            raise RuntimeError("unmerge_adapter left a layer merged")
         self.merged = False
 
     def hotswap(self, folder: Path, name: str) -> None:
