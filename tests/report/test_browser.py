@@ -216,7 +216,7 @@ def test_the_csv_of_checks_tells_a_known_defect_from_a_share(show: Open, checks:
         name, (row,) = shown.csv("matrix")
     assert name == "check-matrix.csv"
     assert row == {
-        "Method or operation": "lora", "Implementation": "acme", "float32": "pass 0.20", "float32 (share)": "0.2",
+        "Target": "lora", "Implementation": "acme", "float32": "pass 0.20", "float32 (share)": "0.2",
         "bfloat16": "known defect 1 of 1",
     }  # fmt: skip
 
