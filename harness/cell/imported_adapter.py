@@ -30,8 +30,6 @@ from harness.records.record import CheckResult
 
 _PROBE_TOKENS = 64
 """Largest number of tokens of a probe text."""
-_LAST = 0.25
-"""Share of the log whose losses count as the last ones."""
 _SPREADS = 3.0
 """Width of the margin around the last losses, in standard deviations of the loss over the batches."""
 
@@ -79,6 +77,13 @@ def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
         return [found.cpu() for found in logits(model, prompts)]
 
 
+def notes(facts: Imported) -> list[str]:
+    """Return notes for the Record: the origin of the adapter, and what its folder does not tell."""
+    found = [f"{facts.origin}; the Cell loaded it and trained nothing"]
+    found += [f"not known of the imported training: {facts.not_known}"] if facts.unknown else []
+    return found + ([f"usual files that its folder lacks: {', '.join(facts.absent)}"] if facts.absent else [])
+
+
 def compare_loss(model: nn.Module, facts: Imported, data: CellData | RandomData) -> LossAgreement:
     """Compare the loss on training texts of the task with the last logged losses."""
     if not facts.logged:
@@ -90,6 +95,5 @@ def compare_loss(model: nn.Module, facts: Imported, data: CellData | RandomData)
     model.eval()
     with torch.no_grad():
         losses = [float(loop.loss_of(model, batch)) for batch in data.training_like]
-    count = max(2, round(_LAST * len(facts.logged)))
-    last = [entry.loss for entry in facts.logged[-count:]]
+    last = [entry.loss for entry in facts.logged[len(facts.logged) // 2 :]]
     return LossAgreement(evaluated=fmean(losses), margin=_SPREADS * stdev(losses), lowest=min(last), highest=max(last))

@@ -157,7 +157,9 @@ def _attach(
         if cell.method in UNREFERENCED:
             bases, start = unreferenced_method.attached_layers(adapted, loaded.head)
             run.layers = list(bases)
-            run.notes += adapted.notes if run.job.imported else unreferenced_method.notes(adapted)
+            imported = run.job.imported
+            run.notes += imported_adapter.notes(imported.facts) if imported else []
+            run.notes += adapted.notes if imported else unreferenced_method.notes(adapted)
         for path in [path for path in adapted.layers if in_head(path, loaded.head)]:
             del adapted.layers[path]
         if run.job.imported:

@@ -19,8 +19,9 @@ class LoggedLoss(FrozenModel):
 class LossAgreement(FrozenModel):
     """Comparison of the loss of the loaded adapter with the last logged losses.
 
-    The rule: the loss must lie between the lowest and the highest of the last logged losses, widened on both sides by
-    `margin`.
+    The rule: the loss must lie between the lowest and the highest of the logged losses of the second half of the log,
+    widened on both sides by `margin`. The second half, and not the last entry, because a log of few texts is noisy, and
+    because the last entry may be a mean over steps in which the loss still fell.
     """
 
     evaluated: float | None = None
@@ -28,9 +29,9 @@ class LossAgreement(FrozenModel):
     margin: float | None = None
     """Three times the standard deviation of the loss over the batches of these texts, in nats."""
     lowest: float | None = None
-    """Lowest of the last logged losses: of the last quarter of the log, at least two entries if there are two."""
+    """Lowest logged loss of the second half of the log."""
     highest: float | None = None
-    """Highest of the last logged losses."""
+    """Highest logged loss of the second half of the log."""
     because: str = ""
     """Reason why nothing was compared. Empty if the losses were compared."""
 
@@ -75,3 +76,29 @@ class Imported(FrozenModel):
     """Facts that the folder does not state: name of the fact -> reason."""
     loss: LossAgreement | None = None
     """Comparison of the loss with the log. None in a Record of a Cell that ended before it."""
+
+    @property
+    def origin(self) -> str:
+        """Where the adapter comes from, as a part of a sentence."""
+        checkpoint = "" if self.checkpoint is None else f", checkpoint {self.checkpoint}"
+        tool = f"written by {self.tool} ({self.tool_file})" if self.tool else "written by an unknown program"
+        return f"imported from {self.folder}{checkpoint}, {tool}"
+
+    @property
+    def loss_contradiction(self) -> str:
+        """The warning that the loss does not agree with the log. Empty if it agrees or was not compared."""
+        return self.loss.contradiction if self.loss else ""
+
+    @property
+    def loss_sentence(self) -> str:
+        """The result of the comparison of the loss with the log, in one sentence without a full stop."""
+        if self.loss is None or self.loss.evaluated is None:
+            return f"Its loss was not compared with its log: {self.loss.because if self.loss else 'the Cell failed'}"
+        if self.loss.contradiction:
+            return f"Warning: {self.loss.contradiction}"
+        return f"Its loss, {self.loss.evaluated:.4g}, agrees with its log"
+
+    @property
+    def not_known(self) -> str:
+        """The unknown facts with their reasons, as a part of a sentence. Empty if there are none."""
+        return "; ".join(f"{name} ({reason})" for name, reason in self.unknown.items())
