@@ -20,7 +20,7 @@ from harness.conformance.adapter_files.adapter_file import AdapterFile
 from harness.conformance.adapter_files.reference_logits import reference_logits
 from harness.conformance.adapter_files.subject import CorpusAdapter, LoaderSubject, by_prompt
 from harness.conformance.case import Case
-from harness.conformance.comparison.check_results import judged, skipped
+from harness.conformance.comparison.check_results import Named, judged, skipped
 from harness.conformance.comparison.tolerance_policies import carried_noise
 from harness.errors import Unsupported
 from harness.methods.base_model import logits
@@ -58,9 +58,13 @@ def checks(run: CellRun, model: nn.Module, folder: Path, data: CellData | Random
         return
     loader = run.registry.find("loader", ADAPTER_FILES, run.cell.implementation)
     subject = LoaderSubject(loader.function, run.cell.dtype, CorpusAdapter("imported", folder, base, prompts, truth))
-    for one, draws in zip((subject, evaluated), itertools.tee(subject.rounded()), strict=True):
-        found = subject.loaded().logits(prompts, "first") if one is subject else _logits(model, prompts)
-        yield judged(one, case, "logits", carried_noise(by_prompt(found), subject.truth(), draws, run.cell.dtype))
+    draws, same_draws = itertools.tee(subject.rounded())
+
+    def compared(one: Named, found: list[Tensor], rounded: Iterator[dict[str, Tensor]]) -> CheckResult:
+        return judged(one, case, "logits", carried_noise(by_prompt(found), subject.truth(), rounded, run.cell.dtype))
+
+    yield compared(subject, subject.loaded().logits(prompts, "first"), draws)
+    yield compared(evaluated, _logits(model, prompts), same_draws)
 
 
 def _prompts(probe: Batch) -> Iterator[list[int]]:

@@ -16,7 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from harness.errors import UsageError
 from harness.records.base_model import Json
@@ -78,8 +79,8 @@ class FinishedRun:
         """Return what the files say about the training. Raises UsageError if one of them cannot be read."""
         tool, file, settings = self._tool
         state, log = self._state, self._log
-        settings = {key: settings[key] for key in _SETTINGS if key in settings}
-        settings |= {f"{_STATE}: {key}": state[key] for key in _OF_STATE if isinstance(state.get(key), int | float)}
+        settings = {key: settings[key] for key in _SETTINGS if _is_plain(settings.get(key))}
+        settings |= {f"{_STATE}: {key}": state[key] for key in _OF_STATE if _is_plain(state.get(key))}
         if memory := [entry[_MEMORY] for entry in log if isinstance(entry.get(_MEMORY), int | float)]:
             settings["peak memory in the log, GiB"] = max(memory)
         return Imported(
@@ -99,6 +100,7 @@ class FinishedRun:
         )
 
     def _unknown(self, settings: Mapping[str, Json]) -> Iterator[tuple[str, str]]:
+        log = self._log
         yield "order of the training data", "no program writes it"
         yield "time of each step", "the log has only the mean speed"
         yield "base weights", "the folder names the base, but has no hash of its weights"
@@ -110,6 +112,8 @@ class FinishedRun:
             yield "loss curve", f"there is no {_STATE}"
         elif not self._logged:
             yield "loss curve", f"{_STATE} has no logged training loss"
+        if odd := sum(isinstance(loss := entry.get("loss"), float) and not math.isfinite(loss) for entry in log):
+            yield f"{odd} of the logged losses", "they are NaN or infinite in the log: training diverged"
 
     @cached_property
     def _config(self) -> dict[str, Any]:
@@ -158,9 +162,8 @@ class FinishedRun:
     @cached_property
     def _tool(self) -> tuple[str, str, dict[str, Any]]:
         """The program that wrote the folder, the file that shows it, and the settings in its text files."""
-        for name in ("args.json",):  # ms-swift
-            if path := self._file(name):
-                return "ms-swift", name, _object(path)
+        if path := self._file("args.json"):
+            return "ms-swift", "args.json", _object(path)
         for name in ("training_args.yaml", "llamaboard_config.yaml"):
             if path := self._file(name):
                 return "LLaMA-Factory", name, _yaml(path.read_text(encoding="utf-8", errors="replace"), path)
@@ -178,6 +181,11 @@ class FinishedRun:
         if re.search(r"^- trl$", card, re.MULTILINE):
             return "trl", "README.md", {}
         return "", "", {}
+
+
+def _is_plain(value: object) -> bool:
+    """Return whether a setting is a text, a truth value or a finite number."""
+    return isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:
@@ -218,8 +226,8 @@ def _object(path: Path) -> dict[str, Any]:
 def _yaml(text: str, path: Path) -> dict[str, Any]:
     """Return the YAML mapping in a text. Only plain values are kept. Raises UsageError if the text is no YAML."""
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        content = YAML(typ="safe").load(text)
+    except YAMLError as error:
         reason = str(error).partition("\n")[0]
         hint = "copy the file again, or remove it to import without it"
         raise UsageError(f"its settings are not YAML ({reason})", where=str(path), hint=hint) from error
