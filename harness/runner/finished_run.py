@@ -108,6 +108,8 @@ class FinishedRun:
             yield "peak memory", "the log does not have it"
         if not any(key in settings for key in _QUANTISED):
             yield "quantisation of the base in training", f"{_CONFIG} does not state it"
+        if quantised := [key for key in _QUANTISED if settings.get(key)]:
+            yield "logits over the quantised base", f"its settings say {quantised[0]}; the Cell's base is not quantised"
         if self._state_path is None:
             yield "loss curve", f"there is no {_STATE}"
         elif not self._logged:

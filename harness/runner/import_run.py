@@ -74,6 +74,10 @@ def import_run(
 
     finished = FinishedRun.find(request.folder, request.checkpoint)
     adapter, facts = AdapterFile.read(finished.adapter), finished.facts()
+    if adapter.settings.modules_to_save or adapter.settings.bias != "none":
+        what = "the adapter also replaces modules or biases of its base (modules_to_save, bias)"
+        hint = "`peft-harness check FOLDER` judges such a file; `import` cannot evaluate it yet"
+        raise UsageError(what, where=str(finished.adapter), hint=hint)
     suite = _suite(request, adapter)
     first = suite.plan.cells[0]
     source = resolve(first.model, suite.sources, suite.path.resolve().parent)

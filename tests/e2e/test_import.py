@@ -69,6 +69,22 @@ def test_an_imported_adapter_is_judged_evaluated_and_marked(fork_sandbox: ForkSa
     assert "ok, imported, but its loss is not that of its log" in done.out
 
 
+@pytest.mark.parametrize("program", [name for name in finished_runs.LAYOUTS if name != "trl"])
+def test_the_folders_of_the_other_programs_are_imported(
+    fork_sandbox: ForkSandbox, finished: Path, tmp_path: Path, program: str
+) -> None:
+    folder = finished_runs.LAYOUTS[program](tmp_path / "other", tmp_path / "base")
+    done = fork_sandbox.command("import", str(folder), "--out", "run")
+    assert done.code == Exit.PASS, done.err + done.out
+    record = imported(fork_sandbox.read())
+    assert record.imported is not None
+    assert record.imported.tool == program
+    assert record.imported.loss is not None
+    assert "--task" in record.imported.loss.because
+    assert record.measurements is not None
+    assert [c.outcome for c in record.checks if c.id.check == "logits"] == [Outcome.PASS] * 2
+
+
 def test_an_imported_cell_stands_in_one_table_with_a_trained_one(fork_sandbox: ForkSandbox, finished: Path) -> None:
     (fork_sandbox.folder / "twin.yaml").write_text(SUITE, encoding="utf-8")
     done = fork_sandbox.command("import", str(finished), "--beside", "twin.yaml", "--out", "run")

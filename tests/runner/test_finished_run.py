@@ -47,6 +47,8 @@ def test_facts_that_only_some_programs_write(base: Path, tmp_path: Path) -> None
     assert found["Axolotl 0.19.0"].settings["load_in_4bit"] is True
     assert found["LLaMA-Factory"].settings["learning_rate"] == 5e-5
     assert {name for name, one in found.items() if "peak memory" not in one.unknown} == {"ms-swift"}
+    unquantised = {name for name, one in found.items() if "logits over the quantised base" not in one.unknown}
+    assert unquantised.isdisjoint(quantised)
     assert found["ms-swift"].settings["peak memory in the log, GiB"] == 1.5
     assert all("order of the training data" in one.unknown for one in found.values())
 
@@ -89,6 +91,8 @@ def _broken(name: str, folder: Path, base: Path) -> list[str]:
         (folder / "trainer_state.json").write_text(json.dumps({"log_history": 3}))
     if name == "base elsewhere":
         finished_runs.adapter(folder, base, base_model_name_or_path="/models/of/another/machine")
+    if name == "replaced modules":
+        finished_runs.adapter(folder, base, modules_to_save=["lm_head"])
     if name == "encoder":
         return ["--model", "minilm-l6"]
     if name == "unknown task":
@@ -107,6 +111,7 @@ def _broken(name: str, folder: Path, base: Path) -> list[str]:
         ("torn state", "trainer_state.json: is not JSON"),
         ("no log", "log_history is not a list"),
         ("base elsewhere", "'/models/of/another/machine' is no folder on this machine"),
+        ("replaced modules", "also replaces modules or biases"),
         ("encoder", "minilm-l6 is an encoder"),
         ("unknown task", "unknown task `sst-3`"),
     ],
