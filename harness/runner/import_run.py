@@ -166,7 +166,7 @@ def _with_import(suite: Suite, first: Cell, request: ImportRequest, adapter: Ada
     cell = first.model_copy(
         update={
             "method": "peft", "implementation": "hf-peft", "config": config, "base": Base(), "optimizer": "adamw",
-            "dtype": request.dtype, "seed": 0, "training": training,
+            "dtype": request.dtype, "seed": 0, "training": training, "environment": "",
             "evaluation": first.evaluation.model_copy(update={"skip": 0, "latency": True}),
         }
     )  # fmt: skip
