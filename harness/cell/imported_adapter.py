@@ -18,7 +18,7 @@ from harness.cell.training import loop
 from harness.cell.training.batches import Batch
 from harness.conformance.adapter_files.adapter_file import AdapterFile
 from harness.conformance.adapter_files.reference_logits import reference_logits
-from harness.conformance.adapter_files.subject import CorpusAdapter, LoaderSubject, by_prompt
+from harness.conformance.adapter_files.subject import FIRST, CorpusAdapter, LoaderSubject, by_prompt
 from harness.conformance.case import Case
 from harness.conformance.comparison.check_results import Named, judged, skipped
 from harness.conformance.comparison.tolerance_policies import carried_noise
@@ -63,7 +63,7 @@ def checks(run: CellRun, model: nn.Module, folder: Path, data: CellData | Random
     def compared(one: Named, found: list[Tensor], rounded: Iterator[dict[str, Tensor]]) -> CheckResult:
         return judged(one, case, "logits", carried_noise(by_prompt(found), subject.truth(), rounded, run.cell.dtype))
 
-    yield compared(subject, subject.loaded().logits(prompts, "first"), draws)
+    yield compared(subject, subject.loaded().logits(prompts, FIRST), draws)
     yield compared(evaluated, _logits(model, prompts), same_draws)
 
 

@@ -143,7 +143,8 @@ def standing_field(entry: RankingEntry) -> Field:
         test = f"t test of the means over {seeds} seeds" if seeds > 1 else "exact McNemar test of these two checkpoints"
         why = f"{formatting.probability(entry.p)}, {test}, Holm-adjusted"
         more["p"] = f"{entry.p:.3g}"
-    return field(entry.standing, entry.difference, small=formatting.points(entry.difference), why=why, more=more)
+    text = "imported" if entry.record.imported else entry.standing
+    return field(text, entry.difference, small=formatting.points(entry.difference), why=why, more=more)
 
 
 def memory(facts: RunFacts) -> Table:
