@@ -31,6 +31,13 @@ def timed_training(record: Record) -> TrainingMeasured | None:
     return record.training if record.training and record.training.step_seconds else None
 
 
+def why_untrained(record: Record, fact: str) -> str:
+    """Return the reason why a Record without a training lacks a fact about it. fact: as in `Imported.unknown`."""
+    if record.imported is None:
+        return "not trained"
+    return f"not known of the imported training: {record.imported.unknown.get(fact, 'it was not measured here')}"
+
+
 def step_seconds(record: Record) -> float | None:
     """Return the median time of a steady step, in seconds; None without training."""
     training = timed_training(record)

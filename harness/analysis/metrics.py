@@ -133,12 +133,15 @@ def _latency(record: Record) -> float | None:
 
 
 def _no_peak(record: Record) -> str:
-    return "the training phase has no memory peak" if record.training else "not trained"
+    trained = record.training is not None
+    return "the training phase has no memory peak" if trained else measurements.why_untrained(record, "peak memory")
 
 
 def _no_speed(record: Record) -> str:
     trained = measurements.timed_training(record) is not None
-    return (failed_checks.no_speed(record) or "the clock did not move") if trained else "not trained"
+    if not trained:
+        return measurements.why_untrained(record, "time of each step")
+    return failed_checks.no_speed(record) or "the clock did not move"
 
 
 TRAINABLE = Metric(

@@ -14,6 +14,7 @@ from harness.cell.outcomes import NonconformingError
 from harness.conformance.findings.summary import describe
 from harness.conformance.subject import DTYPES
 from harness.methods.registry import Registry
+from harness.records.imported import LossAgreement
 from harness.records.record import Cell, CheckResult, Note, Outcome
 
 
@@ -34,6 +35,8 @@ class CellRun:
     typed_notes: list[Note] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)
     """Paths of the adapted layers."""
+    loss_agreement: LossAgreement | None = None
+    """For an imported adapter, the comparison of its loss with its log."""
     adapted: Mapping[str, object] = field(default_factory=dict)
     """Path of each adapted layer -> the module that the implementation put there."""
 

@@ -37,6 +37,8 @@ _PROBED, _PROBED_CAUSAL = 8, 4
 """Number of probe texts for an encoder, and for a causal model. A causal model gets fewer, because it returns more
 logits per text."""
 _PROBED_RANDOM, _PROBED_TOKENS = 2, 32
+_COMPARED = 8
+"""Number of training batches on which the loss of an imported adapter is computed."""
 
 
 class CellData:
@@ -83,7 +85,11 @@ class CellData:
 
             side, probe = "left", tokenise(test_rows[:_PROBED_CAUSAL])
             refuse_tokenless(probe, job.model.path)
-        chosen = order(_Tokenised(train_rows, tokenise), wanted, batch, cell.seed) if wanted else []
+        texts = _Tokenised(train_rows, tokenise)
+        chosen = order(texts, wanted, batch, cell.seed) if wanted else []
+        compared = order(texts, _COMPARED, batch, cell.seed) if job.imported and train_rows else []
+        self.training_like = [collate(group, self.pad, side).to(device) for group in compared]
+        """Training batches on which the loss of an imported adapter is computed. Empty for all other Cells."""
         for group in chosen:
             refuse_tokenless(group, job.model.path)
         ids = [[example.id for example in group] for group in chosen]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 from harness.assets.table import Source
+from harness.records.imported import Imported
 from harness.records.notes import concurrency_note
 from harness.records.record import AssetUse, Cell, FrozenModel, Json, Record
 from harness.suites.tasks import TaskSpec
@@ -35,6 +36,15 @@ class JobTask(TaskSpec):
     """Path of the task's YAML file if lm-eval defines the task; otherwise empty."""
 
 
+class ImportedAdapter(FrozenModel):
+    """A finished adapter on this machine, which a Cell evaluates instead of training one."""
+
+    folder: str
+    """Folder with adapter_config.json and adapter_model.safetensors."""
+    facts: Imported
+    """Origin of the adapter."""
+
+
 class Job(FrozenModel):
     """One attempt at one Cell."""
 
@@ -57,9 +67,12 @@ class Job(FrozenModel):
     """Path of the interpreter that runs the Cell; empty for the one that runs the harness."""
     gpu: str = ""
     """UUID of the GPU that only this Cell uses; empty on a CPU, or if the batch system assigns a GPU."""
+    imported: ImportedAdapter | None = None
+    """The adapter that is loaded. None for a Cell that trains, or that evaluates the base."""
 
     def record(self, *, notes: Sequence[str] = (), **outcome: Any) -> Record:
         """Return the Record of this attempt. outcome: values of the fields that the job does not determine."""
+        outcome = {"imported": self.imported.facts if self.imported else None} | outcome
         return Record(
             run=self.run, cell_id=self.cell.cell_id, attempt=self.attempt, cell=self.cell, device=self.device,
             assets=used(self.model, self.data, self.task), notes=[*concurrency_note(self.at_once), *notes],

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.cell import base_quantisation, memory_ledger, training_phase, unreferenced_method
+from harness.cell import base_quantisation, imported_adapter, memory_ledger, training_phase, unreferenced_method
 from harness.cell.cell_run import CellRun
 from harness.cell.data import CellData, RandomData
 from harness.cell.job import Job
@@ -91,6 +91,8 @@ def measure(run: CellRun, predict: Predict) -> Measurements:
     checkpoint = _save(run, subject, loaded, model_B)
     with run.clock.phase("evaluate"):
         accuracy = data.evaluate(model)
+        if run.job.imported:
+            run.loss_agreement = imported_adapter.compare_loss(model, run.job.imported.facts, data)
     latencies = _time(run, subject, data, offloaded)
     return Measurements(
         parameters=parameters,
@@ -155,9 +157,13 @@ def _attach(
         if cell.method in UNREFERENCED:
             bases, start = unreferenced_method.attached_layers(adapted, loaded.head)
             run.layers = list(bases)
-            run.notes += unreferenced_method.notes(adapted)
+            imported = run.job.imported
+            run.notes += imported_adapter.notes(imported.facts) if imported else []
+            run.notes += adapted.notes if imported else unreferenced_method.notes(adapted)
         for path in [path for path in adapted.layers if in_head(path, loaded.head)]:
             del adapted.layers[path]
+        if run.job.imported:
+            adapted.load_saved(Path(run.job.imported.folder))
         run.adapted = adapted.layers
     subject = Subject(
         cell.method, config, cell.dtype, model, adapted, bases, own, original, packed.forms, packed.expected,
@@ -169,12 +175,15 @@ def _attach(
 def _check_parity(run: CellRun, attached: Attached, data: Data) -> None:
     """Compare the adapted model with the reference. Then free the data that only this comparison needs.
 
-    Raises NonconformingError if model and reference differ.
+    An imported adapter is compared as it is, by the logits of the whole model. Raises NonconformingError if model and
+    reference differ.
     """
     subject, base = attached.subject, run.cell.base
     provider = f"{base.quantization} by {base.implementation}" if base.quantization != "none" else ""
+    imported = run.job.imported
     with run.clock.phase("parity"):
         run.require(
+            list(imported_adapter.checks(run, subject.model, Path(imported.folder), data)) if imported else
             parity_gate.gate(
                 subject, run.cell.seed, attached.logits, attached.base_logits,
                 start=attached.start, forward=data.logits, base=provider,

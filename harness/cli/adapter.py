@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ def check(path: Path, base_model: Path | None, as_json: bool) -> Exit:
     judged by itself. Raises UsageError if the adapter or the base cannot be read.
     """
     adapter = AdapterFile.read(path)
-    folder = base_model or _local_base(adapter)
+    folder = base_model or adapter.local_base
     with foreign_output():
         base = None if folder is None else empty_base(folder)
     findings = judge(adapter, base)
@@ -40,15 +39,6 @@ def check(path: Path, base_model: Path | None, as_json: bool) -> Exit:
     else:
         print_lines([*_summary(adapter, folder), "", *_findings(findings), "", *_loaders(loaders)])
     return code
-
-
-def _local_base(adapter: AdapterFile) -> Path | None:
-    """Return the folder that base_model_name_or_path names, relative to the working directory or to the adapter."""
-    name = adapter.config.get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        return None
-    folders = (Path(name), Path(os.path.normpath(adapter.folder / name)))
-    return next((one for one in folders if (one / "config.json").is_file()), None)
 
 
 def _summary(adapter: AdapterFile, base: Path | None) -> Iterator[str]:

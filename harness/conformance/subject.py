@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from harness.methods import checksums
 from harness.methods.peft_config import UNREFERENCED, AdapterConfig
 from harness.methods.spec import Adapted, methods
+from harness.records.record import ADAPTER_SHA256
 from reference.operations import nf4
 from reference.shared.layers import KINDS, dense_weight, targets
 
@@ -226,7 +227,8 @@ def _select(path: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def configure(method: str, config: dict[str, Any]) -> Any:
     """Return the Method's Config with these values. Lists become tuples. Raises TypeError for an unknown key."""
     if method in UNREFERENCED:
-        return AdapterConfig(**config)
+        # The hash identifies an imported adapter, and configures nothing.
+        return AdapterConfig(**{key: value for key, value in config.items() if key != ADAPTER_SHA256})
     kind = importlib.import_module(f"reference.{method}").Config
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
 

@@ -25,6 +25,7 @@ from harness.records.base_model import Seconds as Seconds
 from harness.records.check import CheckResult as CheckResult
 from harness.records.check import Outcome as Outcome
 from harness.records.cost import GpuPhase
+from harness.records.imported import Imported as Imported
 from harness.records.measured import Accuracy as Accuracy
 from harness.records.measured import Item as Item
 from harness.records.measured import Latency as Latency
@@ -38,6 +39,8 @@ from harness.records.training import Training as Training
 SCHEMA = 1
 ADAPTER_CONFIG = "adapter_config"
 """Key in the config of a Cell with `method: peft`. The value is the complete config of a PEFT adapter of any type."""
+ADAPTER_SHA256 = "adapter_sha256"
+"""Key in the config of a Cell that evaluates an imported adapter. The value is the SHA-256 of the adapter's tensors."""
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"]
@@ -175,6 +178,8 @@ class Cell(FrozenModel):
         method = "zero-shot" if self.method == "frozen" and self.training.steps == 0 else self.method
         if isinstance(any_method := self.config.get(ADAPTER_CONFIG), dict):  # `method: peft` names only the library
             method = f"{method} {str(any_method.get('peft_type', '')).lower()}"
+        if sha256 := self.config.get(ADAPTER_SHA256):
+            method = f"imported {str(sha256)[:6]} {method}"
         base = "" if self.base.quantization == "none" else f" on {self.base}"
         dtype = "" if self.dtype == "float32" else f" {self.dtype}"
         optimizer = "" if self.optimizer == "adamw" else f" {self.optimizer}"
@@ -333,6 +338,8 @@ class Record(FrozenModel):
     concurrent_cells: int | None = None
     """Number of Cells, this one included, that may have run on the machine at the same time. None in older Records.
     `harness.records.notes.concurrent_cells` also finds the number in these."""
+    imported: Imported | None = None
+    """Origin of the adapter, if another program trained it and this Cell only evaluates it. None for all other Cells."""
 
     @model_validator(mode="after")
     def _status_decides_content(self) -> Record:

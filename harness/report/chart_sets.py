@@ -20,6 +20,7 @@ from harness.analysis.run_facts import RunFacts
 from harness.analysis.verdict import QuestionVerdict
 from harness.errors import plural
 from harness.records import naming
+from harness.records.imported import LoggedLoss
 from harness.records.record import ADAPTER_CONFIG, Cell, Record
 from harness.report import formatting, links
 from harness.report.svg import charts
@@ -102,7 +103,12 @@ def accuracy(f: RunFacts, g: Group) -> ChartSet | None:
     lines = group((names[id(e)].replace(f" r={_rank(e):g}", "", 1), e) for e in g.ranked)
     empty = _coloured(f, {name: line[0].record.cell for name, line in lines.items()})
     levels = [
-        Series(f"{names[id(e)]}, not trained", charts.REST, [_point(f, e, names[id(e)], 0.0, "")], kind="level")
+        Series(
+            names[id(e)] + ("" if e.record.imported else ", not trained"),
+            charts.REST,
+            [_point(f, e, names[id(e)], 0.0, "")],
+            kind="level",
+        )
         for e in g.untrained
     ]
 
@@ -187,13 +193,24 @@ def _tried(f: RunFacts, search: tuning.Search, t: tuning.Try, s: Score) -> Point
 
 
 def curves(f: RunFacts) -> list[ChartSet]:
-    """Return charts of the training losses, by model and task. The curve of several seeds shows mean losses."""
-    trained = [record for record in f.latest.values() if record.training and len(record.training.losses) > 1]
+    """Return charts of the training losses, by model and task. The curve of several seeds shows mean losses.
+
+    An imported adapter has the curve that its own program logged.
+    """
+    trained = [
+        record for record in f.latest.values() if (record.training and len(record.training.losses) > 1) or _log(record)
+    ]
     return [_curves(f, *place) for place in group((_place(record.cell), record) for record in trained).items()]
 
 
-def _curves(f: RunFacts, title: str, records: Sequence[Record]) -> ChartSet:
+def _log(record: Record) -> Sequence[LoggedLoss]:
+    """Return the losses that another program logged for an imported adapter. Empty for all other Cells."""
+    return record.imported.logged if record.imported else ()
+
+
+def _curves(f: RunFacts, title: str, every: Sequence[Record]) -> ChartSet:
     """Return the chart of one model and task. At first it shows the best recipe of each method, and no search."""
+    records, imported = [r for r in every if r.training], [r for r in every if _log(r)]
     seeds = group((r.cell.recipe_id, r.training.losses) for r in records if r.training)
     losses = [[fmean(step) for step in zip(*several, strict=True)] for several in seeds.values()]
     means = [[fmean(one[max(0, t - 2) : t + 3]) for t in range(len(one))] for one in losses]
@@ -204,12 +221,14 @@ def _curves(f: RunFacts, title: str, records: Sequence[Record]) -> ChartSet:
         if cell.recipe_id in cells:
             best.setdefault(_method(cell), cell.recipe_id)
     shown = list(best.values())[:_CURVES]
-    bound = _RISE * max(one[0] for one in losses)
+    bound = _RISE * max([*(one[0] for one in losses), *(_log(r)[0].loss for r in imported)])
     empty = _coloured(f, dict(zip(names, cells.values(), strict=True)))
     series = [
         replace(_curve(s, mean, high=bound), shown=recipe in shown)
         for s, mean, recipe in zip(empty, means, cells, strict=True)
     ]
+    logs = _coloured(f, {f.names[r.cell_id]: r.cell for r in imported})
+    series += [_logged(s, _log(r), bound) for s, r in zip(logs, imported, strict=True)]
     over = [
         f"{name} reaches {max(one):.3g} at step {one.index(max(one))}"
         for name, one, mean in zip(names, losses, means, strict=True)
@@ -219,9 +238,16 @@ def _curves(f: RunFacts, title: str, records: Sequence[Record]) -> ChartSet:
     chart = charts.xy(_STEPS, Axis("training loss, nats", "{:.3g}".format), series)
     first = "the best recipe" if any(g.ranked for g in f.groups) else "one recipe"
     note = f"At first: {first} of each method, at most {_CURVES}." if len(shown) < len(series) else ""
-    return _set(
-        title, [_figure("Training loss", chart, ["Mean of all seeds and of five steps.", clipped])], series, note
-    )
+    means_of = "Mean of all seeds and of five steps." if records else ""
+    logged = "Imported: as its program logged it, a mean over the steps since the point before." if imported else ""
+    return _set(title, [_figure("Training loss", chart, [means_of, logged, clipped])], series, note)
+
+
+def _logged(s: Series, log: Sequence[LoggedLoss], high: float) -> Series:
+    """Return a series as the curve of logged losses, drawn up to `high`. Of many entries, each second, ... has a point."""
+    drawn = log[:: math.ceil(len(log) / _POINTS)]
+    points = [Point(float(one.step), min(one.loss, high)) for one in drawn]
+    return replace(s, points=points, kind="curve", texts=[f"{one.step}: {one.loss:.3g}" for one in drawn])
 
 
 def _curve(s: Series, values: Sequence[float], low: float = -math.inf, high: float = math.inf) -> Series:

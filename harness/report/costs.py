@@ -63,7 +63,9 @@ def _no_energy(record: Record, m: Measurements) -> str:
         return shared
     if not m.energy.source:
         return f"not measured: {m.energy.because}"
-    return "not measured: the phase was under 2 s, or too long for its counter" if m.training else "not trained"
+    if m.training is None:
+        return measurements.why_untrained(record, "energy")
+    return "not measured: the phase was under 2 s, or too long for its counter"
 
 
 def gpus(facts: RunFacts) -> Table:

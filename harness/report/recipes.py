@@ -144,7 +144,7 @@ def _gap(group: Group, e: RankingEntry) -> Field:
         "best": "the highest accuracy",
         "tied": f"no test tells it apart from the highest{p}",
         "below": f"lower than the highest{p}",
-        "untrained": "not trained",
+        "untrained": "imported, not trained here" if e.record.imported else "not trained",
     }
     tied = e.standing == "tied"
     text = formatting.points(e.difference).removesuffix(" points") + (" ≈" if tied else "")

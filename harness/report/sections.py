@@ -241,6 +241,8 @@ def rerun(facts: RunFacts) -> Section:
 def rerun_command(facts: RunFacts, cell_id: str) -> str:
     """Return the command that repeats one Cell of the run."""
     m = facts.run.manifest
+    if cell_id in facts.latest and facts.latest[cell_id].imported:
+        return shlex.join(m.argv)
     # The suite as given on the command line: a path, or the name of a suite of the harness.
     paths = [word for word in m.argv[2:] if Path(word).name == m.suite_file]
     names = [word for word in m.argv[2:] if word == m.suite_file.rpartition(".")[0]]

@@ -40,7 +40,7 @@ def comparison(facts: RunFacts, cells: Sequence[Cell] | None = None) -> Table:
             columns.append(column("Against the best, points", title))
     columns.append(column("Record", number=False))
     rows = ((cell, list(_fields(facts, cell))) for cell in (facts.run.manifest.cells if cells is None else cells))
-    notes = [*_unreferenced_note(facts), *_busy_note(facts)]
+    notes = [*_unreferenced_note(facts), *_imported_notes(facts), *_busy_note(facts)]
     return table(facts, "cells", "Every expected Cell", columns, rows, notes=notes, anchored=True)
 
 
@@ -74,13 +74,22 @@ def _unreferenced_note(facts: RunFacts) -> list[str]:
     return [f"{found[0][1]}, nor for the claims of their papers: {names}."] if found else []
 
 
+def _imported_notes(facts: RunFacts) -> list[str]:
+    """Return a note for each Cell with an imported adapter: its origin, what is not known, and whether its loss agrees."""
+    found = [(facts.titles[r.cell_id], r.imported) for r in facts.latest.values() if r.imported]
+    return [
+        f"{name}: {one.origin}. Not known: {', '.join(one.unknown) or 'nothing'}. {one.loss_sentence}."
+        for name, one in found
+    ]
+
+
 def short_notes(facts: RunFacts) -> list[str]:
     """Return the notes on the comparison table for the terminal. The notes on the page are longer."""
     names = first_names([name for name, _ in _busy(facts)], _NAMED)
     text = (
         f"busy: other programs used the CPU, so these times may be too high: {names}. Rule: peft-harness explain busy"
     )
-    return [*_unreferenced_note(facts), *([text] if names else [])]
+    return [*_unreferenced_note(facts), *_imported_notes(facts), *([text] if names else [])]
 
 
 def _busy_note(facts: RunFacts) -> list[str]:
@@ -103,6 +112,10 @@ def _status(facts: RunFacts, cell: Cell) -> Field:
         return field(f"{icon('fail')} ok, {count}", status, why=why, tone=tone("fail"), more={"failed checks": why})
     text, why = status, "" if status == "ok" else facts.why_unmeasured(cell)
     more = {"reason": why} if why else {}
+    if status == "ok" and record and record.imported:
+        text, why, more = "ok, imported", record.imported.origin, {"reason": "imported"}
+        if contradiction := record.imported.loss_contradiction:
+            text, why = "ok, imported, but its loss is not that of its log", contradiction
     if status == "ok" and record and (no_reference := failed_checks.unreferenced(record)):
         text, why, more = "ok, no reference", no_reference, {"reason": "no reference"}
     return field(f"{icon(status)} {text}", status, why=why, tone=tone(status), more=more)
@@ -132,7 +145,8 @@ def standing_field(entry: RankingEntry) -> Field:
         test = f"t test of the means over {seeds} seeds" if seeds > 1 else "exact McNemar test of these two checkpoints"
         why = f"{formatting.probability(entry.p)}, {test}, Holm-adjusted"
         more["p"] = f"{entry.p:.3g}"
-    return field(entry.standing, entry.difference, small=formatting.points(entry.difference), why=why, more=more)
+    text = "imported" if entry.record.imported else entry.standing
+    return field(text, entry.difference, small=formatting.points(entry.difference), why=why, more=more)
 
 
 def memory(facts: RunFacts) -> Table:

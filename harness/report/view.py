@@ -127,6 +127,11 @@ def _alerts(f: RunFacts) -> list[dict[str, Any]]:
         "Measured, although training diverged (a lower `lr`, a longer `warmup` or a wider dtype may help):": [
             f"{f.titles[r.cell_id]}: {why}" for r in latest if (why := divergence.diverging(r))
         ],
+        "Imported adapters whose loss is not that of their log:": [
+            f"{f.titles[r.cell_id]}: {r.imported.loss_contradiction}"
+            for r in latest
+            if r.imported and r.imported.loss_contradiction
+        ],
         f"{plural(missing, 'expected Cell')} {'has' if missing == 1 else 'have'} no Record:": [
             f"{f.titles[i]} ({i})" for i in f.verdict.missing
         ],
@@ -211,8 +216,12 @@ def _sentences(f: RunFacts, g: Group) -> list[str]:
     if len(g.optimizers) > 1:
         differ = f"The optimizers differ ({', '.join(g.optimizers)})"
         sentences.append(f"{differ}, so a difference in accuracy between two of them may come from the optimizer.")
-    if g.untrained and g.ranked:
-        sentences.append(f"For comparison, without training: {listed(g.untrained)}.")
+    imported = [e for e in g.untrained if e.record.imported]
+    zero_shot = [e for e in g.untrained if not e.record.imported]
+    if zero_shot and g.ranked:
+        sentences.append(f"For comparison, without training: {listed(zero_shot)}.")
+    if imported and g.ranked:
+        sentences.append(f"For comparison, imported, of another budget: {listed(imported)}.")
     if g.data_differ:
         sentences.append(
             "The data differ: some Cells with one seed were trained on other examples or in another order."

@@ -19,13 +19,13 @@ from harness.analysis.comparison.reproducibility import possible_reruns
 from harness.analysis.run_facts import analyse
 from harness.assets import fetch
 from harness.assets.table import Source, resolve
-from harness.cell.job import Asset, Job, JobTask, used
+from harness.cell.job import Asset, ImportedAdapter, Job, JobTask, used
 from harness.console import print_lines
 from harness.errors import Exit, HarnessError, Problem, StoreError, SuiteError, UsageError
 from harness.process import termination
 from harness.records import environment, naming, store
 from harness.records.manifest import Footer, Manifest
-from harness.records.record import Environment, Provider, Record, Status
+from harness.records.record import ADAPTER_SHA256, Environment, Provider, Record, Status
 from harness.report import html, terminal
 from harness.runner import cell_environments, executors, task_assets
 from harness.runner.attempt import RunContext
@@ -63,7 +63,7 @@ class _Times:
 
 @termination.handle_termination()
 def run_suite(
-    suite_name: str,
+    suite_name: str | Suite,
     *,
     out: Path | None = None,
     only: str | None = None,
@@ -72,13 +72,15 @@ def run_suite(
     timeout: float = DEFAULT_TIMEOUT_S,
     strict: bool = False,
     executor: Executor | None = None,
+    imported: ImportedAdapter | None = None,
 ) -> Exit:
     """Run a suite, write its report, print the summary on stdout, and return the exit code.
 
-    executor: runs the Cells. By default, they run one at a time on this machine.
+    suite_name: name or path, or the suite itself. executor: runs the Cells. By default, they run one at a time on this
+    machine. imported: the adapter of the Cells whose config has the hash of an adapter.
     """
     times = _Times()
-    suite = loader.load(suite_name)
+    suite = suite_name if isinstance(suite_name, Suite) else loader.load(suite_name)
     plan = suite.plan if only is None else select(suite.plan, only)
     here = environment.describe(environment.threads())
     with contextlib.ExitStack() as stack:
@@ -99,7 +101,7 @@ def run_suite(
             folder, run_id, done = _open(suite, plan, here, out, progress, stack)
         times.lap("scheduling")
         with _errors_name(folder):
-            session = _Session(plan, assets, homes, done, folder, run_id, chosen, times, progress)
+            session = _Session(plan, assets, homes, done, folder, run_id, chosen, times, progress, imported)
             run = _measure(session, entered, RunContext(folder, here, timeout))
             progress.close()
             return _report(run, strict=strict)
@@ -119,6 +121,8 @@ class _Session:
     device: Device
     times: _Times
     progress: Progress
+    imported: ImportedAdapter | None
+    """The adapter of the Cells whose config has the hash of an adapter."""
 
     def jobs(self) -> Iterator[Job]:
         """Yield one job per Cell that is not done. The executor takes a job only when it can run another Cell."""
@@ -134,6 +138,7 @@ class _Session:
                 run=self.run_id, folder=str(self.folder.path.resolve()), attempt=attempt, cell=cell,
                 model=model, data=data, task=task, device=self.device,
                 python=self.homes[cell.environment].python if cell.environment else "",
+                imported=self.imported if ADAPTER_SHA256 in cell.config else None,
             )  # fmt: skip
             self.times.lap("scheduling")
             yield job

@@ -91,6 +91,8 @@ def attempt(job: Job, emit: Emit) -> Record:
     if run:
         outcome |= {"phases": run.clock.done, "checks": run.checks, "notes": run.notes}
         outcome |= {"typed_notes": run.typed_notes, "layers": run.layers}
+        if job.imported:
+            outcome["imported"] = job.imported.facts.model_copy(update={"loss": run.loss_agreement})
     described = environment.describe(threads, {**facts, "variables": environment.thread_variables()})
     return job.record(environment=described, started=started, duration_s=age(), **outcome)
 

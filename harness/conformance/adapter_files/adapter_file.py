@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,15 @@ class AdapterFile:
     def folder(self) -> Path:
         """Folder with the config and the weights."""
         return self.weights.parent
+
+    @property
+    def local_base(self) -> Path | None:
+        """Folder that base_model_name_or_path names, relative to the working directory or to the adapter, if it exists."""
+        name = self.config.get("base_model_name_or_path")
+        if not isinstance(name, str) or not name:
+            return None
+        folders = (Path(name), Path(os.path.normpath(self.folder / name)))
+        return next((one for one in folders if (one / "config.json").is_file()), None)
 
     @property
     def settings(self) -> AdapterSettings:

@@ -14,6 +14,8 @@ from harness.methods.registry import DTYPES, implements
 from harness.process.out_of_memory import shortage
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Generator, Tensor, nn
 _REWRITING = ("pissa", "olora", "loftq")
 """Values of LoRA's `init_lora_weights` with which peft overwrites the base weight."""
@@ -136,6 +138,19 @@ class AnyPeft(PeftAdapted):
     def tensors(self) -> dict[str, Tensor]:
         """Map peft's names to the parameters that were trainable after attaching."""
         return dict(self.trainable)
+
+    def load_saved(self, folder: Path) -> None:
+        """Replace the tensors by those in a folder that peft wrote. Raises ImplementationError if the file has others."""
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        path = folder / "adapter_model.safetensors"
+        tensors = load_file(path)
+        result = set_peft_model_state_dict(self.wrapper, tensors, adapter_name=ADAPTER)
+        if strange := list(result.unexpected_keys):
+            what = f"peft has no place for {len(strange)} tensors of the file, e.g. {strange[0]}"
+            hint = "`import` loads adapters only, without modules_to_save or trained biases"
+            raise ImplementationError(what, where=str(path), hint=hint)
 
     def saved(self) -> dict[str, Tensor]:
         """Map names to the tensors that peft's `save_pretrained` saves."""
