@@ -87,7 +87,7 @@ def test_a_cell_whose_newest_attempt_failed_is_measured_again(tmp_path: Path) ->
 
     def done() -> set[str]:
         path, progress = run.folder.path, Progress(run.cells)
-        return _reopen(path, run.here, works, "cpu", progress, is_remote=False)[2]
+        return _reopen(path, run.here, {}, works, "cpu", progress, is_remote=False)[2]
 
     first = run.run(Local(1, run.command()))[0]
     assert done() == works.keys()
