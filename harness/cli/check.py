@@ -50,7 +50,7 @@ class CheckRequest:
     environments: Sequence[str] = ()
     """Names or requirements, e.g. `peft==0.19.1`, of the environments in which to check. Empty for this Python."""
     index: IndexOptions = field(default_factory=IndexOptions)
-    """Where pip looks for the packages of environments that do not exist yet."""
+    """Sources from which pip takes the packages of environments that do not exist yet."""
 
 
 def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html: Path | None = None) -> Exit:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ServedRequest:
-    """What to compare."""
+    """Options of `check --served`."""
 
     url: str
     adapters: Sequence[str]
@@ -39,7 +39,7 @@ class ServedRequest:
     patience: float = 120.0
     """Seconds to wait for one answer."""
     echo: bool = False
-    """Whether to compare the log-probabilities of the prompts' tokens too."""
+    """True if the log-probabilities of the prompts' tokens are compared too."""
     seed: int = 0
 
 

@@ -79,7 +79,7 @@ class Imported(FrozenModel):
 
     @property
     def origin(self) -> str:
-        """Where the adapter comes from, as a part of a sentence."""
+        """The origin of the adapter, as a part of a sentence."""
         checkpoint = "" if self.checkpoint is None else f", checkpoint {self.checkpoint}"
         tool = f"written by {self.tool} ({self.tool_file})" if self.tool else "written by an unknown program"
         return f"imported from {self.folder}{checkpoint}, {tool}"

@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 from harness.assets import generated
 from harness.cli import main
-from harness.conformance.served.client import TOKEN_VARIABLE
+from harness.conformance.served.client import TOKEN_VARIABLE, Client
 from harness.errors import Exit
 from support import adapter_folders
 from support.model_server import ModelServer, serving
@@ -268,6 +269,13 @@ def test_the_token_is_sent_and_never_written(check, base, adapters, monkeypatch)
     code, out, err = check(models, base, adapters)
     assert (code, out) == (Exit.USAGE, "")
     assert TOKEN not in err
+
+
+def test_a_token_that_a_long_message_cuts_is_not_printed() -> None:
+    content = json.dumps({"error": {"message": f"{'x' * 160} Bearer {TOKEN * 3}"}}).encode()
+    answer = SimpleNamespace(status=400, reason=f"no {TOKEN * 3}")
+    error = Client("http://127.0.0.1:1", TOKEN * 3)._refusal(answer, content, "here")  # type: ignore[arg-type]
+    assert TOKEN not in str(error)
 
 
 # ---- tokenizers

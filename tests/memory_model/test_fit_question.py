@@ -98,10 +98,28 @@ def test_steps_decide(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (code, document["rows"][0]["needed_B"], lines[0][:4]) == (Exit.PASS, int(0.6 * ROOM), "yes:")
 
 
+BERT = {
+    "model_type": "bert", "architectures": ["BertForSequenceClassification"], "hidden_size": 64, "intermediate_size": 256,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 1000,
+}  # fmt: skip
+"""Config of a model without a closed form of its activations."""
+
+
+def test_no_needs_a_prediction_of_every_row(ask: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def peak(cell: Cell, *_: Any, **__: Any) -> dict[str, Any]:
+        known = {"peak_B": 9 * ROOM, "peak_by": ""}
+        return {"no_peak": "of a test"} if cell.base.quantization == "none" else known
+
+    (tmp_path / "config.json").write_text(json.dumps(BERT))
+    monkeypatch.setattr(isolated_step, "peak", peak)
+    words = ("--memory", "8MiB", "--rank", "4", "--method", "lora", "--base", "nf4", "--base", "none", "--batch", "2")
+    _, document, _ = ask(*words, formulas=False)
+    assert sorted(str(row["fits"]) for row in document["rows"]) == ["False", "None"]
+    assert document["answer"] == "unknown"
+
+
 def test_without_a_prediction_the_answer_is_unknown(ask: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    facts = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "hidden_size": 64,
-             "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 1000}  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(facts))
+    (tmp_path / "config.json").write_text(json.dumps(BERT))
     monkeypatch.setattr(isolated_step, "peak", lambda *_, **__: {"no_peak": "of a test"})
     words = ("--memory", "8MiB", "--rank", "4", "--method", "lora", "--base", "none", "--batch", "2")
     code, document, lines = ask(*words, formulas=False)

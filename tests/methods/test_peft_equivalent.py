@@ -69,6 +69,8 @@ def test_the_config_is_the_one_that_hf_peft_trains(
         ("lora", {"rank": 4, "alpha": 1.0, "targets": ["attention"]}, "peft needs the names of the layers"),
         ("lora", {"rank": 4, "alpha": 1.0}, "the Cell's config lacks targets"),
         ("dora", {"rank": 4, "alpha": 1.0, "targets": ["query"], "per": "input"}, "one magnitude per output feature"),
+        ("qlora", {"rank": 4, "alpha": 1.0, "targets": ["query"], "block": 128}, "blocks of 64 weights"),
+        ("lora", {"rank": 4, "alpha": 1.0, "targets": ["query"], "conv": "loralib"}, "LoRA of a convolution"),
     ],
 )
 def test_without_an_equivalent_one_sentence_says_why(method: str, config: dict[str, Any], why: str) -> None:
@@ -76,6 +78,22 @@ def test_without_an_equivalent_one_sentence_says_why(method: str, config: dict[s
     assert found.keys is None
     assert why in found.remark
     assert found.remark.count(".") == 2  # the end of the sentence, and adapter_config.json
+
+
+@pytest.mark.parametrize(
+    ("method", "quantization", "config", "twice"),
+    [
+        ("lora", "nf4", {}, False),
+        ("lora", "nf4-dq", {}, True),
+        ("qlora", "none", {}, True),
+        ("qlora", "none", {"double_quant": False}, False),
+    ],
+)
+def test_the_remark_names_the_base_that_was_trained(
+    method: str, quantization: str, config: dict[str, Any], twice: bool
+) -> None:
+    found = peft_equivalent(method, {"rank": 4, "alpha": 1.0, "targets": ["query"], **config}, quantization)
+    assert ("bnb_4bit_use_double_quant" in found.remark) is twice
 
 
 def test_all_linear_is_a_word_of_peft_too() -> None:

@@ -26,6 +26,12 @@ SCALINGS = [
 ]
 
 
+@pytest.mark.parametrize("pattern", [None, "", []])
+def test_without_a_layers_pattern_every_block_counts(pattern: object) -> None:
+    settings = AdapterSettings.of({"target_modules": ["q"], "layers_to_transform": [0], "layers_pattern": pattern})
+    assert [settings.targets(f"model.layers.{n}.q") for n in range(2)] == [True, False]
+
+
 @pytest.mark.parametrize(("config", "scaling"), SCALINGS, ids=str)
 def test_scaling(config: dict[str, object], scaling: float) -> None:
     settings = AdapterSettings.of({"r": 4, "lora_alpha": 8, **config})

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +15,14 @@ from harness.conformance.findings.report import CheckReport
 from harness.records.record import CheckResult, Outcome, Record
 from harness.report import check_page, claims_page, html
 from harness.report.formatting import DASH
-from support import browser, recorded_run
-from support.browser import Shown, opened
+from support import recorded_run
+from support.browser import Open
 from support.recorded_run import EVIL
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.e2e
-Open = Callable[..., AbstractContextManager[Shown]]
 
 FUSED = recorded_run.cells()["fused"].cell_id
 NF4 = recorded_run.cells()["nf4"].cell_id
-
-
-@pytest.fixture(scope="module")
-def show() -> Iterator[Open]:
-    """Return a function that opens a file in a window of its own."""
-    path = browser.chromium()
-    with playwright.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=path)
-        yield partial(opened, running)
-        running.close()
 
 
 def _truncate(name: str, made: Record) -> Record:

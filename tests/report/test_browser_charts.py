@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +10,11 @@ import pytest
 from harness.analysis.run_facts import analyse
 from harness.records.record import Record
 from harness.report import html
-from support import browser, recorded_run
-from support.browser import Shown, opened
+from support import recorded_run
+from support.browser import Open, Shown
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.e2e
-Open = Callable[..., AbstractContextManager[Shown]]
 MEMORY, LOSSES = "#ranking .chart", "#losses .chart >> nth=0"
-
-
-@pytest.fixture(scope="module")
-def show() -> Iterator[Open]:
-    """Return a function that opens a file in a window of its own."""
-    path = browser.chromium()
-    with playwright.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=path)
-        yield partial(opened, running)
-        running.close()
 
 
 def _wait(name: str, made: Record) -> Record:

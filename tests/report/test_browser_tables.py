@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +11,14 @@ import pytest
 
 from harness.analysis.run_facts import analyse
 from harness.report import html, table_model
-from support import browser, large_run, recorded_run
-from support.browser import Shown, opened
+from support import large_run, recorded_run
+from support.browser import Open, Shown
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.e2e
-Open = Callable[..., AbstractContextManager[Shown]]
 
 FUSED = recorded_run.cells()["fused"].cell_id
 RECIPES = "answer-0-table"
 TABLES = ("cells", "latency", "memory", "costs")
-
-
-@pytest.fixture(scope="module")
-def show() -> Iterator[Open]:
-    """Return a function that opens a file in a window of its own."""
-    path = browser.chromium()
-    with playwright.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=path)
-        yield partial(opened, running)
-        running.close()
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,10 @@ class Shown:
         """Return whether the top of an element is inside the window."""
         top = self.page.locator(selector).evaluate("element => element.getBoundingClientRect().top")
         return bool(0 <= top < self.page.viewport_size["height"])
+
+
+Open = Callable[..., AbstractContextManager[Shown]]
+"""`opened` without its first parameter."""
 
 
 @contextmanager

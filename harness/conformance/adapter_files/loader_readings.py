@@ -1,4 +1,4 @@
-"""How each known loader reads an adapter file, by the features that the file uses. Data: loader_readings.yaml."""
+"""Read how known loaders interpret the features of an adapter file, from loader_readings.yaml."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WORST_FIRST: tuple[Verdict, ...] = ("wrong", "refused", "not known", "ok")
 
 
 class Reading(FrozenModel):
-    """How a loader reads one feature."""
+    """The way in which a loader reads one feature."""
 
     reading: Literal["wrong", "refused", "ok"]
     because: str = ""
@@ -40,7 +40,7 @@ class _File(FrozenModel):
 
 @dataclass(frozen=True)
 class LoaderVerdict:
-    """How a loader reads a file: the worst of its readings of the file's features."""
+    """The worst of a loader's readings of the features of a file."""
 
     loader: str
     verdict: Verdict

@@ -1,4 +1,4 @@
-"""Compare the outcomes of the same checks in several environments: in which version did a defect come, and go? No torch."""
+"""Compare the outcomes of the same checks in several environments, to show in which releases a defect exists. No torch."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server returned for one prompt."""
+    """The answer of a server to one prompt."""
 
     positions: tuple[Position, ...]
     prompt_tokens: int | None

@@ -52,9 +52,9 @@ class Dialect:
     """Forms of a request that the server accepts."""
 
     token_ids: bool = True
-    """Whether a prompt may be a list of token ids. Otherwise it is text."""
+    """True if a prompt may be a list of token ids. Otherwise it is text."""
     extensions: bool = True
-    """Whether a request may have fields of vLLM."""
+    """True if a request may have fields of vLLM."""
 
 
 class Client:

@@ -27,7 +27,7 @@ _EFFECT = 0.125
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """Errors of the answers of the base, the base rows."""
+    """Errors of the server's answers for the base model."""
 
     dtype: str
     """Dtype whose rounding errors explain the errors of the base rows."""
@@ -37,7 +37,7 @@ class NoiseFloor:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What all comparisons of a run have in common."""
+    """The data that all comparisons of a run share."""
 
     url: str
     base: Path

@@ -75,11 +75,13 @@ def drawn(folder: Path, seed: int) -> list[list[int]]:
     Ids of special tokens that the config names are left out. Raises UsageError if the folder has no vocabulary size.
     """
     path = folder / "config.json"
+    hint = "--base-model needs the folder of the base: config.json and model.safetensors"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         size = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        hint = "--base-model needs the folder of the base: config.json and model.safetensors"
+    except OSError as error:
+        raise UsageError(f"cannot be read ({error.strerror})", where=str(path), hint=hint) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError("has no vocabulary size", where=str(path), hint=hint) from error
     special = {one for key in ("bos", "eos", "pad") for one in _listed(config.get(f"{key}_token_id"))}
     draw = random.Random(seed)  # noqa: S311  # prompts, not secrets

@@ -86,7 +86,7 @@ class ServedReport:
     subjects: Sequence[SubjectResult]
     """The base first, then the adapters."""
     not_offered: Mapping[str, str] = field(default_factory=dict)
-    """What the server does not offer -> why."""
+    """Function that the server does not offer -> its reason."""
     findings: Sequence[str] = ()
     """Findings that belong to no adapter."""
     stopped: str = ""
@@ -94,7 +94,7 @@ class ServedReport:
     stopped_exit: Exit = Exit.INFRASTRUCTURE
     """Exit code of this error."""
     notes: Sequence[str] = ()
-    """What the user must know beside the results, e.g. an adapter that is still loaded."""
+    """Messages beside the results, e.g. that an adapter is still loaded."""
     software: Mapping[str, str] = field(default_factory=dict)
     """Library -> version."""
 

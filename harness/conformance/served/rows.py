@@ -58,7 +58,7 @@ class Row:
         return [i for i, several in enumerate(self.differences) if max(several) > limit.largest]
 
     def is_wrong(self, limit: Errors) -> bool:
-        """Return whether the answer cannot be that of a right server."""
+        """Return whether no right server can have given this answer."""
         return bool(self.inaccurate(limit) or self.unlikely(limit)) or rms(self.flat) > limit.row_rms
 
 

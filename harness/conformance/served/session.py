@@ -55,7 +55,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Observation:
-    """What the server answered to one request."""
+    """The answer of the server to one request."""
 
     request: Request
     context: tuple[int, ...]
@@ -63,7 +63,7 @@ class Observation:
     positions: tuple[Position, ...]
     """All have a log-probability."""
     greedy: bool
-    """Whether the server chose the tokens. Otherwise they are from the prompt."""
+    """True if the server chose the tokens. Otherwise they are from the prompt."""
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -91,7 +91,7 @@ class Session:
     seed: int
     observations: list[Observation] = field(default_factory=list)
     not_offered: dict[str, str] = field(default_factory=dict)
-    """What the server does not offer -> why."""
+    """Function that the server does not offer -> its reason."""
     findings: list[str] = field(default_factory=list)
     """Mistakes of the server that show without a comparison."""
     _loaded: list[str] = field(default_factory=list)

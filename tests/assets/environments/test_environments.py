@@ -83,7 +83,7 @@ def said_by(environment: MadeEnvironment, code: str) -> str:
 
 
 def left() -> list[str]:
-    """What is in the cache, but for the lock of the staging folder."""
+    """Return the files in the cache, without the lock of the staging folder."""
     files = [path.relative_to(cache.root()) for path in cache.root().rglob("*") if not path.is_dir()]
     return sorted({str(path) for path in files} - {"staging/lock"})
 
@@ -343,6 +343,8 @@ def test_a_whole_environment_is_left_alone(copied: MadeEnvironment) -> None:
         ("tiny_lib.py", "VERSION = '1.1'\n", "tiny-lib: 1 file missing or changed, e.g. tiny_lib.py"),
         ("tiny_lib.py", None, "tiny-lib: 1 file missing or changed, e.g. tiny_lib.py"),
         ("tiny_lib-1.0.dist-info/RECORD", None, "tiny-lib is missing"),
+        ("tiny_lib-1.0.dist-info/RECORD", "", "tiny-lib: its RECORD lists no file"),
+        ("tiny_lib-1.0.dist-info/RECORD", "tiny_l", "tiny-lib: 1 file missing or changed, e.g. tiny_l"),
     ],
 )
 def test_a_damaged_environment_is_made_again(

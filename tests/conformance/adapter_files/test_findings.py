@@ -50,6 +50,16 @@ def name_the_adapter(config: dict[str, Any], tensors: dict[str, Tensor]) -> None
     tensors[f"{Q}.lora_A.default.weight"] = tensors.pop(f"{Q}.lora_A.weight")
 
 
+def name_the_adapter_of_an_embedding(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    for key in [key for key in tensors if ".lora_embedding_" in key]:
+        tensors[f"{key}.default"] = tensors.pop(key)
+
+
+def start_anew(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Set what is zero before training: B of linear layers, and A of embeddings."""
+    tensors.update({k: 0 * t for k, t in tensors.items() if ".lora_B." in k or ".lora_embedding_A" in k})
+
+
 def add_rows(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     key = f"{Q}.lora_B.weight"
     tensors[key] = torch.cat([tensors[key], tensors[key]])
@@ -63,6 +73,7 @@ BROKEN: list[tuple[str, str, Spoil]] = [
     ("empty", "plain", lambda config, tensors: tensors.clear()),
     ("prefix", "plain", lambda config, tensors: tensors.update({Q[11:]: tensors.pop(f"{Q}.lora_A.weight")})),
     ("prefix", "plain", name_the_adapter),
+    ("prefix", "embedding", name_the_adapter_of_an_embedding),
     ("missing-half", "plain", lambda config, tensors: tensors.pop(f"{Q}.lora_B.weight")),
     ("rank", "plain", lambda config, tensors: config.update(r=8)),
     ("rank", "rank_pattern", lambda config, tensors: config.pop("rank_pattern")),
@@ -73,6 +84,7 @@ BROKEN: list[tuple[str, str, Spoil]] = [
     ),
     ("not-finite", "plain", set_nan),
     ("zero-update", "plain", set_zero),
+    ("zero-update", "embedding", start_anew),
     ("scaling", "plain", lambda config, tensors: config.update(lora_alpha=0)),
     ("magnitude", "dora", lambda config, tensors: config.update(use_dora=False)),
     ("magnitude", "plain", lambda config, tensors: config.update(use_dora=True)),
