@@ -21,6 +21,7 @@ from harness.conformance.comparison.tolerance_policies import carried_noise, exa
 from harness.conformance.execution import suite_run
 from harness.conformance.findings import defects
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
+from harness.methods.implementations.hf_peft.loader import PeftLoader
 from harness.methods.registry import Implementation, discover
 from harness.records.check import Outcome
 
@@ -112,3 +113,13 @@ def test_a_wrong_reading_is_far_from_the_logits(fault: faults.Fault) -> None:
     (logits,) = suite_run.run_case(self_test._spoilt(fault), plan, fault.case.of_kind("loader"))
     assert logits.result.error is not None
     assert logits.result.error > FAR * (logits.result.allowed or 0)
+
+
+def test_unmerging_that_leaves_a_layer_merged_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    """peft unmerges by itself when the adapters are disabled, so the logits would not show it."""
+    loader = PeftLoader(corpus.folder() / "bases" / "llama", "float32")
+    loader.load(corpus.folder() / "plain", "one")
+    loader.merge(["one"])
+    monkeypatch.setattr(loader.model, "unmerge_adapter", lambda: None)
+    with pytest.raises(RuntimeError, match="left a layer merged"):
+        loader.unmerge()
