@@ -54,7 +54,7 @@ def check(request: ServedRequest, as_json: bool) -> Exit:
     dtypes = [one for one in NARROWEST_NOISE_FIRST if one in (request.dtypes or NARROWEST_NOISE_FIRST)]
     if unknown := set(request.dtypes) - set(dtypes):
         hint = f"one or more of {', '.join(NARROWEST_NOISE_FIRST)}"
-        raise UsageError(f"no server computes in {', '.join(sorted(unknown))}", where="--dtype", hint=hint)
+        raise UsageError(f"unknown dtype: {', '.join(sorted(unknown))}", where="--dtype", hint=hint)
     folders = prompts.adapters(request.adapters)
     base_name, base = prompts.split(request.base_model)
     files = {name: _read(folder) for name, folder in folders.items()}

@@ -73,4 +73,4 @@ def test_what_cannot_be_read_exits_with_2(plain: Path, capsys: pytest.CaptureFix
         assert capsys.readouterr().err.count("hint:") == 1, arguments
     (plain / "adapter_model.safetensors").write_bytes(b"\x00" * 64)
     assert main(["check", str(plain)]) == Exit.USAGE
-    assert "is no safetensors file" in capsys.readouterr().err
+    assert "is not a safetensors file" in capsys.readouterr().err

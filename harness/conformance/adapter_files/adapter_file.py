@@ -123,7 +123,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             return {key: TensorHeader(one.get_dtype(), tuple(one.get_shape())) for key, one in slices.items()}
     except (SafetensorError, OSError) as error:
         hint = "save the adapter again; `peft-harness check` reads safetensors only"
-        raise UsageError(f"is no safetensors file ({error})", where=str(path), hint=hint) from error
+        raise UsageError(f"is not a safetensors file ({error})", where=str(path), hint=hint) from error
 
 
 def _require_lora(config: Mapping[str, Any], where: Path) -> None:

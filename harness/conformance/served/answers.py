@@ -1,4 +1,4 @@
-"""Answers of the completions API: read tokens and log-probabilities, refuse half answers. The module imports no torch."""
+"""Read tokens and log-probabilities from answers of the completions API, and refuse incomplete answers. No torch."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def message(content: bytes) -> str:
 def read(document: Any, tokens: int, echo: bool, names: TokenNames, where: str) -> Answer:
     """Return the answer to one prompt. tokens: number of tokens requested. where: for messages.
 
-    Raises UsageError for an answer without log-probabilities, ServerError for half an answer.
+    Raises UsageError for an answer without log-probabilities, ServerError for an incomplete answer.
     """
 
     def half(what: str) -> ServerError:
-        return ServerError(f"half an answer: {what}", where=where, hint="the server's log may have the reason")
+        return ServerError(f"incomplete answer: {what}", where=where, hint="the server's log may have the reason")
 
     choices = document.get("choices") if isinstance(document, dict) else None
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):

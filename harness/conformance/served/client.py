@@ -84,13 +84,13 @@ class Client:
         document = self._json("GET", "/v1/models")
         rows = document.get("data") if isinstance(document, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
-            raise self._not_this_api("/v1/models", "the answer is no list of models")
+            raise self._not_this_api("/v1/models", "the answer is not a list of models")
         return [ServedModel(str(row["id"]), str(row.get("parent") or "")) for row in rows]
 
     def complete(self, model: str, prompt: Sequence[int] | str, tokens: int, echo: bool = False) -> Answer:
         """Return the greedy continuation of a prompt with `tokens` tokens, and log-probabilities.
 
-        echo: return the tokens of the prompt too. Raises ServerError for no answer or half an answer,
+        echo: return the tokens of the prompt too. Raises ServerError for no answer or an incomplete answer,
         RequestRefusedError for a refused request, and UsageError for an answer without log-probabilities.
         """
         body = {
@@ -123,7 +123,7 @@ class Client:
             if "html" in kind or content.lstrip()[:1] == b"<":
                 raise self._not_this_api(path, "the answer is a web page, not JSON") from error
             raise ServerError(
-                f"half an answer: its {len(content)} bytes are no complete JSON", where=self.url + path, hint=_AGAIN
+                f"incomplete answer: its {len(content)} bytes are not complete JSON", where=self.url + path, hint=_AGAIN
             ) from error
 
     def _not_this_api(self, path: str, what: str) -> UsageError:
@@ -192,7 +192,7 @@ def _parsed(url: str) -> Any:
     except ValueError:  # e.g. a port that is no number
         right = None
     if not right:
-        raise UsageError(f"`{url}` is no address of a server", where="--served", hint=example)
+        raise UsageError(f"`{url}` is not the address of a server", where="--served", hint=example)
     if parts.username or parts.password or parts.query or parts.fragment:
         hint = f"the address alone, {example}; the token belongs into {TOKEN_VARIABLE}"
         raise UsageError("the address has a user, a password, a query or a fragment", where="--served", hint=hint)

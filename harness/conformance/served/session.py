@@ -198,7 +198,9 @@ class Session:
         answer = self.client.complete(request.served_as, self._sent(request.prompt), 1 if echo else self.tokens, echo)
         if echo:
             if tuple(one.token for one in answer.positions[: len(prompt)]) != prompt:
-                raise ServerError("half an answer: it does not begin with the prompt's tokens", where=self.client.url)
+                raise ServerError(
+                    "incomplete answer: it does not begin with the prompt's tokens", where=self.client.url
+                )
             return Observation(request, prompt[:1], answer.positions[1 : len(prompt)], greedy=False)
         return Observation(request, prompt, answer.positions, greedy=True)
 

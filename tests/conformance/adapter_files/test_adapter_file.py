@@ -48,7 +48,7 @@ def test_a_wrong_config_is_one_message_with_a_hint(plain: Path, content: str, sa
 
 def test_a_file_that_is_no_safetensors_is_refused(plain: Path) -> None:
     (plain / "adapter_model.safetensors").write_bytes(b"no safetensors")
-    with pytest.raises(UsageError, match="is no safetensors file"):
+    with pytest.raises(UsageError, match="is not a safetensors file"):
         AdapterFile.read(plain)
 
 
