@@ -190,7 +190,7 @@ def test_results_so_far_are_printed_if_the_user_interrupts(check, base, adapters
         ("web page", Exit.USAGE, "JSON"),
         ("no log-probabilities", Exit.USAGE, "log-probabilities"),
         ("half an answer", Exit.INFRASTRUCTURE, "incomplete answer"),
-        ("few tokens", Exit.INFRASTRUCTURE, "half"),
+        ("few tokens", Exit.INFRASTRUCTURE, "incomplete answer"),
         ("connection lost", Exit.INFRASTRUCTURE, "ended the connection"),
         ("hangs", Exit.INFRASTRUCTURE, "--patience"),
     ],
