@@ -11,6 +11,7 @@ import click
 from harness.cli import options
 from harness.console import print_lines
 from harness.errors import Exit, plural
+from harness.records import collection
 
 if TYPE_CHECKING:
     from harness.records.store import Run
@@ -37,6 +38,7 @@ _MOST_SERIOUS_FIRST = (Exit.FAIL, Exit.NOTHING_COMPARED, Exit.INFRASTRUCTURE, Ex
     help="Also write each chart to this folder as two SVG files, light and dark, for a README or a paper.",
 )  # fmt: skip
 @options.strict
+@collection.paused()
 def report(runs: tuple[str, ...], out: Path | None, form: str, svg: Path | None, strict: bool) -> Exit:
     """Write the HTML report of runs.
 

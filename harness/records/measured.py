@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from statistics import fmean
 from typing import Literal
 
@@ -96,14 +97,14 @@ class Accuracy(FrozenModel):
     cut_items: int | None = None
     """Number of scored items that were truncated to `max_tokens`. None if they were not counted."""
 
-    @property
+    @cached_property
     def answers(self) -> dict[str, int]:
         """Map from the id of each item to 1 for a right answer, or to 0 for a wrong answer."""
         return {item.id: item.correct for item in self.items}
 
     @model_validator(mode="after")
     def _items_decide_the_value(self) -> Accuracy:
-        if self.items and not math.isclose(share := fmean(item.correct for item in self.items), self.value):
+        if self.items and not math.isclose(share := fmean([item.correct for item in self.items]), self.value):
             raise ValueError(f"the accuracy is {self.value}, but {share} of its items are right")
         return self
 

@@ -31,7 +31,7 @@ def recipes(cells: Iterable[Cell], *, inside: bool = False) -> dict[str, str]:
 
     inside: whether the names leave out model and task, like the names of `in_group`.
     """
-    seedless = [cell.recipe for cell in cells]
+    seedless = [cell.recipe for cell in {cell.recipe_id: cell for cell in cells}.values()]
     return in_group(seedless) if inside else full(seedless)
 
 
@@ -50,6 +50,9 @@ def _named(cells: Iterable[Cell], name: Callable[[Cell], str], place: Callable[[
         sharing.setdefault(place(cell), {})[cell.cell_id] = cell
     found: dict[str, str] = {}
     for group in sharing.values():
+        if len(group) == 1:
+            found |= {i: name(cell) for i, cell in group.items()}
+            continue
         where = {i: dict(_coordinates(cell.model_dump(mode="json"))) for i, cell in group.items()}
         keys = list(dict.fromkeys(key for values in where.values() for key in values))
         differing = [key for key in keys if len({values.get(key, "unset") for values in where.values()}) > 1]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from enum import StrEnum
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -138,12 +137,6 @@ class Cell(FrozenModel):
     """Environment of the Cell's process: a requirement, e.g. `peft==0.19.1`, or a name; see `peft-harness env list`. Empty
     for the Python that runs the harness."""
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Cell:
-        """Return a copy with changed fields. update: the new values. A changed copy has a different cell_id."""
-        copied = super().model_copy(update=update, deep=deep)
-        copied.__dict__.pop("cell_id", None)
-        return copied
-
     @cached_property
     def cell_id(self) -> str:
         """The first 16 hex digits of the SHA-256 over the Cell's canonical JSON.
@@ -166,7 +159,7 @@ class Cell(FrozenModel):
         timed = self.evaluation.model_copy(update={"latency": True})
         return self.model_copy(update={"seed": 0, "evaluation": timed})
 
-    @property
+    @cached_property
     def recipe_id(self) -> str:
         """The cell_id of the recipe. Repeats of a Cell with other seeds have the same recipe_id."""
         return self.recipe.cell_id
@@ -355,6 +348,11 @@ class Record(FrozenModel):
     def id(self) -> str:
         """The name of this Record in other files: `cell_id.attempt`."""
         return f"{self.cell_id}.{self.attempt}"
+
+    @cached_property
+    def unpassed(self) -> list[CheckResult]:
+        """The checks that failed or were skipped."""
+        return [check for check in self.checks if check.outcome is not Outcome.PASS]
 
     @property
     def training(self) -> TrainingMeasured | None:

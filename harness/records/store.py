@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import gc
 import json
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -26,6 +25,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from harness.errors import StoreError, UsageError
+from harness.records import collection
 from harness.records.base_model import mistake
 from harness.records.files import sha256, write_atomic
 from harness.records.manifest import Footer, Manifest
@@ -52,18 +52,6 @@ def now() -> str:
 def write(path: Path, model: BaseModel, *, new: bool = False) -> None:
     """Write a Manifest, Record or Footer as JSON. new: raise FileExistsError instead of replacing an old file."""
     write_atomic(path, model.model_dump_json(by_alias=True, indent=1).encode() + b"\n", new=new)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Pause the garbage collector. Records hold no cycles, and to visit each of their items again takes most of the time."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def _read(path: Path, kind: type[_Model]) -> _Model:
@@ -293,7 +281,7 @@ def read_run(path: Path) -> Run:
     """Read a finished or unfinished run folder, and return the run. `Run.broken` lists the files that cannot be read."""
     manifest = read_manifest(path)
     records, broken = [], {}
-    with _no_collection():
+    with collection.paused():
         for file in _record_files(path):
             try:
                 record = read_record(file)

@@ -9,7 +9,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from statistics import fmean
 from typing import Any
 
 from harness.analysis import contention, measurements, metrics, tuning
@@ -212,8 +211,9 @@ def _curves(f: RunFacts, title: str, every: Sequence[Record]) -> ChartSet:
     """Return the chart of one model and task. At first it shows the best recipe of each method, and no search."""
     records, imported = [r for r in every if r.training], [r for r in every if _log(r)]
     seeds = group((r.cell.recipe_id, r.training.losses) for r in records if r.training)
-    losses = [[fmean(step) for step in zip(*several, strict=True)] for several in seeds.values()]
-    means = [[fmean(one[max(0, t - 2) : t + 3]) for t in range(len(one))] for one in losses]
+    losses = [[sum(step) / len(step) for step in zip(*several, strict=True)] for several in seeds.values()]
+    nearby = ([one[max(0, t - 2) : t + 3] for t in range(len(one))] for one in losses)
+    means = [[sum(steps) / len(steps) for steps in several] for several in nearby]
     cells = {r.cell.recipe_id: r.cell for r in records}
     names = links.short_names(list(cells.values()), [f.recipes[i] for i in cells])
     best: dict[str, str] = {}

@@ -40,6 +40,7 @@ def fill(template: str, page: Mapping[str, Any], style: str = "") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_kwargs"] = {}  # keys stay in their order, which is faster
     return environment.get_template(template).render(
         page={**page, "generated": store.now()},
         # These files of the package, never data, are the only unescaped text on the page.

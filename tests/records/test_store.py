@@ -37,6 +37,15 @@ def test_what_is_written_is_read_back(run: store.Run) -> None:
         assert store.read_record(_path(run, record)) == record
 
 
+def test_a_copy_with_other_items_has_other_answers(run: store.Run) -> None:
+    accuracy = run.records[0].accuracy
+    assert accuracy is not None
+    before = accuracy.answers
+    copied = accuracy.model_copy(update={"items": accuracy.items[:1]})
+    assert copied.answers == {accuracy.items[0].id: accuracy.items[0].correct}
+    assert accuracy.answers == before
+
+
 @pytest.mark.parametrize("collects", [True, False])
 def test_reading_leaves_the_garbage_collector_as_it_was(run: store.Run, collects: bool) -> None:
     before = gc.isenabled()

@@ -91,3 +91,11 @@ def test_no_function_is_called_with_the_square_of_the_number_of_cells(
     assert {
         where: (once[where], calls) for where, calls in twice.items() if calls > 4 * RECIPES and calls > 3 * once[where]
     } == {}
+
+
+def test_answers_to_items_and_names_of_checks_are_read_once_per_record(tmp_path: Path) -> None:
+    run = large_run.write(tmp_path / "run", recipes=RECIPES, seeds=2, items=10)
+    checks = sum(len(record.checks) for record in run.records)
+    found = {(Path(file).name, name): calls for (file, _, name), calls in _calls(run).items()}
+    assert found["measured.py", "answers"] == len(run.records)
+    assert found["check.py", "parse"] < checks

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from itertools import accumulate
 from statistics import NormalDist, median
 
@@ -131,6 +132,7 @@ def detectable(n: int, disagreement: float) -> float:
     return z * math.sqrt(disagreement / n)
 
 
+@cache
 def samples_needed(share: float) -> int:
     """Return the fewest samples for the percentile `share`. At least one sample must lie beyond the percentile."""
     return math.ceil(1 / (1 - Fraction(str(share))))

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, variance
+from statistics import NormalDist, fmean
 
 from harness.analysis.statistics.intervals import LEVEL, POWER
-from harness.analysis.statistics.seed_spread import Prior
+from harness.analysis.statistics.seed_spread import Prior, variance
 from harness.records.record import Accuracy
 
 INTERVAL = f"{100 * LEVEL:g} % for new items and new seeds (t, Satterthwaite)"
@@ -100,8 +100,8 @@ def paired(left: Sequence[Accuracy], right: Sequence[Accuracy]) -> Spread | None
 
 def same_items(runs: Sequence[Accuracy]) -> bool:
     """Return whether all runs scored the same items. Runs without items return False."""
-    scored = {frozenset(run.answers) for run in runs}
-    return len(scored) == 1 and bool(*scored)
+    first = runs[0].answers.keys()
+    return bool(first) and all(run.answers.keys() == first for run in runs)
 
 
 def _spread(value: float, parts: Sequence[tuple[float, float]]) -> Spread:
@@ -132,7 +132,7 @@ def _means(runs: Sequence[Accuracy]) -> list[float]:
     """Return the mean answer to each item over all runs, in the order of the items' ids."""
     answers = [run.answers for run in runs]
     ids = sorted(answers[0])
-    return [fmean(item) for item in zip(*([one[i] for i in ids] for one in answers), strict=True)]
+    return [sum(item) / len(item) for item in zip(*([one[i] for i in ids] for one in answers), strict=True)]
 
 
 def _quantile(share: float, df: float) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, variance
+from statistics import fmean
 
 from harness.records.record import Accuracy
 
@@ -67,6 +67,12 @@ def prior(recipes: Sequence[Sequence[Accuracy]]) -> Prior | None:
     prior_df = 2 * _trigamma_inverse(beyond)
     scale = math.exp(fmean(logs) - centre + float(digamma(prior_df / 2)) - math.log(prior_df / 2))
     return Prior(scale, prior_df, most)
+
+
+def variance(values: Sequence[float]) -> float:
+    """Return the sample variance of two or more values. It is computed in floats, unlike `statistics.variance`."""
+    centre = fmean(values)
+    return math.fsum([(value - centre) ** 2 for value in values]) / (len(values) - 1)
 
 
 def _least(runs: Sequence[Accuracy]) -> float:

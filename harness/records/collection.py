@@ -1,0 +1,19 @@
+"""Pause of Python's garbage collector while many Records are read or shown."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Pause the garbage collector. Records hold no cycles, and to visit each of their items again takes most of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
