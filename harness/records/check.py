@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import cached_property
 from typing import NamedTuple
 
 from pydantic import model_validator
@@ -67,7 +68,7 @@ class CheckResult(FrozenModel):
     detail: str = ""
     """Reason of a failure or of a skip, and other details."""
 
-    @property
+    @cached_property
     def id(self) -> CheckId:
         """The parts of `check`."""
         return CheckId.parse(self.check)

@@ -98,4 +98,4 @@ def test_answers_to_items_and_names_of_checks_are_read_once_per_record(tmp_path:
     checks = sum(len(record.checks) for record in run.records)
     found = {(Path(file).name, name): calls for (file, _, name), calls in _calls(run).items()}
     assert found["measured.py", "answers"] == len(run.records)
-    assert found["check.py", "parse"] < checks
+    assert found["check.py", "parse"] <= checks
