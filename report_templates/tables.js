@@ -55,7 +55,8 @@ function sort(table) {
   });
 }
 
-// A row is shown if each word of the filter begins a word of the row or of its group's title: `lora` does not find `qlora`.
+// A row is shown if each word of the filter begins a word that the row or its group's title shows: `lora` does not find `qlora`.
+const textOf = (cell) => (cell.hidden ? "" : [...cell.childNodes].map((part) => (part.className === "sr" ? "" : part.textContent)).join(""));
 function filter(table) {
   const [box] = controlsOf(table, "filter"), text = wanted(table, "filter");
   if (!box) return;
@@ -70,7 +71,7 @@ function filter(table) {
   for (const body of table.tBodies) {
     const before = shown;
     for (const row of rowsOf(body)) {
-      const content = words.length && [body.dataset.group, ...[...row.cells].map((cell) => cell.textContent)].join(" ");
+      const content = words.length && [body.dataset.group, ...[...row.cells].map(textOf)].join(" ");
       row.hidden = !words.every((word) => word.test(content)) || chosen.some(([name, value]) => row.dataset[name] !== value);
       shown += !row.hidden;
       all += 1;
@@ -91,8 +92,8 @@ function showColumns(table) {
 
 function show(table) {
   sort(table);
-  filter(table);
   showColumns(table);
+  filter(table);
 }
 
 // The rows of a large table are data, until a reader opens the table. parts.html.j2 has the same rows as HTML.
@@ -186,8 +187,8 @@ for (const table of tables) {
       remember(`${table.id}.columns`, usual ? "" : boxes.filter((box) => box.checked).map((box) => box.dataset.column).join() || "none");
     }
     if (together) sort(table);
-    else if (column) showColumns(table);
-    else filter(table);
+    if (column) showColumns(table);
+    filter(table);
   });
   table.closest("details.stored")?.addEventListener("toggle", () => open(table));
   filter(table);

@@ -86,7 +86,7 @@ def _first(record: Record, to: TargetLoss) -> int | None:
 
 
 def _final(record: Record, window: int) -> float | None:
-    means = smoothed(_losses(record), window)
+    means = smoothed(_losses(record), window) if window else []
     return means[-1] if means else None
 
 

@@ -10,7 +10,7 @@ from harness.analysis.grouping import group
 from harness.conformance.findings import defects, summary
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.errors import EXITS, Exit, plural
-from harness.report import check_versions, html
+from harness.report import check_versions, formatting, html
 from harness.report.formatting import check_fields, field, unmeasured
 from harness.report.table_model import column, grouped
 from harness.report.tones import badge, icon, tone
@@ -44,7 +44,7 @@ def build(report: CheckReport) -> dict[str, Any]:
         "verdict": badge(word) | {"exit": f"exit code {int(report.exit)}"},
         "reason": EXITS[report.exit] if report.exit is Exit.NOTHING_COMPARED else _reason(report),
         "counts": [
-            {**badge(status), "count": count, "word": _NAMES.get(status, status.value)}
+            {**badge(status), "count": f"{count:,}", "word": _NAMES.get(status, status.value)}
             for status in CheckStatus
             if (count := report.count(status))
         ],
@@ -75,7 +75,7 @@ def _reason(report: CheckReport) -> str:
         f"requested, but not tried: {', '.join(report.untried)}" if report.untried else "",
         "interrupted: results so far" if report.interrupted else "",
     ]
-    return "; ".join(filter(None, parts))
+    return formatting.sentence("; ".join(filter(None, parts)))
 
 
 def _alerts(report: CheckReport) -> list[dict[str, Any]]:

@@ -7,15 +7,17 @@ from typing import Any
 
 from harness.analysis import choice, contention, metrics
 from harness.analysis.choice import MARGIN, Choice
-from harness.analysis.ranking import Group
+from harness.analysis.ranking import Budget, Group, RankingEntry
 from harness.analysis.run_facts import RunFacts
 from harness.console import json_text
 from harness.errors import plural
 from harness.methods.adapter_config import peft_equivalent
-from harness.records.record import Cell, Record
+from harness.records.record import Cell, Record, Status
 from harness.report import formatting, item_differences, links, recipes, sections
 from harness.report.recipes import Names
 
+_LISTED = 6
+"""Number of Cells without a score that the first screen lists."""
 NO_BREAK = "\u00a0"
 
 
@@ -37,6 +39,7 @@ def answers(f: RunFacts) -> list[dict[str, Any]]:
                     "title": title,
                     "cards": [_which(names, group, chosen), _cost(names, chosen), _trust(f, group, chosen)],
                     "table": recipes.table(f, f"{key}-table", title, group, names, chosen),
+                    "unscored": _unscored(f, group),
                     "items": item_differences.rows(group, names),
                     "highest": names[id(chosen.highest)],
                     "recommended": names[id(chosen.pick)],
@@ -45,6 +48,22 @@ def answers(f: RunFacts) -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def _unscored(f: RunFacts, group: Group) -> dict[str, Any]:
+    """Return the first Cells with the budget of a group that were not scored, with the reasons, and the number of others."""
+    cells = [c for c in f.run.manifest.cells if c.cell_id not in f.entries and Budget.of(c) == group.budget]
+    found = []
+    for cell in cells[:_LISTED]:
+        peak = _last_peak(f.latest.get(cell.cell_id))
+        at = f", last peak {formatting.mebibytes(peak)} MiB" if peak is not None else ""
+        found.append({**links.row(f, cell), "why": f.why_unmeasured(cell) + at})
+    return {"cells": found, "more": len(cells) - len(found), "href": f"#{f.prefix}table"}
+
+
+def _last_peak(record: Record | None) -> int | None:
+    """Return the last peak of a Cell that ran out of memory, in bytes. For any other Cell, return None."""
+    return record.failure.last_peak_B if record and record.status is Status.OOM and record.failure else None
 
 
 def _adapter(cell: Cell) -> dict[str, str]:
@@ -106,7 +125,17 @@ def _cost(names: Names, chosen: Choice) -> dict[str, Any]:
         details.append(
             f"! Other programs used the CPU while {' and '.join(busy)} trained: these times may be too high."
         )
+    details += _passes(pick)
     return _card("At what cost?", ", ".join(parts) + "." if parts else "No costs were measured.", *details)
+
+
+def _passes(entry: RankingEntry) -> list[str]:
+    """Return a list with one sentence on what the adapter costs at inference, and whether merging removes this cost."""
+    fields = [recipes.latency(entry, variant) for variant in ("unmerged", "merged", "base")]
+    if any(one["value"] is None for one in fields):
+        return []
+    unmerged, merged, base = (one["text"] for one in fields)
+    return [f"A pass takes {unmerged} ms with the adapter, {merged} ms merged and {base} ms without an adapter."]
 
 
 def _total(record: Record) -> float | None:

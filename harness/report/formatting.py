@@ -79,7 +79,12 @@ def percent(share: float) -> str:
 
 def points(difference: float) -> str:
     """Format the difference of two shares in percentage points, with its sign."""
-    return f"{MINUS if difference < 0 else '+'}{abs(100 * difference):.1f} points"
+    return f"{percentage(difference)} points"
+
+
+def percentage(share: float) -> str:
+    """Format a signed share of 1 in per cent, without the unit."""
+    return f"{MINUS if share < 0 else '+'}{abs(100 * share):.1f}"
 
 
 def probability(p: float) -> str:

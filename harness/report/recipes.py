@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median, stdev
 from typing import Any
 
-from harness.analysis import contention, failed_checks, metrics, ranking, target_loss
+from harness.analysis import contention, failed_checks, measurements, metrics, ranking, target_loss
 from harness.analysis.choice import Choice
 from harness.analysis.ranking import Group, RankingEntry
 from harness.analysis.run_facts import RunFacts
@@ -23,7 +23,6 @@ Names = Mapping[int, str]
 Read = Callable[[Record], float | None]
 WIDTH, HEIGHT = 240.0, 18.0
 """Size of the drawing of an interval, in SVG units."""
-_UNTIMED = "not trained, or not timed"
 
 
 def table(f: RunFacts, key: str, title: str, group: Group, names: Names, chosen: Choice) -> Table:
@@ -38,7 +37,8 @@ def table(f: RunFacts, key: str, title: str, group: Group, names: Names, chosen:
     made = grouped(key, f"Recipes of {title}", columns, [("", rows)], file=file, first="Recipe")
     return made | {
         "facets": facets(rows), "scale": {"width": WIDTH, "height": HEIGHT, "best": scale(group.entries[0].score.value)},
-        "flagged": any(f["flag"] for row in rows for f in row["fields"]),
+        "busy": any(map(busy, group.entries)),
+        "imported": any(e.record.imported for e in group.entries),
         "target": None if target is None else {"loss": target.loss, "window": target.window},
     }  # fmt: skip
 
@@ -50,11 +50,11 @@ def _columns(group: Group, target: TargetLoss | None) -> Iterator[Column]:
     yield column("95 % interval", "dashed line: the highest accuracy", number=False, key="interval")
     title = "accuracy minus the highest; ≈: no test tells the recipe apart from the highest"
     yield column("To the highest, points", title, key="difference")
-    yield column("Trainable", metrics.TRAINABLE.meaning, key="trainable")
     yield column(
         "Peak, MiB", "memory in training, without Python and its libraries; median over the seeds", key="peak_B"
     )
     yield column("Step, ms", "median over the seeds of the median steady step of each training", key="step_s")
+    yield column("Trainable", metrics.TRAINABLE.meaning, key="trainable")
     if target is not None:
         title = (
             f"seconds of training steps until the mean loss of {plural(target.window, 'step')} first reached"
@@ -94,7 +94,8 @@ def _row(
         "fields": [found[c["key"]] for c in columns],
         "recipe": {
             "accuracy": score.value, "low": score.low, "high": score.high, "difference": e.difference,
-            "standing": e.standing, "busy": busy(e), "target_loss": target.loss if target else None,
+            "standing": e.standing, "busy": busy(e), "imported": e.record.imported is not None,
+            "target_loss": target.loss if target else None, "reached": found["to_target_s"]["more"].get("reached"),
             **{key: found[key]["value"] for key in found.keys() - {"accuracy", "interval", "difference", "spread"}},
         },
     }  # fmt: skip
@@ -105,30 +106,31 @@ def _fields(
 ) -> dict[str, Field]:
     score, accuracies = e.score, [a.value for a in ranking.accuracies(e.records)]
     refused = next((why for r in e.records if (why := failed_checks.no_speed(r))), "")
-    merged_refused = next((why for r in e.records if (why := failed_checks.no_merged_speed(r))), "")
     drawn = {
         "interval": [scale(score.low), scale(score.value), scale(score.high)],
         "filled": e.standing == "best" and len(group.ranked) > 1,
     }
+    untrained = measurements.why_untrained(e.record, "learning rate")
+    untimed = refused or metrics.STEP.why_missing(e.record)
+    no_peak = metrics.PEAK_ABOVE_IMPORTS.why_missing(e.record)
     seeds = ", ".join(str(r.cell.seed) for r in e.records)
     each = " ".join(f"{100 * value:.1f}" for value in accuracies)
     return {
-        "accuracy": field(formatting.percent(score.value), score.value, more=formatting.ends(score)),
+        "accuracy": field(
+            formatting.percent(score.value), score.value, more=formatting.ends(score),
+            flag="imported" if e.record.imported else "",
+        ),
         "interval": field(formatting.interval(score), score.value) | drawn,
         "difference": _gap(group, e),
         "trainable": over(e.records, metrics.TRAINABLE.read, lambda n: f"{n:,.0f}", "not trained"),
-        "peak_B": over(e.records, metrics.PEAK_ABOVE_IMPORTS.read, formatting.mebibytes, "no peak"),
-        "step_s": _timed(e, over(e.records, metrics.STEP.value, formatting.milliseconds, refused or _UNTIMED)),
-        "to_target_s": _timed(e, _to_target(e, target, refused)),
-        "tokens_per_s": _timed(e, over(e.records, metrics.TOKENS_PER_S.read, lambda n: f"{n:,.0f}", refused=refused)),
+        "peak_B": over(e.records, metrics.PEAK_ABOVE_IMPORTS.read, formatting.mebibytes, no_peak),
+        "step_s": _timed(e, over(e.records, metrics.STEP.value, formatting.milliseconds, untimed)),
+        "to_target_s": _timed(e, _to_target(e, target, untimed)),
+        "tokens_per_s": _timed(e, over(e.records, metrics.TOKENS_PER_S.value, lambda n: f"{n:,.0f}", untimed)),
         "adapter_file_B": over(e.records, _file, formatting.mebibytes, "there is no such file, or it was not measured"),
-        "unmerged_s": over(
-            e.records, _latency("unmerged"), formatting.milliseconds, "not measured, or no adapter", refused=refused
-        ),
-        "merged_s": over(
-            e.records, _latency("merged"), formatting.milliseconds, "not measured, or not merged", refused=merged_refused
-        ),
-        "lr": over(e.records, lambda r: r.cell.training.lr if r.cell.training.steps else None, "{:g}".format, "not trained"),
+        "unmerged_s": latency(e, "unmerged", "not measured, or no adapter"),
+        "merged_s": latency(e, "merged", "not measured, or not merged"),
+        "lr": over(e.records, lambda r: r.cell.training.lr if r.cell.training.steps else None, "{:g}".format, untrained),
         "seeds": field(str(len(accuracies)), len(accuracies), why=f"seeds {seeds}: {each} %"),
         "spread": field(f"{100 * stdev(accuracies):.1f}", stdev(accuracies), why=f"seeds {seeds}: {each} %")
         if len(accuracies) > 1
@@ -147,22 +149,22 @@ def _gap(group: Group, e: RankingEntry) -> Field:
         "untrained": "imported, not trained here" if e.record.imported else "not trained",
     }
     tied = e.standing == "tied"
-    text = formatting.points(e.difference).removesuffix(" points") + (" ≈" if tied else "")
+    text = formatting.percentage(e.difference) + (" ≈" if tied else "")
     more: dict[str, str] = {"standing": e.standing} | ({} if e.p is None else {"p": f"{e.p:.3g}"})
     return field(text, e.difference, why=words[e.standing], tone="quiet" if tied else "", more=more)
 
 
-def _to_target(e: RankingEntry, target: TargetLoss | None, refused: str) -> Field:
+def _to_target(e: RankingEntry, target: TargetLoss | None, untimed: str) -> Field:
     found = None if target is None else target_loss.time_to(e, target)
     if target is None or found is None:
-        return unmeasured(refused or _UNTIMED)
+        return unmeasured(untimed)
     some = f"{found.reached} of {plural(found.seeds, 'training')} reached it"
     if math.isinf(found.seconds):
-        return unmeasured(some)
-    small = "" if found.reached == found.seeds else f"{found.reached} of {found.seeds}"
+        return unmeasured(some) | {"more": {"reached": found.reached}}
+    small = "" if found.reached == found.seeds else f"{found.reached} of {plural(found.seeds, 'seed')}"
     why = f"after {found.steps:g} steps; {some}"
     text = f"{found.seconds:.1f}" if found.seconds < 100 else f"{found.seconds:,.0f}"
-    return field(text, found.seconds, small=small, why=why, more={"steps": str(found.steps), "reached": some})
+    return field(text, found.seconds, small=small, why=why, more={"steps": found.steps, "reached": found.reached})
 
 
 def _timed(e: RankingEntry, shown: Field) -> Field:
@@ -180,7 +182,7 @@ def over(
     records: Sequence[Record],
     value: Read,
     write: Callable[[float], str],
-    missing: str = _UNTIMED,
+    missing: str,
     *,
     refused: str = "",
 ) -> Field:
@@ -208,6 +210,16 @@ def _passes(record: Record) -> list[tuple[str, int, int]]:
 def _pass(group: Group) -> str:
     found = [passes[-1] for e in group.entries if (passes := _passes(e.record))]
     return ", {}, batch {}, {} tokens".format(*found[0]) if found else ""
+
+
+def latency(e: RankingEntry, variant: str, missing: str = "not measured") -> Field:
+    """Return the field with the latency of a recipe: the median over the seeds.
+
+    variant: `base`, `unmerged` or `merged`. missing: as in `over`.
+    """
+    refusal = failed_checks.no_merged_speed if variant == "merged" else failed_checks.no_speed
+    refused = next(filter(None, map(refusal, e.records)), "")
+    return over(e.records, _latency(variant), formatting.milliseconds, missing, refused=refused)
 
 
 def _latency(variant: str) -> Read:

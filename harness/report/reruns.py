@@ -21,7 +21,10 @@ def section(runs: Sequence[Run], found: Sequence[Rerun]) -> dict[str, Any]:
     lacking = len(expected - {r.cell_id for r in found})
     if found and lacking and len(runs) > 1:
         sentence += f" {lacking} other{'s have' if lacking > 1 else ' has'} no second ok Record to compare."
-    return badge(word) | {"sentence": sentence, "rows": [_row(r) for r in found]}
+    rows = [_row(r) for r in found]
+    differences = {"; ".join(row["why"]) for row in rows} - {""}
+    common = differences.pop() if len(differences) == 1 else ""
+    return badge(word) | {"sentence": sentence, "rows": rows, "common": common}
 
 
 def lines(runs: Sequence[Run], found: Sequence[Rerun]) -> list[str]:

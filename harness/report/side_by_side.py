@@ -144,7 +144,7 @@ def _three(
         yield unmeasured("only one run has it")
     else:
         changed = change(one, other)
-        yield unmeasured("the first is 0") if changed is None else field(f"{100 * changed:+.1f}", changed)
+        yield unmeasured("the first is 0") if changed is None else field(formatting.percentage(changed), changed)
 
 
 def _relative(one: float, other: float) -> float | None:

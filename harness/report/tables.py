@@ -146,7 +146,7 @@ def standing_field(entry: RankingEntry) -> Field:
         why = f"{formatting.probability(entry.p)}, {test}, Holm-adjusted"
         more["p"] = f"{entry.p:.3g}"
     text = "imported" if entry.record.imported else entry.standing
-    return field(text, entry.difference, small=formatting.points(entry.difference), why=why, more=more)
+    return field(text, entry.difference, small=formatting.percentage(entry.difference), why=why, more=more)
 
 
 def memory(facts: RunFacts) -> Table:

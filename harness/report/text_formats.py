@@ -17,7 +17,8 @@ COLUMNS = {
     "accuracy": ("accuracy, %", 100), "low": ("lower bound, %", 100), "high": ("upper bound, %", 100),
     "difference": ("to the highest, points", 100), "standing": ("standing", None),
     "trainable": ("trainable parameters", None), "peak_B": ("peak memory, MiB", 2**-20), "step_s": ("step, ms", 1000),
-    "busy": ("busy", None), "target_loss": ("target loss", None), "to_target_s": ("time to the target loss, s", 1),
+    "busy": ("busy", None), "imported": ("imported", None), "target_loss": ("target loss", None),
+    "to_target_s": ("time to the target loss, s", 1), "reached": ("seeds that reached it", None),
     "tokens_per_s": ("tokens/s", 1), "adapter_file_B": ("adapter file, MiB", 2**-20),
     "unmerged_s": ("unmerged latency, ms", 1000), "merged_s": ("merged latency, ms", 1000),
     "lr": ("learning rate", None), "seeds": ("seeds", None),
@@ -105,7 +106,8 @@ def _row(fields: Sequence[str]) -> str:
 
 
 def _with_flag(cost: dict[str, Any]) -> str:
-    return f"{cost['text']} ({cost['flag']})" if cost["flag"] else str(cost["text"])
+    remarks = ", ".join(filter(None, (cost["small"], cost["flag"])))
+    return f"{cost['text']} ({remarks})" if remarks else str(cost["text"])
 
 
 def _harmless(text: str) -> str:

@@ -8,12 +8,12 @@ from typing import Any
 from harness.analysis import divergence, failed_checks
 from harness.analysis.comparison import reproducibility
 from harness.analysis.comparison.reproducibility import Rerun
-from harness.analysis.ranking import Budget, Group, RankingEntry
+from harness.analysis.ranking import Group, RankingEntry
 from harness.analysis.run_facts import RunFacts
 from harness.analysis.statistics.over_seeds import MODERATED
 from harness.analysis.verdict import QuestionVerdict
 from harness.errors import plural
-from harness.records.record import Record, Status
+from harness.records.record import Status
 from harness.report import (
     chart_sets,
     costs,
@@ -154,7 +154,7 @@ def _question(f: RunFacts, j: QuestionVerdict) -> dict[str, Any]:
 
 def _parity_summary(f: RunFacts) -> dict[str, Any]:
     p = f.verdict.parity
-    text = f"{p.passed} checks passed, {p.failed} failed, {p.skipped} skipped."
+    text = f"{p.passed:,} checks passed, {p.failed:,} failed, {p.skipped:,} skipped."
     if n := len(p.unchecked):
         text += f" {plural(n, 'measured Cell')} passed no check."
     return {"text": text, "unchecked": links.sources(f, p.unchecked)}
@@ -166,7 +166,6 @@ def _group(f: RunFacts, g: Group) -> dict[str, Any]:
         "budget": _budget(g),
         "sentences": _sentences(f, g),
         "chart": chart_sets.accuracy(f, g),
-        "undrawn": _undrawn(f, g) if g.ranked else [],
     }
 
 
@@ -260,19 +259,3 @@ def _scope(g: Group) -> list[str]:
 
 def _gap(e: RankingEntry) -> str:
     return formatting.points(e.difference) + (f", {formatting.probability(e.p)}" if e.p is not None else "")
-
-
-def _undrawn(f: RunFacts, g: Group) -> list[dict[str, str]]:
-    """Return the Cells that belong to this group but were not scored, each with the reason."""
-    found = []
-    for cell in f.run.manifest.cells:
-        if Budget.of(cell) == g.budget and cell.cell_id not in f.entries:
-            peak = _last_peak(f.latest.get(cell.cell_id))
-            at = f", last peak {formatting.mebibytes(peak)} MiB" if peak is not None else ""
-            found.append({**links.row(f, cell), "why": f.why_unmeasured(cell) + at})
-    return found
-
-
-def _last_peak(record: Record | None) -> int | None:
-    """Return the last peak of a Cell that ran out of memory, in bytes. For any other Cell, return None."""
-    return record.failure.last_peak_B if record and record.status is Status.OOM and record.failure else None

@@ -107,6 +107,16 @@ def test_recipes_of_a_method_stand_together_if_the_reader_wants(show: Open, repo
         assert methods(shown) != sorted(usual)
 
 
+def test_a_filter_looks_at_the_columns_that_are_shown(show: Open, report: Path) -> None:
+    with show(report) as shown:
+        names = shown.rows(RECIPES)
+        shown.page.locator(f"[data-filter={RECIPES}]").fill("0.002")  # a learning rate
+        assert shown.rows(RECIPES) == []
+        shown.page.locator(f".tools:has([data-of={RECIPES}]) .menu summary").click()
+        shown.page.get_by_label("Learning rate").first.check()
+        assert shown.rows(RECIPES) == [name for name in names if name != "full"]  # which has another one
+
+
 # ---- rows that are data
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 
 from harness.analysis import choice, ranking, run_facts
 from harness.analysis.choice import Choice
-from harness.records.record import Outcome, Record
+from harness.records.imported import Imported
+from harness.records.record import Outcome, Record, Status
 from harness.report import first_screen, html, terminal
 from harness.report.table_model import by_key
 from support import recorded_run
+from support.report_page import Page
 
 Change = Callable[[str, Record], Record | None]
 
@@ -135,6 +138,39 @@ def test_a_recipe_has_more_columns_to_choose(tmp_path: Path) -> None:
     assert (lora["lr"]["text"], lora["seeds"]["text"]) == ("0.002", "1")
     assert 1.2 < lora["unmerged_s"]["value"] / lora["merged_s"]["value"] < 1.5  # 1.35 / 1.01 in the recorded run
     assert _rows(answer)["full"]["unmerged_s"]["why"] == "not measured, or no adapter"
+
+
+def test_the_cost_card_says_what_merging_saves(tmp_path: Path) -> None:
+    _, answer = _chosen(tmp_path / "r", ["reference", "lora-r1"])
+    said = _card(answer, "At what cost?")["details"][-1]
+    words = re.sub(r"[\d.]+ ms", "N ms", said)
+    assert words == "A pass takes N ms with the adapter, N ms merged and N ms without an adapter."
+    attached, merged, base = map(float, re.findall(r"([\d.]+) ms", said))
+    assert base < merged < attached
+
+
+def test_cells_without_a_score_are_named_beside_the_recipes_with_the_reason(tmp_path: Path) -> None:
+    stop = lambda n, r: recorded_run.failed(r, Status.OOM, because="no room") if n == "full" else r  # noqa: E731
+    page = Page(html.render([run_facts.analyse(recorded_run.write_run(tmp_path / "r", change=stop))]))
+    answer = page.text.partition("Can I trust it?")[2].partition("exit code")[0]
+    assert "Without a score, so without a row:" in answer
+    assert "full [reference] : oom: no room" in answer
+
+
+def test_an_imported_recipe_has_a_flag_and_its_costs_are_not_measured(tmp_path: Path) -> None:
+    def imported(name: str, record: Record) -> Record:
+        if name != "lora-r1" or record.measurements is None:
+            return record
+        origin = Imported(folder="run", adapter_sha256="0" * 64, config_sha256="0" * 64)
+        without = {"measurements": record.measurements.model_copy(update={"training": None}), "phases": []}
+        return record.model_copy(update={"imported": origin, **without})
+
+    _, answer = _chosen(tmp_path / "r", ["reference", "lora-r1"], imported)
+    fields = _rows(answer)["lora r=1"]
+    assert fields["accuracy"]["flag"] == "imported"
+    reasons = {fields[key]["why"].partition(":")[0] for key in ("peak_B", "step_s", "to_target_s", "tokens_per_s")}
+    assert reasons == {"not known of the imported training"}
+    assert _rows(answer)["lora r=8"]["accuracy"]["flag"] == ""
 
 
 def test_the_recommended_recipe_comes_as_an_adapter_config(tmp_path: Path) -> None:

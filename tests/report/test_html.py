@@ -223,7 +223,7 @@ def test_a_missing_value_is_a_dash_with_its_reason(tmp_path: Path) -> None:
     assert row(built["comparison"], by_name["zero-shot"])["Trainable"]["text"] == "0"
     merged = row(built["latency"], by_name["nf4"])["Merged, ms"]
     assert (merged["text"], merged["why"]) == (DASH, "cannot merge into a 4-bit weight")
-    assert "oom: no room" in built["groups"][0]["undrawn"][0]["why"]
+    assert "oom: no room" in built["answers"][0]["unscored"]["cells"][0]["why"]
 
 
 def test_the_numbers_are_those_of_the_records(good: store.Run) -> None:

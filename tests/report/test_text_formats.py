@@ -57,6 +57,18 @@ def test_markdown_is_one_table_per_model_and_task(run: Path, capsys: pytest.Capt
     assert any(line.startswith("| lora r=8 \\[fused\\] | 81.0 % |") for line in table)
 
 
+def test_seeds_that_missed_the_target_loss_are_in_every_format(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = {0: [0.1] * 60, 1: [0.1] * 60, 2: [9.0] * 60}
+    cells = [recorded_run.cells(seed)["fused"] for seed in losses]
+    made = [recorded_run.with_losses(recorded_run.record("fused", cell), losses[cell.seed]) for cell in cells]
+    run = recorded_run.write_run(tmp_path / "r", only=["head"], cells=cells, change=lambda *_: None, extra=made)
+    assert "(2 of 3 seeds) |" in _printed(capsys, str(run.path), "--format", "markdown")
+    (row,) = csv.DictReader(io.StringIO(_printed(capsys, str(run.path), "--format", "csv")))
+    assert row["seeds that reached it"] == "2"
+
+
 def test_a_title_can_be_neither_markup_nor_a_line_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
