@@ -36,7 +36,7 @@ _POINTS = 150
 """Largest number of points of a drawn curve."""
 _BARS = 24
 """Largest number of Cells for which the chart of time has one bar per Cell. For more, it has one mean bar per method."""
-_STEPS = Axis("optimizer step", "{:.0f}".format, log=False)
+_STEPS = Axis("optimizer step", "{:.0f}".format, log=False, whole=True)
 _UNITS: dict[str, tuple[float, str, Callable[[float], str], Callable[[float], str]]] = {
     "B": (formatting.MIB, " MiB", formatting.mebibytes, "{:,.6g}".format),
     "s": (1e-3, " ms", formatting.milliseconds, "{:,.6g}".format),
@@ -87,8 +87,8 @@ def _rank(e: RankingEntry) -> float:
     return float(rank) if isinstance(rank, int | float) else 0.0
 
 
-def _percent_chart(x: Axis, series: Sequence[Series], *, front: bool = False) -> Drawing:
-    return charts.xy(x, Axis("accuracy", lambda share: f"{100 * share:.4g} %", log=False), series, front=front)
+def _percent_chart(x: Axis, series: Sequence[Series], **more: bool) -> Drawing:
+    return charts.xy(x, Axis("accuracy", lambda share: f"{100 * share:.4g} %", log=False), series, **more)
 
 
 def accuracy(f: RunFacts, g: Group) -> ChartSet | None:
@@ -129,9 +129,9 @@ def accuracy(f: RunFacts, g: Group) -> ChartSet | None:
         s if s.kind == "level" or len({p.x for p in s.points}) > 1 else replace(s, points=()) for s in placed(ranks)
     ]
     if any(s.points for s in swept if s.kind == "line"):
-        chart = _percent_chart(Axis("rank", "{:g}".format, each=True), swept)
+        chart = _percent_chart(Axis("rank", "{:g}".format, each=True), swept, bands=True)
         figures.append(_figure("Accuracy against rank", chart, ["Methods with at least two ranks."], "rank"))
-    note = "Bars: 95 % intervals. A line joins the ranks of one method, from the lowest to the highest."
+    note = "Bars and bands: 95 % intervals. A line joins the ranks of one method, from the lowest to the highest."
     return _set(_place(g.ranked[0].record.cell), figures, [*empty, *levels], note) if figures else None
 
 
@@ -179,8 +179,10 @@ def rates(f: RunFacts) -> list[ChartSet]:
             replace(s, points=[_tried(f, search, t, t.score) for t in search.tries if t.score])
             for s, search in zip(empty, same, strict=True)
         ]
-        chart = _percent_chart(Axis("learning rate", "{:g}".format, each=True), series)
-        note = "Filled: the chosen rate. Bars: 95 % intervals over test items that no ranking uses. A point is one run."
+        chart = _percent_chart(Axis("learning rate", "{:g}".format, each=True), series, bands=True)
+        note = (
+            "Filled: the chosen rate. Bands: 95 % intervals over test items that no ranking uses. A point is one run."
+        )
         found.append(_set(title, [_figure("Accuracy against learning rate", chart)], series, note))
     return found
 

@@ -40,6 +40,26 @@ def test_a_line_joins_points_in_their_order_and_under_their_symbols() -> None:
     assert drawing["marks"].index(line) < drawing["marks"].index(dots[0])
 
 
+def test_a_band_goes_through_the_intervals_of_a_line_in_place_of_bars() -> None:
+    ranks = [Point(x, y, (y - 1, y + 1), tip=f"{x}") for x, y in ((2, 3), (5, 6), (9, 5))]
+    both = Series("a", 0, ranks), Series("b", 1, [Point(4, 4, (3, 5), tip="alone")])
+    drawing = charts.xy(Axis("x", WRITE), Axis("y", WRITE), both, bands=True)
+    (band,), (bar,), dots = marks(drawing, "ribbon"), marks(drawing, "bar"), marks(drawing, "dot")
+    (low, high), places = (points(band)[:3], points(band)[:2:-1]), [points(dot)[0] for dot in dots[:3]]
+    assert all(a[0] == b[0] == c[0] and a[1] > b[1] > c[1] for a, b, c in zip(low, places, high, strict=True))
+    assert bar["attributes"]["data-series"] == 1
+    assert drawing["marks"].index(band) < drawing["marks"].index(marks(drawing, "line")[0])
+    assert marks(drawn(*both), "ribbon") == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "ticks"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (5, [0, 1, 2, 3, 4]), (72, [0, 20, 40, 60])]
+)
+def test_an_axis_of_counts_has_whole_ticks_inside_its_values(steps: int, ticks: list[int]) -> None:
+    values = [float(step) for step in range(steps)]
+    assert Axis("step", WRITE, log=False, whole=True).over(values, 0, 500).ticks() == ticks
+
+
 def test_pareto_keeps_what_nothing_beats() -> None:
     assert charts.pareto([(3, 0.9), (1, 0.5), (2, 0.4), (2, 0.7), (4, 0.9)]) == [1, 3, 0]
 

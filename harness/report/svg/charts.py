@@ -78,10 +78,10 @@ class Series:
         return _SHAPES[(self.hue + self.hue // HUES + self.variant) % len(_SHAPES)]
 
 
-def xy(x: Axis, y: Axis, series: Sequence[Series], *, front: bool = False) -> Drawing:
+def xy(x: Axis, y: Axis, series: Sequence[Series], *, front: bool = False, bands: bool = False) -> Drawing:
     """Draw series over two axes: lines, intervals and symbols, and the names of series where there is room.
 
-    front: also draw the Pareto front of the points.
+    front: also draw the Pareto front of the points. bands: draw the intervals of a line as a band, not as bars.
     """
     c = Canvas(WIDTH, HEIGHT)
     points = [p for s in series if s.kind != "level" for p in s.points]
@@ -93,18 +93,23 @@ def xy(x: Axis, y: Axis, series: Sequence[Series], *, front: bool = False) -> Dr
         corners = [(b[0], a[1]) for a, b in itertools.pairwise(steps)]
         c.path([(x.at(a), y.at(b)) for a, b in sorted([*steps, *corners])], "front")
     places = [[(x.at(p.x), y.at(p.y)) for p in s.points] for s in series]
+    banded = [bands and s.kind == "line" and len(s.points) > 1 and all(p.interval for p in s.points) for s in series]
+    for k, (s, has_band) in enumerate(zip(series, banded, strict=True)):
+        if has_band:
+            low, high = ([(x.at(p.x), y.at(p.interval[end])) for p in s.points] for end in (0, 1))
+            c.path([*low, *reversed(high)], f"ribbon {s.look}{'' if s.shown else ' off'}", "z", data_series=k)
     for k, (s, place) in enumerate(zip(series, places, strict=True)):
         off = "" if s.shown else " off"
         more = {"tip": s.name, "data_at": "|".join(s.texts)} if s.texts else {}
         if len(place) > 1:
             c.path(place, f"{s.kind} {s.look}{' spot' if s.texts else ''}{off}", data_series=k, **more)
         for p, at in zip(s.points, place, strict=True):
-            low, high = map(y.at, p.interval or (p.y, p.y))
+            bottom, top = map(y.at, p.interval or (p.y, p.y))
             if s.kind == "level":
-                c.add("rect", "band", x=LEFT, y=high, width=RIGHT - LEFT, height=low - high, data_series=k)
+                c.add("rect", "band", x=LEFT, y=top, width=RIGHT - LEFT, height=bottom - top, data_series=k)
                 c.line(LEFT, at[1], RIGHT, at[1], "level", data_series=k)
-            elif low > high:
-                c.line(at[0], low, at[0], high, f"bar {s.look}{off}", data_series=k)
+            elif bottom > top and not banded[k]:
+                c.line(at[0], bottom, at[0], top, f"bar {s.look}{off}", data_series=k)
             if p.tip and s.kind == "line":
                 kind = f"dot spot {s.look}{' hollow' if p.hollow else ''}{off}"
                 c.path([at], kind, s.shape, data_series=k, tip=p.tip, href=p.href)

@@ -22,6 +22,8 @@ class Axis:
     """True for a logarithmic axis. If None, `over` decides."""
     each: bool = False
     """True to name each value that has room, instead of round numbers."""
+    whole: bool = False
+    """True for a linear axis of counts: its ticks are whole numbers from the lowest to the highest value."""
     values: tuple[float, ...] = ()
     """Values of which `over` was told, lowest first."""
     span: tuple[float, float, float, float] = (0.0, 1.0, 0.0, 1.0)
@@ -57,6 +59,8 @@ class Axis:
             return found
         if not self.log:
             step = _round_step((high - low) / about)
+            if self.whole:
+                low, high, step = self.values[0], self.values[-1], max(1.0, 2 * step if step % 1 else step)
             lowest, highest = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
             return [round(i * step, 12) for i in range(lowest, highest + 1)]
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
