@@ -59,9 +59,10 @@ STEPS: dict[str, StepBenchmark] = {
         {"rank": 12, "target_rank": 8, "targets": LINEAR, "total_steps": 1000, "tinit": 0, "tfinal": 10, "delta_t": 1},
     ),
     "vera": StepBenchmark("vera", {"rank": 256, "targets": LINEAR}),
-    # The Method `lora` on an nf4 base that another implementation packs, as a Cell's name says: "lora on nf4".
-    "lora-nf4": StepBenchmark("lora", _LORA, base="nf4"),
+    "lora on nf4": StepBenchmark("lora", _LORA, base="nf4"),
     "galore": StepBenchmark("galore", _GALORE | {"niter": 2}, fallback=_GALORE),
     "galore-exact": StepBenchmark("galore", _GALORE),
 }
-"""Name of a step, as written after `--step` -> the step."""
+"""Name of a step, as written after `--step` -> the step. Method and base are named as in the names of Cells."""
+FORMER_NAMES = {"lora-nf4": "lora on nf4"}
+"""Former name of a step, which `--step` still takes -> its name."""

@@ -9,6 +9,7 @@ import click
 
 from harness.bench.sizes import SHAPES
 from harness.cli import options
+from harness.console import print_note
 from harness.errors import Exit
 
 
@@ -16,7 +17,7 @@ from harness.errors import Exit
 @click.option("--op", "operations", multiple=True, metavar="O", help=f"Time only this operation. {options.AGAIN}")
 @click.option(
     "--step", "steps", multiple=True, metavar="S",
-    help=f"Time a whole training step of this method, e.g. `lora`; `all` for every one. {options.AGAIN}",
+    help=f"Time a whole training step of this method, e.g. `lora` or `lora on nf4`; `all` for every one. {options.AGAIN}",
 )  # fmt: skip
 @click.option(
     "--vs", multiple=True, metavar="IMPLEMENTATION",
@@ -53,5 +54,9 @@ def bench(
     """
     from harness.bench import run
     from harness.bench.planning import BenchRequest
+    from harness.bench.steps import FORMER_NAMES
 
-    return run.bench(BenchRequest(operations, vs, steps, shapes, dtypes, pairs, device), as_json, out, export)
+    for former in FORMER_NAMES.keys() & steps:
+        print_note(f"--step {former}: this step is now called `{FORMER_NAMES[former]}`")
+    names = [FORMER_NAMES.get(step, step) for step in steps]
+    return run.bench(BenchRequest(operations, vs, names, shapes, dtypes, pairs, device), as_json, out, export)

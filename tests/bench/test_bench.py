@@ -40,6 +40,7 @@ from harness.methods.registry import Implementation, Registry, discover, impleme
 from harness.records.environment import describe
 from harness.records.record import CheckResult, Outcome
 from reference.galore import attach
+from support import recorded_run
 
 CPU = torch.device("cpu")
 SMALL = BenchSize("tiny", 32, 48, 5, 4)
@@ -667,12 +668,28 @@ def test_a_step_without_a_supported_layer_is_not_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "gpus", lambda: ())
-    requested = BenchRequest(steps=["lora-nf4"], vs=["loralib"], pairs=5, backbone=LITTLE)
+    requested = BenchRequest(steps=["lora on nf4"], vs=["loralib"], pairs=5, backbone=LITTLE)
     assert command.bench(requested, False, None, None) is Exit.NOTHING_COMPARED
     assert "not-run: model.layers.0.self_attn.q_proj: loralib has no layer" in capsys.readouterr().out
 
 
 # ---- planned and failed benchmarks
+
+
+def test_steps_have_the_words_of_cells_and_the_former_name_is_taken(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[BenchRequest] = []
+    monkeypatch.setattr(command, "bench", lambda request, *_: asked.append(request) or Exit.PASS)
+    for name in ("lora-nf4", "lora on nf4"):
+        assert main(["bench", "--step", name]) == Exit.PASS
+    assert capsys.readouterr().err == "--step lora-nf4: this step is now called `lora on nf4`\n"
+    assert [list(request.steps) for request in asked] == [["lora on nf4"]] * 2
+    cell = recorded_run.cells()["nf4"]
+    assert all(word in cell.label.split() for word in ("lora", "on", "nf4"))
+    for one in asked:
+        tasks, later = planning.plan(one, registry, no_gpu="no GPU")
+        assert {row.name for row in [*tasks, *later]} == {"step:lora on nf4"}
 
 
 def test_the_compared_implementations_exclude_variants_and_usually_the_reference(
