@@ -32,6 +32,18 @@ LIGHT = {
         "from harness.conformance import checks; assert 'walk' in checks.every()",
         {"hypothesis"},
     ),
+    "a count of a model's bytes": (
+        "import json, sys; from pathlib import Path; from tempfile import mkdtemp\n"
+        "from harness.memory_model import counting_worker as worker\n"
+        "worker.die_with_parent = lambda _: None\n"
+        "request = {'config': {'model_type': 'llama'}, 'kind': 'causal', 'dtype': 'bfloat16'}\n"
+        "request |= {'methods': {}, 'targets': []}\n"
+        "file, answers = (Path(mkdtemp()) / name for name in ('requests', 'answers'))\n"
+        "file.write_text(json.dumps([request])); worker.main(['', '0', str(file), str(answers)])\n"
+        "assert json.loads(answers.read_text())['parameters'] > 1e9\n"
+        "[sys.modules.pop(name) for name, module in list(sys.modules.items()) if module is None]",
+        {"torchao", "scipy", "accelerate"},
+    ),
     "a bench's results": ("import harness.bench.run, harness.bench.table", {"torch"}),
     "verdicts of pairs": (
         "from harness.analysis.statistics import canaries, pair_design, paired",
