@@ -7,6 +7,7 @@ from typing import Any
 
 from harness.memory_model.size_units import MemorySize
 from harness.report import fit_table
+from harness.report.fit_table import hundredths, needed_and_free
 
 _Row = Mapping[str, Any]
 
@@ -35,9 +36,9 @@ def _answer(document: Mapping[str, Any], rows: list[_Row], size: MemorySize, sev
 
 def _against(row: _Row, size: MemorySize) -> str:
     """Return the needed memory, the given memory, and the difference."""
-    of, free = f"of {size.shown(size.number_B)} {size.unit}", row["free_B"]
-    rest = f"{size.shown(abs(free))} {size.unit} {'free' if row['fits'] else 'missing'}"
-    return f"{size.shown(row['needed_B'])} {of}: {rest}"
+    needed, free = needed_and_free(row["needed_B"], size)
+    rest = f"{hundredths(abs(free))} {size.unit} {'free' if row['fits'] else 'missing'}"
+    return f"{hundredths(needed)} of {hundredths(needed + free)} {size.unit}: {rest}"
 
 
 def _changes(row: _Row, size: MemorySize, several: bool) -> Iterator[str]:
@@ -47,11 +48,11 @@ def _changes(row: _Row, size: MemorySize, several: bool) -> Iterator[str]:
         ways.append(f"at most batch {row['largest_batch']}")
     fitting = [one for one in row["changes"] if one["fits"]]
     fewest = min((len(one["settings"]) for one in fitting), default=0)
-    ways += [
-        f"{' + '.join(_setting(*one) for one in change['settings'].items())} ({size.shown(change['needed_B'])} {size.unit})"
-        for change in fitting
-        if len(change["settings"]) == fewest
-    ]
+    for change in fitting:
+        if len(change["settings"]) == fewest:
+            settings = " + ".join(_setting(*one) for one in change["settings"].items())
+            needed, _ = needed_and_free(change["needed_B"], size)
+            ways.append(f"{settings} ({hundredths(needed)} {size.unit})")
     alone = "one text is too much" if row["largest_batch"] == 0 else "the largest batch is unknown"
     none = f"does not fit: {alone}{', and no change that was tried suffices' if row['changes'] else ''}"
     yield f"  {_name(row, several)} {'would fit with ' + ' or '.join(ways) if ways else none}"

@@ -49,7 +49,7 @@ def _names(document: Mapping[str, Any], rows: Sequence[_Row], several: bool) -> 
         columns["optimizer"] = lambda row: row["optimizer"]
     columns["rank"] = lambda row: str(row["rank"] or "-")
     if document["activations_known"] or document["checked"]:
-        columns["batch"] = lambda row: "-" if row["batch"] is None else str(row["batch"])
+        columns["batch"] = lambda row: str(row["batch"] or document.get("batch") or "-")
         if "answer" not in document:
             columns["longest"] = lambda row: "-" if row["longest"] is None else f"{row['longest']:,}"
     columns["trainable"] = lambda row: short_count(row["trainable"])
@@ -66,11 +66,22 @@ def _sizes(row: _Row, size: MemorySize) -> list[str]:
     parts = [ledger[f"{part}_B"] for part in _PARTS]
     known = [part or 0 for part in parts]
     needed = size.number_B - ledger["left_B"]
-    hundredths = round_to_sum([*known, needed - sum(known)], unit)
-    total = sum(hundredths)
-    shown = [*hundredths, total, 100 * size.number_B // unit - total, 100 * ledger["host_B"] // unit]
-    texts = [f"{number / 100:,.2f}" for number in shown]
+    rounded, host = round_to_sum([*known, needed - sum(known)], unit), 100 * ledger["host_B"] // unit
+    shown = [*rounded, *needed_and_free(needed, size), host]
+    texts = [hundredths(number) for number in shown]
     return ["-" if n < len(parts) and parts[n] is None else text for n, text in enumerate(texts)]
+
+
+def needed_and_free(needed_B: int, size: MemorySize) -> tuple[int, int]:
+    """Return a needed memory, rounded up, and what is left of `size`, in hundredths of its unit."""
+    unit = UNITS[size.unit]
+    needed = -(-100 * needed_B // unit)
+    return needed, 100 * size.number_B // unit - needed
+
+
+def hundredths(number: int) -> str:
+    """Format a number of hundredths."""
+    return f"{number / 100:,.2f}"
 
 
 def round_to_sum(parts: Sequence[int], unit: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,17 @@ def test_the_first_line_says_yes_and_the_free_memory(ask: Any) -> None:
     assert "changes" not in row
     assert lines[0].startswith("yes: batch 2 of 16 tokens: lora r=4 needs ")
     assert lines[0].endswith(" GiB free")
+
+
+@pytest.mark.parametrize("memory", ["8MiB", "1GiB", "700.5MB", "0.9MiB"])
+def test_the_first_line_and_the_table_round_alike(ask: Any, memory: str) -> None:
+    words = ("--memory", memory, "--rank", "4", "--batch", "3", "--tokens", "17", "--method", "lora", "--base", "none")
+    _, _, lines = ask(*words)
+    heads, row = (re.split(r"\s{2,}", line.strip()) for line in lines[[line[:8] for line in lines].index("  method") :][:2])
+    shown = dict(zip(heads, row, strict=True))
+    assert shown["batch"] == "3"
+    assert f" needs {shown['needed']} of " in lines[0]
+    assert f": {shown['free'].removeprefix('-')} " in lines[0]
 
 
 def test_the_answer_agrees_with_the_search_for_the_largest_batch(ask: Any) -> None:
