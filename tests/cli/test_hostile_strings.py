@@ -8,12 +8,19 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
+from harness.assets import generated
+from harness.assets.environments.folder import EnvironmentFile
+from harness.assets.environments.table import EnvironmentSpec
 from harness.claims.judge import ClaimVerdict, JudgedClaim
 from harness.cli import app, main, topics
 from harness.cli import check as checking
@@ -23,7 +30,7 @@ from harness.console import align_columns, print_json, print_lines
 from harness.errors import Exit, HarnessError
 from harness.records.record import Cell, CheckResult, Outcome, Record, Status
 from harness.runner import progress
-from support import histories, recorded_run
+from support import finished_runs, histories, recorded_run
 from support.hostile import HOSTILE, assert_safe, poisoned
 
 SHOWN = r"\x1b[2J"
@@ -195,6 +202,75 @@ def test_check(printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\\u001b[2J" in printed("check", "--json")
 
 
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """An adapter whose config, keys of tensors and training log have hostile texts."""
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    generated.tiny_llama(base)
+    finished_runs.adapter(folder, base, target_modules=["q_proj", HOSTILE], rank_pattern={HOSTILE: 2}, extra=HOSTILE)
+    weights = folder / "adapter_model.safetensors"
+    save_file(load_file(weights) | {f"base_model.model.{HOSTILE}.lora_A.weight": torch.ones(4, 4)}, weights)
+    finished_runs.state(folder)
+    (folder / "README.md").write_text(f"---\ntags: [{json.dumps(HOSTILE)}]\n---\n", encoding="utf-8")
+    (folder / "training_args.yaml").write_text(f"learning_rate: {json.dumps(HOSTILE)}\n", encoding="utf-8")
+    return folder
+
+
+def test_check_and_import_of_an_adapter(adapter: Path, printed: Printed) -> None:
+    assert SHOWN in printed("check", str(adapter), "--base-model", str(adapter.parent / "base"), code=Exit.FAIL)
+    assert SHOWN in printed("check", str(adapter), code=Exit.FAIL)
+    assert SHOWN in printed("import", str(adapter), code=Exit.FAIL)
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": HOSTILE}), encoding="utf-8")
+    assert "1b[2J" in printed("check", str(adapter), code=Exit.USAGE)
+
+
+def test_check_of_a_server(adapter: Path, printed: Printed) -> None:
+    class Evil(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            text = json.dumps(
+                {"object": "list", "data": [{"id": HOSTILE}, {"id": "base"}], "message": HOSTILE}
+            ).encode()
+            self.send_response(200 if self.path.endswith("/models") else 500)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    finished_runs.adapter(adapter, adapter.parent / "base")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Evil)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    words = ["--base-model", str(adapter.parent / "base"), "--adapter", str(adapter)]
+    try:
+        assert "1b[2J" in printed("check", "--served", f"http://127.0.0.1:{server.server_port}", *words)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_list_of_environments(tmp_path: Path, printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path / "cache"))
+    made = EnvironmentFile(
+        spec=EnvironmentSpec(name="evil", requirements=["peft==1.0"], about=HOSTILE), base={HOSTILE: HOSTILE},
+        versions={HOSTILE: HOSTILE}, packages=[HOSTILE], size=1, made=HOSTILE, installer=HOSTILE,
+    )  # fmt: skip
+    folder = tmp_path / "cache" / "environments" / "evil-0"
+    folder.mkdir(parents=True)
+    (folder / "environment.json").write_text(made.model_dump_json(), encoding="utf-8")
+    assert SHOWN in printed("env", "list", code=Exit.PASS)
+    assert "\\u001b[2J" in printed("env", "list", "--json", code=Exit.PASS)
+
+
+def test_fit_of_a_model(tmp_path: Path, printed: Printed) -> None:
+    config = {"model_type": HOSTILE, "architectures": [HOSTILE]}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    asked = ("--rank", "1", "--batch", "1", "--tokens", "8", "--formulas")
+    assert "1b[2J" in printed("fit", str(tmp_path), "--memory", "1GiB", *asked)
+
+
 _PLUGIN = """
 import os, sys, warnings
 from harness import implements
@@ -247,27 +323,44 @@ def test_check_of_a_plug_in_that_raises(tmp_path: Path) -> None:
     assert re.search(r" and \d+ more: raised RuntimeError: zz", line)
 
 
+UNKNOWN = [
+    [HOSTILE], ["run", HOSTILE], ["run", "smoke", "--only", HOSTILE], ["run", "smoke", "--timeout", HOSTILE],
+    ["report", HOSTILE], ["plan", HOSTILE], ["explain", HOSTILE], ["explain", f"lora/{HOSTILE}/float32/warm"],
+    ["list", HOSTILE], ["check", HOSTILE, "--method", HOSTILE, "--op", HOSTILE, "--dtype", HOSTILE],
+    ["check", "--junit", f"/{HOSTILE}/x"], ["bench", "--op", HOSTILE], ["bench", "--out", "/dev/null/" + HOSTILE],
+    ["claims", HOSTILE], ["claims", "--file", HOSTILE], ["claims", "--show", HOSTILE],
+    ["fit", HOSTILE, "--memory", HOSTILE], ["fit", "llama-7b", "--memory", "1GiB", "--method", HOSTILE],
+    ["gate", HOSTILE, "--baseline", HOSTILE], ["gate", "--pairs", HOSTILE, HOSTILE],
+    ["export", HOSTILE, "--format", "csv"],
+    ["baseline", "promote", HOSTILE, HOSTILE, "--reason", "x"], ["history", "show", "--dir", HOSTILE],
+    ["history", "add", HOSTILE],
+    ["history", "reset", "x", "x", "--night", HOSTILE, "--reason", HOSTILE, "--dir", HOSTILE],
+    ["doctor", HOSTILE],
+    ["history", "confirm", HOSTILE, HOSTILE, "--night", HOSTILE, "--verdict", HOSTILE, "--evidence", "x", "--author", "x"],
+    ["env", "create", HOSTILE], ["env", "create", "--with", HOSTILE], ["env", "create", "x", "--file", HOSTILE],
+    ["env", "remove", HOSTILE], ["env", "repair", HOSTILE],
+    ["import", HOSTILE],
+    ["check", f"./{HOSTILE}"], ["check", f"{HOSTILE}.safetensors", "--base-model", HOSTILE],
+    ["check", "--with", HOSTILE], ["check", "--served", HOSTILE, "--base-model", HOSTILE, "--adapter", HOSTILE],
+    ["bench", "--step", HOSTILE],
+    ["fit", HOSTILE, "--memory", "1GiB", "--rank", "1", "--batch", "1"],
+    ["fit", "llama-7b", "--memory", "1GiB", "--rank", "1", "--batch", "1", "--dtype", HOSTILE],
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        [HOSTILE], ["run", HOSTILE], ["run", "smoke", "--only", HOSTILE], ["run", "smoke", "--timeout", HOSTILE],
-        ["report", HOSTILE], ["plan", HOSTILE], ["explain", HOSTILE], ["explain", f"lora/{HOSTILE}/float32/warm"],
-        ["list", HOSTILE], ["check", HOSTILE, "--method", HOSTILE, "--op", HOSTILE, "--dtype", HOSTILE],
-        ["check", "--junit", f"/{HOSTILE}/x"], ["bench", "--op", HOSTILE], ["bench", "--out", "/dev/null/" + HOSTILE],
-        ["claims", HOSTILE], ["claims", "--file", HOSTILE], ["claims", "--show", HOSTILE],
-        ["fit", HOSTILE, "--memory", HOSTILE], ["fit", "llama-7b", "--memory", "1GiB", "--method", HOSTILE],
-        ["gate", HOSTILE, "--baseline", HOSTILE], ["gate", "--pairs", HOSTILE, HOSTILE],
-        ["export", HOSTILE, "--format", "csv"],
-        ["baseline", "promote", HOSTILE, HOSTILE, "--reason", "x"], ["history", "show", "--dir", HOSTILE],
-        ["history", "add", HOSTILE],
-        ["history", "reset", "x", "x", "--night", HOSTILE, "--reason", HOSTILE, "--dir", HOSTILE],
-        ["doctor", HOSTILE],
-    ],
+    "arguments", UNKNOWN,
     ids=lambda arguments: " ".join(arguments).partition("zz")[0] or "(none)",
 )  # fmt: skip
 def test_unknown_names(arguments: list[str], printed: Printed) -> None:
     text = printed(*arguments)
     assert "1b[2J" in text
+
+
+def test_every_command_is_fed() -> None:
+    assert {arguments[0] for arguments in UNKNOWN} >= set(app.commands.commands)
+    env = app.commands.commands["env"]
+    assert {arguments[1] for arguments in UNKNOWN if arguments[0] == "env"} | {"list"} >= set(env.commands)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("raised", [HarnessError(HOSTILE, where=HOSTILE, hint=HOSTILE, details=[HOSTILE]), HOSTILE])

@@ -50,7 +50,9 @@ def test_the_first_line_says_yes_and_the_free_memory(ask: Any) -> None:
 def test_the_first_line_and_the_table_round_alike(ask: Any, memory: str) -> None:
     words = ("--memory", memory, "--rank", "4", "--batch", "3", "--tokens", "17", "--method", "lora", "--base", "none")
     _, _, lines = ask(*words)
-    heads, row = (re.split(r"\s{2,}", line.strip()) for line in lines[[line[:8] for line in lines].index("  method") :][:2])
+    heads, row = (
+        re.split(r"\s{2,}", line.strip()) for line in lines[[line[:8] for line in lines].index("  method") :][:2]
+    )
     shown = dict(zip(heads, row, strict=True))
     assert shown["batch"] == "3"
     assert f" needs {shown['needed']} of " in lines[0]
