@@ -141,7 +141,7 @@ def _three(
     for value in (one, other):
         yield unmeasured("not measured") if value is None else field(write(value), value)
     if one is None or other is None:
-        yield unmeasured("only one run has it")
+        yield unmeasured("not measured" if one == other else "only one run has it")
     else:
         changed = change(one, other)
         yield unmeasured("the first is 0") if changed is None else field(formatting.percentage(changed), changed)
