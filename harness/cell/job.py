@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 from harness.assets.table import Source
 from harness.records.imported import Imported
 from harness.records.notes import concurrency_note
-from harness.records.record import AssetUse, Cell, FrozenModel, Json, Record
+from harness.records.record import AssetUse, Cell, FrozenModel, Json, Record, WorkerStart
 from harness.suites.tasks import TaskSpec
 
 
@@ -63,6 +63,8 @@ class Job(FrozenModel):
     """Number of CPU threads that the Cell may use; None for one per available core."""
     at_once: int = 1
     """Number of Cells, this one included, that may run on the same machine at the same time."""
+    start: WorkerStart = ""
+    """How the worker was started; empty until it is."""
     python: str = ""
     """Path of the interpreter that runs the Cell; empty for the one that runs the harness."""
     gpu: str = ""
@@ -76,7 +78,7 @@ class Job(FrozenModel):
         return Record(
             run=self.run, cell_id=self.cell.cell_id, attempt=self.attempt, cell=self.cell, device=self.device,
             assets=used(self.model, self.data, self.task), notes=[*concurrency_note(self.at_once), *notes],
-            concurrent_cells=self.at_once, **outcome,
+            concurrent_cells=self.at_once, start=self.start, **outcome,
         )  # fmt: skip
 
 

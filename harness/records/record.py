@@ -44,6 +44,7 @@ ADAPTER_SHA256 = "adapter_sha256"
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"]
 Quantization = Literal["none", "nf4", "nf4-dq"]
+WorkerStart = Literal["", "process", "fork"]
 
 
 class Status(StrEnum):
@@ -331,6 +332,9 @@ class Record(FrozenModel):
     concurrent_cells: int | None = None
     """Number of Cells, this one included, that may have run on the machine at the same time. None in older Records.
     `harness.records.notes.concurrent_cells` also finds the number in these."""
+    start: WorkerStart = ""
+    """Start of the Cell's process: `process` for a new interpreter, or `fork` for a fork of a process that had imported the
+    libraries. Empty in older Records, and if no process was started."""
     imported: Imported | None = None
     """Origin of the adapter, if another program trained it and this Cell only evaluates it. None for all other Cells."""
 

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.cell.job import Job
 from harness.errors import StoreError
-from harness.process.supervisor import Subprocess, module_arguments, signal_name
+from harness.process.supervisor import signal_name
 from harness.records import store
 from harness.records.record import Environment, Failure, Record, Status
 from harness.runner.oom_kills import KernelKills
-
-WORKER = (sys.executable, *module_arguments("harness.runner.worker"))
+from harness.runner.worker_start import WorkerStarter
 
 _LAST_LINES = 15
 _GRACE_S = 5.0
@@ -59,7 +54,7 @@ class Attempt:
     Call `read` whenever the descriptor `events` is readable, and `end` once `is_over` is true. Call `kill` to give up.
     """
 
-    def __init__(self, job: Job, context: RunContext, command: Sequence[str] = WORKER) -> None:
+    def __init__(self, job: Job, context: RunContext, starter: WorkerStarter) -> None:
         self.job = job.model_copy(update={"launched": time.time()})
         self.phase = "start-up"
         self._peak_B: int | None = None
@@ -69,8 +64,7 @@ class Attempt:
         self._oom_kills = KernelKills()
         self._by_kernel: bool | None = False
         try:
-            command = [job.python or command[0], *command[1:]]
-            self._worker = _start(self.job, context.folder.log_path(job.cell.cell_id, job.attempt), command)
+            self._worker = starter.start(self.job, context.folder.log_path(job.cell.cell_id, job.attempt))
         except BaseException:
             self._oom_kills.close()
             raise
@@ -155,48 +149,6 @@ def record_of(job: Job, context: RunContext, ending: Ending, started: str, begun
             return store.read_record(path)
         raise
     return record
-
-
-def _start(job: Job, log: Path, command: Sequence[str]) -> Subprocess:
-    """Start and return the worker. Raises StoreError if the system cannot start it."""
-    try:
-        # The file has no name, so that even a killed runner leaves no file.
-        with tempfile.TemporaryFile() as stdin, log.open("ab") as output:
-            stdin.write(job.model_dump_json(by_alias=True).encode())
-            stdin.seek(0)
-            return Subprocess(
-                command,
-                environment=_worker_environment(job.threads, job.gpu),
-                events=True,
-                lifeline=True,
-                stdin=stdin,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-    except OSError as error:
-        what = f"cannot start a worker: {error.strerror or error}"
-        hint = "free some space or memory, then `peft-harness run SUITE --resume RUN`; finished Cells are saved"
-        raise StoreError(what, where=str(error.filename or log), hint=hint) from error
-
-
-def _worker_environment(threads: int | None = None, gpu: str = "") -> dict[str, str]:
-    """Return the worker's environment variables. They forbid downloads, because all assets are on disk."""
-    always = {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONHASHSEED": "0",  # the order of a plug-in's sets must not differ between runs
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # numbers in CUDA_VISIBLE_DEVICES then mean the same as in nvidia-smi
-    }
-    if threads is not None:  # torch.set_num_threads does not reach a library with a separate OpenMP
-        always["OMP_NUM_THREADS"] = str(threads)
-    if gpu:
-        always["CUDA_VISIBLE_DEVICES"] = gpu
-    # The value is an address in the process that set the variable; torch's compiler would read it in the worker.
-    inherited = {key: value for key, value in os.environ.items() if key != "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"}
-    return inherited | always
 
 
 def _tail(log: Path) -> str:

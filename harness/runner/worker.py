@@ -22,12 +22,13 @@ from harness.cell.job import Emit, Job
 from harness.cell.outcomes import CellOutcomeError
 from harness.cell.training import bypassed_layers
 from harness.errors import HarnessError, Unsupported
-from harness.methods.registry import Implementation, Registry, discover
+from harness.methods.registry import Registry, discover
 from harness.process.lifeline import die_with_parent
 from harness.process.out_of_memory import shortage
 from harness.process.termination import TERMINATION_SIGNALS
 from harness.records import environment, store
 from harness.records.record import Failure, Json, Phase, Provider, Record, Status
+from harness.runner import worker_imports
 
 if TYPE_CHECKING:
     from harness.cell.cell_run import CellRun
@@ -72,7 +73,7 @@ def attempt(job: Job, emit: Emit) -> Record:
     try:
         implementation = registry.find("method", job.cell.method, job.cell.implementation)
         outcome["provider"] = Provider(distribution=implementation.distribution, version=implementation.version)
-        if missing := _import_all(implementation, job, registry):
+        if missing := _import_all(job, registry):
             outcome |= {"status": Status.SKIPPED, "because": missing}
         else:
             run, versions = _prepare(job, registry, emit, threads)
@@ -97,17 +98,12 @@ def attempt(job: Job, emit: Emit) -> Record:
     return job.record(environment=described, started=started, duration_s=age(), **outcome)
 
 
-def _import_all(implementation: Implementation, job: Job, registry: Registry) -> str:
+def _import_all(job: Job, registry: Registry) -> str:
     """Import the modules that the Cell needs, so that no later phase includes the time of imports.
 
     Return an error message if a module cannot be imported, and "" otherwise.
     """
-    needed = list(implementation.requires)
-    if job.cell.base.quantization != "none":
-        needed += registry.find("base", job.cell.base.quantization, job.cell.base.implementation).requires
-    needed += ["transformers.modeling_utils"]  # not `transformers`, which delays its own imports until the first model
-    needed += ["lm_eval.evaluator"] if job.model.source.kind == "causal" and job.data else []
-    for module in needed:
+    for module in worker_imports.modules(job, registry):
         try:
             import_module(module)
         except ImportError as error:

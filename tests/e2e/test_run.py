@@ -21,7 +21,7 @@ from harness.errors import Exit
 from harness.records import store
 from harness.records.record import Record, Status
 from harness.report import html
-from harness.runner import attempt, worker
+from harness.runner import attempt, worker, worker_start
 from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
 from support import recorded_run
@@ -202,7 +202,7 @@ def test_how_threads_wait_is_left_to_the_user(given: str | None, monkeypatch: py
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if given:
         monkeypatch.setenv("OMP_WAIT_POLICY", given)
-    assert attempt._worker_environment().get("OMP_WAIT_POLICY") == given
+    assert worker_start._worker_environment().get("OMP_WAIT_POLICY") == given
 
 
 @pytest.mark.e2e

@@ -13,8 +13,9 @@ from harness.errors import HarnessError
 from harness.records import environment, store
 from harness.records.record import Record, Status
 from harness.runner import gpus
-from harness.runner.attempt import WORKER, Attempt, Ending, RunContext, record_of
+from harness.runner.attempt import Attempt, Ending, RunContext, record_of
 from harness.runner.executors.executor import Device, ExecutorKind, Listener
+from harness.runner.worker_start import WORKER, WorkerStarter
 
 GPU_PATIENCE_S = 60.0
 _PROBE_S = 2.0
@@ -66,7 +67,7 @@ class Local:
         waiting: Job | None = None
         probe: Probe | None = None
         since = probed = 0.0
-        with selectors.DefaultSelector() as selector:
+        with WorkerStarter(self.command) as starter, selectors.DefaultSelector() as selector:
             try:
                 while True:
                     while len(running) < self.jobs:
@@ -86,7 +87,7 @@ class Local:
                         placed, busy = self._place(waiting, probe, [attempt.job.gpu for attempt in running])
                         probe = None
                         if placed is not None:
-                            running.append(attempt := Attempt(placed, context, self.command))
+                            running.append(attempt := Attempt(placed, context, starter))
                             selector.register(attempt.events, selectors.EVENT_READ, attempt)
                         elif probed - since >= self._patience:
                             because = f"{busy}; it was waited for {self._patience:g} s"

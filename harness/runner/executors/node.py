@@ -14,8 +14,9 @@ from harness.cell.job import Job
 from harness.errors import HarnessError, StoreError
 from harness.records import environment, store
 from harness.records.record import Cell, Record, Status
-from harness.runner.attempt import WORKER, Ending, RunContext, record_of
+from harness.runner.attempt import Ending, RunContext, record_of
 from harness.runner.executors.local import Local
+from harness.runner.worker_start import WORKER
 
 VISIBLE_S = 60.0
 """Seconds to wait until a file that another machine wrote is visible on a network file system."""

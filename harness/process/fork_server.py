@@ -1,0 +1,223 @@
+"""A fork server: one process imports libraries once, and forks a process for each task. Linux only.
+
+`ForkServer` is the end of the program that has tasks, `serve` is the end in the server. The server has no threads of
+Python and runs no task itself, so each fork is as a new process that has done the same imports. A fork is in a session of
+its own, and is killed when its server or the program ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO
+
+from harness.process import resident_pages
+from harness.process.supervisor import Pipe, Subprocess
+
+_READY = b"ready"
+_REQUEST_B = 1 << 16
+_DESCRIPTORS = 5
+_PARENT_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of prctl."""
+_END_S = 10.0
+"""Seconds to wait until the server has reported the end of a fork that was killed."""
+
+
+class ForkServer:
+    """A running fork server.
+
+    command: starts a process that calls `serve` with its standard input. The number of a lifeline (see
+    `harness.process.lifeline`) and then `arguments` are appended to it. The constructor raises OSError if the process
+    cannot be started.
+    """
+
+    def __init__(self, command: Sequence[str], arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._forks: list[Fork] = []
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = Subprocess(
+                command, arguments, environment=environment, lifeline=True, stdin=theirs.fileno(), stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+
+    @property
+    def is_alive(self) -> bool:
+        """True until the server ends."""
+        return self._process.exit_code is None
+
+    @property
+    def is_idle(self) -> bool:
+        """True if none of its forks runs."""
+        self._forks = [fork for fork in self._forks if fork.exit_code is None]
+        return not self._forks
+
+    def wait_ready(self, timeout: float) -> bool:
+        """Wait until the imports are done. Return False if they fail, if they take longer, or if forks are not safe."""
+        return bool(select.select([self._socket], [], [], timeout)[0]) and self._socket.recv(len(_READY)) == _READY
+
+    def start(self, environment: Mapping[str, str], stdin: IO[bytes], output: IO[bytes]) -> Fork:
+        """Ask for a fork, and return it.
+
+        environment: variables to be set in the fork. output: file for its stdout and stderr. Raises OSError if the server
+        has ended.
+        """
+        fork = Fork(self._socket, environment, stdin, output)
+        self._forks.append(fork)
+        return fork
+
+    def close(self) -> None:
+        """End the server and its forks."""
+        self._socket.close()
+        self._process.close()
+
+
+class Fork:
+    """A process that a fork server has forked, or soon will. It has the same attributes as a `Subprocess`."""
+
+    def __init__(
+        self, server: socket.socket, environment: Mapping[str, str], stdin: IO[bytes], output: IO[bytes]
+    ) -> None:
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            pipes = [os.pipe() for _ in range(3)]
+            (events, events_end), (status, status_end), (lifeline_end, lifeline) = pipes
+            for descriptor in (events, status, lifeline):
+                ours.callback(os.close, descriptor)
+            for descriptor in (events_end, status_end, lifeline_end):
+                theirs.callback(os.close, descriptor)
+            request = json.dumps(dict(environment)).encode()
+            passed = [stdin.fileno(), output.fileno(), events_end, lifeline_end, status_end]
+            socket.send_fds(server, [request], passed)
+            self._ours = ours.pop_all()
+        self.events = Pipe(events)
+        self._status = Pipe(status)
+        self.pid = 0
+        """The process id; 0 until the server has forked."""
+        self._code: int | None = None
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code. Negative if a signal ended the process; None while the process runs."""
+        while self._code is None and self._status.readable():
+            self._read_status()
+        return self._code
+
+    def _read_status(self) -> None:
+        for line in self._status.lines():
+            name, number = line.decode().split()
+            if name == "pid":
+                self.pid = int(number)
+            else:
+                self._code = int(number)
+        if self._status.is_closed and self._code is None:
+            self._code = -signal.SIGKILL  # as the server has ended, the kernel has killed its forks
+
+    @property
+    def is_over(self) -> bool:
+        """True if all events have been read; see `Subprocess.is_over`."""
+        return self.events.is_closed or (self.exit_code is not None and not self.events.readable())
+
+    def wait(self, timeout: float) -> int | None:
+        """Return the exit code. If the process still runs after `timeout` seconds, return None."""
+        while self._code is None and self._status.readable(timeout):
+            self._read_status()
+        return self._code
+
+    def close(self) -> None:
+        """Kill the whole process group, and close the pipes. A second call does nothing."""
+        if self.exit_code is None and self.pid:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+            self.wait(_END_S)
+        self._ours.close()  # a fork that was not started yet ends when it sees that its lifeline is cut
+
+
+def serve(connection: socket.socket, run: Callable[[int, int], int]) -> int:
+    """Fork a process for each request, until the other end of `connection` closes. Return an exit code.
+
+    run: function that a fork calls with the descriptors of its events and of its lifeline; it returns the exit code.
+    """
+    if threading.active_count() > 1:
+        return 1  # a thread that an import started would be missing in the forks
+    try:
+        ranges = resident_pages.resident()
+        resident_pages.populate(ranges)
+    except OSError:
+        return 1  # the memory of the forks could not be measured
+    status_of: dict[int, int] = {}
+    ended, tell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(tell)
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # a handler is needed, or nothing is written to the descriptor
+    own, asked = os.getpid(), connection.fileno()
+    connection.send(_READY)
+    while True:
+        readable, _, _ = select.select([asked, ended], [], [])
+        if ended in readable:
+            os.read(ended, _REQUEST_B)
+            _report_ends(status_of)
+        if asked in readable:
+            request, descriptors, _, _ = socket.recv_fds(connection, _REQUEST_B, _DESCRIPTORS)
+            if not request:
+                return 0
+            stdin, output, events, lifeline, status = descriptors
+            with warnings.catch_warnings():
+                # A warning about threads of the system: those of OpenBLAS and jemalloc, which are prepared for forks.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                pid = os.fork()
+            if not pid:
+                signal.set_wakeup_fd(-1)
+                for descriptor in (ended, tell, asked, status, *status_of.values()):
+                    with contextlib.suppress(OSError):
+                        os.close(descriptor)
+                _become(own, json.loads(request), stdin, output)
+                resident_pages.populate(ranges)
+                sys.stdout.flush()
+                code = run(events, lifeline)
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+            for descriptor in (stdin, output, events, lifeline):
+                os.close(descriptor)
+            status_of[pid] = status
+            _tell(status, f"pid {pid}\n")
+
+
+def _become(parent: int, environment: Mapping[str, str], stdin: int, output: int) -> None:
+    """Give this fork its own session, streams and environment. The kernel kills it when its parent ends."""
+    os.setsid()
+    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:  # the parent ended before the call above
+        os._exit(1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for descriptor, stream in ((stdin, 0), (output, 1), (output, 2)):
+        os.dup2(descriptor, stream)
+    for descriptor in (stdin, output):
+        os.close(descriptor)
+    os.environ.update(environment)
+
+
+def _report_ends(status_of: dict[int, int]) -> None:
+    """Kill what is left of the group of each fork that has ended, and report its exit code."""
+    for pid in list(status_of):
+        # It stays a zombie, so that its id, which is the id of the group, is not given to another process.
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            continue
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+        status = status_of.pop(pid)
+        _tell(status, f"exit {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n")
+        os.close(status)
+
+
+def _tell(status: int, line: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the program that asked for the fork no longer listens
+        os.write(status, line.encode())

@@ -1,0 +1,52 @@
+"""The modules that a Cell needs. A worker imports them before it measures. Imports no torch."""
+
+from __future__ import annotations
+
+import functools
+
+from harness.cell.job import Job
+from harness.methods.registry import Registry, discover, entry_points_by_name
+
+_OWN = "peft-harness"
+
+
+def modules(job: Job, registry: Registry) -> list[str]:
+    """Return the modules that the implementations of a Cell and its model need."""
+    cell = job.cell
+    needed = list(registry.find("method", cell.method, cell.implementation).requires)
+    if cell.base.quantization != "none":
+        needed += registry.find("base", cell.base.quantization, cell.base.implementation).requires
+    return needed + _always(job)
+
+
+def shared(job: Job) -> list[str]:
+    """Return the modules of a Cell that a fork server imports.
+
+    A plug-in of another distribution is imported in the worker only. It could start threads, which no fork would have.
+    """
+    cell, own = job.cell, _own()
+    offered = [
+        one.requires
+        for one in own.implementations
+        if (one.kind, one.target, one.name)
+        in (
+            ("method", cell.method, cell.implementation),
+            ("base", cell.base.quantization, cell.base.implementation),
+        )
+    ]
+    return sorted({module for requires in offered for module in requires} | {*_always(job)})
+
+
+def _always(job: Job) -> list[str]:
+    # Not `transformers`, which delays its own imports until the first model.
+    return [
+        "transformers.modeling_utils",
+        *(["lm_eval.evaluator"] if job.model.source.kind == "causal" and job.data else []),
+    ]
+
+
+@functools.cache
+def _own() -> Registry:
+    """Return the harness's own implementations."""
+    points = entry_points_by_name()
+    return discover([name for name, point in points.items() if point.dist is not None and point.dist.name == _OWN])

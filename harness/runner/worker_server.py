@@ -1,0 +1,40 @@
+"""Fork the workers of Cells: `python -m harness.runner.worker_server LIFELINE MODULE...`.
+
+Standard input is the socket of a `ForkServer`. Each fork runs one Cell, as `harness.runner.worker` does.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import socket
+import sys
+from importlib import import_module
+
+from harness.process.fork_server import serve
+from harness.process.lifeline import die_with_parent
+from harness.process.termination import TERMINATION_SIGNALS
+from harness.records import environment
+from harness.runner import worker
+
+_OF_EACH_CELL = ("torch", "harness.cell.lifecycle", "harness.memory_model.cell_prediction", "harness.cell.measure.gpu")
+
+
+def main(argv: list[str]) -> int:
+    """Import the modules, then fork a worker for each request. Return 0 if the runner has ended the server."""
+    lifeline, modules = int(argv[1]), argv[2:]
+    for number in (signal.SIGINT, *TERMINATION_SIGNALS):
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent(lifeline, sys.stdin.fileno())
+    for module in (*_OF_EACH_CELL, *modules):
+        import_module(module)
+    environment.code_version()
+    gc.collect()
+    gc.freeze()  # a collection in a fork would otherwise copy each page with an object
+    with socket.socket(fileno=0) as connection:
+        return serve(connection, lambda events, cut: worker.main(["", str(events), str(cut)]))
+
+
+if __name__ == "__main__":
+    os._exit(main(sys.argv))

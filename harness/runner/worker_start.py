@@ -1,0 +1,133 @@
+"""Start the workers of Cells: as forks of a process that has imported the libraries, or as new processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from harness.cell.job import Job
+from harness.errors import StoreError
+from harness.process.fork_server import Fork, ForkServer
+from harness.process.supervisor import Subprocess, module_arguments
+from harness.records.record import WorkerStart
+from harness.runner import worker_imports
+
+WORKER = (sys.executable, *module_arguments("harness.runner.worker"))
+SERVER = (sys.executable, *module_arguments("harness.runner.worker_server"))
+Libraries = tuple[str | int | None, ...]
+"""What a fork server serves: an interpreter, a number of threads, and the modules that are imported."""
+COLD_START = "PEFT_HARNESS_COLD_START"
+"""Environment variable: if it is set to 1, every worker is a new process."""
+
+_MOST_SERVERS = 3
+"""Most fork servers at a time, one for each set of libraries. Each holds about 0.4 GB."""
+_READY_S = 120.0
+"""Seconds that the imports of a fork server may take. After that, workers are new processes."""
+
+
+class WorkerStarter:
+    """Starts workers. Leaving the context ends the fork servers.
+
+    command: starts a new process as worker; the numbers of two file descriptors are appended to it. Another command than
+    the usual one is never replaced by a fork.
+    """
+
+    def __init__(self, command: Sequence[str] = WORKER) -> None:
+        self._command = command
+        self._forks = sys.platform == "linux" and command == WORKER and os.environ.get(COLD_START) != "1"
+        self._servers: dict[Libraries, ForkServer] = {}
+        """The running servers, the last used one last."""
+        self._broken: set[Libraries] = set()
+        """What no server can import, or not safely."""
+
+    def __enter__(self) -> WorkerStarter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the fork servers, and the forks that still run."""
+        for server in self._servers.values():
+            server.close()
+        self._servers.clear()
+
+    def start(self, job: Job, log: Path) -> Subprocess | Fork:
+        """Start and return the worker of a job. Raises StoreError if the system cannot start it."""
+        try:
+            with log.open("ab") as output:
+                if (server := self._server(job)) is not None:
+                    with contextlib.suppress(ConnectionError), _job_file(job, "fork") as stdin:
+                        return server.start({"CUDA_VISIBLE_DEVICES": job.gpu} if job.gpu else {}, stdin, output)
+                with _job_file(job, "process") as stdin:
+                    command = [job.python or self._command[0], *self._command[1:]]
+                    environment = _worker_environment(job.threads, job.gpu)
+                    return Subprocess(
+                        command, environment=environment, events=True, lifeline=True, stdin=stdin, stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )  # fmt: skip
+        except OSError as error:
+            what = f"cannot start a worker: {error.strerror or error}"
+            hint = "free some space or memory, then `peft-harness run SUITE --resume RUN`; finished Cells are saved"
+            raise StoreError(what, where=str(error.filename or log), hint=hint) from error
+
+    def _server(self, job: Job) -> ForkServer | None:
+        """Return a server that forks workers for such a job, or None if the worker must be a new process."""
+        if not self._forks:
+            return None
+        modules = worker_imports.shared(job)
+        key = (job.python, job.threads, *modules)
+        if key in self._broken:
+            return None
+        server = self._servers.pop(key, None)
+        if server is None or not server.is_alive:
+            self._make_room()
+            command = (job.python or SERVER[0], *SERVER[1:])
+            server = ForkServer(command, modules, _worker_environment(job.threads))
+            if not server.wait_ready(_READY_S):
+                server.close()
+                self._broken.add(key)
+                return None
+        self._servers[key] = server
+        return server
+
+    def _make_room(self) -> None:
+        """End the server that was idle for longest, if there are as many as there may be."""
+        idle = [key for key, server in self._servers.items() if server.is_idle]
+        if len(self._servers) >= _MOST_SERVERS and idle:
+            self._servers.pop(idle[0]).close()
+
+
+@contextlib.contextmanager
+def _job_file(job: Job, start: WorkerStart) -> Iterator[IO[bytes]]:
+    """Yield a file with the job as JSON. The file has no name, so that even a killed runner leaves no file."""
+    with tempfile.TemporaryFile() as file:
+        file.write(job.model_copy(update={"start": start}).model_dump_json(by_alias=True).encode())
+        file.seek(0)
+        yield file
+
+
+def _worker_environment(threads: int | None = None, gpu: str = "") -> dict[str, str]:
+    """Return the worker's environment variables. They forbid downloads, because all assets are on disk."""
+    always = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONHASHSEED": "0",  # the order of a plug-in's sets must not differ between runs
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # numbers in CUDA_VISIBLE_DEVICES then mean the same as in nvidia-smi
+    }
+    if threads is not None:  # torch.set_num_threads does not reach a library with a separate OpenMP
+        always["OMP_NUM_THREADS"] = str(threads)
+    if gpu:
+        always["CUDA_VISIBLE_DEVICES"] = gpu
+    # The value is an address in the process that set the variable; torch's compiler would read it in the worker.
+    inherited = {key: value for key, value in os.environ.items() if key != "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"}
+    return inherited | always

@@ -1,0 +1,181 @@
+"""The fork server: each fork is like a new process, and none outlives its server or its program."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness.process.fork_server import Fork, ForkServer
+from support.processes import PATIENCE_S, eventually, gone
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fork server needs Linux")
+
+# Each task is Python code, which the fork reads from its standard input.
+SERVER = """
+import json, os, socket, sys, time
+from harness.process import resident_pages
+from harness.process.fork_server import serve
+from harness.process.lifeline import die_with_parent
+die_with_parent(int(sys.argv[1]), 0)
+seen = []
+{more}
+pages = resident_pages.resident()
+def run(events, lifeline):
+    die_with_parent(lifeline, events)
+    names = {{**globals(), "events": events}}
+    exec(sys.stdin.read(), names)
+    return names.get("code", 0)
+sys.exit(serve(socket.socket(fileno=0), run))
+"""
+
+
+def started(more: str = "") -> ForkServer:
+    return ForkServer([sys.executable, "-c", SERVER.format(more=more)], [], dict(os.environ))
+
+
+@pytest.fixture
+def server() -> Iterator[ForkServer]:
+    one = started()
+    assert one.wait_ready(PATIENCE_S)
+    yield one
+    one.close()
+
+
+def start(server: ForkServer, task: str, output: Path, **environment: str) -> Fork:
+    with tempfile.TemporaryFile() as stdin, output.open("wb") as file:
+        stdin.write(task.encode())
+        stdin.seek(0)
+        return server.start(environment, stdin, file)
+
+
+def events(fork: Fork) -> list[bytes]:
+    found = []
+    while not fork.is_over:
+        if fork.events.readable(1.0):
+            found += fork.events.lines()
+    return found
+
+
+def test_a_fork_has_its_own_streams_session_environment_and_state(server: ForkServer, tmp_path: Path) -> None:
+    task = """
+seen.append(1)
+os.write(events, f"{os.getsid(0)} {os.getpid()}\\n".encode())
+print(seen, os.environ["WHO"])
+code = 3
+"""
+    forks = [start(server, task, tmp_path / who, WHO=who) for who in ("one", "two")]
+    for fork, who in zip(forks, ("one", "two"), strict=True):
+        assert fork.wait(PATIENCE_S) == 3
+        assert events(fork) == [f"{fork.pid} {fork.pid}".encode()]
+        fork.close()
+        assert (tmp_path / who).read_text() == f"[1] {who}\n"
+    assert "WHO" not in os.environ
+    assert server.is_idle
+
+
+def test_the_pages_of_libraries_are_in_memory_from_the_start(server: ForkServer, tmp_path: Path) -> None:
+    """Otherwise a Cell's peak would include the libraries' code that it uses first."""
+    task = """
+import mmap
+here = {a for start, length in resident_pages.resident() for a in range(start, start + length, mmap.PAGESIZE)}
+print(sum(a not in here for start, length in pages for a in range(start, start + length, mmap.PAGESIZE)), len(pages))
+"""
+    fork = start(server, task, tmp_path / "out")
+    assert fork.wait(PATIENCE_S) == 0
+    missing, ranges = map(int, (tmp_path / "out").read_text().split())
+    assert missing == 0
+    assert ranges > 0
+
+
+def test_closing_a_fork_kills_its_children_too(server: ForkServer, tmp_path: Path) -> None:
+    task = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+    fork = start(server, task, tmp_path / "out")
+    eventually(lambda: (tmp_path / "out").read_text().endswith("\n"), "the child is there")
+    assert fork.exit_code is None
+    assert not server.is_idle
+    fork.close()
+    assert fork.exit_code == -signal.SIGKILL
+    eventually(lambda: gone(int((tmp_path / "out").read_text())), "the grandchild is gone")
+    assert server.is_alive
+
+
+def test_what_a_fork_leaves_behind_is_killed_when_it_ends(server: ForkServer, tmp_path: Path) -> None:
+    fork = start(server, "import subprocess; print(subprocess.Popen(['sleep', '600']).pid)", tmp_path / "out")
+    assert fork.wait(PATIENCE_S) == 0
+    eventually(lambda: gone(int((tmp_path / "out").read_text())), "the grandchild is gone")
+
+
+def test_a_killed_server_takes_its_forks_along_and_says_so(server: ForkServer, tmp_path: Path) -> None:
+    fork = start(server, "time.sleep(600)", tmp_path / "out")
+    eventually(lambda: fork.exit_code is None and fork.pid > 0, "it was forked")
+    psutil.Process(fork.pid).parent().kill()
+    assert fork.wait(PATIENCE_S) == -signal.SIGKILL
+    eventually(lambda: gone(fork.pid), "the fork is gone")
+    eventually(lambda: not server.is_alive, "the server is gone")
+    with pytest.raises(ConnectionError):
+        start(server, "", tmp_path / "out")
+
+
+def test_a_killed_program_takes_its_server_and_the_forks_along() -> None:
+    code = f"""
+import json, os, sys, tempfile, time
+from harness.process.fork_server import ForkServer
+server = ForkServer([sys.executable, "-c", {SERVER.format(more="")!r}], [], dict(os.environ))
+assert server.wait_ready({PATIENCE_S})
+stdin = tempfile.TemporaryFile(); stdin.write(b"time.sleep(600)"); stdin.seek(0)
+fork = server.start({{}}, stdin, tempfile.TemporaryFile())
+while fork.exit_code is None and not fork.pid: time.sleep(0.01)
+import psutil
+print(json.dumps([fork.pid, psutil.Process(fork.pid).ppid()]), flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        pids = json.loads(program.stdout.readline())
+        program.kill()
+    for pid in pids:
+        eventually(lambda pid=pid: gone(pid), "it is gone")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "import threading; threading.Thread(target=time.sleep, args=(600,), daemon=True).start()",
+        "raise OSError",
+        "os._exit(0)",
+    ],
+)
+def test_a_server_that_cannot_fork_safely_is_not_used(more: str) -> None:
+    server = started(more)
+    assert not server.wait_ready(PATIENCE_S)
+    eventually(lambda: not server.is_alive, "it ends")
+    server.close()
+
+
+def test_a_server_whose_imports_hang_is_not_waited_for() -> None:
+    server = started("time.sleep(600)")
+    assert not server.wait_ready(0.05)
+    server.close()
+    assert not server.is_alive
+
+
+def test_descriptors_do_not_pile_up(server: ForkServer, tmp_path: Path) -> None:
+    def descriptors() -> list[int]:
+        theirs = psutil.Process(server._process.pid).num_fds()
+        return [psutil.Process().num_fds(), theirs]
+
+    before = descriptors()
+    for _ in range(20):
+        fork = start(server, "", tmp_path / "out")
+        assert fork.wait(PATIENCE_S) == 0
+        fork.close()
+    eventually(lambda: descriptors() == before, "all are closed")
