@@ -60,7 +60,6 @@ class Attempt:
         self._peak_B: int | None = None
         self._context = context
         self._started, self._begun = store.now(), time.monotonic()
-        self.deadline = self._begun + context.timeout
         self._oom_kills = KernelKills()
         self._by_kernel: bool | None = False
         try:
@@ -68,6 +67,7 @@ class Attempt:
         except BaseException:
             self._oom_kills.close()
             raise
+        self.deadline = time.monotonic() + context.timeout  # the imports of a fork server are not the Cell's
 
     @property
     def events(self) -> int:
