@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from reference.adapter_file import PREFIX, AdapterSettings, apply, read, unsupported
+from reference.adapter_file import PREFIX, AdapterSettings, apply, read
 
 # What HF peft 0.21.2 reads from the same configs.
 SCALINGS = [
@@ -91,8 +91,3 @@ def test_every_key_has_one_meaning() -> None:
     }  # fmt: skip
     assert "no module x" in reading.unused[keys[4]]
     assert "no parameter" in reading.unused[keys[5]]
-
-
-def test_configs_with_another_meaning_are_named() -> None:
-    assert unsupported({"r": 4, "use_qalora": False, "init_lora_weights": True}) == []
-    assert len(unsupported({"use_qalora": True, "init_lora_weights": "pissa_niter_4"})) == 2

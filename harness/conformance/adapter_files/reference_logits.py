@@ -15,7 +15,8 @@ from harness.conformance.adapter_files.adapter_file import AdapterFile
 from harness.conformance.comparison.tolerance_policies import perturbed
 from harness.errors import Unsupported, UsageError
 from harness.methods.base_model import load_base, logits
-from reference.adapter_file import apply, combine, unsupported
+from harness.methods.unsupported_adapters import reason, unsupported
+from reference.adapter_file import apply, combine
 
 
 def reference_logits(
@@ -37,8 +38,8 @@ def reference_logits(
     if dtype is torch.float64:
         model = model.double()  # the frequencies of rotary embeddings too
     if adapter is not None:
-        if reasons := unsupported(adapter.config):
-            raise Unsupported("; ".join(reasons))
+        if found := unsupported(adapter.config):
+            raise Unsupported(reason(found))
         hint = f"is {base_folder} the base of this adapter? `peft-harness check {adapter.folder}` judges the file"
         try:
             reading = apply(model, adapter.settings, adapter.tensors())
