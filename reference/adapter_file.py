@@ -63,9 +63,13 @@ class AdapterSettings:
 
     @property
     def saved(self) -> tuple[str, ...]:
-        """Names of the modules that the file replaces: modules_to_save, and the head of a classifier."""
-        heads = ("classifier", "score") if self.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
-        return (*(self.modules_to_save or ()), *heads)
+        """Names of the modules that the file replaces: modules_to_save, and the head of its task."""
+        heads = {
+            "SEQ_CLS": ("classifier", "score"),
+            "TOKEN_CLS": ("classifier", "score"),
+            "QUESTION_ANS": ("qa_outputs",),
+        }
+        return (*(self.modules_to_save or ()), *heads.get(self.task_type or "", ()))
 
     def rank(self, name: str) -> int:
         """Return the rank of the layer or parameter with this name in the base."""

@@ -10,7 +10,7 @@ from harness.conformance.adapter_files.adapter_file import AdapterFile
 from harness.conformance.adapter_files.findings import Finding, judge
 from harness.conformance.adapter_files.loader_readings import LoaderVerdict, features, verdicts
 from harness.console import align_columns, foreign_output, print_json, print_lines
-from harness.errors import Exit, plural
+from harness.errors import Exit, Unsupported, plural
 from harness.methods.base_model import empty_base
 
 
@@ -23,8 +23,8 @@ def check(path: Path, base_model: Path | None, as_json: bool) -> Exit:
     adapter = AdapterFile.read(path)
     folder = base_model or adapter.local_base
     with foreign_output():
-        base = None if folder is None else empty_base(folder)
-    findings = judge(adapter, base)
+        base, not_judged = _base(adapter, folder)
+    findings = [*judge(adapter, base), *not_judged]
     used = features(adapter, findings, bool(getattr(getattr(base, "config", None), "tie_word_embeddings", False)))
     loaders = list(verdicts(used))
     code = Exit.FAIL if any(one.nonconforming for one in findings) else Exit.PASS
@@ -32,16 +32,27 @@ def check(path: Path, base_model: Path | None, as_json: bool) -> Exit:
         print_json(
             {
                 "schema": 1, "exit": int(code), "adapter": str(path), "base": None if folder is None else str(folder),
+                "base_class": None if base is None else type(base).__name__,
                 "findings": [vars(one) | {"nonconforming": one.nonconforming} for one in findings],
                 "features": used, "loaders": [vars(one) for one in loaders],
             }
         )  # fmt: skip
     else:
-        print_lines([*_summary(adapter, folder), "", *_findings(findings), "", *_loaders(loaders)])
+        print_lines([*_summary(adapter, folder, base), "", *_findings(findings), "", *_loaders(loaders)])
     return code
 
 
-def _summary(adapter: AdapterFile, base: Path | None) -> Iterator[str]:
+def _base(adapter: AdapterFile, folder: Path | None) -> tuple[Any, list[Finding]]:
+    """Return the base without weights, and a note if there is no class for the adapter's task."""
+    if folder is None:
+        return None, []
+    try:
+        return empty_base(adapter.base(folder)), []
+    except Unsupported as error:
+        return None, [Finding("not-judged", "task_type", f"{error}; keys and shapes are not compared with the base")]
+
+
+def _summary(adapter: AdapterFile, folder: Path | None, base: Any) -> Iterator[str]:
     settings: Any = adapter.settings
     dtypes = sorted({one.dtype for one in adapter.header.values()})
     scaling = f"alpha {settings.lora_alpha:g} / {'sqrt(r)' if settings.use_rslora else 'r'} = {settings.scaling(''):g}"
@@ -49,7 +60,10 @@ def _summary(adapter: AdapterFile, base: Path | None) -> Iterator[str]:
     usual = " unless a pattern says otherwise" if patterns else ""
     yield f"{adapter.weights}: {plural(len(adapter.header), 'tensor')} in {', '.join(dtypes) or 'no dtype'}"
     yield f"rank {settings.r}, scaling {scaling}{usual}"
-    yield f"base: {base or 'none; keys and shapes are not compared with one (--base-model FOLDER)'}"
+    if folder is None:
+        yield "base: none; keys and shapes are not compared with one (--base-model FOLDER)"
+    else:
+        yield f"base: {folder}{f', as {type(base).__name__}' if base is not None else ''}"
 
 
 def _findings(findings: list[Finding]) -> Iterator[str]:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from harness.conformance.adapter_files.adapter_config import CONFIG, read_json_object, require_lora
 from harness.conformance.adapter_files.other_layouts import LAYOUTS, layout_of
 from harness.errors import UsageError, first_names, plural
-from reference.adapter_file import AdapterSettings
+from harness.methods.task_base import task_base
+from reference.adapter_file import PREFIX, AdapterSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +77,14 @@ class AdapterFile:
         with contextlib.suppress(OSError):  # a name that is too long, or a folder without the right to read it
             return next((one for one in folders if (one / "config.json").is_file()), None)
         return None
+
+    def base(self, folder: Path) -> Path:
+        """Return the folder of a base of the class on which this adapter was trained: see `task_base`."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for key, one in self.header.items():
+            name = key.removeprefix(PREFIX).replace(".base_layer", "")
+            shapes[name.partition(".lora_")[0]] = one.shape
+        return task_base(folder, self.config, shapes)
 
     @property
     def settings(self) -> AdapterSettings:

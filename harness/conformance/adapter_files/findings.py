@@ -34,6 +34,7 @@ KINDS = {
     "other-base": "no tensor of the file fits the base: the adapter belongs to another model",
     "unmatched-key": "a tensor has no place in the base: loaders drop it or refuse the file",
     "missing-target": "the config targets a layer for which the file has no tensors",
+    "missing-module": "the file has no tensors for a module that modules_to_save or the task names",
     "undeclared": "a tensor replaces a weight of the base that modules_to_save does not name",
     "shape": "a tensor does not fit the layer of the base",
     "vocabulary": "a tensor has another number of tokens than the base",
@@ -266,6 +267,10 @@ class _Judge:
         parameters: Mapping[str, Tensor] = dict(base.named_parameters(remove_duplicate=False))
         sides = [_embeddings(base, side) for side in ("input", "output")]
         tables = {id(one) for side in sides if side is not None for one in side.parameters()}
+        there = set(reading.replaced.values()) | {f"{one.path}.{one.parameter}" for one in reading.updates}
+        if missing := [name for name in parameters if self._is_named(name) and name not in there]:
+            hint = "save the adapter by `save_pretrained` of the PeftModel, which adds these modules"
+            yield Finding("missing-module", missing[0], f"no tensors for {first_names(missing)}", hint)
         for key, name in reading.replaced.items():
             have, want = self.adapter.header[key].shape, tuple(parameters[name].shape)
             table = id(parameters[name]) in tables

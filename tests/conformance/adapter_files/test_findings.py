@@ -108,6 +108,7 @@ BROKEN: list[tuple[str, str, Spoil]] = [
         "plain",
         lambda config, tensors: config.update(target_modules=[*config["target_modules"], "o_proj"]),
     ),
+    ("missing-module", "plain", lambda config, tensors: config.update(modules_to_save=["norm"])),
     ("undeclared", "plain", lambda config, tensors: tensors.update({NORM: torch.ones(12)})),
     ("shape", "plain", add_rows),
     ("vocabulary", "modules_to_save", add_tokens),
