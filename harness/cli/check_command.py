@@ -95,7 +95,7 @@ def check(
         raise UsageError("has no effect without --with", where="--offline" if offline else "--find-links")
     if served is not None:
         of_implementations = (implementations, methods, operations, full, wide, drawn, jobs, environments, junit, html)
-        if any(of_implementations) or self_test:
+        if any(of_implementations) or self_test or power or mutants is not None:
             raise UsageError(
                 "checks a server, not an implementation", where="--served",
                 hint="it takes --adapter, --base-model, --dtype, --concurrency, --echo, --patience, --seed and --json",

@@ -65,7 +65,7 @@ def check(request: ServedRequest, as_json: bool) -> Exit:
         base_name = _base_name(base_name, base, listed, folders)
         session = Session(client, base_name, folders, drawn, (), prompts.TOKENS, request.concurrency, request.seed)
         _agree(client, session, prompts.Tokenizer.find(base))
-        comparison = Comparison(client.url, base, files)
+        comparison = Comparison(client.url, base, files, session.again)
         stopped, code = "", Exit.PASS
         try:
             session.load_missing([one.name for one in listed])
