@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from harness.cli import main
 from harness.conformance.adapter_files import corpus
 from harness.errors import Exit
+from harness.methods.base_model import logits as logits_of
+from harness.methods.implementations.hf_peft.loader import PeftLoader
 
 BASES = corpus.folder() / "bases"
 
@@ -50,6 +53,50 @@ def test_the_text_names_findings_and_loaders(plain: Path, capsys: pytest.Capture
     assert "vLLM" in out
 
 
+def test_the_logits_of_hf_peft_are_compared_with_the_reference(
+    plain: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    base, junit = ["--base-model", str(BASES / "llama")], tmp_path / "check.xml"
+    assert main(["check", str(plain), *base, "--json", "--junit", str(junit)]) == Exit.PASS
+    out, err = capfd.readouterr()
+    (logits,) = json.loads(out)["logits"]
+    assert (logits["loader"], logits["verdict"]) == ("hf-peft", "agrees")
+    assert 0 < logits["share"] <= 1
+    assert "Failed to load" not in err
+    assert "_pytree" not in err
+    suite = ET.parse(junit).getroot()[0]
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "0")
+    assert main(["check", str(plain), "reference", "hf-peft", *base]) == Exit.PASS
+    assert "reference  agrees" in capfd.readouterr().out
+
+
+def test_a_loader_that_computes_other_logits_fails(
+    plain: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base, junit = ["--base-model", str(BASES / "llama")], tmp_path / "check.xml"
+    monkeypatch.setattr(PeftLoader, "load", lambda self, folder, name: None)
+    monkeypatch.setattr(PeftLoader, "logits", lambda self, prompts, name: logits_of(self.model, prompts))
+    assert main(["check", str(plain), *base, "--json", "--junit", str(junit)]) == Exit.FAIL
+    (logits,) = document(capsys)["logits"]
+    assert logits["verdict"] == "differs"
+    assert logits["largest"] > 0
+    assert ET.parse(junit).getroot()[0].get("failures") == "1"
+    monkeypatch.setattr(PeftLoader, "load", lambda self, folder, name: 1 / 0)
+    assert main(["check", str(plain), *base, "--json"]) == Exit.FAIL
+    assert "ZeroDivisionError" in document(capsys)["logits"][0]["detail"]
+
+
+def test_logits_that_cannot_be_compared_have_a_reason(
+    plain: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(BASES / "llama", tmp_path / "base"))
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    assert main(["check", str(plain), "--base-model", str(base), "--json"]) == Exit.PASS
+    (logits,) = document(capsys)["logits"]
+    assert logits["verdict"] == "not compared"
+    assert "the weights of the base cannot be read" in logits["detail"]
+
+
 def test_without_a_base_the_file_is_judged_by_itself(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(plain)]) == Exit.PASS
     assert "base: none" in capsys.readouterr().out
@@ -66,7 +113,10 @@ def test_what_cannot_be_read_exits_with_2(plain: Path, capsys: pytest.CaptureFix
         ["none.safetensors"],
         [str(plain), "--base-model", str(plain)],
         [str(plain), "--full"],
-        [str(plain), "reference"],
+        [str(plain), "hf-peft"],
+        [str(plain), "hf-pet", "--base-model", str(BASES / "llama")],
+        [str(plain), str(plain)],
+        [str(plain), "--html", "page.html"],
         ["reference", "--base-model", str(BASES / "llama")],
     ):
         assert main(["check", *arguments]) == Exit.USAGE, arguments
