@@ -182,25 +182,29 @@ def foreign_output() -> Iterator[None]:
 def hold_output() -> Iterator[None]:
     """Hold back what libraries write to stdout or stderr inside the context, also past Python's streams.
 
-    If the context raises, print it on stderr as safe lines; otherwise it goes to the log `harness` of `logging`.
+    It goes to the log `harness` of `logging`. If the context raises anything but a HarnessError, it is printed on stderr
+    as safe lines.
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as kept:
         sys.stderr.flush()
         own = os.dup(2)
         os.dup2(kept.fileno(), 2)
-        done = False
+        explained = False
         try:
             with contextlib.redirect_stdout(kept), contextlib.redirect_stderr(kept):
                 yield
-            done = True
+            explained = True
+        except HarnessError:
+            explained = True
+            raise
         finally:
             os.dup2(own, 2)
             os.close(own)
             kept.seek(0)
             lines = kept.read().splitlines()
-            if not done:
+            if not explained:
                 print_lines([f"| {line}" for line in lines], err=True)
-            for line in lines if done else ():
+            for line in lines:
                 _LOG.debug(visible(line))
 
 

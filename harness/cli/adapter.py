@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from harness.conformance.adapter_files.loader_logits import LoaderLogits
 
 
+_WRONG = ("differs", "raises")
+"""Verdicts about the logits of a loader that are failures."""
+
+
 @dataclass(frozen=True)
 class _Report:
     """Findings about one adapter."""
@@ -37,7 +41,7 @@ class _Report:
     @property
     def exit(self) -> Exit:
         """FAIL if the file does not conform, or if a loader computes other logits."""
-        wrong = any(one.nonconforming for one in self.findings) or any(one.verdict == "differs" for one in self.logits)
+        wrong = any(one.nonconforming for one in self.findings) or any(one.verdict in _WRONG for one in self.logits)
         return Exit.FAIL if wrong else Exit.PASS
 
     def document(self) -> dict[str, object]:
@@ -81,7 +85,7 @@ def _cases(report: _Report) -> Iterator[tuple[str, str, str]]:
         yield "conforms", "", ""
     for one in report.findings:
         yield f"{one.kind}: {one.where}", "failure" if one.nonconforming else "skipped", one.message
-    tags = {"agrees": "", "differs": "failure"}
+    tags = {"agrees": "", **dict.fromkeys(_WRONG, "failure")}
     for loaded in report.logits:
         yield f"logits of {loaded.loader}", tags.get(loaded.verdict, "skipped"), f"{loaded.verdict}: {loaded.detail}"
 

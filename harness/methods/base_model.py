@@ -8,12 +8,16 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from harness.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+_IN_CONFIG = (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, StrictDataclassError)
+"""Errors that transformers raises for a value in config.json."""
 _HINT = "give the folder of the base model: config.json and model.safetensors"
 _KEPT_B = 2**22
 """Models with at most this many bytes of weights stay in memory: checks load tiny models hundreds of times."""
@@ -23,9 +27,13 @@ def read_config(folder: Path) -> Any:
     """Return the config of the model in a folder. Raises UsageError if transformers cannot read it."""
     import transformers
 
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            "is not a folder with a config.json", where=str(folder), hint=f"{_HINT}; a name on the Hub is not fetched"
+        )
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (*_IN_CONFIG, OSError, RecursionError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"no base model can be read ({reason})", where=str(folder), hint=_HINT) from error
 
@@ -115,7 +123,7 @@ def _empty(folder: Path, config: Any, factory: Any) -> nn.Module:
     try:
         with torch.device("meta"):
             model: nn.Module = factory(config)
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ZeroDivisionError) as error:
+    except (*_IN_CONFIG, RuntimeError) as error:
         what = f"no {factory.__name__} can be made from config.json ({error})"
         raise UsageError(what, where=str(folder), hint=_HINT) from error
     return model

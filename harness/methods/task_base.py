@@ -67,7 +67,8 @@ def _candidates(base: Any, task: str | None, config: Mapping[str, Any]) -> Itera
         names = [(config.get("auto_mapping") or {}).get("base_model_class", ""), *own]
     else:
         names = [*own, *of_task] if task != "FEATURE_EXTRACTION" else [*of_task, *own]
-    yield from (name for name in dict.fromkeys(names) if name and hasattr(transformers, name))
+    known = [name for name in names if isinstance(name, str) and hasattr(transformers, name)]
+    yield from dict.fromkeys(known)
 
 
 def _has_any(folder: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -83,7 +86,9 @@ def test_a_loader_that_computes_other_logits_fails(
     assert ET.parse(junit).getroot()[0].get("failures") == "1"
     monkeypatch.setattr(PeftLoader, "load", lambda self, folder, name: 1 / 0)
     assert main(["check", str(plain), *base, "--json"]) == Exit.FAIL
-    assert "ZeroDivisionError" in document(capsys)["logits"][0]["detail"]
+    (logits,) = document(capsys)["logits"]
+    assert logits["verdict"] == "raises"
+    assert "ZeroDivisionError" in logits["detail"]
 
 
 def test_logits_that_cannot_be_compared_have_a_reason(
@@ -105,6 +110,42 @@ def test_without_a_base_the_file_is_judged_by_itself(plain: Path, capsys: pytest
 def test_another_base_is_one_finding(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(plain), "--base-model", str(BASES / "gpt2"), "--json"]) == Exit.FAIL
     assert [one["kind"] for one in document(capsys)["findings"]] == ["other-base"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"hidden_size": "x"}, {"num_attention_heads": 0}, {"architectures": ["NoSuch"], "model_type": "nope"}],
+    ids=str,
+)
+def test_a_config_of_a_base_that_means_nothing_is_one_message(
+    plain: Path, change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = Path(shutil.copytree(BASES / "llama", tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text(encoding="utf-8")) | change
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert main(["check", str(plain), "--base-model", str(base)]) == Exit.USAGE
+    out, err = capsys.readouterr()
+    assert (out, err.count("hint:")) == ("", 1)
+
+
+def test_a_folder_without_the_right_to_read_it_is_one_message(
+    plain: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert main(["check", str(plain)]) == Exit.USAGE
+    assert "cannot be read (Permission denied)" in capsys.readouterr().err
+
+
+def test_a_config_without_targets_is_not_compared_with_the_base(
+    plain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((plain / "adapter_config.json").read_text(encoding="utf-8")) | {"target_modules": None}
+    (plain / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert main(["check", str(plain), "--base-model", str(BASES / "llama"), "--json"]) == Exit.PASS
+    assert [one["kind"] for one in document(capsys)["findings"]] == ["not-judged"]
 
 
 def test_what_cannot_be_read_exits_with_2(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:

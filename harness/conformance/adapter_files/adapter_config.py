@@ -15,7 +15,7 @@ _TYPES = {
     "r": int, "lora_alpha": (int, float), "use_rslora": bool, "use_dora": bool, "lora_bias": bool, "bias": str,
     "rank_pattern": dict, "alpha_pattern": dict, "target_modules": (str, list), "exclude_modules": (str, list),
     "target_parameters": list, "modules_to_save": list, "layers_to_transform": (int, list),
-    "layers_pattern": (str, list), "task_type": str,
+    "layers_pattern": (str, list), "task_type": str, "auto_mapping": dict,
 }  # fmt: skip
 """Key of the config -> types of its value in JSON. null stands for the default."""
 _ELEMENTS = {
@@ -23,7 +23,11 @@ _ELEMENTS = {
     "layers_pattern": str, "layers_to_transform": int,
 }  # fmt: skip
 """Key of the config -> type of each element, if its value is a list."""
-_BIASES = ("none", "all", "lora_only")
+_WORDS = {
+    "bias": ("none", "all", "lora_only"),
+    "task_type": ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"),
+}
+"""Key of the config -> the values that peft knows."""
 _LARGEST = 2**31
 """Largest rank and alpha that are accepted. No layer has so many features."""
 _AS_PEFT = "write it as peft's `save_pretrained` does"
@@ -76,8 +80,9 @@ def _mistakes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"r is {_short(rank)}", f"a rank is at least 1, and at most {_LARGEST}"
     if (alpha := config.get("lora_alpha")) is not None and not abs(alpha) <= _LARGEST:
         yield f"lora_alpha is {_short(alpha)}", f"write a number of at most {_LARGEST}"
-    if (bias := config.get("bias")) is not None and bias not in _BIASES:
-        yield f"bias is {_short(bias)}", f"write one of {', '.join(_BIASES)}"
+    for key, words in _WORDS.items():
+        if (word := config.get(key)) is not None and word not in words:
+            yield f"{key} is {_short(word)}", f"write one of {', '.join(words)}"
     for key, pattern in _patterns(config):
         try:
             re.compile(pattern)

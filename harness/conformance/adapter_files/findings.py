@@ -80,7 +80,14 @@ def judge(adapter: AdapterFile, base: nn.Module | None = None) -> list[Finding]:
     if found := unsupported(adapter.config):
         return [Finding("unsupported", CONFIG, f"{key}: {meaning}") for key, meaning in found.items()]
     judge = _Judge(adapter)
-    findings = [*judge.alone(), *(judge.against(base) if base is not None else ())]
+    findings = list(judge.alone())
+    if base is not None and not (adapter.settings.target_modules or adapter.settings.target_parameters):
+        what = "target_modules is empty, so each version of peft chooses layers; nothing was compared with the base"
+        findings.append(
+            Finding("not-judged", CONFIG, what, "write the names of the adapted layers into target_modules")
+        )
+    elif base is not None:
+        findings += judge.against(base)
     return sorted(findings, key=lambda one: list(KINDS).index(one.kind))
 
 
@@ -299,4 +306,7 @@ def _path(start: str) -> str:
 
 def _embeddings(base: nn.Module, side: str) -> Any:
     """Return the module with the embedding (`input`) or the head (`output`) of a model. None if it has none."""
-    return getattr(base, f"get_{side}_embeddings", lambda: None)()
+    try:
+        return getattr(base, f"get_{side}_embeddings", lambda: None)()
+    except (NotImplementedError, AttributeError):  # transformers raises this for a model without tokens
+        return None

@@ -40,7 +40,7 @@ class LoaderLogits:
     """The comparison of one loader with the reference."""
 
     loader: str
-    verdict: Literal["agrees", "differs", "unsupported", "not compared"]
+    verdict: Literal["agrees", "differs", "raises", "unsupported", "not compared"]
     largest: float | None = None
     """Largest absolute difference of a logit."""
     share: float | None = None
@@ -79,8 +79,10 @@ def compare(adapter: AdapterFile, folder: Path, base: nn.Module, names: Sequence
 def _reason(adapter: AdapterFile, base: nn.Module) -> str:
     """Return the reason why the logits cannot be compared, or an empty string."""
     config: Any = getattr(base, "config", None)
-    if adapter.settings.task_type not in _TASKS or getattr(config, "is_encoder_decoder", False):
-        return f"a {type(base).__name__} returns no logits for token ids alone"
+    if (task := adapter.settings.task_type) not in _TASKS:
+        return f"task_type is {task}; only logits of causal models and of classifiers are compared"
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{type(base).__name__} needs tokens for its decoder too"
     need = _B_PER_PARAMETER * sum(one.numel() for one in base.parameters())
     free = psutil.virtual_memory().available
     if need > free:
@@ -104,7 +106,7 @@ def _judged(loader: Implementation, subject: LoaderSubject) -> LoaderLogits:
     runner = CaseRunner(loader, subject.adapter.name, subject.dtype)
     found = runner.attempt(CheckId(ADAPTER_FILES, "logits", subject.dtype, "loaded"), load)
     if isinstance(found, CheckOutcome):
-        verdict: Any = "unsupported" if found.execution is Execution.UNSUPPORTED else "differs"
+        verdict: Any = "unsupported" if found.execution is Execution.UNSUPPORTED else "raises"
         return LoaderLogits(loader.name, verdict, detail=found.result.detail)
     judgement = carried_noise(by_prompt(found), subject.truth(), subject.rounded(), subject.dtype)
     if not judgement.decided:

@@ -42,6 +42,8 @@ def test_a_folder_and_its_file_are_the_same_adapter(plain: Path) -> None:
         (json.dumps({"peft_type": "LORA", "lora_alpha": 10**400}), "lora_alpha is 401 digits"),
         (json.dumps({"peft_type": "LORA", "lora_alpha": float("nan")}), "lora_alpha is nan"),
         (json.dumps({"peft_type": "LORA", "bias": "some"}), "bias is 'some'"),
+        (json.dumps({"peft_type": "LORA", "task_type": "CHAT"}), "task_type is 'CHAT'"),
+        (json.dumps({"peft_type": "LORA", "auto_mapping": "x"}), "auto_mapping is 'x'"),
         (json.dumps({"peft_type": "LORA", "target_modules": ["q_proj", 1]}), "target_modules has the element 1"),
         (json.dumps({"peft_type": "LORA", "target_modules": "*q_proj"}), "target_modules: '*q_proj' is not a regular"),
         (json.dumps({"peft_type": "LORA", "exclude_modules": "(q"}), "exclude_modules: '(q' is not a regular"),
