@@ -238,7 +238,8 @@ class Client:
             hint = "give --served the address that the server redirects to"
             return UsageError(f"redirect to {answer.getheader('Location', 'nowhere')}", where=where, hint=hint)
         if 400 <= status < 500:
-            return RequestRefusedError(what, status=status, where=where)
+            hint = "the server refuses a request that the check needs; its log may have the reason"
+            return RequestRefusedError(what, status=status, where=where, hint=hint)
         return ServerError(what, where=where, hint="the server's log has the reason")
 
 
