@@ -45,7 +45,9 @@ def task_base(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tupl
     found = list(_candidates(base, task, config))
     if not found:
         raise Unsupported(f"transformers has no class for task_type {task} and model_type {base.model_type}")
-    fitting = next((name for name in found if _has_any(folder, name, shapes)), found[0])
+    fitting = found[0]
+    if len(found) > 1:
+        fitting = next((name for name in found if _has_any(folder, name, shapes)), fitting)
     labels = _labels(folder, fitting, shapes) if task in WITH_LABELS else 0
     if [fitting] == list(base.architectures or ()) and labels in (0, base.num_labels):
         return folder

@@ -134,6 +134,13 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with path.open("rb"):  # safetensors would call a file without the right to read it a missing file
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"cannot be read ({error.strerror})", where=str(path), hint="give yourself the right to read it"
+        ) from error
+    try:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
             return {key: TensorHeader(one.get_dtype(), tuple(one.get_shape())) for key, one in slices.items()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -97,6 +99,17 @@ def test_the_hint_names_adapters_in_folders_below(plain: Path) -> None:
     with pytest.raises(UsageError) as caught:
         AdapterFile.read(plain.parent)
     assert "plain" in caught.value.hint
+
+
+def test_a_file_without_the_right_to_read_it_is_not_called_missing(
+    plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UsageError, match=r"cannot be read \(Permission denied\)"):
+        AdapterFile.read(plain)
 
 
 def test_a_pickle_is_never_read(plain: Path) -> None:
