@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Container, Iterable, Iterator, Sequence
 from types import TracebackType
@@ -24,6 +26,7 @@ import click
 
 from harness.errors import Exit, HarnessError
 
+_LOG = logging.getLogger("harness")
 _NARROWEST = 12
 """Smallest number of characters to which a column is cut."""
 _PROSE = 20
@@ -173,6 +176,36 @@ def foreign_output() -> Iterator[None]:
             yield
         finally:
             stream.end_line()
+
+
+@contextlib.contextmanager
+def hold_output() -> Iterator[None]:
+    """Hold back what libraries write to stdout or stderr inside the context, also past Python's streams.
+
+    It goes to the log `harness` of `logging`. If the context raises anything but a HarnessError, it is printed on stderr
+    as safe lines.
+    """
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as kept:
+        sys.stderr.flush()
+        own = os.dup(2)
+        os.dup2(kept.fileno(), 2)
+        explained = False
+        try:
+            with contextlib.redirect_stdout(kept), contextlib.redirect_stderr(kept):
+                yield
+            explained = True
+        except HarnessError:
+            explained = True
+            raise
+        finally:
+            os.dup2(own, 2)
+            os.close(own)
+            kept.seek(0)
+            lines = kept.read().splitlines()
+            if not explained:
+                print_lines([f"| {line}" for line in lines], err=True)
+            for line in lines:
+                _LOG.debug(visible(line))
 
 
 def discard_stdout() -> None:

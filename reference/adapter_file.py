@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -27,26 +27,12 @@ from reference.shared.layers import KINDS, WORDS, kind_of
 PREFIX = "base_model.model."
 """Beginning of every key of a file."""
 ALL_LINEAR = "all-linear"
-UNSUPPORTED = {
-    "alora_invocation_tokens": "the adapter acts only after certain tokens",
-    "arrow_config": "a router mixes adapters",
-    "ensure_weight_tying": "tied layers share one adapter",
-    "kasa_config": "the base weight is truncated first",
-    "layer_replication": "the model has more layers than the base",
-    "monteclora_config": "the adapter is random",
-    "trainable_token_indices": "single rows of the embedding are replaced",
-    "use_bdlora": "A or B is block-diagonal",
-    "use_qalora": "inputs are pooled",
-}
-"""Key of a config -> the meaning that it gives the tensors. These meanings are not implemented here."""
 _EXPERT = re.compile(r"(?P<block>.+)\.(?:block_sparse_moe|mlp)\.experts\.(?P<expert>\d+)\.(?P<name>\w+)")
 _STACKED = {
     "w1": ("gate_up_proj", 0), "gate_proj": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "up_proj": ("gate_up_proj", 1),
     "w2": ("down_proj", None), "down_proj": ("down_proj", None),
 }  # fmt: skip
 """Name of one expert's layer -> the stacked parameter that holds its weight, and the half of the outputs; see `half`."""
-_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
-"""Values of init_lora_weights after which the base weight differs from that of the base model."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +63,13 @@ class AdapterSettings:
 
     @property
     def saved(self) -> tuple[str, ...]:
-        """Names of the modules that the file replaces: modules_to_save, and the head of a classifier."""
-        heads = ("classifier", "score") if self.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
-        return (*(self.modules_to_save or ()), *heads)
+        """Names of the modules that the file replaces: modules_to_save, and the head of its task."""
+        heads = {
+            "SEQ_CLS": ("classifier", "score"),
+            "TOKEN_CLS": ("classifier", "score"),
+            "QUESTION_ANS": ("qa_outputs",),
+        }
+        return (*(self.modules_to_save or ()), *heads.get(self.task_type or "", ()))
 
     def rank(self, name: str) -> int:
         """Return the rank of the layer or parameter with this name in the base."""
@@ -127,15 +117,6 @@ class AdapterSettings:
         return found is not None and int(found[1]) in blocks
 
 
-def unsupported(config: Mapping[str, Any]) -> list[str]:
-    """Return the reasons why the content of an adapter_config.json has a meaning that is not implemented here."""
-    reasons = [f"{key}: {meaning}" for key, meaning in UNSUPPORTED.items() if config.get(key)]
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(_INITS):
-        reasons.append(f"init_lora_weights={init}: the base weight of the training run is not that of the base model")
-    return reasons
-
-
 @dataclass(frozen=True)
 class LayerUpdate:
     """The low-rank update of one parameter of the base, and the keys of its tensors in the file."""
@@ -150,13 +131,14 @@ class LayerUpdate:
     rank: int
     scaling: float
     A: str
-    """Key of A: (R, D); for an embedding (R, entries); for a stack (K R, D), where the R rows of an expert are adjacent."""
+    """Key of A: (R, D); for an embedding (R, entries); for a stack (K R, D), where the R rows of an expert are adjacent;
+    for a Conv2d (R, D, height, width)."""
     B: str
-    """Key of B: (E, R); for a stack (E, R K), where the K columns of a rank are adjacent."""
+    """Key of B: (E, R); for a stack (E, R K), where the K columns of a rank are adjacent; for a Conv2d (E, R, 1, 1)."""
     bias: str = ""
     """Key of c (E,), or an empty string."""
     magnitude: str = ""
-    """Key of DoRA's m (E,), or an empty string."""
+    """Key of DoRA's m (E,), for a Conv2d (1, E, 1, 1), or an empty string."""
     expert: int = 0
     """Index of the expert, for the kind `expert`."""
     half: int | None = None
@@ -170,6 +152,12 @@ class LayerUpdate:
     def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """Map the keys to the shapes that their tensors must have for this module of the base."""
         shape = tuple(self._part(getattr(module, self.parameter)).shape)
+        if self.kind == "Conv2d":
+            E, D, *kernel = shape
+            wanted = ((self.rank, D, *kernel), (E, self.rank, 1, 1), (E,), (1, E, 1, 1))
+            return {
+                key: one for key, one in zip((self.A, self.B, self.bias, self.magnitude), wanted, strict=True) if key
+            }
         stack = shape[0] if self.kind == "stack" and len(shape) == 3 else 1
         E, D = shape[-2:] if not self._is_transposed(module) else reversed(shape[-2:])
         R = self.rank * stack
@@ -179,17 +167,21 @@ class LayerUpdate:
     def weight(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the parameter with the update, in the dtype and the shape of the base's parameter.
 
-        tensors: the tensors of the file, by key.
+        tensors: the tensors of the file, by key. The update of one expert is written into the base's own parameter,
+        since a copy of the whole stack for each expert would take too long.
         """
-        whole: Tensor = getattr(module, self.parameter).detach().clone()
+        whole: Tensor = getattr(module, self.parameter).detach()
+        whole = whole if self.kind == "expert" else whole.clone()
         W = self._part(whole)
         A_RD, B_ER = (tensors[key].to(W.dtype) for key in (self.A, self.B))
         transposed = self._is_transposed(module)
         W_ED = W.transpose(-2, -1) if transposed else W
+        if self.kind == "Conv2d":  # D: one input channel at one place of the kernel
+            W_ED, A_RD, B_ER = W.flatten(1), A_RD.flatten(1), B_ER.flatten(1)
         V_ED = W_ED + self.scaling * (_stacked_update(A_RD, B_ER, len(W)) if W.dim() == 3 else B_ER @ A_RD)
         if self.magnitude:
-            V_ED = gain(tensors[self.magnitude].to(W.dtype), norms(V_ED))[:, None] * V_ED
-        W.copy_(V_ED.transpose(-2, -1) if transposed else V_ED)
+            V_ED = gain(tensors[self.magnitude].to(W.dtype).flatten(), norms(V_ED))[:, None] * V_ED
+        W.copy_(V_ED.transpose(-2, -1) if transposed else V_ED.reshape(W.shape))
         return whole
 
     def added_bias(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
@@ -225,6 +217,8 @@ class AdapterReading:
     """Key of the file that has no meaning for this base -> reason."""
     absent: tuple[str, ...]
     """Modules and parameters of the base that the config targets, but for which the file lacks A or B."""
+    not_implemented: dict[str, str]
+    """Key of the file that belongs to a targeted module of a kind without a reference -> the class of the module."""
 
 
 def read(settings: AdapterSettings, keys: Sequence[str], model: nn.Module) -> AdapterReading:
@@ -232,18 +226,25 @@ def read(settings: AdapterSettings, keys: Sequence[str], model: nn.Module) -> Ad
 
     keys: the keys of the file. model: the base. Its parameters may be on the device `meta`.
     """
-    updates, absent = [], []
-    for update in (*_possible(settings, keys, model), *_of_experts(settings, keys, model)):
-        if update.A in keys and update.B in keys:
+    updates, absent, there = [], [], set(keys)
+    modules = dict(model.named_modules())
+    for update in (*_possible(settings, there, model), *_of_experts(settings, keys, modules)):
+        if update.A in there and update.B in there:
             updates.append(update)
         else:
             absent.append(update.path if update.kind != "stack" else f"{update.path}.{update.parameter}")
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    left = [key for key in keys if not any(key in update.keys for update in updates)]
+    used = {key for update in updates for key in update.keys}
+    left = [key for key in keys if key not in used]
+    odd = {path: type(modules[path]).__name__ for path in targeted(settings, model) if not _kind(modules[path])}
+    owners = {key: path for key in left if (path := _path(key)) in odd and ".lora_" in key}
+    left = [key for key in left if key not in owners]
     names = {key: key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in left if key.startswith(PREFIX)}
     replaced = {key: name for key, name in names.items() if name in parameters}
-    unused = {key: _why_unused(key, model) for key in left if key not in replaced}
-    return AdapterReading(tuple(updates), replaced, unused, tuple(absent))
+    unused = {key: _why_unused(key, modules) for key in left if key not in replaced}
+    return AdapterReading(
+        tuple(updates), replaced, unused, tuple(absent), {key: odd[path] for key, path in owners.items()}
+    )
 
 
 @torch.no_grad()
@@ -255,12 +256,13 @@ def apply(model: nn.Module, settings: AdapterSettings, tensors: Mapping[str, Ten
     Raises ValueError if a tensor has a wrong shape.
     """
     reading = read(settings, list(tensors), model)
+    saved = tuple(f"{path}." for path in _saved(settings, model))
     for key, name in reading.replaced.items():
         path, _, own = name.rpartition(".")
         module = model.get_submodule(path)
         _require_shape(key, tensors[key], tuple(getattr(module, own).shape))
         value = tensors[key].to(getattr(module, own).dtype)
-        if any(name.startswith(f"{path}.") for path in _saved(settings, model)):
+        if name.startswith(saved):
             setattr(module, own, nn.Parameter(value.clone(), requires_grad=False))
         else:
             getattr(module, own).copy_(value)
@@ -310,11 +312,11 @@ def targeted(settings: AdapterSettings, model: nn.Module) -> list[str]:
     return [path for path, _ in model.named_modules() if path and settings.targets(path)]
 
 
-def _possible(settings: AdapterSettings, keys: Sequence[str], model: nn.Module) -> Iterator[LayerUpdate]:
+def _possible(settings: AdapterSettings, keys: Collection[str], model: nn.Module) -> Iterator[LayerUpdate]:
     """Yield an update for each target of the config, whether the file has its tensors or not."""
     for path in targeted(settings, model):
-        kind, start = kind_of(model.get_submodule(path)), f"{PREFIX}{path}"
-        if kind not in KINDS or kind == "Conv2d":
+        kind, start = _kind(model.get_submodule(path)), f"{PREFIX}{path}"
+        if kind not in KINDS:
             continue
         names = ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A.weight", "lora_B.weight")
         A, B = (f"{start}.{name}" for name in names)
@@ -333,12 +335,14 @@ def _possible(settings: AdapterSettings, keys: Sequence[str], model: nn.Module) 
             yield LayerUpdate(path, name, "stack", rank, scaling, f"{start}.lora_A.weight", f"{start}.lora_B.weight")
 
 
-def _of_experts(settings: AdapterSettings, keys: Sequence[str], model: nn.Module) -> Iterator[LayerUpdate]:
+def _of_experts(
+    settings: AdapterSettings, keys: Sequence[str], modules: Mapping[str, nn.Module]
+) -> Iterator[LayerUpdate]:
     """Yield an update for each layer of one expert that the file names and the config targets.
 
     If the base does not stack its experts, yield none. The config's patterns refer to the layer's name in the file.
+    modules: the modules of the base, by path.
     """
-    modules = dict(model.named_modules())
     for key in keys:
         path = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
         found = _EXPERT.fullmatch(path)
@@ -357,16 +361,24 @@ def _saved(settings: AdapterSettings, model: nn.Module) -> list[str]:
     return [path for path, _ in model.named_modules() if path.endswith(settings.saved)] if settings.saved else []
 
 
-def _why_unused(key: str, model: nn.Module) -> str:
+def _kind(module: nn.Module) -> str:
+    """Return the kind of a layer as `kind_of` does, or "" for a convolution in groups."""
+    return "" if getattr(module, "groups", 1) != 1 else kind_of(module)
+
+
+def _path(key: str) -> str:
+    """Return the path in the base of the module to which a key of A, B, c or m belongs."""
+    return key.removeprefix(PREFIX).partition(".lora_")[0].replace(".base_layer", "")
+
+
+def _why_unused(key: str, modules: Collection[str]) -> str:
     if not key.startswith(PREFIX):
         return f"it does not begin with {PREFIX}"
-    path, _, rest = key.removeprefix(PREFIX).partition(".lora_")
-    path = path.replace(".base_layer", "")
-    if not rest:
+    if ".lora_" not in key:
         return "the base has no parameter of this name"
-    if path not in {name for name, _ in model.named_modules()}:
-        return f"the base has no module {path}"
-    return f"the config does not target {path}, or the tensor has no partner"
+    if _path(key) not in modules:
+        return f"the base has no module {_path(key)}"
+    return f"the config does not target {_path(key)}, or the tensor has no partner"
 
 
 def _require_shape(key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -1,58 +1,144 @@
-"""Work of `check PATH`: judge one adapter file, without running any loader. Imports torch."""
+"""Work of `check PATH`: judge one adapter file, and compare the logits of loaders with the reference. Imports torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.conformance.adapter_files.adapter_file import AdapterFile
 from harness.conformance.adapter_files.findings import Finding, judge
 from harness.conformance.adapter_files.loader_readings import LoaderVerdict, features, verdicts
-from harness.console import align_columns, foreign_output, print_json, print_lines
-from harness.errors import Exit, plural
+from harness.console import align_columns, hold_output, print_json, print_lines
+from harness.errors import Exit, Unsupported, UsageError, plural
 from harness.methods.base_model import empty_base
 
+if TYPE_CHECKING:
+    from harness.conformance.adapter_files.loader_logits import LoaderLogits
 
-def check(path: Path, base_model: Path | None, as_json: bool) -> Exit:
+
+_WRONG = ("differs", "raises")
+"""Verdicts about the logits of a loader that are failures."""
+
+
+@dataclass(frozen=True)
+class _Report:
+    """Findings about one adapter."""
+
+    path: Path
+    adapter: AdapterFile
+    folder: Path | None
+    """Folder of the base."""
+    base_class: str
+    """Class of the base. Empty if the adapter was judged by itself."""
+    findings: Sequence[Finding]
+    features: Sequence[str]
+    readings: Sequence[LoaderVerdict]
+    logits: Sequence[LoaderLogits]
+    """One per loader. Empty if there is no base, or if the file does not conform."""
+
+    @property
+    def exit(self) -> Exit:
+        """FAIL if the file does not conform, or if a loader computes other logits."""
+        wrong = any(one.nonconforming for one in self.findings) or any(one.verdict in _WRONG for one in self.logits)
+        return Exit.FAIL if wrong else Exit.PASS
+
+    def document(self) -> dict[str, object]:
+        """Return the JSON document."""
+        return {
+            "schema": 1, "exit": int(self.exit), "adapter": str(self.path),
+            "base": None if self.folder is None else str(self.folder), "base_class": self.base_class or None,
+            "findings": [vars(one) | {"nonconforming": one.nonconforming} for one in self.findings],
+            "features": list(self.features), "loaders": [vars(one) for one in self.readings],
+            "logits": [vars(one) for one in self.logits],
+        }  # fmt: skip
+
+
+def check(path: Path, base_model: Path | None, loaders: Sequence[str], as_json: bool, junit: Path | None) -> Exit:
     """Judge an adapter, print the findings and how known loaders read it, and return the exit code.
 
     base_model: folder of the base. By default, base_model_name_or_path if that is a folder; otherwise the file is
-    judged by itself. Raises UsageError if the adapter or the base cannot be read.
+    judged by itself. If the file conforms to a base, the logits of `loaders` are compared with those of the reference;
+    without names, those of HF peft. Raises UsageError if the adapter or the base cannot be read.
     """
     adapter = AdapterFile.read(path)
     folder = base_model or adapter.local_base
-    with foreign_output():
-        base = None if folder is None else empty_base(folder)
-    findings = judge(adapter, base)
-    used = features(adapter, findings, bool(getattr(getattr(base, "config", None), "tie_word_embeddings", False)))
-    loaders = list(verdicts(used))
-    code = Exit.FAIL if any(one.nonconforming for one in findings) else Exit.PASS
+    if loaders and folder is None:
+        raise UsageError("a loader needs the base", where=loaders[0], hint="add --base-model FOLDER")
+    with hold_output():
+        report = _judge(path, adapter, folder, loaders)
+    if junit is not None:
+        from harness.report.adapter_junit import write_junit
+
+        write_junit(str(path), _cases(report), junit)
     if as_json:
-        print_json(
-            {
-                "schema": 1, "exit": int(code), "adapter": str(path), "base": None if folder is None else str(folder),
-                "findings": [vars(one) | {"nonconforming": one.nonconforming} for one in findings],
-                "features": used, "loaders": [vars(one) for one in loaders],
-            }
-        )  # fmt: skip
+        print_json(report.document())
     else:
-        print_lines([*_summary(adapter, folder), "", *_findings(findings), "", *_loaders(loaders)])
-    return code
+        print_lines(_lines(report))
+    return report.exit
 
 
-def _summary(adapter: AdapterFile, base: Path | None) -> Iterator[str]:
-    settings: Any = adapter.settings
+def _cases(report: _Report) -> Iterator[tuple[str, str, str]]:
+    """Yield the cases of the JUnit file: the file, each finding, and each loader. A note is a skipped case."""
+    if not any(one.nonconforming for one in report.findings):
+        yield "conforms", "", ""
+    for one in report.findings:
+        yield f"{one.kind}: {one.where}", "failure" if one.nonconforming else "skipped", one.message
+    tags = {"agrees": "", **dict.fromkeys(_WRONG, "failure")}
+    for loaded in report.logits:
+        yield f"logits of {loaded.loader}", tags.get(loaded.verdict, "skipped"), f"{loaded.verdict}: {loaded.detail}"
+
+
+def _judge(path: Path, adapter: AdapterFile, folder: Path | None, loaders: Sequence[str]) -> _Report:
+    base, notes = _base(adapter, folder)
+    findings = [*judge(adapter, base), *notes]
+    used = features(adapter, findings, bool(getattr(getattr(base, "config", None), "tie_word_embeddings", False)))
+    logits: list[LoaderLogits] = []
+    if folder is not None and base is not None and not any(one.nonconforming for one in findings):
+        from harness.conformance.adapter_files import loader_logits
+
+        logits = loader_logits.compare(adapter, folder, base, loaders)
+    name = "" if base is None else type(base).__name__
+    return _Report(path, adapter, folder, name, findings, used, list(verdicts(used)), logits)
+
+
+def _base(adapter: AdapterFile, folder: Path | None) -> tuple[Any, list[Finding]]:
+    """Return the base without weights, and a note if there is no class for the adapter's task."""
+    if folder is None:
+        return None, []
+    try:
+        return empty_base(adapter.base(folder)), []
+    except Unsupported as error:
+        return None, [Finding("not-judged", "task_type", f"{error}; keys and shapes are not compared with the base")]
+
+
+def _lines(report: _Report) -> Iterator[str]:
+    yield from _summary(report)
+    yield ""
+    yield from _findings(report.findings)
+    if report.logits:
+        yield ""
+        yield from _logits(report.logits)
+    yield ""
+    yield from _readings(report.readings)
+
+
+def _summary(report: _Report) -> Iterator[str]:
+    adapter, settings = report.adapter, report.adapter.settings
     dtypes = sorted({one.dtype for one in adapter.header.values()})
     scaling = f"alpha {settings.lora_alpha:g} / {'sqrt(r)' if settings.use_rslora else 'r'} = {settings.scaling(''):g}"
     patterns = [name for name in ("rank_pattern", "alpha_pattern") if getattr(settings, name)]
     usual = " unless a pattern says otherwise" if patterns else ""
     yield f"{adapter.weights}: {plural(len(adapter.header), 'tensor')} in {', '.join(dtypes) or 'no dtype'}"
     yield f"rank {settings.r}, scaling {scaling}{usual}"
-    yield f"base: {base or 'none; keys and shapes are not compared with one (--base-model FOLDER)'}"
+    if report.folder is None:
+        yield "base: none; keys, shapes and logits are not compared with one (--base-model FOLDER)"
+    else:
+        yield f"base: {report.folder}{f', as {report.base_class}' if report.base_class else ''}"
 
 
-def _findings(findings: list[Finding]) -> Iterator[str]:
+def _findings(findings: Sequence[Finding]) -> Iterator[str]:
     if not findings:
         yield "no findings: the file conforms"
         return
@@ -63,9 +149,20 @@ def _findings(findings: list[Finding]) -> Iterator[str]:
     yield from align_columns(rows, indent="")
 
 
-def _loaders(loaders: list[LoaderVerdict]) -> Iterator[str]:
+def _logits(logits: Sequence[LoaderLogits]) -> Iterator[str]:
+    rows = [["loader", "logits", "max |Δ|", "of allowed", "because"]]
+    for one in logits:
+        largest = "" if one.largest is None else f"{one.largest:.1e}"
+        share = "" if one.share is None else f"{one.share:.0%}"
+        rows.append([one.loader, one.verdict, largest, share, one.detail])
+    yield from align_columns(rows, right=(2, 3), indent="")
+    if any(one.largest is not None for one in logits):
+        yield "Δ: logit of the loader in float32 minus that of the float64 reference"
+
+
+def _readings(readings: Sequence[LoaderVerdict]) -> Iterator[str]:
     rows = [["known loader", "reads it", "because", "source"]]
-    for one in loaders:
+    for one in readings:
         because = ": ".join(filter(None, [one.feature, one.because]))
         rows.append([one.loader, one.verdict, because, one.source])
     yield from align_columns(rows, indent="")

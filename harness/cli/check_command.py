@@ -9,6 +9,7 @@ import click
 from harness.cli import options
 from harness.cli.env import index, index_options
 from harness.errors import Exit, UsageError
+from harness.records.files import refuse_unwritable
 from harness.resources import user_path
 
 
@@ -83,7 +84,8 @@ def check(
     """Check implementations against the reference, or judge one adapter file or a model server.
 
     IMPLEMENTATIONS are names, or the path of one adapter: a folder with adapter_config.json, or its
-    adapter_model.safetensors. An adapter is judged without running a loader.
+    adapter_model.safetensors. The file is judged without running a loader. If it conforms to a base, the logits of HF peft,
+    or of the loaders that are named beside the path, are compared with those of the reference.
 
     Without arguments, checks every implementation in all cases that this machine can run. The reference is computed in
     float64. Each plug-in runs in its own process: a crash or a hang counts as a failure, and the other plug-ins continue.
@@ -95,7 +97,7 @@ def check(
         raise UsageError("has no effect without --with", where="--offline" if offline else "--find-links")
     if served is not None:
         of_implementations = (implementations, methods, operations, full, wide, drawn, jobs, environments, junit, html)
-        if any(of_implementations) or self_test:
+        if any(of_implementations) or self_test or power or mutants is not None:
             raise UsageError(
                 "checks a server, not an implementation", where="--served",
                 hint="it takes --adapter, --base-model, --dtype, --concurrency, --echo, --patience, --seed and --json",
@@ -147,16 +149,20 @@ def check(
     if paths := [one for one in implementations if _is_adapter_path(one)]:
         unfit = {
             "--method": methods, "--op": operations, "--dtype": dtypes, "--full": full, "--wide": wide, "--drawn": drawn,
-            "--seed": seed is not None, "--with": environments, "--junit": junit, "--html": html,
-            "a second name": implementations[1:],
+            "--seed": seed is not None, "--with": environments, "--html": html, "a second path": paths[1:],
         }  # fmt: skip
         for option in (name for name, value in unfit.items() if value):
             raise UsageError(
-                "does not apply to an adapter file", where=option, hint="keep only --base-model and --json"
+                "does not apply to an adapter file",
+                where=option,
+                hint="it takes names of loaders, --base-model, --json and --junit",
             )
         from harness.cli import adapter
 
-        return adapter.check(user_path(paths[0]), None if base_model is None else Path(base_model), as_json)
+        refuse_unwritable({"--junit": junit})
+        loaders = [one for one in implementations if one not in paths]
+        folder = None if base_model is None else user_path(base_model)
+        return adapter.check(user_path(paths[0]), folder, loaders, as_json, junit)
     if base_model is not None:
         raise UsageError(
             "has no effect without the path of an adapter", where="--base-model", hint="add the path, or --served URL"

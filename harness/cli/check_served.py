@@ -65,7 +65,7 @@ def check(request: ServedRequest, as_json: bool) -> Exit:
         base_name = _base_name(base_name, base, listed, folders)
         session = Session(client, base_name, folders, drawn, (), prompts.TOKENS, request.concurrency, request.seed)
         _agree(client, session, prompts.Tokenizer.find(base))
-        comparison = Comparison(client.url, base, files)
+        comparison = Comparison(client.url, base, files, session.again)
         stopped, code = "", Exit.PASS
         try:
             session.load_missing([one.name for one in listed])
@@ -105,12 +105,16 @@ def _judge(comparison: Comparison, session: Session, name: str, floor: NoiseFloo
 def _read(folder: Path) -> AdapterFile:
     """Read an adapter. Raises UsageError if it has a setting that the reference does not implement."""
     from harness.conformance.adapter_files.adapter_file import AdapterFile
-    from reference.adapter_file import unsupported
+    from harness.methods.unsupported_adapters import reason, unsupported
 
     adapter = AdapterFile.read(folder)
-    if reasons := unsupported(adapter.config):
-        hint = "the reference does not implement it; check the other adapters"
-        raise UsageError("; ".join(reasons), where=str(folder), hint=hint)
+    hint = "the reference does not implement it; check the other adapters"
+    if found := unsupported(adapter.config):
+        raise UsageError(reason(found), where=str(folder), hint=hint)
+    if (task := adapter.settings.task_type) not in (None, "CAUSAL_LM"):
+        raise UsageError(
+            f"task_type is {task}: it completes no text", where=str(folder), hint="check the other adapters"
+        )
     return adapter
 
 

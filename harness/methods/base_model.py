@@ -8,31 +8,46 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from harness.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+_IN_CONFIG = (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, StrictDataclassError)
+"""Errors that transformers raises for a value in config.json."""
+_HINT = "give the folder of the base model: config.json and model.safetensors"
 _KEPT_B = 2**22
 """Models with at most this many bytes of weights stay in memory: checks load tiny models hundreds of times."""
+
+
+def read_config(folder: Path) -> Any:
+    """Return the config of the model in a folder. Raises UsageError if transformers cannot read it."""
+    import transformers
+
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            "is not a folder with a config.json", where=str(folder), hint=f"{_HINT}; a name on the Hub is not fetched"
+        )
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (*_IN_CONFIG, OSError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"no base model can be read ({reason})", where=str(folder), hint=_HINT) from error
 
 
 def _model_class(folder: Path) -> tuple[Any, Any]:
     """Return the config and the class of the model in a folder. Raises UsageError if transformers knows no such model."""
     import transformers
 
-    hint = "give the folder of the base model: config.json and model.safetensors"
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"no base model can be read ({reason})", where=str(folder), hint=hint) from error
+    config = read_config(folder)
     names = config.architectures or []
     found = getattr(transformers, names[0], None) if names else None
     if found is None:
         named = f"`architectures` in config.json is {names}"
-        raise UsageError(f"{named}, which this transformers does not know", where=str(folder), hint=hint)
+        raise UsageError(f"{named}, which this transformers does not know", where=str(folder), hint=_HINT)
     return config, found
 
 
@@ -55,25 +70,62 @@ def _kept(folder: Path, dtype: torch.dtype, times: tuple[int, ...]) -> nn.Module
 
 
 def _loaded(folder: Path, dtype: torch.dtype) -> nn.Module:
+    from safetensors import SafetensorError
+
     _, factory = _model_class(folder)
-    model: nn.Module = factory.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation="eager",
-        experts_implementation="eager",
-        local_files_only=True,
-        use_safetensors=True,
-    )
-    return model.eval().requires_grad_(False)
+    try:
+        model, info = factory.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        hint = "save the base with `save_pretrained`, which writes model.safetensors; pickles are not read"
+        raise UsageError(f"the weights of the base cannot be read ({reason})", where=str(folder), hint=hint) from error
+    model.missing_weights = frozenset(info["missing_keys"])
+    found: nn.Module = model.eval().requires_grad_(False)
+    return found
+
+
+def missing_weights(model: nn.Module) -> frozenset[str]:
+    """Return the names of the parameters that `load_base` drew at random, since the folder has no weights for them."""
+    found: frozenset[str] = model.missing_weights  # type: ignore[assignment]
+    return found
 
 
 def empty_base(folder: Path) -> nn.Module:
     """Return the base model in a folder on the device `meta`. Only its config is read. Raises UsageError as `load_base`."""
+    config, factory = _model_class(folder)
+    return _empty(folder, config, factory)
+
+
+def empty_model(folder: Path, name: str, labels: int = 0) -> nn.Module:
+    """Return a model of the class `name` of transformers on the device `meta`, with the config in a folder.
+
+    labels: number of labels of its head; 0 for that of the config.
+    """
+    import transformers
+
+    config = read_config(folder)
+    if labels:
+        config.num_labels = labels
+    return _empty(folder, config, getattr(transformers, name))
+
+
+def _empty(folder: Path, config: Any, factory: Any) -> nn.Module:
     import torch
 
-    config, factory = _model_class(folder)
-    with torch.device("meta"):
-        model: nn.Module = factory(config)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = factory(config)
+    except (*_IN_CONFIG, RuntimeError) as error:
+        what = f"no {factory.__name__} can be made from config.json ({error})"
+        raise UsageError(what, where=str(folder), hint=_HINT) from error
     return model
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from harness.errors import Unsupported
 from harness.methods.base_model import load_base, logits
 from harness.methods.loader import Loader
+from harness.methods.unsupported_adapters import reason, unsupported
 from reference import adapter_file
 
 
@@ -42,8 +43,8 @@ class ReferenceLoader(Loader):
     def load(self, folder: Path, name: str) -> None:
         """Read an adapter. Raises Unsupported for a config that the reference does not implement."""
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        if reasons := adapter_file.unsupported(config):
-            raise Unsupported("; ".join(reasons))
+        if found := unsupported(config):
+            raise Unsupported(reason(found))
         settings = adapter_file.AdapterSettings.of(config)
         self.adapters[name] = [_Part(settings, load_file(folder / "adapter_model.safetensors"))]
 

@@ -94,11 +94,20 @@ def import_run(
 
 
 def _judge(adapter: AdapterFile, base: Path) -> Exit:
-    """Print the findings about a file. Return FAIL if it does not conform."""
+    """Print the findings about a file. Return FAIL if it does not conform.
+
+    Raises UsageError if the adapter's task needs another class of the base, since a Cell evaluates the base as it is.
+    """
     from harness.conformance.adapter_files.findings import judge
     from harness.methods.base_model import empty_base
 
     with foreign_output():
+        if adapter.base(base) != base:
+            hint = "give the base as it was trained on: saved with the class and the labels of the task"
+            task = adapter.settings.task_type
+            raise UsageError(
+                f"the adapter's task_type {task} needs another class of this base", where=str(base), hint=hint
+            )
         findings = judge(adapter, empty_base(base))
     for one in findings:
         hint = f"; hint: {one.hint}" if one.hint else ""

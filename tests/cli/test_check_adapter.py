@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 import torch
@@ -13,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from harness.cli import main
 from harness.conformance.adapter_files import corpus
 from harness.errors import Exit
+from harness.methods.base_model import logits as logits_of
+from harness.methods.implementations.hf_peft.loader import PeftLoader
 
 BASES = corpus.folder() / "bases"
 
@@ -50,6 +56,52 @@ def test_the_text_names_findings_and_loaders(plain: Path, capsys: pytest.Capture
     assert "vLLM" in out
 
 
+def test_the_logits_of_hf_peft_are_compared_with_the_reference(
+    plain: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    base, junit = ["--base-model", str(BASES / "llama")], tmp_path / "check.xml"
+    assert main(["check", str(plain), *base, "--json", "--junit", str(junit)]) == Exit.PASS
+    out, err = capfd.readouterr()
+    (logits,) = json.loads(out)["logits"]
+    assert (logits["loader"], logits["verdict"]) == ("hf-peft", "agrees")
+    assert 0 < logits["share"] <= 1
+    assert "Failed to load" not in err
+    assert "_pytree" not in err
+    suite = ET.parse(junit).getroot()[0]
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "0")
+    assert main(["check", str(plain), "reference", "hf-peft", *base]) == Exit.PASS
+    assert "reference  agrees" in capfd.readouterr().out
+
+
+def test_a_loader_that_computes_other_logits_fails(
+    plain: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base, junit = ["--base-model", str(BASES / "llama")], tmp_path / "check.xml"
+    monkeypatch.setattr(PeftLoader, "load", lambda self, folder, name: None)
+    monkeypatch.setattr(PeftLoader, "logits", lambda self, prompts, name: logits_of(self.model, prompts))
+    assert main(["check", str(plain), *base, "--json", "--junit", str(junit)]) == Exit.FAIL
+    (logits,) = document(capsys)["logits"]
+    assert logits["verdict"] == "differs"
+    assert logits["largest"] > 0
+    assert ET.parse(junit).getroot()[0].get("failures") == "1"
+    monkeypatch.setattr(PeftLoader, "load", lambda self, folder, name: 1 / 0)
+    assert main(["check", str(plain), *base, "--json"]) == Exit.FAIL
+    (logits,) = document(capsys)["logits"]
+    assert logits["verdict"] == "raises"
+    assert "ZeroDivisionError" in logits["detail"]
+
+
+def test_logits_that_cannot_be_compared_have_a_reason(
+    plain: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(BASES / "llama", tmp_path / "base"))
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    assert main(["check", str(plain), "--base-model", str(base), "--json"]) == Exit.PASS
+    (logits,) = document(capsys)["logits"]
+    assert logits["verdict"] == "not compared"
+    assert "the weights of the base cannot be read" in logits["detail"]
+
+
 def test_without_a_base_the_file_is_judged_by_itself(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(plain)]) == Exit.PASS
     assert "base: none" in capsys.readouterr().out
@@ -60,13 +112,52 @@ def test_another_base_is_one_finding(plain: Path, capsys: pytest.CaptureFixture[
     assert [one["kind"] for one in document(capsys)["findings"]] == ["other-base"]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"hidden_size": "x"}, {"num_attention_heads": 0}, {"architectures": ["NoSuch"], "model_type": "nope"}],
+    ids=str,
+)
+def test_a_config_of_a_base_that_means_nothing_is_one_message(
+    plain: Path, change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = Path(shutil.copytree(BASES / "llama", tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text(encoding="utf-8")) | change
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert main(["check", str(plain), "--base-model", str(base)]) == Exit.USAGE
+    out, err = capsys.readouterr()
+    assert (out, err.count("hint:")) == ("", 1)
+
+
+def test_a_folder_without_the_right_to_read_it_is_one_message(
+    plain: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert main(["check", str(plain)]) == Exit.USAGE
+    assert "cannot be read (Permission denied)" in capsys.readouterr().err
+
+
+def test_a_config_without_targets_is_not_compared_with_the_base(
+    plain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((plain / "adapter_config.json").read_text(encoding="utf-8")) | {"target_modules": None}
+    (plain / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert main(["check", str(plain), "--base-model", str(BASES / "llama"), "--json"]) == Exit.PASS
+    assert [one["kind"] for one in document(capsys)["findings"]] == ["not-judged"]
+
+
 def test_what_cannot_be_read_exits_with_2(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (
         [str(plain / "none")],
         ["none.safetensors"],
         [str(plain), "--base-model", str(plain)],
         [str(plain), "--full"],
-        [str(plain), "reference"],
+        [str(plain), "hf-peft"],
+        [str(plain), "hf-pet", "--base-model", str(BASES / "llama")],
+        [str(plain), str(plain)],
+        [str(plain), "--html", "page.html"],
         ["reference", "--base-model", str(BASES / "llama")],
     ):
         assert main(["check", *arguments]) == Exit.USAGE, arguments

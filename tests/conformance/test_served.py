@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shlex
+import shutil
 import signal
 import socket
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +21,9 @@ import torch
 
 from harness.assets import generated
 from harness.cli import main
+from harness.conformance.served import answers
 from harness.conformance.served.client import TOKEN_VARIABLE, Client
-from harness.errors import Exit
+from harness.errors import Exit, HarnessError, ServerError
 from support import adapter_folders
 from support.model_server import ModelServer, serving
 
@@ -191,6 +197,9 @@ def test_results_so_far_are_printed_if_the_user_interrupts(check, base, adapters
         ("no log-probabilities", Exit.USAGE, "log-probabilities"),
         ("half an answer", Exit.INFRASTRUCTURE, "incomplete answer"),
         ("few tokens", Exit.INFRASTRUCTURE, "incomplete answer"),
+        ("few tokens, aborted", Exit.INFRASTRUCTURE, "finish_reason is 'abort'"),
+        ("few tokens, no reason", Exit.INFRASTRUCTURE, "finish_reason is None"),
+        ("deep JSON", Exit.INFRASTRUCTURE, "too many nested brackets"),
         ("connection lost", Exit.INFRASTRUCTURE, "ended the connection"),
         ("hangs", Exit.INFRASTRUCTURE, "--patience"),
     ],
@@ -200,6 +209,73 @@ def test_a_server_that_cannot_be_compared_gets_one_message(check, base, adapters
     assert (found, out) == (code, "")
     assert word in err
     assert err.count("peft-harness: ") == 1
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_abort_ends_requests_that_are_still_connecting(scheme) -> None:
+    """The first client fills the queue of a server that accepts nobody, so the second one stays in connect()."""
+    with socket.socket() as server, contextlib.ExitStack() as stack:
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        address = server.getsockname()
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(address)
+        client = Client(f"{scheme}://127.0.0.1:{address[1]}", patience=3600.0)
+        with ThreadPoolExecutor(1) as pool:
+            request = pool.submit(client.models)
+            while not client._open:
+                time.sleep(0.01)
+            client.abort()
+            with pytest.raises(ServerError):
+                request.result()
+            with pytest.raises(ServerError, match="the requests were ended"):
+                client.models()
+
+
+def test_abort_ends_a_handshake_and_a_wait_for_an_answer() -> None:
+    for scheme in ("http", "https"):
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            server.listen(1)
+            client = Client(f"{scheme}://127.0.0.1:{server.getsockname()[1]}", patience=3600.0)
+            with ThreadPoolExecutor(1) as pool:
+                request = pool.submit(client.models)
+                accepted, _ = server.accept()
+                accepted.recv(1)  # the request, or the start of a handshake, that gets no answer
+                client.abort()
+                with pytest.raises(ServerError):
+                    request.result()
+                accepted.close()
+
+
+@pytest.mark.parametrize(
+    "url", ["http://a..b", f"http://{'a' * 70}.example", "http://127.0.0.1:1/ä b", "http://127.0.0.1:99999"]
+)
+def test_an_odd_address_is_one_message(url, base, adapters, capsys) -> None:
+    options = ["--base-model", str(base), "--adapter", str(adapters["linear"])]
+    assert main(["check", "--served", url, *options]) == Exit.USAGE
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("peft-harness: ") == err.count("hint: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "says"),
+    [
+        ({"tokens": ["token_id:5"], "token_logprobs": [10**400]}, "nan"),
+        ({"tokens": ["token_id:5"], "token_logprobs": ["-1"]}, "a log-probability is '-1'"),
+        ({"tokens": [f"token_id:{'9' * 5000}"], "token_logprobs": [-1.0]}, "is unknown"),
+    ],
+)
+def test_numbers_that_are_none_are_no_crash(logprobs, says) -> None:
+    document = {"choices": [{"logprobs": logprobs, "finish_reason": "length", "token_ids": ["5"]}]}
+    try:
+        found = str(answers.read(document, 1, False, answers.token_id, "here").positions[0].logprob)
+    except HarnessError as error:
+        found = str(error)
+    assert says in found
 
 
 def test_another_base_or_no_such_model_is_wrong_use(check, base, adapters, tmp_path) -> None:
@@ -242,6 +318,8 @@ def test_no_server_is_one_message(base, adapters, capsys) -> None:
         ["--served", "http://localhost", "--html", "page.html"],
         ["--served", "http://localhost", "--dtype", "float8"],
         ["--served", "http://localhost", "--adapter", "ADAPTER"],
+        ["--served", "http://localhost", "--power"],
+        ["--served", "http://localhost", "--mutants", "3"],
         ["--echo"],
     ],
 )
@@ -292,6 +370,32 @@ def test_another_tokenizer_is_wrong_use(check, worded) -> None:
     code, out, err = check(ModelServer(*worded, "another tokenizer", tokenizer=worded[0]), *worded)
     assert (code, out) == (Exit.USAGE, "")
     assert "tokenizer" in err
+
+
+def test_the_evidence_is_a_request_that_the_server_accepts(check, worded) -> None:
+    models = ModelServer(*worded, "multiplied by alpha", tokenizer=worded[0], texts_only=True)
+    code, out, _ = check(models, *worded, "--json")
+    assert code == Exit.FAIL
+    words = shlex.split(subjects(out)["linear"]["finding"]["request"])
+    body = json.loads(words[words.index("-d") + 1])
+    assert isinstance(body["prompt"], str)
+    assert "ignore_eos" not in body
+    assert models.complete(body)["choices"]
+
+
+def test_an_alpha_of_zero_and_a_classifier_are_no_crash(check, base, adapters, tmp_path) -> None:
+    models = ModelServer(base, adapters)
+    for name, change in (("still", {"lora_alpha": 0}), ("classifier", {"task_type": "SEQ_CLS"})):
+        folder = Path(shutil.copytree(adapters["linear"], tmp_path / name))
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        (folder / "adapter_config.json").write_text(json.dumps(config | change), encoding="utf-8")
+        models.models[name] = models.models["linear"]
+        code, out, err = check(models, base, {name: folder}, "--json")
+        if name == "still":
+            assert (code, verdicts(out)) == (Exit.FAIL, {"base": "conforms", "still": "nonconforming"})
+        else:
+            assert (code, out) == (Exit.USAGE, "")
+            assert "task_type is SEQ_CLS" in err
 
 
 def test_a_server_that_takes_and_returns_texts_only_is_compared(check, worded) -> None:

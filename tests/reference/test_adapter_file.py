@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
-from reference.adapter_file import PREFIX, AdapterSettings, apply, read, unsupported
+from reference.adapter_file import PREFIX, AdapterSettings, apply, read
 
 # What HF peft 0.21.2 reads from the same configs.
 SCALINGS = [
@@ -93,6 +94,36 @@ def test_every_key_has_one_meaning() -> None:
     assert "no parameter" in reading.unused[keys[5]]
 
 
-def test_configs_with_another_meaning_are_named() -> None:
-    assert unsupported({"r": 4, "use_qalora": False, "init_lora_weights": True}) == []
-    assert len(unsupported({"use_qalora": True, "init_lora_weights": "pissa_niter_4"})) == 2
+class _Keys(list[str]):
+    """Keys of a file. A search of the whole list is an error: with all of them, reading would take quadratic time."""
+
+    def __contains__(self, key: object) -> bool:
+        raise AssertionError(f"a search for {key}")
+
+
+def test_reading_searches_no_list_of_keys() -> None:
+    config = MixtralConfig(
+        vocab_size=8, hidden_size=4, intermediate_size=6, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, num_local_experts=3,
+    )  # fmt: skip
+    start = "model.layers.0.block_sparse_moe.experts"
+    names = [f"{start}.{k}.{name}" for k in range(3) for name in ("w1", "w2", "w3")] + [
+        "model.layers.0.self_attn.q_proj"
+    ]
+    keys = _Keys([f"{PREFIX}{name}.lora_{half}.weight" for name in names for half in "AB"])
+    settings = AdapterSettings(r=2, target_modules=["w1", "w2", "w3", "q_proj"], use_dora=True)
+    reading = read(settings, keys, MixtralForCausalLM(config))
+    assert len(reading.updates) == len(names)
+    assert reading.unused == {}
+
+
+def test_the_update_of_one_expert_copies_no_stack() -> None:
+    model = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": nn.Module()})})
+    stack = nn.Parameter(torch.zeros(3, 4, 4), requires_grad=False)
+    model["mlp"]["experts"].down_proj = stack
+    tensors = {f"{PREFIX}mlp.experts.{k}.down_proj.lora_{half}.weight": torch.eye(4) for k in (0, 2) for half in "AB"}
+    model = nn.ModuleDict({"block": model})
+    tensors = {key.replace(PREFIX, f"{PREFIX}block."): one for key, one in tensors.items()}
+    apply(model, AdapterSettings(r=4, lora_alpha=4, target_modules=["down_proj"]), tensors)
+    assert model["block"]["mlp"]["experts"].down_proj.data_ptr() == stack.data_ptr()
+    assert torch.equal(stack, torch.stack([torch.eye(4), torch.zeros(4, 4), torch.eye(4)]))

@@ -103,12 +103,13 @@ class ModelServer:
             found["tokens"].insert(0, self._name(ids[0]))
             found["token_logprobs"].insert(0, None)
             found["top_logprobs"].insert(0, None)
-        if self.fault == "few tokens":
+        if self.fault.startswith("few tokens"):
             found = {key: value[:-1] for key, value in found.items()}
         if self.fault == "no log-probabilities":
             found = None
+        reason = {"few tokens": "length", "few tokens, aborted": "abort", "few tokens, no reason": None}
         return {
-            "choices": [{"index": 0, "text": "", "logprobs": found, "finish_reason": "length"}],
+            "choices": [{"index": 0, "text": "", "logprobs": found, "finish_reason": reason.get(self.fault, "length")}],
             "usage": {"prompt_tokens": len(prompt), "completion_tokens": body["max_tokens"]},
         }
 
@@ -172,6 +173,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.connection.close()
         if models.options.get("token") and sent != f"Bearer {models.options['token']}":
             return self._answer(401, {"error": {"message": f"not a valid token: {sent}"}})
+        if models.fault == "deep JSON":
+            return self._send(200, b"[" * 200_000, "application/json")
         if models.fault == "web page":
             return self._send(200, b"<!doctype html><title>Welcome</title>", "text/html")
         if self.path == "/v1/models":

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import UsageError
-from reference.adapter_file import AdapterSettings
+from harness.conformance.adapter_files.adapter_config import CONFIG, read_json_object, require_lora
+from harness.conformance.adapter_files.other_layouts import LAYOUTS, layout_of
+from harness.errors import UsageError, first_names, plural
+from harness.methods.task_base import task_base
+from reference.adapter_file import PREFIX, AdapterSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+_BESIDE = "an adapter needs its config beside its weights"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_lora_weights.bin")
-_TYPES = {
-    "r": int, "lora_alpha": (int, float), "use_rslora": bool, "use_dora": bool, "lora_bias": bool, "bias": str,
-    "rank_pattern": dict, "alpha_pattern": dict, "target_modules": (str, list), "exclude_modules": (str, list),
-    "target_parameters": list, "modules_to_save": list, "layers_to_transform": (int, list),
-    "layers_pattern": (str, list), "task_type": str,
-}  # fmt: skip
-"""Key of the config -> types of its value in JSON. null stands for the default."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +48,19 @@ class AdapterFile:
         """Read the config and the header of an adapter.
 
         path: the folder, or the file adapter_model.safetensors in it. Raises UsageError if the file does not exist, if
-        it is not a safetensors file, or if the config is not that of a LoRA.
+        it is not a safetensors file, if it has the layout of another program, or if the config is not that of a LoRA.
         """
-        weights = path / WEIGHTS if path.is_dir() else path
-        if not weights.is_file():
-            pickles = [name for name in _PICKLES if (weights.parent / name).is_file()]
-            hint = "give the folder that peft's `save_pretrained` wrote, or its adapter_model.safetensors"
-            if pickles:
-                hint = f"{pickles[0]} is a pickle, which may run code; save the adapter again as safetensors"
-            raise UsageError("there is no such file", where=str(weights), hint=hint)
-        config = read_json_object(weights.parent / CONFIG, "an adapter needs its config beside its weights")
-        _require_lora(config, weights.parent / CONFIG)
-        return cls(weights, config, read_header(weights))
+        weights = _weights(path)
+        header, where = read_header(weights), weights.parent / CONFIG
+        config = read_json_object(where, _BESIDE) if where.is_file() else {}
+        if "peft_type" not in config and (layout := layout_of(header)):
+            hint = "`peft-harness check PATH` judges the format of HF peft; convert the file to it"
+            what = (
+                f"this is a {layout} LoRA file ({plural(len(header), 'tensor')}, e.g. {next(iter(header))}): not judged"
+            )
+            raise UsageError(what, where=str(weights), hint=hint)
+        require_lora(config or read_json_object(where, _BESIDE), where)
+        return cls(weights, config, header)
 
     @property
     def folder(self) -> Path:
@@ -77,7 +74,17 @@ class AdapterFile:
         if not isinstance(name, str) or not name:
             return None
         folders = (Path(name), Path(os.path.normpath(self.folder / name)))
-        return next((one for one in folders if (one / "config.json").is_file()), None)
+        with contextlib.suppress(OSError):  # a name that is too long, or a folder without the right to read it
+            return next((one for one in folders if (one / "config.json").is_file()), None)
+        return None
+
+    def base(self, folder: Path) -> Path:
+        """Return the folder of a base of the class on which this adapter was trained: see `task_base`."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for key, one in self.header.items():
+            name = key.removeprefix(PREFIX).replace(".base_layer", "")
+            shapes[name.partition(".lora_")[0]] = one.shape
+        return task_base(folder, self.config, shapes)
 
     @property
     def settings(self) -> AdapterSettings:
@@ -97,20 +104,29 @@ class AdapterFile:
                 yield key, file.get_tensor(key)
 
 
-def read_json_object(path: Path, hint: str) -> dict[str, Any]:
-    """Return the JSON object in a file. hint: advice to show in the error.
-
-    Raises UsageError if the file is missing, cannot be read or holds something else.
-    """
+def _weights(path: Path) -> Path:
+    """Return the path of the weights of an adapter. Raises UsageError if there is no such file."""
+    hint = "give the folder that peft's `save_pretrained` wrote, or its adapter_model.safetensors"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        if not path.is_dir():
+            if path.is_file():
+                return path
+            found: list[str] = []
+        else:
+            found = sorted(one.name for one in path.iterdir())
+    except OSError as error:  # no right to read the folder, or a name that is too long
         raise UsageError(f"cannot be read ({error.strerror})", where=str(path), hint=hint) from error
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise UsageError(f"is not JSON ({error})", where=str(path), hint=hint) from error
-    if not isinstance(content, dict):
-        raise UsageError("is not a JSON object", where=str(path), hint=hint)
-    return content
+    for name in (WEIGHTS, *(one.file for one in LAYOUTS if one.file)):
+        if (path / name).is_file():
+            return path / name
+    within = [name for name in found if (path / name / CONFIG).is_file()]
+    if within:
+        hint = f"the adapter is in a folder below: {first_names(within)}"
+    elif pickles := [name for name in _PICKLES if name in found or (path.parent / name).is_file()]:
+        hint = f"{pickles[0]} is a pickle, which may run code; save the adapter again as safetensors"
+    elif "model.safetensors" in found:
+        hint = f"this is the folder of a base model; {hint}"
+    raise UsageError("there is no such file", where=str(path / WEIGHTS if found else path), hint=hint)
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
@@ -118,28 +134,16 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with path.open("rb"):  # safetensors would call a file without the right to read it a missing file
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"cannot be read ({error.strerror})", where=str(path), hint="give yourself the right to read it"
+        ) from error
+    try:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
             return {key: TensorHeader(one.get_dtype(), tuple(one.get_shape())) for key, one in slices.items()}
     except (SafetensorError, OSError) as error:
         hint = "save the adapter again; `peft-harness check` reads safetensors only"
         raise UsageError(f"is not a safetensors file ({error})", where=str(path), hint=hint) from error
-
-
-def _require_lora(config: Mapping[str, Any], where: Path) -> None:
-    """Raise UsageError unless the config is that of a LoRA, and every value has the type that it needs."""
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        hint = "`peft-harness check PATH` judges LoRA adapters: peft_type LORA"
-        raise UsageError(f"unknown type of adapter: peft_type is {kind!r}", where=str(where), hint=hint)
-    for key, types in _TYPES.items():
-        value = config.get(key)
-        wrong = not isinstance(value, types) or (isinstance(value, bool) and types is not bool)  # type: ignore[arg-type]
-        if value is not None and wrong:
-            raise UsageError(f"{key} is {value!r}", where=str(where), hint="write it as peft's `save_pretrained` does")
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern, value in (config.get(key) or {}).items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-                raise UsageError(f"{key}: {pattern!r} is {value!r}", where=str(where), hint="write a positive number")
-    if config.get("r") is not None and config["r"] < 1:
-        raise UsageError(f"r is {config['r']}", where=str(where), hint="a rank is at least 1")

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from harness.conformance.adapter_files.adapter_config import CONFIG
 from harness.conformance.adapter_files.adapter_file import AdapterFile
 from harness.errors import first_names
-from reference.adapter_file import PREFIX, AdapterReading, LayerUpdate, read, unsupported
+from harness.methods.unsupported_adapters import unsupported
+from reference.adapter_file import PREFIX, AdapterReading, AdapterSettings, LayerUpdate, read
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,23 +29,30 @@ KINDS = {
     "scaling": "the scaling of a layer is 0, so its update does nothing",
     "magnitude": "use_dora and the lora_magnitude_vector tensors contradict each other",
     "lora-bias": "lora_bias and the lora_B.bias tensors contradict each other",
-    "bias": "`bias` and the bias tensors contradict each other",
+    "bias": "`bias` and the bias tensors contradict each other, or the file lacks a bias of the base",
     "unused-pattern": "an entry of rank_pattern or alpha_pattern fits no layer of the file",
     "other-base": "no tensor of the file fits the base: the adapter belongs to another model",
     "unmatched-key": "a tensor has no place in the base: loaders drop it or refuse the file",
     "missing-target": "the config targets a layer for which the file has no tensors",
+    "missing-module": "the file has no tensors for a module that modules_to_save or the task names",
     "undeclared": "a tensor replaces a weight of the base that modules_to_save does not name",
     "shape": "a tensor does not fit the layer of the base",
     "vocabulary": "a tensor has another number of tokens than the base",
+    "resized": "the file has whole embeddings of another number of tokens: the base must be resized first",
+    "not-judged": "a tensor belongs to a layer of a kind that the reference does not implement",
     "unsupported": "the config gives the tensors a meaning that the reference does not have, so nothing else was judged",
 }
 """Name of a kind of finding -> its meaning."""
-_NOTES = ("unused-pattern", "missing-target", "unsupported")
+_NOTES = ("unused-pattern", "missing-target", "resized", "not-judged", "unsupported")
 """Kinds of findings after which the file still conforms."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _HALF = re.compile(r"(?P<start>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?:\.weight)?")
 _NAMED = re.compile(r"\.lora_[AB]\.(?!weight$|bias$)|\.lora_embedding_[AB]\.|\.lora_magnitude_vector\.(?!weight$)")
 """A key that holds the name of an adapter, as in the state_dict of a PeftModel."""
+_EMBEDDING = re.compile(r".*\.(embed_tokens|lm_head|wte|embed_in|embed_out|word_embeddings|shared)\.(weight|bias)")
+"""A key of a whole embedding or head."""
+_WRAPPER = re.compile(r"\.(modules_to_save|original_module)\.")
+"""Part of a key that peft's `bias="all"` adds to a copy of the bias of a saved module."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +77,23 @@ def judge(adapter: AdapterFile, base: nn.Module | None = None) -> list[Finding]:
 
     base: the base model, whose parameters may be on the device `meta`. None if the file is judged by itself.
     """
-    if reasons := unsupported(adapter.config):
-        return [Finding("unsupported", "adapter_config.json", reason) for reason in reasons]
+    if found := unsupported(adapter.config):
+        return [Finding("unsupported", CONFIG, f"{key}: {meaning}") for key, meaning in found.items()]
     judge = _Judge(adapter)
-    found = [*judge.alone(), *(judge.against(base) if base is not None else ())]
-    return sorted(found, key=lambda one: list(KINDS).index(one.kind))
+    findings = list(judge.alone())
+    if base is not None and not (adapter.settings.target_modules or adapter.settings.target_parameters):
+        what = "target_modules is empty, so each version of peft chooses layers; nothing was compared with the base"
+        findings.append(
+            Finding("not-judged", CONFIG, what, "write the names of the adapted layers into target_modules")
+        )
+    elif base is not None:
+        findings += judge.against(base)
+    return sorted(findings, key=lambda one: list(KINDS).index(one.kind))
+
+
+def is_saved_embedding(settings: AdapterSettings, key: str) -> bool:
+    """Return whether a key is that of a whole embedding or head which modules_to_save does not name."""
+    return _EMBEDDING.fullmatch(key) is not None and not any(f".{name}." in key for name in settings.saved)
 
 
 @dataclass(frozen=True)
@@ -111,9 +132,9 @@ class _Judge:
                 continue
             A, B = (header[halves[half]].shape for half in "AB")
             path = _path(start)
-            if len(A) != 2 or len(B) != 2:
-                yield Finding("rank", halves["A"], f"A is {A} and B is {B}; both should have two dimensions")
-            elif A[0] != B[1]:
+            if len(A) < 2 or len(A) != len(B) or set(B[2:]) - {1}:  # a convolution has more than two dimensions
+                yield Finding("rank", halves["A"], f"A is {A} and B is {B}; they are no factors of a matrix")
+            elif A[0] != B[1] and (len(A) == 2 or A[0] % B[1]):  # a convolution in groups has a smaller B
                 yield Finding("rank", halves["A"], f"A is {A}, of rank {A[0]}, and B is {B}, of rank {B[1]}")
             elif not self._is_stack(path) and A[0] != settings.rank(path):
                 hint = "write the rank into r, or an entry for this layer into rank_pattern"
@@ -148,7 +169,10 @@ class _Judge:
         settings, keys = self.adapter.settings, list(self.adapter.header)
         magnitudes = [key for key in keys if ".lora_magnitude_vector" in key]
         own = [key for key in keys if key.endswith(".lora_B.bias")]
+        weights = {key.removesuffix("weight") for key in keys if key.endswith(".weight")}
         biases = [key for key in keys if key.endswith(".bias") and key not in own and not self._is_saved(key)]
+        if settings.bias == "none":
+            biases = [key for key in biases if key.removesuffix("bias") not in weights]  # part of a whole layer
         for kind, setting, there, tensors in (
             ("magnitude", "use_dora", settings.use_dora, magnitudes),
             ("lora-bias", "lora_bias", settings.lora_bias, own),
@@ -156,13 +180,13 @@ class _Judge:
         ):
             if tensors and not there:
                 yield Finding(kind, tensors[0], f"the file has such tensors, but {setting} is off", f"set {setting}")
-            if there and len(tensors) < (1 if kind == "bias" else len(self.pairs)):
+            if there and kind != "bias" and len(tensors) < len(self.pairs):
                 found = f"{len(tensors)} such tensors for {len(self.pairs)} layers"
                 yield Finding(kind, setting, f"{setting} is on, but the file has {found}")
         names = [_path(start) for start in self.pairs]
+        stack = any(map(self._is_stack, names))
         for setting, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
             for pattern in patterns:
-                stack = any(self._is_stack(name) for name in names)
                 if not stack and not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
                     yield Finding("unused-pattern", setting, f"{pattern!r} fits no layer of the file")
 
@@ -172,8 +196,9 @@ class _Judge:
     def against(self, base: nn.Module) -> Iterator[Finding]:
         """Yield the findings from a comparison of the file with a base."""
         reading = read(self.adapter.settings, list(self.adapter.header), base)
-        misfits = {update: list(self._misfits(update, base)) for update in reading.updates}
-        if self.pairs and all(misfits.values()):
+        tokens = self._tokens(reading, base)
+        misfits = {update: list(self._misfits(update, base, tokens)) for update in reading.updates}
+        if self.pairs and all(misfits.values()) and not reading.not_implemented:
             name = getattr(getattr(base, "config", None), "model_type", "model")
             first = next(
                 (one.message for some in misfits.values() for one in some), f"{len(reading.unused)} keys have no layer"
@@ -186,13 +211,55 @@ class _Judge:
         for some in misfits.values():
             yield from some
         for key, reason in reading.unused.items():
-            if key.startswith(PREFIX):
+            if key.startswith(PREFIX) and not self._is_copy(key):
                 yield Finding("unmatched-key", key, reason)
+        for key, name in reading.not_implemented.items():
+            yield Finding("not-judged", key, f"the layer is a {name}, which the reference does not implement")
         if reading.absent:
             yield Finding("missing-target", reading.absent[0], f"no tensors for {first_names(reading.absent)}")
-        yield from self._of_replaced(reading, base)
+        if tokens:
+            hint = f"call resize_token_embeddings({tokens}) on the base before loading the adapter"
+            yield Finding("resized", self.adapter.weights.name, f"the embeddings have {tokens} tokens", hint)
+        yield from self._of_biases(reading, base)
+        yield from self._of_replaced(reading, base, tokens)
 
-    def _misfits(self, update: LayerUpdate, base: nn.Module) -> Iterator[Finding]:
+    def _is_copy(self, key: str) -> bool:
+        """Return whether the key is that of a copy, which peft's loader ignores."""
+        return _WRAPPER.search(key) is not None and _WRAPPER.sub(".", key) in self.adapter.header
+
+    def _tokens(self, reading: AdapterReading, base: nn.Module) -> int:
+        """Return the number of tokens of the embeddings in the file, if it has all of them, and another number than the
+        base. Otherwise return 0.
+        """
+        sides = [_embeddings(base, side) for side in ("input", "output")]
+        tables = {id(one.weight): one.weight for one in sides if one is not None}
+        parameters = dict(base.named_parameters(remove_duplicate=False))
+        shapes = {
+            id(parameters[name]): self.adapter.header[key].shape
+            for key, name in reading.replaced.items()
+            if id(parameters[name]) in tables
+        }
+        counts = {shape[0] for shape in shapes.values() if shape}
+        resized = [shape[1:] == tuple(tables[one].shape)[1:] for one, shape in shapes.items()]
+        if len(counts) != 1 or shapes.keys() != tables.keys() or not all(resized):
+            return 0
+        (count,) = counts
+        return 0 if count in {len(one) for one in tables.values()} else int(count)
+
+    def _of_biases(self, reading: AdapterReading, base: nn.Module) -> Iterator[Finding]:
+        """Yield a finding if the file lacks biases of the base that `bias` promises."""
+        setting = self.adapter.settings.bias
+        adapted = {update.path for update in reading.updates}
+        wanted = [name for name, _ in base.named_parameters(remove_duplicate=False) if name.endswith(".bias")]
+        if setting == "lora_only":
+            wanted = [name for name in wanted if name.removesuffix(".bias") in adapted]
+        there = set(reading.replaced.values())
+        missing = [name for name in wanted if name not in there and not self._is_saved(f".{name}")]
+        if setting != "none" and missing:
+            yield Finding("bias", "bias", f"bias is {setting}, but the file has no {first_names(missing)}")
+
+    def _misfits(self, update: LayerUpdate, base: nn.Module, resized: int) -> Iterator[Finding]:
+        """Yield tensors with wrong shapes. resized: number of tokens that the file gives the base, or 0."""
         module = base.get_submodule(update.path)
         is_head = module is _embeddings(base, "output")
         for key, shape in update.shapes(module).items():
@@ -200,17 +267,24 @@ class _Judge:
             if have is None or have == shape:  # `magnitude` and `lora-bias` report a tensor that is missing
                 continue
             tokens = (update.kind == "embedding" and key == update.A) or (is_head and key == update.B)
-            yield Finding("vocabulary" if tokens else "shape", key, f"{have}, should be {shape}")
+            if not (tokens and resized in have):
+                yield Finding("vocabulary" if tokens else "shape", key, f"{have}, should be {shape}")
 
-    def _of_replaced(self, reading: AdapterReading, base: nn.Module) -> Iterator[Finding]:
+    def _of_replaced(self, reading: AdapterReading, base: nn.Module, resized: int) -> Iterator[Finding]:
         parameters: Mapping[str, Tensor] = dict(base.named_parameters(remove_duplicate=False))
-        tables = {id(getattr(_embeddings(base, side), "weight", None)) for side in ("input", "output")}
+        sides = [_embeddings(base, side) for side in ("input", "output")]
+        tables = {id(one) for side in sides if side is not None for one in side.parameters()}
+        there = set(reading.replaced.values()) | {f"{one.path}.{one.parameter}" for one in reading.updates}
+        if missing := [name for name in parameters if self._is_named(name) and name not in there]:
+            hint = "save the adapter by `save_pretrained` of the PeftModel, which adds these modules"
+            yield Finding("missing-module", missing[0], f"no tensors for {first_names(missing)}", hint)
         for key, name in reading.replaced.items():
             have, want = self.adapter.header[key].shape, tuple(parameters[name].shape)
-            if have != want:
-                kind = "vocabulary" if id(parameters[name]) in tables else "shape"
-                yield Finding(kind, key, f"{have}, should be {want}")
-            if ".base_layer." not in key and not key.endswith(".bias") and not self._is_named(name):
+            table = id(parameters[name]) in tables
+            if have != want and not (table and have == (resized, *want[1:])):
+                yield Finding("vocabulary" if table else "shape", key, f"{have}, should be {want}")
+            # peft's `save_pretrained` adds whole embeddings and heads without naming them in modules_to_save.
+            if not (table or ".base_layer." in key or key.endswith(".bias") or self._is_named(name)):
                 hint = "name the module in modules_to_save, or remove the tensor"
                 yield Finding("undeclared", key, f"it replaces {name} of the base", hint)
 
@@ -232,4 +306,7 @@ def _path(start: str) -> str:
 
 def _embeddings(base: nn.Module, side: str) -> Any:
     """Return the module with the embedding (`input`) or the head (`output`) of a model. None if it has none."""
-    return getattr(base, f"get_{side}_embeddings", lambda: None)()
+    try:
+        return getattr(base, f"get_{side}_embeddings", lambda: None)()
+    except (NotImplementedError, AttributeError):  # transformers raises this for a model without tokens
+        return None

@@ -10,11 +10,13 @@ from typing import Literal
 
 from harness import yaml_lines
 from harness.conformance.adapter_files.adapter_file import AdapterFile
-from harness.conformance.adapter_files.findings import Finding
+from harness.conformance.adapter_files.findings import Finding, is_saved_embedding
+from harness.methods.unsupported_adapters import unsupported
 from harness.records.base_model import FrozenModel
 
 Verdict = Literal["wrong", "refused", "not known", "ok"]
 """`wrong`: the loader computes other logits than the file gives, and raises no error."""
+_ACTIVATED = "alora_invocation_tokens"
 _WORST_FIRST: tuple[Verdict, ...] = ("wrong", "refused", "not known", "ok")
 
 
@@ -62,6 +64,7 @@ def features(adapter: AdapterFile, findings: Sequence[Finding] = (), tied: bool 
     """
     settings, keys = adapter.settings, list(adapter.header)
     head = any(".lm_head.lora_" in key for key in keys)
+    other = {key.partition("=")[0] for key in unsupported(adapter.config)}
     experts = bool(settings.target_parameters)
     used = {
         "plain": True,
@@ -76,9 +79,13 @@ def features(adapter: AdapterFile, findings: Sequence[Finding] = (), tied: bool 
         "head": head,
         "tied_head": head and tied,
         "base_weights": any(key.endswith(".base_layer.weight") for key in keys),
+        "saved_embeddings": any(is_saved_embedding(settings, key) for key in keys),
+        "convolution": any(".lora_A" in key and len(one.shape) > 2 for key, one in adapter.header.items()),
         "experts": experts,
         "rslora_experts": experts and settings.use_rslora,
         "unmatched_keys": any(one.kind == "unmatched-key" for one in findings),
+        "activated": _ACTIVATED in other,
+        "unsupported": bool(other - {_ACTIVATED}),
     }
     return [name for name in _read().features if used[name]]
 
@@ -87,8 +94,7 @@ def verdicts(used: list[str]) -> Iterator[LoaderVerdict]:
     """Yield how each known loader reads a file with these features."""
     for known in _read().loaders:
         found = [_of_feature(known, feature) for feature in used]
-        worst = min(found, key=lambda one: _WORST_FIRST.index(one.verdict))
-        yield worst
+        yield min(found, key=lambda one: (_WORST_FIRST.index(one.verdict), not one.because))
 
 
 def _of_feature(known: KnownLoader, feature: str) -> LoaderVerdict:

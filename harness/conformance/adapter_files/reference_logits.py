@@ -13,9 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from harness.conformance.adapter_files.adapter_file import AdapterFile
 from harness.conformance.comparison.tolerance_policies import perturbed
-from harness.errors import Unsupported, UsageError
-from harness.methods.base_model import load_base, logits
-from reference.adapter_file import apply, combine, unsupported
+from harness.errors import Unsupported, UsageError, first_names
+from harness.methods.base_model import load_base, logits, missing_weights
+from harness.methods.unsupported_adapters import reason, unsupported
+from reference.adapter_file import apply, combine
 
 
 def reference_logits(
@@ -30,15 +31,16 @@ def reference_logits(
     adapter: None for the base alone. prompts: token ids. The shapes are (tokens, vocabulary), or (labels,) for a
     classifier. A model computes some parts in float32 for every dtype; if `dtype` is float64, they are in float64 too.
     perturbation: generator that moves each weight by up to half a unit in its last place, as correct rounding may do.
-    Raises UsageError if the file does not fit the base, and Unsupported for a config that the reference does not
-    implement.
+    The model is of the class that task_type names. Raises UsageError if the file does not fit the base, or if neither has
+    the weights of a layer, and Unsupported for a config that the reference does not implement.
     """
-    model = load_base(base_folder, dtype)
+    model = load_base(base_folder if adapter is None else adapter.base(base_folder), dtype)
     if dtype is torch.float64:
         model = model.double()  # the frequencies of rotary embeddings too
+    missing = set(missing_weights(model))
     if adapter is not None:
-        if reasons := unsupported(adapter.config):
-            raise Unsupported("; ".join(reasons))
+        if found := unsupported(adapter.config):
+            raise Unsupported(reason(found))
         hint = f"is {base_folder} the base of this adapter? `peft-harness check {adapter.folder}` judges the file"
         try:
             reading = apply(model, adapter.settings, adapter.tensors())
@@ -46,6 +48,11 @@ def reference_logits(
             raise UsageError(str(error), where=str(adapter.weights), hint=hint) from error
         if not reading.updates and not reading.replaced:
             raise UsageError("no tensor has a place in the base", where=str(adapter.weights), hint=hint)
+        missing -= set(reading.replaced.values())
+    if missing:
+        what = f"has no weights for {first_names(sorted(missing))}, which each load would draw anew"
+        hint = "save these layers with the adapter (modules_to_save), or give the base that was trained on"
+        raise UsageError(what, where=str(base_folder), hint=hint)
     return _logits(model, prompts, perturbation)
 
 

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harness.conformance.adapter_files.adapter_file import CONFIG, WEIGHTS, AdapterFile
+from harness.conformance.adapter_files.adapter_config import CONFIG
+from harness.conformance.adapter_files.adapter_file import WEIGHTS, AdapterFile
 from harness.methods.base_model import empty_base
 from reference.adapter_file import AdapterReading, read
 

@@ -10,10 +10,10 @@ _MATCH = 'next((one for one in patterns if re.match(rf"(.*\\.)?({one})$", name))
 _UPDATES = "    for update in reading.updates:\n        layer: Any = model.get_submodule(update.path)\n"
 _SET = "setattr(layer, update.parameter, nn.Parameter(update.weight(layer, tensors), requires_grad=False))"
 _PRODUCT = "else B_ER @ A_RD)"
-_GAIN = "gain(tensors[self.magnitude].to(W.dtype), norms(V_ED))[:, None] * V_ED"
+_GAIN = "gain(tensors[self.magnitude].to(W.dtype).flatten(), norms(V_ED))[:, None] * V_ED"
 _STACK = "A_KRD, B_ERK = A.reshape(experts, -1, A.shape[-1]), B.reshape(len(B), -1, experts)"
 _SUM = 'torch.einsum("erk,krd->ked", B_ERK, A_KRD)'
-_START = 'kind, start = kind_of(model.get_submodule(path)), f"{PREFIX}{path}"'
+_START = 'kind, start = _kind(model.get_submodule(path)), f"{PREFIX}{path}"'
 _REPLACED = "replaced = {key: name for key, name in names.items() if name in parameters}"
 
 
@@ -48,14 +48,14 @@ FAULTS = [
     _logits("reads_b_transposed", _PRODUCT, "else B_ER.reshape(len(A_RD), -1).T @ A_RD)", adapter="plain"),
     # unsloth-zoo#942
     _logits("loads_gate_twice_and_up_never", _START,
-        """kind, start = kind_of(model.get_submodule(path)), f"{PREFIX}{path.replace('up_proj', 'gate_proj')}\"""",
+        """kind, start = _kind(model.get_submodule(path)), f"{PREFIX}{path.replace('up_proj', 'gate_proj')}\"""",
         adapter="plain"),
     _logits("adapts_all_layers", "return path in wanted or (_ends_with(path, wanted) and self._transforms(path))",
         "return path in wanted or _ends_with(path, wanted)",
-        'if update.A in keys and update.B in keys:\n            updates.append(update)',
+        'if update.A in there and update.B in there:\n            updates.append(update)',
         "from dataclasses import replace\n"
         "        own = {name: key.replace('.0.', '.1.') for name, key in vars(update).items() if name in ('A', 'B')}\n"
-        "        if own['A'] in keys:\n            updates.append(replace(update, **own))",
+        "        if own['A'] in there:\n            updates.append(replace(update, **own))",
         adapter="some_layers"),
     _logits("rounds_the_update_to_16_bits", _PRODUCT, "else (B_ER.bfloat16() @ A_RD.bfloat16()).to(W.dtype))",
         adapter="bfloat16"),
@@ -82,14 +82,14 @@ FAULTS = [
     _logits("ignores_the_magnitude", _GAIN, "V_ED", adapter="dora"),
     _logits("divides_by_the_norm_of_the_base", "norms(V_ED))[:, None] * V_ED", "norms(W_ED))[:, None] * V_ED",
         adapter="dora"),
-    _logits("ignores_embeddings", 'if kind not in KINDS or kind == "Conv2d":', 'if kind not in ("linear", "Conv1D"):',
+    _logits("ignores_embeddings", 'if kind not in KINDS:', 'if kind not in ("linear", "Conv1D"):',
         adapter="embedding"),
     # A square layer has no shape that could reveal this.
     _logits("adapts_a_square_conv1d_as_a_linear_layer", 'return self.kind in ("Conv1D", "embedding")',
         'return self.kind == "embedding" or (self.kind == "Conv1D" and len(set(module.weight.shape)) > 1)',
         adapter="conv1d"),
     _logits("takes_the_norm_of_a_square_conv1d_transposed", _GAIN,
-        "gain(tensors[self.magnitude].to(W.dtype), norms(V_ED.T if V_ED.shape[0] == V_ED.shape[1] else V_ED))"
+        "gain(tensors[self.magnitude].to(W.dtype).flatten(), norms(V_ED.T if V_ED.shape[0] == V_ED.shape[1] else V_ED))"
         "[:, None] * V_ED", adapter="conv1d_dora"),
     # vllm#31534, unsloth#6930
     _logits("reads_b_of_experts_expert_by_expert", _STACK,

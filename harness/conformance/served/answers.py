@@ -7,13 +7,14 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from harness.errors import ServerError, UsageError
 
 TokenNames = Callable[[str], int | None]
 """Function from the name of a token in an answer to its id, or to None for an unknown or ambiguous name."""
 _LONGEST_MESSAGE = 200
+_LARGEST_ID = 2**31
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Answer:
 
 def token_id(name: str) -> int | None:
     """Return the id from a name such as `token_id:42`, or None for other names."""
-    found = re.fullmatch(r"token_id:(\d+)", name)
+    found = re.fullmatch(r"token_id:([0-9]{1,18})", name)
     return int(found[1]) if found else None
 
 
@@ -54,7 +55,7 @@ def message(content: bytes) -> str:
     """Return the server's error message as one short line."""
     try:
         document = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         text = "" if content.lstrip()[:1] == b"<" else content.decode("utf-8", "replace")
     else:
         inner = document.get("error", document) if isinstance(document, dict) else document
@@ -88,16 +89,16 @@ def read(document: Any, tokens: int, echo: bool, names: TokenNames, where: str) 
     tops = found.get("top_logprobs") or [None] * len(texts)
     if not isinstance(tops, list) or len(tops) != len(texts):
         raise half("`top_logprobs` and `tokens` differ in length")
-    usage = document.get("usage") if isinstance(document.get("usage"), dict) else {}
+    usage: Any = document.get("usage") if isinstance(document.get("usage"), dict) else {}
     given = choice.get("prompt_token_ids")
-    prompt = tuple(given) if isinstance(given, list) and all(isinstance(one, int) for one in given) else None
-    ids = choice.get("token_ids")
-    known = [*(prompt or ()), *ids] if echo and isinstance(ids, list) else ids
-    if not isinstance(known, list) or len(known) != len(texts):
+    prompt = tuple(given) if _are_ids(given) else None
+    ids = choice.get("token_ids") if _are_ids(choice.get("token_ids")) else None
+    known = [*(prompt or ()), *ids] if echo and ids is not None else ids
+    if known is None or len(known) != len(texts):
         known = [names(str(text)) for text in texts]
     if None in known:
         text = texts[known.index(None)]
-        raise UsageError(f"the id of token {text!r} in the answer is unknown", where=where, hint=_NAMES)
+        raise UsageError(f"the id of token {_short(text)} in the answer is unknown", where=where, hint=_NAMES)
     positions = tuple(
         Position(
             int(known[i]), _number(values[i], i > 0 or not echo, half), _others(tops[i], int(known[i]), names, half)
@@ -106,8 +107,11 @@ def read(document: Any, tokens: int, echo: bool, names: TokenNames, where: str) 
     )
     count = usage.get("prompt_tokens")
     generated = len(positions) - (count if echo and isinstance(count, int) else 0)
-    if not positions or (choice.get("finish_reason") == "length" and not echo and generated != tokens):
-        raise half(f"{generated} of {tokens} tokens, although none of them ends the text")
+    if not positions or (generated < tokens and choice.get("finish_reason") != "stop"):
+        reason = choice.get("finish_reason")
+        raise half(f"{max(generated, 0)} of {tokens} tokens, and finish_reason is {_short(reason)}, not 'stop'")
+    if generated > tokens and not (echo and count is None):
+        raise half(f"{generated} tokens, although the request allows {tokens}")
     return Answer(positions, count if isinstance(count, int) else None, prompt)
 
 
@@ -121,8 +125,20 @@ def _number(value: Any, needed: bool, half: Callable[[str], ServerError]) -> flo
     if value is None and not needed:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise half(f"a log-probability is {value!r}")
-    return float(value) if math.isfinite(value) else math.nan
+        raise half(f"a log-probability is {_short(value)}")
+    try:
+        return float(value) if math.isfinite(value) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        return math.nan
+
+
+def _are_ids(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(one) is int and 0 <= one < _LARGEST_ID for one in value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}…"
 
 
 def _others(top: Any, token: int, names: TokenNames, half: Callable[[str], ServerError]) -> dict[int, float]:

@@ -70,7 +70,8 @@ def _mistakes(
     if adapter.settings.use_rslora:
         ignored = replace(adapter, config={**adapter.config, "use_rslora": False})
         yield "the adapter with the scaling alpha / r: use_rslora is ignored", ignored
-    for factor in (2.0, 0.5, float(adapter.settings.r), 1 / adapter.settings.lora_alpha):
+    alpha = adapter.settings.lora_alpha
+    for factor in (2.0, 0.5, float(adapter.settings.r), *([1 / alpha] if alpha else [])):
         yield f"the adapter with {factor:.3g} times its scaling", rescaled(adapter, factor)
     yield "the adapter with transposed updates of square layers", _Changed(**vars(adapter), change=_transpose)
     for module in sorted({_module(key) for key in adapter.header if ".lora_B." in key}):

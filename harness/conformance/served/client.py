@@ -6,11 +6,13 @@ A connection serves one request and follows no redirect, so that the token reach
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import json
 import socket
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ TOKEN_VARIABLE = "PEFT_HARNESS_API_KEY"  # noqa: S105  # the name of the variabl
 TOP = 5
 """Number of most likely tokens to request per position: the most that the API allows."""
 _LARGEST_B = 64 << 20
+_LONGEST_S = 1_000_000.0
+"""Largest time-out of a socket in seconds. Longer ones do not fit the system's numbers."""
 _EXTENSIONS: dict[str, Any] = {
     "return_tokens_as_token_ids": True, "return_token_ids": True, "ignore_eos": True, "repetition_penalty": 1.0,
 }  # fmt: skip
@@ -74,6 +78,8 @@ class Client:
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
         self._token, self._patience = token, patience
         self._open: set[socket.socket] = set()
+        """Copies of the sockets in use, also of those that are still connecting."""
+        self._lock, self._closed = threading.Lock(), False
         self.url = f"{parts.scheme}://{parts.netloc}{self._prefix}"
         self.dialect = Dialect()
         self.names: TokenNames = answers.token_id
@@ -93,12 +99,15 @@ class Client:
         echo: return the tokens of the prompt too. Raises ServerError for no answer or an incomplete answer,
         RequestRefusedError for a refused request, and UsageError for an answer without log-probabilities.
         """
-        body = {
+        document = self._json("POST", "/v1/completions", self.body(model, prompt, tokens, echo))
+        return answers.read(document, tokens, echo, self.names, f"{self.url}/v1/completions")
+
+    def body(self, model: str, prompt: Sequence[int] | str, tokens: int, echo: bool) -> dict[str, Any]:
+        """Return the body of a request for a completion, in the dialect of the server."""
+        return {
             "model": model, "prompt": prompt if isinstance(prompt, str) else list(prompt), "max_tokens": tokens,
             "temperature": 0, "logprobs": TOP,
         } | ({"echo": True} if echo else {}) | (_EXTENSIONS if self.dialect.extensions else {})  # fmt: skip
-        document = self._json("POST", "/v1/completions", body)
-        return answers.read(document, tokens, echo, self.names, f"{self.url}/v1/completions")
 
     def load(self, name: str, folder: Path, in_place: bool = False) -> None:
         """Load an adapter with vLLM's endpoint. in_place: replace a loaded adapter of this name."""
@@ -110,15 +119,66 @@ class Client:
         self._request("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
     def abort(self) -> None:
-        """End all requests that wait for an answer. Each raises ServerError in its thread."""
-        for one in list(self._open):
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
+        """End all requests, also those that are still connecting, and refuse new ones until `reopen`.
+
+        Each raises ServerError in its thread. Only the look-up of a host's name cannot be ended.
+        """
+        with self._lock:
+            self._closed = True
+            for one in self._open:
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
+
+    def reopen(self) -> None:
+        """Allow requests again after `abort`."""
+        self._closed = False
+
+    @contextlib.contextmanager
+    def _held(self, one: socket.socket) -> Iterator[None]:
+        """Let `abort` end what happens with a socket inside the context. A copy stays valid when TLS takes the socket."""
+        with one.dup() as copy:
+            with self._lock:
+                self._open.add(copy)
+            try:
+                if self._closed:
+                    raise ConnectionAbortedError(errno.ECONNABORTED, "the requests were ended")
+                yield
+            finally:
+                with self._lock:
+                    self._open.discard(copy)
+
+    def _connect(self, address: tuple[str, int], stack: contextlib.ExitStack, deadline: float) -> socket.socket:
+        """Connect to the first address of a host that answers, as `socket.create_connection` does.
+
+        stack: keeps the socket among those that `abort` ends.
+        """
+        failed: OSError = ConnectionError(errno.EADDRNOTAVAIL, "the host has no address")
+        for family, kind, protocol, _, place in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
+            one = socket.socket(family, kind, protocol)
+            try:
+                one.settimeout(min(max(deadline - time.monotonic(), 0.001), _LONGEST_S))
+                with contextlib.ExitStack() as attempt:
+                    attempt.enter_context(self._held(one))
+                    one.connect(place)
+                    if self._closed:  # the system reports an aborted connect as a success
+                        raise ConnectionAbortedError(errno.ECONNABORTED, "the requests were ended")
+                    stack.push(attempt.pop_all())
+            except OSError as error:
+                one.close()
+                failed = error
+                if self._closed:
+                    break
+            else:
+                return one
+        raise failed
 
     def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         content, kind = self._request(method, path, body)
         try:
             return json.loads(content)
+        except RecursionError as error:
+            what = "the answer is JSON with too many nested brackets"
+            raise ServerError(what, where=self.url + path, hint="is this a model server?") from error
         except ValueError as error:
             if "html" in kind or content.lstrip()[:1] == b"<":
                 raise self._not_this_api(path, "the answer is a web page, not JSON") from error
@@ -137,20 +197,21 @@ class Client:
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=self._patience)
+        connection: Any = kind(self._host, self._port, timeout=self._patience)
         deadline = time.monotonic() + self._patience
         try:
-            connection.connect()
-            self._open.add(held := connection.sock)
-            try:
+            with contextlib.ExitStack() as stack:
+                # http.client calls this function to connect; TLS follows on the same socket.
+                connection._create_connection = lambda address, *_: self._connect(address, stack, deadline)
                 connection.request(method, self._prefix + path, None if body is None else json.dumps(body), headers)
                 answer = connection.getresponse()
                 content = _read(answer, deadline)
-            finally:
-                self._open.discard(held)
         except TimeoutError as error:
             limit = f"no complete answer in {self._patience:g} seconds"
             raise ServerError(limit, where=where, hint="--patience SECONDS allows more time") from error
+        except (UnicodeError, http.client.InvalidURL, OverflowError) as error:
+            what = f"the address cannot be sent ({error})"
+            raise UsageError(what, where=where, hint=f"use ASCII letters and digits, {_EXAMPLE}") from error
         except (http.client.HTTPException, ConnectionResetError, BrokenPipeError) as error:
             what = f"the server ended the connection before the end of its answer ({type(error).__name__})"
             raise ServerError(what, where=where, hint=_AGAIN) from error
@@ -177,24 +238,25 @@ class Client:
             hint = "give --served the address that the server redirects to"
             return UsageError(f"redirect to {answer.getheader('Location', 'nowhere')}", where=where, hint=hint)
         if 400 <= status < 500:
-            return RequestRefusedError(what, status=status, where=where)
+            hint = "the server refuses a request that the check needs; its log may have the reason"
+            return RequestRefusedError(what, status=status, where=where, hint=hint)
         return ServerError(what, where=where, hint="the server's log has the reason")
 
 
+_EXAMPLE = "e.g. http://127.0.0.1:8000"
 _AGAIN = "is the server running? its log has the reason if it stopped"
 
 
 def _parsed(url: str) -> Any:
-    example = "e.g. http://127.0.0.1:8000"
     try:
         parts = urlsplit(url)
         right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:  # e.g. a port that is no number
         right = None
     if not right:
-        raise UsageError(f"`{url}` is not the address of a server", where="--served", hint=example)
+        raise UsageError(f"`{url}` is not the address of a server", where="--served", hint=_EXAMPLE)
     if parts.username or parts.password or parts.query or parts.fragment:
-        hint = f"the address alone, {example}; the token belongs into {TOKEN_VARIABLE}"
+        hint = f"the address alone, {_EXAMPLE}; the token belongs into {TOKEN_VARIABLE}"
         raise UsageError("the address has a user, a password, a query or a fragment", where="--served", hint=hint)
     return parts
 

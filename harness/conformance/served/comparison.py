@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from harness.conformance.adapter_files.adapter_file import AdapterFile
 from harness.conformance.served import causes, noise
-from harness.conformance.served.client import TOKEN_VARIABLE, TOP
+from harness.conformance.served.client import TOKEN_VARIABLE
 from harness.conformance.served.noise import Errors
 from harness.conformance.served.report import Finding, SubjectResult, Verdict
 from harness.conformance.served.rows import Row, distances, measure, of_phase
@@ -43,6 +44,8 @@ class Comparison:
     base: Path
     adapters: Mapping[str, AdapterFile]
     """Name on the server -> adapter."""
+    again: Callable[[Observation, int], dict[str, Any]]
+    """Function (answer, tokens) that returns the body of the request, with another number of tokens unless that is 0."""
 
     def noise_floor(self, alone: Sequence[Observation], dtypes: Sequence[str]) -> NoiseFloor:
         """Return the noise floor of the server from its base rows.
@@ -118,12 +121,7 @@ class Comparison:
 
     def _request(self, one: Observation, tokens: int = 0) -> str:
         """Return the command that sends a request again. tokens: number of tokens to generate; 0: as before."""
-        body = {
-            "model": one.request.served_as, "prompt": list(one.context), "max_tokens": tokens or len(one.positions),
-            "temperature": 0, "logprobs": TOP, "return_tokens_as_token_ids": True, "ignore_eos": True,
-        }  # fmt: skip
-        if not one.greedy:
-            body |= {"prompt": [*one.context, *one.tokens], "max_tokens": 1, "echo": True}
+        body = self.again(one, tokens)
         headers = f"""-H "Authorization: Bearer ${TOKEN_VARIABLE}" -H 'Content-Type: application/json'"""
         return f"curl {shlex.quote(self.url + '/v1/completions')} {headers} -d {shlex.quote(json.dumps(body))}"
 

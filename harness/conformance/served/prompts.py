@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.conformance.adapter_files.adapter_config import read_json_object
 from harness.console import foreign_output
 from harness.errors import UsageError
 from harness.resources import user_path
@@ -76,11 +76,9 @@ def drawn(folder: Path, seed: int) -> list[list[int]]:
     """
     path = folder / "config.json"
     hint = "--base-model needs the folder of the base: config.json and model.safetensors"
+    config = read_json_object(path, hint)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
         size = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
-    except OSError as error:
-        raise UsageError(f"cannot be read ({error.strerror})", where=str(path), hint=hint) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError("has no vocabulary size", where=str(path), hint=hint) from error
     special = {one for key in ("bos", "eos", "pad") for one in _listed(config.get(f"{key}_token_id"))}

@@ -14,7 +14,7 @@ from harness.conformance.adapter_files.reference_logits import reference_logits
 from harness.conformance.served.rows import Score
 from harness.conformance.served.session import Observation
 from harness.conformance.subject import DTYPES
-from harness.console import foreign_output
+from harness.console import hold_output
 from harness.errors import UsageError
 
 
@@ -28,7 +28,7 @@ def score(
     """
     sequences = list(dict.fromkeys(one.context + one.tokens[:-1] for one in observations))
     transformers.utils.logging.disable_progress_bar()
-    with foreign_output(), torch.no_grad():
+    with hold_output(), torch.no_grad():
         logits = reference_logits(base, adapter, sequences, DTYPES[dtype])
     # The softmax is always computed in float64, so that it adds no error to those of the logits.
     largest = max(

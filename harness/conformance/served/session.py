@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from harness.conformance.served.answers import Position
 from harness.conformance.served.client import Client, RequestRefusedError
@@ -178,20 +179,32 @@ class Session:
 
     def _send(self, requests: Sequence[Request], workers: int, meanwhile: Callable[[], None] | None = None) -> None:
         """Send requests from `workers` threads. Keep the answers even if a request fails or the user interrupts."""
-        with ThreadPoolExecutor(workers) as pool:
-            futures: list[Future[Observation]] = [pool.submit(self._observe, request) for request in requests]
-            try:
-                if meanwhile is not None:
-                    meanwhile()
-                for future in as_completed(futures):
-                    future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                self.client.abort()
-                raise
-            finally:
-                done = (one for one in futures if one.done() and not one.cancelled() and one.exception() is None)
-                self.observations += [one.result() for one in done]
+        try:
+            with ThreadPoolExecutor(workers) as pool:
+                futures: list[Future[Observation]] = [pool.submit(self._observe, request) for request in requests]
+                try:
+                    if meanwhile is not None:
+                        meanwhile()
+                    for future in as_completed(futures):
+                        future.result()
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    self.client.abort()
+                    raise
+                finally:
+                    done = (one for one in futures if one.done() and not one.cancelled() and one.exception() is None)
+                    self.observations += [one.result() for one in done]
+        finally:
+            self.client.reopen()  # all threads have ended; the adapters are still to be unloaded
+
+    def again(self, one: Observation, tokens: int = 0) -> dict[str, Any]:
+        """Return the body of the request that was answered, in the dialect of the server.
+
+        tokens: number of tokens to generate; 0: as before.
+        """
+        echo = one.request.phase is Phase.ECHO
+        tokens = tokens or (1 if echo else self.tokens)
+        return self.client.body(one.request.served_as, self._sent(one.request.prompt), tokens, echo)
 
     def _observe(self, request: Request) -> Observation:
         prompt, echo = tuple(self.prompts[request.prompt]), request.phase is Phase.ECHO

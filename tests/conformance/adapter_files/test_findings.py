@@ -20,6 +20,7 @@ from harness.methods.base_model import empty_base
 Files = tuple[dict[str, Any], dict[str, Tensor]]
 Spoil = Callable[[dict[str, Any], dict[str, Tensor]], object]
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
+NORM = "base_model.model.model.norm.weight"
 HEAD = "base_model.model.lm_head.weight"
 
 
@@ -69,6 +70,15 @@ def add_tokens(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     tensors[HEAD] = torch.cat([tensors[HEAD], tensors[HEAD][:2]])
 
 
+def add_embeddings(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors.update({HEAD: torch.ones(50, 12), "base_model.model.model.embed_tokens.weight": torch.ones(50, 12)})
+
+
+def adapt_a_block(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    config.update(target_modules=[*config["target_modules"], "mlp"])
+    tensors.update({f"base_model.model.model.layers.0.mlp.lora_{half}.weight": torch.ones(4, 4) for half in "AB"})
+
+
 BROKEN: list[tuple[str, str, Spoil]] = [
     ("empty", "plain", lambda config, tensors: tensors.clear()),
     ("prefix", "plain", lambda config, tensors: tensors.update({Q[11:]: tensors.pop(f"{Q}.lora_A.weight")})),
@@ -90,7 +100,6 @@ BROKEN: list[tuple[str, str, Spoil]] = [
     ("magnitude", "plain", lambda config, tensors: config.update(use_dora=True)),
     ("lora-bias", "lora_bias", lambda config, tensors: config.update(lora_bias=False)),
     ("bias", "bias_all", lambda config, tensors: config.update(bias="none")),
-    ("bias", "plain", lambda config, tensors: config.update(bias="all")),
     ("unused-pattern", "plain", lambda config, tensors: config.update(alpha_pattern={"k_proj": 16})),
     ("other-base", "conv1d", no_change),
     ("unmatched-key", "unmatched_keys", no_change),
@@ -99,9 +108,12 @@ BROKEN: list[tuple[str, str, Spoil]] = [
         "plain",
         lambda config, tensors: config.update(target_modules=[*config["target_modules"], "o_proj"]),
     ),
-    ("undeclared", "modules_to_save", lambda config, tensors: config.update(modules_to_save=["model.norm"])),
+    ("missing-module", "plain", lambda config, tensors: config.update(modules_to_save=["norm"])),
+    ("undeclared", "plain", lambda config, tensors: tensors.update({NORM: torch.ones(12)})),
     ("shape", "plain", add_rows),
     ("vocabulary", "modules_to_save", add_tokens),
+    ("resized", "plain", add_embeddings),
+    ("not-judged", "plain", adapt_a_block),
     ("unsupported", "plain", lambda config, tensors: config.update(init_lora_weights="pissa")),
 ]
 

@@ -1,0 +1,112 @@
+"""The adapter_config.json of a LoRA: read it, and refuse values that have no meaning."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UsageError
+
+CONFIG = "adapter_config.json"
+_TYPES = {
+    "r": int, "lora_alpha": (int, float), "use_rslora": bool, "use_dora": bool, "lora_bias": bool, "bias": str,
+    "rank_pattern": dict, "alpha_pattern": dict, "target_modules": (str, list), "exclude_modules": (str, list),
+    "target_parameters": list, "modules_to_save": list, "layers_to_transform": (int, list),
+    "layers_pattern": (str, list), "task_type": str, "auto_mapping": dict,
+}  # fmt: skip
+"""Key of the config -> types of its value in JSON. null stands for the default."""
+_ELEMENTS = {
+    "target_modules": str, "exclude_modules": str, "target_parameters": str, "modules_to_save": str,
+    "layers_pattern": str, "layers_to_transform": int,
+}  # fmt: skip
+"""Key of the config -> type of each element, if its value is a list."""
+_WORDS = {
+    "bias": ("none", "all", "lora_only"),
+    "task_type": ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"),
+}
+"""Key of the config -> the values that peft knows."""
+_LARGEST = 2**31
+"""Largest rank and alpha that are accepted. No layer has so many features."""
+_AS_PEFT = "write it as peft's `save_pretrained` does"
+
+
+def read_json_object(path: Path, hint: str) -> dict[str, Any]:
+    """Return the JSON object in a file. hint: advice to show in the error.
+
+    Raises UsageError if the file is missing, cannot be read or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot be read ({error.strerror})", where=str(path), hint=hint) from error
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise UsageError(f"is not JSON ({error})", where=str(path), hint=hint) from error
+    except RecursionError as error:
+        raise UsageError(
+            "is not JSON that can be read (too many nested brackets)", where=str(path), hint=hint
+        ) from error
+    if not isinstance(content, dict):
+        raise UsageError("is not a JSON object", where=str(path), hint=hint)
+    return content
+
+
+def require_lora(config: Mapping[str, Any], where: Path) -> None:
+    """Raise UsageError unless the config is that of a LoRA, and every value has a meaning. where: the file."""
+    for what, hint in _mistakes(config):
+        raise UsageError(what, where=str(where), hint=hint)
+
+
+def _mistakes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield mistakes in a config, each with a hint. A mistake is found only if those before it are repaired."""
+    if (kind := config.get("peft_type")) != "LORA":
+        hint = "`peft-harness check PATH` judges LoRA adapters: peft_type LORA"
+        yield f"unknown type of adapter: peft_type is {_short(kind)}", hint
+    for key, types in _TYPES.items():
+        if (value := config.get(key)) is not None and not _is(value, types):
+            yield f"{key} is {_short(value)}", _AS_PEFT
+    for key, element in _ELEMENTS.items():
+        for value in config[key] if isinstance(config.get(key), list) else ():
+            if not _is(value, element):
+                yield f"{key} has the element {_short(value)}", _AS_PEFT
+    for key, types in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+        for pattern, value in (config.get(key) or {}).items():
+            if not _is(value, types) or not 0 < value <= _LARGEST:
+                number = "an integer of at least 1" if types is int else "a positive number"
+                yield f"{key}: {_short(pattern)} is {_short(value)}", f"write {number}, at most {_LARGEST}"
+    if (rank := config.get("r")) is not None and not 1 <= rank <= _LARGEST:
+        yield f"r is {_short(rank)}", f"a rank is at least 1, and at most {_LARGEST}"
+    if (alpha := config.get("lora_alpha")) is not None and not abs(alpha) <= _LARGEST:
+        yield f"lora_alpha is {_short(alpha)}", f"write a number of at most {_LARGEST}"
+    for key, words in _WORDS.items():
+        if (word := config.get(key)) is not None and word not in words:
+            yield f"{key} is {_short(word)}", f"write one of {', '.join(words)}"
+    for key, pattern in _patterns(config):
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            hint = "a dot, a bracket or a star has a special meaning; `\\.` stands for a dot"
+            yield f"{key}: {_short(pattern)} is not a regular expression ({error})", hint
+
+
+def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the values that peft uses as regular expressions, each with its key."""
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), str):
+            yield key, config[key]
+    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_pattern"):
+        found = config.get(key) or ()
+        for pattern in [found] if isinstance(found, str) else found:
+            yield key, pattern
+
+
+def _is(value: Any, types: Any) -> bool:
+    """Return whether a value has one of these types. A boolean is no number."""
+    return isinstance(value, types) and not (isinstance(value, bool) and types is not bool)
+
+
+def _short(value: Any) -> str:
+    text = f"{len(str(abs(value)))} digits" if isinstance(value, int) and abs(value) > 10**18 else repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"

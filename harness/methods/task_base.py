@@ -1,0 +1,110 @@
+"""The base model that an adapter was trained on: the class for its task, and the number of labels of its head.
+
+A classifier is usually trained on a base that was saved as a causal model. Its head is in the adapter's file alone.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from harness.errors import Unsupported
+from harness.methods.base_model import empty_model, read_config
+
+_MAPPINGS = {
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "FEATURE_EXTRACTION": "MODEL_MAPPING_NAMES",
+}
+"""task_type of peft -> the table in transformers from a model_type to the class for this task."""
+WITH_LABELS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""Tasks whose head is new: its number of labels is that of the adapter."""
+_MARK = 7919
+"""A number of labels that no other size of a model equals. It shows which sizes are the number of labels."""
+
+
+def task_base(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Path:
+    """Return a folder with the base model of the class on which an adapter was trained.
+
+    folder: the base. config: content of the adapter_config.json. shapes: name of a module or parameter in the base -> shape
+    of a tensor of the adapter for it. If the class and the number of labels are those of the base's config.json, the
+    result is `folder`. Otherwise it is a temporary folder with a changed config.json and links to the other files, which
+    is removed when the process ends. Raises Unsupported if transformers has no class for this task and base, and
+    UsageError if the base cannot be read.
+    """
+    task = config.get("task_type")
+    base: Any = read_config(folder)
+    found = list(_candidates(base, task, config))
+    if not found:
+        raise Unsupported(f"transformers has no class for task_type {task} and model_type {base.model_type}")
+    fitting = found[0]
+    if len(found) > 1:
+        fitting = next((name for name in found if _has_any(folder, name, shapes)), fitting)
+    labels = _labels(folder, fitting, shapes) if task in WITH_LABELS else 0
+    if [fitting] == list(base.architectures or ()) and labels in (0, base.num_labels):
+        return folder
+    return _changed(folder.resolve(), fitting, labels).path
+
+
+def _candidates(base: Any, task: str | None, config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield names of classes of transformers for this task, the most likely one first."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    own = list(base.architectures or ())[:1]
+    table: Mapping[str, Any] = getattr(modeling_auto, _MAPPINGS.get(task or "", ""), {})
+    of_task = table.get(base.model_type, ())
+    of_task = [of_task] if isinstance(of_task, str) else list(of_task)
+    if task in WITH_LABELS:
+        names = own if set(own) & set(table.values()) else of_task
+    elif task is None:
+        names = [(config.get("auto_mapping") or {}).get("base_model_class", ""), *own]
+    else:
+        names = [*own, *of_task] if task != "FEATURE_EXTRACTION" else [*of_task, *own]
+    known = [name for name in names if isinstance(name, str) and hasattr(transformers, name)]
+    yield from dict.fromkeys(known)
+
+
+def _has_any(folder: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    return any(path in shapes for path, _ in empty_model(folder, name).named_modules())
+
+
+def _labels(folder: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the number of labels that the adapter gives the head. 0 if it has no head."""
+    for parameter, tensor in empty_model(folder, name, _MARK).named_parameters():
+        if _MARK in tensor.shape[:1] and shapes.get(parameter):
+            return int(shapes[parameter][0])
+    return 0
+
+
+@dataclass(frozen=True)
+class _View:
+    """A temporary folder. It disappears with this object."""
+
+    folder: tempfile.TemporaryDirectory[str]
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder.name)
+
+
+@cache
+def _changed(folder: Path, name: str, labels: int) -> _View:
+    view = _View(tempfile.TemporaryDirectory(prefix="base-"))
+    for file in folder.iterdir():
+        if file.name != "config.json":
+            (view.path / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"architectures": [name]}
+    if labels:
+        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
+        config["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
+    (view.path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return view
