@@ -86,6 +86,11 @@ def positions(folder: Path) -> int | None:
     return most if isinstance(most, int) and most > 0 else None
 
 
+def model_type(folder: Path) -> str:
+    """Return the `model_type` of a model's config, e.g. `llama`. If there is none, return an empty string."""
+    return str(_config(folder).get("model_type") or "")
+
+
 def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: Path) -> None:
     """Raise AssetError if the config has an architecture that no Cell can score.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
+from harness.assets import model_folder
 from harness.cell.job import Job
 from harness.methods.registry import Registry, discover, entry_points_by_name
 
@@ -20,7 +22,7 @@ def modules(job: Job, registry: Registry) -> list[str]:
 
 
 def shared(job: Job) -> list[str]:
-    """Return the modules of a Cell that a fork server imports.
+    """Return the modules of a Cell that a fork server imports: those it needs, and that of its model's classes.
 
     A plug-in of another distribution is imported in the worker only. It could start threads, which no fork would have.
     """
@@ -34,7 +36,9 @@ def shared(job: Job) -> list[str]:
             ("base", cell.base.quantization, cell.base.implementation),
         )
     ]
-    return sorted({module for requires in offered for module in requires} | {*_always(job)})
+    model_type = model_folder.model_type(Path(job.model.path))
+    classes = [f"transformers.models.{model_type}.modeling_{model_type}"] if model_type.isidentifier() else []
+    return sorted({module for requires in offered for module in requires} | {*_always(job), *classes})
 
 
 def _always(job: Job) -> list[str]:

@@ -5,6 +5,7 @@ Standard input is the socket of a `ForkServer`. Each fork runs one Cell, as `har
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -28,7 +29,8 @@ def main(argv: list[str]) -> int:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(lifeline, sys.stdin.fileno())
     for module in (*_OF_EACH_CELL, *modules):
-        import_module(module)
+        with contextlib.suppress(ImportError):  # the worker tries again, and says what is missing
+            import_module(module)
     environment.code_version()
     gc.collect()
     gc.freeze()  # a collection in a fork would otherwise copy each page with an object
