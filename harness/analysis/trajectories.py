@@ -163,9 +163,9 @@ def _training_settings(cell: Cell) -> dict[str, object]:
     """Return the settings of a Cell that determine its losses in exact arithmetic.
 
     These are all settings except the implementation, its environment, the dtype, the evaluation, and how a step is computed
-    (`accumulate`, `checkpointing`, `compile`, `layerwise`).
+    (`accumulate`, `checkpointing`, `compile`, `layerwise`, `loop`).
     """
-    how = {"accumulate", "checkpointing", "compile", "layerwise"}
+    how = {"accumulate", "checkpointing", "compile", "layerwise", "loop"}
     return cell.model_dump(
         mode="json",
         exclude={"implementation": True, "environment": True, "dtype": True, "evaluation": True, "training": how},

@@ -86,6 +86,13 @@ def positions(folder: Path) -> int | None:
     return most if isinstance(most, int) and most > 0 else None
 
 
+def dropout(folder: Path) -> str:
+    """Return the key of a model's config that sets a dropout above 0. If there is none, return an empty string."""
+    config = _config(folder)
+    drops = (key for key, value in config.items() if key.endswith(("_pdrop", "dropout")) and isinstance(value, float) and value)
+    return next(drops, "")
+
+
 def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: Path) -> None:
     """Raise AssetError if the config has an architecture that no Cell can score.
 

@@ -12,7 +12,7 @@ from harness.cell import weight_changes
 from harness.cell.cell_run import CellRun
 from harness.cell.data import CellData, RandomData
 from harness.cell.measure.memory import tensor_bytes
-from harness.cell.training import loop, optimizers
+from harness.cell.training import loop, loops, optimizers
 from harness.cell.training import model as models
 from harness.cell.training.counted_step import copied_B, step_peak
 from harness.cell.weight_changes import UpdateTracker
@@ -84,7 +84,7 @@ def train(
 
     layerwise = optimizers.layerwise(optimizer, cell.training)
     with run.clock.phase("train"):
-        samples = loop.train(
+        samples = loops.find(cell.training.loop).train(
             adapted, parameters, batches, optimizer, schedule, cell.seed, report, cell.training.accumulate, layerwise
         )
     trainable = [*adapted.parameters(), *parameters]
@@ -131,7 +131,9 @@ def _step_peak(
         return None
     with run.clock.phase("count"):
         try:
-            return step_peak(subject.adapted, head, data.batches, optimizer, run.cell.training.accumulate)
+            training = run.cell.training
+            one_step = loops.find(training.loop).step
+            return step_peak(subject.adapted, head, data.batches, optimizer, training.accumulate, one_step)
         except (MemoryError, RuntimeError) as error:
             if not shortage(error):
                 raise
