@@ -177,15 +177,15 @@ def step(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimi
 
     seed: the seed for the global random state, which is set again before each further attempt in float16.
     """
-    loss = _backward(adapted, parts, optimizer)
+    loss = backward(adapted, parts, optimizer)
     while isinstance(optimizer, MasterWeights) and bool(loss.isfinite()) and optimizer.lower_loss_scale():
         torch.manual_seed(seed)
-        loss = _backward(adapted, parts, optimizer)
+        loss = backward(adapted, parts, optimizer)
     optimizer.step()
     return loss
 
 
-def _backward(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimizer) -> Tensor:
+def backward(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimizer) -> Tensor:
     """Compute the gradients, and return the task's loss over all parts.
 
     The gradients include the Method's own term of the loss; the returned loss does not.

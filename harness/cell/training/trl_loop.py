@@ -25,6 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from harness.cell.training import loop
 from harness.cell.training.batches import Batch
 from harness.cell.training.loop import StepLog, StepSamples
+from harness.cell.training.passed_optimizer import PassedOptimizer
 from harness.errors import Unsupported
 from harness.methods.spec import Adapted
 from reference.shared.layerwise import Layerwise
@@ -77,7 +78,7 @@ def train(
     log = StepLog(adapted, optimizer, len(batches), report)
     watch = _Watch(adapted, loop.trainable(adapted, head), optimizer, log, seed)
     parts = [part for batch in batches for part in batch.parts(accumulate)]
-    _run(adapted, parts, accumulate, (_Passed(optimizer), schedule), watch, settings or Settings())
+    _run(adapted, parts, accumulate, (PassedOptimizer(optimizer), schedule), watch, settings or Settings())
     return log.samples
 
 
@@ -87,7 +88,7 @@ def step(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimi
     seed: as in `loop.step`; not used.
     """
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    _run(adapted, parts, len(parts), (_Passed(optimizer), schedule), _OneStep(adapted), Settings())
+    _run(adapted, parts, len(parts), (PassedOptimizer(optimizer), schedule), _OneStep(adapted), Settings())
 
 
 def refuse(adapted: Adapted, batches: Sequence[Batch]) -> None:
@@ -99,42 +100,6 @@ def refuse(adapted: Adapted, batches: Sequence[Batch]) -> None:
     if of_adapter or any(layer is output and not isinstance(layer, nn.Linear) for layer in adapted.layers.values()):
         # trl multiplies by `lm_head.weight` itself, so an adapter of this layer would be ignored.
         raise Unsupported("SFTTrainer ignores an adapter of the output layer; leave it out of `targets`")
-
-
-class _Passed(torch.optim.Optimizer):
-    """The Cell's optimizer as accelerate sees it: the same groups, states and steps, but nothing is loaded into it.
-
-    accelerate loads an optimizer's own states into it. That would cast float32 masters and 8-bit codes to the dtype of the
-    parameters.
-    """
-
-    def __init__(self, inner: torch.optim.Optimizer) -> None:
-        self.inner, self.defaults = inner, inner.defaults
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The groups of the Cell's optimizer."""
-        return self.inner.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The states of the Cell's optimizer."""
-        return self.inner.state
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing, because nothing is saved."""
-        return {}
-
-    def load_state_dict(self, state_dict: Any) -> None:
-        """Do nothing."""
-
-    def step(self, closure: Any = None) -> Any:
-        """Take a step of the Cell's optimizer."""
-        return self.inner.step()  # type: ignore[call-arg]
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients."""
-        self.inner.zero_grad(set_to_none=set_to_none)
 
 
 class _OneStep(TrainerCallback):  # type: ignore[misc]
