@@ -88,9 +88,8 @@ def positions(folder: Path) -> int | None:
 
 def dropout(folder: Path) -> str:
     """Return the key of a model's config that sets a dropout above 0. If there is none, return an empty string."""
-    config = _config(folder)
-    drops = (key for key, value in config.items() if key.endswith(("_pdrop", "dropout")) and isinstance(value, float) and value)
-    return next(drops, "")
+    shares = {key: value for key, value in _config(folder).items() if key.endswith(("_pdrop", "dropout"))}
+    return next((key for key, value in shares.items() if isinstance(value, float) and value > 0), "")
 
 
 def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: Path) -> None:

@@ -242,8 +242,8 @@ def virtual_tokens(config: Mapping[str, Any]) -> int:
 
 
 _ABOUT = (
-    f"Path of an {FILE}, relative to the suite's folder, or its keys. With {', '.join(map(str.lower, VIRTUAL_TOKENS))} virtual "
-    "tokens precede every text and take positions of the model. Not supported: "
+    f"Path of an {FILE}, relative to the suite's folder, or its keys. With {', '.join(map(str.lower, VIRTUAL_TOKENS))} "
+    "virtual tokens precede every text and take positions of the model. Not supported: "
     f"{', '.join(map(str.lower, _UNSUPPORTED_TYPES))}; of LoRA {', '.join((*_UNSUPPORTED_KEYS, *_UNSUPPORTED_INITS))}. "
     "Without a reference there is no parity check, so reports do not compare the times of such a Cell."
 )

@@ -28,12 +28,33 @@ PARTS = 2
 _DRAWS = (None, *range(PERTURBED_DRAWS))
 
 
+class Yardstick:
+    """Trainings of the reference by the harness's own loop. All loops and implementations of a Method share them."""
+
+    def __init__(self, trainee: Trainee) -> None:
+        self._trainee = trainee.of_reference(trainee.dtype)
+        self._draws: list[Observed] = []
+
+    @cached_property
+    def truth(self) -> Observed:
+        """The training in float64."""
+        return observe(loop.train, self._trainee.of_reference("float64"))
+
+    def draws(self) -> Iterator[Observed]:
+        """Yield trainings in the trainee's dtype, with other rounding errors each."""
+        for index, seed in enumerate(_DRAWS):
+            if index == len(self._draws):
+                self._draws.append(observe(loop.train, self._trainee, seed))
+            yield self._draws[index]
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What a loop did to a trainee, and what the harness's own loop does to the reference."""
 
     trainee: Trainee
     train: Callable[..., StepSamples]
+    yardstick: Yardstick
 
     @cached_property
     def whole(self) -> Observed:
@@ -45,16 +66,6 @@ class Evidence:
         """The training, with each batch in several parts."""
         recipe = self.trainee.recipe.model_copy(update={"accumulate": PARTS})
         return observe(self.train, replace(self.trainee, recipe=recipe))
-
-    @cached_property
-    def truth(self) -> Observed:
-        """The reference in float64, trained by the harness's loop."""
-        return observe(loop.train, self.trainee.of_reference("float64"))
-
-    def draws(self) -> Iterator[Observed]:
-        """Yield trainings of the reference in the trainee's dtype by the harness's loop, with other rounding errors."""
-        for seed in _DRAWS:
-            yield observe(loop.train, self.trainee.of_reference(self.trainee.dtype), seed)
 
 
 Findings = Judgement | list[str]
@@ -122,12 +133,12 @@ def _gradients(trainee: Trainee, seen: Observed) -> Findings:
 def check_losses(evidence: Evidence) -> Findings:
     """The reported loss of every step is that of the float64 reference in the harness's loop, up to the noise of the dtype:
     the rule of `same-losses` in a suite."""
-    truth, mine = evidence.truth.samples.losses, evidence.whole.samples.losses
+    truth, mine = evidence.yardstick.truth.samples.losses, evidence.whole.samples.losses
     if len(mine) != len(truth):
         return [f"{len(mine)} losses, should be {len(truth)}"]
     noises: list[list[float]] = []
     judgement = Judgement(False, None, None, "", "", "", 0)
-    for draw in evidence.draws():
+    for draw in evidence.yardstick.draws():
         noises.append([max(pair) for pair in zip(_errors(draw.samples.losses, truth), *noises[-1:], strict=True)])
         allowed = trajectories.allowed_errors(truth, noises[-1], evidence.trainee.dtype)
         errors = _errors(mine, truth)
@@ -150,8 +161,10 @@ def _errors(losses: list[float], truth: list[float]) -> list[float]:
 
 def check_weights(evidence: Evidence) -> Findings:
     """The last step leaves every trained tensor where the float64 reference in the harness's loop leaves it."""
-    draws = (draw.end for draw in evidence.draws())
-    return carried_noise(evidence.whole.end, evidence.truth.end, draws, evidence.trainee.dtype, TRAJECTORY_FACTOR)
+    draws = (draw.end for draw in evidence.yardstick.draws())
+    return carried_noise(
+        evidence.whole.end, evidence.yardstick.truth.end, draws, evidence.trainee.dtype, TRAJECTORY_FACTOR
+    )
 
 
 def check_method_steps(evidence: Evidence) -> Findings:
@@ -179,18 +192,17 @@ CHECKS: dict[str, Callable[[Evidence], Findings]] = {
 """Name -> check."""
 
 
-def outcomes(name: str, train: Callable[..., StepSamples], trainee: Trainee) -> Iterator[CheckOutcome]:
-    """Run all checks of a loop on one trainee, and yield their outcomes. name: the loop's name."""
-    evidence = Evidence(trainee, train)
-    for check, function in CHECKS.items():
-        yield CheckOutcome(
-            implementation=f"{trainee.implementation} in {name}",
-            kind="method",
-            target=trainee.method,
-            dtype=trainee.dtype,
-            case=f"tiny Llama, {trainee.recipe.steps} steps",
-            result=_result(str(CheckId(trainee.method, check, trainee.dtype, "trained")), function(evidence)),
-        )
+def outcome_of(name: str, check: str, evidence: Evidence) -> CheckOutcome:
+    """Run one check of a loop, and return its outcome. name: the loop's name."""
+    trainee = evidence.trainee
+    return CheckOutcome(
+        implementation=f"{trainee.implementation} in {name}",
+        kind="method",
+        target=trainee.method,
+        dtype=trainee.dtype,
+        case=f"tiny Llama, {trainee.recipe.steps} steps",
+        result=_result(str(CheckId(trainee.method, check, trainee.dtype, "trained")), CHECKS[check](evidence)),
+    )
 
 
 def _result(check: str, found: Findings) -> CheckResult:
@@ -205,4 +217,3 @@ def _result(check: str, found: Findings) -> CheckResult:
         check=check, outcome=Outcome.PASS if found.passed else Outcome.FAIL, error=found.error, allowed=found.allowed,
         tensor=found.tensor, worst=found.worst, policy=found.policy, nonfinite=found.nonfinite,
     )  # fmt: skip
-

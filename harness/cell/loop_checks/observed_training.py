@@ -142,8 +142,9 @@ def observe(train: Callable[..., StepSamples], trainee: Trainee, moved_by: int |
     passed: Rows = []
 
     def see_pass(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        ids, mask = keywords["input_ids"].tolist(), keywords["attention_mask"].tolist()
-        passed.extend(tuple(t for t, real in zip(*pair, strict=True) if real) for pair in zip(ids, mask, strict=True))
+        ids = keywords["input_ids"]
+        mask = keywords.get("attention_mask", torch.ones_like(ids)).bool()  # packed texts have no mask
+        passed.extend(tuple(row[real].tolist()) for row, real in zip(ids, mask, strict=True))
         seen.in_evaluation += not module.training
 
     def see_step() -> None:
@@ -178,13 +179,15 @@ class _WatchedOptimizer(PassedOptimizer):
         super().__init__(inner)
         self._before = before
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take a step."""
         self._before()
         super().step()
 
 
-def gradients_at(trainee: Trainee, weights: Sequence[dict[str, Tensor]], dtype: str, seed: int | None) -> dict[str, Tensor]:
+def gradients_at(
+    trainee: Trainee, weights: Sequence[dict[str, Tensor]], dtype: str, seed: int | None
+) -> dict[str, Tensor]:
     """Return the gradients of the reference in `dtype` for each batch, at the given weights.
 
     weights: the trained tensors before each step. seed: seed of a random move of the weights, as in `attached`.

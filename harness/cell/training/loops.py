@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from harness.cell.training.loop import StepSamples
 from harness.records.record import Loop
@@ -18,6 +19,9 @@ class TrainingLoop:
     """Trains a model. It has the arguments, the result and the errors of `loop.train`."""
     step: Callable[..., object]
     """Takes one more step, so that its memory can be counted. It has the arguments of `loop.step`."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Option of the loop's library -> its default. `train` of a loop with options has two more arguments: `options`, and
+    `own_optimizer`, which tells whether the library makes its own optimizer and schedule."""
 
 
 def find(name: Loop) -> TrainingLoop:
@@ -25,7 +29,7 @@ def find(name: Loop) -> TrainingLoop:
     if name == "trl":
         from harness.cell.training import trl_loop
 
-        return TrainingLoop("trl", trl_loop.train, trl_loop.step)
+        return TrainingLoop("trl", trl_loop.train, trl_loop.step, trl_loop.defaults())
     from harness.cell.training import loop
 
     return TrainingLoop("harness", loop.train, loop.step)

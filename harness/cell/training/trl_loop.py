@@ -6,13 +6,14 @@ its defaults that would change training. This module imports trl, an optional de
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import datasets
@@ -46,16 +47,6 @@ _QUIET: Mapping[str, Any] = {
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
-@dataclass
-class Settings:
-    """Settings of SFTTrainer that differ from those of a Cell. Checks try them one at a time."""
-
-    config: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of SFTConfig and their values."""
-    own_optimizer: bool = False
-    """True if SFTTrainer makes its own optimizer and schedule."""
-
-
 def train(
     adapted: Adapted,
     head: Sequence[nn.Parameter],
@@ -66,19 +57,23 @@ def train(
     report: Callable[[int, float], None],
     accumulate: int = 1,
     layerwise: Layerwise | None = None,
-    settings: Settings | None = None,
+    *,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    own_optimizer: bool = False,
 ) -> StepSamples:
     """Train as `loop.train` does, but by SFTTrainer, and return the measured numbers of all steps.
 
     A step is timed from SFTTrainer's `on_step_begin` to the end of the optimizer's step. The time between two steps, in
     which SFTTrainer makes the next batch, is summed in `outside_seconds`. The gradients of the last step remain, as after
-    `loop.train`. Raises Unsupported for what SFTTrainer cannot do, and the errors of `loop.train`.
+    `loop.train`. options: fields of SFTConfig that differ from `ALIGNED`. own_optimizer: whether SFTTrainer makes its own
+    optimizer and schedule. Raises Unsupported for what SFTTrainer cannot do, and the errors of `loop.train`.
     """
     refuse(adapted, batches)
     log = StepLog(adapted, optimizer, len(batches), report)
     watch = _Watch(adapted, loop.trainable(adapted, head), optimizer, log, seed)
     parts = [part for batch in batches for part in batch.parts(accumulate)]
-    _run(adapted, parts, accumulate, (PassedOptimizer(optimizer), schedule), watch, settings or Settings())
+    optimizers = (None, None) if own_optimizer else (PassedOptimizer(optimizer), schedule)
+    _run(adapted, parts, accumulate, optimizers, watch, options)
     return log.samples
 
 
@@ -88,7 +83,12 @@ def step(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimi
     seed: as in `loop.step`; not used.
     """
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    _run(adapted, parts, len(parts), (PassedOptimizer(optimizer), schedule), _OneStep(adapted), Settings())
+    _run(adapted, parts, len(parts), (PassedOptimizer(optimizer), schedule), _OneStep(adapted), {})
+
+
+def defaults() -> dict[str, Any]:
+    """Return the default of each field of SFTConfig."""
+    return {one.name: one.default for one in dataclasses.fields(SFTConfig)}
 
 
 def refuse(adapted: Adapted, batches: Sequence[Batch]) -> None:
@@ -175,25 +175,25 @@ def _run(
     adapted: Adapted,
     parts: Sequence[Batch],
     accumulate: int,
-    optimizers: tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler],
+    optimizers: tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler] | tuple[None, None],
     watch: _OneStep,
-    settings: Settings,
+    options: Mapping[str, Any],
 ) -> None:
     """Train on `parts`, in their order. Each optimizer step takes `accumulate` of them."""
     device = parts[0].labels.device
     with tempfile.TemporaryDirectory() as folder, _restored(adapted.model), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers renames settings that trl still has
         values = {
-            **ALIGNED, **_QUIET, "output_dir": folder, "use_cpu": device.type == "cpu", "max_steps": len(parts) // accumulate,
-            "per_device_train_batch_size": len(parts[0].answers), "gradient_accumulation_steps": accumulate,
-            **settings.config,
+            **ALIGNED, **_QUIET, "output_dir": folder, "use_cpu": device.type == "cpu",
+            "max_steps": len(parts) // accumulate, "per_device_train_batch_size": len(parts[0].answers),
+            "gradient_accumulation_steps": accumulate, **options,
         }  # fmt: skip
         trainer = _Trainer(
             model=adapted.model,
             args=SFTConfig(**values),
             train_dataset=rows_of(parts),
             processing_class=_no_words(),
-            optimizers=(None, None) if settings.own_optimizer else optimizers,
+            optimizers=optimizers,
             watch=watch,
         )
         trainer.train()
@@ -235,7 +235,9 @@ def _restored(model: Any) -> Iterator[None]:
     finally:
         if not bar:
             datasets.enable_progress_bars()
-        for name in [name for name in vars(model) if name not in attributes and not isinstance(vars(model)[name], dict)]:
+        for name in [
+            name for name in vars(model) if name not in attributes and not isinstance(vars(model)[name], dict)
+        ]:
             delattr(model, name)
         for name, value in attributes.items():
             if vars(model).get(name) is not value:
