@@ -107,6 +107,12 @@ def train(
         initial_state_sha256=initial_state,
     )
     run.notes += loop.notes(optimizer, samples.losses)
+    if samples.outside_seconds is not None:
+        between = samples.outside_seconds / len(samples.losses)
+        run.notes.append(
+            f"trained by {cell.training.loop}; it spent {1000 * between:.3g} ms between two steps, on batches, schedule and "
+            "log, which step times leave out"
+        )
     if compiling:
         steps = ", ".join(map(str, compiling))
         run.notes.append(f"steps that recompiled: {steps}; tokens per second and joules include that, medians do not")

@@ -39,7 +39,7 @@ class FaultyLoop:
             losses = []
             for part in self.used(parts):
                 loss = loop.loss_of(adapted.model, self.seen(part)) * self.weight(part, batch, parts)
-                losses.append(float(loss))
+                losses.append(float(loss.detach()))
                 loss.backward()
             if (term := self.term(adapted)) is not None:
                 term.backward()
@@ -182,6 +182,6 @@ class StaysInEvaluation(FaultyLoop):
 
 
 FAULTS = [
-    Clips, SkipsTheLastPart, AveragesTheParts, WarmsUpFromZero, Shuffles, SkipsABatch, TrainsOnPrompts, ForgetsTheMethodsTerm,
-    ForgetsAfterStep, ReportsAMean, DecaysAgain, ChangesTheBase, StaysInEvaluation,
+    Clips, SkipsTheLastPart, AveragesTheParts, WarmsUpFromZero, Shuffles, SkipsABatch, TrainsOnPrompts,
+    ForgetsTheMethodsTerm, ForgetsAfterStep, ReportsAMean, DecaysAgain, ChangesTheBase, StaysInEvaluation,
 ]  # fmt: skip

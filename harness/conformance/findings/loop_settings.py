@@ -15,6 +15,7 @@ from harness.records.check import CheckId, CheckResult, Outcome
 from harness.resources import data_folder
 
 Effect = Literal["same", "changes", "refused"]
+_OUT_OF_SCOPE = ("dpo", "grpo")
 WORDS: dict[Effect, str] = {"same": "does not change training", "changes": "changes training", "refused": "is refused"}
 
 
@@ -102,6 +103,9 @@ def loops() -> list[str]:
 
 def load(loop: str) -> list[LoopSetting]:
     """Return the settings of a loop. Raises UsageError for an unknown loop, and SuiteError for mistakes in its file."""
+    if loop.lower() in _OUT_OF_SCOPE:
+        what = f"`{loop}` is no training loop of a suite: only supervised fine-tuning is checked; DPO and GRPO are out of scope"
+        raise UsageError(what, where="--loop", hint=f"write one of {', '.join(loops())}")
     if loop not in loops():
         raise UsageError(f"unknown loop `{loop}`", where="--loop", hint=did_you_mean(loop, loops(), "there are"))
     return yaml_lines.load_model(_folder() / f"{loop}.yaml", _Table)[1].settings
