@@ -13,7 +13,7 @@ from harness.report.table_model import Table, column, grouped
 if TYPE_CHECKING:
     from harness.conformance.findings.report import CheckReport
 
-_HEAD = ("setting", "tried", "default", "first loss", "worst loss", "from step", "weights", "training")
+_HEAD = ("setting", "tried", "training", "default", "first loss", "worst loss", "from step", "weights")
 _NUMBERS: tuple[tuple[str, str, Callable[[SettingFound], float | int | None]], ...] = (
     ("first loss, nats", "Distance of the first loss from that of the harness's loop", lambda one: one.first),
     ("worst loss, nats", "Largest distance of a loss over all steps", lambda one: one.worst),
@@ -27,10 +27,10 @@ def lines(report: CheckReport) -> list[str]:
     if not report.settings:
         return []
     rows = [
-        [one.setting.name, _value(one), _default(one), *(_number(of(one)) for *_, of in _NUMBERS), WORDS[one.effect]]
+        [one.setting.name, _value(one), one.effect, _default(one), *(_number(of(one)) for *_, of in _NUMBERS)]
         for one in report.settings
     ]
-    return ["", *align_columns([_HEAD, *rows], right=range(3, 7), indent="")]
+    return ["", *align_columns([_HEAD, *rows], right=range(4, 8), indent="")]
 
 
 def section(report: CheckReport) -> Table | None:
@@ -38,15 +38,15 @@ def section(report: CheckReport) -> Table | None:
     if not report.settings:
         return None
     columns = [
-        column("tried", number=False), column("SFTConfig's default", number=False),
-        *(column(label, title) for label, title, _ in _NUMBERS),
-        column("training", number=False), column("meaning", number=False),
+        column("tried", number=False), column("training", "Effect on training", number=False),
+        column("default", "Whether this is the default of SFTConfig", number=False),
+        *(column(label, title) for label, title, _ in _NUMBERS), column("meaning", number=False),
     ]  # fmt: skip
     rows = [
         {
             "name": one.setting.name, "title": one.setting.name, "anchor": one.slug, "record": "", "href": "",
-            "fields": [_text(_value(one)), _text(_default(one)), *(_measured(of(one), one) for *_, of in _NUMBERS),
-                       _effect(one), _text(one.because or one.setting.about)],
+            "fields": [_text(_value(one)), _effect(one), _text(_default(one)),
+                       *(_measured(of(one), one) for *_, of in _NUMBERS), _text(one.because or one.setting.about)],
         }
         for one in report.settings
     ]  # fmt: skip
@@ -81,4 +81,4 @@ def _measured(value: float | int | None, one: SettingFound) -> Field:
 def _effect(one: SettingFound) -> Field:
     surprise = one.effect != one.setting.effect
     why = f"the table says that it {WORDS[one.setting.effect]}" if surprise else ""
-    return field(WORDS[one.effect], WORDS[one.effect], tone="bad" if surprise else "quiet", why=why)
+    return field(one.effect, one.effect, tone="bad" if surprise else "", why=why)

@@ -63,7 +63,7 @@ def test_a_cell_trained_by_sfttrainer_has_the_losses_of_the_harness(sandbox: San
     assert record.measurements is not None
     assert record.measurements.training is not None
     assert record.measurements.training.outside_seconds is not None
-    assert record.measurements.memory.step_peak_B
+    assert record.measurements.memory.counted_peak_B
     assert "trl" in record.environment.software
     assert any(note.startswith("trained by trl; it spent") for note in record.notes)
     assert [judged.verdict.word for judged in verdict.judge(run).judgements] == [VerdictKind.PASS]

@@ -85,12 +85,8 @@ def test_what_trl_cannot_do_is_refused_with_its_line(
 
 
 def test_an_encoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, err = mistakes(
-        tmp_path,
-        capsys,
-        "model: tiny-llama\n    task: toy-sentiment",
-        "model: 'shape:roberta-base'\n    task: synthetic",
-    )
+    old, new = "tiny-llama\n    task: toy-sentiment", "'shape:roberta-base'\n    task: synthetic"
+    code, err = mistakes(tmp_path, capsys, old, new)
     assert code == Exit.USAGE
     assert "shape:roberta-base is an encoder" in err
 

@@ -104,7 +104,7 @@ def loops() -> list[str]:
 def load(loop: str) -> list[LoopSetting]:
     """Return the settings of a loop. Raises UsageError for an unknown loop, and SuiteError for mistakes in its file."""
     if loop.lower() in _OUT_OF_SCOPE:
-        what = f"`{loop}` is no training loop of a suite: only supervised fine-tuning is checked; DPO and GRPO are out of scope"
+        what = f"`{loop}` is no loop of supervised fine-tuning; DPO and GRPO are out of scope"
         raise UsageError(what, where="--loop", hint=f"write one of {', '.join(loops())}")
     if loop not in loops():
         raise UsageError(f"unknown loop `{loop}`", where="--loop", hint=did_you_mean(loop, loops(), "there are"))
