@@ -25,7 +25,16 @@ def test_the_effect_of_a_setting_is_on_the_page_on_the_terminal_and_in_the_docum
     whole = report(FOUND)
     assert whole.exit is Exit.PASS
     (line,) = [line for line in check_terminal.matrix(whole) if line.startswith("max_grad_norm")]
-    assert line.split() == ["max_grad_norm", "max_grad_norm=1.0", "changes", "yes", "5.0e-07", "2.0e-02", "3", "4.0e-03"]
+    assert line.split() == [
+        "max_grad_norm",
+        "max_grad_norm=1.0",
+        "changes",
+        "yes",
+        "5.0e-07",
+        "2.0e-02",
+        "3",
+        "4.0e-03",
+    ]
     page = Page(check_page.render(whole))
     assert "Does this training loop train as the recipe says?" in page.text
     assert "max_grad_norm=1.0" in page.text
