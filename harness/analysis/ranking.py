@@ -25,9 +25,9 @@ Priors = tuple[Prior | None, Prior | None]
 class Budget:
     """Settings that must be equal before two accuracies may be ranked.
 
-    Learning rates may differ, because each method chooses its own. `accumulate`, `checkpointing`, `compile` and
-    `layerwise` may differ, because they change the cost of a step, but not its result. Optimizers may differ, because
-    names and reports show them.
+    Learning rates may differ, because each method chooses its own. `accumulate`, `checkpointing`, `compile`, `layerwise`
+    and `loop` may differ, because they change the cost of a step, but not its result. Optimizers may differ, because names
+    and reports show them.
     """
 
     model: str

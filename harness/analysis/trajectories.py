@@ -115,9 +115,8 @@ def _measure(subject: Record, exact: Record, noise: Record) -> JudgedTrajectory:
     if by == "growth":
         allowed = [tolerance_constants.REFERENCE_GROWTH_EPS * eps * (t + 1) * s for t, s in enumerate(scale)]
     else:
-        envelope = accumulate((abs(a - b) for a, b in zip(_losses(noise), true_losses, strict=True)), max)
-        floor = (tolerance_constants.TRAJECTORY_FLOOR_EPS * eps * s for s in scale)
-        allowed = [tolerance_constants.TRAJECTORY_FACTOR * e + f for e, f in zip(envelope, floor, strict=True)]
+        own = [abs(a - b) for a, b in zip(_losses(noise), true_losses, strict=True)]
+        allowed = allowed_errors(true_losses, own, dtype)
     ratios = [
         error / bound if bound else (0.0 if error == 0 else math.inf)
         for error, bound in zip(errors, allowed, strict=True)
@@ -136,6 +135,17 @@ def _measure(subject: Record, exact: Record, noise: Record) -> JudgedTrajectory:
         reason = (growth if by == "growth" else "within the noise of the reference at all {} steps").format(len(errors))
     verdict = Verdict(word, reason, tuple(dict.fromkeys((subject.id, exact.id, noise.id))))
     return JudgedTrajectory(subject.cell_id, verdict, by, tuple(errors), tuple(allowed), ratios[step], step)
+
+
+def allowed_errors(true_losses: Sequence[float], own_errors: Sequence[float], dtype: str) -> list[float]:
+    """Return the largest allowed error of each step.
+
+    true_losses: losses in float64. own_errors: errors of the reference run in `dtype`.
+    """
+    floor = tolerance_constants.TRAJECTORY_FLOOR_EPS * tolerance_constants.EPSILON[dtype]
+    scale = accumulate(map(abs, true_losses), max)
+    envelope = accumulate(own_errors, max)
+    return [tolerance_constants.TRAJECTORY_FACTOR * e + floor * s for e, s in zip(envelope, scale, strict=True)]
 
 
 def _status(record: Record | None) -> str:
@@ -163,9 +173,9 @@ def _training_settings(cell: Cell) -> dict[str, object]:
     """Return the settings of a Cell that determine its losses in exact arithmetic.
 
     These are all settings except the implementation, its environment, the dtype, the evaluation, and how a step is computed
-    (`accumulate`, `checkpointing`, `compile`, `layerwise`).
+    (`accumulate`, `checkpointing`, `compile`, `layerwise`, `loop`).
     """
-    how = {"accumulate", "checkpointing", "compile", "layerwise"}
+    how = {"accumulate", "checkpointing", "compile", "layerwise", "loop"}
     return cell.model_dump(
         mode="json",
         exclude={"implementation": True, "environment": True, "dtype": True, "evaluation": True, "training": how},

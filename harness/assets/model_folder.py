@@ -91,6 +91,12 @@ def model_type(folder: Path) -> str:
     return str(_config(folder).get("model_type") or "")
 
 
+def dropout(folder: Path) -> str:
+    """Return the key of a model's config that sets a dropout above 0. If there is none, return an empty string."""
+    shares = {key: value for key, value in _config(folder).items() if key.endswith(("_pdrop", "dropout"))}
+    return next((key for key, value in shares.items() if isinstance(value, float) and value > 0), "")
+
+
 def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: Path) -> None:
     """Raise AssetError if the config has an architecture that no Cell can score.
 

@@ -12,7 +12,7 @@ from harness.cell import weight_changes
 from harness.cell.cell_run import CellRun
 from harness.cell.data import CellData, RandomData
 from harness.cell.measure.memory import tensor_bytes
-from harness.cell.training import loop, optimizers
+from harness.cell.training import loop, loops, optimizers
 from harness.cell.training import model as models
 from harness.cell.training.counted_step import copied_B, step_peak
 from harness.cell.weight_changes import UpdateTracker
@@ -84,7 +84,7 @@ def train(
 
     layerwise = optimizers.layerwise(optimizer, cell.training)
     with run.clock.phase("train"):
-        samples = loop.train(
+        samples = loops.find(cell.training.loop).train(
             adapted, parameters, batches, optimizer, schedule, cell.seed, report, cell.training.accumulate, layerwise
         )
     trainable = [*adapted.parameters(), *parameters]
@@ -107,6 +107,12 @@ def train(
         initial_state_sha256=initial_state,
     )
     run.notes += loop.notes(optimizer, samples.losses)
+    if samples.outside_seconds is not None:
+        between = samples.outside_seconds / len(samples.losses)
+        run.notes.append(
+            f"trained by {cell.training.loop}; it spent {1000 * between:.3g} ms between two steps, on batches, schedule and "
+            "log, which step times leave out"
+        )
     if compiling:
         steps = ", ".join(map(str, compiling))
         run.notes.append(f"steps that recompiled: {steps}; tokens per second and joules include that, medians do not")
@@ -131,7 +137,9 @@ def _step_peak(
         return None
     with run.clock.phase("count"):
         try:
-            return step_peak(subject.adapted, head, data.batches, optimizer, run.cell.training.accumulate)
+            training = run.cell.training
+            one_step = loops.find(training.loop).step
+            return step_peak(subject.adapted, head, data.batches, optimizer, training.accumulate, one_step)
         except (MemoryError, RuntimeError) as error:
             if not shortage(error):
                 raise

@@ -58,6 +58,11 @@ def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html:
     refuse_unwritable({"--junit": junit, "--html": html})
     with handle_termination():
         report = judge(request)
+    return publish(report, as_json, junit, html)
+
+
+def publish(report: CheckReport, as_json: bool, junit: Path | None, html: Path | None) -> Exit:
+    """Print a report, write the requested files, and return the exit code."""
     # Printing and each file are independent: a full disk or a closed stdout does not prevent the other outputs.
     with contextlib.ExitStack() as afterwards:
         if html is not None:

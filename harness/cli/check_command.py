@@ -61,6 +61,11 @@ from harness.resources import user_path
     help="Check in the environment with this version, e.g. peft==0.19.1, or of this name (`env list`). Repeat it to compare "
     "versions.",
 )  # fmt: skip
+@click.option(
+    "--loop", metavar="LOOP",
+    help="Check a training loop instead, e.g. trl: does its SFTTrainer train as the harness does, and which of its settings "
+    "change training?",
+)  # fmt: skip
 @index_options
 @options.junit
 @options.html
@@ -78,8 +83,8 @@ def check(
     implementations: tuple[str, ...], methods: tuple[str, ...], operations: tuple[str, ...], dtypes: tuple[str, ...],
     full: bool, wide: bool, drawn: int, seed: int | None, base_model: str | None, jobs: int | None, patience: float,
     served: str | None, adapters: tuple[str, ...], concurrency: int | None, echo: bool, environments: tuple[str, ...],
-    offline: bool, find_links: tuple[str, ...], junit: Path | None, html: Path | None, self_test: bool, mutants: int | None,
-    power: bool, as_json: bool,
+    loop: str | None, offline: bool, find_links: tuple[str, ...], junit: Path | None, html: Path | None, self_test: bool,
+    mutants: int | None, power: bool, as_json: bool,
 ) -> Exit:  # fmt: skip
     """Check implementations against the reference, or judge one adapter file or a model server.
 
@@ -95,6 +100,18 @@ def check(
     """
     if (offline or find_links) and not environments:
         raise UsageError("has no effect without --with", where="--offline" if offline else "--find-links")
+    if loop is not None:
+        names = (implementations, methods, operations, dtypes, served, adapters, base_model)
+        if any(
+            (*names, full, wide, drawn, jobs, echo, concurrency, self_test, seed is not None, len(environments) > 1)
+        ):
+            raise UsageError(
+                "checks a training loop, not an implementation", where="--loop",
+                hint="it takes one --with, --offline, --find-links, --patience, --html, --junit and --json",
+            )  # fmt: skip
+        from harness.cli import check_loop
+
+        return check_loop.check(loop, "".join(environments), index(offline, find_links), patience, as_json, junit, html)
     if served is not None:
         of_implementations = (implementations, methods, operations, full, wide, drawn, jobs, environments, junit, html)
         if any(of_implementations) or self_test or power or mutants is not None:

@@ -39,8 +39,8 @@ _GRAMMAR = """
     EXPR of --only is a list of terms, separated by commas:
       key=value  key is id, model, task, method, implementation, environment, base,
                  optimizer, dtype, seed, lr, batch, max_tokens, accumulate,
-                 checkpointing, lr_ratio, compile, layerwise, tune (true: Cells of a
-                 learning-rate search), or a key of the Method's config
+                 checkpointing, lr_ratio, compile, layerwise, loop, tune (true: Cells
+                 of a learning-rate search), or a key of the Method's config
       word       the start of a cell_id, or a part of an id or name
     Terms with the same key are alternatives; terms with different keys must all
     match: `method=lora,implementation=fused,implementation=hf-peft`.

@@ -40,6 +40,8 @@ _KINDS = (
     " of `training:`, commands, verdicts, errors, statuses (ok, oom), exit codes (0 to 5) and terms (Cell, Record)"
 )
 _SERVED = "verdict {} of `check --served`"
+_CHECK_LOOP = "peft-harness check --loop trl"
+_LOOP_CHECKS = Path(__file__).resolve().parents[1] / "cell" / "loop_checks" / "checks.py"
 _OPERATIONS = Path(__file__).resolve().parents[1] / "conformance" / "operations"
 
 
@@ -141,8 +143,25 @@ def _of_configs() -> Iterator[Topic]:
 def _of_checks() -> Iterator[Topic]:
     for check, text in checks.docstrings().items():
         yield check, partial(_check, check, text)
+    for check, text in _loop_checks().items():
+        yield (
+            check,
+            partial(_titled, f"check {check}, of a training loop", f"{text}\n\nto try it on trl:\n  {_CHECK_LOOP}"),
+        )
     yield from _defined(glossary()["check result"], "{}")
     yield from _defined(glossary()["cell check"], "check {}, of a Cell")
+
+
+def _loop_checks() -> dict[str, str]:
+    """Return the rule of each check of a training loop, by name. The file is parsed, since its import would take seconds."""
+    functions = [
+        one for one in ast.parse(_LOOP_CHECKS.read_text(encoding="utf-8")).body if isinstance(one, ast.FunctionDef)
+    ]
+    return {
+        one.name.removeprefix("check_"): ast.get_docstring(one) or ""
+        for one in functions
+        if one.name.startswith("check_")
+    }
 
 
 def _check(name: str, rule: str) -> str:

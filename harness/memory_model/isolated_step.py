@@ -55,6 +55,8 @@ def peak(
         return {}
     if cell.training.compile:
         return {"no_peak": "the memory of torch.compile is known only after compilation"}
+    if cell.training.loop != "harness":
+        return {"no_peak": f"only steps of the harness's own loop are predicted, not those of {cell.training.loop}"}
     dry_step.registry()  # now, not in each child
     errors = []
     for by, step in _attempts(dry_step.DryStep(cell, config, kind, lacks)).items():

@@ -52,7 +52,8 @@ def prediction(cell: Cell, counted: ModelCount, *, on_cpu: bool = False, every_t
     token has a loss (`loss: all`), as in the task `synthetic`.
 
     Activations and logits are predicted for texts with `max_tokens` tokens. This is an upper bound, and exact for
-    `synthetic`. Both are None for a compiled model. Logits are None for a task with a loss on answers only.
+    `synthetic`. Both are None for a compiled model and for a foreign training loop. Logits are None for a task with a
+    loss on answers only.
     """
     if error := counted.get("error"):
         return str(error)
@@ -67,7 +68,8 @@ def prediction(cell: Cell, counted: ModelCount, *, on_cpu: bool = False, every_t
     tokens = -(-cell.training.batch // cell.training.accumulate) * cell.training.max_tokens
     how = {"checkpointing": cell.training.checkpointing, "layerwise": cell.training.layerwise}
     found = Ledger.of(one, base, cell.optimizer, counted["logits"], tokens, **how)
-    trains, known = cell.training.steps > 0, bool(one["activations"]) and not cell.training.compile
+    known = bool(one["activations"]) and not cell.training.compile and cell.training.loop == "harness"
+    trains = cell.training.steps > 0
     return Predicted(
         weights_B=found.weights,
         adapter_B=found.adapter,

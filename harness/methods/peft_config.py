@@ -43,7 +43,7 @@ _UNSUPPORTED_INITS = {
     "pissa_niter": "its fast SVD draws again when peft loads the adapter, and gives another residual",
 }
 """Unsupported values of LoRA's `init_lora_weights`, with the reason. peft itself would silently train another method."""
-_VIRTUAL = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE")
+VIRTUAL_TOKENS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE")
 """Values of `peft_type` with virtual tokens before every text."""
 IN_THE_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
 """Values of `peft_type` whose virtual tokens are keys and values of every block. Other virtual tokens are
@@ -191,7 +191,7 @@ def _type_problems(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
     elif known and kind not in known:
         problem = f"has peft_type {kind}, which the installed peft does not have"
         yield ("peft_type",), problem, did_you_mean(kind.upper(), offered, "it has")
-    elif kind in _VIRTUAL and not virtual_tokens({KEY: value}):
+    elif kind in VIRTUAL_TOKENS and not virtual_tokens({KEY: value}):
         problem = (
             f"has num_virtual_tokens {value.get('num_virtual_tokens')!r}; {kind} needs a whole number of at least 1"
         )
@@ -242,8 +242,8 @@ def virtual_tokens(config: Mapping[str, Any]) -> int:
 
 
 _ABOUT = (
-    f"Path of an {FILE}, relative to the suite's folder, or its keys. With {', '.join(map(str.lower, _VIRTUAL))} virtual "
-    "tokens precede every text and take positions of the model. Not supported: "
+    f"Path of an {FILE}, relative to the suite's folder, or its keys. With {', '.join(map(str.lower, VIRTUAL_TOKENS))} "
+    "virtual tokens precede every text and take positions of the model. Not supported: "
     f"{', '.join(map(str.lower, _UNSUPPORTED_TYPES))}; of LoRA {', '.join((*_UNSUPPORTED_KEYS, *_UNSUPPORTED_INITS))}. "
     "Without a reference there is no parity check, so reports do not compare the times of such a Cell."
 )

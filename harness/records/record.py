@@ -33,6 +33,7 @@ from harness.records.measured import Parameters as Parameters
 from harness.records.measured import TrainingMeasured as TrainingMeasured
 from harness.records.memory import Memory as Memory
 from harness.records.memory import Predicted as Predicted
+from harness.records.training import Loop as Loop
 from harness.records.training import Training as Training
 
 SCHEMA = 1
@@ -178,11 +179,15 @@ class Cell(FrozenModel):
         dtype = "" if self.dtype == "float32" else f" {self.dtype}"
         optimizer = "" if self.optimizer == "adamw" else f" {self.optimizer}"
         settings = self.training.later() if self.training.steps else {}
-        later = "".join(f" {name}" if value is True else f" {name}={value:g}" for name, value in settings.items())
+        later = "".join(f" {name}" if value is True else f" {name}={_short(value)}" for name, value in settings.items())
         # Cells skip test items only in a search for a learning rate.
         tried = f" tried with lr={self.training.lr:g}" if self.evaluation.skip else ""
         by = f"{self.implementation}{f' with {self.environment}' if self.environment else ''}"
         return f"{self.model} {method}{rank} [{by}]{base}{dtype}{optimizer}{later}{tried}"
+
+
+def _short(value: Scalar) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 class Phase(FrozenModel):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from harness.records.base_model import ExtendedModel
+
+Loop = Literal["harness", "trl"]
+LOOP_MODULES = {"trl": "trl.trainer.sft_trainer"}
+"""Loop -> the module that it needs. Loops without an entry need nothing that is optional."""
 
 
 class Training(ExtendedModel):
     """Training budget and recipe.
 
     Cells that are compared have the same values, except for the learning rates and for options that change only the
-    cost (`accumulate`, `checkpointing`, `compile`, `layerwise`).
+    cost (`accumulate`, `checkpointing`, `compile`, `layerwise`, `loop`).
     """
 
     steps: int
@@ -49,4 +53,9 @@ class Training(ExtendedModel):
     only the memory of the largest one, and the losses are bitwise the same. The option requires a Method that trains
     the model's own weights, one pass per step, and an unscaled loss (no float16)."""
 
-    later_fields: ClassVar = ("accumulate", "checkpointing", "lr_ratio", "compile", "layerwise")
+    loop: Loop = "harness"
+    """Training loop: `harness`, its own plain loop, or `trl`, the SFTTrainer of trl. SFTTrainer gets the same adapted model,
+    batches, optimizer and schedule, and every default of it that would change training is switched off. So the losses are
+    the same up to rounding; step time and memory are those of SFTTrainer. DPO and GRPO are not offered."""
+
+    later_fields: ClassVar = ("accumulate", "checkpointing", "lr_ratio", "compile", "layerwise", "loop")

@@ -10,7 +10,7 @@ from harness.analysis.grouping import group
 from harness.conformance.findings import defects, summary
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.errors import EXITS, Exit, plural
-from harness.report import check_versions, formatting, html
+from harness.report import check_settings, check_versions, formatting, html
 from harness.report.formatting import check_fields, field, unmeasured
 from harness.report.table_model import column, grouped
 from harness.report.tones import badge, icon, tone
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from harness.conformance.findings.report import CheckReport
 
 TEMPLATE = "conformance.html.j2"
+_OF_LOOP = "Does this training loop train as the recipe says?"
 _WORDS = {
     Exit.PASS: "pass", Exit.FAIL: "fail", Exit.INFRASTRUCTURE: "not all tried", Exit.NOTHING_COMPARED: "nothing compared",
 }  # fmt: skip
@@ -50,6 +51,8 @@ def build(report: CheckReport) -> dict[str, Any]:
         ],
         "alerts": _alerts(report),
         "matrix": _matrix(report),
+        "heading": _OF_LOOP if report.settings else "Do implementations compute what the papers say?",
+        "settings": check_settings.section(report),
         "versions": check_versions.section(report),
         "failures": [_failed(one) for one in report.tried if one.status is CheckStatus.FAIL],
         "defects": [_defect(defect, report) for defect in report.shown_defects()],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from harness.conformance.findings import summary
 from harness.conformance.findings.outcomes import CheckStatus
 from harness.console import align_columns
-from harness.report import check_versions
+from harness.report import check_settings, check_versions
 
 if TYPE_CHECKING:
     from harness.conformance.findings.report import CheckReport
@@ -27,7 +27,7 @@ def matrix(report: CheckReport) -> list[str]:
         fields = [summary.summarise(summary.select_dtype(tried, dtype)) for dtype in dtypes]
         rows.append([target, implementation, *map(summary.format_field, fields)])
     table = align_columns(rows, right=range(2, len(rows[0])), indent="") if report.tried else []
-    return [*table, *lines(report), *check_versions.lines(report)]
+    return [*table, *check_settings.lines(report), *lines(report), *check_versions.lines(report)]
 
 
 def lines(report: CheckReport) -> list[str]:

@@ -28,6 +28,7 @@ from harness.process.out_of_memory import shortage
 from harness.process.termination import TERMINATION_SIGNALS
 from harness.records import environment, store
 from harness.records.record import Failure, Json, Phase, Provider, Record, Status
+from harness.records.training import LOOP_MODULES
 from harness.runner import worker_imports
 
 if TYPE_CHECKING:
@@ -104,18 +105,26 @@ def _import_all(job: Job, registry: Registry) -> str:
     Return an error message if a module cannot be imported, and "" otherwise.
     """
     for module in worker_imports.modules(job, registry):
-        try:
-            import_module(module)
-        except ImportError as error:
-            from harness.assets.environments.table import home_of  # imported here, so that no measured Cell pays for it
+        if why := _why_not_imported(module, job.cell.implementation, job.cell.implementation):
+            return why
+    if (loop := job.cell.training.loop) != "harness":
+        return _why_not_imported(LOOP_MODULES[loop], f"`loop: {loop}`", loop)
+    return ""
 
-            home = home_of(job.cell.implementation)
-            way = (
-                f"`peft-harness env create {home}`, and `environment: {home}` in the suite"
-                if home
-                else "pip install it"
-            )
-            return f"{job.cell.implementation} needs {module}, which cannot be imported ({error}); {way}"
+
+def _why_not_imported(module: str, what: str, name: str) -> str:
+    """Import a module. If that fails, return a message that says how to install it; otherwise return "".
+
+    what: the part of the Cell that needs the module. name: its name in the table of environments.
+    """
+    try:
+        import_module(module)
+    except ImportError as error:
+        from harness.assets.environments.table import home_of  # imported here, so that no measured Cell pays for it
+
+        home = home_of(name)
+        way = f"`peft-harness env create {home}`, and `environment: {home}` in the suite" if home else "pip install it"
+        return f"{what} needs {module}, which cannot be imported ({error}); {way}"
     return ""
 
 

@@ -17,7 +17,7 @@ from harness.errors import HarnessError, Problem, SuiteError, did_you_mean
 from harness.methods.registry import Registry
 from harness.methods.spec import FieldProblem, MethodInfo
 from harness.records.record import Base, Dtype, Evaluation, Optimizer, Training
-from harness.suites import synthetic_task, tasks, tuning
+from harness.suites import loop_constraints, synthetic_task, tasks, tuning
 from harness.suites.constraints import combination_problems, duplicate_problems, training_problems
 from harness.suites.schema import BaseKeys, CellKeys, Timed, TuneKeys
 from harness.suites.tasks import Task
@@ -30,6 +30,7 @@ _CHECKED_LATER = (
     ("config", "targets"),
     ("config", "adapter_config"),
     ("training", "max_tokens"),
+    ("training", "loop"),
     ("evaluation", "items"),
     ("prompts", "tokens"),
 )
@@ -143,7 +144,7 @@ class _EntryChecker:
         wrong = list(combination_problems(config, self.context.methods, keys.base, self.steps))
         self._add(wrong)
         self._add(duplicate_problems(keys, config))
-        training = self._training(config)
+        training = self._training(config, encoders)
         tune = self._tune(keys.tune, config, training) if training and keys.tune else None
         if tune:
             tried = {name: fields | tune.axes(name) for name, fields in config.items()}
@@ -313,7 +314,7 @@ class _EntryChecker:
             what = f"base has an `implementation`, {base.implementation}, but no `quantization`"
             self.context.problem(path, what, "add `quantization:`, or remove `base:`")
 
-    def _training(self, config: dict[str, dict[str, list[Any]]]) -> list[Training]:
+    def _training(self, config: dict[str, dict[str, list[Any]]], encoders: list[str]) -> list[Training]:
         axes = {key: _listed(value) for key, value in self.keys.training.model_dump(exclude_none=True).items()}
         if (count := math.prod(map(len, axes.values()))) > MAX_CELLS:
             what = f"{count} Cells exceed the limit of {MAX_CELLS}"
@@ -324,6 +325,7 @@ class _EntryChecker:
             what = f"`warmup` is {training[0].warmup}, longer than the {self.steps} steps"
             self.context.problem(self._path("training", "warmup"), what, "shorten it, or train longer")
         self._add(training_problems(config, self.context.methods, self.keys, axes, self.steps))
+        self._add(loop_constraints.problems(config, self.keys, axes, self.steps, encoders))
         for i, ratio in enumerate(axes.get("lr_ratio", ())):
             self._ratio(config, ratio, self._path("training", "lr_ratio", i))
         batches = dict.fromkeys(t.batch for t in training)

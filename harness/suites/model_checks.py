@@ -55,6 +55,7 @@ def check_models(suite: Suite, plan: Plan) -> None:
         if folder is not None:
             found += _too_long(folder, source.kind, cells, suite)
             found += _none_of_them(folder, cells)
+            found += _dropout(folder, cells)
             unseen += _unseen(folder, source.kind, cells)
     found += _no_layers(unseen)
     if found:
@@ -107,6 +108,15 @@ def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Ite
             what = f"`adapter_config`: no target_modules ({', '.join(map(str, names))}) is a layer of {cell.model}"
             ends = sorted({path.rpartition(".")[2] for path in paths})
             yield Problem(places["adapter_config"], what, f"it has {', '.join(ends)}")
+
+
+def _dropout(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
+    """Yield a problem for each Cell of a foreign training loop whose model has dropout. Only our loop seeds every step."""
+    dropped = model_folder.dropout(folder)
+    for cell, places in cells:
+        if dropped and cell.training.steps and cell.training.loop != "harness":
+            what = f"`loop` is {cell.training.loop}, but {cell.model} has dropout (`{dropped}` of its config.json)"
+            yield Problem(places["loop"], what, "write `loop: harness`, or set it to 0 in a copy of the model")
 
 
 def _seen(name: str, paths: Collection[str]) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from harness.assets.table import Source
-from harness.records.record import Dtype, FrozenModel, Optimizer, Quantization
+from harness.records.record import Dtype, FrozenModel, Loop, Optimizer, Quantization
 
 _T = TypeVar("_T")
 OneOrMany = Annotated[list[_T], BeforeValidator(lambda v: v if isinstance(v, list) else [v]), Field(min_length=1)]
@@ -52,6 +52,7 @@ class TrainingKeys(Keys):
     lr_ratio: OneOrMany[Annotated[float, Field(gt=0, le=10_000)]] | None = None
     compile: OneOrMany[bool] | None = None
     layerwise: OneOrMany[bool] | None = None
+    loop: OneOrMany[Loop] | None = None
 
 
 class EvaluationKeys(Keys):

@@ -29,7 +29,8 @@ class EnvironmentSpec(FrozenModel):
     """False: the environment sees all packages of the Python that runs the harness, except those that it replaces. True:
     it holds everything itself, even torch."""
     implementations: list[str] = Field(default=[])
-    """Names of implementations that `check` runs in this environment if their libraries are not installed."""
+    """Names of implementations, and of training loops, that `check` runs in this environment if their libraries are not
+    installed."""
     about: str = ""
     """Purpose of the environment, in a sentence."""
 
@@ -84,7 +85,7 @@ def load(file: Path | None = None) -> dict[str, EnvironmentSpec]:
 
 
 def home_of(implementation: str) -> str:
-    """Return the name of the environment that the harness's own table declares for an implementation, or ""."""
+    """Return the name of the environment that the harness's own table declares for an implementation or a loop, or ""."""
     return next((spec.name for spec in load().values() if implementation in spec.implementations), "")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -22,13 +22,14 @@ def step_peak(
     batches: Sequence[Batch],
     optimizer: torch.optim.Optimizer,
     accumulate: int = 1,
+    take_step: Callable[..., object] = loop.step,
 ) -> int | None:
     """Take one more training step. Return its peak bytes of CPU tensors, or None if torch cannot count them.
 
     The step uses the batch that puts the most tokens into the model at once. The optimizer already has its states. The
     step is not timed, because counting slows it down. Some optimizers do extra work in certain steps, such as GaLore's
     SVD. This work is counted only if it is due in this step, the first one after the training. The Method's
-    `after_step` is not called.
+    `after_step` is not called. take_step: function that takes the step; see `loop.step` for its arguments.
 
     At the end, even after an error, the function restores three things: the trained parameters; the model's buffers,
     such as the statistics of a BatchNorm; and the random states of torch, Python, numpy and the generators that are
@@ -40,7 +41,7 @@ def step_peak(
     optimizer.zero_grad(set_to_none=True)
     with _restored(adapted, loop.trainable(adapted, head)) as copies:
         try:
-            most = peak_while(lambda: loop.step(adapted, parts, optimizer, seed=0))
+            most = peak_while(lambda: take_step(adapted, parts, optimizer, seed=0))
         finally:
             optimizer.zero_grad(set_to_none=True)
         return None if most is None else most - tensor_bytes(copies)

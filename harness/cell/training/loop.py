@@ -37,6 +37,45 @@ class StepSamples:
     padded_tokens: list[int] = field(default_factory=list)
     cpu_seconds: float = 0.0
     """CPU time of the process, summed over the timed parts of all steps."""
+    outside_seconds: float | None = None
+    """Seconds between the timed parts. None if nothing but measurement happens there."""
+
+
+class StepLog:
+    """The numbers of the steps so far. It ends a training that diverges, or in which nothing trains.
+
+    steps: number of steps of the whole training. report: function that is called with the number of each step, counted
+    from 1, and its loss.
+    """
+
+    def __init__(
+        self, adapted: Adapted, optimizer: torch.optim.Optimizer, steps: int, report: Callable[[int, float], None]
+    ) -> None:
+        self.samples = StepSamples()
+        self._model, self._optimizer, self._steps, self._report = adapted.model, optimizer, steps, report
+
+    def add_time(self, seconds: float, cpu_seconds: float) -> None:
+        """Store the wall time and the CPU time of a step."""
+        self.samples.step_seconds.append(seconds)
+        self.samples.cpu_seconds += cpu_seconds
+
+    def add(self, loss: float, norm: float, tokens: int, padded_tokens: int) -> None:
+        """Store the numbers of a step, and report it.
+
+        Raises Diverged if the loss or the norm of the gradient is NaN or infinite. Raises Untrained if the gradients of
+        the first `ZERO_GRADIENT_STEPS` steps are all exactly zero.
+        """
+        samples = self.samples
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise Diverged(_diverged(loss, norm, samples, self._optimizer, self._model))
+        samples.losses.append(loss)
+        samples.gradient_norms.append(norm)
+        step = len(samples.losses)
+        if step == min(ZERO_GRADIENT_STEPS, self._steps) and not any(samples.gradient_norms):
+            raise Untrained(f"the gradient is exactly zero up to step {step}: nothing is being trained")
+        samples.tokens.append(tokens)
+        samples.padded_tokens.append(padded_tokens)
+        self._report(step, loss)
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -99,35 +138,30 @@ def train(
 
     Before every step, the global random state is set from (seed, step). So the dropout masks do not depend on how many
     random numbers an implementation draws. If float16 gradients overflow, the same batch is used again with half the
-    loss scale. No step is skipped, and the time of every attempt counts. Raises Diverged if a loss or gradient is NaN
-    or infinite. Raises Untrained if the gradients of the first `ZERO_GRADIENT_STEPS` steps are all exactly zero.
+    loss scale. No step is skipped, and the time of every attempt counts. Raises the errors of `StepLog.add`.
     """
-    model, samples, trained = adapted.model, StepSamples(), trainable(adapted, head)
-    model.train()
+    log, trained = StepLog(adapted, optimizer, len(batches), report), trainable(adapted, head)
+    adapted.model.train()
     for index, batch in enumerate(batches):
-        step_seed = (seed * 1_000_003 + index) % MAX_STEP_SEED
+        step_seed = seed_of_step(seed, index)
         parts = batch.parts(accumulate)
         torch.manual_seed(step_seed)
-        _synchronize(batch)
+        synchronize(batch.labels.device)
         started, cpu = time.perf_counter(), time.process_time()
         loss = step(adapted, parts, optimizer, step_seed)
         adapted.after_step(index + 1)
         value = float(loss)
-        _synchronize(batch)
-        samples.step_seconds.append(time.perf_counter() - started)
-        samples.cpu_seconds += time.process_time() - cpu
+        synchronize(batch.labels.device)
+        log.add_time(time.perf_counter() - started, time.process_time() - cpu)
         schedule.step()
-        norm = layerwise.norm(trained) if layerwise else _norm(trained, optimizer)
-        if not math.isfinite(value) or not math.isfinite(norm):
-            raise Diverged(_diverged(value, norm, samples, optimizer, model))
-        samples.losses.append(value)
-        samples.gradient_norms.append(norm)
-        if index + 1 == min(ZERO_GRADIENT_STEPS, len(batches)) and not any(samples.gradient_norms):
-            raise Untrained(f"the gradient is exactly zero up to step {index + 1}: nothing is being trained")
-        samples.tokens.append(batch.real_tokens)
-        samples.padded_tokens.append(sum(part.padded_tokens for part in parts))
-        report(index + 1, value)
-    return samples
+        norm = layerwise.norm(trained) if layerwise else norm_of(trained, optimizer)
+        log.add(value, norm, batch.real_tokens, sum(part.padded_tokens for part in parts))
+    return log.samples
+
+
+def seed_of_step(seed: int, index: int) -> int:
+    """Return the seed of the global random state in step `index`, counted from 0. seed: the Cell's seed."""
+    return (seed * 1_000_003 + index) % MAX_STEP_SEED
 
 
 def trainable(adapted: Adapted, head: Sequence[nn.Parameter]) -> list[nn.Parameter]:
@@ -143,15 +177,15 @@ def step(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimi
 
     seed: the seed for the global random state, which is set again before each further attempt in float16.
     """
-    loss = _backward(adapted, parts, optimizer)
+    loss = backward(adapted, parts, optimizer)
     while isinstance(optimizer, MasterWeights) and bool(loss.isfinite()) and optimizer.lower_loss_scale():
         torch.manual_seed(seed)
-        loss = _backward(adapted, parts, optimizer)
+        loss = backward(adapted, parts, optimizer)
     optimizer.step()
     return loss
 
 
-def _backward(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimizer) -> Tensor:
+def backward(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimizer) -> Tensor:
     """Compute the gradients, and return the task's loss over all parts.
 
     The gradients include the Method's own term of the loss; the returned loss does not.
@@ -169,7 +203,8 @@ def _backward(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.O
     return torch.stack(losses).sum()
 
 
-def _norm(trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> float:
+def norm_of(trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> float:
+    """Return the norm of the gradient of all trained parameters."""
     gradient_of = optimizers.gradient_of(optimizer)
     return float(nn.utils.get_total_norm([grad for p in trained if (grad := gradient_of(p)) is not None]))
 
@@ -190,6 +225,7 @@ def _diverged(
     )
 
 
-def _synchronize(batch: Batch) -> None:
-    if batch.labels.is_cuda:
-        torch.cuda.synchronize(batch.labels.device)
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done all queued work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -143,12 +143,18 @@ def make(
     if lacking & {p.dtype for p in (*body, *head)}:
         optimizer = MasterWeights(optimizer)
 
+    return optimizer, schedule(optimizer, recipe)
+
+
+def schedule(optimizer: torch.optim.Optimizer, recipe: Training) -> torch.optim.lr_scheduler.LRScheduler:
+    """Return the schedule of a recipe: linear warm-up, then a linear decrease to zero."""
+
     def share(step: int) -> float:
         if step < recipe.warmup:
             return (step + 1) / recipe.warmup
         return max(0.0, (recipe.steps - step) / max(1, recipe.steps - recipe.warmup))
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
 def _own(adapted: Adapted, recipe: Training, name: Optimizer) -> torch.optim.Optimizer | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from harness.conformance.findings.defects import Defect
+from harness.conformance.findings.loop_settings import SettingFound
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus, in_environment
 from harness.conformance.findings.versions import CheckedEnvironment
 from harness.conformance.parity_suite import ParitySuite
@@ -34,6 +35,8 @@ class CheckReport:
     """Implementations that were requested by name but not compared."""
     environments: Sequence[CheckedEnvironment] = ()
     """Environments in which the checks ran. Empty if only the Python that runs the harness was used."""
+    settings: Sequence[SettingFound] = ()
+    """Settings of a training loop that were tried. Only `check --loop` tries any."""
 
     @classmethod
     def joined(cls, reports: Sequence[CheckReport]) -> CheckReport:
@@ -103,4 +106,5 @@ class CheckReport:
             "skipped": self.skipped, "complaints": self.complaints, "broken": self.broken, "untried": list(self.untried),
             "defects": [defect.model_dump(mode="json") for defect in self.shown_defects()],
             "environments": [one.model_dump(mode="json") for one in self.environments],
+            **({"settings": [one.model_dump(mode="json") for one in self.settings]} if self.settings else {}),
         }  # fmt: skip

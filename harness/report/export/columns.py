@@ -127,7 +127,7 @@ def _cells() -> tuple[Column, ...]:
         Column("config.*", "", "1", "A key of the method's config; lists and mappings as JSON; NA: no such key, or unset"),
         *_fields("training.", Training, (
             "steps", "batch", "lr", "head_lr", "warmup", "weight_decay", "max_tokens", "accumulate", "checkpointing",
-            "compile", "layerwise", "lr_ratio",
+            "compile", "layerwise", "loop", "lr_ratio",
         )),
         *_fields("evaluation.", Evaluation, (
             "items", "batch", "latency", "prompt_batch", "prompt_tokens", "passes", "skip",

@@ -1,0 +1,219 @@
+"""The checks of a training loop. The docstring of each check is its rule.
+
+A gradient is judged at the weights at which the loop computed it, so that one fault does not hide in the consequences of
+another one. Losses and final weights are judged from the start, step by step.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from harness.analysis import trajectories
+from harness.cell.loop_checks.observed_training import Observed, Trainee, batches, gradients_at, observe
+from harness.cell.training import loop, optimizers
+from harness.cell.training.loop import StepSamples
+from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise
+from harness.conformance.findings.outcomes import CheckOutcome
+from harness.conformance.tolerance_constants import PERTURBED_DRAWS, TRAJECTORY_FACTOR
+from harness.records.check import CheckId, CheckResult, Outcome
+
+PARTS = 2
+"""Number of parts of a batch in the check `accumulation`."""
+_DRAWS = (None, *range(PERTURBED_DRAWS))
+
+
+class Yardstick:
+    """Trainings of the reference by the harness's own loop. All loops and implementations of a Method share them."""
+
+    def __init__(self, trainee: Trainee) -> None:
+        self._trainee = trainee.of_reference(trainee.dtype)
+        self._draws: list[Observed] = []
+
+    @cached_property
+    def truth(self) -> Observed:
+        """The training in float64."""
+        return observe(loop.train, self._trainee.of_reference("float64"))
+
+    def draws(self) -> Iterator[Observed]:
+        """Yield trainings in the trainee's dtype, with other rounding errors each."""
+        for index, seed in enumerate(_DRAWS):
+            if index == len(self._draws):
+                self._draws.append(observe(loop.train, self._trainee, seed))
+            yield self._draws[index]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a loop did to a trainee, and what the harness's own loop does to the reference."""
+
+    trainee: Trainee
+    train: Callable[..., StepSamples]
+    yardstick: Yardstick
+
+    @cached_property
+    def whole(self) -> Observed:
+        """The training, with each batch in one part."""
+        return observe(self.train, self.trainee)
+
+    @cached_property
+    def parts(self) -> Observed:
+        """The training, with each batch in several parts."""
+        recipe = self.trainee.recipe.model_copy(update={"accumulate": PARTS})
+        return observe(self.train, replace(self.trainee, recipe=recipe))
+
+
+Findings = Judgement | list[str]
+"""Result of a check: a judgement of numbers, or a list of what is wrong."""
+
+
+def check_order(evidence: Evidence) -> Findings:
+    """Each optimizer step sees the texts of one batch of the data order, all of them, and in that order."""
+    wanted = [
+        [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(*map(b.inputs.get, _TEXTS), strict=True)]  # type: ignore[arg-type,union-attr]
+        for b in batches(evidence.trainee.recipe)
+    ]
+    found = evidence.whole.rows
+    odd = [f"{len(found)} optimizer steps, should be {len(wanted)}"] if len(found) != len(wanted) else []
+    for step, (have, want) in enumerate(zip(found, wanted, strict=False), 1):
+        if have != want:
+            known = {text for batch in wanted for text in batch}
+            how = "other texts" if set(have) != set(want) else "the same texts in another order"
+            how = how if set(have) <= known else "texts that are not in the data, e.g. cut or joined"
+            odd.append(f"step {step} saw {how}")
+    return odd
+
+
+_TEXTS = ("input_ids", "attention_mask")
+
+
+def check_schedule(evidence: Evidence) -> Findings:
+    """Each optimizer step has the learning rate of the recipe: the warm-up rises linearly from a first step above zero to
+    the peak, and the rate then falls linearly to zero after the last step."""
+    recipe, found = evidence.trainee.recipe, evidence.whole.rates
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=recipe.lr)
+    schedule = optimizers.schedule(optimizer, recipe)
+    odd = []
+    for step, rates in enumerate(found[: recipe.steps], 1):
+        want = float(optimizer.param_groups[0]["lr"])
+        if wrong := [rate for rate in rates if rate != want]:
+            odd.append(f"step {step} has the learning rate {wrong[0]:.6g}, should be {want:.6g}")
+        optimizer.step()
+        schedule.step()
+    return odd
+
+
+def check_gradients(evidence: Evidence) -> Findings:
+    """The optimizer steps by the gradient of the mean loss over the answers' tokens, plus the Method's own term: nothing
+    clips, scales or adds to it."""
+    return _gradients(evidence.trainee, evidence.whole)
+
+
+def check_accumulation(evidence: Evidence) -> Findings:
+    """With a batch in two parts, the optimizer steps by the gradient of the whole batch: both parts are in it, each in
+    proportion to its number of answer tokens."""
+    return _gradients(evidence.trainee, evidence.parts)
+
+
+def _gradients(trainee: Trainee, seen: Observed) -> Findings:
+    if len(seen.weights) != trainee.recipe.steps:
+        return [f"{len(seen.weights)} optimizer steps, should be {trainee.recipe.steps}"]
+    mine = {f"step {s} {name}": g for s, named in enumerate(seen.gradients, 1) for name, g in named.items()}
+    truth = gradients_at(trainee, seen.weights, "float64", None)
+    draws = (gradients_at(trainee, seen.weights, trainee.dtype, seed) for seed in _DRAWS)
+    return carried_noise(mine, truth, draws, trainee.dtype)
+
+
+def check_losses(evidence: Evidence) -> Findings:
+    """The reported loss of every step is that of the float64 reference in the harness's loop, up to the noise of the dtype:
+    the rule of `same-losses` in a suite."""
+    truth, mine = evidence.yardstick.truth.samples.losses, evidence.whole.samples.losses
+    if len(mine) != len(truth):
+        return [f"{len(mine)} losses, should be {len(truth)}"]
+    noises: list[list[float]] = []
+    judgement = Judgement(False, None, None, "", "", "", 0)
+    for draw in evidence.yardstick.draws():
+        noises.append([max(pair) for pair in zip(_errors(draw.samples.losses, truth), *noises[-1:], strict=True)])
+        allowed = trajectories.allowed_errors(truth, noises[-1], evidence.trainee.dtype)
+        errors = _errors(mine, truth)
+        step = max(range(len(errors)), key=lambda t: errors[t] / allowed[t])
+        finite = all(map(math.isfinite, mine))
+        within = finite and errors[step] <= allowed[step]
+        worst = f"step {step + 1}: {mine[step]:.9g}, should be {truth[step]:.9g}"
+        policy = f"trajectory: {TRAJECTORY_FACTOR:g} x reference in {evidence.trainee.dtype}"
+        judgement = Judgement(
+            within, errors[step] if finite else None, allowed[step], "loss", worst, policy, 0 if finite else 1
+        )
+        if within:
+            break
+    return judgement
+
+
+def _errors(losses: list[float], truth: list[float]) -> list[float]:
+    return [abs(a - b) for a, b in zip(losses, truth, strict=True)]
+
+
+def check_weights(evidence: Evidence) -> Findings:
+    """The last step leaves every trained tensor where the float64 reference in the harness's loop leaves it."""
+    draws = (draw.end for draw in evidence.yardstick.draws())
+    return carried_noise(
+        evidence.whole.end, evidence.yardstick.truth.end, draws, evidence.trainee.dtype, TRAJECTORY_FACTOR
+    )
+
+
+def check_method_steps(evidence: Evidence) -> Findings:
+    """The Method's work between steps, such as AdaLoRA's pruning, is called once after each step, with its number."""
+    want, found = list(range(1, evidence.trainee.recipe.steps + 1)), evidence.whole.method_steps
+    return [] if found == want else [f"after_step was called for steps {found}, should be {want}"]
+
+
+def check_frozen_weights(evidence: Evidence) -> Findings:
+    """The loop changes no frozen tensor of the model."""
+    return [f"{name} changed" for name in evidence.whole.changed]
+
+
+def check_training_mode(evidence: Evidence) -> Findings:
+    """The model is in training mode in every forward pass."""
+    count = evidence.whole.in_evaluation
+    return [f"{count} forward passes were in evaluation mode"] if count else []
+
+
+CHECKS: dict[str, Callable[[Evidence], Findings]] = {
+    name.removeprefix("check_"): function
+    for name, function in list(globals().items())
+    if name.startswith("check_") and inspect.isfunction(function)
+}
+"""Name -> check."""
+
+
+def outcome_of(name: str, check: str, evidence: Evidence) -> CheckOutcome:
+    """Run one check of a loop, and return its outcome. name: the loop's name."""
+    trainee = evidence.trainee
+    return CheckOutcome(
+        implementation=f"{trainee.implementation} in {name}",
+        kind="method",
+        target=trainee.method,
+        dtype=trainee.dtype,
+        case=f"tiny Llama, {trainee.recipe.steps} steps",
+        result=_result(str(CheckId(trainee.method, check, trainee.dtype, "trained")), CHECKS[check](evidence)),
+    )
+
+
+def _result(check: str, found: Findings) -> CheckResult:
+    if isinstance(found, list):
+        return CheckResult(
+            check=check, outcome=Outcome.FAIL if found else Outcome.PASS, error=float(len(found)), allowed=0.0,
+            policy="exact", detail="; ".join(found[:5]),
+        )  # fmt: skip
+    if not found.decided:
+        return CheckResult(check=check, outcome=Outcome.SKIPPED, detail=found.worst)
+    return CheckResult(
+        check=check, outcome=Outcome.PASS if found.passed else Outcome.FAIL, error=found.error, allowed=found.allowed,
+        tensor=found.tensor, worst=found.worst, policy=found.policy, nonfinite=found.nonfinite,
+    )  # fmt: skip

@@ -1,0 +1,83 @@
+"""Train with one setting of a foreign loop after the other, and compare with the harness's own loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from harness.analysis import trajectories
+from harness.cell.loop_checks.observed_training import RECIPE, Observed, Trainee, observe
+from harness.cell.training import loop
+from harness.cell.training.loops import TrainingLoop
+from harness.conformance.comparison.tolerance_policies import carried_noise
+from harness.conformance.findings.loop_settings import LoopSetting, SettingFound
+from harness.conformance.tolerance_constants import TRAJECTORY_FACTOR
+from harness.methods.registry import Registry
+from harness.records.record import Training
+
+_STEPS = 12
+"""Number of steps. It is larger than in the checks, because some settings need several steps to show."""
+
+
+@dataclass(frozen=True)
+class _Own:
+    """A training by the harness's own loop, and the same in float64."""
+
+    float32: Observed
+    float64: Observed
+
+
+class SettingTrials:
+    """Trains one model with many settings of a loop."""
+
+    def __init__(self, registry: Registry, foreign: TrainingLoop) -> None:
+        self._registry, self._loop = registry, foreign
+        self._own: dict[int, _Own] = {}
+
+    def run(self, setting: LoopSetting) -> SettingFound:
+        """Train with one setting, and return what it does."""
+        trainee = self._trainee(setting.warmup)
+        own = self._own.setdefault(setting.warmup, _Own(*(observe(loop.train, t) for t in _pair(trainee))))
+        defaults = {key: self._loop.defaults.get(key, ...) == value for key, value in setting.config.items()}
+        try:
+            options = {"options": setting.config, "own_optimizer": setting.own_optimizer}
+            seen = observe(partial(self._loop.train, **options), trainee)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            because = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return SettingFound(setting=setting, defaults=defaults, effect="refused", because=because)
+        return _compared(setting, defaults, seen, own)
+
+    def _trainee(self, warmup: int) -> Trainee:
+        recipe: Training = RECIPE.model_copy(update={"warmup": warmup, "steps": _STEPS})
+        return Trainee("lora", "reference", "float32", self._registry, recipe)
+
+
+def _pair(trainee: Trainee) -> tuple[Trainee, Trainee]:
+    return trainee, replace(trainee, dtype="float64")
+
+
+def _compared(setting: LoopSetting, defaults: dict[str, bool], seen: Observed, own: _Own) -> SettingFound:
+    """Compare with the harness's loop: losses by the rule of `same-losses`, final tensors by that of `weights`."""
+    truth, mine = own.float64.samples.losses, seen.samples.losses
+    noise = [abs(a - b) for a, b in zip(own.float32.samples.losses, truth, strict=True)]
+    allowed = trajectories.allowed_errors(truth, noise, "float32")
+    beyond = [t for t, (a, b, most) in enumerate(zip(mine, truth, allowed, strict=True), 1) if abs(a - b) > most]
+    judged = carried_noise(seen.end, own.float64.end, own.float32.end, "float32", TRAJECTORY_FACTOR)
+    away = [abs(a - b) for a, b in zip(mine, own.float32.samples.losses, strict=True)]
+    return SettingFound(
+        setting=setting,
+        defaults=defaults,
+        effect="changes" if beyond or not judged.passed else "same",
+        first=away[0],
+        worst=max(away),
+        step=beyond[0] if beyond else None,
+        weights=_distance(seen.end, own.float32.end),
+    )
+
+
+def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    a, b = (torch.cat([t.flatten() for t in tensors.values()]) for tensors in (one, other))
+    return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))

@@ -1,0 +1,35 @@
+"""The training loops that a suite can choose by `training.loop`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.cell.training.loop import StepSamples
+from harness.records.record import Loop
+
+
+@dataclass(frozen=True)
+class TrainingLoop:
+    """A training loop."""
+
+    name: Loop
+    train: Callable[..., StepSamples]
+    """Trains a model. It has the arguments, the result and the errors of `loop.train`."""
+    step: Callable[..., object]
+    """Takes one more step, so that its memory can be counted. It has the arguments of `loop.step`."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Option of the loop's library -> its default. `train` of a loop with options has two more arguments: `options`, and
+    `own_optimizer`, which tells whether the library makes its own optimizer and schedule."""
+
+
+def find(name: Loop) -> TrainingLoop:
+    """Return the loop of this name. The import of the libraries that it needs takes seconds, and may fail."""
+    if name == "trl":
+        from harness.cell.training import trl_loop
+
+        return TrainingLoop("trl", trl_loop.train, trl_loop.step, trl_loop.defaults())
+    from harness.cell.training import loop
+
+    return TrainingLoop("harness", loop.train, loop.step)

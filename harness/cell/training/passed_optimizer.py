@@ -1,0 +1,43 @@
+"""An optimizer as other code sees it: it shares groups and states with the Cell's optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class PassedOptimizer(torch.optim.Optimizer):
+    """Passes every call on to `inner`, but loads nothing into it.
+
+    accelerate loads an optimizer's own states into it. That would cast float32 masters and 8-bit codes to the dtype of the
+    parameters.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.defaults = inner, inner.defaults
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The groups of `inner`."""
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The states of `inner`."""
+        return self.inner.state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing, because nothing is saved."""
+        return {}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Do nothing."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take a step. `closure` is not used."""
+        self.inner.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients."""
+        self.inner.zero_grad(set_to_none=set_to_none)

@@ -1,0 +1,115 @@
+"""Settings of a training loop: which of them change training. Read from `suites/loops/`. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from harness import yaml_lines
+from harness.conformance.findings.outcomes import CheckOutcome
+from harness.errors import UsageError, did_you_mean
+from harness.records.base_model import FrozenModel, Json
+from harness.records.check import CheckId, CheckResult, Outcome
+from harness.resources import data_folder
+
+Effect = Literal["same", "changes", "refused"]
+_OUT_OF_SCOPE = ("dpo", "grpo")
+WORDS: dict[Effect, str] = {"same": "does not change training", "changes": "changes training", "refused": "is refused"}
+
+
+class LoopSetting(FrozenModel):
+    """One setting of a training loop, as the table declares it."""
+
+    name: str
+    """Name of the setting, and of its check."""
+    config: dict[str, Json]
+    """Options of the loop's library, and their values."""
+    own_optimizer: bool = False
+    """True if the loop makes its own optimizer and schedule."""
+    warmup: int = 0
+    """Number of warm-up steps of the harness's recipe."""
+    effect: Effect
+    """Effect that must be found."""
+    about: str = ""
+    """Meaning of the setting."""
+
+
+class SettingFound(FrozenModel):
+    """What one setting does to training, compared with the harness's own loop."""
+
+    setting: LoopSetting
+    """The setting."""
+    defaults: dict[str, bool] = Field(default={})
+    """Option -> whether the value that was tried is the library's default."""
+    effect: Effect
+    """Effect that was found. `changes`: a loss or a trained tensor differs by more than the noise of the dtype allows."""
+    first: float | None = None
+    """Distance of the first loss from that of the harness's loop, in nats. None if the loop refused the setting."""
+    worst: float | None = None
+    """Largest distance of a loss over all steps, in nats."""
+    step: int | None = None
+    """First step, counted from 1, whose loss differs by more than the noise. None if there is none."""
+    weights: float | None = None
+    """Distance of all trained tensors at the end, relative to their norm."""
+    because: str = ""
+    """Reason why the loop refused the setting."""
+
+    @property
+    def slug(self) -> str:
+        """Name of the setting in check ids and links."""
+        return self.setting.name.replace(", ", "-").replace(" ", "-")
+
+    @property
+    def shown(self) -> list[str]:
+        """Options that the setting is about. The others have the recipe's values."""
+        option = self.setting.name.partition(",")[0]
+        return [key for key in self.setting.config if not self.setting.own_optimizer or key == option]
+
+    @property
+    def is_default(self) -> bool:
+        """True if these options have the library's defaults."""
+        return bool(self.shown) and all(self.defaults.get(option, False) for option in self.shown)
+
+    def outcome(self, loop: str) -> CheckOutcome:
+        """Return the outcome of the check that this setting has its declared effect."""
+        wanted, found = self.setting.effect, self.effect
+        detail = f"{WORDS[found]}; the table says that it {WORDS[wanted]}" if wanted != found else WORDS[found]
+        return CheckOutcome(
+            implementation=loop,
+            kind="method",
+            target="settings",
+            dtype="float32",
+            case=", ".join(f"{key}={value}" for key, value in self.setting.config.items()),
+            result=CheckResult(
+                check=str(CheckId("settings", self.slug, "float32", "trained")),
+                outcome=Outcome.PASS if wanted == found else Outcome.FAIL,
+                detail=detail + (f": {self.because}" if self.because and wanted != found else ""),
+            ),
+        )
+
+
+class _Table(FrozenModel):
+    """Top level of a file in `suites/loops/`."""
+
+    settings: list[LoopSetting]
+
+
+def loops() -> list[str]:
+    """Return the names of the loops that can be checked."""
+    return sorted(path.stem for path in _folder().glob("*.yaml"))
+
+
+def load(loop: str) -> list[LoopSetting]:
+    """Return the settings of a loop. Raises UsageError for an unknown loop, and SuiteError for mistakes in its file."""
+    if loop.lower() in _OUT_OF_SCOPE:
+        what = f"`{loop}` is no loop of supervised fine-tuning; DPO and GRPO are out of scope"
+        raise UsageError(what, where="--loop", hint=f"write one of {', '.join(loops())}")
+    if loop not in loops():
+        raise UsageError(f"unknown loop `{loop}`", where="--loop", hint=did_you_mean(loop, loops(), "there are"))
+    return yaml_lines.load_model(_folder() / f"{loop}.yaml", _Table)[1].settings
+
+
+def _folder() -> Path:
+    return data_folder("suites") / "loops"

@@ -1,0 +1,74 @@
+"""Find settings of a suite that a training loop other than the harness's own cannot do. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from harness.methods.peft_config import KEY, VIRTUAL_TOKENS
+from harness.methods.spec import FieldProblem
+from harness.suites.schema import CellKeys
+
+_OUTPUT_LAYER = "lm_head"
+_OURS = "`loop: harness`"
+
+
+def problems(
+    config: Mapping[str, Mapping[str, list[Any]]],
+    keys: CellKeys,
+    training: Mapping[str, list[Any]],
+    steps: int,
+    encoders: Sequence[str],
+) -> Iterator[FieldProblem]:
+    """Yield a problem for each setting that `loop: trl` cannot do.
+
+    config: Method -> field -> values. training: the entry's lists of values, by their keys in `training`. steps: number of
+    training steps. encoders: the entry's models that are encoders.
+    """
+    for index, loop in enumerate(training.get("loop", ())):
+        if loop == "trl":
+            for what, hint in _of_trl(config, keys, training, steps, encoders):
+                yield ("training", "loop", index), f"`loop` is trl, but {what}", hint
+
+
+def _of_trl(
+    config: Mapping[str, Mapping[str, list[Any]]],
+    keys: CellKeys,
+    training: Mapping[str, list[Any]],
+    steps: int,
+    encoders: Sequence[str],
+) -> Iterator[tuple[str, str]]:
+    """Yield pairs (reason, hint)."""
+    if not steps:
+        yield "nothing is trained in 0 steps", "leave `loop` out"
+    for name in encoders:
+        yield f"{name} is an encoder, and SFTTrainer trains causal models only", f"write {_OURS} for {name}"
+    if "float16" in keys.dtype:
+        what = "dtype is float16: its loss scale and its float32 masters are steps of the harness's own loop"
+        yield what, f"write `dtype: bfloat16` or {_OURS}"
+    if "float64" in keys.dtype:
+        what = "dtype is float64: trl computes the loss of every dtype in float32"
+        yield what, f"write `dtype: float32` or {_OURS}"
+    if any(training.get("layerwise", ())):
+        yield "`layerwise` is true: SFTTrainer steps the weights after the backward pass", "remove one of the two"
+    if any(training.get("compile", ())):
+        yield "`compile` is true: SFTTrainer replaces the forward pass that was compiled", "remove one of the two"
+    for name, fields in config.items():
+        yield from _of_config(name, fields)
+
+
+def _of_config(name: str, fields: Mapping[str, list[Any]]) -> Iterator[tuple[str, str]]:
+    if any(fields.get("dropout", ())):
+        what = f"`dropout` of {name} is not 0: SFTTrainer does not seed every step, so its masks are others"
+        yield what, f"write `dropout: 0` or {_OURS}"
+    if any(_OUTPUT_LAYER in value for value in fields.get("targets", ()) if isinstance(value, (list, tuple))):
+        what = f"`targets` of {name} contain {_OUTPUT_LAYER}: SFTTrainer multiplies by its weight, without the adapter"
+        yield what, f"leave {_OUTPUT_LAYER} out or {_OURS}"
+    for adapter in fields.get(KEY, ()):
+        kind = str(adapter.get("peft_type"))
+        if kind in VIRTUAL_TOKENS:
+            what = f"{kind} puts tokens before every text, and SFTTrainer calls the model below them"
+            yield what, f"write {_OURS} for {kind}"
+        if dropped := [key for key, value in adapter.items() if key.endswith("dropout") and value]:
+            what = f"`{dropped[0]}` of {kind} is not 0: SFTTrainer does not seed every step, so its masks are others"
+            yield what, f"write `{dropped[0]}: 0` or {_OURS}"

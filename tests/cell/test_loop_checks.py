@@ -1,0 +1,63 @@
+"""The checks of a training loop, tried on loops that are right and on loops with a planted fault. They need no trl."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from harness.cell.loop_checks import checks
+from harness.cell.loop_checks.observed_training import Trainee
+from harness.cell.training import loop
+from harness.conformance.findings.outcomes import CheckStatus
+from harness.methods.registry import Registry, discover
+from support.faulty_loops import FAULTS, Clips, FaultyLoop, ForgetsTheMethodsTerm, WarmsUpFromZero
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    return discover()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The tensors are tiny: several threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+YARDSTICKS: dict[str, checks.Yardstick] = {}
+
+
+def failed(train: object, trainee: Trainee, only: str = "") -> set[str]:
+    yardstick = YARDSTICKS.setdefault(trainee.method, checks.Yardstick(trainee))
+    evidence = checks.Evidence(trainee, train, yardstick)  # type: ignore[arg-type]
+    names = [only] if only else list(checks.CHECKS)
+    return {name for name in names if checks.outcome_of("a loop", name, evidence).status is CheckStatus.FAIL}
+
+
+@pytest.mark.parametrize("train", [loop.train, FaultyLoop()], ids=["harness", "plain"])
+def test_a_right_loop_passes_every_check(train: object, registry: Registry) -> None:
+    assert failed(train, Trainee("adalora", "reference", "float32", registry)) == set()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_planted_fault_is_caught_by_name(fault: type[FaultyLoop], registry: Registry) -> None:
+    method = "adalora" if fault is ForgetsTheMethodsTerm else "lora"
+    trainee = Trainee(method, "reference", "float32", registry)
+    assert failed(fault(), trainee, fault.caught_by) == {fault.caught_by}
+
+
+def test_a_fault_does_not_hide_in_the_consequences_of_another(registry: Registry) -> None:
+    """A wrong schedule moves the weights, but the gradients are right at those weights."""
+    trainee = Trainee("lora", "reference", "float32", registry)
+    assert failed(WarmsUpFromZero(), trainee) == {"schedule", "losses", "weights"}
+    assert failed(Clips(), trainee) >= {"gradients", "weights"}
+    assert not failed(Clips(), trainee) & {"order", "schedule", "method_steps", "frozen_weights", "training_mode"}
+
+
+def test_every_check_catches_a_fault() -> None:
+    assert {fault.caught_by for fault in FAULTS} == {*checks.CHECKS}
