@@ -31,7 +31,8 @@ def unreferenced(record: Record) -> str:
 
 def no_speed(record: Record) -> str:
     """Return the reason why no time of this Cell may be shown. If times may be shown, return an empty string."""
-    return _refusal([c for c in failed(record) if not _of_merging(c) and not _of_mixing(c)]) or unreferenced(record)
+    others = (_of_merging, _of_mixing, _of_serving)
+    return _refusal([c for c in failed(record) if not any(one(c) for one in others)]) or unreferenced(record)
 
 
 def no_merged_speed(record: Record) -> str:
@@ -49,6 +50,11 @@ def no_mixed_speed(record: Record) -> str:
 
 def _of_mixing(check: CheckResult) -> bool:
     return check.id.check == "multi-adapter"
+
+
+def _of_serving(check: CheckResult) -> bool:
+    """Return whether a check judges a server. Its failure hides only the server's own times, which the Record lacks."""
+    return check.id.check.startswith("served-")
 
 
 def _of_merging(check: CheckResult) -> bool:
