@@ -50,7 +50,9 @@ def server_busy(record: Record) -> str:
     if served is None or not served.wall_s or served.other_cpu_s is None or not _cores(record):
         return ""
     used = served.other_cpu_s / served.wall_s
-    return f"other processes used {used:.2f} of {plural(_cores(record), 'core')}" if used > OTHERS * _cores(record) else ""
+    return (
+        f"other processes used {used:.2f} of {plural(_cores(record), 'core')}" if used > OTHERS * _cores(record) else ""
+    )
 
 
 def _cores(record: Record) -> int:

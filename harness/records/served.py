@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from harness.records.base_model import Bytes, Count, FrozenModel, Seconds
 
 Load = Literal["base", "one adapter", "several adapters", "base and adapters"]
@@ -23,11 +25,11 @@ class ServedTimes(FrozenModel):
     """Number of tokens of each prompt."""
     tokens: Count
     """Number of tokens that the server generates for each request."""
-    first_token_s: list[Seconds] = []
+    first_token_s: list[Seconds] = Field(default=[])
     """Seconds from the start of each request to its first token."""
-    token_s: list[Seconds] = []
+    token_s: list[Seconds] = Field(default=[])
     """Mean seconds per token after the first, for each request."""
-    round_s: list[Seconds] = []
+    round_s: list[Seconds] = Field(default=[])
     """Seconds from the start of each round to the last token of its last request."""
     because: str = ""
     """Reason why nothing was timed. Empty if the load was timed."""
@@ -38,13 +40,13 @@ class Served(FrozenModel):
 
     server: str
     """Kind of server, e.g. `vllm`."""
-    software: dict[str, str] = {}
+    software: dict[str, str] = Field(default={})
     """Version of each library of the server's Python."""
     start_s: Seconds | None = None
     """Seconds from the start of the server's process to its first answer. None if it gave none."""
-    times: list[ServedTimes] = []
+    times: list[ServedTimes] = Field(default=[])
     """Times under each load."""
-    swap_s: list[Seconds] = []
+    swap_s: list[Seconds] = Field(default=[])
     """Seconds in which the server replaced the adapter of a name by another one."""
     swap_because: str = ""
     """Reason why no replacement was timed."""

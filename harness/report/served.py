@@ -120,18 +120,17 @@ def _notes(facts: RunFacts) -> list[str]:
 
 
 def lines(facts: RunFacts) -> list[list[str]]:
-    """Return the table for the terminal, as rows of text with headings; empty if no Cell was served."""
-    rows = [["served by", "load", "first token ms", "token ms", "tokens/s", "rate / base"]]
-    for record, m in measured(facts):
-        for times in m.served.times if m.served else ():
-            rows.append([_name(record), *_texts(record, times)])
-        if m.served and m.served.because:
-            rows.append([_name(record), m.served.because, "", "", "", ""])
-    return rows if len(rows) > 1 else []
+    """Return the timed loads for the terminal, as rows of text with headings; empty if there are none."""
+    heads = ["served by", "load", "first token ms", "token ms", "tokens/s", "rate / base"]
+    found = ((record, times) for record, m in measured(facts) if m.served for times in m.served.times)
+    rows = [[record.cell.serve, *_texts(record, times)] for record, times in found]
+    return [heads, *rows] if rows else []
 
 
-def _name(record: Record) -> str:
-    return record.cell.serve
+def not_timed(facts: RunFacts) -> list[str]:
+    """Return a line for each Cell whose server was not timed, with the reason."""
+    found = ((record, m.served.because) for record, m in measured(facts) if m.served)
+    return [f"! not served: {facts.titles[record.cell_id]}: {because}" for record, because in found if because]
 
 
 def _texts(record: Record, times: ServedTimes) -> list[str]:

@@ -26,6 +26,7 @@ def summary(f: RunFacts) -> list[str]:
     lines += _answers(answers)
     if rows := served.lines(f):
         lines += [*_aligned(rows), ""]
+    lines += served.not_timed(f)
     for j in f.verdict.judgements:
         lines.append(f"{icon(j.verdict.word)} {j.verdict.word.value}: {j.comparison.says}")
         lines.append(f"    {j.verdict.reason}")

@@ -72,14 +72,14 @@ def cells(entry: SuiteEntry) -> Iterator[Cell]:
     """Yield the Cells of an entry. Of all axes, the seed varies fastest."""
     # Untimed seeds also have the prompts of the timed seed, so that all seeds have one recipe.
     evaluation = entry.evaluation.untimed() if entry.latency == "never" else entry.evaluation
-    for model, task, base, (method, config), implementation, environment, serve, optimizer, dtype, training, seed in product(
+    configs = [(method, config) for method, fields in entry.config.items() for config in _configs(fields)]
+    codes = list(product(entry.implementation, entry.environment, entry.serve))
+    for model, task, base, (method, config), (code, environment, serve), optimizer, dtype, training, seed in product(
         entry.model,
         entry.task,
         entry.base,
-        [(method, config) for method, fields in entry.config.items() for config in _configs(fields)],
-        entry.implementation,
-        entry.environment,
-        entry.serve,
+        configs,
+        codes,
         entry.optimizer,
         entry.dtype,
         entry.training,
@@ -87,7 +87,7 @@ def cells(entry: SuiteEntry) -> Iterator[Cell]:
     ):
         timed = entry.latency == "every-seed" or (entry.latency == "first-seed" and seed == entry.seed[0])
         yield Cell(
-            model=model, task=task, method=method, implementation=implementation, config=config, base=base,
+            model=model, task=task, method=method, implementation=code, config=config, base=base,
             environment=environment, serve=serve, optimizer=optimizer, dtype=dtype, seed=seed, training=training,
             evaluation=evaluation.model_copy(update={"latency": timed}),
         )  # fmt: skip

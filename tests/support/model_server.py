@@ -7,6 +7,7 @@ MODEL_SERVER_FAULT names its mistake: one of a ModelServer, or one of START.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -24,7 +25,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BASE = "tiny"
-START = ("dies", "hangs at its start", "port taken", "another server", "dies while it serves")
+START = (
+    "dies", "hangs at its start", "port taken", "another server", "dies while it serves", "no loading", "another dtype",
+)  # fmt: skip
 """Mistakes of the script."""
 
 
@@ -187,10 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         if models.fault == "web page":
             return self._send(200, b"<!doctype html><title>Welcome</title>", "text/html")
         if self.path == "/v1/models":
-            rows = [
-                {"id": name, "parent": None if name == models.name else models.name}
-                for name in models.models
-            ]
+            rows = [{"id": name, "parent": None if name == models.name else models.name} for name in models.models]
             return self._answer(200, {"object": "list", "data": rows})
         if self.path == "/v1/completions":
             return self._completion(models, body)
@@ -280,14 +280,15 @@ def _main(port: int, name: str, base: Path, adapters: dict[str, Path], fault: st
         time.sleep(600)
     if fault == "another server":
         name = "of somebody else"
+
     def die(number: int) -> None:
         if fault == "dies while it serves" and number > 60:
             os._exit(7)
 
-    models = ModelServer(base, adapters, fault, loading=fault != "no loading", name=name, on_request=die)
-    if fault == "port taken":
-        ThreadingHTTPServer(("127.0.0.1", port), _Handler)  # it accepts no connection
-    with serving(models, port):
+    dtype = torch.bfloat16 if fault == "another dtype" else torch.float32
+    models = ModelServer(base, adapters, fault, loading=fault != "no loading", name=name, on_request=die, dtype=dtype)
+    taken = fault == "port taken" and ThreadingHTTPServer(("127.0.0.1", port), _Handler)  # it accepts no connection
+    with contextlib.closing(taken.socket) if taken else contextlib.nullcontext(), serving(models, port):
         signal.pause()
 
 

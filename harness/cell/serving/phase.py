@@ -67,8 +67,8 @@ def serve(run: CellRun, subject: Subject, adapters: Adapters) -> Served | None:
         except Unsupported as error:
             return _untimed(run, subject, served.model_copy(update={"because": str(error)}), failed=False)
         except HarnessError as error:
-            said = server_process.last_line(log, start)
-            because = error.what + (f"; the last line of its log: {said}" if said else "")
+            said = server_process.reason(log, start)
+            because = error.what + (f"; its log says: {said}" if said else "")
             return _untimed(run, subject, served.model_copy(update={"because": because}), failed=True)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -120,8 +120,10 @@ def _served(
             run.checks += judged.checks
             times, swaps, costs = _timed(run, server, session, ids, prompt_tokens, judged.refused)
         except ServerError as error:
-            ended = f"{kind.name} {server.ended}: " if server.ended else ""
-            raise ServerError(f"{ended}{error.what}", where=error.where) from error
+            ended = server.ended()
+            raise ServerError(
+                f"{kind.name} {ended}: {error.what}" if ended else error.what, where=error.where
+            ) from error
         run.checks.append(
             CheckResult(check=identifier(subject, case, ALIVE), outcome=Outcome.PASS, detail="it answered each request")
         )
@@ -152,19 +154,21 @@ def _timed(
     """Return the times of each load, the seconds of each replacement of an adapter, and the cost of the timing."""
     names, rounds = list(session.adapters), max(timing.ROUNDS, run.cell.evaluation.passes or 0)
     begun, own, others = time.perf_counter(), _own_cpu(server), _machine_cpu()
-    times = timing.measure(
-        server.client, session.base, names, ids, prompt_tokens, run.cell.seed, refused, rounds
-    )
+    times = timing.measure(server.client, session.base, names, ids, prompt_tokens, run.cell.seed, refused, rounds)
     swaps = [] if judge_answers.SWAP in refused else [
         _seconds(lambda name=names[number % 2]: session.replace(name)) for number in range(rounds)  # type: ignore[misc]
     ]  # fmt: skip
     own = _own_cpu(server) - own
-    return times, swaps, {
-        "memory_B": server.memory_B(),
-        "wall_s": time.perf_counter() - begun,
-        "own_cpu_s": max(own, 0.0),
-        "other_cpu_s": max(_machine_cpu() - others - own, 0.0),
-    }
+    return (
+        times,
+        swaps,
+        {
+            "memory_B": server.memory_B(),
+            "wall_s": time.perf_counter() - begun,
+            "own_cpu_s": max(own, 0.0),
+            "other_cpu_s": max(_machine_cpu() - others - own, 0.0),
+        },
+    )
 
 
 def _seconds(action: Callable[[], None]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from harness.conformance.served.client import Client, RequestRefusedError
+from harness.conformance.served.client import Client
 from harness.errors import ServerError, UsageError
 from harness.methods.servers.kind import Launch, ServerKind
 from harness.process import lifeline
@@ -26,7 +27,10 @@ _POLL_S, _ANSWER_S = 0.2, 2.0
 """While a server starts: seconds between two questions, and seconds to wait for an answer."""
 _GRACE_S = 5.0
 """Seconds in which a server may end by itself after SIGTERM, so that it can remove its files."""
+_END_S = 2.0
+"""Seconds in which a server whose connections broke may end."""
 _PATIENCE_S = 60.0
+_REASON = re.compile(r"\b\w+(?:Error|Exception|Exit)\b: \S.*")
 _FACTS = """
 import importlib.util, json, sys
 from importlib.metadata import PackageNotFoundError, version
@@ -84,9 +88,9 @@ class RunningServer:
     def __init__(self, process: Subprocess, client: Client, start_s: float) -> None:
         self._process, self.client, self.start_s = process, client, start_s
 
-    @property
     def ended(self) -> str:
-        """Text about the end of the process. Empty while it runs."""
+        """Return a text about the end of the process. Empty if it still runs after a moment."""
+        self._process.wait(_END_S)
         return _ended(self._process)
 
     def memory_B(self) -> int:  # noqa: N802  # a unit
@@ -140,21 +144,24 @@ def _wait(process: Subprocess, client: Client, kind: ServerKind, name: str, begu
     while True:
         if ended := _ended(process):
             raise ServerError(f"{kind.name} {ended} before it answered", hint="the log of the Cell has its output")
-        try:
-            if name in [one.name for one in client.models()]:
-                return
-            raise UsageError("it lists other models")
-        except RequestRefusedError:
-            pass  # it is not ready
-        except UsageError as error:
-            what = f"another server answers on port {client.url.rpartition(':')[2]}: {error.what}"
-            raise ServerError(what, where=client.url, hint="run the Cell again, which takes another port") from error
-        except ServerError:
-            pass  # it does not listen yet
+        listed = _listed(client)
+        if name in listed:
+            return
+        if listed:
+            what = f"another server answers on port {client.url.rpartition(':')[2]}; it has {', '.join(listed)}"
+            raise ServerError(what, where=client.url, hint="run the Cell again, which takes another port")
         if time.monotonic() - begun > kind.start_s:
             what = f"{kind.name} did not answer within {kind.start_s:g} s of its start"
             raise ServerError(what, hint="the log of the Cell has its output")
         time.sleep(_POLL_S)
+
+
+def _listed(client: Client) -> list[str]:
+    """Return the names of the server's models. Empty if it does not listen, is not ready, or is no such server."""
+    try:
+        return [one.name for one in client.models()]
+    except (ServerError, UsageError):
+        return []
 
 
 def _ended(process: Subprocess) -> str:
@@ -169,10 +176,14 @@ def _environment(own: str) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not (own and key == "PYTHONPATH")}
 
 
-def last_line(log: Path, start: int) -> str:
-    """Return the last line of a log after its first `start` bytes. Empty if there is none."""
+def reason(log: Path, start: int) -> str:
+    """Return the first line about an exception in a log after its first `start` bytes, or else its last line.
+
+    Later exceptions are often consequences of the first. The result is empty if the log has no line.
+    """
     with contextlib.suppress(OSError), log.open("rb") as file:
         file.seek(start)
         lines = file.read().decode("utf-8", "replace").strip().splitlines()
-        return " ".join(lines[-1].split()) if lines else ""
+        found = next((one[0] for line in lines if (one := _REASON.search(line))), lines[-1] if lines else "")
+        return " ".join(found.split())
     return ""

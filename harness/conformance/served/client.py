@@ -127,10 +127,12 @@ class Client:
         started, lines = time.perf_counter(), list[tuple[float, bytes]]()
 
         def read(answer: http.client.HTTPResponse, deadline: float) -> bytes:
-            for line in answer:
-                if line.startswith(_EVENT):
-                    lines.append((time.perf_counter() - started, line.removeprefix(_EVENT)))
-                if time.monotonic() > deadline:
+            rest = b""
+            while part := answer.read1(1 << 16):
+                when = time.perf_counter() - started
+                *whole, rest = (rest + part).split(b"\n")
+                lines.extend((when, line.removeprefix(_EVENT)) for line in whole if line.startswith(_EVENT))
+                if time.monotonic() > deadline or len(rest) > _LARGEST_B:
                     raise TimeoutError
             return b""
 
@@ -246,7 +248,9 @@ class Client:
                 connection._create_connection = lambda address, *_: self._connect(address, stack, deadline)
                 connection.request(method, self._prefix + path, None if body is None else json.dumps(body), headers)
                 answer = connection.getresponse()
-                content = (read or _read)(answer, deadline) if answer.status == http.client.OK else _read(answer, deadline)
+                content = (
+                    (read or _read)(answer, deadline) if answer.status == http.client.OK else _read(answer, deadline)
+                )
         except TimeoutError as error:
             limit = f"no complete answer in {self._patience:g} seconds"
             raise ServerError(limit, where=where, hint="--patience SECONDS allows more time") from error

@@ -87,7 +87,6 @@ def samples(record: Record) -> Iterator[ExportRow]:
                 "index": index, "value": value, "unit": "s", "warmup": False, "no_speed": refused[latency.variant],
             }  # fmt: skip
 
-
     yield from _served(record)
 
 
@@ -103,8 +102,8 @@ def _served(record: Record) -> Iterator[ExportRow]:
             ("first_token", times.first_token_s), ("token", times.token_s), ("round", times.round_s),
         )
     ]  # fmt: skip
-    found.append(("swap", None, None, None, None, served.swap_s))
-    for kind, load, requests, tokens, adapters, values in found:
+    swaps: tuple[str, None, None, None, None, list[float]] = ("swap", None, None, None, None, served.swap_s)
+    for kind, load, requests, tokens, adapters, values in (*found, swaps):
         for index, value in enumerate(values):
             yield {
                 **key(record), "kind": f"served_{kind}", "variant": load, "latency_batch": requests,
