@@ -110,6 +110,15 @@ SHAPE = {
 """Mistakes of the first stage: the YAML, its keys, their types and ranges."""
 
 MEANING = {
+    "unknown server": ("id: a", "id: a\n        serve: vlm", 12, "unknown server `vlm`"),
+    "server of another method": (LORA, LORA.replace("lora", "dora") + "\n        serve: vllm", 12, "`serve` `method: lora` dora"),
+    "server of a dtype": ("dtype: float64", "dtype: float64\n        serve: vllm", 16, "`vllm` not serve float64"),
+    "server of an encoder": ("id: a", "id: a\n        model: minilm-l6\n        serve: vllm", 12, "`serve` minilm-l6 encoder"),
+    "server without latencies": ("id: a", "id: a\n        latency: never\n        serve: vllm", 12, "`serve` `latency` never"),
+    "server of a quantised base": (
+        "id: a", "id: a\n        serve: vllm\n        base: {quantization: nf4, implementation: fused}", 13,
+        "`serve` not quantised nf4",
+    ),
     "unknown config key": ("4, alpha", "4, alpa", 13, "`lora` no `alpa`"),
     "schedule of another length": (
         RANK, ADALORA.replace("total_steps: 4", "total_steps: 5"), 13, "`total_steps` adalora 5 4 steps",
