@@ -111,10 +111,16 @@ SHAPE = {
 
 MEANING = {
     "unknown server": ("id: a", "id: a\n        serve: vlm", 12, "unknown server `vlm`"),
-    "server of another method": (LORA, LORA.replace("lora", "dora") + "\n        serve: vllm", 12, "`serve` `method: lora` dora"),
+    "server of another method": (
+        LORA, LORA.replace("lora", "dora") + "\n        serve: vllm", 12, "`serve` `method: lora` dora",
+    ),
     "server of a dtype": ("dtype: float64", "dtype: float64\n        serve: vllm", 16, "`vllm` not serve float64"),
-    "server of an encoder": ("id: a", "id: a\n        model: minilm-l6\n        serve: vllm", 12, "`serve` minilm-l6 encoder"),
-    "server without latencies": ("id: a", "id: a\n        latency: never\n        serve: vllm", 12, "`serve` `latency` never"),
+    "server of an encoder": (
+        "id: a", "id: a\n        model: minilm-l6\n        serve: vllm", 12, "`serve` minilm-l6 encoder",
+    ),
+    "server without latencies": (
+        "id: a", "id: a\n        latency: never\n        serve: vllm", 12, "`serve` `latency` never",
+    ),
     "server of a quantised base": (
         "id: a", "id: a\n        serve: vllm\n        base: {quantization: nf4, implementation: fused}", 13,
         "`serve` not quantised nf4",
