@@ -1,7 +1,7 @@
 """The key `serve:` of an entry: kinds of model servers that serve the trained adapters. No torch.
 
-A server loads the base from its folder and the adapters from files in the format of peft. So the base must have trained
-weights in full precision, and the Method must be LoRA.
+A server loads the base from a folder and the adapters from files in the format of peft. So the base must not be quantised,
+and the Method must be LoRA. The base of a shape, whose weights are random, is saved first.
 """
 
 from __future__ import annotations
@@ -52,8 +52,6 @@ def _unserved(keys: CellKeys, models: Mapping[int, Source]) -> Iterator[FieldPro
     for i, source in models.items():
         if source.kind != "causal":
             yield ("model", i), f"`serve` needs a model that generates text, but {source.name} is an encoder", apart
-        elif source.scheme == "shape":
-            yield ("model", i), f"`serve` needs weights on the disk, but {source.name} has random ones", apart
     if keys.latency == "never":
         what = "`serve` is measured in the Cells that have latencies, but `latency` is never"
         yield ("latency",), what, "write `latency: first-seed`, or remove `serve:`"

@@ -16,6 +16,7 @@ from harness.cell.job import Asset, Job, JobTask
 from harness.cell.measure.memory import PeakMeter
 from harness.cell.measure.phases import PhaseClock
 from harness.cell.serving import phase, timing
+from harness.cell.training import random_model
 from harness.conformance.subject import Subject, adaptable_layers, configure
 from harness.methods import servers
 from harness.methods.registry import discover
@@ -53,9 +54,9 @@ def kind(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return offered
 
 
-def subject_of(base: Path, **knobs: Any) -> Subject:
-    """Return a trained LoRA: random tensors of a size that changes the answers."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+def subject_of(base: Path, model: Any = None, **knobs: Any) -> Subject:
+    """Return a trained LoRA: random tensors of a size that changes the answers. model: by default that of the folder."""
+    model = model or AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = configure("lora", {"rank": 3, "alpha": 6, "targets": list(TARGETS), **knobs})
     bases, own = adaptable_layers(model, config), list(model.parameters())
     adapted = discover().find("method", "lora", "reference")(model, config, torch.Generator().manual_seed(0))
@@ -66,7 +67,7 @@ def subject_of(base: Path, **knobs: Any) -> Subject:
 
 
 def served(
-    base: Path, folder: Path, subject: Subject | None = None, **fields: Any
+    base: Path, folder: Path, subject: Subject | None = None, scheme: str = "folder", **fields: Any
 ) -> tuple[Served, dict[str, CheckResult]]:
     """Serve a LoRA. Return the measurements, and the results of the checks by name."""
     budget = {"training": Training(steps=1), "evaluation": Evaluation(items=1, prompt_tokens=8)}
@@ -74,7 +75,7 @@ def served(
     (folder / "logs").mkdir(exist_ok=True)
     job = Job.model_construct(
         run="run", folder=str(folder), attempt=1, cell=cell, device="cpu", server_python="",
-        model=Asset.model_construct(path=str(base)), data=None, task=JobTask.model_construct(),
+        model=Asset.model_construct(path=str(base), source=SimpleNamespace(scheme=scheme)), data=None, task=JobTask.model_construct(),
     )  # fmt: skip
     meter = PeakMeter(torch.device("cpu"))
     run = CellRun(job, discover(), PhaseClock(meter, lambda _: None), meter, lambda *_, **__: None, baseline_B=0)
@@ -122,6 +123,13 @@ def test_rslora_and_targets_with_other_layers_of_the_same_name_are_saved_right(
     found, checks = served(base, tmp_path, subject_of(base, rslora=True, targets=paths))
     assert set(outcomes(checks).values()) == {Outcome.PASS}
     assert found.because == ""
+
+
+def test_the_base_of_a_shape_is_saved_with_its_random_weights(base: Path, tmp_path: Path, kind: Any) -> None:
+    model = random_model.build(base, torch.float32)
+    random_model.draw(model, torch.device("cpu"))
+    _, checks = served(base, tmp_path, subject_of(base, model), scheme="shape")
+    assert set(outcomes(checks).values()) == {Outcome.PASS}
 
 
 def test_a_seed_without_latencies_is_not_served(base: Path, tmp_path: Path, kind: Any) -> None:

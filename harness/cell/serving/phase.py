@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from harness.cell.cell_run import CellRun
-from harness.cell.serving import adapter_folders, judge_answers, server_process, timing
+from harness.cell.serving import adapter_folders, base_folder, judge_answers, server_process, timing
 from harness.cell.serving.server_process import RunningServer, ServerPython
 from harness.conformance.case import Case
 from harness.conformance.cell_gate.multi_adapter import Adapters, draw_adapters
@@ -62,8 +62,12 @@ def serve(run: CellRun, subject: Subject, adapters: Adapters) -> Served | None:
         folder = Path(tempfile.mkdtemp(prefix="serve-", dir=run.job.folder))
         served = Served(server=kind.name, software=python.software)
         try:
-            saved = _save(run, subject, adapters, folder)
-            return _served(run, subject, kind, python, saved, served)
+            if run.device.type == "cuda":  # the server needs the memory of the GPU
+                subject.model.to("cpu")
+                torch.cuda.empty_cache()
+            base = base_folder.find(run.job, folder / "base")
+            saved = _save(subject, adapters, base, folder)
+            return _served(run, subject, kind, python, base, saved, served)
         except Unsupported as error:
             return _untimed(run, subject, served.model_copy(update={"because": str(error)}), failed=False)
         except HarnessError as error:
@@ -82,26 +86,23 @@ def _untimed(run: CellRun, subject: Subject, served: Served, *, failed: bool) ->
     return served
 
 
-def _save(run: CellRun, subject: Subject, adapters: Adapters, folder: Path) -> dict[str, Path]:
+def _save(subject: Subject, adapters: Adapters, base: Path, folder: Path) -> dict[str, Path]:
     """Save the adapters. Return the folder of each by its name on the server. The trained adapter is the first."""
     saved: dict[str, Path] = {}
     for number, tensors in enumerate(adapters):
         name = f"random-{number}" if number else "trained"
         saved[name] = folder / name
-        adapter_folders.save(subject, tensors, Path(run.job.model.path), saved[name])
+        adapter_folders.save(subject, tensors, base, saved[name])
     return saved
 
 
 def _served(
-    run: CellRun, subject: Subject, kind: ServerKind, python: ServerPython, adapters: dict[str, Path], served: Served
-) -> Served:
+    run: CellRun, subject: Subject, kind: ServerKind, python: ServerPython, base: Path, adapters: dict[str, Path],
+    served: Served,
+) -> Served:  # fmt: skip
     """Start the server, judge it and time it. Raises HarnessError if it does not answer."""
-    base, case = Path(run.job.model.path), Case("trained", seed=run.cell.seed)
-    model: Any = subject.model
-    if run.device.type == "cuda":  # the server needs the memory of the GPU
-        model.to("cpu")
-        torch.cuda.empty_cache()
-    prompt_tokens = _prompt_tokens(model, run.cell.evaluation.prompt_tokens)
+    case = Case("trained", seed=run.cell.seed)
+    prompt_tokens = _prompt_tokens(subject.model, run.cell.evaluation.prompt_tokens)
     launch = Launch(
         base=base, name=f"base-{run.cell.cell_id}-{run.job.attempt}", adapters=adapters, rank=subject.config.rank,
         dtype=run.cell.dtype, device=run.device.type, port=server_process.free_port(),
