@@ -20,8 +20,11 @@ RULE = (
     f"busy: the steps waited for a CPU. The process got less than {ONE_CORE:g} s of CPU time per second of its"
     f" steps; or less than {ALL_THREADS:g} of the time of its threads, while the load average at the end of training was"
     f" more than {LOAD_ABOVE:g} above the number of cores (or of threads, if they are more). Such times are not those of the"
-    " Method. A server is timed under the name busy if other processes used more than"
-    f" {OTHERS:g} s of CPU time per second and core meanwhile"
+    " Method"
+)
+SERVER_RULE = (
+    f"A server was busy if other processes used more than {OTHERS:g} s of CPU time per second and core while it was"
+    " timed"
 )
 
 

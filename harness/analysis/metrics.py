@@ -230,7 +230,8 @@ SERVED = (
     ),
     Metric(
         name="served_swap_s", unit="s", kind="timed", better="lower", read=_served_swap,
-        meaning="median time in which a server replaced an adapter by another one", column="served_swap_s",
+        meaning="median time from the request to replace an adapter in a server to the first token of its answer",
+        column="served_swap_s",
     ),
 )  # fmt: skip
 METRICS: tuple[Metric, ...] = (

@@ -47,7 +47,7 @@ class Served(FrozenModel):
     times: list[ServedTimes] = Field(default=[])
     """Times under each load."""
     swap_s: list[Seconds] = Field(default=[])
-    """Seconds in which the server replaced the adapter of a name by another one."""
+    """Seconds from the request to replace the adapter of a name by another one to the first token of its answer."""
     swap_because: str = ""
     """Reason why no replacement was timed."""
     memory_B: Bytes | None = None

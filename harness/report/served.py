@@ -42,9 +42,13 @@ def _rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
             yield record.cell, [server, field("", ""), *[unmeasured(m.served.because)] * 6]
         for times in m.served.times:
             base = measurements.served_times(record, "base", alone=times.requests == 1)
-            yield record.cell, [server, _load(times), *_times(times, busy), *_ratios(times, base)]
+            yield record.cell, [server, _load(times, busy), *_times(times), *_ratios(times, base)]
         if m.served.times:
-            yield record.cell, [server, field("adapter replaced", "z"), _swap(m.served, busy), *_no_more()]
+            name = "1 \N{MULTIPLICATION SIGN} adapter just replaced"
+            marked = bool(busy and m.served.swap_s)
+            why = busy if marked else "the time includes the replacement"
+            load = field(name, "z", why=why, flag="busy" if marked else "")
+            yield record.cell, [server, load, _swap(m.served), *_no_more()]
 
 
 def _server(served: Served) -> Field:
@@ -56,13 +60,16 @@ def _server(served: Served) -> Field:
     return field(served.server, served.server, small=version, why=", ".join(filter(None, [start, memory, *libraries])))
 
 
-def _load(times: ServedTimes) -> Field:
-    text = f"{times.requests} × {times.load}"
+def _load(times: ServedTimes, busy: str) -> Field:
+    text = f"{times.requests} \N{MULTIPLICATION SIGN} {times.load}"
     why = f"{times.prompt_tokens} tokens of prompt, {times.tokens} generated; adapters in a round: {times.adapters}"
-    return field(text, f"{times.requests:04} {times.load}", why=why)
+    marked = bool(busy) and not times.because
+    return field(
+        text, f"{times.requests:04} {times.load}", why=busy if marked else why, flag="busy" if marked else ""
+    )  # fmt: skip
 
 
-def _times(times: ServedTimes, busy: str) -> list[Field]:
+def _times(times: ServedTimes) -> list[Field]:
     if times.because or not times.round_s:
         return [unmeasured(times.because or "no samples; the Record gives no reason")] * 3
     rate = measurements.served_rate(times)
@@ -70,16 +77,16 @@ def _times(times: ServedTimes, busy: str) -> list[Field]:
         shown = unmeasured("the clock did not move")
     else:
         small = "" if rate.low is None or rate.high is None else f"[{rate.low:.3g}, {rate.high:.3g}]"
-        shown = field(f"{rate.value:.3g}", rate.value, small=small, why=busy, flag="busy" if busy else "")
-    return [_median(times.first_token_s, busy), _median(times.token_s, busy), shown]
+        shown = field(
+            f"{rate.value:.3g}", rate.value, small=small, why=f"{rate.count} rounds", more=formatting.ends(rate)
+        )
+    return [_median(times.first_token_s), _median(times.token_s), shown]
 
 
-def _median(samples: Sequence[float], busy: str) -> Field:
+def _median(samples: Sequence[float]) -> Field:
     m = median_interval(samples)
-    return field(
-        formatting.milliseconds(m.value), m.value, small=formatting.median_ms(m), why=busy or f"{m.count} samples",
-        flag="busy" if busy else "", more=formatting.ends(m),
-    )  # fmt: skip
+    small, why = formatting.median_ms(m), f"{m.count} samples"
+    return field(formatting.milliseconds(m.value), m.value, small=small, why=why, more=formatting.ends(m))
 
 
 def _ratios(times: ServedTimes, base: ServedTimes | None) -> list[Field]:
@@ -100,8 +107,8 @@ def _ratio(value: float | None, base: float | None) -> Field:
     return field(f"{value / base:.2f}", value / base)
 
 
-def _swap(served: Served, busy: str) -> Field:
-    return _median(served.swap_s, busy) if served.swap_s else unmeasured(served.swap_because or "not measured")
+def _swap(served: Served) -> Field:
+    return _median(served.swap_s) if served.swap_s else unmeasured(served.swap_because or "not measured")
 
 
 def _no_more() -> list[Field]:
@@ -134,8 +141,6 @@ def not_timed(facts: RunFacts) -> list[str]:
 
 
 def _texts(record: Record, times: ServedTimes) -> list[str]:
-    busy = contention.server_busy(record)
-    base = measurements.served_times(record, "base", alone=times.requests == 1)
-    *_, rate = _ratios(times, base)
-    shown = [*_times(times, busy), rate]
-    return [_load(times)["text"], *(one["text"] + (" !" if one["flag"] else "") for one in shown)]
+    load = _load(times, contention.server_busy(record))
+    *_, rate = _ratios(times, measurements.served_times(record, "base", alone=times.requests == 1))
+    return [load["text"] + (" !" if load["flag"] else ""), *(one["text"] for one in [*_times(times), rate])]

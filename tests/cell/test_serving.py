@@ -73,9 +73,10 @@ def served(
     budget = {"training": Training(steps=1), "evaluation": Evaluation(items=1, prompt_tokens=8)}
     cell = Cell(model="m", task="t", method="lora", implementation="reference", serve="small", **{**budget, **fields})
     (folder / "logs").mkdir(exist_ok=True)
+    model = Asset.model_construct(path=str(base), source=SimpleNamespace(scheme=scheme))
     job = Job.model_construct(
-        run="run", folder=str(folder), attempt=1, cell=cell, device="cpu", server_python="",
-        model=Asset.model_construct(path=str(base), source=SimpleNamespace(scheme=scheme)), data=None, task=JobTask.model_construct(),
+        run="run", folder=str(folder), attempt=1, cell=cell, device="cpu", server_python="", model=model, data=None,
+        task=JobTask.model_construct(),
     )  # fmt: skip
     meter = PeakMeter(torch.device("cpu"))
     run = CellRun(job, discover(), PhaseClock(meter, lambda _: None), meter, lambda *_, **__: None, baseline_B=0)
@@ -215,5 +216,6 @@ def test_the_command_of_vllm(tmp_path: Path) -> None:
     given = vllm.SERVER.arguments(launch)
     options = {given[i]: given[i + 1] for i in range(len(given) - 1) if given[i].startswith("--")}
     assert options["--max-lora-rank"] == "16"  # the next larger value that vLLM takes
-    assert options["--max-loras"] == "3"  # one more, for the hot-swap
+    assert options["--max-loras"] == "2"  # no slot stays empty
+    assert options["--max-cpu-loras"] == "3"  # one more, for the hot-swap
     assert given[-3:] == [f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", "--enforce-eager"]

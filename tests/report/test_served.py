@@ -69,7 +69,7 @@ def test_each_load_has_medians_and_its_ratio_to_as_many_requests_to_the_base(tmp
     assert one["Rate / base"]["text"] == "0.50"
     assert several["Rate / base"]["text"] == "0.25"
     assert several["Server"]["small"] == "0.32.0"
-    assert found["adapter replaced"]["First token, ms"]["value"] == pytest.approx(0.6)
+    assert found["1 × adapter just replaced"]["First token, ms"]["value"] == pytest.approx(0.6)
     assert found["1 × base"]["Rate / base"]["text"] == "—"
 
 
@@ -80,7 +80,7 @@ def test_a_load_with_wrong_answers_shows_the_reason_and_no_time(tmp_path: Path) 
 
 
 def test_times_are_marked_if_other_programs_used_the_cpu(tmp_path: Path) -> None:
-    busy, quiet = (table(facts(tmp_path / str(s), record(other_cpu_s=s)))["1 × base"]["Tokens/s"] for s in (5.0, 1.0))
+    busy, quiet = (table(facts(tmp_path / str(s), record(other_cpu_s=s)))["1 × base"]["Load"] for s in (5.0, 1.0))
     assert busy["flag"] == "busy"
     assert busy["why"] == "other processes used 0.50 of 2 cores"
     assert quiet["flag"] == ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from harness.conformance.subject import Subject
 from harness.errors import HarnessError, ServerError, Unsupported
 from harness.methods import servers
 from harness.methods.servers.kind import Launch, ServerKind
+from harness.process.out_of_memory import shortage
 from harness.records.record import CheckResult, Outcome
 from harness.records.served import Served, ServedTimes
 from harness.records.store import RunFolder
@@ -74,6 +75,11 @@ def serve(run: CellRun, subject: Subject, adapters: Adapters) -> Served | None:
             said = server_process.reason(log, start)
             because = error.what + (f"; its log says: {said}" if said else "")
             return _untimed(run, subject, served.model_copy(update={"because": because}), failed=True)
+        except (MemoryError, RuntimeError) as error:
+            if not shortage(error):
+                raise
+            because = f"out of memory: {error}".partition("\n")[0]
+            return _untimed(run, subject, served.model_copy(update={"because": because}), failed=False)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -156,9 +162,7 @@ def _timed(
     names, rounds = list(session.adapters), max(timing.ROUNDS, run.cell.evaluation.passes or 0)
     begun, own, others = time.perf_counter(), _own_cpu(server), _machine_cpu()
     times = timing.measure(server.client, session.base, names, ids, prompt_tokens, run.cell.seed, refused, rounds)
-    swaps = [] if judge_answers.SWAP in refused else [
-        _seconds(lambda name=names[number % 2]: session.replace(name)) for number in range(rounds)  # type: ignore[misc]
-    ]  # fmt: skip
+    swaps = [] if judge_answers.SWAP in refused else timing.swaps(session, ids, prompt_tokens, rounds)
     own = _own_cpu(server) - own
     return (
         times,
@@ -170,12 +174,6 @@ def _timed(
             "other_cpu_s": max(_machine_cpu() - others - own, 0.0),
         },
     )
-
-
-def _seconds(action: Callable[[], None]) -> float:
-    begun = time.perf_counter()
-    action()
-    return time.perf_counter() - begun
 
 
 def _own_cpu(server: RunningServer) -> float:

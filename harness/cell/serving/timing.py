@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from threading import Barrier
 
 from harness.conformance.served.client import Client
+from harness.conformance.served.session import SWAPPED, Session
 from harness.records.served import Load, ServedTimes
 
 TOGETHER = 4
@@ -60,6 +61,22 @@ def measure(
         )
         for one in targets
     ]  # fmt: skip
+
+
+def swaps(session: Session, ids: Sequence[int], prompt_tokens: int, rounds: int) -> list[float]:
+    """Replace an adapter by another one `rounds` times. Return the seconds of each until the first token of its answer.
+
+    session: a session in which `swapped_alone` has loaded an adapter. ids, prompt_tokens: as in `measure`.
+    """
+    draw = random.Random(f"{session.seed} swaps")  # noqa: S311  # prompts, not secrets
+    names, found = list(session.adapters), []
+    for number in range(rounds):
+        prompt = draw.choices(ids, k=prompt_tokens)
+        begun = time.perf_counter()
+        session.replace(names[number % 2])
+        loaded = time.perf_counter() - begun
+        found.append(loaded + session.client.stream(SWAPPED, prompt, 1)[0])
+    return found
 
 
 def _targets(base: str, adapters: Sequence[str]) -> list[_Target]:
