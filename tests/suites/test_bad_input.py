@@ -494,7 +494,7 @@ def test_a_shared_key_may_belong_to_an_unknown_method(tmp_path: Path) -> None:
         (["run", "smoke", "--timeout", "soon"], "'soon' is not a valid float", "--help"),
         (["plan", "smoke", "quick"], "Got unexpected extra argument", "see `peft-harness plan --help`"),
         (["plan", "smok"], "SUITE: no suite `smok`", "did you mean `smoke`?"),
-        (["plan", "sources"], "SUITE: no suite `sources`", "quick, sentinels, smoke"),
+        (["plan", "sources"], "SUITE: no suite `sources`", "quick, sentinels, serve, smoke"),
         (["plan", "nowhere.yaml"], "nowhere.yaml:1: cannot read: No such file", "name a readable YAML file"),
         (["plan", "."], "SUITE: no suite `.`", "name a .yaml file"),
         (["plan", "smoke", "--only", "metod=lora"], "--only metod=lora: unknown key `metod`", "did you mean `method`?"),
