@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
 from harness.analysis import contention, measurements
+from harness.analysis.grouping import group
 from harness.analysis.run_facts import RunFacts
 from harness.analysis.statistics.intervals import median_interval
 from harness.records.record import Cell, Record
@@ -44,7 +45,7 @@ def _rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
             base = measurements.served_times(record, "base", alone=times.requests == 1)
             yield record.cell, [server, _load(times, busy), *_times(times), *_ratios(times, base)]
         if m.served.times:
-            name = "1 \N{MULTIPLICATION SIGN} adapter just replaced"
+            name = "1 \N{MULTIPLICATION SIGN} replaced adapter"
             marked = bool(busy and m.served.swap_s)
             why = busy if marked else "the time includes the replacement"
             load = field(name, "z", why=why, flag="busy" if marked else "")
@@ -116,13 +117,16 @@ def _no_more() -> list[Field]:
 
 
 def _notes(facts: RunFacts) -> list[str]:
-    """Return notes for the table: Cells whose servers were not timed, and evidence of other load."""
+    """Return notes for the table: why servers or loads were not timed, and evidence of other programs."""
     found = []
     for record, m in measured(facts):
+        name, times = facts.titles[record.cell_id], m.served.times if m.served else []
+        refused = group((one.because, one.load) for one in times if one.because)
+        found += [f"{name}: {', '.join(dict.fromkeys(loads))}: {because}" for because, loads in refused.items()]
         if m.served and m.served.because:
-            found.append(f"{facts.titles[record.cell_id]}: {m.served.because}")
+            found.append(f"{name}: {m.served.because}")
         if busy := contention.server_busy(record):
-            found.append(f"{facts.titles[record.cell_id]}: busy: {busy}; times may be too high, ratios less so")
+            found.append(f"{name}: busy: {busy}; times may be too high, ratios less so")
     return found
 
 

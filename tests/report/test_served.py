@@ -69,7 +69,7 @@ def test_each_load_has_medians_and_its_ratio_to_as_many_requests_to_the_base(tmp
     assert one["Rate / base"]["text"] == "0.50"
     assert several["Rate / base"]["text"] == "0.25"
     assert several["Server"]["small"] == "0.32.0"
-    assert found["1 × adapter just replaced"]["First token, ms"]["value"] == pytest.approx(0.6)
+    assert found["1 × replaced adapter"]["First token, ms"]["value"] == pytest.approx(0.6)
     assert found["1 × base"]["Rate / base"]["text"] == "—"
 
 
@@ -77,6 +77,8 @@ def test_a_load_with_wrong_answers_shows_the_reason_and_no_time(tmp_path: Path) 
     wrong = table(facts(tmp_path / "run", record()))["4 × base and adapters"]
     hidden = [wrong[head] for head in ("First token, ms", "Token, ms", "Tokens/s", "Rate / base")]
     assert [(one["text"], one["why"]) for one in hidden] == [("—", REFUSED)] * 4
+    notes = view.build([facts(tmp_path / "again", record())])["runs"][0]["served"]["notes"]
+    assert [note for note in notes if REFUSED in note]
 
 
 def test_times_are_marked_if_other_programs_used_the_cpu(tmp_path: Path) -> None:
