@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +27,10 @@ from harness.methods.servers.kind import Launch, ServerKind
 from harness.records.record import Cell, CheckResult, Evaluation, Outcome, Training
 from harness.records.served import Served
 from support import adapter_folders
+from support.processes import eventually, gone
 from support.repository import TESTS
+
+pytestmark = pytest.mark.slow  # each test starts a server
 
 LOADS = ["base", "one adapter", "base", "one adapter", "several adapters", "base and adapters"]
 SCRIPT = TESTS / "support" / "model_server.py"
@@ -209,6 +214,32 @@ def test_a_server_that_is_not_installed_is_not_run(base: Path, tmp_path: Path, k
     found, checks = served(base, tmp_path)
     assert found.because == "not run: small is not installed; `peft-harness env create vllm`"
     assert outcomes(checks) == {"alive": Outcome.SKIPPED}
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from harness.cell.serving import server_process
+from harness.methods.servers.kind import Launch, ServerKind
+
+script, base, port = sys.argv[1], Path(sys.argv[2]), server_process.free_port()
+kind = ServerKind("small", "torch", lambda launch: ["-P", script, str(launch.port), launch.name, str(base)])
+launch = Launch(base, "base", {}, 1, "float32", "cpu", port, 64, 1)
+with server_process.running(kind, server_process.ServerPython(sys.executable, {}), "", launch) as server:
+    print("pid", server._process.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_server_dies_with_the_process_that_started_it(base: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", KILLED, str(SCRIPT), str(base)], stdout=subprocess.PIPE, text=True
+    ) as worker:
+        assert worker.stdout is not None
+        pid = next(int(line.split()[1]) for line in worker.stdout if line.startswith("pid "))
+        assert not gone(pid)
+        worker.kill()
+        eventually(lambda: gone(pid), "the server has ended")
 
 
 def test_the_command_of_vllm(tmp_path: Path) -> None:
