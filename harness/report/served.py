@@ -31,7 +31,7 @@ def served(facts: RunFacts) -> Table:
         column("Token / base", "ratio of medians: time per token, relative to as many requests to the base"),
         column("Rate / base", "ratio of medians: tokens per second, relative to as many requests to the base"),
     ]
-    return table(facts, "served", "Served", columns, _rows(facts), notes=_notes(facts))
+    return table(facts, "served", "Served by a model server", columns, _rows(facts), notes=_notes(facts))
 
 
 def _rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
