@@ -10,7 +10,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harness.conformance.adapter_files.adapter_file import CONFIG, WEIGHTS
+from harness.conformance.adapter_files.adapter_config import CONFIG
+from harness.conformance.adapter_files.adapter_file import WEIGHTS
 from harness.conformance.subject import Subject
 from harness.errors import Unsupported
 

@@ -48,7 +48,7 @@ def judge(session: Session, base: Path, subject: Named, case: Case) -> Judged:
     trained, second = names[1:3]
     session.alone(BASE)
     files = {name: AdapterFile.read(folder) for name, folder in session.adapters.items()}
-    comparison = Comparison(session.client.url, base, files)
+    comparison = Comparison(session.client.url, base, files, session.again)
     try:
         floor = comparison.noise_floor(session.observations, [subject.dtype])
     except UsageError as error:  # then there is no scale for the errors of the other answers
