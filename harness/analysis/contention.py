@@ -13,11 +13,18 @@ ALL_THREADS = 0.8
 LOAD_ABOVE = 0.5
 """If the load average exceeds the number of cores by more than this, other processes compete for the cores."""
 
+OTHERS = 0.1
+"""Largest harmless CPU time of other processes, in seconds per second and core, while a server is timed."""
+
 RULE = (
     f"busy: the steps waited for a CPU. The process got less than {ONE_CORE:g} s of CPU time per second of its"
     f" steps; or less than {ALL_THREADS:g} of the time of its threads, while the load average at the end of training was"
     f" more than {LOAD_ABOVE:g} above the number of cores (or of threads, if they are more). Such times are not those of the"
     " Method"
+)
+SERVER_RULE = (
+    f"A server was busy if other processes used more than {OTHERS:g} s of CPU time per second and core while it was"
+    " timed"
 )
 
 
@@ -38,6 +45,17 @@ def busy(record: Record) -> str:
         return ""
     load_text = "" if load is None else f"; load average {load:.1f} at the end of training"
     return f"{used:.2f} s of CPU time per second for {plural(threads, 'thread')}{load_text}"
+
+
+def server_busy(record: Record) -> str:
+    """Return evidence, as text, that other processes used the CPU while a server was timed. Empty without evidence."""
+    served = record.measurements.served if record.measurements else None
+    if served is None or not served.wall_s or served.other_cpu_s is None or not _cores(record):
+        return ""
+    used = served.other_cpu_s / served.wall_s
+    return (
+        f"other processes used {used:.2f} of {plural(_cores(record), 'core')}" if used > OTHERS * _cores(record) else ""
+    )
 
 
 def _cores(record: Record) -> int:

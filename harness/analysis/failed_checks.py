@@ -11,8 +11,24 @@ def failed(record: Record) -> list[CheckResult]:
 
 
 def nonconforming(record: Record) -> bool:
-    """Return whether a Record departs from its Method: its status says so, or one of its checks failed."""
+    """Return whether a Record departs from its Method: its status says so, or one of its checks failed.
+
+    A server that departs from the adapter files counts too.
+    """
     return record.status is Status.NONCONFORMING or bool(failed(record))
+
+
+def of_serving(check: CheckResult) -> bool:
+    """Return whether a check judges a server, and not the code of the Method.
+
+    Its failure hides only times of the server, which the Record lacks anyway.
+    """
+    return check.id.check.startswith("served-")
+
+
+def only_of_serving(record: Record) -> bool:
+    """Return whether checks failed, and all of them judge a server."""
+    return bool(found := failed(record)) and all(map(of_serving, found))
 
 
 def diverged(record: Record) -> bool:
@@ -31,7 +47,8 @@ def unreferenced(record: Record) -> str:
 
 def no_speed(record: Record) -> str:
     """Return the reason why no time of this Cell may be shown. If times may be shown, return an empty string."""
-    return _refusal([c for c in failed(record) if not _of_merging(c) and not _of_mixing(c)]) or unreferenced(record)
+    others = (_of_merging, _of_mixing, of_serving)
+    return _refusal([c for c in failed(record) if not any(one(c) for one in others)]) or unreferenced(record)
 
 
 def no_merged_speed(record: Record) -> str:

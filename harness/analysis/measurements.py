@@ -6,6 +6,7 @@ from harness.analysis.statistics.intervals import Median, median_interval
 from harness.records.cost import GpuPhase
 from harness.records.notes import concurrent_cells
 from harness.records.record import Cell, Latency, Record, TrainingMeasured
+from harness.records.served import Load, ServedTimes
 
 STARTUP = "start-up"
 """The phase from the start of the process to the first work on the Cell."""
@@ -68,6 +69,22 @@ def timed_for_comparison(cell: Cell, latency: Latency) -> bool:
     Such a latency has one adapter and the batch size that the suite requests.
     """
     return latency.adapters == 1 and latency.batch == cell.evaluation.prompt_batch
+
+
+def served_times(record: Record, load: Load, *, alone: bool) -> ServedTimes | None:
+    """Return the times of a Cell's server under one load; None if the load was not timed.
+
+    alone: True for one request at a time, False for several.
+    """
+    served = record.measurements.served if record.measurements else None
+    found = served.times if served else []
+    return next((t for t in found if t.load == load and (t.requests == 1) is alone and t.round_s), None)
+
+
+def served_rate(times: ServedTimes) -> Median | None:
+    """Return the generated tokens per second over all requests of a round. If the clock did not move, return None."""
+    tokens = times.requests * times.tokens
+    return median_interval([tokens / s for s in times.round_s]) if times.round_s and min(times.round_s) > 0 else None
 
 
 def training_peak(record: Record) -> int | None:

@@ -2,7 +2,7 @@
 
 `METRICS` feeds the comparison table (terminal and page), the export table `cells`, the history and the baseline gate.
 To add a metric, add one entry here. Except for one number of the charts, latencies have no entry, because a Record has
-several with many samples each: see `tracked_metrics.times`.
+several with many samples each: see `tracked_metrics.times`. The table of servers (`report.served`) shows all loads.
 """
 
 from __future__ import annotations
@@ -132,6 +132,27 @@ def _latency(record: Record) -> float | None:
     return median(seconds) if seconds else None
 
 
+def _served_first_token(record: Record) -> float | None:
+    times = measurements.served_times(record, "one adapter", alone=True)
+    return median(times.first_token_s) if times else None
+
+
+def _served_token(record: Record) -> float | None:
+    times = measurements.served_times(record, "one adapter", alone=True)
+    return median(times.token_s) if times else None
+
+
+def _served_rate(record: Record) -> float | None:
+    times = measurements.served_times(record, "several adapters", alone=False)
+    rate = measurements.served_rate(times) if times else None
+    return rate.value if rate else None
+
+
+def _served_swap(record: Record) -> float | None:
+    served = record.measurements.served if record.measurements else None
+    return median(served.swap_s) if served and served.swap_s else None
+
+
 def _no_peak(record: Record) -> str:
     trained = record.training is not None
     return "the training phase has no memory peak" if trained else measurements.why_untrained(record, "peak memory")
@@ -191,6 +212,28 @@ LATENCY = Metric(
     meaning="median time of one pass with one request and an adapter that is not merged; of decoding one token, for a model"
     " that generates text; of the base model if there is no adapter",
 )  # fmt: skip
+SERVED = (
+    Metric(
+        name="served_first_token_s", unit="s", kind="timed", better="lower", read=_served_first_token,
+        meaning="median time to the first token from a server, for one request to the trained adapter",
+        column="served_first_token_s",
+    ),
+    Metric(
+        name="served_token_s", unit="s", kind="timed", better="lower", read=_served_token,
+        meaning="median time per further token from a server, for one request to the trained adapter",
+        column="served_token_s",
+    ),
+    Metric(
+        name="served_tokens_per_s", unit="1/s", kind="timed", better="higher", read=_served_rate,
+        meaning="median of generated tokens per second from a server, for several requests, each to another adapter",
+        column="served_tokens_per_s",
+    ),
+    Metric(
+        name="served_swap_s", unit="s", kind="timed", better="lower", read=_served_swap,
+        meaning="median time from the request to replace an adapter in a server to the first token of its answer",
+        column="served_swap_s",
+    ),
+)  # fmt: skip
 METRICS: tuple[Metric, ...] = (
     _counted("parameters", "adapter", quantity="adapter parameters"),
     _counted("parameters", "head", quantity="head parameters"),
@@ -220,6 +263,7 @@ METRICS: tuple[Metric, ...] = (
         meaning="wall time of the whole attempt in its own process, start-up included", column="duration_s",
     ),
     LATENCY,
+    *SERVED,
 )  # fmt: skip
 
 

@@ -63,7 +63,7 @@ class RunVerdict:
     judgements: tuple[QuestionVerdict, ...]
     """Verdicts on the questions of the suite."""
     parity: Parity
-    """Numbers of passed, failed and skipped checks."""
+    """Numbers of passed, failed and skipped checks of the computation, without those of servers."""
 
     def exit_code(self, *, strict: bool) -> Exit:
         """Return the exit code. With `strict`, return INCONCLUSIVE instead of PASS if a question is open."""
@@ -96,7 +96,8 @@ def judge(run: Run) -> RunVerdict:
 
 
 def _parity(latest: dict[str, Record]) -> Parity:
-    outcomes = Counter(check.outcome for record in latest.values() for check in record.checks)
+    found = [check for record in latest.values() for check in record.checks if not parity.of_serving(check)]
+    outcomes = Counter(check.outcome for check in found)
     unchecked = tuple(
         r.id for r in latest.values() if r.status is Status.OK and not any(c.outcome is Outcome.PASS for c in r.checks)
     )
@@ -216,13 +217,21 @@ def _whole(
         names = naming.full(run.manifest.cells)
         departed = [r for r in latest.values() if r.id in nonconforming]
         diverged = [names[r.cell_id] for r in departed if parity.diverged(r)]
-        others = [_failed_checks(names[r.cell_id], r) for r in departed if not parity.diverged(r)]
+        servers = [_failed_checks(names[r.cell_id], r) for r in departed if parity.only_of_serving(r)]
+        others = [
+            _failed_checks(names[r.cell_id], r)
+            for r in departed
+            if not parity.diverged(r) and not parity.only_of_serving(r)
+        ]
         return verdict(
             VerdictKind.FAIL,
             (*nonconforming, *(i for j in refuted for i in j.verdict.records)),
             f"changed after the run: {', '.join(run.changed)}" if run.changed else "",
             f"{plural(len(others), 'Cell')} departing from the Method ({'; '.join(others)})" if others else "",
             f"training of {plural(len(diverged), 'Cell')} diverged ({'; '.join(diverged)})" if diverged else "",
+            f"wrong or missing answers of the servers of {plural(len(servers), 'Cell')} ({'; '.join(servers)})"
+            if servers
+            else "",
             *(f"refuted: “{j.comparison.says}”" for j in refuted),
         ), Exit.FAIL
 

@@ -67,6 +67,8 @@ class Job(FrozenModel):
     """How the worker was started; empty until it is."""
     python: str = ""
     """Path of the interpreter that runs the Cell; empty for the one that runs the harness."""
+    server_python: str = ""
+    """Path of the interpreter of the Cell's model server; empty for the one that runs the Cell."""
     gpu: str = ""
     """UUID of the GPU that only this Cell uses; empty on a CPU, or if the batch system assigns a GPU."""
     imported: ImportedAdapter | None = None

@@ -1,4 +1,4 @@
-"""Run the phases of a Cell: load, data, predict, quantise, attach, parity, train, count, save, evaluate, latency."""
+"""Run the phases of a Cell: load, data, predict, quantise, attach, parity, train, count, save, evaluate, latency, serve."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from harness.cell.cell_run import CellRun
 from harness.cell.data import CellData, RandomData
 from harness.cell.job import Job
 from harness.cell.measure import checkpoint_size, latency, multi_adapter_latency
+from harness.cell.serving import phase as serving
 from harness.cell.training import model as models
 from harness.cell.training import random_model
 from harness.cell.training.batches import Batch
@@ -93,7 +94,9 @@ def measure(run: CellRun, predict: Predict) -> Measurements:
         accuracy = data.evaluate(model)
         if run.job.imported:
             run.loss_agreement = imported_adapter.compare_loss(model, run.job.imported.facts, data)
+    adapters = serving.draw(run, subject)  # before the latencies: merging may change or drop the tensors
     latencies = _time(run, subject, data, offloaded)
+    served = serving.serve(run, subject, adapters)
     return Measurements(
         parameters=parameters,
         training=training,
@@ -102,6 +105,7 @@ def measure(run: CellRun, predict: Predict) -> Measurements:
         latency=latencies,
         checkpoint=checkpoint,
         energy=Energy(source=run.clock.energy.source, because=run.clock.energy.because),
+        served=served,
     )
 
 

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from harness.records.base_model import Count, FrozenModel, Json, Seconds
 from harness.records.cost import Checkpoint, Energy
 from harness.records.memory import Memory
+from harness.records.served import Served
 
 
 class TrainingMeasured(FrozenModel):
@@ -145,3 +146,5 @@ class Measurements(FrozenModel):
     """Sizes of checkpoint files. None in Records that are older than this field."""
     energy: Energy | None = None
     """Counter that measured the energy of the phases. None in Records that are older than this field."""
+    served: Served | None = None
+    """Times of a model server with the Cell's adapters. None if the Cell was not served."""

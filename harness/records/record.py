@@ -107,7 +107,7 @@ class Evaluation(ExtendedModel):
         return Evaluation(items=self.items, batch=self.batch, skip=self.skip, latency=False)
 
 
-class Cell(FrozenModel):
+class Cell(ExtendedModel):
     """One experiment of a suite: a combination of model, task, Method, config and other settings.
 
     `cell_id` is a hash of exactly these fields. It depends neither on the machine nor on the name of the suite.
@@ -138,17 +138,21 @@ class Cell(FrozenModel):
     environment: str = ""
     """Environment of the Cell's process: a requirement, e.g. `peft==0.19.1`, or a name; see `peft-harness env list`. Empty
     for the Python that runs the harness."""
+    serve: str = ""
+    """Kind of model server that serves the trained adapter, e.g. `vllm`. Empty for none."""
+
+    later_fields: ClassVar = ("environment", "serve")
 
     @cached_property
     def cell_id(self) -> str:
         """The first 16 hex digits of the SHA-256 over the Cell's canonical JSON.
 
-        Some fields of Training and Evaluation, and the environment, were added later. The JSON leaves such a field out if
-        it has its default value, so that the ids of older Cells stay the same.
+        Some fields were added later. The JSON leaves such a field out if it has its default value, so that the ids of
+        older Cells stay the same.
         """
         parts: dict[str, ExtendedModel] = {"training": self.training, "evaluation": self.evaluation}
         absent: dict[str, Any] = {name: {*part.later_fields} - part.later().keys() for name, part in parts.items()}
-        absent |= {} if self.environment else {"environment": True}
+        absent |= {name: True for name in self.later_fields if name not in self.later()}
         values = self.model_dump(mode="json", exclude=absent)
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -183,7 +187,8 @@ class Cell(FrozenModel):
         # Cells skip test items only in a search for a learning rate.
         tried = f" tried with lr={self.training.lr:g}" if self.evaluation.skip else ""
         by = f"{self.implementation}{f' with {self.environment}' if self.environment else ''}"
-        return f"{self.model} {method}{rank} [{by}]{base}{dtype}{optimizer}{later}{tried}"
+        served = f" served by {self.serve}" if self.serve else ""
+        return f"{self.model} {method}{rank} [{by}]{base}{dtype}{optimizer}{later}{served}{tried}"
 
 
 def _short(value: Scalar) -> str:

@@ -7,11 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.assets.environments import folder
+from harness.assets.environments import table as environments
 from harness.assets.table import resolve
 from harness.console import align_columns
 from harness.errors import StoreError, plural
 from harness.memory_model import plan_prediction
 from harness.memory_model.plan_prediction import PlannedMemory
+from harness.methods import servers
 from harness.records import naming, store
 from harness.records.record import SCHEMA, Record, Status
 from harness.report.formatting import mebibytes, seconds, short_count
@@ -119,6 +122,11 @@ def _notes(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             "parameters: those that train; memory: predicted, without allocator overhead, evaluation and latency "
             "(`peft-harness explain memory`); time: that of the newest run here"
         )
+    for name, n in Counter(row["cell"]["serve"] for row in cells if row["cell"]["serve"]).items():
+        home = environments.load().get(servers.find(name).environment)
+        if home is not None and folder.read(folder.place(home)) is None:
+            what = f"{plural(n, 'Cell')} served only if {name} is installed"
+            yield f"{what}; `peft-harness env create {home.name}` makes an environment with it"
     for what, n in Counter(p["untouched"] for p in predicted if p["untouched"]).items():
         yield f"of {plural(n, 'Cell')}: {what}"
     for why, n in Counter(p["no_peak"] for p in predicted if p["no_peak"]).items():

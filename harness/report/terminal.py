@@ -11,7 +11,7 @@ from harness.analysis.run_facts import RunFacts
 from harness.console import align_columns
 from harness.records.notes import notes_of_kind
 from harness.records.record import NoteKind, Status
-from harness.report import first_screen, sections, tables
+from harness.report import first_screen, sections, served, tables
 from harness.report.formatting import Field
 from harness.report.table_model import by_key
 from harness.report.tones import icon
@@ -24,6 +24,9 @@ def summary(f: RunFacts) -> list[str]:
     if means := _recipes(answers):
         lines += [*_aligned(means), ""]
     lines += _answers(answers)
+    if rows := served.lines(f):
+        lines += [*_aligned(rows), ""]
+    lines += served.not_timed(f)
     for j in f.verdict.judgements:
         lines.append(f"{icon(j.verdict.word)} {j.verdict.word.value}: {j.comparison.says}")
         lines.append(f"    {j.verdict.reason}")

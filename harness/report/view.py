@@ -23,6 +23,7 @@ from harness.report import (
     links,
     reruns,
     sections,
+    served,
     side_by_side,
     table_model,
     tables,
@@ -30,7 +31,7 @@ from harness.report import (
 )
 from harness.report.tones import badge
 
-_OF_CELLS = ("comparison", "latency", "mixed", "memory", "costs", "gpus")
+_OF_CELLS = ("comparison", "latency", "mixed", "served", "memory", "costs", "gpus")
 """The tables of Cells in the content of a run."""
 
 
@@ -86,6 +87,7 @@ def _run(f: RunFacts) -> dict[str, Any]:
         "comparison": tables.comparison(f),
         "latency": latencies.latency(f),
         "mixed": latencies.several_adapters(f),
+        "served": served.served(f),
         "memory": tables.memory(f),
         "costs": costs.costs(f),
         "gpus": costs.gpus(f),

@@ -1,4 +1,4 @@
-"""Environments of the Cells that name one: made before the run, and described by their own Python."""
+"""Environments of Cells and of their model servers: those of Cells are made before the run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from harness.assets.environments import create, folder, table
 from harness.assets.environments.packages import IndexOptions
 from harness.errors import HarnessError
+from harness.methods import servers
 from harness.records.environment import code_version
 from harness.records.record import Cell, Environment
 
@@ -36,6 +37,20 @@ def ensure(cells: Iterable[Cell], say: Callable[[str], None]) -> dict[str, CellE
     texts = dict.fromkeys(cell.environment for cell in cells if cell.environment)
     specs = {text: table.resolve(text, known) for text in texts}
     return {text: _described(create.ensure(spec, IndexOptions(), say).python) for text, spec in specs.items()}
+
+
+def server_pythons(cells: Iterable[Cell]) -> dict[str, str]:
+    """Return the interpreters of the servers that Cells name, by `Cell.serve`. No environment is made.
+
+    A server whose environment does not exist is left out: the Python of the Cell may have it.
+    """
+    known = {one.name: one.file.spec for one in folder.made() if one.is_current} | table.load()
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(cell.serve for cell in cells if cell.serve):
+        spec = known.get(servers.find(name).environment)
+        if spec is not None and (made := folder.read(folder.place(spec))):
+            found[name] = str(made.python)
+    return found
 
 
 def _described(python: object) -> CellEnvironment:

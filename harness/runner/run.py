@@ -101,7 +101,8 @@ def run_suite(
             folder, run_id, done = _open(suite, plan, here, out, progress, stack)
         times.lap("scheduling")
         with _errors_name(folder):
-            session = _Session(plan, assets, homes, done, folder, run_id, chosen, times, progress, imported)
+            servers = cell_environments.server_pythons(plan.cells)
+            session = _Session(plan, assets, homes, servers, done, folder, run_id, chosen, times, progress, imported)
             run = _measure(session, entered, RunContext(folder, here, timeout))
             progress.close()
             return _report(run, strict=strict)
@@ -114,6 +115,8 @@ class _Session:
     plan: Plan
     assets: CellAssets
     homes: Mapping[str, CellEnvironment]
+    servers: Mapping[str, str]
+    """Kind of model server -> its interpreter. A server without an environment of its own is left out."""
     done: set[str]
     """Ids of the Cells that need not run again."""
     folder: store.RunFolder
@@ -138,6 +141,7 @@ class _Session:
                 run=self.run_id, folder=str(self.folder.path.resolve()), attempt=attempt, cell=cell,
                 model=model, data=data, task=task, device=self.device,
                 python=self.homes[cell.environment].python if cell.environment else "",
+                server_python=self.servers.get(cell.serve, ""),
                 imported=self.imported if ADAPTER_SHA256 in cell.config else None,
             )  # fmt: skip
             self.times.lap("scheduling")

@@ -13,7 +13,7 @@ from harness.records.record import Base
 from harness.suites.schema import BaseKeys, CellKeys
 from harness.yaml_lines import shortened
 
-_AXES = ("model", "task", "method", "implementation", "environment", "base", "optimizer", "dtype", "seed")
+_AXES = ("model", "task", "method", "implementation", "environment", "serve", "base", "optimizer", "dtype", "seed")
 
 
 def combination_problems(

@@ -17,7 +17,7 @@ from harness.errors import HarnessError, Problem, SuiteError, did_you_mean
 from harness.methods.registry import Registry
 from harness.methods.spec import FieldProblem, MethodInfo
 from harness.records.record import Base, Dtype, Evaluation, Optimizer, Training
-from harness.suites import loop_constraints, synthetic_task, tasks, tuning
+from harness.suites import loop_constraints, serving, synthetic_task, tasks, tuning
 from harness.suites.constraints import combination_problems, duplicate_problems, training_problems
 from harness.suites.schema import BaseKeys, CellKeys, Timed, TuneKeys
 from harness.suites.tasks import Task
@@ -50,6 +50,7 @@ class SuiteEntry:
     """Method -> field -> values. A field that the entry omits has its default."""
     implementation: list[str]
     environment: list[str]
+    serve: list[str]
     optimizer: list[Optimizer]
     dtype: list[Dtype]
     seed: list[int]
@@ -139,6 +140,7 @@ class _EntryChecker:
             with self.context.problem_if_raised(self._path("environment", i)):
                 if environment:
                     environments.resolve(environment, environments.load())
+        self._add(serving.problems(keys, known))
         for i, base in enumerate(keys.base):
             self._base(base, self._path("base", i))
         wrong = list(combination_problems(config, self.context.methods, keys.base, self.steps))
@@ -161,6 +163,7 @@ class _EntryChecker:
             config=config,
             implementation=keys.implementation,
             environment=keys.environment,
+            serve=keys.serve,
             optimizer=keys.optimizer,
             dtype=keys.dtype,
             seed=keys.seed,

@@ -59,7 +59,10 @@ def expand(entries: Sequence[tuple[SuiteEntry, Sequence[Cell]]], comparisons: Se
 
 def count(entry: SuiteEntry) -> int:
     """Return an upper bound for the number of Cells of an entry, including those of its searches. This makes no Cells."""
-    axes = (entry.model, entry.task, entry.base, entry.implementation, entry.environment, entry.optimizer, entry.dtype)
+    axes = (
+        entry.model, entry.task, entry.base, entry.implementation, entry.environment, entry.serve, entry.optimizer,
+        entry.dtype,
+    )  # fmt: skip
     configs = sum(math.prod(len(values) for values in fields.values()) for fields in entry.config.values())
     searched = len(entry.tune.lr) if entry.tune else 0
     return math.prod(len(axis) for axis in axes) * configs * len(entry.training) * (len(entry.seed) + searched)
@@ -69,13 +72,14 @@ def cells(entry: SuiteEntry) -> Iterator[Cell]:
     """Yield the Cells of an entry. Of all axes, the seed varies fastest."""
     # Untimed seeds also have the prompts of the timed seed, so that all seeds have one recipe.
     evaluation = entry.evaluation.untimed() if entry.latency == "never" else entry.evaluation
-    for model, task, base, (method, config), implementation, environment, optimizer, dtype, training, seed in product(
+    configs = [(method, config) for method, fields in entry.config.items() for config in _configs(fields)]
+    codes = list(product(entry.implementation, entry.environment, entry.serve))
+    for model, task, base, (method, config), (code, environment, serve), optimizer, dtype, training, seed in product(
         entry.model,
         entry.task,
         entry.base,
-        [(method, config) for method, fields in entry.config.items() for config in _configs(fields)],
-        entry.implementation,
-        entry.environment,
+        configs,
+        codes,
         entry.optimizer,
         entry.dtype,
         entry.training,
@@ -83,8 +87,8 @@ def cells(entry: SuiteEntry) -> Iterator[Cell]:
     ):
         timed = entry.latency == "every-seed" or (entry.latency == "first-seed" and seed == entry.seed[0])
         yield Cell(
-            model=model, task=task, method=method, implementation=implementation, config=config, base=base,
-            environment=environment, optimizer=optimizer, dtype=dtype, seed=seed, training=training,
+            model=model, task=task, method=method, implementation=code, config=config, base=base,
+            environment=environment, serve=serve, optimizer=optimizer, dtype=dtype, seed=seed, training=training,
             evaluation=evaluation.model_copy(update={"latency": timed}),
         )  # fmt: skip
 
@@ -126,7 +130,7 @@ def select(plan: Plan, expr: str) -> Plan:
     """Return the plan with only the Cells that `expr` selects.
 
     The terms of `expr` are separated by commas. A term `key=value` compares one key: id, model, task, method,
-    implementation, environment, base, optimizer, dtype, seed, lr, batch, max_tokens, accumulate, checkpointing,
+    implementation, environment, serve, base, optimizer, dtype, seed, lr, batch, max_tokens, accumulate, checkpointing,
     lr_ratio, compile, layerwise, tune (true for Cells of a search), or a key of the config. A term without a key is the
     start of a cell_id, a part of the entry's id, or a part of the name that `plan` prints. For each key in `expr`, a
     Cell must match at least one of the terms with this key.
@@ -186,7 +190,7 @@ def select(plan: Plan, expr: str) -> Plan:
 
 
 def _facts(cell: Cell, entry_id: str) -> dict[str, Any]:
-    plain = ("model", "task", "method", "implementation", "environment", "optimizer", "dtype", "seed")
+    plain = ("model", "task", "method", "implementation", "environment", "serve", "optimizer", "dtype", "seed")
     return {
         **cell.config,
         **{key: getattr(cell, key) for key in plain},

@@ -96,6 +96,7 @@ class CellKeys(Keys):
     method: OneOrMany[Word] = []
     implementation: OneOrMany[Word] = ["reference"]
     environment: OneOrMany[str] = [""]
+    serve: OneOrMany[str] = [""]
     config: dict[str, Any] = {}
     base: OneOrMany[BaseKeys] = [BaseKeys()]
     optimizer: OneOrMany[Optimizer] = ["adamw"]

@@ -109,3 +109,12 @@ def test_a_verdict_names_the_cell_it_means(tmp_path: Path) -> None:
     reason = verdict.judge(run).verdict.reason
     assert "seed=1" in reason
     assert "seed=0" not in reason
+
+
+def test_a_server_makes_another_cell_and_none_leaves_the_id_as_it_was() -> None:
+    cell = recorded_run.cells()["fused"]
+    served = cell.model_copy(update={"serve": "vllm"})
+    known = cell.model_dump(mode="json", exclude={"serve", "environment"})
+    assert Cell.model_validate(known).cell_id == cell.cell_id
+    assert served.cell_id != cell.cell_id
+    assert list(naming.full([cell, served]).values())[1].endswith("[fused] served by vllm")

@@ -305,8 +305,8 @@ def test_golden_keys_of_the_view(good: store.Run) -> None:
     assert sorted(built["runs"][0]) == [
         "about", "alerts", "alone", "answers", "comparison", "costs", "counts", "curves", "duration", "ended", "environment",
         "failures", "gpus", "groups", "id", "latency", "memory", "mixed", "notes", "parity",
-        "parity_summary", "prefix", "questions", "rates", "rerun", "same_losses", "started", "suite", "time", "title",
-        "tuning", "verdict",
+        "parity_summary", "prefix", "questions", "rates", "rerun", "same_losses", "served", "started", "suite", "time",
+        "title", "tuning", "verdict",
     ]  # fmt: skip
     json.dumps(built, allow_nan=False)
 

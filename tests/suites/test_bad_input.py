@@ -110,6 +110,21 @@ SHAPE = {
 """Mistakes of the first stage: the YAML, its keys, their types and ranges."""
 
 MEANING = {
+    "unknown server": ("id: a", "id: a\n        serve: vlm", 12, "unknown server `vlm`"),
+    "server of another method": (
+        LORA, LORA.replace("lora", "dora") + "\n        serve: vllm", 12, "`serve` `method: lora` dora",
+    ),
+    "server of a dtype": ("dtype: float64", "dtype: float64\n        serve: vllm", 16, "`vllm` not serve float64"),
+    "server of an encoder": (
+        "id: a", "id: a\n        model: minilm-l6\n        serve: vllm", 12, "`serve` minilm-l6 encoder",
+    ),
+    "server without latencies": (
+        "id: a", "id: a\n        latency: never\n        serve: vllm", 12, "`serve` `latency` never",
+    ),
+    "server of a quantised base": (
+        "id: a", "id: a\n        serve: vllm\n        base: {quantization: nf4, implementation: fused}", 13,
+        "`serve` not quantised nf4",
+    ),
     "unknown config key": ("4, alpha", "4, alpa", 13, "`lora` no `alpa`"),
     "schedule of another length": (
         RANK, ADALORA.replace("total_steps: 4", "total_steps: 5"), 13, "`total_steps` adalora 5 4 steps",
@@ -479,7 +494,7 @@ def test_a_shared_key_may_belong_to_an_unknown_method(tmp_path: Path) -> None:
         (["run", "smoke", "--timeout", "soon"], "'soon' is not a valid float", "--help"),
         (["plan", "smoke", "quick"], "Got unexpected extra argument", "see `peft-harness plan --help`"),
         (["plan", "smok"], "SUITE: no suite `smok`", "did you mean `smoke`?"),
-        (["plan", "sources"], "SUITE: no suite `sources`", "quick, sentinels, smoke"),
+        (["plan", "sources"], "SUITE: no suite `sources`", "quick, sentinels, serve, smoke"),
         (["plan", "nowhere.yaml"], "nowhere.yaml:1: cannot read: No such file", "name a readable YAML file"),
         (["plan", "."], "SUITE: no suite `.`", "name a .yaml file"),
         (["plan", "smoke", "--only", "metod=lora"], "--only metod=lora: unknown key `metod`", "did you mean `method`?"),

@@ -1,11 +1,17 @@
 """A small model server with the completions API of vLLM, and mistakes that it makes on request.
 
 It merges each adapter into a copy of the base by W + s B A, so it shares no code with the reference of the harness.
+As a script, `model_server.py PORT NAME BASE [ADAPTER=FOLDER ...]`, it is a server for `serve:`. The variable
+MODEL_SERVER_FAULT names its mistake: one of a ModelServer, or one of START.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +25,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BASE = "tiny"
+START = (
+    "dies", "hangs at its start", "port taken", "another server", "dies while it serves", "no loading", "another dtype",
+)  # fmt: skip
+"""Mistakes of the script."""
 
 
 class ModelServer:
@@ -26,17 +36,19 @@ class ModelServer:
 
     def __init__(self, base: Path, adapters: dict[str, Path], fault: str = "", **options: Any) -> None:
         """Read the options: dtype, loading (offers load and unload), scale (of every adapter), token, stops_after (a number
-        of requests), on_request (called with their number), tokenizer (a folder), texts_only (no token ids).
+        of requests), on_request (called with their number), tokenizer (a folder), texts_only (no token ids), name (of the
+        base).
         """
         self.base, self.fault, self.options = base, fault, options
+        self.name = options.get("name", BASE)
         self.dtype = options.get("dtype", torch.float32)
         self.stopped = False
         self.busiest = self.requests = self._busy = 0
         self.authorizations: set[str | None] = set()
         self.tokenizer = AutoTokenizer.from_pretrained(folder) if (folder := options.get("tokenizer")) else None
-        self._lock, self._first_logits, self._last = threading.Lock(), {}, BASE
+        self._lock, self._first_logits, self._last = threading.Lock(), {}, self.name
         self._kept: dict[str, Any] = {}
-        self.models = {BASE: AutoModelForCausalLM.from_pretrained(base, dtype=self.dtype).eval()}
+        self.models = {self.name: AutoModelForCausalLM.from_pretrained(base, dtype=self.dtype).eval()}
         self.static = list(adapters)
         for name, folder in adapters.items():
             self.load(name, folder)
@@ -44,7 +56,7 @@ class ModelServer:
             first, second = self.static[:2]
             self._kept[first], self._kept[second] = self._kept[second], self._kept[first]
         if fault == "base rows changed":
-            self.models[BASE] = self.models[self.static[0]]
+            self.models[self.name] = self.models[self.static[0]]
 
     def load(self, name: str, folder: Path) -> None:
         if self.fault == "stale adapter" and name in self._kept:
@@ -124,12 +136,12 @@ class ModelServer:
     def _model(self, name: str) -> Any:
         """Return the model that answers, with the mistakes of servers that hold one adapter at a time."""
         last = self._last
-        if name != BASE or self.fault == "one adapter for all requests at a time":
+        if name != self.name or self.fault == "one adapter for all requests at a time":
             self._last = name
         if self.fault == "one adapter for all requests at a time":
             time.sleep(0.01)  # other requests come in meanwhile
             name = self._last
-        if self.fault == "base rows keep the last adapter" and name == BASE:
+        if self.fault == "base rows keep the last adapter" and name == self.name:
             name = last
         return self._kept[name] if name in self._kept else self.models[name]  # an unloaded adapter may be the last one
 
@@ -178,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         if models.fault == "web page":
             return self._send(200, b"<!doctype html><title>Welcome</title>", "text/html")
         if self.path == "/v1/models":
-            rows = [{"id": name, "parent": None if name == BASE else BASE} for name in models.models]
+            rows = [{"id": name, "parent": None if name == models.name else models.name} for name in models.models]
             return self._answer(200, {"object": "list", "data": rows})
         if self.path == "/v1/completions":
             return self._completion(models, body)
@@ -207,12 +219,31 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b" ")
                 self.wfile.flush()
             return None
+        if body.get("stream"):
+            return self._stream(models, body)
         with models.counted():
             content = json.dumps(models.complete(body)).encode()
         if models.fault == "half an answer":
             content = content[: len(content) // 2]
         self._send(200, content, "application/json", cut=models.fault == "connection lost")
         return None
+
+    def _stream(self, models: ModelServer, body: dict[str, Any]) -> None:
+        """Send one event per token, and then the number of tokens."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        tokens = body["max_tokens"] - (1 if models.fault == "a token less in streams" else 0)
+        with models.counted():
+            for _ in range(tokens):
+                models.complete({**body, "max_tokens": 1, "logprobs": 1})
+                self._event({"choices": [{"index": 0, "text": "x"}], "usage": None})
+        self._event({"choices": [], "usage": {"completion_tokens": tokens}})
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def _event(self, document: Any) -> None:
+        self.wfile.write(b"data: " + json.dumps(document).encode() + b"\n\n")
+        self.wfile.flush()
 
     def _answer(self, status: int, document: Any) -> None:
         self._send(status, json.dumps(document).encode(), "application/json")
@@ -226,9 +257,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(models: ModelServer) -> Iterator[str]:
-    """Serve on a free port, and yield the address."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+def serving(models: ModelServer, port: int = 0) -> Iterator[str]:
+    """Serve on a port, by default a free one, and yield the address."""
+    server = ThreadingHTTPServer(("127.0.0.1", port), _Handler)
     server.daemon_threads = True
     server.models = models  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -239,3 +270,30 @@ def serving(models: ModelServer) -> Iterator[str]:
         models.stopped = True
         server.shutdown()
         server.server_close()
+
+
+def _main(port: int, name: str, base: Path, adapters: dict[str, Path], fault: str) -> None:
+    """Serve until this process is killed."""
+    if fault == "dies":
+        sys.exit("there is no licence for this server")
+    if fault == "hangs at its start":
+        time.sleep(600)
+    if fault == "another server":
+        name = "of somebody else"
+
+    def die(number: int) -> None:
+        if fault == "dies while it serves" and number > 60:
+            os._exit(7)
+
+    dtype = torch.bfloat16 if fault == "another dtype" else torch.float32
+    models = ModelServer(base, adapters, fault, loading=fault != "no loading", name=name, on_request=die, dtype=dtype)
+    taken = fault == "port taken" and ThreadingHTTPServer(("127.0.0.1", port), _Handler)  # it accepts no connection
+    with contextlib.closing(taken.socket) if taken else contextlib.nullcontext(), serving(models, port):
+        signal.pause()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a worker of the harness ignores it, and so would its children
+    torch.set_num_threads(1)
+    given = {name: Path(folder) for name, _, folder in (one.partition("=") for one in sys.argv[4:])}
+    _main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), given, os.environ.get("MODEL_SERVER_FAULT", ""))

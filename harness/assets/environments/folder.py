@@ -108,7 +108,9 @@ def base(spec: EnvironmentSpec) -> dict[str, str]:
 
 def place(spec: EnvironmentSpec) -> Path:
     """Return the path of the folder of an environment, whether it exists or not."""
-    text = json.dumps([FORMAT, sorted(spec.requirements), spec.isolated, base(spec)], sort_keys=True)
+    made_from = [FORMAT, sorted(spec.requirements), spec.isolated, base(spec)]
+    made_from += [sorted(spec.without)] if spec.without else []
+    text = json.dumps(made_from, sort_keys=True)
     return root() / f"{spec.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 

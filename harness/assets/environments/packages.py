@@ -103,7 +103,9 @@ def resolve(spec: EnvironmentSpec, python: Path, options: IndexOptions, work: Pa
         keep.write_text(f"torch=={version('torch')}\n", encoding="utf-8")
         arguments += [] if "torch" in spec.projects else ["-c", str(keep)]
     run_pip(spec, python, arguments, options, work)
-    return [_package(row) for row in json.loads(report.read_text(encoding="utf-8"))["install"]]
+    found = [_package(row) for row in json.loads(report.read_text(encoding="utf-8"))["install"]]
+    left_out = {canonicalize_name(one) for one in spec.without}
+    return [one for one in found if one.name not in left_out]
 
 
 def download(

@@ -28,6 +28,8 @@ class EnvironmentSpec(FrozenModel):
     isolated: bool = False
     """False: the environment sees all packages of the Python that runs the harness, except those that it replaces. True:
     it holds everything itself, even torch."""
+    without: list[str] = Field(default=[])
+    """Packages that pip would choose and that are left out, e.g. because their build breaks an import."""
     implementations: list[str] = Field(default=[])
     """Names of implementations, and of training loops, that `check` runs in this environment if their libraries are not
     installed."""

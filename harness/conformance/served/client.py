@@ -28,10 +28,15 @@ TOP = 5
 _LARGEST_B = 64 << 20
 _LONGEST_S = 1_000_000.0
 """Largest time-out of a socket in seconds. Longer ones do not fit the system's numbers."""
+_EVENT = b"data: "
 _EXTENSIONS: dict[str, Any] = {
     "return_tokens_as_token_ids": True, "return_token_ids": True, "ignore_eos": True, "repetition_penalty": 1.0,
 }  # fmt: skip
 """Request fields of vLLM. The first two return token ids, the others ignore end tokens and default penalties."""
+
+
+_Read = Callable[[http.client.HTTPResponse, float], bytes]
+"""Function that reads a body until a deadline, a value of time.monotonic()."""
 
 
 class RequestRefusedError(UsageError):
@@ -108,6 +113,42 @@ class Client:
             "model": model, "prompt": prompt if isinstance(prompt, str) else list(prompt), "max_tokens": tokens,
             "temperature": 0, "logprobs": TOP,
         } | ({"echo": True} if echo else {}) | (_EXTENSIONS if self.dialect.extensions else {})  # fmt: skip
+
+    def stream(self, model: str, prompt: Sequence[int], tokens: int) -> tuple[float, float]:
+        """Request a greedy continuation with `tokens` tokens, and return the seconds until its first and last token.
+
+        The answer is a stream of events, one per token or few tokens. Raises ServerError for no answer or an incomplete
+        one, and RequestRefusedError for a refused request.
+        """
+        body = {
+            "model": model, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "stream": True,
+            "stream_options": {"include_usage": True},
+        } | (_EXTENSIONS if self.dialect.extensions else {})  # fmt: skip
+        started, lines = time.perf_counter(), list[tuple[float, bytes]]()
+
+        def read(answer: http.client.HTTPResponse, deadline: float) -> bytes:
+            rest = b""
+            while part := answer.read1(1 << 16):
+                when = time.perf_counter() - started
+                *whole, rest = (rest + part).split(b"\n")
+                lines.extend((when, line.removeprefix(_EVENT)) for line in whole if line.startswith(_EVENT))
+                if time.monotonic() > deadline or len(rest) > _LARGEST_B:
+                    raise TimeoutError
+            return b""
+
+        path = "/v1/completions"
+        self._request("POST", path, body, read)
+        try:
+            events = [(when, json.loads(line)) for when, line in lines if line.strip() != b"[DONE]"]
+            times = [when for when, event in events if event["choices"]]
+            count = next((event["usage"]["completion_tokens"] for _, event in events if event.get("usage")), None)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            what = "incomplete answer: an event of its stream is no completion"
+            raise ServerError(what, where=self.url + path, hint=_AGAIN) from error
+        if not times or count != tokens:
+            what = f"incomplete answer: a stream with {count} of {tokens} tokens"
+            raise ServerError(what, where=self.url + path, hint=_AGAIN)
+        return times[0], times[-1]
 
     def load(self, name: str, folder: Path, in_place: bool = False) -> None:
         """Load an adapter with vLLM's endpoint. in_place: replace a loaded adapter of this name."""
@@ -190,8 +231,10 @@ class Client:
         hint = "--served takes the address of an OpenAI-compatible server, e.g. http://127.0.0.1:8000"
         return UsageError(what, where=self.url + path, hint=hint)
 
-    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[bytes, str]:
-        """Return the body and the content type of the answer."""
+    def _request(
+        self, method: str, path: str, body: dict[str, Any] | None = None, read: _Read | None = None
+    ) -> tuple[bytes, str]:
+        """Return the body and the content type of the answer. read: reads the body of an accepted request."""
         where = self.url + path
         headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
         if self._token:
@@ -205,7 +248,9 @@ class Client:
                 connection._create_connection = lambda address, *_: self._connect(address, stack, deadline)
                 connection.request(method, self._prefix + path, None if body is None else json.dumps(body), headers)
                 answer = connection.getresponse()
-                content = _read(answer, deadline)
+                content = (
+                    (read or _read)(answer, deadline) if answer.status == http.client.OK else _read(answer, deadline)
+                )
         except TimeoutError as error:
             limit = f"no complete answer in {self._patience:g} seconds"
             raise ServerError(limit, where=where, hint="--patience SECONDS allows more time") from error

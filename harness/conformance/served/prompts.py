@@ -72,7 +72,16 @@ class Tokenizer:
 def drawn(folder: Path, seed: int) -> list[list[int]]:
     """Return prompts of random token ids for the base in a folder, one per length of LENGTHS.
 
-    Ids of special tokens that the config names are left out. Raises UsageError if the folder has no vocabulary size.
+    Raises UsageError if the folder has no vocabulary size.
+    """
+    draw, ids = random.Random(seed), plain_ids(folder)  # noqa: S311  # prompts, not secrets
+    return [draw.choices(ids, k=length) for length in LENGTHS]
+
+
+def plain_ids(folder: Path) -> list[int]:
+    """Return the token ids of the base in a folder, without the special tokens that the config names.
+
+    Raises UsageError if the folder has no vocabulary size.
     """
     path = folder / "config.json"
     hint = "--base-model needs the folder of the base: config.json and model.safetensors"
@@ -82,9 +91,7 @@ def drawn(folder: Path, seed: int) -> list[list[int]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError("has no vocabulary size", where=str(path), hint=hint) from error
     special = {one for key in ("bos", "eos", "pad") for one in _listed(config.get(f"{key}_token_id"))}
-    draw = random.Random(seed)  # noqa: S311  # prompts, not secrets
-    ids = [one for one in range(size) if one not in special]
-    return [draw.choices(ids, k=length) for length in LENGTHS]
+    return [one for one in range(size) if one not in special]
 
 
 def require_tokenizer(client: Client, base: str, tokenizer: Tokenizer) -> None:

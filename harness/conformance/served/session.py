@@ -29,6 +29,8 @@ class Phase(StrEnum):
 
     ALONE = "alone"
     """One request at a time, one model after the other."""
+    ADAPTERS = "adapters"
+    """Adapters in random order, without the base, several requests at the same time."""
     MIXED = "mixed"
     """Base and adapters in random order, several requests at the same time."""
     LOADED = "loaded"
@@ -114,9 +116,12 @@ class Session:
         self._send([self._request(Phase.ALONE, subject, i) for i in range(len(self.prompts))], 1)
 
     def mixed(self, phase: Phase = Phase.MIXED, meanwhile: Callable[[], None] | None = None) -> None:
-        """Send every prompt to every model in random order. meanwhile: called while the requests run."""
+        """Send every prompt to every model in random order; in the phase ADAPTERS, not to the base.
+
+        meanwhile: called while the requests run.
+        """
         order = random.Random(f"{self.seed} {phase} {len(self.observations)}")  # noqa: S311  # an order, not a secret
-        requests = self._of_all(phase)
+        requests = [one for one in self._of_all(phase) if one.subject != BASE or phase is not Phase.ADAPTERS]
         order.shuffle(requests)
         self._send(requests, self.concurrency, meanwhile)
 
@@ -148,6 +153,19 @@ class Session:
         self.mixed(Phase.RELOADED, lambda: self._load(SWAPPED, self.adapters[first]))
         self._swapped(Phase.RELOADED, first)
         self._unload(SWAPPED)
+
+    def swapped_alone(self, first: str, second: str) -> None:
+        """Load an adapter under a new name, replace it by another one, and send every prompt to this name.
+
+        Raises RequestRefusedError if the server does not load adapters.
+        """
+        self._load(SWAPPED, self.adapters[first])
+        self.replace(second)
+        self._swapped(Phase.SWAPPED, second)
+
+    def replace(self, name: str) -> None:
+        """Put another adapter in the place of the one that `swapped_alone` loaded. name: name of the new adapter."""
+        self._replace(SWAPPED, self.adapters[name])
 
     def echoes(self) -> None:
         """Ask every model for the log-probabilities of the prompts' tokens. The first token of a prompt has none."""

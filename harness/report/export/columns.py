@@ -116,7 +116,7 @@ def _cells() -> tuple[Column, ...]:
         Column("latest", BOOLEAN, "", "Whether this is the newest attempt at its Cell in the run; older ones do not count"),
         *_fields("", Record, ("status", "because")),
         Column("label", TEXT, "", "Name for plots, shared by Cells that differ only in the seed"),
-        *_fields("", Cell, ("model", "task", "method", "implementation", "environment")),
+        *_fields("", Cell, ("model", "task", "method", "implementation", "environment", "serve")),
         _field("provider", Provider, "distribution"),
         _field("provider_version", Provider, "version"),
         _field("base", Base, "quantization"),
@@ -177,10 +177,11 @@ def _cells() -> tuple[Column, ...]:
 _SAMPLES = (
     *_KEY,
     Column("kind", TEXT, "", "One of step_seconds, losses, gradient_norms, tokens, padded_tokens (one per optimizer step); "
-           "latency_forward, latency_prefill (per call), latency_decode (per generated token)"),
-    Column("variant", TEXT, "", "Variant of a latency: base, unmerged, merged, multi-adapter"),
-    Column("latency_batch", INTEGER, "1", "Number of prompts in the batch of a latency"),
-    Column("latency_tokens", INTEGER, "1", "Number of tokens of the prompt of a latency; for decode, of generated tokens"),
+           "latency_forward, latency_prefill (per call), latency_decode (per generated token); "
+           "of a server served_first_token, served_token (per request), served_round, served_swap"),
+    Column("variant", TEXT, "", "Variant of a latency: base, unmerged, merged, multi-adapter; of a server's time: its load"),
+    Column("latency_batch", INTEGER, "1", "Number of prompts in the batch of a latency; of requests at the same time"),
+    Column("latency_tokens", INTEGER, "1", "Number of tokens of a prompt; for decode and servers, of generated tokens"),
     Column("latency_adapters", INTEGER, "1", "Number of adapters in the batch; 1 for the same batch through one adapter"),
     Column("index", INTEGER, "1", "Number of the sample within its kind and variant, in the order of measurement, from 0"),
     Column("value", FLOAT, "", "The sample, in the unit of the column `unit`"),

@@ -32,7 +32,8 @@ def cell(record: Record, label: str, *, latest: bool) -> ExportRow:
         "status": record.status.value,
         "because": record.because,
         "label": label,
-        **_fields("", it, ("model", "task", "method", "implementation", "environment", "optimizer", "dtype", "seed")),
+        **_fields("", it, ("model", "task", "method", "implementation", "environment", "serve")),
+        **_fields("", it, ("optimizer", "dtype", "seed")),
         "provider": getattr(record.provider, "distribution", None),
         "provider_version": getattr(record.provider, "version", None),
         "base": it.base.quantization,
@@ -84,6 +85,30 @@ def samples(record: Record) -> Iterator[ExportRow]:
                 **key(record), "kind": f"latency_{latency.kind}", "variant": latency.variant,
                 "latency_batch": latency.batch, "latency_tokens": latency.tokens, "latency_adapters": latency.adapters,
                 "index": index, "value": value, "unit": "s", "warmup": False, "no_speed": refused[latency.variant],
+            }  # fmt: skip
+
+    yield from _served(record)
+
+
+def _served(record: Record) -> Iterator[ExportRow]:
+    """Yield one row per raw sample of a server. The kind is `served_` and the name of the sample."""
+    served = record.measurements.served if record.measurements else None
+    if served is None:
+        return
+    found = [
+        (kind, times.load, times.requests, times.tokens, times.adapters, values)
+        for times in served.times
+        for kind, values in (
+            ("first_token", times.first_token_s), ("token", times.token_s), ("round", times.round_s),
+        )
+    ]  # fmt: skip
+    swaps: tuple[str, None, None, None, None, list[float]] = ("swap", None, None, None, None, served.swap_s)
+    for kind, load, requests, tokens, adapters, values in (*found, swaps):
+        for index, value in enumerate(values):
+            yield {
+                **key(record), "kind": f"served_{kind}", "variant": load, "latency_batch": requests,
+                "latency_tokens": tokens, "latency_adapters": adapters, "index": index, "value": value, "unit": "s",
+                "warmup": False, "no_speed": failed_checks.no_speed(record),
             }  # fmt: skip
 
 

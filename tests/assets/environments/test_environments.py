@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -18,7 +21,11 @@ from harness.assets.environments import create, folder, integrity, packages, tab
 from harness.assets.environments.folder import MadeEnvironment
 from harness.assets.environments.packages import IndexOptions
 from harness.assets.environments.table import EnvironmentSpec
+from harness.cell.serving import server_process
 from harness.errors import AssetError, HarnessError, SuiteError, UsageError
+from harness.methods import servers
+from harness.methods.servers.kind import ServerKind
+from harness.runner import cell_environments
 from support import tiny_wheels
 from support.processes import eventually, gone
 from support.sandbox import COMMAND
@@ -326,6 +333,31 @@ def test_a_creation_that_must_wait_says_so_and_takes_what_the_other_made(
         assert create.ensure(tiny.file.spec, NO_OPTIONS, say).folder == place
     assert len(said) == 1
     assert "another process makes this environment" in said[0]
+
+
+def test_an_environment_leaves_out_the_packages_that_its_table_names(wheels: Path) -> None:
+    spec = EnvironmentSpec(name="user", requirements=["tiny-user==1.0"])
+    both = create.ensure(spec, NO_OPTIONS, silent)
+    one = create.ensure(spec.model_copy(update={"without": ["Tiny_Lib"]}), NO_OPTIONS, silent)
+    assert both.folder != one.folder
+    found = "import importlib.util as u; print([u.find_spec(n) is not None for n in ('tiny_user', 'tiny_lib')])"
+    assert said_by(both, found) == "[True, True]"
+    assert said_by(one, found) == "[True, False]"
+    assert integrity.damage(one) == []
+
+
+def test_a_server_runs_with_the_python_of_its_environment(
+    copied: MadeEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = ServerKind("tiny", "tiny_lib", lambda _: [], environment=copied.name, distributions=("tiny-lib", "absent"))
+    monkeypatch.setattr(servers, "kinds", lambda: {"tiny": kind, "other": replace(kind, environment="vllm")})
+    cells: Any = [SimpleNamespace(serve=name) for name in ("tiny", "other", "")]
+    assert cell_environments.server_pythons(cells) == {"tiny": str(copied.python)}
+    found = server_process.find_python(kind, str(copied.python))
+    assert found == server_process.ServerPython(str(copied.python), {"tiny-lib": "1.0"})
+    assert server_process.find_python(kind, "") == (
+        f"not run: tiny is not installed; `peft-harness env create {copied.name}`"
+    )
 
 
 # --- repair and remove

@@ -1,0 +1,33 @@
+"""The folder from which a server loads the base: that of the model, or a new one for a shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from harness.cell.job import Job
+from harness.cell.training import random_model
+from harness.conformance.subject import DTYPES
+
+
+def find(job: Job, new: Path) -> Path:
+    """Return the folder of a Cell's base. For a shape, save the base into `new`, with the same random weights.
+
+    Servers want a tokenizer, so a shape gets one with a word for every token. No prompt of the harness is text.
+    """
+    given = Path(job.model.path)
+    if job.model.source.scheme != "shape":
+        return given
+    model: Any = random_model.build(given, DTYPES[job.cell.dtype])
+    random_model.draw(model, torch.device(job.device))
+    model.save_pretrained(new)
+    words = {f"word{number}": number for number in range(model.config.vocab_size)}
+    unknown = next(iter(words))
+    tokenizer = Tokenizer(WordLevel(words, unk_token=unknown))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown).save_pretrained(new)
+    return new

@@ -1,0 +1,59 @@
+"""A kind of model server: how its process is started, and what it can serve. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One start of a server."""
+
+    base: Path
+    """Folder of the base model."""
+    name: str
+    """Name under which the server must list the base."""
+    adapters: Mapping[str, Path]
+    """Name on the server -> folder of a LoRA adapter in the format of peft."""
+    rank: int
+    """Largest rank of the adapters."""
+    dtype: str
+    """Dtype of weights and computation, e.g. `float32`."""
+    device: str
+    """`cpu` or `cuda`."""
+    port: int
+    """Port on 127.0.0.1."""
+    tokens: int
+    """Largest number of tokens of a prompt and its answer together."""
+    requests: int
+    """Largest number of requests at the same time."""
+
+
+@dataclass(frozen=True)
+class ServerKind:
+    """A kind of model server. It has the completions API of OpenAI, with vLLM's fields for token ids, and streams.
+
+    It must load and unload adapters by `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, as vLLM does; otherwise its
+    hot-swap is not measured.
+    """
+
+    name: str
+    """Name in suites."""
+    module: str
+    """Module that the server's Python must have."""
+    arguments: Callable[[Launch], Sequence[str]]
+    """Function that returns the arguments of this Python."""
+    environment: str = ""
+    """Name of the environment in which the module is; see `peft-harness env list`. Empty if it needs none."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables of the server's process."""
+    distributions: tuple[str, ...] = ()
+    """Distributions whose versions the Record holds. Those that are not installed are left out."""
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    """Dtypes in which it can serve."""
+    start_s: float = 600.0
+    """Seconds within which it must answer after its start."""
+    patience_s: float = 300.0
+    """Seconds within which it must answer a request."""

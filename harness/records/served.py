@@ -1,0 +1,62 @@
+"""Measurements of a model server that served a Cell's adapters. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from harness.records.base_model import Bytes, Count, FrozenModel, Seconds
+
+Load = Literal["base", "one adapter", "several adapters", "base and adapters"]
+"""The models to which the requests of a load go. In the last two, requests of a round go to different models."""
+
+
+class ServedTimes(FrozenModel):
+    """Times of a server under one load. A round sends `requests` requests at the same time."""
+
+    load: Load
+    """The models to which the requests go."""
+    requests: Count
+    """Number of requests at the same time."""
+    adapters: Count
+    """Number of different adapters among the requests of a round."""
+    prompt_tokens: Count
+    """Number of tokens of each prompt."""
+    tokens: Count
+    """Number of tokens that the server generates for each request."""
+    first_token_s: list[Seconds] = Field(default=[])
+    """Seconds from the start of each request to its first token."""
+    token_s: list[Seconds] = Field(default=[])
+    """Mean seconds per token after the first, for each request."""
+    round_s: list[Seconds] = Field(default=[])
+    """Seconds from the start of each round to the last token of its last request."""
+    because: str = ""
+    """Reason why nothing was timed. Empty if the load was timed."""
+
+
+class Served(FrozenModel):
+    """A server that loaded the Cell's base and adapters, and its times."""
+
+    server: str
+    """Kind of server, e.g. `vllm`."""
+    software: dict[str, str] = Field(default={})
+    """Version of each library of the server's Python."""
+    start_s: Seconds | None = None
+    """Seconds from the start of the server's process to its first answer. None if it gave none."""
+    times: list[ServedTimes] = Field(default=[])
+    """Times under each load."""
+    swap_s: list[Seconds] = Field(default=[])
+    """Seconds from the request to replace the adapter of a name by another one to the first token of its answer."""
+    swap_because: str = ""
+    """Reason why no replacement was timed."""
+    memory_B: Bytes | None = None
+    """Resident memory of all processes of the server after the timing."""
+    wall_s: Seconds | None = None
+    """Wall time of the timing."""
+    own_cpu_s: Seconds | None = None
+    """CPU seconds of the server and of the Cell's process during the timing."""
+    other_cpu_s: Seconds | None = None
+    """CPU seconds of all other processes of the machine during the timing."""
+    because: str = ""
+    """Reason why nothing was timed. Empty if at least one load was timed."""
