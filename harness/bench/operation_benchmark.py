@@ -148,13 +148,13 @@ class OperationBenchmark:
             for n, t in operation_call.flatten(own).items()
             if n.partition("[")[0] in self.definition.differentiable
         ]
-        first = self.definition.outputs[0]
-        y = self.definition.named(function(**own))[first]
-        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.device, y.dtype)
-        del y
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(y.shape, y.device, y.dtype) for y in self.definition.named(function(**own)).values()]
+        dys = [torch.randn(shape, generator=generator).to(device, dtype) for shape, device, dtype in shapes]
 
         def train() -> None:
-            torch.autograd.grad(self.definition.named(function(**own))[first], leaves, dy, allow_unused=True)
+            outputs = list(self.definition.named(function(**own)).values())
+            torch.autograd.grad(outputs, leaves, dys, allow_unused=True)
 
         return train
 

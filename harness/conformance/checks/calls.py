@@ -91,6 +91,6 @@ def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     if not noise_floor(alone, *expected[0], subject.dtype, factor).passed:
         return
     under_way = [operation_call.forward(one, subject.function, dtype) for one in both]
-    gradients = [operation_call.backward(y, leaves, case) for y, leaves in under_way]
+    gradients = [operation_call.backward(outputs, leaves, case) for outputs, leaves in under_way]
     for number, (mine, wanted) in enumerate(zip(gradients, expected, strict=True), 1):
         yield prefix_tensor(f"call {number}", noise_floor(mine, *wanted, subject.dtype, factor))

@@ -56,8 +56,8 @@ def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     inference_mode, autocast (also after a change of the tensors) and activation checkpointing; an input, the adapter,
     or all but one of its tensors without gradients; a deep copy, and one in another dtype; the gradient of a gradient;
     a graph that torch.compile traces; many calls, and calls in two threads. An Operation: no_grad, inference_mode,
-    arguments that need a gradient, all or one of them; the gradient of a sum; other numbers, arguments that change
-    between two calls, and many calls.
+    arguments that need a gradient, all or one of them; the gradient of a sum, of one output alone, and a second time
+    through the same graph; other numbers, arguments that change between two calls, and many calls.
     """
     found = list(_of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:
@@ -224,8 +224,10 @@ def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     yield _judge_changed(subject, case, "after its arguments changed", subject.arguments, in_place=True)
     differentiable, factor = subject.operation.differentiable, case.factor("calls")
     # Of a list of adapters, the last alone: its neighbours are frozen.
-    items = {name.partition("[")[0]: name for name in operation_call.flatten(subject.arguments) if "[" in name}
-    alone = [*differentiable, *(name for group, name in items.items() if group in differentiable)]
+    there = {name: name.partition("[")[0] for name in operation_call.flatten(subject.arguments)}
+    items = {group: name for name, group in there.items() if name != group}
+    alone = [name for name in differentiable if name in there.values()]
+    alone += [name for group, name in items.items() if group in differentiable]
     for name in alone if len(alone) > 1 else ():
         verdict = operation_call.judge_gradients(subject, case, factor, of=[name])
         yield _named("", f"with only {name} needing a gradient", verdict)
@@ -235,6 +237,10 @@ def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     }
     for layout, form in layouts.items() if differentiable else ():
         yield _named("", f"with {form}", operation_call.judge_gradients(subject, case, factor, layout=layout))
+    for name in subject.operation.outputs if differentiable and len(subject.operation.outputs) > 1 else ():
+        yield _named("", f"with only {name} in use", operation_call.judge_gradients(subject, case, factor, used=[name]))
+    if differentiable:
+        yield _named("", "in a second backward pass", operation_call.judge_gradients(subject, case, factor, times=2))
     with process_settings.restored():
         torch.set_default_dtype(torch.bfloat16)
         seen = subject.call()

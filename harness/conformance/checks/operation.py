@@ -65,17 +65,18 @@ def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
 
 @check(of_sizes=False)
 def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
-    """A call leaves its arguments as they were."""
+    """A call leaves its arguments as they were, and so does its backward pass."""
     given = cloned(subject.arguments)
     subject.function(**given)
+    seen = operation_call.flatten(given)
+    if subject.operation.differentiable:
+        outputs, leaves = operation_call.forward(subject, subject.function, DTYPES[subject.dtype])
+        operation_call.backward(outputs, leaves, case)
+        seen |= {f"{name} after the backward pass": leaf for name, leaf in leaves.items()}
+    own = operation_call.flatten(subject.arguments)
+    before = {name: own[name.removesuffix(" after the backward pass")] for name in seen}
     return judged(
-        subject,
-        case,
-        "arguments",
-        exact(
-            operation_call.finite(operation_call.flatten(given)),
-            operation_call.finite(operation_call.flatten(subject.arguments)),
-        ),
+        subject, case, "arguments", exact(operation_call.finite(seen), operation_call.finite(before))
     )
 
 
@@ -111,7 +112,7 @@ def check_nonfinite(subject: OperationSubject, case: Case) -> CheckResult:
     One element of each floating argument in turn is NaN. Where the reference returns NaN, the Operation returns NaN or
     infinity; otherwise a training run would go on with invented numbers.
     """
-    if subject.arguments.get("scaling") == 0:
+    if 0 in (subject.arguments.get("scaling"), *subject.arguments.get("scalings", ())):
         return skipped(subject, case, "nonfinite", "an update that is scaled by 0 need not be computed")
     odd: list[str] = []
     for name, tensor in operation_call.flatten(subject.arguments).items():

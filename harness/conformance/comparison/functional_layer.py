@@ -11,6 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.operation import Arguments, draw
+from reference import dora, lora
+
+_TIMES = (1.0, 0.5, 3.0)
+"""Scalings of several layers, as multiples of the first one's."""
 
 
 class Masked(nn.Module):
@@ -82,3 +86,52 @@ def draw_low_rank(dtype: torch.dtype, generator: torch.Generator, shape: Sequenc
         "A": draw(generator, dtype, rank, D, spread=D**-0.5),
         "B": draw(generator, dtype, E, rank, spread=rank**-0.5),
     }
+
+
+def agreeing(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """Return B with the sign of some rows turned, so that no row of scaling B A points away from the same row of W.
+
+    Otherwise a row of W + scaling B A may be nearly zero in a layer of few features, and DoRA divides by its norm.
+    """
+    return torch.where(((B @ A) * W).sum(dim=1, keepdim=True) * scaling < 0, -B, B)
+
+
+def draw_adapted_layers(
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    shapes: Sequence[Sequence[int]],
+    *,
+    ranks: Sequence[int],
+    scaling: float,
+    bias: bool,
+    dora: bool,
+) -> Arguments:
+    """Return random tensors of several adapted layers, as lists with one item per layer.
+
+    shapes: (E, D) of each layer's W. The keys are `Ws` (E, D), `biases` (E,) or None, `As` (R, D), `Bs` (E, R),
+    `scalings` and `ms` (E,) or None. The layers have different scalings, so that a mixed-up one shows.
+    """
+    Ws = [draw(generator, torch.float64, E, D, spread=D**-0.5) for E, D in shapes]
+    low = [draw_low_rank(torch.float64, generator, shape, rank) for shape, rank in zip(shapes, ranks, strict=True)]
+    Bs = [one["B"] for one in low]
+    if dora:
+        Bs = [agreeing(W, one["A"], one["B"], scaling) for W, one in zip(Ws, low, strict=True)]
+    return {
+        "Ws": [W.to(dtype) for W in Ws],
+        "biases": [draw(generator, dtype, E) for E, _ in shapes] if bias else None,
+        "As": [one["A"].to(dtype) for one in low],
+        "Bs": [B.to(dtype) for B in Bs],
+        "scalings": [scaling * times for times in _TIMES[: len(shapes)]],
+        "ms": [draw(generator, dtype, E) for E, _ in shapes] if dora else None,
+    }
+
+
+def adapted_linear(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, m: Tensor | None
+) -> Tensor:
+    """Return the output (..., E) of the reference's layer: LoRA's, or DoRA's if there are magnitudes m (E,)."""
+    base = dense_linear(W, bias)
+    if m is None:
+        return apply_layer(lora.LoraLinear(base, A, B, scaling, dropout=0.0), x, None, {"A": A, "B": B})
+    config = dora.Config(rank=len(A), alpha=scaling * len(A))
+    return apply_layer(dora.DoraLinear(base, A, B, config), x, None, {"A": A, "B": B, "m": m})

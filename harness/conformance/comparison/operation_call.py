@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -86,10 +86,10 @@ def judge_form(
 
 def forward(
     subject: OperationSubject, function: Callable[..., object], dtype: torch.dtype, of: Collection[str] | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Call `function` on the arguments, cast to `dtype`.
 
-    Return the first output, and the arguments that need a gradient, by name. of: names of the arguments, or of
+    Return the outputs, and the arguments that need a gradient, by name. of: names of the arguments, or of
     items of lists such as `As[0]`, that need a gradient; by default all differentiable arguments.
     """
     given = cloned(subject.arguments, {DTYPES[subject.dtype]: dtype})
@@ -97,20 +97,36 @@ def forward(
     leaves = {n: t for n, t in flatten(given).items() if n in wanted or n.partition("[")[0] in wanted}
     for leaf in leaves.values():
         leaf.requires_grad_(True)
-    return next(iter(subject.operation.named(function(**given)).values())), leaves
+    return subject.operation.named(function(**given)), leaves
 
 
-def backward(y: Tensor, leaves: dict[str, Tensor], case: Case, *, layout: Layout = "plain") -> dict[str, Tensor]:
-    """Run backward from `y` with a random gradient. Return the gradient of each leaf as `grad <name>`.
+def backward(
+    outputs: Mapping[str, Tensor],
+    leaves: dict[str, Tensor],
+    case: Case,
+    *,
+    layout: Layout = "plain",
+    used: Collection[str] | None = None,
+    times: int = 1,
+) -> dict[str, Tensor]:
+    """Run backward from the outputs with random gradients. Return the gradient of each leaf as `grad <name>`.
 
-    A leaf that gets no gradient has zeros. layout: see Layout.
+    A leaf that gets no gradient has zeros. layout: see Layout. used: names of the outputs that get a gradient; by
+    default all. times: number of backward passes through the same graph. Only the last one is returned.
     """
-    drawn = (1,) * y.dim() if layout == "expanded" else y.shape
-    dy = torch.randn(drawn, generator=case.generator(salt=3), dtype=torch.float64).to(y.device, y.dtype).expand(y.shape)
-    if layout == "transposed" and y.dim() > 1:
-        dy = dy.transpose(0, -1).contiguous().transpose(0, -1)
-    if y.requires_grad:
-        y.backward(dy)
+    generator, starts, dys = case.generator(salt=3), [], []
+    for name, y in outputs.items():
+        drawn = (1,) * y.dim() if layout == "expanded" else y.shape
+        dy = torch.randn(drawn, generator=generator, dtype=torch.float64).to(y.device, y.dtype).expand(y.shape)
+        if layout == "transposed" and y.dim() > 1:
+            dy = dy.transpose(0, -1).contiguous().transpose(0, -1)
+        if y.requires_grad and (used is None or name in used):
+            starts.append(y)
+            dys.append(dy)
+    for left in reversed(range(times if starts else 0)):
+        for leaf in leaves.values():
+            leaf.grad = None
+        torch.autograd.backward(starts, [dy.clone() for dy in dys] if left else dys, retain_graph=left > 0)
     return {f"grad {n}": torch.zeros_like(t) if t.grad is None else t.grad for n, t in leaves.items()}
 
 
@@ -120,23 +136,22 @@ def gradients(
     dtype: torch.dtype,
     case: Case,
     of: Collection[str] | None = None,
-    *,
-    layout: Layout = "plain",
+    **how: Any,
 ) -> dict[str, Tensor]:
     """Compute the gradient of each argument in `of`, and return it as `grad <name>`.
 
-    By default these are all differentiable arguments. The gradients are computed in `dtype`. layout: see Layout.
+    By default these are all differentiable arguments. The gradients are computed in `dtype`. how: see `backward`.
     """
-    return backward(*forward(subject, function, dtype, of), case, layout=layout)
+    return backward(*forward(subject, function, dtype, of), case, **how)
 
 
 def judge_gradients(
-    subject: OperationSubject, case: Case, factor: float, of: Collection[str] | None = None, *, layout: Layout = "plain"
+    subject: OperationSubject, case: Case, factor: float, of: Collection[str] | None = None, **how: Any
 ) -> Judgement:
-    """Judge the gradients of the arguments in `of`, dtype included. of, layout: see `gradients`."""
+    """Judge the gradients of the arguments in `of`, dtype included. of: see `gradients`. how: see `backward`."""
 
     def computed(one: OperationSubject, function: Callable[..., object], dtype: torch.dtype) -> dict[str, Tensor]:
-        return gradients(one, function, dtype, case, of, layout=layout)
+        return gradients(one, function, dtype, case, of, **how)
 
     reference, own = subject.operation.reference, DTYPES[subject.dtype]
     mine, truth = computed(subject, subject.function, own), computed(subject, reference, torch.float64)

@@ -7,7 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from harness.conformance.comparison.functional_layer import apply_layer, dense_linear, draw_inputs, draw_low_rank
+from harness.conformance.comparison.functional_layer import (
+    agreeing,
+    apply_layer,
+    dense_linear,
+    draw_inputs,
+    draw_low_rank,
+)
 from harness.conformance.drawing.factors import Dropout, Matrix, Rank, Rows, Scaling
 from harness.conformance.operation import Arguments, Operation, draw
 from reference import dora
@@ -41,8 +47,7 @@ def arguments(
     """
     W = draw(generator, torch.float64, *shape, spread=shape[1] ** -0.5)
     A, B = draw_low_rank(torch.float64, generator, shape, rank).values()
-    # If W and the update happen to have opposite signs, V may be nearly zero in any row of a layer of few features.
-    B = torch.where(((B @ A) * W).sum(dim=1, keepdim=True) * scaling < 0, -B, B)
+    B = agreeing(W, A, B, scaling)
     fourth = slice(1, None, 4)
     if kind == "zero-rows":
         W[fourth], B[fourth] = 0.0, 0.0

@@ -1,0 +1,74 @@
+"""lora_mlp: a gated feed-forward block (SwiGLU or GEGLU, arXiv:2002.05202) with LoRA or DoRA on its three layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, silu
+
+from harness.conformance.comparison.functional_layer import adapted_linear, draw_adapted_layers
+from harness.conformance.drawing.factors import Matrix, Rows, Scaling, ThreeRanks
+from harness.conformance.operation import Arguments, Operation, draw
+
+Activation = Literal["silu", "gelu", "gelu-tanh"]
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu-tanh": partial(gelu, approximate="tanh"),
+}
+
+
+def arguments(
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    *,
+    shape: Matrix,
+    rows: Rows,
+    ranks: ThreeRanks,
+    activation: Activation = "silu",
+    scaling: Scaling = 1.75,
+    bias: bool = False,
+    dora: bool = False,
+) -> Arguments:
+    """Draw the arguments of a call.
+
+    shape: (F, D) of the gate's and the up layer's W; the down layer's is (D, F). rows: the leading dimensions of x.
+    ranks: of gate, up and down. scaling: the gate's; those of up and down are a half and three times as large. dora:
+    also draw magnitudes; without them, every layer has plain LoRA.
+    """
+    F, D = shape
+    layers = draw_adapted_layers(
+        dtype, generator, [(F, D), (F, D), (D, F)], ranks=ranks, scaling=scaling, bias=bias, dora=dora
+    )
+    return {"x": draw(generator, dtype, *rows, D), **layers, "activation": activation}
+
+
+def reference(
+    x: Tensor,
+    Ws: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    ms: Sequence[Tensor] | None,
+    activation: str,
+) -> Tensor:
+    """Return down(activation(gate(x)) * up(x)), shape (..., D).
+
+    gate, up and down are the layers 0, 1 and 2 of the lists, each x W^T + bias + scaling (x A^T) B^T, or with
+    magnitudes ms, DoRA's layer as in lora_qkv. `gelu` is the exact one; `gelu-tanh` its approximation.
+    """
+
+    def layer(x: Tensor, at: int) -> Tensor:
+        bias, m = None if biases is None else biases[at], None if ms is None else ms[at]
+        return adapted_linear(x, Ws[at], bias, As[at], Bs[at], scalings[at], m)
+
+    gate, up = layer(x, 0), layer(x, 1)
+    return layer(_FUNCTIONS[activation](gate) * up, 2)
+
+
+OPERATION = Operation("lora_mlp", ("y",), arguments, reference, differentiable=("x", "As", "Bs", "ms"), inputs=("x",))

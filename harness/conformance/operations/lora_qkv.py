@@ -1,0 +1,66 @@
+"""lora_qkv: the query, key and value layers of an attention block, with LoRA or DoRA each, on one input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from harness.conformance.comparison.functional_layer import adapted_linear, draw_adapted_layers
+from harness.conformance.drawing.factors import Matrix, Rows, Scaling, ThreeRanks
+from harness.conformance.operation import Arguments, Operation, draw
+
+
+def arguments(
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    *,
+    shape: Matrix,
+    rows: Rows,
+    ranks: ThreeRanks,
+    groups: Literal[1, 2, 4] = 1,
+    scaling: Scaling = 1.75,
+    bias: bool = True,
+    dora: bool = False,
+) -> Arguments:
+    """Draw the arguments of a call.
+
+    shape: (E, D) of the query's W. rows: the leading dimensions of x. groups: the number of query heads that share a
+    key and a value, so that k and v have E / groups outputs, at least one. scaling: that of q; those of k and v are
+    a half and three times as large. dora: also draw magnitudes; without them, every layer has plain LoRA.
+    """
+    E, D = shape
+    shared = (max(1, E // groups), D)
+    layers = draw_adapted_layers(
+        dtype, generator, [(E, D), shared, shared], ranks=ranks, scaling=scaling, bias=bias, dora=dora
+    )
+    return {"x": draw(generator, dtype, *rows, D), **layers}
+
+
+def reference(
+    x: Tensor,
+    Ws: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    ms: Sequence[Tensor] | None,
+) -> tuple[Tensor, ...]:
+    """Return q, k and v: x W^T + bias + scaling (x A^T) B^T each, shape (..., E).
+
+    With magnitudes ms, each is bias + g (x W^T + scaling (x A^T) B^T) instead, with DoRA's gain g = m / ||W + scaling B
+    A|| per output, whose norm is a constant in the backward pass.
+    """
+    return tuple(
+        adapted_linear(
+            x, Ws[at], None if biases is None else biases[at], As[at], Bs[at], scalings[at], None if ms is None else ms[at]
+        )
+        for at in range(3)
+    )
+
+
+OPERATION = Operation(
+    "lora_qkv", ("q", "k", "v"), arguments, reference, differentiable=("x", "As", "Bs", "ms"), inputs=("x",)
+)

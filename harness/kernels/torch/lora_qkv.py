@@ -1,0 +1,44 @@
+"""Query, key and value layers with LoRA or DoRA on one input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from harness.kernels.torch.dora_linear import dora_linear
+from harness.kernels.torch.lora_linears import LoraFactors, lora_linears
+
+
+def adapted_linears(
+    x: Tensor,
+    Ws: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    ms: Sequence[Tensor] | None,
+) -> list[Tensor]:
+    """Return x W^T + bias + scaling (x A^T) B^T, shape (..., E), for each layer, or DoRA's output if there are ms.
+
+    Layers of LoRA read x once and share the sum of its gradient. Each list has one item per layer: W (E, D), bias (E,),
+    A (R, D), B (E, R), m (E,). All tensors have one dtype.
+    """
+    own = biases or [None] * len(Ws)
+    if ms is None:
+        layers = [LoraFactors(*one) for one in zip(Ws, own, As, Bs, scalings, strict=True)]
+        return lora_linears(x, layers)
+    return [dora_linear(x, *one) for one in zip(Ws, own, As, Bs, ms, scalings, strict=True)]
+
+
+def lora_qkv(
+    x: Tensor,
+    Ws: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    ms: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """Return q, k and v. The arguments and derivatives are those of `adapted_linears`."""
+    return tuple(adapted_linears(x, Ws, biases, As, Bs, scalings, ms))
