@@ -110,6 +110,7 @@ def place(spec: EnvironmentSpec) -> Path:
     """Return the path of the folder of an environment, whether it exists or not."""
     made_from = [FORMAT, sorted(spec.requirements), spec.isolated, base(spec)]
     made_from += [sorted(spec.without)] if spec.without else []
+    made_from += [] if spec.dependencies else ["without dependencies"]
     text = json.dumps(made_from, sort_keys=True)
     return root() / f"{spec.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 

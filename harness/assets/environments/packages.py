@@ -98,6 +98,7 @@ def resolve(spec: EnvironmentSpec, python: Path, options: IndexOptions, work: Pa
     own = [] if not spec.isolated else _requirements_of_harness(spec)
     wanted.write_text("".join(f"{one}\n" for one in [*spec.requirements, *own]), encoding="utf-8")
     arguments = ["install", "--dry-run", "--report", str(report), "-r", str(wanted), *options.arguments()]
+    arguments += [] if spec.dependencies else ["--no-deps"]
     if not spec.isolated:
         keep = work / "constraints.txt"
         keep.write_text(f"torch=={version('torch')}\n", encoding="utf-8")

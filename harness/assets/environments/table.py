@@ -30,6 +30,9 @@ class EnvironmentSpec(FrozenModel):
     it holds everything itself, even torch."""
     without: list[str] = Field(default=[])
     """Packages that pip would choose and that are left out, e.g. because their build breaks an import."""
+    dependencies: bool = True
+    """False: pip installs the requirements alone, and nothing that they require. For a library whose pins exclude the
+    installed packages, although the code in use works with them."""
     implementations: list[str] = Field(default=[])
     """Names of implementations, and of training loops, that `check` runs in this environment if their libraries are not
     installed."""

@@ -14,7 +14,7 @@ _OPERATION: dict[str, Any] = {"name": "torchao", "kind": "operation", "requires"
 BLOCK, SCALER_BLOCK = 64, 256
 
 
-def _nf4_module() -> Any:
+def nf4_module() -> Any:
     """Return torchao's module of the NF4 tensor, which release 0.18 moved."""
     try:
         from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
@@ -30,7 +30,7 @@ def nf4_quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
     `to_nf4` divides by this absmax, and quantises it only later. Raises Unsupported for three dimensions and for sizes
     that torchao's blocks do not divide.
     """
-    nf4_tensor = _nf4_module()
+    nf4_tensor = nf4_module()
     if W.dim() > 2 or W.numel() % (block * SCALER_BLOCK):
         raise Unsupported(f"torchao supports matrices of whole blocks of {block} x {SCALER_BLOCK} elements only")
     packed = nf4_tensor.to_nf4(W, block, SCALER_BLOCK)
@@ -48,7 +48,7 @@ def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, 
 
     from reference.shared.layers import replace
 
-    nf4_tensor = _nf4_module()
+    nf4_tensor = nf4_module()
 
     class Nf4Linear(torch.nn.Linear):
         """A layer with an NF4Tensor. Its `weight` holds the packed bytes, because an NF4Tensor cannot be compared."""
