@@ -1,0 +1,69 @@
+"""The activation inside the feed-forward kernels of Axolotl and Unsloth: their own, or torch's on a CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, silu
+
+from harness.errors import Unsupported
+
+INTERPRETED = ("float32", "float16")
+"""Dtypes that Triton's interpreter computes right."""
+Pair = tuple[Callable[..., Any], Callable[..., Any]]
+"""Functions (gate, up) -> h and (dh, gate, up) -> (h, gradient 1, gradient 2)."""
+
+
+def of_library(module: str, forward: str, backward: str, x: Tensor, *, up_first: bool = False) -> Pair:
+    """Return the two functions of a module's kernels. On a CPU without Triton's interpreter, return torch's.
+
+    up_first: whether the library's backward function returns the gradient of up before that of gate. Raises Unsupported
+    for a dtype that the interpreter computes wrong.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not x.is_cuda and not interpreted:
+        function: Callable[[Tensor], Tensor] = silu
+        if "geglu" in module:
+            function = partial(gelu, approximate="tanh" if "approx" in forward else "none")
+        return _of_torch(function, up_first=up_first)
+    if not x.is_cuda and str(x.dtype).removeprefix("torch.") not in INTERPRETED:
+        raise Unsupported(f"Triton's interpreter, in which the activation runs, is right in {' and '.join(INTERPRETED)} only")
+    if not x.is_cuda and "approx" in forward:
+        raise Unsupported("Triton's interpreter has no libdevice.tanh")
+    kernels = import_module(module)
+    if not x.is_cuda:
+        _allocate_on_the_cpu(kernels)
+    return getattr(kernels, forward), getattr(kernels, backward)
+
+
+def _of_torch(function: Callable[[Tensor], Tensor], *, up_first: bool) -> Pair:
+    def forward(gate: Tensor, up: Tensor) -> Tensor:
+        return function(gate) * up
+
+    def backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_(True)
+            activated = function(leaf)
+        (of_gate,) = torch.autograd.grad(activated, leaf, dh * up)
+        activated = activated.detach()
+        gradients = (dh * activated, of_gate) if up_first else (of_gate, dh * activated)
+        return activated * up, *gradients
+
+    return forward, backward
+
+
+def _allocate_on_the_cpu(kernels: Any) -> None:
+    """Let a module that asks torch for memory on `cuda` get memory on the CPU, where the interpreter runs."""
+
+    def empty(*shape: Any, device: object = None, **options: Any) -> Tensor:
+        return torch.empty(*shape, **options)
+
+    if kernels.torch is torch:
+        kernels.torch = SimpleNamespace(**vars(torch) | {"empty": empty})

@@ -1,0 +1,50 @@
+"""`litgpt`: its LoRAQKVLinear, one layer that computes q, k and v, as an Operation."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import Unsupported
+from harness.methods.registry import DTYPES, Implementation, implements
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@implements("lora_qkv", name="litgpt", kind="operation", dtypes=DTYPES, requires=["litgpt"])
+def lora_qkv(
+    x: Tensor, Ws: list[Tensor], biases: list[Tensor] | None, As: list[Tensor], Bs: list[Tensor],
+    scalings: list[float], ms: list[Tensor] | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Stack the tensors of q, k and v, as LitGPT's checkpoints do, and split the output.
+
+    The layer has one scaling, so the B of k and v are scaled in advance. Raises Unsupported for DoRA and for ranks that
+    differ.
+    """
+    import torch
+    from litgpt.lora import LoRAQKVLinear
+
+    rank, (E, shared) = len(As[0]), (len(Ws[0]), len(Ws[1]))
+    if ms is not None or any(len(A) != rank for A in As):
+        raise Unsupported("LoRAQKVLinear has no DoRA, and one rank for q, k and v")
+    if not scalings[0]:
+        raise Unsupported("the B of k and v cannot be scaled by a multiple of 0")
+    head = math.gcd(E, shared)
+    heads: dict[str, Any] = {"head_size": head, "n_head": E // head, "n_query_groups": shared // head}
+    with torch.device("meta"):
+        layer = LoRAQKVLinear(
+            x.shape[-1], E + 2 * shared, r=rank, lora_alpha=1, enable_lora=True, bias=biases is not None, **heads
+        )
+    layer.scaling = scalings[0]
+    tensors = {
+        "linear.weight": torch.cat(Ws), "lora_A": torch.cat(As),
+        "lora_B": torch.cat([B * (s / scalings[0]) for B, s in zip(Bs, scalings, strict=True)]),
+    } | ({} if biases is None else {"linear.bias": torch.cat(biases)})  # fmt: skip
+    y: Tensor = torch.func.functional_call(layer, tensors, (x,))
+    return y.split([E, shared, shared], dim=-1)
+
+
+def implementations() -> list[Implementation]:
+    """Return the Implementations of this file."""
+    return [lora_qkv]
