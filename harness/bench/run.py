@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from harness.assets.environments import homes
+from harness.assets.environments.folder import MadeEnvironment
 from harness.bench import files, planning, pytest_benchmark, table
 from harness.bench.planning import BenchRequest, BenchTask
 from harness.bench.results import BenchRow
@@ -122,7 +124,7 @@ def measure(request: BenchRequest, threads: int, report: BenchReport, save: Call
                 done += 1
             del remaining[0]
     except KeyboardInterrupt:
-        processes.workers.stop()
+        processes.stop()
         report.interrupted = True
         after = f" after the {'row' if done == 1 else f'{done} rows'} above" if done else ""
         for number, task in enumerate(remaining):
@@ -151,6 +153,13 @@ class TaskRunner:
     request: BenchRequest
     threads: int
     workers: WorkerPool
+    in_environments: dict[str, WorkerPool] = field(default_factory=dict)
+    """Workers with the interpreter of an environment, by the name of the implementation that needs it."""
+
+    def stop(self) -> None:
+        """Stop all workers."""
+        for pool in (self.workers, *self.in_environments.values()):
+            pool.stop()
 
     def rows(self, task: BenchTask) -> Iterator[BenchRow]:
         """Yield the rows of a task. If a benchmark fails, its row reports the failure."""
@@ -170,7 +179,7 @@ class TaskRunner:
         If the process fails at one size, a new process continues with the next size.
         """
         remaining = task.sizes
-        while remaining and not self.workers.stopped:
+        while remaining and not self._workers(task).stopped:
             at = 0
             for kind, found in self._events(replace(task, sizes=remaining)):
                 if kind == "begin":
@@ -191,7 +200,8 @@ class TaskRunner:
         The number is the position of a size in `task.sizes`. If the process fails, the last row reports the failure.
         """
         at, error, complete = 0, "", False
-        for event in self.workers.events("harness.bench.worker", task.document(self.request, self.threads), PATIENCE_S):
+        document = task.document(self.request, self.threads)
+        for event in self._workers(task).events("harness.bench.worker", document, PATIENCE_S):
             if "begin" in event:
                 at = event["begin"]
                 yield "begin", at
@@ -202,7 +212,14 @@ class TaskRunner:
             elif "memory" in event:
                 yield "memory", event["memory"]
             elif "missing" in event:
-                yield "row", replace(task, sizes=()).row("not-run", event["missing"])
+                home = homes.of({task.names[-1]}).get(task.names[-1], "")
+                if isinstance(home, MadeEnvironment) and task.names[-1] not in self.in_environments:
+                    self.in_environments[task.names[-1]] = WorkerPool(home.python)
+                    print_note(f"{task.name}: in the environment {home.label}")
+                    yield from self._events(task)
+                    return
+                makes = f"; `peft-harness env create {home}` makes an environment that has it" if home else ""
+                yield "row", replace(task, sizes=()).row("not-run", f"{event['missing']}{makes}")
                 complete = True
             elif "failed" in event:
                 error = event["failed"]
@@ -210,6 +227,9 @@ class TaskRunner:
                 print_note(f"{task.name}: after its last benchmark {event['died']}")
             elif "died" in event:
                 yield "row", task.row("failed", error or event["died"], at)
+
+    def _workers(self, task: BenchTask) -> WorkerPool:
+        return self.in_environments.get(task.names[-1], self.workers)
 
     def _with_memory(self, row: BenchRow, task: BenchTask) -> BenchRow:
         """Measure the memory of a training step by each implementation. Return the row with these numbers.

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import get_args
 
+from harness.assets.environments import homes
 from harness.assets.environments.folder import MadeEnvironment
 from harness.assets.environments.packages import IndexOptions
 from harness.cli import environments
@@ -103,10 +104,10 @@ def _with_homes(report: CheckReport, missing: Collection[Target], request: Check
 
     If such an environment does not exist, the reason of the skipped target names the command that makes it.
     """
-    homes = environments.homes({name for name, *_ in missing})
+    found = homes.of({name for name, *_ in missing})
     skipped, there = dict(report.skipped), dict[Path, set[str]]()
     for name, _, target in missing:
-        home = homes.get(name)
+        home = found.get(name)
         if isinstance(home, MadeEnvironment):
             del skipped[f"{name} {target}"]
             there.setdefault(home.folder, set()).add(name)
@@ -115,7 +116,7 @@ def _with_homes(report: CheckReport, missing: Collection[Target], request: Check
     moved = {name for names in there.values() for name in names}
     report = replace(report, skipped=skipped, untried=[name for name in report.untried if name not in moved])
     others = [
-        _judge_in(replace(request, implementations=sorted(names)), environments.at(folder))[0]
+        _judge_in(replace(request, implementations=sorted(names)), homes.at(folder))[0]
         for folder, names in there.items()
     ]
     return CheckReport.joined([report, *others])
@@ -275,10 +276,16 @@ def _parts(several: Sequence[Implementation], number: int, sizes: dict[str, int]
 
 
 def _why_no_case(one: Implementation, plan: ParitySuite, request: CheckRequest) -> str:
-    """Return why an implementation has no case in its parity suite for the requested dtypes.
+    """Return why an implementation has no case in its parity suite for the requested dtypes, or none on a CPU.
 
     If there is such a case, return an empty string.
     """
+    if "cpu" not in one.devices:
+        option = "--op" if one.kind == "operation" else "--step"
+        return (
+            f"runs on {', '.join(one.devices)} only, and `check` runs on the CPU; on a GPU, `peft-harness bench "
+            f"{option} {one.target} --vs {one.name}` checks it before it measures"
+        )
     possible = [dtype for dtype in plan.dtypes if dtype in (request.dtypes or DTYPES)]
     if set(one.dtypes) & set(possible):
         return ""

@@ -50,30 +50,6 @@ def ensure_all(texts: Sequence[str], index: IndexOptions) -> list[MadeEnvironmen
     return made
 
 
-def homes(implementations: Collection[str]) -> dict[str, MadeEnvironment | str]:
-    """Map implementations to the environment that a table declares for them, or to its name if it does not exist.
-
-    Implementations without such an environment are left out.
-    """
-    if not implementations:
-        return {}
-    specs = {one.name: one.file.spec for one in folder.made() if one.is_current} | table.load()
-    return {
-        name: folder.read(folder.place(spec)) or spec.name
-        for spec in specs.values()
-        for name in spec.implementations
-        if name in implementations
-    }
-
-
-def at(place: Path) -> MadeEnvironment:
-    """Return the environment in a folder, after a test of its interpreter."""
-    environment = folder.read(place)
-    assert environment is not None  # noqa: S101  # `homes` has just read it
-    integrity.require_start(environment)
-    return environment
-
-
 def list_(as_json: bool) -> Exit:
     """Print the environments that exist, and those that could be made."""
     cache.sweep()

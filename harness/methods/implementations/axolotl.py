@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import Unsupported
 from harness.methods.implementations.hf_peft import lora as hf_peft
 from harness.methods.implementations.hf_peft import qlora as hf_peft_qlora
+from harness.methods.implementations.three_dimensions import in_shape_of, in_three_dimensions
 from harness.methods.registry import DTYPES, Implementation, implementations_in, implements
 
 if TYPE_CHECKING:
@@ -40,16 +41,6 @@ def _adapters(
     none = [None] * len(Ws)
     layers = zip(Ws, biases or none, As, Bs, scalings, ms or none, strict=True)
     return [argument for layer in layers for argument in _adapter(*layer)]
-
-
-def in_three_dimensions(x: Tensor) -> Tensor:
-    """Return x in the shape (batch, tokens, features), the only one that the kernels of Axolotl and Unsloth accept."""
-    return x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
-
-
-def in_shape_of(x: Tensor, y: Tensor) -> Tensor:
-    """Return y with the leading dimensions of x."""
-    return y if x.dim() == 3 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 @implements("dora_linear", **_OPERATION)

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import Unsupported
-from harness.methods.implementations.axolotl import in_shape_of, in_three_dimensions
+from harness.methods.implementations.three_dimensions import in_shape_of, in_three_dimensions
 from harness.methods.registry import DTYPES, Implementation, implements
 
 if TYPE_CHECKING:

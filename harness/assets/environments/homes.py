@@ -1,0 +1,33 @@
+"""Find the environment in which an implementation runs whose libraries are not installed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from harness.assets.environments import folder, integrity, table
+from harness.assets.environments.folder import MadeEnvironment
+
+
+def of(implementations: Collection[str]) -> dict[str, MadeEnvironment | str]:
+    """Map implementations to the environment that a table declares for them, or to its name if it does not exist.
+
+    Implementations without such an environment are left out.
+    """
+    if not implementations:
+        return {}
+    specs = {one.name: one.file.spec for one in folder.made() if one.is_current} | table.load()
+    return {
+        name: folder.read(folder.place(spec)) or spec.name
+        for spec in specs.values()
+        for name in spec.implementations
+        if name in implementations
+    }
+
+
+def at(place: Path) -> MadeEnvironment:
+    """Return the environment in a folder, after a test of its interpreter."""
+    environment = folder.read(place)
+    assert environment is not None  # noqa: S101  # `homes` has just read it
+    integrity.require_start(environment)
+    return environment
