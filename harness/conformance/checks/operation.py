@@ -75,9 +75,7 @@ def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
         seen |= {f"{name} after the backward pass": leaf for name, leaf in leaves.items()}
     own = operation_call.flatten(subject.arguments)
     before = {name: own[name.removesuffix(" after the backward pass")] for name in seen}
-    return judged(
-        subject, case, "arguments", exact(operation_call.finite(seen), operation_call.finite(before))
-    )
+    return judged(subject, case, "arguments", exact(operation_call.finite(seen), operation_call.finite(before)))
 
 
 @check(of_sizes=False)

@@ -54,7 +54,8 @@ class Factor:
 
 Rank = Annotated[int, Factor((3, 1, 16, 65, 130), least=1, most=LARGEST_SIZE)]
 ThreeRanks = Annotated[
-    Sequence[int], Factor(((3, 8, 2), (1, 1, 1), (16, 4, 65), (130, 3, 17)), least=1, most=LARGEST_SIZE, dimensions=(3,))
+    Sequence[int],
+    Factor(((3, 8, 2), (1, 1, 1), (16, 4, 65), (130, 3, 17)), least=1, most=LARGEST_SIZE, dimensions=(3,)),
 ]
 Scaling = Annotated[float, Factor((1.75, 1.0, 0.0, 0.3, 16.0, -2.0), least=-64.0, most=64.0)]
 Dropout = Annotated[float, Factor((0.0, 0.25, 0.5, 0.75), least=0.0, most=0.95, optional=True)]

@@ -8,7 +8,9 @@ from harness.conformance.faults import line_fault
 
 _PLAIN = {"shape": [24, 40], "rows": [9], "ranks": [3, 3, 3]}
 _DORA = {**_PLAIN, "dora": True}
-_LAYER = "x, Ws[at], None if biases is None else biases[at], As[at], Bs[at], scalings[at], None if ms is None else ms[at]"
+_LAYER = (
+    "x, Ws[at], None if biases is None else biases[at], As[at], Bs[at], scalings[at], None if ms is None else ms[at]"
+)
 _HIDDEN = "layer(_FUNCTIONS[activation](gate) * up, 2)"
 
 _qkv = partial(line_fault, "lora_qkv", values=_PLAIN)

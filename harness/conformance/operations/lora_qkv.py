@@ -55,7 +55,13 @@ def reference(
     """
     return tuple(
         adapted_linear(
-            x, Ws[at], None if biases is None else biases[at], As[at], Bs[at], scalings[at], None if ms is None else ms[at]
+            x,
+            Ws[at],
+            None if biases is None else biases[at],
+            As[at],
+            Bs[at],
+            scalings[at],
+            None if ms is None else ms[at],
         )
         for at in range(3)
     )

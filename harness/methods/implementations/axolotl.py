@@ -27,9 +27,7 @@ _NAME: dict[str, Any] = {"name": "axolotl", "requires": ["axolotl", "peft", "bit
 _OPERATION: dict[str, Any] = {**_NAME, "kind": "operation", "dtypes": DTYPES}
 
 
-def _adapter(
-    W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, m: Tensor | None
-) -> tuple[Any, ...]:
+def _adapter(W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, m: Tensor | None) -> tuple[Any, ...]:
     """Return Axolotl's arguments for one layer: weight, bias, quant_state, A, B, scale, lora_bias, magnitude."""
     return W, bias, None, A, B, scaling, None, m
 

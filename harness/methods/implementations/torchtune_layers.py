@@ -20,7 +20,12 @@ def adapted_layer(kind: type[Any], base: Any, config: Any) -> Any:
     packed = getattr(base, "packed", None)
     with torch.device("meta"):
         layer = kind(
-            base.in_features, base.out_features, config.rank, config.alpha, config.dropout, use_bias=base.bias is not None
+            base.in_features,
+            base.out_features,
+            config.rank,
+            config.alpha,
+            config.dropout,
+            use_bias=base.bias is not None,
         )
     dtype, device = floating_dtype(base), base.weight.device
     layer.to(dtype)

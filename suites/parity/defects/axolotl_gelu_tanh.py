@@ -1,0 +1,35 @@
+"""axolotl: the feed-forward kernel of models with GELU by tanh (Gemma's gelu_pytorch_tanh) computes the exact GELU.
+
+`axolotl.monkeypatch.lora_kernels` takes GEGLU for every activation with gelu in its name, and the kernel has `erf` only.
+The two differ by up to 4.7e-4. Run with TRITON_INTERPRET=1 on a CPU. Seen in 0.19.0. A request for a kernel by tanh was
+closed, since it was not faster.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from axolotl.kernels import geglu
+from torch.nn.functional import gelu
+
+patch = Path(find_spec("axolotl").origin).parent / "monkeypatch" / "lora_kernels.py"
+lines = patch.read_text().splitlines()
+at = next(n for n, line in enumerate(lines) if '"gelu" in activation' in line)
+print("\n".join(line.strip() for line in lines[at : at + 3]))
+if not torch.cuda.is_available():
+
+    class OnCpu:
+        """torch, whose `empty` ignores the device."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(torch, name)
+
+        @staticmethod
+        def empty(*shape: object, device: object, **options: object) -> torch.Tensor:
+            return torch.empty(*shape, **options)
+
+    geglu.torch = OnCpu()
+gate = torch.linspace(-4, 4, 4001, device="cuda" if torch.cuda.is_available() else "cpu")[None, None]
+h = geglu.geglu_forward(gate, torch.ones_like(gate))
+print("largest difference to the exact GELU:", float((h - gelu(gate)).abs().max()))
+print("largest difference to the one by tanh:", float((h - gelu(gate, approximate="tanh")).abs().max()))
