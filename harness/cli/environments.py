@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness.assets import cache
 from harness.assets.environments import create as creation
-from harness.assets.environments import folder, integrity, table
+from harness.assets.environments import folder, table
 from harness.assets.environments.folder import MadeEnvironment
 from harness.assets.environments.packages import IndexOptions
 from harness.cli import options

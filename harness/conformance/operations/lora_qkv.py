@@ -53,18 +53,12 @@ def reference(
     With magnitudes ms, each is bias + g (x W^T + scaling (x A^T) B^T) instead, with DoRA's gain g = m / ||W + scaling B
     A|| per output, whose norm is a constant in the backward pass.
     """
-    return tuple(
-        adapted_linear(
-            x,
-            Ws[at],
-            None if biases is None else biases[at],
-            As[at],
-            Bs[at],
-            scalings[at],
-            None if ms is None else ms[at],
-        )
-        for at in range(3)
-    )
+
+    def layer(at: int) -> Tensor:
+        bias, m = None if biases is None else biases[at], None if ms is None else ms[at]
+        return adapted_linear(x, Ws[at], bias, As[at], Bs[at], scalings[at], m)
+
+    return layer(0), layer(1), layer(2)
 
 
 OPERATION = Operation(

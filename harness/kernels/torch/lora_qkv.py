@@ -24,7 +24,7 @@ def adapted_linears(
     Layers of LoRA read x once and share the sum of its gradient. Each list has one item per layer: W (E, D), bias (E,),
     A (R, D), B (E, R), m (E,). All tensors have one dtype.
     """
-    own = biases or [None] * len(Ws)
+    own: Sequence[Tensor | None] = [None] * len(Ws) if biases is None else biases
     if ms is None:
         layers = [LoraFactors(*one) for one in zip(Ws, own, As, Bs, scalings, strict=True)]
         return lora_linears(x, layers)

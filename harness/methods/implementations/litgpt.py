@@ -42,7 +42,7 @@ def lora_qkv(
         "lora_B": torch.cat([B * (s / scalings[0]) for B, s in zip(Bs, scalings, strict=True)]),
     } | ({} if biases is None else {"linear.bias": torch.cat(biases)})  # fmt: skip
     y: Tensor = torch.func.functional_call(layer, tensors, (x,))
-    return y.split([E, shared, shared], dim=-1)
+    return torch.split(y, [E, shared, shared], dim=-1)
 
 
 def implementations() -> list[Implementation]:

@@ -40,7 +40,7 @@ def adapted_layer(kind: type[Any], base: Any, config: Any) -> Any:
 
 
 class TorchtuneLayers(WrappedLayers):
-    """An Adapted with torchtune's layers. Tensors are `<path>.A` (R, D), `<path>.B` (E, R) and, for DoRA, `<path>.m` (E,)."""
+    """An Adapted with torchtune's layers. Tensors are `<path>.A` (R, D), `<path>.B` (E, R) and, in DoRA, `<path>.m` (E,)."""
 
     def __init__(self, model: nn.Module, bases: Mapping[str, Any], layers: Mapping[str, Any], config: Any) -> None:
         super().__init__(model, bases, layers, None, None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from functools import cache
 from importlib.machinery import ModuleSpec
 from importlib.metadata import version
@@ -45,6 +46,7 @@ def _kernels() -> Any:
         package.__dict__["__version__"] = version("unsloth")
         sys.modules[name] = package
     os.environ["UNSLOTH_IS_PRESENT"] = "1"
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", tempfile.mkdtemp())  # else it writes into the current folder
     if not torch.cuda.is_available():
         os.environ["UNSLOTH_ALLOW_CPU"] = "1"
     from unsloth.kernels import fast_lora

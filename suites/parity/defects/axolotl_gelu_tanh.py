@@ -7,6 +7,7 @@ closed, since it was not faster.
 
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from axolotl.kernels import geglu
@@ -17,18 +18,9 @@ lines = patch.read_text().splitlines()
 at = next(n for n, line in enumerate(lines) if '"gelu" in activation' in line)
 print("\n".join(line.strip() for line in lines[at : at + 3]))
 if not torch.cuda.is_available():
-
-    class OnCpu:
-        """torch, whose `empty` ignores the device."""
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(torch, name)
-
-        @staticmethod
-        def empty(*shape: object, device: object, **options: object) -> torch.Tensor:
-            return torch.empty(*shape, **options)
-
-    geglu.torch = OnCpu()
+    geglu.torch = SimpleNamespace(
+        **vars(torch) | {"empty": lambda *shape, **options: torch.empty(*shape, **{**options, "device": "cpu"})}
+    )
 gate = torch.linspace(-4, 4, 4001, device="cuda" if torch.cuda.is_available() else "cpu")[None, None]
 h = geglu.geglu_forward(gate, torch.ones_like(gate))
 print("largest difference to the exact GELU:", float((h - gelu(gate)).abs().max()))

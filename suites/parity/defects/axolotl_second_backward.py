@@ -3,24 +3,17 @@
 torch's and peft's layers allow a second pass with retain_graph=True. Run with TRITON_INTERPRET=1 on a CPU. Seen in 0.19.0.
 """
 
+from types import SimpleNamespace
+
 import torch
 from axolotl.kernels import swiglu
 from axolotl.kernels.lora import LoRA_MLP
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 if device == "cpu":
-
-    class OnCpu:
-        """torch, whose `empty` ignores the device."""
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(torch, name)
-
-        @staticmethod
-        def empty(*shape: object, device: object, **options: object) -> torch.Tensor:
-            return torch.empty(*shape, **options)
-
-    swiglu.torch = OnCpu()
+    swiglu.torch = SimpleNamespace(
+        **vars(torch) | {"empty": lambda *shape, **options: torch.empty(*shape, **{**options, "device": "cpu"})}
+    )
 
 
 def layer(out: int, features: int) -> tuple[object, ...]:

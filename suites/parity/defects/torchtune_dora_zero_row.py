@@ -1,4 +1,7 @@
-"""torchtune: DoRALinear divides m by the norm of each row, so a row of zeros gives NaN (0 / 0), as in peft. Seen in 0.6.1."""
+"""torchtune: DoRALinear divides m by the norm of each row, so a row of zeros gives NaN (0 / 0), as in peft.
+
+Seen in 0.6.1.
+"""
 
 import torch
 from torchtune.modules.peft import DoRALinear

@@ -7,12 +7,13 @@ patches of `import unsloth`.
 
 import os
 import sys
+import tempfile
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-os.environ |= {"UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_IS_PRESENT": "1"}
+os.environ |= {"UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_IS_PRESENT": "1", "UNSLOTH_COMPILE_LOCATION": tempfile.mkdtemp()}
 folder = Path(find_spec("unsloth").origin).parent
 for name, path in (("unsloth", folder), ("unsloth.kernels", folder / "kernels")):
     sys.modules[name] = ModuleType(name)

@@ -1,0 +1,47 @@
+"""Timed Operations: blocks of several layers with LoRA. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.bench.costs import Cost, TimedOperation
+from harness.bench.sizes import BenchSize
+
+GROUPS = 4
+"""Number of query heads that share a key and a value, as in Llama 3."""
+
+
+def _outputs(s: BenchSize, *, qkv: bool) -> list[tuple[int, int]]:
+    """Return (E, D) of each layer. s has the sizes of the query's layer, or of the gate."""
+    if qkv:
+        return [(s.E, s.D), *[(max(1, s.E // GROUPS), s.D)] * 2]
+    return [(s.E, s.D), (s.E, s.D), (s.D, s.E)]
+
+
+def _block(*, qkv: bool) -> TimedOperation:
+    def case(s: BenchSize) -> dict[str, Any]:
+        more = {"groups": GROUPS} if qkv else {}
+        return {"shape": [s.E, s.D], "rows": [1, s.tokens], "ranks": [s.rank] * 3, "bias": False, **more}
+
+    def weights(s: BenchSize) -> int:
+        return sum(E * D for E, D in _outputs(s, qkv=qkv))
+
+    def factors(s: BenchSize) -> int:
+        return sum(s.rank * (E + D) for E, D in _outputs(s, qkv=qkv))
+
+    def activations(s: BenchSize) -> int:
+        """Return the number of elements of x and the outputs."""
+        return s.tokens * (s.D + (sum(E for E, _ in _outputs(s, qkv=qkv)) if qkv else s.D))
+
+    forward = Cost(
+        lambda s, i: i * (weights(s) + factors(s) + activations(s)),
+        lambda s: 2 * s.tokens * (weights(s) + factors(s)),
+    )
+    backward = Cost(  # dx, and the gradients of A and B
+        lambda s, i: i * (weights(s) + 2 * factors(s) + activations(s) + s.tokens * s.D),
+        lambda s: 2 * s.tokens * (weights(s) + 2 * factors(s)),
+    )
+    return TimedOperation(case, forward, backward, per_token=True)
+
+
+TIMED = {"lora_qkv": _block(qkv=True), "lora_mlp": _block(qkv=False)}
