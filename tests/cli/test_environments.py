@@ -200,7 +200,7 @@ def test_an_implementation_that_nobody_installed_runs_in_its_environment_or_name
             spec=spec, base={}, versions={"loralib": "0.1.2"}, packages=[], size=1, made="2026-11-28", installer="pip"
         )
         (made / folder.FILE).write_text(file.model_dump_json())
-        monkeypatch.setattr(check.environments.integrity, "require_start", lambda _: None)
+        monkeypatch.setattr(check.homes.integrity, "require_start", lambda _: None)
     ran: list[str] = []
 
     def judge_in(request: check.CheckRequest, environment: folder.MadeEnvironment | None) -> tuple[CheckReport, set]:
