@@ -11,10 +11,12 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
+from harness.assets.environments.folder import MadeEnvironment
 from harness.bench import (
     matrix_flops,
     operation_benchmark,
@@ -453,6 +455,37 @@ def test_a_step_without_measured_memory_is_shown_as_failed() -> None:
         table.lines([one])
     )
     assert not pytest_benchmark.document([one], describe())["benchmarks"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_library_that_is_not_installed_is_timed_in_its_environment(
+    exists: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Here:
+        stopped = False
+
+        def events(self, *_: Any) -> Any:
+            yield {"missing": "acme requires acme, which is not installed"}
+
+    class There(Here):
+        def events(self, *_: Any) -> Any:
+            yield {"begin": 0}
+            yield {"row": row().model_dump(mode="json")}
+            yield {"end": 0}
+
+    home = MadeEnvironment(Path("acme"), MagicMock(versions={"acme": "1.4"}))
+    monkeypatch.setattr(command.homes, "of", lambda names: {"acme": home if exists else "acme"})
+    monkeypatch.setattr(command, "WorkerPool", lambda python: There() if python == home.python else None)
+    task = BenchTask("lora_linear", "operation", "lora_linear", ("fused", "acme"), (), "float32", "cpu", (SMALL,))
+    runner = command.TaskRunner(BenchRequest(), 1, Here())  # type: ignore[arg-type]
+    (one,) = runner.rows(task)
+    if exists:
+        assert one.outcome == "measured"
+        assert [found.outcome for found in runner.rows(task)] == ["measured"]
+    else:
+        assert (one.outcome, one.because.endswith("`peft-harness env create acme` makes an environment that has it")) == (
+            "not-run", True,
+        )  # fmt: skip
 
 
 # ---- files

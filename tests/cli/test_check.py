@@ -250,6 +250,21 @@ def test_why_no_dtype_is_left_to_try(
     assert f"not checked: acme double_dequantize: {said}\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("target", "option"), [("double_dequantize", "--op double_dequantize"), ("qlora", "--step qlora")]
+)
+def test_what_runs_on_a_gpu_only_is_left_out_with_the_command_for_a_gpu(
+    target: str, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = "method" if target == "qlora" else "operation"
+    one = Implementation("acme", kind, target, print, devices=("cuda",))
+    monkeypatch.setattr(command.worker_processes, "discover", lambda *_: Registry((one,)))
+    assert main(["check", "acme"]) == Exit.INFRASTRUCTURE
+    out = capsys.readouterr().out
+    assert f"not checked: acme {target}: runs on cuda only" in out
+    assert f"`peft-harness bench {option} --vs acme`" in out
+
+
 def test_a_target_whose_process_died_was_not_tried_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     target = ("acme", "method", "lora")
 

@@ -277,3 +277,30 @@ def test_a_fault_of_later_calls_is_reported_with_the_number_of_calls() -> None:
         calls.clear()
         (outcome,) = suite_run.run_case(mine, plan, case, wide=True)
         assert outcome.result.tensor.startswith(f"{times} times")
+
+
+class _Bent(torch.autograd.Function):
+    """Passes x on, and twice its gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+        return 2 * dy
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_the_gradient_of_every_output_is_compared(index: int) -> None:
+    assert set(failing("lora_qkv", on_output("lora_qkv", index, _Bent.apply))) == {"backward"}
+
+
+def test_a_backward_pass_that_overwrites_an_argument_is_found() -> None:
+    def call(x: torch.Tensor, **given: Any) -> Any:
+        y = right("lora_mlp")(x=x, **given)
+        if x.requires_grad:
+            x.register_hook(lambda dx: x.data.copy_(dx) * 0 + dx)
+        return y
+
+    assert set(failing("lora_mlp", call)) == {"arguments"}

@@ -1,7 +1,7 @@
 """torchtune, Axolotl, Unsloth and litgpt, each in its own environment; here only what needs more than one library.
 
-CI does not install them: torchtune needs an older torchao than the tests, Axolotl and Unsloth pin other releases of torch and
-peft, and Unsloth patches them. `peft-harness env create NAME && peft-harness check NAME` judges them.
+CI does not install them: torchtune needs an older torchao than the tests, Axolotl and Unsloth pin other releases of torch
+and peft, and Unsloth patches them. `peft-harness env create NAME && peft-harness check NAME` judges them.
 """
 
 from __future__ import annotations

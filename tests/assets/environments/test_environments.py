@@ -160,6 +160,15 @@ def test_the_size_is_said_before_anything_is_downloaded(wheels: Path) -> None:
     assert left() == []
 
 
+def test_an_environment_without_dependencies_holds_its_requirements_only(wheels: Path) -> None:
+    spec = EnvironmentSpec(name="user", requirements=["tiny-user==1.0"])
+    bare = spec.model_copy(update={"dependencies": False})
+    assert folder.place(spec) != folder.place(bare)
+    made = create.ensure(bare, NO_OPTIONS, silent)
+    found = "import importlib.util as u; print([u.find_spec(n) is not None for n in ('tiny_user', 'tiny_lib')])"
+    assert said_by(made, found) == "[True, False]"
+
+
 def test_an_isolated_environment_holds_everything_itself(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages, "requires", lambda _: ["tiny-lib>=2", "other; extra == 'x'"])
     spec = EnvironmentSpec(name="alone", requirements=["tiny-user==1.0"], isolated=True)
