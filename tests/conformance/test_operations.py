@@ -291,9 +291,8 @@ class _Bent(torch.autograd.Function):
         return 2 * dy
 
 
-@pytest.mark.parametrize("index", [0, 2])
-def test_the_gradient_of_every_output_is_compared(index: int) -> None:
-    assert set(failing("lora_qkv", on_output("lora_qkv", index, _Bent.apply))) == {"backward"}
+def test_the_gradient_of_the_last_of_several_outputs_is_compared() -> None:
+    assert set(failing("lora_qkv", on_output("lora_qkv", 2, _Bent.apply))) == {"backward"}
 
 
 def test_a_backward_pass_that_overwrites_an_argument_is_found() -> None:
