@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from harness.assets.environments import homes
 from harness.assets.environments.folder import MadeEnvironment
 from harness.assets.environments.packages import IndexOptions
 from harness.cell.loop_checks.protocol import LoopEvent
@@ -47,9 +48,9 @@ def check(
             report = judge(loop, patience, made)
         else:
             report = judge(loop, patience)
-            home = environments.homes({loop}).get(loop) if report.skipped else None
+            home = homes.of({loop}).get(loop) if report.skipped else None
             if isinstance(home, MadeEnvironment):
-                report = judge(loop, patience, environments.at(home.folder))
+                report = judge(loop, patience, homes.at(home.folder))
             elif home:
                 way = f"; `peft-harness env create {home}` makes an environment that has it"
                 report = replace(report, skipped={name: why + way for name, why in report.skipped.items()})

