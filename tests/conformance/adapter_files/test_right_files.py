@@ -145,7 +145,7 @@ def test_a_layer_without_a_reference_is_not_judged(tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa"}, {"hf-peft 0.21.2"}),
         ({"alora_invocation_tokens": [5]}, {"hf-peft 0.21.2", "llama.cpp (convert_lora_to_gguf.py)"}),
     ],
-    ids=str,
+    ids=["use_qalora", "init_lora_weights", "alora_invocation_tokens"],
 )
 def test_no_loader_is_said_to_read_what_it_ignores(
     config: dict[str, Any], ok: set[str], llama: Path, tmp_path: Path
