@@ -137,7 +137,10 @@ def above_imports(record: Record, memory: int) -> int:
 
 
 def startup_seconds(record: Record) -> float:
-    """Return the seconds of the start-up phase: the start of the interpreter, and the imports."""
+    """Return the seconds of the start-up phase.
+
+    They include the start of the interpreter and the imports, unless the process is a fork; see `Record.start`.
+    """
     return sum(p.seconds for p in record.phases if p.name == STARTUP)
 
 

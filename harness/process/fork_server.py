@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import select
 import signal
@@ -25,7 +24,7 @@ from harness.process import resident_pages
 from harness.process.supervisor import Pipe, Subprocess
 
 _READY = b"ready"
-_REQUEST_B = 1 << 16
+_REQUEST = b"fork"
 _DESCRIPTORS = 5
 _PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl."""
@@ -65,13 +64,12 @@ class ForkServer:
         """Wait until the imports are done. Return False if they fail, if they take longer, or if forks are not safe."""
         return bool(select.select([self._socket], [], [], timeout)[0]) and self._socket.recv(len(_READY)) == _READY
 
-    def start(self, environment: Mapping[str, str], stdin: IO[bytes], output: IO[bytes]) -> Fork:
+    def start(self, stdin: IO[bytes], output: IO[bytes]) -> Fork:
         """Ask for a fork, and return it.
 
-        environment: variables to be set in the fork. output: file for its stdout and stderr. Raises OSError if the server
-        has ended.
+        output: file for its stdout and stderr. Raises OSError if the server has ended.
         """
-        fork = Fork(self._socket, environment, stdin, output)
+        fork = Fork(self._socket, stdin, output)
         self._forks.append(fork)
         return fork
 
@@ -84,9 +82,7 @@ class ForkServer:
 class Fork:
     """A process that a fork server has forked, or soon will. It has the same attributes as a `Subprocess`."""
 
-    def __init__(
-        self, server: socket.socket, environment: Mapping[str, str], stdin: IO[bytes], output: IO[bytes]
-    ) -> None:
+    def __init__(self, server: socket.socket, stdin: IO[bytes], output: IO[bytes]) -> None:
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             pipes = [os.pipe() for _ in range(3)]
             (events, events_end), (status, status_end), (lifeline_end, lifeline) = pipes
@@ -94,9 +90,8 @@ class Fork:
                 ours.callback(os.close, descriptor)
             for descriptor in (events_end, status_end, lifeline_end):
                 theirs.callback(os.close, descriptor)
-            request = json.dumps(dict(environment)).encode()
             passed = [stdin.fileno(), output.fileno(), events_end, lifeline_end, status_end]
-            socket.send_fds(server, [request], passed)
+            socket.send_fds(server, [_REQUEST], passed)
             self._ours = ours.pop_all()
         self.events = Pipe(events)
         self._status = Pipe(status)
@@ -138,6 +133,8 @@ class Fork:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
             self.wait(_END_S)
+        if self._code is None:
+            self._code = -signal.SIGKILL
         self._ours.close()  # a fork that was not started yet ends when it sees that its lifeline is cut
 
 
@@ -162,10 +159,10 @@ def serve(connection: socket.socket, run: Callable[[int, int], int]) -> int:
     while True:
         readable, _, _ = select.select([asked, ended], [], [])
         if ended in readable:
-            os.read(ended, _REQUEST_B)
+            os.read(ended, 1 << 16)
             _report_ends(status_of)
         if asked in readable:
-            request, descriptors, _, _ = socket.recv_fds(connection, _REQUEST_B, _DESCRIPTORS)
+            request, descriptors, _, _ = socket.recv_fds(connection, len(_REQUEST), _DESCRIPTORS)
             if not request:
                 return 0
             stdin, output, events, lifeline, status = descriptors
@@ -178,7 +175,7 @@ def serve(connection: socket.socket, run: Callable[[int, int], int]) -> int:
                 for descriptor in (ended, tell, asked, status, *status_of.values()):
                     with contextlib.suppress(OSError):
                         os.close(descriptor)
-                _become(own, json.loads(request), stdin, output)
+                _become(own, stdin, output)
                 resident_pages.populate(ranges)
                 sys.stdout.flush()
                 code = run(events, lifeline)
@@ -191,8 +188,8 @@ def serve(connection: socket.socket, run: Callable[[int, int], int]) -> int:
             _tell(status, f"pid {pid}\n")
 
 
-def _become(parent: int, environment: Mapping[str, str], stdin: int, output: int) -> None:
-    """Give this fork its own session, streams and environment. The kernel kills it when its parent ends."""
+def _become(parent: int, stdin: int, output: int) -> None:
+    """Give this fork its own session and streams. The kernel kills it when its parent ends."""
     os.setsid()
     ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:  # the parent ended before the call above
@@ -202,7 +199,6 @@ def _become(parent: int, environment: Mapping[str, str], stdin: int, output: int
         os.dup2(descriptor, stream)
     for descriptor in (stdin, output):
         os.close(descriptor)
-    os.environ.update(environment)
 
 
 def _report_ends(status_of: dict[int, int]) -> None:

@@ -344,7 +344,8 @@ class Record(FrozenModel):
     `harness.records.notes.concurrent_cells` also finds the number in these."""
     start: WorkerStart = ""
     """Start of the Cell's process: `process` for a new interpreter, or `fork` for a fork of a process that had imported the
-    libraries. Empty in older Records, and if no process was started."""
+    libraries and the model's classes, so that the phases `start-up` and `load` and the duration exclude these imports. Empty
+    in older Records, and if no process was started."""
     imported: Imported | None = None
     """Origin of the adapter, if another program trained it and this Cell only evaluates it. None for all other Cells."""
 

@@ -55,11 +55,13 @@ class Attempt:
     """
 
     def __init__(self, job: Job, context: RunContext, starter: WorkerStarter) -> None:
+        starter.prepare(job)  # what a server imports for many Cells is no part of this one's time
         self.job = job.model_copy(update={"launched": time.time()})
         self.phase = "start-up"
         self._peak_B: int | None = None
         self._context = context
         self._started, self._begun = store.now(), time.monotonic()
+        self.deadline = self._begun + context.timeout
         self._oom_kills = KernelKills()
         self._by_kernel: bool | None = False
         try:
@@ -67,7 +69,6 @@ class Attempt:
         except BaseException:
             self._oom_kills.close()
             raise
-        self.deadline = time.monotonic() + context.timeout  # the imports of a fork server are not the Cell's
 
     @property
     def events(self) -> int:

@@ -15,6 +15,7 @@ from harness.cell.job import Job
 from harness.errors import StoreError
 from harness.process.fork_server import Fork, ForkServer
 from harness.process.supervisor import Subprocess, module_arguments
+from harness.records import environment
 from harness.records.record import WorkerStart
 from harness.runner import worker_imports
 
@@ -28,7 +29,7 @@ COLD_START = "PEFT_HARNESS_COLD_START"
 _MOST_SERVERS = 3
 """Most fork servers at a time, one for each set of libraries. Each holds about 0.4 GB."""
 _READY_S = 120.0
-"""Seconds that the imports of a fork server may take. After that, workers are new processes."""
+"""Seconds that the imports of a fork server may take. If one is not ready then, all later workers are new processes."""
 
 
 class WorkerStarter:
@@ -43,8 +44,6 @@ class WorkerStarter:
         self._forks = sys.platform == "linux" and command == WORKER and os.environ.get(COLD_START) != "1"
         self._servers: dict[Libraries, ForkServer] = {}
         """The running servers, the last used one last."""
-        self._broken: set[Libraries] = set()
-        """What no server can import, or not safely."""
 
     def __enter__(self) -> WorkerStarter:
         return self
@@ -58,41 +57,51 @@ class WorkerStarter:
             server.close()
         self._servers.clear()
 
+    def prepare(self, job: Job) -> None:
+        """Start the server that will fork the worker of a job, if there is none yet, and wait for its imports.
+
+        Raises StoreError if the system cannot start it.
+        """
+        try:
+            self._server(job)
+        except OSError as error:
+            raise _no_worker(error, "") from error
+
     def start(self, job: Job, log: Path) -> Subprocess | Fork:
         """Start and return the worker of a job. Raises StoreError if the system cannot start it."""
         try:
             with log.open("ab") as output:
                 if (server := self._server(job)) is not None:
                     with contextlib.suppress(ConnectionError), _job_file(job, "fork") as stdin:
-                        return server.start({"CUDA_VISIBLE_DEVICES": job.gpu} if job.gpu else {}, stdin, output)
+                        return server.start(stdin, output)
                 with _job_file(job, "process") as stdin:
                     command = [job.python or self._command[0], *self._command[1:]]
-                    environment = _worker_environment(job.threads, job.gpu)
+                    variables = _worker_environment(job.threads, job.gpu)
                     return Subprocess(
-                        command, environment=environment, events=True, lifeline=True, stdin=stdin, stdout=output,
+                        command, environment=variables, events=True, lifeline=True, stdin=stdin, stdout=output,
                         stderr=subprocess.STDOUT,
                     )  # fmt: skip
         except OSError as error:
-            what = f"cannot start a worker: {error.strerror or error}"
-            hint = "free some space or memory, then `peft-harness run SUITE --resume RUN`; finished Cells are saved"
-            raise StoreError(what, where=str(error.filename or log), hint=hint) from error
+            raise _no_worker(error, str(log)) from error
 
     def _server(self, job: Job) -> ForkServer | None:
         """Return a server that forks workers for such a job, or None if the worker must be a new process."""
-        if not self._forks:
+        # Where there is a GPU, libraries may touch it when they are imported, and no fork could use it afterwards.
+        if not self._forks or job.device != "cpu" or environment.gpus():
             return None
         modules = worker_imports.shared(job)
         key = (job.python, job.threads, *modules)
-        if key in self._broken:
-            return None
         server = self._servers.pop(key, None)
-        if server is None or not server.is_alive:
+        if server is not None and not server.is_alive:
+            server.close()
+            server = None
+        if server is None:
             self._make_room()
             command = (job.python or SERVER[0], *SERVER[1:])
             server = ForkServer(command, modules, _worker_environment(job.threads))
             if not server.wait_ready(_READY_S):
                 server.close()
-                self._broken.add(key)
+                self._forks = False
                 return None
         self._servers[key] = server
         return server
@@ -102,6 +111,12 @@ class WorkerStarter:
         idle = [key for key, server in self._servers.items() if server.is_idle]
         if len(self._servers) >= _MOST_SERVERS and idle:
             self._servers.pop(idle[0]).close()
+
+
+def _no_worker(error: OSError, where: str) -> StoreError:
+    what = f"cannot start a worker: {error.strerror or error}"
+    hint = "free some space or memory, then `peft-harness run SUITE --resume RUN`; finished Cells are saved"
+    return StoreError(what, where=str(error.filename or where), hint=hint)
 
 
 @contextlib.contextmanager

@@ -50,11 +50,11 @@ def server() -> Iterator[ForkServer]:
     one.close()
 
 
-def start(server: ForkServer, task: str, output: Path, **environment: str) -> Fork:
+def start(server: ForkServer, task: str, output: Path) -> Fork:
     with tempfile.TemporaryFile() as stdin, output.open("wb") as file:
         stdin.write(task.encode())
         stdin.seek(0)
-        return server.start(environment, stdin, file)
+        return server.start(stdin, file)
 
 
 def events(fork: Fork) -> list[bytes]:
@@ -65,20 +65,19 @@ def events(fork: Fork) -> list[bytes]:
     return found
 
 
-def test_a_fork_has_its_own_streams_session_environment_and_state(server: ForkServer, tmp_path: Path) -> None:
+def test_a_fork_has_its_own_streams_session_and_state(server: ForkServer, tmp_path: Path) -> None:
     task = """
 seen.append(1)
 os.write(events, f"{os.getsid(0)} {os.getpid()}\\n".encode())
-print(seen, os.environ["WHO"])
+print(seen)
 code = 3
 """
-    forks = [start(server, task, tmp_path / who, WHO=who) for who in ("one", "two")]
+    forks = [start(server, task, tmp_path / who) for who in ("one", "two")]
     for fork, who in zip(forks, ("one", "two"), strict=True):
         assert fork.wait(PATIENCE_S) == 3
         assert events(fork) == [f"{fork.pid} {fork.pid}".encode()]
         fork.close()
-        assert (tmp_path / who).read_text() == f"[1] {who}\n"
-    assert "WHO" not in os.environ
+        assert (tmp_path / who).read_text() == "[1]\n"
     assert server.is_idle
 
 
@@ -132,7 +131,7 @@ from harness.process.fork_server import ForkServer
 server = ForkServer([sys.executable, "-c", {SERVER.format(more="")!r}], [], dict(os.environ))
 assert server.wait_ready({PATIENCE_S})
 stdin = tempfile.TemporaryFile(); stdin.write(b"time.sleep(600)"); stdin.seek(0)
-fork = server.start({{}}, stdin, tempfile.TemporaryFile())
+fork = server.start(stdin, tempfile.TemporaryFile())
 while fork.exit_code is None and not fork.pid: time.sleep(0.01)
 import psutil
 print(json.dumps([fork.pid, psutil.Process(fork.pid).ppid()]), flush=True)
@@ -159,6 +158,15 @@ def test_a_server_that_cannot_fork_safely_is_not_used(more: str) -> None:
     assert not server.wait_ready(PATIENCE_S)
     eventually(lambda: not server.is_alive, "it ends")
     server.close()
+
+
+def test_a_fork_that_never_started_may_be_closed_twice(server: ForkServer, tmp_path: Path) -> None:
+    os.kill(server._process.pid, signal.SIGSTOP)
+    fork = start(server, "", tmp_path / "out")
+    fork.close()
+    fork.close()
+    assert fork.exit_code == -signal.SIGKILL
+    assert server.is_idle
 
 
 def test_a_server_whose_imports_hang_is_not_waited_for() -> None:
