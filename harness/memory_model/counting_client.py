@@ -19,7 +19,7 @@ TIMEOUT_S = 600.0
 """Time limit for all requests together, in seconds."""
 
 
-def answer_requests(requests: Sequence[Mapping[str, Any]]) -> list[Any | None] | str:
+def answer_requests(requests: Sequence[Mapping[str, Any]]) -> list[Any] | str:
     """Return the answer to each request, or the reason why the child process failed.
 
     Equal requests get the same answer. One child answers all requests that are not in the cache (`answer_cache`). An

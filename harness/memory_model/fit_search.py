@@ -194,7 +194,7 @@ def run_steps(requests: list[StepRequest]) -> list[StepAnswer]:
     answers = counting_client.answer_requests(requests)
     if isinstance(answers, str):
         return [{"no_peak": answers}] * len(requests)
-    return [answer or {} for answer in answers]
+    return [{} if answer is None else answer for answer in answers]
 
 
 def tried_sizes(row: Row, found: StepAnswer) -> dict[int, int]:

@@ -59,7 +59,7 @@ def peak(
     if cell.training.loop != "harness":
         return {"no_peak": f"only steps of the harness's own loop are predicted, not those of {cell.training.loop}"}
     dry_step.registry()  # now, not in each child
-    errors = []
+    errors: list[str] = []
     for by, step in _attempts(dry_step.DryStep(cell, config, kind, lacks)).items():
         found = _in_fork(partial(dry_step.peak, step, parts))
         if not isinstance(found, str):

@@ -101,9 +101,7 @@ def predictions(
             config, checkpoint = model
             request = count_request(cell, config, sources[cell.model].kind, labels[cell.task], checkpoint)
             requests[cell.cell_id] = cell, request
-    steps = [
-        step_request(cell, one, _answer_tokens(cell, cell.task in every_token)) for cell, one in requests.values()
-    ]
+    steps = [step_request(cell, one, _answer_tokens(cell, cell.task in every_token)) for cell, one in requests.values()]
     answers = counting_client.answer_requests([*(one for _, one in requests.values()), *steps])
     if isinstance(answers, str):
         return found | dict.fromkeys(requests, answers)
