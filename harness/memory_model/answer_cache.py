@@ -76,7 +76,8 @@ def _facts(request: Request) -> str | None:
     It must not be cached if it depends on code that can change while its version stays the same: an Implementation of
     another distribution, or a library that is installed as editable.
     """
-    if environment.editable_libraries() or not _is_own(request.get("cell")):
+    surroundings = _surroundings()
+    if surroundings is None or not _is_own(request.get("cell")):
         return None
     checkpoint = request.get("checkpoint", "")
     try:
@@ -86,12 +87,22 @@ def _facts(request: Request) -> str | None:
     facts = {
         "request": {name: value for name, value in request.items() if name != "checkpoint"},
         "checkpoint": headers,
+        **surroundings,
+    }
+    return json.dumps(facts, sort_keys=True)
+
+
+@cache
+def _surroundings() -> dict[str, Any] | None:
+    """Return the facts about this process that answers depend on, or None if a library is installed as editable."""
+    if environment.editable_libraries():
+        return None
+    return {
         "code": environment.code_version(),
         "software": environment.software(),
         "processor": environment.processor(),
         "variables": {name: os.environ.get(name) for name in _VARIABLES},
     }
-    return json.dumps(facts, sort_keys=True)
 
 
 def _is_own(cell: Mapping[str, Any] | None) -> bool:

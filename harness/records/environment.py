@@ -60,13 +60,11 @@ def code_version() -> str:
     return digest.hexdigest()[:12]
 
 
-@functools.cache
 def software() -> dict[str, str]:
     """Return the versions of Python and of the installed `LIBRARIES`, by name."""
     return {"python": platform.python_version()} | {name: one.version for name, one in _libraries().items()}
 
 
-@functools.cache
 def editable_libraries() -> tuple[str, ...]:
     """Return the names of the `LIBRARIES` that are installed as editable. Their code can change without a new version."""
     found = []
@@ -76,7 +74,6 @@ def editable_libraries() -> tuple[str, ...]:
     return tuple(found)
 
 
-@functools.cache
 def processor() -> dict[str, str]:
     """Return the model and the architecture of the CPU."""
     return {"cpu": _cpu_model(), "architecture": platform.machine()}
@@ -167,7 +164,6 @@ def thread_variables() -> dict[str, str]:
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(starts)}
 
 
-@functools.cache
 def _libraries() -> dict[str, Distribution]:
     """Return the distributions of the installed `LIBRARIES`, by name."""
     found = {}

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from harness.suites import loader
 from harness.suites.schema import SYNTHETIC
 
 CELL = Cell(
-    model="tiny", task=SYNTHETIC, method="lora", implementation="reference", config={"rank": 4},
+    model="tiny", task=SYNTHETIC, method="lora", implementation="reference", config={"rank": 4, "targets": ["query", "value"]},
     training=Training(steps=2, batch=2, max_tokens=16), evaluation=Evaluation(items=10),
 )  # fmt: skip
 ROBERTA = {
@@ -40,6 +40,14 @@ ROBERTA = {
 def request(cell: Cell = CELL, config: dict[str, Any] = ROBERTA, checkpoint: str = "") -> Any:
     one = plan_prediction.count_request(cell, config, "encoder", 2, checkpoint)
     return plan_prediction.step_request(cell, one, answer=1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    """Forget what this process knows of its surroundings, which tests change."""
+    answer_cache._surroundings.cache_clear()
+    yield
+    answer_cache._surroundings.cache_clear()
 
 
 @pytest.fixture
@@ -182,15 +190,18 @@ def test_other_code_or_another_processor_makes_a_new_entry(
     answer_cache.write([(request(), {"peak_B": 1})])
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, value)
+        answer_cache._surroundings.cache_clear()
         assert answer_cache.read(request()) is None
         answer_cache.write([(request(), {"peak_B": 2})])
         assert answer_cache.read(request()) == {"peak_B": 2}
+    answer_cache._surroundings.cache_clear()
     assert answer_cache.read(request()) == {"peak_B": 1}
 
 
 def test_an_environment_variable_makes_a_new_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_cache.write([(request(), {"peak_B": 1})])
     monkeypatch.setenv("TRITON_INTERPRET", "1" if os.environ.get("TRITON_INTERPRET") != "1" else "0")
+    answer_cache._surroundings.cache_clear()
     assert answer_cache.read(request()) is None
 
 

@@ -295,7 +295,7 @@ def test_experts(method: str, dtype: str) -> None:
 
 def test_experts_that_are_multiplied_one_by_one_need_data() -> None:
     found = predicted(cell(config={"rank": 8, "targets": ["q_proj"]}, dtype="float64"), MIXTRAL)
-    assert found.keys() == {"no_peak"}
+    assert found.keys() == {"no_peak", "transient"}
     assert found["no_peak"].endswith("as of experts that are multiplied one by one, in float64")
 
 
@@ -310,5 +310,5 @@ def test_what_takes_too_long_is_told_by_nobody_else(monkeypatch: pytest.MonkeyPa
     """Another's code may take several times the memory of code that goes piece by piece."""
     monkeypatch.setattr(isolated_step, "TIMEOUT_S", 0.0)
     found = predicted(cell("lora", "fused"), LLAMA)
-    assert found.keys() == {"no_peak"}
+    assert found.keys() == {"no_peak", "transient"}
     assert "took more than" in found["no_peak"]
