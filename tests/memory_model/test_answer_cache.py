@@ -28,7 +28,8 @@ from harness.suites import loader
 from harness.suites.schema import SYNTHETIC
 
 CELL = Cell(
-    model="tiny", task=SYNTHETIC, method="lora", implementation="reference", config={"rank": 4, "targets": ["query", "value"]},
+    model="tiny", task=SYNTHETIC, method="lora", implementation="reference",
+    config={"rank": 4, "targets": ["query", "value"]},
     training=Training(steps=2, batch=2, max_tokens=16), evaluation=Evaluation(items=10),
 )  # fmt: skip
 ROBERTA = {
@@ -213,6 +214,7 @@ def test_code_that_changes_under_one_version_is_not_cached(monkeypatch: pytest.M
         answer_cache.write([(request(), {"peak_B": 1})])
     with monkeypatch.context() as patch:
         patch.setattr(environment, "editable_libraries", lambda: ("peft",))
+        answer_cache._surroundings.cache_clear()
         answer_cache.write([(request(), {"peak_B": 1})])
     assert not predictions.exists()
 
