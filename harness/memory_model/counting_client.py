@@ -74,8 +74,7 @@ def _merged(requests: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     for request in requests:
         methods = merged.setdefault(_key_of_model(request), {**request, "methods": {}})["methods"]
         for method, configs in request["methods"].items():
-            known = methods.setdefault(method, [])
-            known += [config for config in configs if config not in known]
+            methods.setdefault(method, []).extend(configs)
     return merged
 
 
