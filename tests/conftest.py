@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import sys
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from harness.memory_model import answer_cache
 from harness.records import store
 from support import forked_modules
 from support.once import once, shared_folder
@@ -37,6 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 _imported = 0
+_tests = itertools.count()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -68,6 +71,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a cache folder. The first run of the harness generates its models and data; later runs reuse them."""
     folder = shared_folder(tmp_path_factory) / "cache"
     folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def predictions(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder of cached predictions, a new one for each test: a test may replace what is cached."""
+    folder = tmp_path_factory.getbasetemp() / f"predictions-{next(_tests)}"
+    monkeypatch.setattr(answer_cache, "folder", lambda: folder)
     return folder
 
 

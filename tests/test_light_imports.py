@@ -44,6 +44,14 @@ LIGHT = {
         "[sys.modules.pop(name) for name, module in list(sys.modules.items()) if module is None]",
         {"torchao", "scipy", "accelerate"},
     ),
+    "an answer that was cached": (
+        "import os; from tempfile import mkdtemp; os.environ['PEFT_HARNESS_CACHE'] = mkdtemp()\n"
+        "from harness.memory_model import answer_cache, counting_client, plan_prediction\n"
+        "request = {'cell': {'method': 'lora', 'implementation': 'hf-peft'}}\n"
+        "answer_cache.write([(request, {'peak_B': 1})])\n"
+        "assert counting_client.answer_requests([request]) == [{'peak_B': 1}]",
+        {"torch", "transformers"},
+    ),
     "a bench's results": ("import harness.bench.run, harness.bench.table", {"torch"}),
     "verdicts of pairs": (
         "from harness.analysis.statistics import canaries, pair_design, paired",

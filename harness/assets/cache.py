@@ -1,7 +1,7 @@
 """The cache folder. It holds only complete entries: an entry is built in `staging/` and then renamed to its final path.
 
 Folders: models/NAME-KEY/, data/NAME-KEY/, environments/NAME-KEY/, staging/, carriers/ (wheels and sdists that users put
-there).
+there), predictions/ (files of `harness.memory_model.answer_cache`).
 """
 
 from __future__ import annotations

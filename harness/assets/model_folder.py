@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 from collections.abc import Mapping
 from functools import cache
@@ -62,6 +63,11 @@ def weights_sha256(folder: Path) -> str:
     return sha256(files[0]) if len(files) == 1 else combined_sha256(files)
 
 
+def headers_sha256(folder: Path) -> str:
+    """Return the SHA-256 of the headers of a model's weight files in hex digits. Headers have names, dtypes and shapes."""
+    return hashlib.sha256(b"".join(map(_header, _weights(folder)))).hexdigest()
+
+
 def layers(folder: Path) -> set[str]:
     """Return the paths of all modules with weights, as listed in the headers of the weight files.
 
@@ -70,10 +76,8 @@ def layers(folder: Path) -> set[str]:
     paths = set()
     for file in _weights(folder):
         try:
-            with file.open("rb") as opened:
-                length = int.from_bytes(opened.read(8), "little")
-                header = json.loads(opened.read(length)) if length <= _LONGEST_HEADER else {}
-        except (OSError, ValueError):
+            header = json.loads(_header(file))
+        except ValueError:
             continue
         paths |= {name.rpartition(".")[0] for name in header if name != "__metadata__"}
     return paths
@@ -149,6 +153,16 @@ def _weights(folder: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AssetError("not an index of weights", where=str(index), hint="copy the folder again") from error
     return [folder / name for name in names]
+
+
+def _header(file: Path) -> bytes:
+    """Return the header of a safetensors file: JSON. If it cannot be read, it is empty."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            return opened.read(length) if length <= _LONGEST_HEADER else b""
+    except OSError:
+        return b""
 
 
 _NAMES = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "encoder": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"}

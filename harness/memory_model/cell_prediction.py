@@ -1,8 +1,14 @@
-"""Predict the memory of one Cell from its model's shape and its batches. The Cell's worker runs this code."""
+"""Predict the memory of one Cell from its model's shape and its batches. The Cell's worker runs this code.
+
+The cache (`answer_cache`) gives the same prediction, because a prediction depends on nothing but its request.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +18,7 @@ from harness.cell.training import model as models
 from harness.cell.training.batches import Batch
 from harness.cell.training.counted_step import most_tokens
 from harness.errors import HarnessError
-from harness.memory_model import counting, isolated_step, plan_prediction
+from harness.memory_model import answer_cache, counting, isolated_step, plan_prediction
 from harness.records.record import Predicted
 
 
@@ -25,19 +31,40 @@ def predict(work: Job, batches: list[Batch]) -> Predicted | str:
         config = shapes.read_config(Path(work.model.path) / "config.json", work.model.source.name)
     except HarnessError as error:
         return error.what
+    checkpoint = work.model.path if work.model.source.scheme != "shape" else ""
+    request = plan_prediction.count_request(work.cell, config, work.model.source.kind, work.task.labels, checkpoint)
     with torch.random.fork_rng(devices=[]):
-        checkpoint = work.model.path if work.model.source.scheme != "shape" else ""
-        request = plan_prediction.count_request(work.cell, config, work.model.source.kind, work.task.labels, checkpoint)
-        counted = counting.answer(request)
+        counted = _cached(request, lambda: counting.answer(request))
     every = work.task.answers is not None and work.task.answers.loss == "all"
     found = plan_prediction.prediction(work.cell, counted, on_cpu=work.device == "cpu", every_token=every)
     if isinstance(found, str) or not batches:
         return found
     if work.device != "cpu":
         return found.model_copy(update={"no_peak": "the peak is predicted for CPU kernels only"})
-    parts = most_tokens(batches, work.cell.training.accumulate)
-    lacks = models.lacks(request["checkpoint"])
-    peak = isolated_step.peak(
-        work.cell, request["config"], request["kind"], parts, isolated_step.bytes_of(batches), lacks
+    parts, others_B = most_tokens(batches, work.cell.training.accumulate), isolated_step.bytes_of(batches)
+    step = plan_prediction.step_request(work.cell, request, answer=0)
+    answer = _cached(
+        {**step, "batches": _sha256(parts), "others_B": others_B},
+        lambda: isolated_step.peak(
+            work.cell, request["config"], request["kind"], parts, others_B, models.lacks(request["checkpoint"])
+        ),
     )
-    return found.model_copy(update=peak)
+    return found.model_copy(update=plan_prediction.predicted_fields(answer))
+
+
+def _cached(request: Mapping[str, Any], find: Callable[[], Any]) -> Any:
+    """Return the cached answer to a request. If there is none, return and save the result of `find`."""
+    if (answer := answer_cache.read(request)) is None:
+        answer = find()
+        answer_cache.write([(request, answer)])
+    return answer
+
+
+def _sha256(parts: Sequence[Batch]) -> str:
+    """Return a SHA-256 over the content of batches. Programs branch on it: an attention mask may be unnecessary."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for name, tensor in {**part.inputs, "labels": part.labels}.items():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + tensor.cpu().numpy().tobytes())
+        digest.update(str(part.answers).encode())
+    return digest.hexdigest()

@@ -19,19 +19,22 @@ from harness.memory_model.messages import ModelCount, StepAnswer
 from harness.process.lifeline import die_with_parent
 from harness.records import collection
 
-_UNUSED = ("accelerate", "scipy", "torchao")
+_UNUSED = ("scipy", "torchao")
 """Packages that transformers imports only because they are installed. Their imports take longer than the counting of a
 Method."""
+_OF_CHECKPOINTS = ("accelerate",)
+"""The same, but transformers needs these packages to read a checkpoint without its weights."""
 
 
 def main(argv: list[str]) -> None:
     """Answer every request of the file named on the command line."""
     if hasattr(os, "fork"):
         die_with_parent(int(argv[1]))
-    for name in _UNUSED:
+    requests = json.loads(Path(argv[2]).read_bytes())
+    for name in _UNUSED if any(one.get("checkpoint") for one in requests) else (*_UNUSED, *_OF_CHECKPOINTS):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # as if it were not installed
     with collection.paused(), Path(argv[3]).open("w", encoding="utf-8") as answers:
-        for request in json.loads(Path(argv[2]).read_bytes()):
+        for request in requests:
             print(json.dumps(_answer(request)), file=answers, flush=True)
 
 

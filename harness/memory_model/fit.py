@@ -194,7 +194,7 @@ def count_model(request: FitRequest) -> ModelCount:
         "targets": list(request.targets),
     }  # fmt: skip
     print_note(f"counting {request.model.name} without its weights ...")
-    answers = counting_client.run_requests([message])
+    answers = counting_client.answer_requests([message])
     found: ModelCount = {"error": answers} if isinstance(answers, str) else answers[0]
     if why := found.get("error"):
         hint = "check config.json and the version of transformers"

@@ -191,10 +191,10 @@ class Search:
 
 def run_steps(requests: list[StepRequest]) -> list[StepAnswer]:
     """Return the answer to each request. An answer is empty if the steps before it took too long."""
-    answers = counting_client.run_requests(requests)
+    answers = counting_client.answer_requests(requests)
     if isinstance(answers, str):
         return [{"no_peak": answers}] * len(requests)
-    return answers + [{}] * (len(requests) - len(answers))
+    return [{} if answer is None else answer for answer in answers]
 
 
 def tried_sizes(row: Row, found: StepAnswer) -> dict[int, int]:

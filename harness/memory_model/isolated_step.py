@@ -32,6 +32,7 @@ from harness.records.record import Cell
 
 TIMEOUT_S = 30.0
 _LATE = f"a step on fake tensors took more than {TIMEOUT_S:.0f} s"
+_DIED = "the process of a step on fake tensors ended without a result"
 _ERRORS = (*structure.BUILD_ERRORS, HarnessError, AssertionError)
 """Errors that code without support for fake tensors may raise. A failed prediction must not stop a Cell."""
 
@@ -58,15 +59,19 @@ def peak(
     if cell.training.loop != "harness":
         return {"no_peak": f"only steps of the harness's own loop are predicted, not those of {cell.training.loop}"}
     dry_step.registry()  # now, not in each child
-    errors = []
+    errors: list[str] = []
     for by, step in _attempts(dry_step.DryStep(cell, config, kind, lacks)).items():
         found = _in_fork(partial(dry_step.peak, step, parts))
         if not isinstance(found, str):
-            return {"peak_B": found + others_B, "peak_by": by}
+            return {"peak_B": found + others_B, "peak_by": by, **_transience(errors)}
         errors.append(found)
         if found == _LATE:  # slow code works in small pieces, so that the reference's peak would be too low
             break
-    return {"no_peak": errors[0]}
+    return {"no_peak": errors[0], **_transience(errors)}
+
+
+def _transience(errors: Sequence[str]) -> StepAnswer:
+    return {"transient": True} if {_LATE, _DIED} & {*errors} else {}
 
 
 def _attempts(step: dry_step.DryStep) -> dict[str, dry_step.DryStep]:
@@ -92,17 +97,20 @@ def answer(request: StepRequest) -> StepAnswer:
         return _answer(cell, request, request["answer"])
     options = dict[str, Any](request["largest"])
     of, by = options.pop("of"), ""
+    transience: StepAnswer = {}
     import_classes(json.dumps(request["config"]), request["kind"])
 
     def take(size: int) -> int | str:
-        nonlocal by
+        nonlocal by, transience
         one = cell.model_copy(update={"training": cell.training.model_copy(update={of: size})})
         found = _answer(one, request, one.training.max_tokens)
         by = found.get("peak_by", by)
+        transience = {"transient": True} if found.get("transient") else transience
         return int(found["peak_B"]) if "peak_B" in found else str(found["no_peak"])
 
     tried = search(take, **options)
-    return {"no_peak": tried} if isinstance(tried, str) else {"tried": tried, "peak_by": by}
+    found: StepAnswer = {"no_peak": tried} if isinstance(tried, str) else {"tried": tried, "peak_by": by}
+    return {**found, **transience}
 
 
 @cache
@@ -117,7 +125,7 @@ def _answer(cell: Cell, request: StepRequest, answer: int) -> StepAnswer:
     try:
         lacks = models.lacks(request.get("checkpoint", ""))
     except HarnessError as error:
-        return {"no_peak": error.what}
+        return {"no_peak": error.what, "transient": True}
     return peak(cell, request["config"], request["kind"], parts, cell.training.steps * bytes_of(parts), lacks)
 
 
@@ -134,7 +142,7 @@ def _in_fork(run: Callable[[], int]) -> int | str:
     if answer is None:
         return _LATE
     if not answer:
-        return "the process of a step on fake tensors ended without a result"
+        return _DIED
     found: int | str
     found, entries = pickle.loads(answer)  # noqa: S301  # of our own fork
     memory_tracker.outputs.update(entries)

@@ -101,5 +101,8 @@ class StepAnswer(TypedDict, total=False):
     """Description of the code that took the step. Empty if it was the Cell's own code."""
     no_peak: str
     """Reason why there is no peak."""
+    transient: bool
+    """True if another attempt may have another answer: a step took too long, its process died, or a file could not be
+    read. Absent otherwise."""
     tried: dict[int, int]
     """Peak in bytes of each step of a search, by its batch or length. JSON turns the keys into strings."""

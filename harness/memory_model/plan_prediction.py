@@ -1,13 +1,12 @@
 """Predict the memory of a plan's Cells from the shapes of their models. Imports no torch.
 
-One child process counts for all Cells. Cells with equal steps share one step on fake tensors
-(`harness.memory_model.isolated_step`). A Cell's worker counts in the same way before it loads its model
-(`harness.memory_model.counting`).
+Cells with equal steps share one step on fake tensors (`harness.memory_model.isolated_step`). Answers are cached on disk
+(`harness.memory_model.answer_cache`), and one child process finds those that are missing. A Cell's worker predicts in the
+same way (`harness.memory_model.cell_prediction`).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from harness.assets import fetch, shapes
 from harness.errors import HarnessError
 from harness.memory_model import counting_client
 from harness.memory_model.ledger import OWN, Ledger
-from harness.memory_model.messages import CountRequest, ModelCount, StepRequest
+from harness.memory_model.messages import CountRequest, ModelCount, StepAnswer, StepRequest
 from harness.methods import experts
 from harness.records.record import Cell, Evaluation, Predicted
 
@@ -102,54 +101,44 @@ def predictions(
             config, checkpoint = model
             request = count_request(cell, config, sources[cell.model].kind, labels[cell.task], checkpoint)
             requests[cell.cell_id] = cell, request
-    counts: dict[str, CountRequest] = {}
-    steps: dict[str, StepRequest] = {}
-    for cell, one in requests.values():
-        # Cells that differ only in a seed or a batch share one count.
-        configs = counts.setdefault(_count_key(one), {**one, "methods": {}})["methods"].setdefault(cell.method, [])
-        configs += [cell.config] if cell.config not in configs else []
-        step = _step(cell, one, every_token)
-        steps.setdefault(_key(step), step)
-    answers = counting_client.run_requests([*counts.values(), *steps.values()])
+    steps = [step_request(cell, one, _answer_tokens(cell, cell.task in every_token)) for cell, one in requests.values()]
+    answers = counting_client.answer_requests([*(one for _, one in requests.values()), *steps])
     if isinstance(answers, str):
         return found | dict.fromkeys(requests, answers)
-    by_key = dict(zip([*counts, *steps], answers, strict=False))
-    late = {"no_peak": f"the steps before it took {counting_client.TIMEOUT_S:.0f} s"}
-    for cell_id, (cell, one) in requests.items():
-        counted: ModelCount = by_key[_count_key(one)]
-        if "error" not in counted:
-            index = counts[_count_key(one)]["methods"][cell.method].index(cell.config)
-            counted = {**counted, "methods": {cell.method: [counted["methods"][cell.method][index]]}}
+    late: StepAnswer = {"no_peak": f"the steps before it took {counting_client.TIMEOUT_S:.0f} s"}
+    of_steps: list[StepAnswer | None] = answers[len(requests) :]
+    for (cell_id, (cell, _)), counted, of_step in zip(requests.items(), answers, of_steps, strict=False):
         of_shape = prediction(cell, counted, every_token=cell.task in every_token)
         if isinstance(of_shape, Predicted):
             (method,) = counted["methods"][cell.method]
-            of_step = by_key.get(_key(_step(cell, one, every_token)), late)
-            found[cell_id] = PlannedMemory(**of_shape.model_dump() | of_step, trainable=method["trainable"])
+            peak = of_shape.model_copy(update=predicted_fields(late if of_step is None else of_step)).model_dump()
+            found[cell_id] = PlannedMemory(**peak, trainable=method["trainable"])
         else:
             found[cell_id] = of_shape
     return found
 
 
-def _step(cell: Cell, one: CountRequest, every_token: Collection[str]) -> StepRequest:
+def step_request(cell: Cell, one: CountRequest, answer: int) -> StepRequest:
     """Return the request for a Cell's training step.
 
-    Options that do not change the memory of the step get fixed values.
+    Options that do not change the memory of the step get fixed values. one: the Cell's count request. answer: number of
+    tokens with a loss in each text.
     """
     training = cell.training.model_copy(update=_SAME)
     same = {"seed": 0, "evaluation": Evaluation(items=0), "task": "", "training": training}
-    whole = cell.task in every_token or cell.evaluation.items == 0
     return {
         "cell": cell.model_copy(update=same).model_dump(mode="json"), "config": one["config"], "kind": one["kind"],
-        "checkpoint": one["checkpoint"], "answer": cell.training.max_tokens if whole else 1,
+        "checkpoint": one["checkpoint"], "answer": answer,
     }  # fmt: skip
 
 
-def _key(request: Mapping[str, Any]) -> str:
-    return json.dumps(request, sort_keys=True)
+def predicted_fields(answer: StepAnswer) -> dict[str, Any]:
+    """Return the fields of `Predicted` in the answer to a step."""
+    return {name: value for name, value in answer.items() if name in Predicted.model_fields}
 
 
-def _count_key(request: CountRequest) -> str:
-    return _key({name: value for name, value in request.items() if name != "methods"})
+def _answer_tokens(cell: Cell, every_token: bool) -> int:
+    return cell.training.max_tokens if every_token or cell.evaluation.items == 0 else 1
 
 
 def _local_model(source: Source) -> tuple[dict[str, Any], str] | str:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from harness.records.record import Environment
 
 GROUP = "harness.implementations"
+OWN_DISTRIBUTION = "peft-harness"
+"""Name of the distribution that contains the harness."""
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 TargetKind = Literal["method", "operation", "base", "loader"]
 
@@ -257,7 +259,7 @@ def _abbreviated(value: object) -> str:
 
 def _order(point: EntryPoint) -> tuple[bool, str, str]:
     distribution, _ = _provider(point)
-    return distribution != "peft-harness", distribution, point.name
+    return distribution != OWN_DISTRIBUTION, distribution, point.name
 
 
 def _provider(point: EntryPoint) -> tuple[str, str]:

@@ -9,7 +9,8 @@ import os
 import platform
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import suppress
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 from harness import resources
@@ -33,13 +34,12 @@ _GPU_QUERY = "gpu=uuid,name,driver_version,memory.total"
 
 def describe(threads: int | None = None, extra: dict[str, object] | None = None) -> Environment:
     """Return the environment of this process. The environment's id does not depend on `threads` and `extra`."""
-    software = {"python": platform.python_version()} | _versions()
     machine = _machine()
-    text = json.dumps([software, machine], sort_keys=True)
+    text = json.dumps([software(), machine], sort_keys=True)
     sha, dirty = _git()
     return Environment(
         id=hashlib.sha256(text.encode()).hexdigest()[:12],
-        software=software,
+        software=software(),
         machine=machine,
         code_version=code_version(),
         git_sha=sha,
@@ -58,6 +58,25 @@ def code_version() -> str:
         for file in sorted(folder.rglob("*.py")):
             digest.update(str(file.relative_to(folder.parent)).encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
+
+
+def software() -> dict[str, str]:
+    """Return the versions of Python and of the installed `LIBRARIES`, by name."""
+    return {"python": platform.python_version()} | {name: one.version for name, one in _libraries().items()}
+
+
+def editable_libraries() -> tuple[str, ...]:
+    """Return the names of the `LIBRARIES` that are installed as editable. Their code can change without a new version."""
+    found = []
+    for name, library in _libraries().items():
+        origin = json.loads(library.read_text("direct_url.json") or "{}")
+        found += [name] if origin.get("dir_info", {}).get("editable") else []
+    return tuple(found)
+
+
+def processor() -> dict[str, str]:
+    """Return the model and the architecture of the CPU."""
+    return {"cpu": _cpu_model(), "architecture": platform.machine()}
 
 
 @functools.cache
@@ -145,13 +164,12 @@ def thread_variables() -> dict[str, str]:
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(starts)}
 
 
-def _versions() -> dict[str, str]:
+def _libraries() -> dict[str, Distribution]:
+    """Return the distributions of the installed `LIBRARIES`, by name."""
     found = {}
     for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+        with suppress(PackageNotFoundError):
+            found[name] = distribution(name)
     return found
 
 
@@ -159,8 +177,7 @@ def _machine() -> dict[str, str]:
     import psutil
 
     return {
-        "cpu": _cpu_model(),
-        "architecture": platform.machine(),
+        **processor(),
         "cores": str(physical_cores()),
         "memory_B": str(psutil.virtual_memory().total),
         "os": f"{platform.system()} {platform.release()}",
