@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 import click
 
-from harness.errors import Exit, HarnessError
+from harness.errors import Exit, HarnessError, StoreError
 
 _LOG = logging.getLogger("harness")
 _NARROWEST = 12
@@ -91,6 +91,11 @@ def _echo(text: str, stream: TextIO) -> None:
         click.echo(text, file=stream)
     except BrokenPipeError:  # closed by `| head`; the exit code still counts
         _discard(stream)
+    except OSError as error:
+        _discard(stream)
+        if stream is not sys.stderr:
+            hint = "free some space, or write the output to another place"
+            raise StoreError(f"cannot print: {error.strerror or error}", where="standard output", hint=hint) from error
 
 
 def _has_colours(stream: TextIO) -> bool:

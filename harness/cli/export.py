@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from harness.cli import options
 from harness.errors import Exit
 
 
@@ -14,7 +15,7 @@ from harness.errors import Exit
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("--format", "form", type=click.Choice(["parquet", "csv"]), required=True, help="Format of the files.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR",
+    "--out", type=options.PATH, metavar="DIR",
     help="Folder to write to; must be new or empty.  [default: export-FORMAT in the first run]",
 )  # fmt: skip
 def export(runs: tuple[str, ...], form: Any, out: Path | None) -> Exit:

@@ -41,9 +41,7 @@ from harness.resources import user_path
     help="Also run this suite, so that one table shows both; --task and --items are its own.",
 )
 @click.option("--only", metavar="EXPR", help="With --beside: run only the Cells that EXPR selects, as for `run`.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run folder.  [default: results/runs/<run id>]"
-)
+@click.option("--out", type=options.PATH, metavar="DIR", help="Run folder.  [default: results/runs/<run id>]")
 @options.device
 @click.option(
     "--timeout", callback=options.finite_seconds, default=3600.0, show_default=True, metavar="SECONDS",

@@ -16,8 +16,20 @@ from harness.console import print_json, print_lines
 
 _C = TypeVar("_C", bound=Callable[..., Any])
 
-FILE = click.Path(path_type=Path, dir_okay=False)
-FOLDER = click.Path(path_type=Path, file_okay=False)
+
+class _NamedPath(click.Path):
+    """A path that is not empty, as `"$UNSET"` in a script would be. Python takes an empty path for the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the Path. Fails if it is empty."""
+        if value == "":
+            self.fail("the name is empty; name a file or a folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _NamedPath(path_type=Path)
+FILE = _NamedPath(path_type=Path, dir_okay=False)
+FOLDER = _NamedPath(path_type=Path, file_okay=False)
 AGAIN = "Repeatable."
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -38,9 +37,7 @@ class _RunCommand(click.Command):
 @options.only
 @click.command(cls=_RunCommand)
 @click.argument("suite")
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run folder.  [default: results/runs/<run id>]"
-)
+@click.option("--out", type=options.PATH, metavar="DIR", help="Run folder.  [default: results/runs/<run id>]")
 @click.option("--resume", metavar="RUN", help="Continue this run; Cells that have an ok Record are not run again.")
 @options.device
 @click.option(

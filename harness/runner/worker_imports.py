@@ -7,9 +7,7 @@ from pathlib import Path
 
 from harness.assets import model_folder
 from harness.cell.job import Job
-from harness.methods.registry import Registry, discover, entry_points_by_name
-
-_OWN = "peft-harness"
+from harness.methods.registry import OWN_DISTRIBUTION, Registry, discover, entry_points_by_name
 
 
 def modules(job: Job, registry: Registry) -> list[str]:
@@ -53,4 +51,6 @@ def _always(job: Job) -> list[str]:
 def _own() -> Registry:
     """Return the harness's own implementations."""
     points = entry_points_by_name()
-    return discover([name for name, point in points.items() if point.dist is not None and point.dist.name == _OWN])
+    return discover(
+        [name for name, point in points.items() if point.dist is not None and point.dist.name == OWN_DISTRIBUTION]
+    )

@@ -368,6 +368,30 @@ def test_a_reader_that_leaves_in_the_middle_is_no_finding() -> None:
     assert (done.returncode, done.stderr) == (Exit.INFRASTRUCTURE, "")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_behind_stdout_is_one_message() -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*COMMAND, "list", "--json"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )  # fmt: skip
+    first, hint = done.stderr.splitlines()
+    assert (done.returncode, first.partition(": ")[2]) == (
+        Exit.INFRASTRUCTURE, "standard output: cannot print: No space left on device",
+    )  # fmt: skip
+    assert hint.startswith("  hint: ")
+
+
+@pytest.mark.parametrize("command", [["run", "smoke"], ["report", "run"], ["bench"], ["export", "run"]])
+def test_an_empty_path_is_not_the_current_folder(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A script with --out "$UNSET" gives one."""
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--out", ""]) == Exit.USAGE
+    assert "the name is empty" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_ascii_terminal_is_no_error() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "NO_COLOR": "1"}
     done = subprocess.run([*COMMAND, "explain", "lora"], capture_output=True, env=environment, check=False)
