@@ -165,3 +165,17 @@ def test_what_cannot_be_read_exits_with_2(plain: Path, capsys: pytest.CaptureFix
     (plain / "adapter_model.safetensors").write_bytes(b"\x00" * 64)
     assert main(["check", str(plain)]) == Exit.USAGE
     assert "is not a safetensors file" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_what_is_no_regular_file_is_not_waited_for(plain: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (plain / name).unlink()
+    os.mkfifo(plain / name)
+    assert main(["check", str(plain)]) == Exit.USAGE
+    assert f"{name}: is no regular file" in capsys.readouterr().err
+
+
+def test_the_config_alone_is_not_taken_for_the_weights(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(plain / "adapter_config.json")]) == Exit.USAGE
+    assert "is the adapter's config, not its weights" in capsys.readouterr().err

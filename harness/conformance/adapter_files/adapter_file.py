@@ -110,6 +110,8 @@ def _weights(path: Path) -> Path:
     try:
         if not path.is_dir():
             if path.is_file():
+                if path.name == CONFIG:
+                    raise UsageError("is the adapter's config, not its weights", where=str(path), hint=hint)
                 return path
             found: list[str] = []
         else:
@@ -119,6 +121,8 @@ def _weights(path: Path) -> Path:
     for name in (WEIGHTS, *(one.file for one in LAYOUTS if one.file)):
         if (path / name).is_file():
             return path / name
+    if WEIGHTS in found:
+        raise UsageError("is no regular file, or a link to nothing", where=str(path / WEIGHTS), hint=hint)
     within = [name for name in found if (path / name / CONFIG).is_file()]
     if within:
         hint = f"the adapter is in a folder below: {first_names(within)}"
