@@ -105,13 +105,11 @@ def dropout(folder: Path) -> str:
     """
     config = _config(folder)
     part = config.get("text_config")
-    named = {
-        **config,
-        **({f"text_config.{key}": value for key, value in part.items()} if isinstance(part, dict) else {}),
-    }
-    return next(
-        (key for key, value in named.items() if _is_dropout(key) and type(value) in (int, float) and value > 0), ""
-    )
+    named = dict(config)
+    if isinstance(part, dict):
+        named |= {f"text_config.{key}": value for key, value in part.items()}
+    above = (key for key, value in named.items() if type(value) in (int, float) and value > 0)  # True is no number here
+    return next(filter(_is_dropout, above), "")
 
 
 def _is_dropout(key: str) -> bool:
