@@ -21,6 +21,9 @@ _INDEX = "model.safetensors.index.json"
 _POSITIONS = ("max_position_embeddings", "n_positions")  # GPT-2 uses the second name
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_DROPOUTS = ("_pdrop", "dropout", "dropout_prob", "dropout_rate")
+_OF_HEADS = ("summary_", "classifier_")
+"""First parts of the names of those dropouts that only a head for classes has. A causal model does not use them."""
 _TWO_SIDED = ("ForMaskedLM", "ForPreTraining")
 """Last parts of the names of those transformers classes that predict a token from the tokens on both sides."""
 
@@ -96,9 +99,22 @@ def model_type(folder: Path) -> str:
 
 
 def dropout(folder: Path) -> str:
-    """Return the key of a model's config that sets a dropout above 0. If there is none, return an empty string."""
-    shares = {key: value for key, value in _config(folder).items() if key.endswith(("_pdrop", "dropout"))}
-    return next((key for key, value in shares.items() if isinstance(value, float) and value > 0), "")
+    """Return the key of a model's config that sets a dropout above 0. If there is none, return an empty string.
+
+    A key in a part of the config has the name of the part before it, e.g. `text_config.attention_dropout`.
+    """
+    config = _config(folder)
+    part = config.get("text_config")
+    named = dict(config)
+    if isinstance(part, dict):
+        named |= {f"text_config.{key}": value for key, value in part.items()}
+    above = (key for key, value in named.items() if type(value) in (int, float) and value > 0)  # True is no number here
+    return next(filter(_is_dropout, above), "")
+
+
+def _is_dropout(key: str) -> bool:
+    name = key.rpartition(".")[2]
+    return name.endswith(_DROPOUTS) and not name.startswith(_OF_HEADS)
 
 
 def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: Path) -> None:

@@ -108,7 +108,7 @@ def train(
     )
     run.notes += loop.notes(optimizer, samples.losses)
     if samples.outside_seconds is not None:
-        between = samples.outside_seconds / len(samples.losses)
+        between = samples.outside_seconds / max(1, len(samples.losses) - 1)
         run.notes.append(
             f"trained by {cell.training.loop}; it spent {1000 * between:.3g} ms between two steps, on batches, schedule and "
             "log, which step times leave out"

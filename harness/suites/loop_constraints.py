@@ -59,7 +59,7 @@ def _of_trl(
 
 def _of_config(name: str, fields: Mapping[str, list[Any]]) -> Iterator[tuple[str, str]]:
     if any(fields.get("dropout", ())):
-        what = f"`dropout` of {name} is not 0: SFTTrainer does not seed every step, so its masks are others"
+        what = f"`dropout` of {name} is not 0: SFTTrainer pads on the other side, so a mask falls on other tokens"
         yield what, f"write `dropout: 0` or {_OURS}"
     if any(_OUTPUT_LAYER in value for value in fields.get("targets", ()) if isinstance(value, (list, tuple))):
         what = f"`targets` of {name} contain {_OUTPUT_LAYER}: SFTTrainer multiplies by its weight, without the adapter"
@@ -70,5 +70,7 @@ def _of_config(name: str, fields: Mapping[str, list[Any]]) -> Iterator[tuple[str
             what = f"{kind} puts tokens before every text, and SFTTrainer calls the model below them"
             yield what, f"write {_OURS} for {kind}"
         if dropped := [key for key, value in adapter.items() if key.endswith("dropout") and value]:
-            what = f"`{dropped[0]}` of {kind} is not 0: SFTTrainer does not seed every step, so its masks are others"
+            what = (
+                f"`{dropped[0]}` of {kind} is not 0: SFTTrainer pads on the other side, so a mask falls on other tokens"
+            )
             yield what, f"write `{dropped[0]}: 0` or {_OURS}"

@@ -111,7 +111,10 @@ def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Ite
 
 
 def _dropout(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
-    """Yield a problem for each Cell of a foreign training loop whose model has dropout. Only our loop seeds every step."""
+    """Yield a problem for each Cell of a foreign training loop whose model has dropout.
+
+    SFTTrainer pads on the other side, so a mask falls on other tokens.
+    """
     dropped = model_folder.dropout(folder)
     for cell, places in cells:
         if dropped and cell.training.steps and cell.training.loop != "harness":

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 
 from harness.cell.loop_checks import checks
 from harness.cell.loop_checks.observed_training import Trainee
+from harness.cell.loop_checks.settings import SettingTrials
+from harness.cell.outcomes import Diverged
 from harness.cell.training import loop
+from harness.cell.training.batches import Batch
+from harness.cell.training.loop import StepSamples
+from harness.cell.training.loops import RefusedOptions, TrainingLoop
+from harness.conformance.findings.loop_settings import LoopSetting
 from harness.conformance.findings.outcomes import CheckStatus
 from harness.methods.registry import Registry, discover
 from support.faulty_loops import FAULTS, Clips, FaultyLoop, ForgetsTheMethodsTerm, WarmsUpFromZero
@@ -61,3 +67,49 @@ def test_a_fault_does_not_hide_in_the_consequences_of_another(registry: Registry
 
 def test_every_check_catches_a_fault() -> None:
     assert {fault.caught_by for fault in FAULTS} == {*checks.CHECKS}
+
+
+class Diverges(FaultyLoop):
+    def reported(self, losses: list[float], before: list[float]) -> float:
+        raise Diverged("loss nan in step 1")
+
+
+class TakesNoStep(FaultyLoop):
+    def ordered(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        return []
+
+
+def test_a_training_that_diverges_fails_the_check(registry: Registry) -> None:
+    trainee = Trainee("lora", "reference", "float32", registry)
+    evidence = checks.Evidence(trainee, Diverges(), checks.Yardstick(trainee))
+    outcome = checks.outcome_of("a loop", "schedule", evidence)
+    assert outcome.status is CheckStatus.FAIL
+    assert "loss nan in step 1" in outcome.result.detail
+
+
+def test_the_schedule_of_no_step_is_wrong(registry: Registry) -> None:
+    assert failed(TakesNoStep(), Trainee("lora", "reference", "float32", registry), "schedule") == {"schedule"}
+
+
+@pytest.mark.parametrize(
+    ("error", "effect"),
+    [(RefusedOptions("no"), "refused"), (Diverged("loss nan"), "changes"), (ValueError("a fault"), "untried")],
+    ids=["refused", "diverged", "fault"],
+)
+def test_a_setting_that_ends_training_early_has_an_effect(error: Exception, effect: str, registry: Registry) -> None:
+    def train(*_: object, **__: object) -> StepSamples:
+        raise error
+
+    setting = LoopSetting(name="packing", config={"packing": True}, effect="refused")
+    found = SettingTrials(registry, TrainingLoop("trl", train, train, {"packing": False})).run(setting)
+    assert found.effect == effect
+    assert str(error) in found.because
+    assert found.outcome("trl").status is (CheckStatus.PASS if effect == "refused" else CheckStatus.FAIL)
+
+
+def test_an_option_that_the_library_does_not_have_fails_and_is_not_refused(registry: Registry) -> None:
+    setting = LoopSetting(name="packs", config={"packs": True}, effect="refused")
+    found = SettingTrials(registry, TrainingLoop("trl", loop.train, loop.step, {"packing": False})).run(setting)
+    assert found.effect == "untried"
+    assert "`packs`" in found.because
+    assert found.outcome("trl").status is CheckStatus.FAIL

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("trl", reason="an optional dependency: pip install trl")
 
@@ -94,6 +96,38 @@ def test_an_adapter_of_the_output_layer_is_refused(registry: Registry) -> None:
     layer = next(iter(adapted.layers.values()))
     adapted.model.set_output_embeddings(layer)
     with pytest.raises(Unsupported, match="output layer"):
+        trl_loop.refuse(adapted, batches(RECIPE))
+
+
+def test_variables_of_a_launcher_do_not_change_training(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses() -> list[float]:
+        adapted = attached(Trainee("lora", "reference", "float32", registry))
+        return trained(adapted, optimizers.make(adapted, [], RECIPE)[0]).losses
+
+    alone = losses()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert losses() == alone
+    assert (os.environ["ACCELERATE_MIXED_PRECISION"], os.environ["WORLD_SIZE"]) == ("bf16", "2")
+
+
+def test_several_gpus_are_refused(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SFTTrainer would use DataParallel."""
+    monkeypatch.setattr(trl_loop.SFTConfig, "n_gpu", property(lambda _: 2))
+    adapted = attached(Trainee("lora", "reference", "float32", registry))
+    with pytest.raises(Unsupported, match="2 visible GPUs"):
+        trained(adapted, optimizers.make(adapted, [], RECIPE)[0])
+
+
+@pytest.mark.parametrize("where", ["a module", "an attribute"])
+def test_dropout_of_the_model_is_refused(where: str, registry: Registry) -> None:
+    adapted = attached(Trainee("lora", "reference", "float32", registry))
+    attention = adapted.model.model.layers[1].self_attn
+    if where == "a module":
+        attention.drop = nn.Dropout(0.1)
+    else:
+        attention.attention_dropout = 0.1
+    with pytest.raises(Unsupported, match=r"model\.layers\.1\.self_attn.*is above 0"):
         trl_loop.refuse(adapted, batches(RECIPE))
 
 

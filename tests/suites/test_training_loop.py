@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.assets import generated
+from harness.assets import generated, model_folder
 from harness.cli import main, topics
 from harness.errors import Exit
 from harness.records.record import Training
@@ -101,6 +101,25 @@ def test_a_model_with_dropout_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert code == Exit.USAGE
     assert "suite.yaml:5: `loop` is trl, but" in err
     assert "has dropout (`attention_dropout` of its config.json)" in err
+
+
+@pytest.mark.parametrize(
+    ("facts", "found"),
+    [
+        (
+            {"summary_first_dropout": 0.1, "classifier_dropout": 0.1, "token_dropout": True, "attention_dropout": 0.0},
+            "",
+        ),
+        ({"resid_pdrop": 1}, "resid_pdrop"),
+        ({"hidden_dropout_prob": 0.1}, "hidden_dropout_prob"),
+        ({"attention_probs_dropout_prob": 0.1}, "attention_probs_dropout_prob"),
+        ({"dropout_rate": 0.1}, "dropout_rate"),
+        ({"text_config": {"attention_dropout": 0.1}}, "text_config.attention_dropout"),
+    ],
+)
+def test_dropout_is_read_from_the_config(facts: dict[str, object], found: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(facts), encoding="utf-8")
+    assert model_folder.dropout(tmp_path) == found
 
 
 def test_explain_says_what_the_loop_is_and_that_dpo_is_not_offered() -> None:

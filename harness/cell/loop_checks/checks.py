@@ -16,6 +16,7 @@ import torch
 
 from harness.analysis import trajectories
 from harness.cell.loop_checks.observed_training import Observed, Trainee, batches, gradients_at, observe
+from harness.cell.outcomes import CellOutcomeError
 from harness.cell.training import loop, optimizers
 from harness.cell.training.loop import StepSamples
 from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise
@@ -99,7 +100,7 @@ def check_schedule(evidence: Evidence) -> Findings:
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=recipe.lr)
     schedule = optimizers.schedule(optimizer, recipe)
-    odd = []
+    odd = [f"{len(found)} optimizer steps, should be {recipe.steps}"] if len(found) != recipe.steps else []
     for step, rates in enumerate(found[: recipe.steps], 1):
         want = float(optimizer.param_groups[0]["lr"])
         if wrong := [rate for rate in rates if rate != want]:
@@ -195,13 +196,17 @@ CHECKS: dict[str, Callable[[Evidence], Findings]] = {
 def outcome_of(name: str, check: str, evidence: Evidence) -> CheckOutcome:
     """Run one check of a loop, and return its outcome. name: the loop's name."""
     trainee = evidence.trainee
+    try:
+        found = CHECKS[check](evidence)
+    except CellOutcomeError as error:
+        found = [f"training ends early: {error}"]
     return CheckOutcome(
         implementation=f"{trainee.implementation} in {name}",
         kind="method",
         target=trainee.method,
         dtype=trainee.dtype,
         case=f"tiny Llama, {trainee.recipe.steps} steps",
-        result=_result(str(CheckId(trainee.method, check, trainee.dtype, "trained")), CHECKS[check](evidence)),
+        result=_result(str(CheckId(trainee.method, check, trainee.dtype, "trained")), found),
     )
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from harness.analysis import trajectories
 from harness.cell.loop_checks.observed_training import RECIPE, Observed, Trainee, observe
+from harness.cell.outcomes import CellOutcomeError
 from harness.cell.training import loop
-from harness.cell.training.loops import TrainingLoop
+from harness.cell.training.loops import RefusedOptions, TrainingLoop
 from harness.conformance.comparison.tolerance_policies import carried_noise
 from harness.conformance.findings.loop_settings import LoopSetting, SettingFound
 from harness.conformance.tolerance_constants import TRAJECTORY_FACTOR
@@ -39,20 +40,33 @@ class SettingTrials:
 
     def run(self, setting: LoopSetting) -> SettingFound:
         """Train with one setting, and return what it does."""
-        trainee = self._trainee(setting.warmup)
-        own = self._own.setdefault(setting.warmup, _Own(*(observe(loop.train, t) for t in _pair(trainee))))
         defaults = {key: self._loop.defaults.get(key, ...) == value for key, value in setting.config.items()}
+        found = partial(SettingFound, setting=setting, defaults=defaults)
+        if unknown := [key for key in setting.config if key not in self._loop.defaults]:
+            return found(effect="untried", because=f"this release has no option `{unknown[0]}`")
+        options = {"options": setting.config, "own_optimizer": setting.own_optimizer}
         try:
-            options = {"options": setting.config, "own_optimizer": setting.own_optimizer}
-            seen = observe(partial(self._loop.train, **options), trainee)
-        except (ValueError, TypeError, NotImplementedError) as error:
-            because = str(error).splitlines()[0] if str(error) else type(error).__name__
-            return SettingFound(setting=setting, defaults=defaults, effect="refused", because=because)
-        return _compared(setting, defaults, seen, own)
+            seen = observe(partial(self._loop.train, **options), self._trainee(setting.warmup))
+        except RefusedOptions as error:
+            return found(effect="refused", because=_first_line(error))
+        except CellOutcomeError as error:
+            return found(effect="changes", because=f"training ends early: {_first_line(error)}")
+        except Exception as error:  # noqa: BLE001  # the other settings are tried all the same
+            return found(effect="untried", because=f"{type(error).__name__}: {_first_line(error)}")
+        return _compared(setting, defaults, seen, self._own_training(setting.warmup))
+
+    def _own_training(self, warmup: int) -> _Own:
+        if warmup not in self._own:
+            self._own[warmup] = _Own(*(observe(loop.train, one) for one in _pair(self._trainee(warmup))))
+        return self._own[warmup]
 
     def _trainee(self, warmup: int) -> Trainee:
         recipe: Training = RECIPE.model_copy(update={"warmup": warmup, "steps": _STEPS})
         return Trainee("lora", "reference", "float32", self._registry, recipe)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _pair(trainee: Trainee) -> tuple[Trainee, Trainee]:

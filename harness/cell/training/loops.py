@@ -10,6 +10,10 @@ from harness.cell.training.loop import StepSamples
 from harness.records.record import Loop
 
 
+class RefusedOptions(ValueError):  # noqa: N818  # an answer of a library, not an error
+    """Raised by a loop's `train` if its library refuses the options. The message is the library's."""
+
+
 @dataclass(frozen=True)
 class TrainingLoop:
     """A training loop."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 import tempfile
 import time
 import warnings
@@ -26,6 +27,7 @@ from trl import SFTConfig, SFTTrainer
 from harness.cell.training import loop
 from harness.cell.training.batches import Batch
 from harness.cell.training.loop import StepLog, StepSamples
+from harness.cell.training.loops import RefusedOptions
 from harness.cell.training.passed_optimizer import PassedOptimizer
 from harness.errors import Unsupported
 from harness.methods.spec import Adapted
@@ -44,6 +46,16 @@ _QUIET: Mapping[str, Any] = {
     "save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True,
     "dataloader_pin_memory": False,
 }  # fmt: skip
+_LAUNCHERS = (
+    "ACCELERATE_",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "PMI_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+)
+"""Beginnings of the names of environment variables by which accelerate changes training, e.g. its precision."""
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -66,7 +78,8 @@ def train(
     A step is timed from SFTTrainer's `on_step_begin` to the end of the optimizer's step. The time between two steps, in
     which SFTTrainer makes the next batch, is summed in `outside_seconds`. The gradients of the last step remain, as after
     `loop.train`. options: fields of SFTConfig that differ from `ALIGNED`. own_optimizer: whether SFTTrainer makes its own
-    optimizer and schedule. Raises Unsupported for what SFTTrainer cannot do, and the errors of `loop.train`.
+    optimizer and schedule. Raises Unsupported for what SFTTrainer cannot do, RefusedOptions if it refuses `options`, and
+    the errors of `loop.train`.
     """
     refuse(adapted, batches)
     log = StepLog(adapted, optimizer, len(batches), report)
@@ -100,6 +113,25 @@ def refuse(adapted: Adapted, batches: Sequence[Batch]) -> None:
     if of_adapter or any(layer is output and not isinstance(layer, nn.Linear) for layer in adapted.layers.values()):
         # trl multiplies by `lm_head.weight` itself, so an adapter of this layer would be ignored.
         raise Unsupported("SFTTrainer ignores an adapter of the output layer; leave it out of `targets`")
+    if where := _dropout(adapted.model):
+        raise Unsupported(
+            f"`{where}` of the model is above 0: SFTTrainer pads on the other side, so a mask falls on other tokens; write "
+            "`loop: harness`, or set it to 0 in a copy of the model"
+        )
+
+
+def _dropout(model: nn.Module) -> str:
+    """Return the path of a dropout above 0 in a model. If there is none, return an empty string.
+
+    A class may set it by default, so it need not be in the model's config.json.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            return f"{path}.p"
+        for name, value in vars(module).items():
+            if name.endswith("dropout") and type(value) in (int, float) and value > 0:
+                return f"{path}.{name}"
+    return ""
 
 
 class _OneStep(TrainerCallback):  # type: ignore[misc]
@@ -181,21 +213,29 @@ def _run(
 ) -> None:
     """Train on `parts`, in their order. Each optimizer step takes `accumulate` of them."""
     device = parts[0].labels.device
-    with tempfile.TemporaryDirectory() as folder, _restored(adapted.model), warnings.catch_warnings():
+    restored = _restored(adapted.model)
+    with tempfile.TemporaryDirectory() as folder, restored, _without_launcher(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers renames settings that trl still has
         values = {
             **ALIGNED, **_QUIET, "output_dir": folder, "use_cpu": device.type == "cpu",
             "max_steps": len(parts) // accumulate, "per_device_train_batch_size": len(parts[0].answers),
             "gradient_accumulation_steps": accumulate, **options,
         }  # fmt: skip
-        trainer = _Trainer(
-            model=adapted.model,
-            args=SFTConfig(**values),
-            train_dataset=rows_of(parts),
-            processing_class=_no_words(),
-            optimizers=optimizers,
-            watch=watch,
-        )
+        with _refusals(options):
+            arguments = SFTConfig(**values)
+            if arguments.n_gpu > 1:
+                raise Unsupported(
+                    f"SFTTrainer would divide each batch among the {arguments.n_gpu} visible GPUs; set CUDA_VISIBLE_DEVICES "
+                    "to one of them"
+                )
+            trainer = _Trainer(
+                model=adapted.model,
+                args=arguments,
+                train_dataset=rows_of(parts),
+                processing_class=_no_words(),
+                optimizers=optimizers,
+                watch=watch,
+            )
         trainer.train()
     if isinstance(watch, _Watch):
         for parameter, gradient in zip(watch._trained, watch.gradients, strict=True):
@@ -220,6 +260,34 @@ def _no_words() -> PreTrainedTokenizerFast:
     """Return a tokenizer that has only the token for padding, number 0. The texts are token ids already."""
     vocabulary = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))  # noqa: S106
     return PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="<pad>")  # noqa: S106
+
+
+@contextmanager
+def _refusals(options: Mapping[str, Any]) -> Iterator[None]:
+    """Turn an error into RefusedOptions, if there are options that may be its cause."""
+    try:
+        yield
+    except Unsupported:
+        raise
+    except (ValueError, TypeError, NotImplementedError) as error:
+        if not options:
+            raise
+        raise RefusedOptions(str(error) or type(error).__name__) from error
+
+
+@contextmanager
+def _without_launcher() -> Iterator[None]:
+    """Hide the environment variables of a launcher, e.g. of `accelerate launch`: only the suite decides how to train."""
+
+    def take() -> dict[str, str]:
+        return {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(_LAUNCHERS)}
+
+    hidden = take()
+    try:
+        yield
+    finally:
+        take()  # transformers and accelerate set some themselves
+        os.environ.update(hidden)
 
 
 @contextmanager

@@ -14,9 +14,15 @@ from harness.records.base_model import FrozenModel, Json
 from harness.records.check import CheckId, CheckResult, Outcome
 from harness.resources import data_folder
 
-Effect = Literal["same", "changes", "refused"]
+Effect = Literal["same", "changes", "refused", "untried"]
+"""`untried`: the setting could not be tried, e.g. because the library has no such option. A table cannot declare it."""
 _OUT_OF_SCOPE = ("dpo", "grpo")
-WORDS: dict[Effect, str] = {"same": "does not change training", "changes": "changes training", "refused": "is refused"}
+WORDS: dict[Effect, str] = {
+    "same": "does not change training",
+    "changes": "changes training",
+    "refused": "is refused",
+    "untried": "cannot be tried",
+}
 
 
 class LoopSetting(FrozenModel):
@@ -30,7 +36,7 @@ class LoopSetting(FrozenModel):
     """True if the loop makes its own optimizer and schedule."""
     warmup: int = 0
     """Number of warm-up steps of the harness's recipe."""
-    effect: Effect
+    effect: Literal["same", "changes", "refused"]
     """Effect that must be found."""
     about: str = ""
     """Meaning of the setting."""
@@ -46,7 +52,7 @@ class SettingFound(FrozenModel):
     effect: Effect
     """Effect that was found. `changes`: a loss or a trained tensor differs by more than the noise of the dtype allows."""
     first: float | None = None
-    """Distance of the first loss from that of the harness's loop, in nats. None if the loop refused the setting."""
+    """Distance of the first loss from that of the harness's loop, in nats. None if there was no whole training."""
     worst: float | None = None
     """Largest distance of a loss over all steps, in nats."""
     step: int | None = None
@@ -54,7 +60,7 @@ class SettingFound(FrozenModel):
     weights: float | None = None
     """Distance of all trained tensors at the end, relative to their norm."""
     because: str = ""
-    """Reason why the loop refused the setting."""
+    """Reason why there was no whole training."""
 
     @property
     def slug(self) -> str:
