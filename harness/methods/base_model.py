@@ -44,7 +44,7 @@ def model_class(name: str) -> Any:
 
     found = getattr(transformers, name, None)
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model and found.config_class is not None else None
+    return found if is_model and getattr(found, "config_class", None) else None
 
 
 def _model_class(folder: Path) -> tuple[Any, Any]:
