@@ -112,9 +112,10 @@ class AdapterSettings:
             return True
         names = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
         names = [name for name in names or () if name]
-        patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names] or [r".*?\.[^.]*\.(\d+)\."]
+        patterns = [rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\." for name in names] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
         found = next(filter(None, (re.match(pattern, path) for pattern in patterns)), None)
-        return found is not None and int(found[1]) in blocks
+        number = found and found["idx"]  # None if a part of the pattern matched that has no number, as in `a|b`
+        return number is not None and int(number) in blocks
 
 
 @dataclass(frozen=True)

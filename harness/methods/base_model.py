@@ -38,16 +38,23 @@ def read_config(folder: Path) -> Any:
         raise UsageError(f"no base model can be read ({reason})", where=str(folder), hint=_HINT) from error
 
 
-def _model_class(folder: Path) -> tuple[Any, Any]:
-    """Return the config and the class of the model in a folder. Raises UsageError if transformers knows no such model."""
+def model_class(name: str) -> Any:
+    """Return the class of a model in transformers with this name. None for another object, such as an Auto class."""
     import transformers
 
+    found = getattr(transformers, name, None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model and getattr(found, "config_class", None) else None
+
+
+def _model_class(folder: Path) -> tuple[Any, Any]:
+    """Return the config and the class of the model in a folder. Raises UsageError if transformers knows no such model."""
     config = read_config(folder)
     names = config.architectures or []
-    found = getattr(transformers, names[0], None) if names else None
+    found = model_class(names[0]) if names else None
     if found is None:
         named = f"`architectures` in config.json is {names}"
-        raise UsageError(f"{named}, which this transformers does not know", where=str(folder), hint=_HINT)
+        raise UsageError(f"{named}, which is no class of a model in this transformers", where=str(folder), hint=_HINT)
     return config, found
 
 

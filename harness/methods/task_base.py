@@ -13,8 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from harness.errors import Unsupported
-from harness.methods.base_model import empty_model, read_config
+from harness.errors import Unsupported, UsageError
+from harness.methods.base_model import empty_model, model_class, read_config
 
 _MAPPINGS = {
     "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -31,18 +31,19 @@ _MARK = 7919
 """A number of labels that no other size of a model equals. It shows which sizes are the number of labels."""
 
 
-def task_base(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Path:
+def task_base(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: Path) -> Path:
     """Return a folder with the base model of the class on which an adapter was trained.
 
     folder: the base. config: content of the adapter_config.json. shapes: name of a module or parameter in the base -> shape
-    of a tensor of the adapter for it. If the class and the number of labels are those of the base's config.json, the
-    result is `folder`. Otherwise it is a temporary folder with a changed config.json and links to the other files, which
-    is removed when the process ends. Raises Unsupported if transformers has no class for this task and base, and
-    UsageError if the base cannot be read.
+    of a tensor of the adapter for it. where: path of the adapter_config.json, for errors. If the class and the number of
+    labels are those of the base's config.json, the result is `folder`. Otherwise it is a temporary folder with a changed
+    config.json and links to the other files, which is removed when the process ends. Raises Unsupported if transformers
+    has no class for this task and base, and UsageError if the base cannot be read, or if auto_mapping names an object of
+    transformers that is no class of a model.
     """
     task = config.get("task_type")
     base: Any = read_config(folder)
-    found = list(_candidates(base, task, config))
+    found = list(_candidates(base, task, _mapped(config, where)))
     if not found:
         raise Unsupported(f"transformers has no class for task_type {task} and model_type {base.model_type}")
     fitting = found[0]
@@ -54,9 +55,25 @@ def task_base(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tupl
     return _changed(folder.resolve(), fitting, labels).path
 
 
-def _candidates(base: Any, task: str | None, config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield names of classes of transformers for this task, the most likely one first."""
+def _mapped(config: Mapping[str, Any], where: Path) -> str:
+    """Return the name of the class in auto_mapping, which peft writes if there is no task_type. "" if there is none.
+
+    A name that transformers does not have is that of a class in another library. Raises UsageError as `task_base`.
+    """
     import transformers
+
+    name = (config.get("auto_mapping") or {}).get("base_model_class")
+    if config.get("task_type") is not None or name is None:
+        return ""
+    if not isinstance(name, str) or (hasattr(transformers, name) and model_class(name) is None):
+        what = f"base_model_class in auto_mapping is {name!r}, which is no class of a model in transformers"
+        hint = "write the class of the base model, such as LlamaForCausalLM; or set auto_mapping to null"
+        raise UsageError(what, where=str(where), hint=hint)
+    return name
+
+
+def _candidates(base: Any, task: str | None, mapped: str) -> Iterator[str]:
+    """Yield names of classes of transformers for this task, the most likely one first. mapped: see `_mapped`."""
     from transformers.models.auto import modeling_auto
 
     own = list(base.architectures or ())[:1]
@@ -66,11 +83,10 @@ def _candidates(base: Any, task: str | None, config: Mapping[str, Any]) -> Itera
     if task in WITH_LABELS:
         names = own if set(own) & set(table.values()) else of_task
     elif task is None:
-        names = [(config.get("auto_mapping") or {}).get("base_model_class", ""), *own]
+        names = [mapped, *own]
     else:
         names = [*own, *of_task] if task != "FEATURE_EXTRACTION" else [*of_task, *own]
-    known = [name for name in names if isinstance(name, str) and hasattr(transformers, name)]
-    yield from dict.fromkeys(known)
+    yield from dict.fromkeys(name for name in names if isinstance(name, str) and model_class(name))
 
 
 def _has_any(folder: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -148,6 +148,28 @@ def test_a_config_without_targets_is_not_compared_with_the_base(
     assert [one["kind"] for one in document(capsys)["findings"]] == ["not-judged"]
 
 
+@pytest.mark.parametrize("name", ["AutoModelForCausalLM", "pipeline", "logging", "PreTrainedModel", 5])
+def test_a_mapping_to_what_is_no_model_is_one_message(
+    plain: Path, name: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = plain / "adapter_config.json"
+    change = {"task_type": None, "auto_mapping": {"base_model_class": name}}
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | change), encoding="utf-8")
+    assert main(["check", str(plain), "--base-model", str(BASES / "llama")]) == Exit.USAGE
+    out, err = capsys.readouterr()
+    assert (out, err.count("hint:")) == ("", 1)
+    assert f"{file}: base_model_class in auto_mapping is {name!r}" in err
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "ClassOfAnotherLibrary"])
+def test_a_mapping_to_a_model_is_judged(plain: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = plain / "adapter_config.json"
+    change = {"task_type": None, "auto_mapping": {"base_model_class": name}}
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | change), encoding="utf-8")
+    assert main(["check", str(plain), "--base-model", str(BASES / "llama"), "--json"]) == Exit.PASS
+    assert document(capsys)["base_class"] == "LlamaForCausalLM"
+
+
 def test_what_cannot_be_read_exits_with_2(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (
         [str(plain / "none")],

@@ -50,6 +50,8 @@ def test_scaling(config: dict[str, object], scaling: float) -> None:
         ({"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "blocks"}, ["blocks.1.q"]),
         ({"target_modules": ["q"], "layers_to_transform": [0], "layers_pattern": ["other", "blocks"]}, ["blocks.0.q"]),
         ({"target_modules": ["q"], "layers_to_transform": [0], "layers_pattern": "other"}, []),
+        ({"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "(h|blocks)"}, ["blocks.1.q"]),
+        ({"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "blocks|h"}, []),
         ({}, []),
     ],
     ids=str,

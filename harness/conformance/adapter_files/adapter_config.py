@@ -28,8 +28,15 @@ _WORDS = {
     "task_type": ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"),
 }
 """Key of the config -> the values that peft knows."""
+_ENDS = r"(.*\.)?({})$"
+_FORMS = {
+    "target_modules": "{}", "exclude_modules": "{}", "rank_pattern": _ENDS, "alpha_pattern": _ENDS,
+    "modules_to_save": r"(^|.*\.){}($|\..*)", "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
+}  # fmt: skip
+"""Key of the config -> the regular expression into which peft puts a pattern of this key."""
 _LARGEST = 2**31
 """Largest rank and alpha that are accepted. No layer has so many features."""
+_META = "a dot, a bracket or a star has a special meaning; `\\.` stands for a dot"
 _AS_PEFT = "write it as peft's `save_pretrained` does"
 
 
@@ -73,24 +80,30 @@ def _mistakes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for value in config[key] if isinstance(config.get(key), list) else ():
             if not _is(value, element):
                 yield f"{key} has the element {_short(value)}", _AS_PEFT
-    for key, types in (("rank_pattern", int), ("alpha_pattern", (int, float))):
-        for pattern, value in (config.get(key) or {}).items():
-            if not _is(value, types) or not 0 < value <= _LARGEST:
-                number = "an integer of at least 1" if types is int else "a positive number"
-                yield f"{key}: {_short(pattern)} is {_short(value)}", f"write {number}, at most {_LARGEST}"
-    if (rank := config.get("r")) is not None and not 1 <= rank <= _LARGEST:
-        yield f"r is {_short(rank)}", f"a rank is at least 1, and at most {_LARGEST}"
-    if (alpha := config.get("lora_alpha")) is not None and not abs(alpha) <= _LARGEST:
-        yield f"lora_alpha is {_short(alpha)}", f"write a number of at most {_LARGEST}"
+    for name, rank in _with_patterns(config, "r", "rank_pattern"):
+        if not _is(rank, int) or not 1 <= rank <= _LARGEST:
+            yield f"{name} is {_short(rank)}", f"write an integer of at least 1, and at most {_LARGEST}"
+    for name, alpha in _with_patterns(config, "lora_alpha", "alpha_pattern"):
+        if not _is(alpha, (int, float)) or not abs(alpha) <= _LARGEST:
+            yield f"{name} is {_short(alpha)}", f"write a number from -{_LARGEST} to {_LARGEST}"
     for key, words in _WORDS.items():
         if (word := config.get(key)) is not None and word not in words:
             yield f"{key} is {_short(word)}", f"write one of {', '.join(words)}"
     for key, pattern in _patterns(config):
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            hint = "a dot, a bracket or a star has a special meaning; `\\.` stands for a dot"
-            yield f"{key}: {_short(pattern)} is not a regular expression ({error})", hint
+        for form, hint in (("{}", _META), (_FORMS[key], "write `(?i:name)` for `(?i)name`, and no group `idx`")):
+            try:
+                re.compile(form.format(pattern))
+            except (re.error, OverflowError, RecursionError) as error:
+                place = "" if form == "{}" else f" inside {form.format('…')}"
+                yield f"{key}: {_short(pattern)} is not a regular expression{place} ({error})", hint
+
+
+def _with_patterns(config: Mapping[str, Any], key: str, patterns: str) -> Iterator[tuple[str, Any]]:
+    """Yield the value of a key, unless it is missing or null, and those of its patterns. Each has a name for messages."""
+    if config.get(key) is not None:
+        yield key, config[key]
+    for pattern, value in (config.get(patterns) or {}).items():
+        yield f"{patterns}: {_short(pattern)}", value
 
 
 def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -84,7 +84,7 @@ class AdapterFile:
         for key, one in self.header.items():
             name = key.removeprefix(PREFIX).replace(".base_layer", "")
             shapes[name.partition(".lora_")[0]] = one.shape
-        return task_base(folder, self.config, shapes)
+        return task_base(folder, self.config, shapes, self.folder / CONFIG)
 
     @property
     def settings(self) -> AdapterSettings:

@@ -53,6 +53,14 @@ def test_a_folder_and_its_file_are_the_same_adapter(plain: Path) -> None:
         (json.dumps({"peft_type": "LORA", "alpha_pattern": {"*q": 2}}), "alpha_pattern: '*q' is not a regular"),
         (json.dumps({"peft_type": "LORA", "layers_pattern": ["h", "("]}), "layers_pattern: '(' is not a regular"),
         (json.dumps({"peft_type": "LORA", "modules_to_save": ["+"]}), "modules_to_save: '+' is not a regular"),
+        (
+            json.dumps({"peft_type": "LORA", "rank_pattern": {"(?i)Q": 4}}),
+            "rank_pattern: '(?i)Q' is not a regular expression inside",
+        ),
+        (json.dumps({"peft_type": "LORA", "modules_to_save": ["(?i)q"]}), "'(?i)q' is not a regular expression inside"),
+        (json.dumps({"peft_type": "LORA", "layers_pattern": "(?i)h"}), "'(?i)h' is not a regular expression inside"),
+        (json.dumps({"peft_type": "LORA", "layers_pattern": "(?P<idx>h)"}), "is not a regular expression inside"),
+        (json.dumps({"peft_type": "LORA", "alpha_pattern": {"q": float("inf")}}), "alpha_pattern: 'q' is inf"),
     ],
 )
 def test_a_wrong_config_is_one_message_with_a_hint(plain: Path, content: str, says: str) -> None:

@@ -96,6 +96,7 @@ BROKEN: list[tuple[str, str, Spoil]] = [
     ("zero-update", "plain", set_zero),
     ("zero-update", "embedding", start_anew),
     ("scaling", "plain", lambda config, tensors: config.update(lora_alpha=0)),
+    ("scaling", "plain", lambda config, tensors: config.update(alpha_pattern={"q_proj": 0})),
     ("magnitude", "dora", lambda config, tensors: config.update(use_dora=False)),
     ("magnitude", "plain", lambda config, tensors: config.update(use_dora=True)),
     ("lora-bias", "lora_bias", lambda config, tensors: config.update(lora_bias=False)),
@@ -135,6 +136,11 @@ def test_the_corpus_has_no_finding(name: str) -> None:
     adapter = AdapterFile.read(corpus.folder() / name)
     assert judge(adapter, empty_base(adapter.folder / adapter.config["base_model_name_or_path"])) == []
     assert judge(adapter) == []
+
+
+def test_an_alpha_of_a_pattern_may_be_negative(tmp_path: Path) -> None:
+    adapter = copied("plain", tmp_path, lambda config, _: config.update(alpha_pattern={"q_proj": -8}))
+    assert judge(adapter, empty_base(corpus.folder() / "bases" / "llama")) == []
 
 
 def test_a_shape_is_reported_with_both_shapes(tmp_path: Path) -> None:
