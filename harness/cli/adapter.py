@@ -13,11 +13,14 @@ from harness.conformance.adapter_files.loader_readings import LoaderVerdict, fea
 from harness.console import align_columns, hold_output, print_json, print_lines
 from harness.errors import Exit, Unsupported, UsageError, plural
 from harness.methods.base_model import empty_base
+from harness.process.time_limit import TimeLimitError, time_limit
 
 if TYPE_CHECKING:
     from harness.conformance.adapter_files.loader_logits import LoaderLogits
 
 
+_JUDGE_S = 60.0
+"""Seconds of CPU time in which an adapter must be judged. One with 36,864 tensors takes 5 s."""
 _WRONG = ("differs", "raises")
 """Verdicts about the logits of a loader that are failures."""
 
@@ -92,8 +95,16 @@ def _cases(report: _Report) -> Iterator[tuple[str, str, str]]:
 
 def _judge(path: Path, adapter: AdapterFile, folder: Path | None, loaders: Sequence[str]) -> _Report:
     base, notes = _base(adapter, folder)
-    findings = [*judge(adapter, base), *notes]
-    used = features(adapter, findings, bool(getattr(getattr(base, "config", None), "tie_word_embeddings", False)))
+    try:
+        with time_limit(_JUDGE_S):
+            findings = [*judge(adapter, base), *notes]
+            used = features(
+                adapter, findings, bool(getattr(getattr(base, "config", None), "tie_word_embeddings", False))
+            )
+    except TimeLimitError as error:
+        what = f"it cannot be judged in {_JUDGE_S:g} s of CPU time; one of its regular expressions may backtrack without end"
+        hint = "write target_modules, exclude_modules and the patterns as plain names"
+        raise UsageError(what, where=str(path), hint=hint) from error
     logits: list[LoaderLogits] = []
     if folder is not None and base is not None and not any(one.nonconforming for one in findings):
         from harness.conformance.adapter_files import loader_logits

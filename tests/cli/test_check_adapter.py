@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from harness.cli import adapter as adapter_command
 from harness.cli import main
 from harness.conformance.adapter_files import corpus
 from harness.errors import Exit
@@ -196,6 +198,20 @@ def test_what_is_no_regular_file_is_not_waited_for(plain: Path, name: str, capsy
     os.mkfifo(plain / name)
     assert main(["check", str(plain)]) == Exit.USAGE
     assert f"{name}: is no regular file" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers of CPU time")
+def test_a_pattern_that_backtracks_without_end_is_one_message(
+    plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(adapter_command, "_JUDGE_S", 0.5)
+    path = plain / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"target_modules": "(([a-z._0-9]+)+)+!"}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    handler = signal.getsignal(signal.SIGVTALRM)
+    assert main(["check", str(plain), "--base-model", str(BASES / "llama")]) == Exit.USAGE
+    assert "may backtrack without end" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGVTALRM) is handler
 
 
 def test_the_config_alone_is_not_taken_for_the_weights(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
