@@ -153,8 +153,6 @@ def test_a_seed_without_latencies_is_not_served(base: Path, tmp_path: Path, kind
         ("one adapter for all requests at a time", {"several", "mixed"}),
         ("base rows keep the last adapter", {"mixed"}),
         ("stale adapter", {"swap"}),
-        ("multiplied by alpha", {"one", "several", "mixed", "swap"}),
-        ("another dtype", {"base"}),
     ],
 )
 def test_a_load_with_wrong_answers_is_not_timed(

@@ -56,8 +56,6 @@ def test_a_killed_server_loses_one_cell_and_the_run_goes_on(sandbox: Sandbox) ->
     lost, fine = sorted(sandbox.read().records, key=lambda record: record.started)
     assert (lost.status, lost.because) == (Status.LOST, "the worker was killed by SIGKILL in phase start-up")
     assert (fine.status, fine.start) == (Status.OK, "fork")
-    (sandbox.folder / "behave").touch()
-    assert sandbox.command("run", suite, "--resume", "run").code == Exit.PASS
 
 
 def test_no_server_outlives_its_run(sandbox: Sandbox) -> None:
