@@ -206,11 +206,13 @@ def test_every_package_has_a_test_in_the_default_tier() -> None:
     assert packages - quick == set()
 
 
-def test_each_tier_is_left_out_by_default_and_run_in_ci() -> None:
+def test_each_tier_is_left_out_by_default_and_run_in_ci_or_at_night() -> None:
     default = CONFIG["addopts"].partition("-m 'not (")[2].partition(")'")[0]
     others = re.findall(r'pytest -m "([^"]+)"', (TOP / ".ci" / "run").read_text(encoding="utf-8"))
+    night = (TOP / ".github" / "workflows" / "nightly.yml").read_text(encoding="utf-8")
     assert set(default.split(" or ")) == TIERS
-    assert others == [default]
+    assert others == [f"({default.removesuffix(' or nightly')}) and not nightly"]
+    assert "python -m pytest -m nightly" in night
 
 
 def test_nothing_runs_on_import() -> None:

@@ -434,7 +434,7 @@ def implementations(model, config, generator):
 """
 
 
-@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("asked", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)])
 def test_ctrl_c_prints_what_was_found_and_ends_the_workers(sandbox: Sandbox, asked: signal.Signals) -> None:
     site = Path(sandbox.environment["PYTHONPATH"].split(":")[0])
     info = site / "slow-1.0.dist-info"

@@ -75,6 +75,7 @@ def test_check_shows_in_which_release_a_defect_came_and_went(alone: Sandbox, whe
     assert json.loads(alone.command("env", "list", "--json").out)["environments"] == []
 
 
+@pytest.mark.nightly
 @pytest.mark.e2e
 def test_an_environment_of_a_users_table_has_what_the_implementation_needs(
     alone: Sandbox, wheels: Path, tmp_path: Path

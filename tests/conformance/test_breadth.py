@@ -86,6 +86,7 @@ def wrong_at_other_ranks(model: Any, config: lora.Config, generator: torch.Gener
     return adapted
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_an_implementation_that_is_wrong_at_other_ranks_only_fails_a_drawn_case(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

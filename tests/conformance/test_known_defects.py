@@ -120,7 +120,9 @@ def test_lora_of_convolutions_meets_most_configs_and_every_kind_of_layer_two_dty
         ("method", "pissa", "hf-peft-reloaded"),
         ("method", "vera", "hf-peft-second"),
         ("method", "lora", "loralib-merging"),
-        ("loader", "adapter_files", "hf-peft"),
+        pytest.param(
+            "loader", "adapter_files", "hf-peft", marks=pytest.mark.nightly
+        ),  # test_corpus compares the logits
     ],
 )
 def test_what_a_library_does_otherwise_is_what_is_known_of_it(kind: str, target: str, name: str) -> None:

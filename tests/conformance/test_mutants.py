@@ -77,6 +77,7 @@ def test_the_probe_tells_whether_the_changed_statement_ran(changed: list[Mutant]
     assert ran
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform == "win32", reason="mutants are tried in forks")
 @pytest.mark.slow
 def test_the_checks_of_a_target_catch_its_mutants() -> None:

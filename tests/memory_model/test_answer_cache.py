@@ -63,6 +63,7 @@ def refuse(*_: object, **__: object) -> Any:
     raise AssertionError("counted although the answer was cached")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.usefixtures("forks")
 def test_a_suite_that_was_planned_starts_no_process(monkeypatch: pytest.MonkeyPatch, predictions: Path) -> None:
