@@ -148,7 +148,8 @@ def test_the_times_of_a_resumed_run_are_its_own(story: dict[str, Stage]) -> None
     footer = stage.run.footer
     assert footer is not None
     assert footer.kept == 1
-    assert made.duration_s <= footer.seconds_in_cells < made.duration_s + kept.duration_s
+    # What the fork server imported is in no Record, but the run spent it on Cells.
+    assert made.duration_s <= footer.seconds_in_cells <= footer.seconds_total
     assert adds_up(footer)
     assert (
         f"this resumed part took {footer.seconds_total:.1f} s; the Cells of the whole run took "

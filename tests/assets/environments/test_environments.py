@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -25,6 +25,7 @@ from harness.cell.serving import server_process
 from harness.errors import AssetError, HarnessError, SuiteError, UsageError
 from harness.methods import servers
 from harness.methods.servers.kind import ServerKind
+from harness.records.training import Loop
 from harness.runner import cell_environments
 from support import tiny_wheels
 from support.processes import eventually, gone
@@ -462,7 +463,7 @@ def test_all_mistakes_of_a_table_are_said_at_once(tmp_path: Path) -> None:
 def test_every_declared_environment_names_implementations_that_exist() -> None:
     from harness.methods.registry import discover
 
-    names = {one.name for one in discover().implementations}
+    names = {one.name for one in discover().implementations} | {*get_args(Loop)}
     specs = table.load().values()
     assert specs
     assert {name for spec in specs for name in spec.implementations} <= names
