@@ -64,7 +64,7 @@ class Job(FrozenModel):
     at_once: int = 1
     """Number of Cells, this one included, that may run on the same machine at the same time."""
     start: WorkerStart = ""
-    """How the worker was started; empty until it is."""
+    """Start of the worker's process; see `Record.start`. Empty until it is started."""
     python: str = ""
     """Path of the interpreter that runs the Cell; empty for the one that runs the harness."""
     server_python: str = ""

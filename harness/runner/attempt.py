@@ -6,7 +6,7 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,10 @@ _LAST_LINES = 15
 _GRACE_S = 5.0
 
 
+def _do_nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class RunContext:
     """Facts that all attempts of a run share."""
@@ -32,6 +36,8 @@ class RunContext:
     """The environment of this machine."""
     timeout: float
     """Maximum duration of an attempt, in seconds."""
+    on_imports: Callable[[], object] = _do_nothing
+    """Function that is called after a fork server has imported libraries while no Cell ran."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,6 @@ class Attempt:
     """
 
     def __init__(self, job: Job, context: RunContext, starter: WorkerStarter) -> None:
-        starter.prepare(job)  # what a server imports for many Cells is no part of this one's time
         self.job = job.model_copy(update={"launched": time.time()})
         self.phase = "start-up"
         self._peak_B: int | None = None

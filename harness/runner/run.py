@@ -103,7 +103,7 @@ def run_suite(
         with _errors_name(folder):
             servers = cell_environments.server_pythons(plan.cells)
             session = _Session(plan, assets, homes, servers, done, folder, run_id, chosen, times, progress, imported)
-            run = _measure(session, entered, RunContext(folder, here, timeout))
+            run = _measure(session, entered, RunContext(folder, here, timeout, lambda: times.lap("imports")))
             progress.close()
             return _report(run, strict=strict)
 

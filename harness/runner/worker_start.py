@@ -22,7 +22,7 @@ from harness.runner import worker_imports
 WORKER = (sys.executable, *module_arguments("harness.runner.worker"))
 SERVER = (sys.executable, *module_arguments("harness.runner.worker_server"))
 Libraries = tuple[str | int | None, ...]
-"""What a fork server serves: an interpreter, a number of threads, and the modules that are imported."""
+"""Key of a fork server: an interpreter, a number of threads, and the modules that are imported."""
 COLD_START = "PEFT_HARNESS_COLD_START"
 """Environment variable: if it is set to 1, every worker is a new process."""
 

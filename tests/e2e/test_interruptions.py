@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,8 +149,8 @@ def test_the_times_of_a_resumed_run_are_its_own(story: dict[str, Stage]) -> None
     footer = stage.run.footer
     assert footer is not None
     assert footer.kept == 1
-    # What the fork server imported is in no Record, but the run spent it on Cells.
-    assert made.duration_s <= footer.seconds_in_cells <= footer.seconds_total
+    assert made.duration_s <= footer.seconds_in_cells < made.duration_s + kept.duration_s
+    assert sys.platform != "linux" or footer.seconds_outside["imports"] > 0
     assert adds_up(footer)
     assert (
         f"this resumed part took {footer.seconds_total:.1f} s; the Cells of the whole run took "

@@ -51,7 +51,7 @@ class Yardstick:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a loop did to a trainee, and what the harness's own loop does to the reference."""
+    """Trainings of one trainee by a loop, and of the reference by the harness's own loop."""
 
     trainee: Trainee
     train: Callable[..., StepSamples]

@@ -39,7 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Trainee:
-    """What a loop trains: a Method by an implementation, in a dtype, on the batches of a recipe."""
+    """The subject of a loop: a Method by an implementation, in a dtype, trained on the batches of a recipe."""
 
     method: str
     implementation: str
@@ -54,7 +54,7 @@ class Trainee:
 
 @dataclass
 class Observed:
-    """What a loop did in each step, and what it left."""
+    """Observations of one training: each step, and the tensors at its end."""
 
     samples: StepSamples
     rows: list[Rows] = field(default_factory=list)

@@ -43,7 +43,7 @@ class LoopSetting(FrozenModel):
 
 
 class SettingFound(FrozenModel):
-    """What one setting does to training, compared with the harness's own loop."""
+    """Effect of one setting on training, compared with the harness's own loop."""
 
     setting: LoopSetting
     """The setting."""

@@ -87,6 +87,9 @@ class Local:
                         placed, busy = self._place(waiting, probe, [attempt.job.gpu for attempt in running])
                         probe = None
                         if placed is not None:
+                            starter.prepare(placed)  # its imports are for many Cells, and no part of this one's time
+                            if not running:
+                                context.on_imports()
                             running.append(attempt := Attempt(placed, context, starter))
                             selector.register(attempt.events, selectors.EVENT_READ, attempt)
                         elif probed - since >= self._patience:
