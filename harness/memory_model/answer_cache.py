@@ -113,7 +113,7 @@ def _is_own(cell: Mapping[str, Any] | None) -> bool:
         found = _registry().find("method", cell["method"], cell["implementation"])
     except ImplementationError:
         return False
-    return getattr(found, "distribution", "") == OWN_DISTRIBUTION
+    return found.distribution == OWN_DISTRIBUTION
 
 
 @cache

@@ -24,7 +24,7 @@ from harness.conformance.subject import PackedLayer
 from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
 from harness.errors import AssetError, Exit, SuiteError
 from harness.memory_model.cell_prediction import predict
-from harness.methods.registry import discover
+from harness.methods.registry import Implementation, discover
 from harness.records.record import AssetUse, Base, Cell, Evaluation, Measurements, Outcome, Status, Training
 from harness.suites import loader
 from harness.suites.schema import SYNTHETIC
@@ -465,7 +465,8 @@ def test_what_attaching_changes_in_a_large_model_is_seen(tmp_path: Path, monkeyp
             model.get_submodule("model.norm").weight[7] += 1
         return attach(model, config, generator)
 
-    monkeypatch.setattr("harness.methods.registry.Registry.find", lambda *_: meddling)
+    mine = Implementation("mine", "method", "lora", meddling)
+    monkeypatch.setattr("harness.methods.registry.Registry.find", lambda *_: mine)
     with pytest.raises(NonconformingError, match=r"lora/base/bfloat16/init failed: .*model\.norm\.weight has changed"):
         lived(tmp_path, "lora")
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
-import torch
 
 from harness.cell.loop_checks import checks
 from harness.cell.loop_checks.observed_training import Trainee
@@ -20,19 +19,12 @@ from harness.conformance.findings.outcomes import CheckStatus
 from harness.methods.registry import Registry, discover
 from support.faulty_loops import FAULTS, Clips, FaultyLoop, ForgetsTheMethodsTerm, WarmsUpFromZero
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def registry() -> Registry:
     return discover()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny: several threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 YARDSTICKS: dict[str, checks.Yardstick] = {}
