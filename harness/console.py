@@ -185,10 +185,10 @@ def foreign_output() -> Iterator[None]:
 
 @contextlib.contextmanager
 def hold_output() -> Iterator[None]:
-    """Hold back what libraries write to stdout or stderr inside the context, also past Python's streams.
+    """Hold back the output of libraries inside the context: Python's stdout and stderr, and the file descriptor 2.
 
-    It goes to the log `harness` of `logging`. If the context raises anything but a HarnessError, it is printed on stderr
-    as safe lines.
+    Each line goes to the log `harness` of `logging`. If the context raises anything but a HarnessError, the lines are also
+    printed on stderr, as safe lines.
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as kept:
         sys.stderr.flush()

@@ -114,7 +114,7 @@ class AdapterSettings:
         names = [name for name in names or () if name]
         patterns = [rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\." for name in names] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
         found = next(filter(None, (re.match(pattern, path) for pattern in patterns)), None)
-        number = found and found["idx"]  # None if a part of the pattern matched that has no number, as in `a|b`
+        number = found and found["idx"]  # None if the part of a pattern `a|b` that matches has no number
         return number is not None and int(number) in blocks
 
 
@@ -168,8 +168,8 @@ class LayerUpdate:
     def weight(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the parameter with the update, in the dtype and the shape of the base's parameter.
 
-        tensors: the tensors of the file, by key. The update of one expert is written into the base's own parameter,
-        since a copy of the whole stack for each expert would take too long.
+        tensors: the tensors of the file, by key. For one expert, the result is the base's own parameter with the update
+        in it, because a copy of the whole stack for each expert would take too long.
         """
         whole: Tensor = getattr(module, self.parameter).detach()
         whole = whole if self.kind == "expert" else whole.clone()
@@ -219,7 +219,7 @@ class AdapterReading:
     absent: tuple[str, ...]
     """Modules and parameters of the base that the config targets, but for which the file lacks A or B."""
     not_implemented: dict[str, str]
-    """Key of the file that belongs to a targeted module of a kind without a reference -> the class of the module."""
+    """Key of the file -> class of its targeted module, which the reference does not implement."""
 
 
 def read(settings: AdapterSettings, keys: Sequence[str], model: nn.Module) -> AdapterReading:

@@ -14,7 +14,7 @@ LOAD_ABOVE = 0.5
 """If the load average exceeds the number of cores by more than this, other processes compete for the cores."""
 
 OTHERS = 0.1
-"""Largest harmless CPU time of other processes, in seconds per second and core, while a server is timed."""
+"""CPU time of other processes that is harmless while a server is timed, at most, in seconds per second and core."""
 
 RULE = (
     f"busy: the steps waited for a CPU. The process got less than {ONE_CORE:g} s of CPU time per second of its"

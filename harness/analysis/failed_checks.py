@@ -21,7 +21,7 @@ def nonconforming(record: Record) -> bool:
 def of_serving(check: CheckResult) -> bool:
     """Return whether a check judges a server, and not the code of the Method.
 
-    Its failure hides only times of the server, which the Record lacks anyway.
+    If it fails, the Record lacks times of the server. All other times stay valid.
     """
     return check.id.check.startswith("served-")
 

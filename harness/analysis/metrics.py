@@ -230,7 +230,7 @@ SERVED = (
     ),
     Metric(
         name="served_swap_s", unit="s", kind="timed", better="lower", read=_served_swap,
-        meaning="median time from the request to replace an adapter in a server to the first token of its answer",
+        meaning="median time to replace an adapter in a server and to get the first token of the new one",
         column="served_swap_s",
     ),
 )  # fmt: skip

@@ -229,7 +229,7 @@ def _whole(
             f"changed after the run: {', '.join(run.changed)}" if run.changed else "",
             f"{plural(len(others), 'Cell')} departing from the Method ({'; '.join(others)})" if others else "",
             f"training of {plural(len(diverged), 'Cell')} diverged ({'; '.join(diverged)})" if diverged else "",
-            f"wrong or missing answers of the servers of {plural(len(servers), 'Cell')} ({'; '.join(servers)})"
+            f"the servers of {plural(len(servers), 'Cell')} gave wrong answers or none ({'; '.join(servers)})"
             if servers
             else "",
             *(f"refuted: “{j.comparison.says}”" for j in refuted),

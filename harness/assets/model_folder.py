@@ -23,7 +23,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DROPOUTS = ("_pdrop", "dropout", "dropout_prob", "dropout_rate")
 _OF_HEADS = ("summary_", "classifier_")
-"""First parts of the names of those dropouts that only a head for classes has. A causal model does not use them."""
+"""Prefixes of dropouts that only a classification head uses. A causal model does not use them."""
 _TWO_SIDED = ("ForMaskedLM", "ForPreTraining")
 """Last parts of the names of those transformers classes that predict a token from the tokens on both sides."""
 
@@ -67,7 +67,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def headers_sha256(folder: Path) -> str:
-    """Return the SHA-256 of the headers of a model's weight files in hex digits. Headers have names, dtypes and shapes."""
+    """Return the SHA-256, in hex digits, of the headers of a model's weight files: names, dtypes and shapes."""
     return hashlib.sha256(b"".join(map(_header, _weights(folder)))).hexdigest()
 
 
@@ -101,14 +101,14 @@ def model_type(folder: Path) -> str:
 def dropout(folder: Path) -> str:
     """Return the key of a model's config that sets a dropout above 0. If there is none, return an empty string.
 
-    A key in a part of the config has the name of the part before it, e.g. `text_config.attention_dropout`.
+    A key in `text_config` is returned with this prefix, e.g. `text_config.attention_dropout`.
     """
     config = _config(folder)
     part = config.get("text_config")
     named = dict(config)
     if isinstance(part, dict):
         named |= {f"text_config.{key}": value for key, value in part.items()}
-    above = (key for key, value in named.items() if type(value) in (int, float) and value > 0)  # True is no number here
+    above = (key for key, value in named.items() if type(value) in (int, float) and value > 0)  # type() excludes True
     return next(filter(_is_dropout, above), "")
 
 
@@ -172,7 +172,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _header(file: Path) -> bytes:
-    """Return the header of a safetensors file: JSON. If it cannot be read, it is empty."""
+    """Return the header of a safetensors file, which is JSON. If it cannot be read, return no bytes."""
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")

@@ -63,6 +63,6 @@ STEPS: dict[str, StepBenchmark] = {
     "galore": StepBenchmark("galore", _GALORE | {"niter": 2}, fallback=_GALORE),
     "galore-exact": StepBenchmark("galore", _GALORE),
 }
-"""Name of a step, as written after `--step` -> the step. Method and base are named as in the names of Cells."""
+"""Value of `--step` -> the step. The value names Method and base in the same way as the names of Cells."""
 FORMER_NAMES = {"lora-nf4": "lora on nf4"}
 """Former name of a step, which `--step` still takes -> its name."""

@@ -64,7 +64,7 @@ class Job(FrozenModel):
     at_once: int = 1
     """Number of Cells, this one included, that may run on the same machine at the same time."""
     start: WorkerStart = ""
-    """Start of the worker's process; see `Record.start`. Empty until it is started."""
+    """Way in which the worker's process starts; see `Record.start`. Empty until it is chosen."""
     python: str = ""
     """Path of the interpreter that runs the Cell; empty for the one that runs the harness."""
     server_python: str = ""

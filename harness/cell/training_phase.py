@@ -111,7 +111,7 @@ def train(
         between = samples.outside_seconds / max(1, len(samples.losses) - 1)
         run.notes.append(
             f"trained by {cell.training.loop}; it spent {1000 * between:.3g} ms between two steps, on batches, schedule and "
-            "log, which step times leave out"
+            "log; step times leave this out"
         )
     if compiling:
         steps = ", ".join(map(str, compiling))

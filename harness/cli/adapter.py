@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 _JUDGE_S = 60.0
-"""Seconds of CPU time in which an adapter must be judged. One with 36,864 tensors takes 5 s."""
+"""Largest CPU time for the judgement of one adapter, in seconds. An adapter with 36,864 tensors takes 5 s."""
 _WRONG = ("differs", "raises")
 """Verdicts about the logits of a loader that are failures."""
 
@@ -34,7 +34,7 @@ class _Report:
     folder: Path | None
     """Folder of the base."""
     base_class: str
-    """Class of the base. Empty if the adapter was judged by itself."""
+    """Class of the base. Empty if the adapter was judged without a base."""
     findings: Sequence[Finding]
     features: Sequence[str]
     readings: Sequence[LoaderVerdict]
@@ -43,7 +43,7 @@ class _Report:
 
     @property
     def exit(self) -> Exit:
-        """FAIL if the file does not conform, or if a loader computes other logits."""
+        """FAIL if the file does not conform, or if a loader raises or computes other logits."""
         wrong = any(one.nonconforming for one in self.findings) or any(one.verdict in _WRONG for one in self.logits)
         return Exit.FAIL if wrong else Exit.PASS
 
@@ -61,9 +61,9 @@ class _Report:
 def check(path: Path, base_model: Path | None, loaders: Sequence[str], as_json: bool, junit: Path | None) -> Exit:
     """Judge an adapter, print the findings and how known loaders read it, and return the exit code.
 
-    base_model: folder of the base. By default, base_model_name_or_path if that is a folder; otherwise the file is
-    judged by itself. If the file conforms to a base, the logits of `loaders` are compared with those of the reference;
-    without names, those of HF peft. Raises UsageError if the adapter or the base cannot be read.
+    base_model: folder of the base. By default, base_model_name_or_path if that is a folder. Without a base, the file is
+    judged by itself. loaders: names of loaders; if there are none, HF peft. If the file conforms to a base, their logits
+    are compared with those of the reference. Raises UsageError if the adapter or the base cannot be read.
     """
     adapter = AdapterFile.read(path)
     folder = base_model or adapter.local_base
@@ -83,7 +83,7 @@ def check(path: Path, base_model: Path | None, loaders: Sequence[str], as_json: 
 
 
 def _cases(report: _Report) -> Iterator[tuple[str, str, str]]:
-    """Yield the cases of the JUnit file: the file, each finding, and each loader. A note is a skipped case."""
+    """Yield the cases of the JUnit file: conformance, each finding, and each loader. A note is a skipped case."""
     if not any(one.nonconforming for one in report.findings):
         yield "conforms", "", ""
     for one in report.findings:
@@ -115,7 +115,7 @@ def _judge(path: Path, adapter: AdapterFile, folder: Path | None, loaders: Seque
 
 
 def _base(adapter: AdapterFile, folder: Path | None) -> tuple[Any, list[Finding]]:
-    """Return the base without weights, and a note if there is no class for the adapter's task."""
+    """Return the base without weights. If there is no class for the adapter's task, return None and a note."""
     if folder is None:
         return None, []
     try:

@@ -119,7 +119,7 @@ def _with_homes(report: CheckReport, missing: Collection[Target], request: Check
         _judge_in(replace(request, implementations=sorted(names)), homes.at(folder))[0]
         for folder, names in there.items()
     ]
-    known = set(report.skipped.values())  # a reason that does not depend on the environment is said once
+    known = set(report.skipped.values())  # say a reason that does not depend on the environment once
     others = [replace(one, skipped={n: w for n, w in one.skipped.items() if w not in known}) for one in others]
     return CheckReport.joined([report, *others])
 

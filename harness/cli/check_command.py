@@ -63,8 +63,8 @@ from harness.resources import user_path
 )  # fmt: skip
 @click.option(
     "--loop", metavar="LOOP",
-    help="Check a training loop instead, e.g. trl: does its SFTTrainer train as the harness does, and which of its settings "
-    "change training?",
+    help="Check a training loop instead, e.g. `trl`: compare its SFTTrainer with the harness's own loop, and find the "
+    "settings that change training.",
 )  # fmt: skip
 @index_options
 @options.junit

@@ -1,4 +1,4 @@
-"""Work of `check --loop`: does a training loop train as the harness's own, and which of its settings change training?"""
+"""Work of `check --loop`: compare a training loop with the harness's own, and find the settings that change training."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def check(
 ) -> Exit:
     """Check a loop, print the report, write the requested files, and return the exit code.
 
-    environment: name or requirement of the environment in which to check. Empty for this Python; if the loop's library is
-    not installed here, the environment that a table declares for it, if that exists.
+    environment: name or requirement of the environment in which to check; empty for this Python. If this Python lacks the
+    loop's library, the environment that a table declares for the loop is used, if it exists.
     """
     refuse_unwritable({"--junit": junit, "--html": html})
     loop_settings.load(loop)  # reports mistakes before anything runs

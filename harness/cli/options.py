@@ -18,10 +18,10 @@ _C = TypeVar("_C", bound=Callable[..., Any])
 
 
 class _NamedPath(click.Path):
-    """A path that is not empty, as `"$UNSET"` in a script would be. Python takes an empty path for the current folder."""
+    """A path that must not be empty. An unset variable in a script gives an empty path, which Python takes for `.`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the Path. Fails if it is empty."""
+        """Return the Path. Report wrong use if it is empty."""
         if value == "":
             self.fail("the name is empty; name a file or a folder", param, ctx)
         return super().convert(value, param, ctx)
@@ -49,8 +49,8 @@ _GRAMMAR = """
 
     \b
     EXPR of --only is a list of terms, separated by commas:
-      key=value  key is id, model, task, method, implementation, environment, base,
-                 optimizer, dtype, seed, lr, batch, max_tokens, accumulate,
+      key=value  key is id, model, task, method, implementation, environment, serve,
+                 base, optimizer, dtype, seed, lr, batch, max_tokens, accumulate,
                  checkpointing, lr_ratio, compile, layerwise, loop, tune (true: Cells
                  of a learning-rate search), or a key of the Method's config
       word       the start of a cell_id, or a part of an id or name

@@ -1,7 +1,7 @@
 """Cache answers about memory on disk, so that equal requests are answered once. Imports no torch.
 
-An entry is the file `predictions/KEY.json` in the cache folder. KEY is a hash of everything that the answer depends on. The
-entry has the same facts, so that a broken or foreign file is recognised, ignored and replaced.
+An entry is the file `predictions/KEY.json` in the cache folder. KEY is a hash of all facts that the answer depends on. The
+entry also holds these facts, so that `read` ignores a broken or foreign file, and `write` replaces it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from harness.records import environment
 from harness.records.files import write_atomic
 
 Request = Mapping[str, Any]
-"""A `CountRequest` or a `StepRequest`, with any other keys that the answer depends on."""
+"""A `CountRequest` or a `StepRequest`, and any other facts that the answer depends on."""
 
 MOST = 4096
-"""Largest number of entries. Beyond it, the oldest are removed. An entry has a few KB."""
+"""Largest number of entries, of a few KB each. If there are more, the oldest are removed."""
 _VARIABLES = ("PEFT_HARNESS_COMPILE", "TRITON_INTERPRET")
 """Environment variables that select the code of a step."""
 
@@ -71,10 +71,10 @@ def _path(facts: str) -> Path:
 
 
 def _facts(request: Request) -> str | None:
-    """Return everything that the answer to a request depends on, as JSON. Return None if the answer must not be cached.
+    """Return all facts that the answer to a request depends on, as JSON. Return None if the answer must not be cached.
 
-    It must not be cached if it depends on code that can change while its version stays the same: an Implementation of
-    another distribution, or a library that is installed as editable.
+    An answer must not be cached if its code can change without a new version: the code of an Implementation in another
+    distribution, or of a library that is installed as editable.
     """
     surroundings = _surroundings()
     if surroundings is None or not _is_own(request.get("cell")):

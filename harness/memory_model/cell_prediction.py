@@ -1,6 +1,6 @@
 """Predict the memory of one Cell from its model's shape and its batches. The Cell's worker runs this code.
 
-The cache (`answer_cache`) gives the same prediction, because a prediction depends on nothing but its request.
+A prediction from the cache (`answer_cache`) is the same as a new one.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _cached(request: Mapping[str, Any], find: Callable[[], Any]) -> Any:
 
 
 def _sha256(parts: Sequence[Batch]) -> str:
-    """Return a SHA-256 over the content of batches. Programs branch on it: an attention mask may be unnecessary."""
+    """Return the SHA-256 of the content of batches. A step may depend on it, e.g. if a mask hides no token."""
     digest = hashlib.sha256()
     for part in parts:
         for name, tensor in {**part.inputs, "labels": part.labels}.items():

@@ -1,4 +1,4 @@
-"""Answer requests to count bytes or to take steps on fake tensors: from the cache, or in a child process.
+"""Answer requests to count bytes or to take steps on fake tensors, from the cache or by a child process.
 
 Only the child imports torch.
 """
@@ -23,7 +23,7 @@ def answer_requests(requests: Sequence[Mapping[str, Any]]) -> list[Any] | str:
     """Return the answer to each request, or the reason why the child process failed.
 
     Equal requests get the same answer. One child answers all requests that are not in the cache (`answer_cache`). An
-    answer is None if time ran out before.
+    answer is None if the child ran out of time before it.
     """
     keys = [_key(request) for request in requests]
     distinct = dict(zip(keys, requests, strict=True))

@@ -20,10 +20,10 @@ from harness.process.lifeline import die_with_parent
 from harness.records import collection
 
 _UNUSED = ("scipy", "torchao")
-"""Packages that transformers imports only because they are installed. Their imports take longer than the counting of a
-Method."""
+"""Packages that transformers imports if they are installed, although no count needs them. Their imports take longer than the
+count of a Method."""
 _OF_CHECKPOINTS = ("accelerate",)
-"""The same, but transformers needs these packages to read a checkpoint without its weights."""
+"""Packages that only a count from a checkpoint needs: transformers reads a checkpoint without its weights by them."""
 
 
 def main(argv: list[str]) -> None:
@@ -46,4 +46,4 @@ if __name__ == "__main__":
     main(sys.argv)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # the usual end of a process that imported torch takes half a second
+    os._exit(0)  # a normal exit takes half a second once torch is imported

@@ -1,7 +1,7 @@
 """Predict the memory of a plan's Cells from the shapes of their models. Imports no torch.
 
 Cells with equal steps share one step on fake tensors (`harness.memory_model.isolated_step`). Answers are cached on disk
-(`harness.memory_model.answer_cache`), and one child process finds those that are missing. A Cell's worker predicts in the
+(`harness.memory_model.answer_cache`), and one child process computes those that are missing. A Cell's worker predicts in the
 same way (`harness.memory_model.cell_prediction`).
 """
 

@@ -39,7 +39,7 @@ def read_config(folder: Path) -> Any:
 
 
 def model_class(name: str) -> Any:
-    """Return the class of a model in transformers with this name. None for another object, such as an Auto class."""
+    """Return the class of transformers with this name. If it is not a model's, e.g. an Auto class, return None."""
     import transformers
 
     found = getattr(transformers, name, None)
@@ -100,7 +100,7 @@ def _loaded(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def missing_weights(model: nn.Module) -> frozenset[str]:
-    """Return the names of the parameters that `load_base` drew at random, since the folder has no weights for them."""
+    """Return the names of the parameters that `load_base` drew at random because the folder has no weights for them."""
     found: frozenset[str] = model.missing_weights  # type: ignore[assignment]
     return found
 

@@ -1,4 +1,4 @@
-"""The base model that an adapter was trained on: the class for its task, and the number of labels of its head.
+"""Find the base model on which an adapter was trained: the class for its task, and the number of labels of its head.
 
 A classifier is usually trained on a base that was saved as a causal model. Its head is in the adapter's file alone.
 """
@@ -26,9 +26,9 @@ _MAPPINGS = {
 }
 """task_type of peft -> the table in transformers from a model_type to the class for this task."""
 WITH_LABELS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-"""Tasks whose head is new: its number of labels is that of the adapter."""
+"""Tasks with a new head. The adapter's file has the head, and so the number of labels."""
 _MARK = 7919
-"""A number of labels that no other size of a model equals. It shows which sizes are the number of labels."""
+"""A number of labels that differs from every other size of a model, so that it marks the parameters of the head."""
 
 
 def task_base(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: Path) -> Path:
@@ -56,9 +56,9 @@ def task_base(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tupl
 
 
 def _mapped(config: Mapping[str, Any], where: Path) -> str:
-    """Return the name of the class in auto_mapping, which peft writes if there is no task_type. "" if there is none.
+    """Return the name of the class in auto_mapping, which peft writes if there is no task_type, or an empty string.
 
-    A name that transformers does not have is that of a class in another library. Raises UsageError as `task_base`.
+    A name that transformers does not have belongs to another library. Raises UsageError as `task_base`.
     """
     import transformers
 
@@ -94,7 +94,7 @@ def _has_any(folder: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 
 def _labels(folder: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Return the number of labels that the adapter gives the head. 0 if it has no head."""
+    """Return the number of labels of the head in the adapter's file, or 0 if the file has no head."""
     for parameter, tensor in empty_model(folder, name, _MARK).named_parameters():
         if _MARK in tensor.shape[:1] and shapes.get(parameter):
             return int(shapes[parameter][0])
@@ -103,7 +103,7 @@ def _labels(folder: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> i
 
 @dataclass(frozen=True)
 class _View:
-    """A temporary folder. It disappears with this object."""
+    """A temporary folder. Python removes it together with this object."""
 
     folder: tempfile.TemporaryDirectory[str]
 

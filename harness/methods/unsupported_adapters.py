@@ -1,4 +1,4 @@
-"""Configs whose meaning `reference/adapter_file.py` does not implement. No torch."""
+"""Find the keys of an adapter's config that `reference/adapter_file.py` does not implement. No torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 def unsupported(config: Mapping[str, Any]) -> dict[str, str]:
-    """Map each key of an adapter_config.json with such a meaning to the meaning."""
+    """Map each key of an adapter_config.json that the reference does not implement to the meaning of the key."""
     found = {key: meaning for key, meaning in UNSUPPORTED.items() if config.get(key)}
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_INITS):

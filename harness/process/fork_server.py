@@ -1,8 +1,8 @@
-"""A fork server: one process imports libraries once, and forks a process for each task. Linux only.
+"""Fork server: a process that imports libraries once, and forks a process for each task. Linux only.
 
-`ForkServer` is the end of the program that has tasks, `serve` is the end in the server. The server has no threads of
-Python and runs no task itself, so each fork is as a new process that has done the same imports. A fork is in a session of
-its own, and is killed when its server or the program ends.
+The program that has tasks uses `ForkServer`, and the server runs `serve`. The server has no threads of Python and runs no
+task itself, so a fork equals a new process that has done the same imports. A fork has a session of its own, and is killed
+when its server or the program ends.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _END_S = 10.0
 class ForkServer:
     """A running fork server.
 
-    command: starts a process that calls `serve` with its standard input. The number of a lifeline (see
-    `harness.process.lifeline`) and then `arguments` are appended to it. The constructor raises OSError if the process
-    cannot be started.
+    command: command that starts a process, which must call `serve` with its standard input. The constructor appends the
+    number of a lifeline (see `harness.process.lifeline`) and `arguments` to it. It raises OSError if the process cannot be
+    started.
     """
 
     def __init__(self, command: Sequence[str], arguments: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -61,7 +61,10 @@ class ForkServer:
         return not self._forks
 
     def wait_ready(self, timeout: float) -> bool:
-        """Wait until the imports are done. Return False if they fail, if they take longer, or if forks are not safe."""
+        """Wait until the imports are done. Return False if they fail or take longer than `timeout` seconds.
+
+        Also return False if the server cannot fork safely; see `serve`.
+        """
         return bool(select.select([self._socket], [], [], timeout)[0]) and self._socket.recv(len(_READY)) == _READY
 
     def start(self, stdin: IO[bytes], output: IO[bytes]) -> Fork:
@@ -80,7 +83,7 @@ class ForkServer:
 
 
 class Fork:
-    """A process that a fork server has forked, or soon will. It has the same attributes as a `Subprocess`."""
+    """A process that a fork server has forked, or soon will. It has those attributes of a `Subprocess` that workers need."""
 
     def __init__(self, server: socket.socket, stdin: IO[bytes], output: IO[bytes]) -> None:
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
@@ -114,7 +117,7 @@ class Fork:
             else:
                 self._code = int(number)
         if self._status.is_closed and self._code is None:
-            self._code = -signal.SIGKILL  # as the server has ended, the kernel has killed its forks
+            self._code = -signal.SIGKILL  # the server has ended, so the kernel has killed its forks
 
     @property
     def is_over(self) -> bool:
@@ -135,13 +138,14 @@ class Fork:
             self.wait(_END_S)
         if self._code is None:
             self._code = -signal.SIGKILL
-        self._ours.close()  # a fork that was not started yet ends when it sees that its lifeline is cut
+        self._ours.close()  # a fork that has not started yet ends when it finds its lifeline cut
 
 
 def serve(connection: socket.socket, run: Callable[[int, int], int]) -> int:
     """Fork a process for each request, until the other end of `connection` closes. Return an exit code.
 
-    run: function that a fork calls with the descriptors of its events and of its lifeline; it returns the exit code.
+    The code is 1 if forks are not safe: another thread runs, or the kernel cannot bring pages of files into memory. run:
+    function that a fork calls with the descriptors of its events and of its lifeline; it returns the exit code.
     """
     if threading.active_count() > 1:
         return 1  # a thread that an import started would be missing in the forks
@@ -153,7 +157,7 @@ def serve(connection: socket.socket, run: Callable[[int, int], int]) -> int:
     status_of: dict[int, int] = {}
     ended, tell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(tell)
-    signal.signal(signal.SIGCHLD, lambda *_: None)  # a handler is needed, or nothing is written to the descriptor
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # without a handler, nothing is written to the descriptor
     own, asked = os.getpid(), connection.fileno()
     connection.send(_READY)
     while True:
@@ -167,7 +171,7 @@ def serve(connection: socket.socket, run: Callable[[int, int], int]) -> int:
                 return 0
             stdin, output, events, lifeline, status = descriptors
             with warnings.catch_warnings():
-                # A warning about threads of the system: those of OpenBLAS and jemalloc, which are prepared for forks.
+                # Python warns of threads of the system. Those of OpenBLAS and jemalloc are prepared for forks.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 pid = os.fork()
             if not pid:
@@ -202,9 +206,9 @@ def _become(parent: int, stdin: int, output: int) -> None:
 
 
 def _report_ends(status_of: dict[int, int]) -> None:
-    """Kill what is left of the group of each fork that has ended, and report its exit code."""
+    """Report the exit code of each fork that has ended, and kill the rest of its process group."""
     for pid in list(status_of):
-        # It stays a zombie, so that its id, which is the id of the group, is not given to another process.
+        # WNOWAIT keeps it a zombie, so that no other process gets its id, which is also the id of the group.
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             continue
         with contextlib.suppress(ProcessLookupError, PermissionError):

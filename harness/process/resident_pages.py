@@ -1,7 +1,7 @@
-"""Pages of mapped files, such as libraries, that are in a process's memory.
+"""Find and load the pages of mapped files, such as libraries, that are in a process's memory. Linux only.
 
-A fork starts without its parent's pages of files, and gets each when it first uses it. Memory that is measured in the fork
-would include these pages. So the fork asks for them all at once. Linux only.
+A fork starts without its parent's pages of files, and gets each page when it first uses it. A measurement of memory in the
+fork would include these pages, so the fork loads all of them at its start.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ Range = tuple[int, int]
 
 _ENTRY_B = 8
 _PRESENT = 0x80
-"""In the last byte of an entry of /proc/self/pagemap, the bit of a page that is in memory."""
+"""Bit that marks a page in memory, in the last byte of its entry in /proc/self/pagemap."""
 _POPULATE_READ = 22
 """MADV_POPULATE_READ of Linux 5.14 and later: read the pages as if each had been used."""
 
 
 def resident(maps: Path = Path("/proc/self/maps"), pagemap: Path = Path("/proc/self/pagemap")) -> list[Range]:
-    """Return the ranges of mapped files that are in this process's memory. Raises OSError if the system does not say it."""
+    """Return the ranges of mapped files that are in this process's memory. Raises OSError if /proc does not list them."""
     found: list[Range] = []
     with pagemap.open("rb", buffering=0) as entries:
         for line in maps.read_text(errors="replace").splitlines():

@@ -15,7 +15,7 @@ class TimeLimitError(Exception):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeLimitError in the block after `seconds` of CPU time of this process.
+    """Raise TimeLimitError in the block after `seconds` of user CPU time of this process.
 
     Outside the main thread, and on systems without such timers, there is no limit.
     """

@@ -24,7 +24,7 @@ class FrozenModel(BaseModel):
     )
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a copy with changed fields. update: the new values. The copy computes its cached properties again."""
+        """Return a copy with changed fields, without the cached properties of this object. update: the new values."""
         copied = super().model_copy(update=update, deep=deep)
         for name in vars(copied).keys() - type(copied).model_fields.keys():
             del copied.__dict__[name]

@@ -1,4 +1,4 @@
-"""Pause of Python's garbage collector while many Records are read or shown."""
+"""Pause Python's garbage collector while many Records are read or shown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
-    """Pause the garbage collector. Records hold no cycles, and to visit each of their items again takes most of the time."""
+    """Pause the garbage collector in the context.
+
+    Records hold no cycles, and repeated visits of all their items would take most of the time.
+    """
     was = gc.isenabled()
     gc.disable()
     try:

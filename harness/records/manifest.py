@@ -94,7 +94,7 @@ class Footer(FrozenModel):
     seconds_in_cells: Seconds
     """Time in which a Cell was running."""
     seconds_outside: dict[str, float]
-    """Seconds in which no Cell was running, by activity: `startup`, `fetch`, `imports` (by the processes that fork the
+    """Seconds in which no Cell was running, by activity: `startup`, `fetch`, `imports` (of the fork servers of the
     workers), `scheduling`. The page is made after the footer, in about half a second."""
     sha256: dict[str, str] = Field(default={})
     """Hashes of run.json and of each Record, by path in the run's folder, so that later changes are detected.

@@ -35,8 +35,8 @@ class TrainingMeasured(FrozenModel):
     `step_seconds` times the number of threads. If the value is far less, the threads waited, e.g. for other
     processes."""
     outside_seconds: Seconds | None = None
-    """Seconds that the training loop spent between the timed steps: it makes the next batch, steps the schedule and logs.
-    None for the harness's own loop, whose batches are ready before the first step."""
+    """Seconds between the timed steps, in which the training loop makes the next batch, steps the schedule and logs. None
+    for the harness's own loop, whose batches are ready before the first step."""
     optimizer: dict[str, Json] = Field(default={})
     """Facts about the optimizer: the class, the settings of each parameter group, and how states are paged, if they
     are."""

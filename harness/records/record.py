@@ -343,9 +343,9 @@ class Record(FrozenModel):
     """Number of Cells, this one included, that may have run on the machine at the same time. None in older Records.
     `harness.records.notes.concurrent_cells` also finds the number in these."""
     start: WorkerStart = ""
-    """Start of the Cell's process: `process` for a new interpreter, or `fork` for a fork of a process that had imported the
-    libraries and the model's classes, so that the phases `start-up` and `load` and the duration exclude these imports. Empty
-    in older Records, and if no process was started."""
+    """Way in which the Cell's process started: `process` for a new interpreter, or `fork` for a fork of a process that had
+    imported the libraries and the model's classes. After a fork, the phases `start-up` and `load` and the duration exclude
+    these imports. Empty in older Records, and if no process was started."""
     imported: Imported | None = None
     """Origin of the adapter, if another program trained it and this Cell only evaluates it. None for all other Cells."""
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from harness.records.base_model import Bytes, Count, FrozenModel, Seconds
 
 Load = Literal["base", "one adapter", "several adapters", "base and adapters"]
-"""The models to which the requests of a load go. In the last two, requests of a round go to different models."""
+"""Models to which the requests of a load go. In the last two loads, the requests of a round go to different models."""
 
 
 class ServedTimes(FrozenModel):
@@ -41,13 +41,13 @@ class Served(FrozenModel):
     server: str
     """Kind of server, e.g. `vllm`."""
     software: dict[str, str] = Field(default={})
-    """Version of each library of the server's Python."""
+    """Versions of the server and of the libraries that its kind names, in the server's Python."""
     start_s: Seconds | None = None
     """Seconds from the start of the server's process to its first answer. None if it gave none."""
     times: list[ServedTimes] = Field(default=[])
     """Times under each load."""
     swap_s: list[Seconds] = Field(default=[])
-    """Seconds from the request to replace the adapter of a name by another one to the first token of its answer."""
+    """Seconds for each replacement of an adapter by another one, up to the first token of the new one."""
     swap_because: str = ""
     """Reason why no replacement was timed."""
     memory_B: Bytes | None = None

@@ -8,7 +8,7 @@ from harness.records.base_model import ExtendedModel
 
 Loop = Literal["harness", "trl"]
 LOOP_MODULES = {"trl": "trl.trainer.sft_trainer"}
-"""Loop -> the module that it needs. Loops without an entry need nothing that is optional."""
+"""Loop -> the optional module that it needs. The other loops need none."""
 
 
 class Training(ExtendedModel):
@@ -54,8 +54,8 @@ class Training(ExtendedModel):
     the model's own weights, one pass per step, and an unscaled loss (no float16)."""
 
     loop: Loop = "harness"
-    """Training loop: `harness`, its own plain loop, or `trl`, the SFTTrainer of trl. SFTTrainer gets the same adapted model,
-    batches, optimizer and schedule, and every default of it that would change training is switched off. So the losses are
-    the same up to rounding; step time and memory are those of SFTTrainer. DPO and GRPO are not offered."""
+    """Training loop: `harness`, the harness's own plain loop, or `trl`, the SFTTrainer of trl. SFTTrainer gets the same
+    adapted model, batches, optimizer and schedule, and those of its defaults that would change training are off. So the
+    losses are the same up to rounding; step time and memory are those of SFTTrainer. DPO and GRPO are not offered."""
 
     later_fields: ClassVar = ("accumulate", "checkpointing", "lr_ratio", "compile", "layerwise", "loop")

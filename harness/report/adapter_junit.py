@@ -1,4 +1,4 @@
-"""JUnit file of `check PATH`. This module imports no torch."""
+"""Write the JUnit file of `check PATH`. No torch."""
 
 from __future__ import annotations
 

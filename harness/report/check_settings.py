@@ -1,4 +1,4 @@
-"""Settings of a training loop, in the output of `check --loop`: which of them change training, and by how much. No torch."""
+"""Tables of `check --loop`: the settings of a training loop, and by how much each changes training. No torch."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def answers(f: RunFacts) -> list[dict[str, Any]]:
 
 
 def _unscored(f: RunFacts, group: Group) -> dict[str, Any]:
-    """Return the first Cells with the budget of a group that were not scored, with the reasons, and the number of others."""
+    """Return the first Cells with a group's budget but without a score, with the reasons, and the number of others."""
     cells = [c for c in f.run.manifest.cells if c.cell_id not in f.entries and Budget.of(c) == group.budget]
     found = []
     for cell in cells[:_LISTED]:
@@ -130,7 +130,7 @@ def _cost(names: Names, chosen: Choice) -> dict[str, Any]:
 
 
 def _passes(entry: RankingEntry) -> list[str]:
-    """Return a list with one sentence on what the adapter costs at inference, and whether merging removes this cost."""
+    """Return one sentence with the latencies unmerged, merged and without an adapter. If one is missing, return none."""
     fields = [recipes.latency(entry, variant) for variant in ("unmerged", "merged", "base")]
     if any(one["value"] is None for one in fields):
         return []

@@ -1,4 +1,4 @@
-"""Table of model servers that served the adapters of Cells: times under each load, and their ratio to the base's."""
+"""Table of the model servers of Cells: times under each load, and their ratios to those of the base."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _no_more() -> list[Field]:
 
 
 def _notes(facts: RunFacts) -> list[str]:
-    """Return notes for the table: why servers or loads were not timed, and evidence of other programs."""
+    """Return notes for the table: the reasons of missing times, and evidence that other programs used the CPU."""
     found = []
     for record, m in measured(facts):
         name, times = facts.titles[record.cell_id], m.served.times if m.served else []

@@ -37,7 +37,7 @@ class RunContext:
     timeout: float
     """Maximum duration of an attempt, in seconds."""
     on_imports: Callable[[], object] = _do_nothing
-    """Function that is called after a fork server has imported libraries while no Cell ran."""
+    """Function that is called while no Cell runs, after `WorkerStarter.prepare`, in which a fork server may import."""
 
 
 @dataclass(frozen=True)

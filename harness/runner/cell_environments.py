@@ -1,4 +1,4 @@
-"""Environments of Cells and of their model servers: those of Cells are made before the run."""
+"""Environments of Cells, which are made before the run, and of their model servers, which must exist."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def ensure(cells: Iterable[Cell], say: Callable[[str], None]) -> dict[str, CellE
 def server_pythons(cells: Iterable[Cell]) -> dict[str, str]:
     """Return the interpreters of the servers that Cells name, by `Cell.serve`. No environment is made.
 
-    A server whose environment does not exist is left out: the Python of the Cell may have it.
+    A server without an environment is left out, because the Python of the Cell may have the server.
     """
     known = {one.name: one.file.spec for one in folder.made() if one.is_current} | table.load()
     found: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The modules that a Cell needs. A worker imports them before it measures. Imports no torch."""
+"""List the modules that a Cell needs. A worker imports them before it measures. No torch."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def modules(job: Job, registry: Registry) -> list[str]:
 
 
 def shared(job: Job) -> list[str]:
-    """Return the modules of a Cell that a fork server imports: those it needs, and that of its model's classes.
+    """Return the modules that a fork server imports for a Cell: those it needs, and that of its model's classes.
 
-    A plug-in of another distribution is imported in the worker only. It could start threads, which no fork would have.
+    Only the worker imports plug-ins of other distributions. A plug-in could start threads, which a fork would lack.
     """
     cell, own = job.cell, _own()
     offered = [

@@ -23,17 +23,17 @@ _OF_EACH_CELL = ("torch", "harness.cell.lifecycle", "harness.memory_model.cell_p
 
 
 def main(argv: list[str]) -> int:
-    """Import the modules, then fork a worker for each request. Return 0 if the runner has ended the server."""
+    """Import the modules, then fork a worker for each request. Return 0 when the runner ends the server."""
     lifeline, modules = int(argv[1]), argv[2:]
     for number in (signal.SIGINT, *TERMINATION_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(lifeline, sys.stdin.fileno())
     for module in (*_OF_EACH_CELL, *modules):
-        with contextlib.suppress(ImportError):  # the worker tries again, and says what is missing
+        with contextlib.suppress(ImportError):  # the worker tries again, and reports the missing module
             import_module(module)
     environment.code_version()
     gc.collect()
-    gc.freeze()  # a collection in a fork would otherwise copy each page with an object
+    gc.freeze()  # without this, a collection in a fork would copy each page that has an object
     with socket.socket(fileno=0) as connection:
         return serve(connection, lambda events, cut: worker.main(["", str(events), str(cut)]))
 

@@ -24,26 +24,26 @@ SERVER = (sys.executable, *module_arguments("harness.runner.worker_server"))
 Libraries = tuple[str | int | None, ...]
 """Key of a fork server: an interpreter, a number of threads, and the modules that are imported."""
 COLD_START = "PEFT_HARNESS_COLD_START"
-"""Environment variable: if it is set to 1, every worker is a new process."""
+"""Environment variable. If it is 1, every worker is a new process."""
 
 _MOST_SERVERS = 3
-"""Most fork servers at a time, one for each set of libraries. Each holds about 0.4 GB."""
+"""Number of fork servers above which an idle one is ended. Each holds about 0.4 GB, for one set of libraries."""
 _READY_S = 120.0
-"""Seconds that the imports of a fork server may take. If one is not ready then, all later workers are new processes."""
+"""Largest duration of a fork server's imports, in seconds. If one takes longer, all later workers are new processes."""
 
 
 class WorkerStarter:
     """Starts workers. Leaving the context ends the fork servers.
 
-    command: starts a new process as worker; the numbers of two file descriptors are appended to it. Another command than
-    the usual one is never replaced by a fork.
+    command: command that starts a new process as a worker. The numbers of two file descriptors are appended to it. Only the
+    usual command may be replaced by a fork.
     """
 
     def __init__(self, command: Sequence[str] = WORKER) -> None:
         self._command = command
         self._forks = sys.platform == "linux" and command == WORKER and os.environ.get(COLD_START) != "1"
         self._servers: dict[Libraries, ForkServer] = {}
-        """The running servers, the last used one last."""
+        """The running servers. The one that was used last is the last."""
 
     def __enter__(self) -> WorkerStarter:
         return self
@@ -86,7 +86,7 @@ class WorkerStarter:
 
     def _server(self, job: Job) -> ForkServer | None:
         """Return a server that forks workers for such a job, or None if the worker must be a new process."""
-        # Where there is a GPU, libraries may touch it when they are imported, and no fork could use it afterwards.
+        # If there is a GPU, a library may use it during its import, and no fork could use it afterwards.
         if not self._forks or job.device != "cpu" or environment.gpus():
             return None
         modules = worker_imports.shared(job)
@@ -107,7 +107,7 @@ class WorkerStarter:
         return server
 
     def _make_room(self) -> None:
-        """End the server that was idle for longest, if there are as many as there may be."""
+        """If there are `_MOST_SERVERS` servers, end the least recently used one that is idle."""
         idle = [key for key, server in self._servers.items() if server.is_idle]
         if len(self._servers) >= _MOST_SERVERS and idle:
             self._servers.pop(idle[0]).close()

@@ -1,4 +1,4 @@
-"""Find settings of a suite that a training loop other than the harness's own cannot do. No torch."""
+"""Find settings of a suite that a foreign training loop does not support. No torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def problems(
     steps: int,
     encoders: Sequence[str],
 ) -> Iterator[FieldProblem]:
-    """Yield a problem for each setting that `loop: trl` cannot do.
+    """Yield a problem for each setting that `loop: trl` does not support.
 
     config: Method -> field -> values. training: the entry's lists of values, by their keys in `training`. steps: number of
     training steps. encoders: the entry's models that are encoders.

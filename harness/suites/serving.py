@@ -1,7 +1,7 @@
-"""The key `serve:` of an entry: kinds of model servers that serve the trained adapters. No torch.
+"""Check the key `serve:` of an entry, which names the kinds of model servers for the trained adapters. No torch.
 
 A server loads the base from a folder and the adapters from files in the format of peft. So the base must not be quantised,
-and the Method must be LoRA. The base of a shape, whose weights are random, is saved first.
+and the Method must be LoRA. The random weights of a shape are saved in a folder first.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def problems(keys: CellKeys, models: Mapping[int, Source]) -> Iterator[FieldProb
 
 
 def _unserved(keys: CellKeys, models: Mapping[int, Source]) -> Iterator[FieldProblem]:
-    """Yield a problem for each value of an entry with a server that no server can load."""
+    """Yield a problem for each value that no server supports. keys: those of an entry with `serve:`."""
     apart = "give it an entry without `serve:`"
     for i, method in enumerate(keys.method):
         if method != METHOD:

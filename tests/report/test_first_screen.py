@@ -153,7 +153,7 @@ def test_cells_without_a_score_are_named_beside_the_recipes_with_the_reason(tmp_
     stop = lambda n, r: recorded_run.failed(r, Status.OOM, because="no room") if n == "full" else r  # noqa: E731
     page = Page(html.render([run_facts.analyse(recorded_run.write_run(tmp_path / "r", change=stop))]))
     answer = page.text.partition("Can I trust it?")[2].partition("exit code")[0]
-    assert "Without a score, so without a row:" in answer
+    assert "These Cells have no score, so they have no row:" in answer
     assert "full [reference] : oom: no room" in answer
 
 

@@ -1,4 +1,4 @@
-"""Find the environment in which an implementation runs whose libraries are not installed."""
+"""Find the environments of implementations whose libraries are not installed here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def of(implementations: Collection[str]) -> dict[str, MadeEnvironment | str]:
 
 
 def at(place: Path) -> MadeEnvironment:
-    """Return the environment in a folder, after a test of its interpreter."""
+    """Check that the interpreter of an environment starts, and return the environment. place: its folder."""
     environment = folder.read(place)
     assert environment is not None  # noqa: S101  # `homes` has just read it
     integrity.require_start(environment)

@@ -29,13 +29,13 @@ class EnvironmentSpec(FrozenModel):
     """False: the environment sees all packages of the Python that runs the harness, except those that it replaces. True:
     it holds everything itself, even torch."""
     without: list[str] = Field(default=[])
-    """Packages that pip would choose and that are left out, e.g. because their build breaks an import."""
+    """Packages that are not installed although pip would install them, e.g. because their build breaks an import."""
     dependencies: bool = True
-    """False: pip installs the requirements alone, and nothing that they require. For a library whose pins exclude the
-    installed packages, although the code in use works with them."""
+    """False if pip installs the requirements alone, without their own requirements. This helps if a library pins other
+    versions than the installed ones, but works with these."""
     implementations: list[str] = Field(default=[])
-    """Names of implementations, and of training loops, that `check` runs in this environment if their libraries are not
-    installed."""
+    """Names of implementations and of training loops. If their libraries are not installed, `check` runs them in this
+    environment, and so does `bench`."""
     about: str = ""
     """Purpose of the environment, in a sentence."""
 

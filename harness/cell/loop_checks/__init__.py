@@ -1,1 +1,1 @@
-"""Check a training loop: does it train as the harness's own loop does, and which of its settings change training?"""
+"""Check that a training loop trains as the harness's own loop does, and find which of its settings change training."""

@@ -1,4 +1,4 @@
-"""The checks of a training loop. The docstring of each check is its rule.
+"""Checks of a training loop. The docstring of each check is its rule.
 
 A gradient is judged at the weights at which the loop computed it, so that one fault does not hide in the consequences of
 another one. Losses and final weights are judged from the start, step by step.
@@ -30,7 +30,7 @@ _DRAWS = (None, *range(PERTURBED_DRAWS))
 
 
 class Yardstick:
-    """Trainings of the reference by the harness's own loop. All loops and implementations of a Method share them."""
+    """Trainings of the reference by the harness's own loop. All implementations of a Method in one dtype share them."""
 
     def __init__(self, trainee: Trainee) -> None:
         self._trainee = trainee.of_reference(trainee.dtype)
@@ -42,7 +42,7 @@ class Yardstick:
         return observe(loop.train, self._trainee.of_reference("float64"))
 
     def draws(self) -> Iterator[Observed]:
-        """Yield trainings in the trainee's dtype, with other rounding errors each."""
+        """Yield trainings in the trainee's dtype. Each has different rounding errors."""
         for index, seed in enumerate(_DRAWS):
             if index == len(self._draws):
                 self._draws.append(observe(loop.train, self._trainee, seed))
@@ -74,7 +74,7 @@ Findings = Judgement | list[str]
 
 
 def check_order(evidence: Evidence) -> Findings:
-    """Each optimizer step sees the texts of one batch of the data order, all of them, and in that order."""
+    """Each optimizer step sees all texts of one batch, and the loop keeps the order of batches and texts."""
     wanted = [
         [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(*map(b.inputs.get, _TEXTS), strict=True)]  # type: ignore[arg-type,union-attr]
         for b in batches(evidence.trainee.recipe)
@@ -94,8 +94,8 @@ _TEXTS = ("input_ids", "attention_mask")
 
 
 def check_schedule(evidence: Evidence) -> Findings:
-    """Each optimizer step has the learning rate of the recipe: the warm-up rises linearly from a first step above zero to
-    the peak, and the rate then falls linearly to zero after the last step."""
+    """Each optimizer step has the learning rate of the recipe. In the warm-up the rate rises linearly to its peak, and is
+    above zero in the first step. Then it falls linearly, and would be zero after the last step."""
     recipe, found = evidence.trainee.recipe, evidence.whole.rates
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=recipe.lr)
@@ -132,8 +132,8 @@ def _gradients(trainee: Trainee, seen: Observed) -> Findings:
 
 
 def check_losses(evidence: Evidence) -> Findings:
-    """The reported loss of every step is that of the float64 reference in the harness's loop, up to the noise of the dtype:
-    the rule of `same-losses` in a suite."""
+    """The reported loss of every step equals that of the float64 reference in the harness's loop, within the noise of the
+    dtype. This is the rule of `same-losses` in a suite."""
     truth, mine = evidence.yardstick.truth.samples.losses, evidence.whole.samples.losses
     if len(mine) != len(truth):
         return [f"{len(mine)} losses, should be {len(truth)}"]
@@ -161,7 +161,8 @@ def _errors(losses: list[float], truth: list[float]) -> list[float]:
 
 
 def check_weights(evidence: Evidence) -> Findings:
-    """The last step leaves every trained tensor where the float64 reference in the harness's loop leaves it."""
+    """After the last step, every trained tensor equals that of the float64 reference in the harness's loop, within the
+    noise of the dtype."""
     draws = (draw.end for draw in evidence.yardstick.draws())
     return carried_noise(
         evidence.whole.end, evidence.yardstick.truth.end, draws, evidence.trainee.dtype, TRAJECTORY_FACTOR
@@ -169,7 +170,7 @@ def check_weights(evidence: Evidence) -> Findings:
 
 
 def check_method_steps(evidence: Evidence) -> Findings:
-    """The Method's work between steps, such as AdaLoRA's pruning, is called once after each step, with its number."""
+    """The loop calls the Method's work between steps, such as AdaLoRA's pruning, once after each step, with its number."""
     want, found = list(range(1, evidence.trainee.recipe.steps + 1)), evidence.whole.method_steps
     return [] if found == want else [f"after_step was called for steps {found}, should be {want}"]
 

@@ -88,7 +88,7 @@ def base(dtype: str) -> Any:
 
 
 def batches(recipe: Training) -> list[Batch]:
-    """Return batches of texts of 6 to 20 tokens. Answers have 1 to 5 tokens, so that it matters how they are averaged."""
+    """Return batches of texts of 6 to 20 tokens. Answers differ in length (1 to 5 tokens), so that a wrong mean shows."""
     generator = torch.Generator().manual_seed(1)
 
     def number(low: int, high: int) -> int:
@@ -103,7 +103,7 @@ def batches(recipe: Training) -> list[Batch]:
 
 
 def attached(trainee: Trainee, moved_by: int | None = None) -> Adapted:
-    """Return the trainee at its start, where no factor is zero.
+    """Return the adapted model of a trainee before training. None of its factors is zero.
 
     moved_by: seed of a random move of each number by up to half a unit in the last place. None: no move.
     """
@@ -133,7 +133,7 @@ def _attach(trainee: Trainee) -> Adapted:
 
 
 def observe(train: Callable[..., StepSamples], trainee: Trainee, moved_by: int | None = None) -> Observed:
-    """Train by a loop, and return what it did. train: as `loop.train`. moved_by: as in `attached`."""
+    """Train by a loop, and return the observations. train: as `loop.train`. moved_by: as in `attached`."""
     adapted = attached(trainee, moved_by)
     seen = Observed(StepSamples())
     optimizer, schedule = optimizers.make(adapted, [], trainee.recipe, implementation=trainee.implementation)

@@ -1,4 +1,4 @@
-"""The events that the worker of `check --loop` reports. No torch."""
+"""Events that the worker of `check --loop` reports. No torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class LoopEvent(FrozenModel):
     environment: Environment | None = None
     """Machine and software of the worker."""
     begin: str = ""
-    """Words for what begins."""
+    """Description of the trainings that begin."""
     outcome: CheckOutcome | None = None
     """Outcome of a check."""
     setting: SettingFound | None = None

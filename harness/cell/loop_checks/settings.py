@@ -1,4 +1,4 @@
-"""Train with one setting of a foreign loop after the other, and compare with the harness's own loop."""
+"""Train with each setting of a foreign loop in turn, and compare with the harness's own loop."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STEPS = 12
 
 @dataclass(frozen=True)
 class _Own:
-    """A training by the harness's own loop, and the same in float64."""
+    """The same training by the harness's own loop in two dtypes."""
 
     float32: Observed
     float64: Observed
@@ -39,7 +39,7 @@ class SettingTrials:
         self._own: dict[int, _Own] = {}
 
     def run(self, setting: LoopSetting) -> SettingFound:
-        """Train with one setting, and return what it does."""
+        """Train with one setting, and return its effect."""
         defaults = {key: self._loop.defaults.get(key, ...) == value for key, value in setting.config.items()}
         found = partial(SettingFound, setting=setting, defaults=defaults)
         if unknown := [key for key in setting.config if key not in self._loop.defaults]:

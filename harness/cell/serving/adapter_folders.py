@@ -44,7 +44,7 @@ def _key(name: str) -> str:
 
 
 def _targets(subject: Subject) -> list[str]:
-    """Return the last parts of the adapted paths, or whole paths if other layers have these names too."""
+    """Return the last parts of the adapted paths. If other layers share these names, return the whole paths."""
     model: Any = subject.original.model or subject.model
     last = {path.rpartition(".")[2] for path in subject.bases}
     named = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in last]

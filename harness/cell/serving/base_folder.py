@@ -1,4 +1,4 @@
-"""The folder from which a server loads the base: that of the model, or a new one for a shape."""
+"""Find the folder from which a server loads the base: that of the model, or a new one for a shape."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from harness.conformance.subject import DTYPES
 def find(job: Job, new: Path) -> Path:
     """Return the folder of a Cell's base. For a shape, save the base into `new`, with the same random weights.
 
-    Servers want a tokenizer, so a shape gets one with a word for every token. No prompt of the harness is text.
+    Servers need a tokenizer, so a shape gets one with a word for every token. The harness sends token ids only.
     """
     given = Path(job.model.path)
     if job.model.source.scheme != "shape":

@@ -1,4 +1,4 @@
-"""Judge the answers of a server under each load, by the float64 reference of the adapter files."""
+"""Compare the answers of a server under each load with the float64 reference of the adapter files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Judged:
 
     checks: list[CheckResult]
     refused: dict[str, str]
-    """Load, or SWAP -> reason why it must not be timed. Loads with right answers are left out."""
+    """Load, or SWAP -> reason why it must not be timed. Loads that may be timed are left out."""
 
 
 def judge(session: Session, base: Path, subject: Named, case: Case) -> Judged:
@@ -51,7 +51,7 @@ def judge(session: Session, base: Path, subject: Named, case: Case) -> Judged:
     comparison = Comparison(session.client.url, base, files, session.again)
     try:
         floor = comparison.noise_floor(session.observations, [subject.dtype])
-    except UsageError as error:  # then there is no scale for the errors of the other answers
+    except UsageError as error:  # without a noise floor, no other answer can be judged
         check = CheckResult(
             check=identifier(subject, case, "served-base"), outcome=Outcome.FAIL, policy="served", detail=error.what
         )
@@ -85,7 +85,7 @@ def judge(session: Session, base: Path, subject: Named, case: Case) -> Judged:
 
 
 def _check(subject: Named, case: Case, name: str, phase: Phase, results: Sequence[SubjectResult]) -> CheckResult:
-    """Return the result of the check of one load from the answers of its phase."""
+    """Return the check result of one load. It rests on the answers of the load's phase."""
     found = {one: part for one in results for part in one.phases if part.phase is phase}
     if undecided := next((one for one in results if one.verdict in (Verdict.CANNOT_TELL, Verdict.NOT_COMPARED)), None):
         because = undecided.reason or "the adapter changes the answers too little to judge them"
@@ -108,7 +108,7 @@ def _check(subject: Named, case: Case, name: str, phase: Phase, results: Sequenc
 
 
 def _wrong_together(result: SubjectResult) -> bool:
-    """Return whether the answers are wrong only all together, so that no single one shows it."""
+    """Return whether the answers are wrong as a whole, although no single answer is."""
     return result.verdict is Verdict.NONCONFORMING and not any(part.wrong for part in result.phases)
 
 

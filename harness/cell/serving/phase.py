@@ -47,8 +47,8 @@ def draw(run: CellRun, subject: Subject) -> Adapters:
 def serve(run: CellRun, subject: Subject, adapters: Adapters) -> Served | None:
     """Serve adapters in the server that the Cell names, and return the times; None without adapters.
 
-    adapters: as `draw` returns them. Whatever is wrong with the server is a result: a check that fails or is skipped, and
-    a reason instead of times.
+    adapters: as `draw` returns them. If the server is missing, fails or answers wrongly, a check fails or is skipped, and
+    the result has a reason instead of times.
     """
     cell = run.cell
     if not adapters:
@@ -106,7 +106,7 @@ def _served(
     run: CellRun, subject: Subject, kind: ServerKind, python: ServerPython, base: Path, adapters: dict[str, Path],
     served: Served,
 ) -> Served:  # fmt: skip
-    """Start the server, judge it and time it. Raises HarnessError if it does not answer."""
+    """Start the server, judge its answers and time it. Raises HarnessError if it does not answer."""
     case = Case("trained", seed=run.cell.seed)
     prompt_tokens = _prompt_tokens(subject.model, run.cell.evaluation.prompt_tokens)
     launch = Launch(
@@ -134,7 +134,7 @@ def _served(
         run.checks.append(
             CheckResult(check=identifier(subject, case, ALIVE), outcome=Outcome.PASS, detail="it answered each request")
         )
-        nothing = "" if judge_answers.timed(judged.refused) else "its answers are wrong under every load"
+        nothing = "" if judge_answers.timed(judged.refused) else "no load had answers that could be judged right"
         return served.model_copy(
             update={
                 "times": times, "swap_s": swaps, "swap_because": judged.refused.get(judge_answers.SWAP, ""),
@@ -144,7 +144,7 @@ def _served(
 
 
 def _agree(session: Session) -> None:
-    """Find the dialect of the server. Prompts are token ids, so that no tokenizer is involved."""
+    """Find the dialect of the server, and use it in the session. Prompts are token ids, so no tokenizer is needed."""
     client = session.client
 
     def try_one(dialect: Dialect) -> None:

@@ -1,4 +1,4 @@
-"""The process of a model server: its interpreter, its start, its end."""
+"""Run the process of a model server: find its interpreter, start it, watch it and end it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from harness.process import lifeline
 from harness.process.supervisor import Subprocess, signal_name
 
 _POLL_S, _ANSWER_S = 0.2, 2.0
-"""While a server starts: seconds between two questions, and seconds to wait for an answer."""
+"""Seconds between two requests to a server that starts, and seconds to wait for an answer to each."""
 _GRACE_S = 5.0
-"""Seconds in which a server may end by itself after SIGTERM, so that it can remove its files."""
+"""Seconds to wait after SIGTERM before a server is killed. It can remove its files in this time."""
 _END_S = 2.0
-"""Seconds in which a server whose connections broke may end."""
+"""Seconds to wait for the end of a server that no longer answers."""
 _PATIENCE_S = 60.0
 _REASON = re.compile(r"\b\w+(?:Error|Exception|Exit)\b: \S.*")
 _FACTS = """
@@ -57,7 +57,7 @@ class ServerPython:
 def find_python(kind: ServerKind, own: str) -> ServerPython | str:
     """Return the Python that has the server, or the reason why there is none.
 
-    own: interpreter of the server's environment. Empty if this does not exist; then this Python may have the server.
+    own: interpreter of the server's environment. If it is empty, this Python is searched for the server.
     """
     python = own or sys.executable
     command = [python, "-P", "-c", _FACTS, kind.module, *kind.distributions]
@@ -89,7 +89,7 @@ class RunningServer:
         self._process, self.client, self.start_s = process, client, start_s
 
     def ended(self) -> str:
-        """Return a text about the end of the process. Empty if it still runs after a moment."""
+        """Return words for the end of the process. If it still runs after `_END_S` seconds, return an empty string."""
         self._process.wait(_END_S)
         return _ended(self._process)
 
@@ -119,10 +119,10 @@ class RunningServer:
 
 @contextmanager
 def running(kind: ServerKind, python: ServerPython, own: str, launch: Launch) -> Iterator[RunningServer]:
-    """Start a server, wait until it answers, and yield it. At the end, it is killed with all its children.
+    """Start a server, wait until it answers, and yield it. At the end, the server and all its children are killed.
 
-    It also dies if this process dies in any way. It writes to the stdout of this process. own: as in `find_python`.
-    Raises ServerError if it ends or does not answer in time.
+    The server also dies if this process dies in any way. It writes to the stdout of this process. own: as in
+    `find_python`. Raises ServerError if the server ends or does not answer in time.
     """
     command = [python.path, *kind.arguments(launch)]
     environment = {**_environment(own), **kind.variables}
@@ -140,7 +140,7 @@ def running(kind: ServerKind, python: ServerPython, own: str, launch: Launch) ->
 
 
 def _wait(process: Subprocess, client: Client, kind: ServerKind, name: str, begun: float) -> None:
-    """Wait until the server lists the base. Raises ServerError if it ends, does not answer, or is another server."""
+    """Wait until the server lists the base. Raises ServerError if it ends, or if no server or another one answers."""
     while True:
         if ended := _ended(process):
             raise ServerError(f"{kind.name} {ended} before it answered", hint="the log of the Cell has its output")
@@ -157,7 +157,7 @@ def _wait(process: Subprocess, client: Client, kind: ServerKind, name: str, begu
 
 
 def _listed(client: Client) -> list[str]:
-    """Return the names of the server's models. Empty if it does not listen, is not ready, or is no such server."""
+    """Return the names of the server's models. If the server does not list any yet, return an empty list."""
     try:
         return [one.name for one in client.models()]
     except (ServerError, UsageError):
@@ -172,14 +172,15 @@ def _ended(process: Subprocess) -> str:
 
 
 def _environment(own: str) -> dict[str, str]:
-    """Return the environment variables of a server. An environment of its own must not see modules of this Python."""
+    """Return the environment variables of a server. In an environment of its own, it must not see this PYTHONPATH."""
     return {key: value for key, value in os.environ.items() if not (own and key == "PYTHONPATH")}
 
 
 def reason(log: Path, start: int) -> str:
-    """Return the first line about an exception in a log after its first `start` bytes, or else its last line.
+    """Return the first line of a log that names an exception. If there is none, return the last line.
 
-    Later exceptions are often consequences of the first. The result is empty if the log has no line.
+    Later exceptions are often consequences of the first. start: number of bytes at the beginning of the log to ignore. The
+    result is empty if no line is left.
     """
     with contextlib.suppress(OSError), log.open("rb") as file:
         file.seek(start)

@@ -18,7 +18,7 @@ TOGETHER = 4
 TOKENS = 16
 """Number of tokens that the server generates for each request."""
 ROUNDS = 6
-"""Number of timed rounds of each load: the fewest that give a 95 % interval of a median."""
+"""Smallest number of timed rounds of each load. With fewer, a median has no 95 % interval."""
 
 
 @dataclass
@@ -36,11 +36,11 @@ def measure(
     client: Client, base: str, adapters: Sequence[str], ids: Sequence[int], prompt_tokens: int, seed: int,
     refused: Mapping[str, str], rounds: int = ROUNDS,
 ) -> list[ServedTimes]:  # fmt: skip
-    """Return the times under each load. A load that is refused gets its reason instead.
+    """Return the times under each load. A load in `refused` gets its reason instead.
 
     base, adapters: names on the server; the first adapter is the trained one. ids: token ids that prompts are drawn from.
-    Each request has a new prompt, so that no prefix cache answers. Rounds of the loads alternate, in the reverse order of
-    the rounds before; the first round of each load is not timed.
+    Each request has a new prompt, so that no prefix cache answers. The loads take turns, and each round reverses their
+    order. The first round of each load is not timed.
     """
     draw = random.Random(f"{seed} served")  # noqa: S311  # prompts, not secrets
     targets = _targets(base, adapters)
@@ -64,7 +64,7 @@ def measure(
 
 
 def swaps(session: Session, ids: Sequence[int], prompt_tokens: int, rounds: int) -> list[float]:
-    """Replace an adapter by another one `rounds` times. Return the seconds of each until the first token of its answer.
+    """Replace an adapter by another one `rounds` times. Return the seconds from each request to its first token.
 
     session: a session in which `swapped_alone` has loaded an adapter. ids, prompt_tokens: as in `measure`.
     """
@@ -95,7 +95,7 @@ def _targets(base: str, adapters: Sequence[str]) -> list[_Target]:
 def _round(
     client: Client, models: Sequence[str], prompts: Sequence[Sequence[int]]
 ) -> tuple[float, list[tuple[float, float]]]:
-    """Send the requests at the same time. Return the wall time, and each request's times of first and last token."""
+    """Send the requests at the same time. Return the wall time, and the seconds to the first and last token of each."""
     ready = Barrier(len(models) + 1)
 
     def request(model: str, prompt: Sequence[int]) -> tuple[float, float]:

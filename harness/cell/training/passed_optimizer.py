@@ -1,4 +1,4 @@
-"""An optimizer as other code sees it: it shares groups and states with the Cell's optimizer."""
+"""Optimizer to pass to other code. It shares groups and states with the Cell's optimizer."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 class PassedOptimizer(torch.optim.Optimizer):
-    """Passes every call on to `inner`, but loads nothing into it.
+    """Steps `inner` and drops its gradients, but saves and loads nothing.
 
-    accelerate loads an optimizer's own states into it. That would cast float32 masters and 8-bit codes to the dtype of the
-    parameters.
+    accelerate loads the states of an optimizer into it again, which would cast float32 masters and 8-bit codes to the dtype
+    of the parameters.
     """
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:

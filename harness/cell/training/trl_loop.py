@@ -1,4 +1,4 @@
-"""The training loop of trl: its SFTTrainer, with the harness's adapted model, batches, optimizer and schedule.
+"""Training loop of trl: its SFTTrainer, with the harness's adapted model, batches, optimizer and schedule.
 
 SFTTrainer gets token ids and completion masks, pads them itself, and computes its own loss. `ALIGNED` switches off each of
 its defaults that would change training. This module imports trl, an optional dependency.
@@ -41,7 +41,7 @@ ALIGNED: Mapping[str, Any] = {
     "max_length": None,
     "gradient_checkpointing": False,  # `harness.cell.training.model.checkpointing` switches it on, if the suite says so
 }
-"""Fields of SFTConfig whose defaults change training, or that the suite decides; and their values here."""
+"""Field of SFTConfig -> its value here. The default of each field changes training, or the suite decides on it."""
 _QUIET: Mapping[str, Any] = {
     "save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True,
     "dataloader_pin_memory": False,
@@ -55,7 +55,7 @@ _LAUNCHERS = (
     "OMPI_COMM_WORLD_SIZE",
     "MV2_COMM_WORLD_SIZE",
 )
-"""Beginnings of the names of environment variables by which accelerate changes training, e.g. its precision."""
+"""Prefixes of environment variables by which accelerate changes training, e.g. its precision."""
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -105,7 +105,7 @@ def defaults() -> dict[str, Any]:
 
 
 def refuse(adapted: Adapted, batches: Sequence[Batch]) -> None:
-    """Raise Unsupported if SFTTrainer would train another thing than `loop.train`."""
+    """Raise Unsupported if SFTTrainer would train differently from `loop.train`."""
     if not all(any(batch.answers) for batch in batches):
         raise Unsupported("SFTTrainer trains causal models only; write `loop: harness` for an encoder")
     output: Any = adapted.model.get_output_embeddings()  # type: ignore[operator]
@@ -123,7 +123,7 @@ def refuse(adapted: Adapted, batches: Sequence[Batch]) -> None:
 def _dropout(model: nn.Module) -> str:
     """Return the path of a dropout above 0 in a model. If there is none, return an empty string.
 
-    A class may set it by default, so it need not be in the model's config.json.
+    A class of a model may set it by default, without a key in config.json.
     """
     for path, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
@@ -187,7 +187,7 @@ class _Watch(_OneStep):
 
 
 class _Trainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer that tells its callback the loss of each part: its log has only means over several steps."""
+    """SFTTrainer that gives `watch` the loss of each part. Its own log has only means over several steps."""
 
     def __init__(self, *arguments: Any, watch: _OneStep, **options: Any) -> None:
         super().__init__(*arguments, callbacks=[watch], **options)
@@ -264,7 +264,7 @@ def _no_words() -> PreTrainedTokenizerFast:
 
 @contextmanager
 def _refusals(options: Mapping[str, Any]) -> Iterator[None]:
-    """Turn an error into RefusedOptions, if there are options that may be its cause."""
+    """Turn an error into RefusedOptions if there are options, since one of them may be its cause."""
     try:
         yield
     except Unsupported:
@@ -292,7 +292,7 @@ def _without_launcher() -> Iterator[None]:
 
 @contextmanager
 def _restored(model: Any) -> Iterator[None]:
-    """Undo at the end of the context what SFTTrainer changes about a model: its forward pass, configs and tags."""
+    """Restore at the end of the context the forward pass, the configs and the tags of a model, which SFTTrainer changes."""
     attributes = {name: value for name, value in vars(model).items() if not isinstance(value, dict)}
     configs = [model.config, *([model.generation_config] if hasattr(model, "generation_config") else [])]
     ids = [{name: getattr(config, name, None) for name in (*_TOKEN_IDS, "use_cache")} for config in configs]

@@ -1,4 +1,4 @@
-"""The adapter_config.json of a LoRA: read it, and refuse values that have no meaning."""
+"""Read the adapter_config.json of a LoRA, and refuse values that have no meaning."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def require_lora(config: Mapping[str, Any], where: Path) -> None:
 
 
 def _mistakes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield mistakes in a config, each with a hint. A mistake is found only if those before it are repaired."""
+    """Yield mistakes in a config, each with a hint. Only the first is certain: later tests assume that it is repaired."""
     if (kind := config.get("peft_type")) != "LORA":
         hint = "`peft-harness check PATH` judges LoRA adapters: peft_type LORA"
         yield f"unknown type of adapter: peft_type is {_short(kind)}", hint
@@ -99,7 +99,7 @@ def _mistakes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _with_patterns(config: Mapping[str, Any], key: str, patterns: str) -> Iterator[tuple[str, Any]]:
-    """Yield the value of a key, unless it is missing or null, and those of its patterns. Each has a name for messages."""
+    """Yield pairs (name for messages, value): of a key, unless it is missing or null, and of each of its patterns."""
     if config.get(key) is not None:
         yield key, config[key]
     for pattern, value in (config.get(patterns) or {}).items():
@@ -118,7 +118,7 @@ def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _is(value: Any, types: Any) -> bool:
-    """Return whether a value has one of these types. A boolean is no number."""
+    """Return whether a value has one of these types. A boolean does not count as a number."""
     return isinstance(value, types) and not (isinstance(value, bool) and types is not bool)
 
 

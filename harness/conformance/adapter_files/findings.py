@@ -39,7 +39,7 @@ KINDS = {
     "shape": "a tensor does not fit the layer of the base",
     "vocabulary": "a tensor has another number of tokens than the base",
     "resized": "the file has whole embeddings of another number of tokens: the base must be resized first",
-    "not-judged": "a tensor belongs to a layer of a kind that the reference does not implement",
+    "not-judged": "the reference does not implement a layer or the task, or the config names no layers to compare",
     "unsupported": "the config gives the tensors a meaning that the reference does not have, so nothing else was judged",
 }
 """Name of a kind of finding -> its meaning."""
@@ -92,7 +92,7 @@ def judge(adapter: AdapterFile, base: nn.Module | None = None) -> list[Finding]:
 
 
 def is_saved_embedding(settings: AdapterSettings, key: str) -> bool:
-    """Return whether a key is that of a whole embedding or head which modules_to_save does not name."""
+    """Return whether a key belongs to a whole embedding or head, and modules_to_save does not name this module."""
     return _EMBEDDING.fullmatch(key) is not None and not any(f".{name}." in key for name in settings.saved)
 
 
@@ -224,12 +224,13 @@ class _Judge:
         yield from self._of_replaced(reading, base, tokens)
 
     def _is_copy(self, key: str) -> bool:
-        """Return whether the key is that of a copy, which peft's loader ignores."""
+        """Return whether a key belongs to a copy of a tensor. peft's loader ignores such copies."""
         return _WRAPPER.search(key) is not None and _WRAPPER.sub(".", key) in self.adapter.header
 
     def _tokens(self, reading: AdapterReading, base: nn.Module) -> int:
-        """Return the number of tokens of the embeddings in the file, if it has all of them, and another number than the
-        base. Otherwise return 0.
+        """Return the number of tokens of the embeddings in the file if it differs from the base's. Otherwise return 0.
+
+        The file must have all embeddings of the base.
         """
         sides = [_embeddings(base, side) for side in ("input", "output")]
         tables = {id(one.weight): one.weight for one in sides if one is not None}

@@ -1,4 +1,4 @@
-"""Load one adapter file by loaders, and compare the logits with those that the reference computes from the file."""
+"""Load one adapter file with loaders, and compare their logits with those that the reference computes from the file."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from harness.methods.registry import Implementation, discover
 from harness.records.check import CheckId
 
 DEFAULT = "hf-peft"
-"""The loader that is compared if none is named."""
+"""Loader to compare if none is named."""
 PROMPTS = 4
-"""Number of prompts."""
+"""Number of prompts whose logits are compared."""
 _DTYPE = "float32"
 _B_PER_PARAMETER = 16
-"""Memory for the reference in float64, and beside it a copy in float32."""
+"""Bytes of memory per parameter, for the reference in float64 and a copy in float32 beside it."""
 _TASKS = (None, "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")
 """Values of task_type whose models return logits for token ids alone."""
 
@@ -52,8 +52,8 @@ class LoaderLogits:
 def compare(adapter: AdapterFile, folder: Path, base: nn.Module, names: Sequence[str]) -> list[LoaderLogits]:
     """Return the comparison of each loader with the reference.
 
-    folder: the base. base: the same without weights. names: of loaders; if empty, DEFAULT where its library is installed.
-    Raises ImplementationError for an unknown name.
+    folder: the base. base: the same without weights. names: names of loaders; if there are none, DEFAULT. A loader whose
+    library is not installed is not compared. Raises ImplementationError for an unknown name.
     """
     registry = discover(only=[DEFAULT, "reference"] if set(names) <= {DEFAULT, "reference"} else None)
     loaders = [registry.find("loader", ADAPTER_FILES, name) for name in names or [DEFAULT]]

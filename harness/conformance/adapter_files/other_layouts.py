@@ -1,4 +1,4 @@
-"""Layouts of LoRA files that other programs write. The keys tell the layout. Such files are not judged."""
+"""Recognise the layouts of LoRA files that other programs write, by their keys. Such files are not judged."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
 
 @check(of_sizes=False)
 def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
-    """A call leaves its arguments as they were, and so does its backward pass."""
+    """A call and its backward pass do not change the arguments."""
     given = cloned(subject.arguments)
     subject.function(**given)
     seen = operation_call.flatten(given)

@@ -14,7 +14,7 @@ from harness.conformance.operation import Arguments, draw
 from reference import dora, lora
 
 _TIMES = (1.0, 0.5, 3.0)
-"""Scalings of several layers, as multiples of the first one's."""
+"""Scalings of several layers, as multiples of that of the first layer."""
 
 
 class Masked(nn.Module):
@@ -89,9 +89,9 @@ def draw_low_rank(dtype: torch.dtype, generator: torch.Generator, shape: Sequenc
 
 
 def agreeing(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """Return B with the sign of some rows turned, so that no row of scaling B A points away from the same row of W.
+    """Return B with some rows negated, so that no row of scaling B A has a negative product with the same row of W.
 
-    Otherwise a row of W + scaling B A may be nearly zero in a layer of few features, and DoRA divides by its norm.
+    Otherwise, in a layer of few features, a row of W + scaling B A may be nearly zero, and DoRA divides by its norm.
     """
     return torch.where(((B @ A) * W).sum(dim=1, keepdim=True) * scaling < 0, -B, B)
 
@@ -109,7 +109,7 @@ def draw_adapted_layers(
     """Return random tensors of several adapted layers, as lists with one item per layer.
 
     shapes: (E, D) of each layer's W. The keys are `Ws` (E, D), `biases` (E,) or None, `As` (R, D), `Bs` (E, R),
-    `scalings` and `ms` (E,) or None. The layers have different scalings, so that a mixed-up one shows.
+    `scalings` and `ms` (E,) or None. The layers have different scalings, so that a confusion of layers shows.
     """
     Ws = [draw(generator, torch.float64, E, D, spread=D**-0.5) for E, D in shapes]
     low = [draw_low_rank(torch.float64, generator, shape, rank) for shape, rank in zip(shapes, ranks, strict=True)]
@@ -129,7 +129,7 @@ def draw_adapted_layers(
 def adapted_linear(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, m: Tensor | None
 ) -> Tensor:
-    """Return the output (..., E) of the reference's layer: LoRA's, or DoRA's if there are magnitudes m (E,)."""
+    """Return the output (..., E) of the reference's LoRA layer, or of its DoRA layer if there are magnitudes m (E,)."""
     base = dense_linear(W, bias)
     if m is None:
         return apply_layer(lora.LoraLinear(base, A, B, scaling, dropout=0.0), x, None, {"A": A, "B": B})

@@ -1,4 +1,4 @@
-"""Settings of a training loop: which of them change training. Read from `suites/loops/`. No torch."""
+"""Settings of training loops and their effects, as `suites/loops/` declares them. No torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LoopSetting(FrozenModel):
     warmup: int = 0
     """Number of warm-up steps of the harness's recipe."""
     effect: Literal["same", "changes", "refused"]
-    """Effect that must be found."""
+    """Effect that the check must find."""
     about: str = ""
     """Meaning of the setting."""
 
@@ -50,7 +50,7 @@ class SettingFound(FrozenModel):
     defaults: dict[str, bool] = Field(default={})
     """Option -> whether the value that was tried is the library's default."""
     effect: Effect
-    """Effect that was found. `changes`: a loss or a trained tensor differs by more than the noise of the dtype allows."""
+    """Effect that the check found. `changes`: a loss or a trained tensor differs by more than the noise of the dtype."""
     first: float | None = None
     """Distance of the first loss from that of the harness's loop, in nats. None if there was no whole training."""
     worst: float | None = None
@@ -69,7 +69,7 @@ class SettingFound(FrozenModel):
 
     @property
     def shown(self) -> list[str]:
-        """Options that the setting is about. The others have the recipe's values."""
+        """Options that the setting tries. The others have the recipe's values."""
         option = self.setting.name.partition(",")[0]
         return [key for key in self.setting.config if not self.setting.own_optimizer or key == option]
 
@@ -79,7 +79,7 @@ class SettingFound(FrozenModel):
         return bool(self.shown) and all(self.defaults.get(option, False) for option in self.shown)
 
     def outcome(self, loop: str) -> CheckOutcome:
-        """Return the outcome of the check that this setting has its declared effect."""
+        """Return a check outcome. The check passes if the setting has its declared effect."""
         wanted, found = self.setting.effect, self.effect
         detail = f"{WORDS[found]}; the table says that it {WORDS[wanted]}" if wanted != found else WORDS[found]
         return CheckOutcome(

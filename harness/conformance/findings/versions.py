@@ -1,4 +1,4 @@
-"""Compare the outcomes of the same checks in several environments, to show in which releases a defect exists. No torch."""
+"""Compare the outcomes of the same checks in several environments, to show which releases have a defect. No torch."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ def arguments(
     """Draw the arguments of a call.
 
     shape: (F, D) of the gate's and the up layer's W; the down layer's is (D, F). rows: the leading dimensions of x.
-    ranks: of gate, up and down. scaling: the gate's; those of up and down are a half and three times as large. dora:
-    also draw magnitudes; without them, every layer has plain LoRA.
+    ranks: of gate, up and down. scaling: that of gate; those of up and down are 0.5 and 3 times as large. dora: also draw
+    magnitudes; without them, every layer has plain LoRA.
     """
     F, D = shape
     layers = draw_adapted_layers(
@@ -59,8 +59,8 @@ def reference(
 ) -> Tensor:
     """Return down(activation(gate(x)) * up(x)), shape (..., D).
 
-    gate, up and down are the layers 0, 1 and 2 of the lists, each x W^T + bias + scaling (x A^T) B^T, or with
-    magnitudes ms, DoRA's layer as in lora_qkv. `gelu` is the exact one; `gelu-tanh` its approximation.
+    The lists have the tensors of gate, up and down, in this order. A layer is x W^T + bias + scaling (x A^T) B^T, or with
+    magnitudes ms DoRA's layer, as in lora_qkv. `gelu` is the exact GELU, and `gelu-tanh` its approximation by tanh.
     """
 
     def layer(x: Tensor, at: int) -> Tensor:

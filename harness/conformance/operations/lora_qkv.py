@@ -29,7 +29,7 @@ def arguments(
 
     shape: (E, D) of the query's W. rows: the leading dimensions of x. groups: the number of query heads that share a
     key and a value, so that k and v have E / groups outputs, at least one. scaling: that of q; those of k and v are
-    a half and three times as large. dora: also draw magnitudes; without them, every layer has plain LoRA.
+    0.5 and 3 times as large. dora: also draw magnitudes; without them, every layer has plain LoRA.
     """
     E, D = shape
     shared = (max(1, E // groups), D)

@@ -27,7 +27,7 @@ TOP = 5
 """Number of most likely tokens to request per position: the most that the API allows."""
 _LARGEST_B = 64 << 20
 _LONGEST_S = 1_000_000.0
-"""Largest time-out of a socket in seconds. Longer ones do not fit the system's numbers."""
+"""Largest time-out of a socket, in seconds. The system cannot represent much longer ones."""
 _EVENT = b"data: "
 _EXTENSIONS: dict[str, Any] = {
     "return_tokens_as_token_ids": True, "return_token_ids": True, "ignore_eos": True, "repetition_penalty": 1.0,
@@ -117,7 +117,7 @@ class Client:
     def stream(self, model: str, prompt: Sequence[int], tokens: int) -> tuple[float, float]:
         """Request a greedy continuation with `tokens` tokens, and return the seconds until its first and last token.
 
-        The answer is a stream of events, one per token or few tokens. Raises ServerError for no answer or an incomplete
+        The answer is a stream of events with one or a few tokens each. Raises ServerError for no answer or an incomplete
         one, and RequestRefusedError for a refused request.
         """
         body = {
@@ -176,7 +176,7 @@ class Client:
 
     @contextlib.contextmanager
     def _held(self, one: socket.socket) -> Iterator[None]:
-        """Let `abort` end what happens with a socket inside the context. A copy stays valid when TLS takes the socket."""
+        """Let `abort` shut a socket down inside the context. It holds a copy, since TLS takes over the original."""
         with one.dup() as copy:
             with self._lock:
                 self._open.add(copy)
@@ -191,7 +191,7 @@ class Client:
     def _connect(self, address: tuple[str, int], stack: contextlib.ExitStack, deadline: float) -> socket.socket:
         """Connect to the first address of a host that answers, as `socket.create_connection` does.
 
-        stack: keeps the socket among those that `abort` ends.
+        stack: until it closes, `abort` also ends requests on this socket.
         """
         failed: OSError = ConnectionError(errno.EADDRNOTAVAIL, "the host has no address")
         for family, kind, protocol, _, place in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
@@ -201,7 +201,7 @@ class Client:
                 with contextlib.ExitStack() as attempt:
                     attempt.enter_context(self._held(one))
                     one.connect(place)
-                    if self._closed:  # the system reports an aborted connect as a success
+                    if self._closed:  # the system reports success although `abort` shut the socket down
                         raise ConnectionAbortedError(errno.ECONNABORTED, "the requests were ended")
                     stack.push(attempt.pop_all())
             except OSError as error:

@@ -45,7 +45,7 @@ class Comparison:
     adapters: Mapping[str, AdapterFile]
     """Name on the server -> adapter."""
     again: Callable[[Observation, int], dict[str, Any]]
-    """Function (answer, tokens) that returns the body of the request, with another number of tokens unless that is 0."""
+    """Function (answer, tokens) that returns the body of the request, to repeat it. tokens: 0 for as many as before."""
 
     def noise_floor(self, alone: Sequence[Observation], dtypes: Sequence[str]) -> NoiseFloor:
         """Return the noise floor of the server from its base rows.

@@ -86,7 +86,7 @@ class ServedReport:
     subjects: Sequence[SubjectResult]
     """The base first, then the adapters."""
     not_offered: Mapping[str, str] = field(default_factory=dict)
-    """Function that the server does not offer -> its reason."""
+    """Function -> reason why the server does not offer it."""
     findings: Sequence[str] = ()
     """Findings that belong to no adapter."""
     stopped: str = ""

@@ -94,7 +94,7 @@ class Session:
     seed: int
     observations: list[Observation] = field(default_factory=list)
     not_offered: dict[str, str] = field(default_factory=dict)
-    """Function that the server does not offer -> its reason."""
+    """Function -> reason why the server does not offer it."""
     findings: list[str] = field(default_factory=list)
     """Mistakes of the server that show without a comparison."""
     _loaded: list[str] = field(default_factory=list)
@@ -116,7 +116,7 @@ class Session:
         self._send([self._request(Phase.ALONE, subject, i) for i in range(len(self.prompts))], 1)
 
     def mixed(self, phase: Phase = Phase.MIXED, meanwhile: Callable[[], None] | None = None) -> None:
-        """Send every prompt to every model in random order; in the phase ADAPTERS, not to the base.
+        """Send every prompt to every model in random order. In the phase ADAPTERS, leave out the base.
 
         meanwhile: called while the requests run.
         """
@@ -216,7 +216,7 @@ class Session:
             self.client.reopen()  # all threads have ended; the adapters are still to be unloaded
 
     def again(self, one: Observation, tokens: int = 0) -> dict[str, Any]:
-        """Return the body of the request that was answered, in the dialect of the server.
+        """Return the body of the request to which `one` is the answer, in the dialect of the server.
 
         tokens: number of tokens to generate; 0: as before.
         """

@@ -21,8 +21,8 @@ def adapted_linears(
 ) -> list[Tensor]:
     """Return x W^T + bias + scaling (x A^T) B^T, shape (..., E), for each layer, or DoRA's output if there are ms.
 
-    Layers of LoRA read x once and share the sum of its gradient. Each list has one item per layer: W (E, D), bias (E,),
-    A (R, D), B (E, R), m (E,). All tensors have one dtype.
+    With LoRA, all layers read x once, and one pass sums their gradients of x. Each list has one item per layer: W (E, D),
+    bias (E,), A (R, D), B (E, R), m (E,). All tensors have one dtype.
     """
     own: Sequence[Tensor | None] = [None] * len(Ws) if biases is None else biases
     if ms is None:

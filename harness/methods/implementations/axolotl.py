@@ -72,7 +72,7 @@ def lora_qkv(x: Tensor, **layers: Any) -> tuple[Tensor, ...]:
 
 @implements("lora_mlp", **_OPERATION)
 def lora_mlp(x: Tensor, activation: str, **layers: Any) -> Tensor:
-    """Compute the block by LoRA_MLP. As its patch of models does, take GEGLU for every activation with gelu in its name."""
+    """Compute the block by LoRA_MLP. Like Axolotl's patch of models, take GEGLU for every name that contains gelu."""
     from axolotl.kernels.lora import LoRA_MLP
 
     from harness.methods.implementations.gated_activations import of_library
@@ -102,7 +102,7 @@ def qlora(model: nn.Module, config: reference_qlora.Config, generator: Generator
 
 
 def _with_kernels(adapted: PeftAdapted) -> PeftAdapted:
-    """Let the layers compute by Axolotl's kernels. Raises Unsupported for kinds of layers without a kernel."""
+    """Replace the forward passes of the layers by Axolotl's kernels. Raises Unsupported for a layer without a kernel."""
     for path, layer in adapted.layers.items():
         kind = type(layer).__name__
         if kind not in ("Linear", "Linear4bit", "Embedding") or getattr(layer, "fan_in_fan_out", False):

@@ -1,4 +1,4 @@
-"""The activation inside the feed-forward kernels of Axolotl and Unsloth: their own, or torch's on a CPU."""
+"""Activations inside the feed-forward kernels of Axolotl and Unsloth: their own, or torch's on a CPU."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torch.nn.functional import gelu, silu
 from harness.errors import Unsupported
 
 INTERPRETED = ("float32", "float16")
-"""Dtypes that Triton's interpreter computes right."""
+"""Dtypes in which Triton's interpreter computes correctly."""
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
 """Functions (gate, up) -> h and (dh, gate, up) -> (h, gradient 1, gradient 2)."""
 
 
 def of_library(module: str, forward: str, backward: str, x: Tensor, *, up_first: bool = False) -> Pair:
-    """Return the two functions of a module's kernels. On a CPU without Triton's interpreter, return torch's.
+    """Return the forward and the backward function of a library. On a CPU without Triton's interpreter, use torch.
 
-    up_first: whether the library's backward function returns the gradient of up before that of gate. Raises Unsupported
-    for a dtype that the interpreter computes wrong.
+    up_first: True if the library's backward function returns the gradient of up before that of gate. Raises Unsupported
+    for an activation or a dtype that the interpreter cannot compute.
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not x.is_cuda and not interpreted:
@@ -62,7 +62,7 @@ def _of_torch(function: Callable[[Tensor], Tensor], *, up_first: bool) -> Pair:
 
 
 def _allocate_on_the_cpu(kernels: Any) -> None:
-    """Let a module that asks torch for memory on `cuda` get memory on the CPU, where the interpreter runs."""
+    """Give a module memory on the CPU, where the interpreter runs, when it asks torch for memory on `cuda`."""
 
     def empty(*shape: Any, device: object = None, **options: Any) -> Tensor:
         return torch.empty(*shape, **options)

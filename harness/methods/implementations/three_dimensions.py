@@ -1,4 +1,4 @@
-"""Inputs for kernels that accept (batch, tokens, features) only: those of Axolotl and Unsloth."""
+"""Shape inputs for the kernels of Axolotl and Unsloth, which accept (batch, tokens, features) only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def in_three_dimensions(x: Tensor) -> Tensor:
-    """Return x in the shape (batch, tokens, features), where the batch is 1 if x has another number of dimensions."""
+    """Return x in the shape (batch, tokens, features). If x does not have three dimensions, the batch is 1."""
     return x if x.dim() == 3 else x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1])
 
 

@@ -35,7 +35,7 @@ def lora(model: nn.Module, config: reference_lora.Config, generator: Generator) 
 
 @implements("dora", dtypes=DTYPES, **_NAME)
 def dora(model: nn.Module, config: reference_dora.Config, generator: Generator) -> Adapted:
-    """Replace linear layers by DoRALinear, and start the magnitudes as torchtune's recipes do."""
+    """Replace linear layers by DoRALinear. The magnitudes start as in torchtune's recipes."""
     if config.per != "output" or not config.detach_norm:
         raise Unsupported("torchtune has one magnitude per output, and its norm is a constant")
     from torchtune.modules.peft import DoRALinear
@@ -59,7 +59,7 @@ def _attach(model: nn.Module, config: Any, generator: Generator, kind: type[Any]
         layers = {path: adapted_layer(kind, base, config) for path, base in bases.items()}
     model.requires_grad_(False)
     for path, layer in layers.items():
-        if init != "kaiming":  # kaiming is torchtune's own start; its users write any other start themselves
+        if init != "kaiming":  # kaiming is torchtune's own start; it has no other
             write_initial_factors(init, layer.lora_a.weight, layer.lora_b.weight, generator)
         replace(model, path, layer.train(bases[path].training))
     return TorchtuneLayers(model, bases, layers, config)

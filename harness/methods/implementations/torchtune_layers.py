@@ -1,4 +1,4 @@
-"""torchtune's layers, and the Adapted that holds them."""
+"""Layers of torchtune, and the Adapted that holds them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reference.shared.layers import dense_copy, floating_dtype, replace
 
 
 def adapted_layer(kind: type[Any], base: Any, config: Any) -> Any:
-    """Return torchtune's layer with the weight and the bias of `base`, made on the meta device as its recipes do.
+    """Return torchtune's layer with the weight and the bias of `base`. It is made on the meta device, as in its recipes.
 
     kind: LoRALinear or DoRALinear. base: an nn.Linear, or a layer whose `packed[0]` is an NF4Tensor.
     """

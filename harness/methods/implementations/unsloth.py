@@ -1,8 +1,8 @@
 """`unsloth`: its LoRA kernels as Operations.
 
-On a CPU, `import unsloth` falls back to transformers' and peft's own layers. So the kernels are imported without the
-package around them, which would also patch torch, transformers and peft for the whole process. Where they call Triton,
-see `gated_activations`. NF4 needs a GPU.
+On a CPU, `import unsloth` falls back to the layers of transformers and peft, and it patches torch, transformers and peft
+for the whole process. So this module imports the kernels without the package around them. On a CPU,
+`gated_activations` chooses between their Triton code and torch. NF4 needs a GPU.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 _NAME: dict[str, Any] = {
     "name": "unsloth", "kind": "operation", "dtypes": DTYPES,
-    # A package of unsloth_zoo that patches nothing. Importing unsloth itself would.
+    # This package of unsloth_zoo patches nothing. Importing unsloth itself would patch torch.
     "requires": ["unsloth_zoo_downloads", "bitsandbytes", "triton"],
 }  # fmt: skip
 
 
 @cache
 def _kernels() -> Any:
-    """Import and return unsloth.kernels.fast_lora, with empty packages in the place of unsloth and unsloth.kernels."""
+    """Import and return unsloth.kernels.fast_lora. Empty packages stand in for unsloth and unsloth.kernels."""
     import torch
 
     folder = Path(str(find_spec("unsloth").origin)).parent  # type: ignore[union-attr]
@@ -58,7 +58,7 @@ def _adapters(
     Ws: list[Tensor], biases: list[Tensor] | None, As: list[Tensor], Bs: list[Tensor], scalings: list[float],
     ms: list[Tensor] | None,
 ) -> list[Any]:  # fmt: skip
-    """Return Unsloth's arguments: weight, quant_state, A, B and scale of each layer. Raises Unsupported for others."""
+    """Return weight, quant_state, A, B and scale of each layer. Raises Unsupported for biases and magnitudes."""
     if biases is not None or ms is not None:
         raise Unsupported("Unsloth's kernels have neither a bias of the base nor DoRA; it calls peft's layers then")
     return [one for W, A, B, s in zip(Ws, As, Bs, scalings, strict=True) for one in (W, None, A, B, s)]
@@ -68,7 +68,7 @@ def _adapters(
 def lora_linear(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None
 ) -> Tensor:
-    """Compute a layer by LoRA_W, which draws its own mask of dropout."""
+    """Compute a layer by LoRA_W. Raises Unsupported for a dropout mask, since LoRA_W draws its own."""
     if mask is not None:
         raise Unsupported("LoRA_W draws its own mask")
     layer = _adapters([W], None if bias is None else [bias], [A], [B], [scaling], None)
@@ -100,7 +100,7 @@ def lora_mlp(x: Tensor, activation: str, **layers: Any) -> Tensor:
 
 @implements("nf4_dequantize", **_NAME | {"devices": ["cuda"], "dtypes": ["float32", "bfloat16", "float16"]})
 def nf4_dequantize(packed: Tensor, absmax: Tensor, block: int, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
-    """Decode by fast_dequantize, from the state that bitsandbytes makes. It has CUDA calls of its own."""
+    """Decode by fast_dequantize, which makes CUDA calls of its own. Its state is that of bitsandbytes."""
     from bitsandbytes.functional import QuantState, get_4bit_type
 
     code = get_4bit_type("nf4", device=packed.device)

@@ -1,7 +1,7 @@
 """`vllm`, `vllm-triton`: vLLM's LoRA operations in torch (for CPUs) and in Triton (for GPUs), as `multi_lora_linear`.
 
-Both get what vLLM gives them: the adapters in slots of one stacked tensor, padded with zeros to the largest rank; B
-multiplied by the scaling in the adapter's dtype, as vLLM does on loading; and one slot per token, -1 for none. vLLM skips
+Both get the same arguments as in vLLM: the adapters in slots of one stacked tensor, padded with zeros to the largest rank;
+B multiplied by the scaling in the adapter's dtype, as vLLM does on loading; and one slot per token, -1 for none. vLLM skips
 both operations for a batch without adapters, and so do these functions. On a CPU, Triton's interpreter runs the kernels:
 `TRITON_INTERPRET=1 peft-harness check vllm-triton`.
 """
@@ -18,7 +18,7 @@ from harness.methods.registry import Implementation, implementations_in, impleme
 if TYPE_CHECKING:
     from torch import Tensor
 MAX_PRODUCTS = 1 << 22
-"""Largest number of multiplications of a case in the interpreter, so that a case takes seconds."""
+"""Largest number of multiplications of a case in the interpreter. Such a case takes seconds."""
 _Add = Callable[["Tensor", "Tensor", "Tensor", "Tensor", "Tensor"], None]
 """Function that adds the update of every token to y, in place. Its arguments are y, x, the stacked As, the stacked Bs and
 the slots."""

@@ -1,4 +1,4 @@
-"""A kind of model server: how its process is started, and what it can serve. No torch."""
+"""Kinds of model servers: the start of their process, and what they can serve. No torch."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class ServerKind:
-    """A kind of model server. It has the completions API of OpenAI, with vLLM's fields for token ids, and streams.
+    """A kind of model server with the completions API of OpenAI and with streams.
 
-    It must load and unload adapters by `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, as vLLM does; otherwise its
-    hot-swap is not measured.
+    It must accept token ids as prompts, and return token ids by the fields of vLLM. If it also loads and unloads adapters
+    by `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, as vLLM does, the replacement of an adapter is measured.
     """
 
     name: str
@@ -44,9 +44,9 @@ class ServerKind:
     module: str
     """Module that the server's Python must have."""
     arguments: Callable[[Launch], Sequence[str]]
-    """Function that returns the arguments of this Python."""
+    """Function that returns the arguments of the server's Python."""
     environment: str = ""
-    """Name of the environment in which the module is; see `peft-harness env list`. Empty if it needs none."""
+    """Name of the environment that has the module; see `peft-harness env list`. Empty if the server needs none."""
     variables: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of the server's process."""
     distributions: tuple[str, ...] = ()

@@ -1,16 +1,16 @@
-"""vLLM's server with the OpenAI API, with all adapters loaded at its start. No torch."""
+"""Server of vLLM with the OpenAI API. It loads all adapters at its start. No torch."""
 
 from __future__ import annotations
 
 from harness.methods.servers.kind import Launch, ServerKind
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of vLLM's largest rank. An adapter of a higher rank stops the server at its start."""
+"""Values of vLLM's option `--max-lora-rank`. An adapter of a higher rank stops the server at its start."""
 
 
 def _arguments(launch: Launch) -> list[str]:
     rank = next((size for size in _RANKS if size >= launch.rank), _RANKS[-1])
-    # No slot is spare: an empty slot would hide the mistake that a request to the base gets the update of the last slot.
+    # Every slot has an adapter: vLLM on a CPU gives the base the update of the last slot, which an empty slot would hide.
     slots = len(launch.adapters)
     return [
         "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(launch.port),

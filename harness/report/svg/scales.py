@@ -23,7 +23,7 @@ class Axis:
     each: bool = False
     """True to name each value that has room, instead of round numbers."""
     whole: bool = False
-    """True for a linear axis of counts: its ticks are whole numbers from the lowest to the highest value."""
+    """True for a linear axis of counts. Its ticks are whole numbers, and none is outside the values."""
     values: tuple[float, ...] = ()
     """Values of which `over` was told, lowest first."""
     span: tuple[float, float, float, float] = (0.0, 1.0, 0.0, 1.0)

@@ -87,7 +87,7 @@ class Local:
                         placed, busy = self._place(waiting, probe, [attempt.job.gpu for attempt in running])
                         probe = None
                         if placed is not None:
-                            starter.prepare(placed)  # its imports are for many Cells, and no part of this one's time
+                            starter.prepare(placed)  # before the Cell's time begins: the imports serve many Cells
                             if not running:
                                 context.on_imports()
                             running.append(attempt := Attempt(placed, context, starter))

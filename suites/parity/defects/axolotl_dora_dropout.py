@@ -1,6 +1,6 @@
-"""axolotl: with dropout, DoRA's kernels scale W x by the gain for the undropped x, where peft and the authors drop.
+"""axolotl: DoRA's kernels multiply W x by the gain without dropout on x; peft and the authors drop x there too.
 
-peft, whose layer the kernel replaces, and the paper's authors compute W x + (g - 1) W d(x) + g s B A d(x) + bias with one
+The kernel replaces a layer of peft. peft and the paper's authors compute W x + (g - 1) W d(x) + g s B A d(x) + bias with one
 mask d. The kernel computes g (W x + s B A d(x)) + bias. Without dropout the two are the same. Seen in 0.19.0.
 """
 

@@ -1,6 +1,6 @@
 """axolotl: DoRA's kernels raise for an adapter that was made or loaded under torch.inference_mode.
 
-They ask for the `_version` of A and B, which such tensors do not have. peft's own layer computes. Seen in 0.19.0.
+They read the `_version` of A and B, which such tensors do not have. peft's own layer does not raise. Seen in 0.19.0.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """axolotl: DoRA's kernels multiply x by the scaling before anything else, which overflows for large inputs.
 
-`_lora_only` computes `s * X @ A @ B`; LoRA's kernel scales at the end. In float16 an input of 5000 and a scaling of 16 are
-enough. Seen in 0.19.0.
+`_lora_only` computes `s * X @ A @ B`; LoRA's kernel scales at the end. In float16, inputs of 5000 overflow with a scaling of
+16. Seen in 0.19.0.
 """
 
 import torch

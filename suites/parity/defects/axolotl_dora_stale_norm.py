@@ -1,8 +1,8 @@
 """axolotl: DoRA's kernels keep the norm ||W + s B A|| of the first step if the optimizer is fused.
 
-`_compute_dora_scale` keeps the norm on the magnitude until the `_version` of A or B changes. torch's fused optimizers, the
-default of transformers and of Axolotl, and bitsandbytes' write into A and B without changing it. So every step after the
-first trains with an old norm, and the saved adapter computes something else than what was trained. Seen in 0.19.0.
+`_compute_dora_scale` keeps the norm on the magnitude until the `_version` of A or B changes. torch's fused optimizers (the
+default of transformers and of Axolotl) and those of bitsandbytes change A and B, but not `_version`. So every step after the
+first trains with an old norm, and the saved adapter computes other outputs than the trained model. Seen in 0.19.0.
 """
 
 import torch

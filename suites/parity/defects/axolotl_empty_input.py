@@ -1,4 +1,4 @@
-"""axolotl: the kernels raise for an input without tokens, because they ask for view(batch, tokens, -1). Seen in 0.19.0."""
+"""axolotl: the kernels raise for an input without tokens, because they call view(batch, tokens, -1). Seen in 0.19.0."""
 
 import torch
 from axolotl.kernels.lora import LoRA_O

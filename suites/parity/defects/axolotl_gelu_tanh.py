@@ -1,8 +1,8 @@
-"""axolotl: the feed-forward kernel of models with GELU by tanh (Gemma's gelu_pytorch_tanh) computes the exact GELU.
+"""axolotl: for models with GELU by tanh (Gemma's gelu_pytorch_tanh), the feed-forward kernel computes the exact GELU.
 
-`axolotl.monkeypatch.lora_kernels` takes GEGLU for every activation with gelu in its name, and the kernel has `erf` only.
-The two differ by up to 4.7e-4. Run with TRITON_INTERPRET=1 on a CPU. Seen in 0.19.0. A request for a kernel by tanh was
-closed, since it was not faster.
+`axolotl.monkeypatch.lora_kernels` takes GEGLU for every activation with gelu in its name, and its kernel uses `erf`. The two
+differ by up to 4.7e-4. Run with TRITON_INTERPRET=1 on a CPU. Seen in 0.19.0. The project closed a request for a kernel by
+tanh, since it was not faster.
 """
 
 from importlib.util import find_spec

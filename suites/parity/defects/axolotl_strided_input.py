@@ -1,4 +1,4 @@
-"""axolotl: the kernels raise for an input whose batch and tokens are no single dimension in memory.
+"""axolotl: the kernels raise for an input whose batch and tokens cannot be viewed as one dimension.
 
 `matmul_lora` and the backward pass of LoRA_MLP call `view(-1, features)`. A model that transposes batch and tokens, or
 that cuts off tokens, makes such inputs and gradients; every layer of torch and of peft takes them. Seen in 0.19.0.

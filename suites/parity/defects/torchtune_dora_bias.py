@@ -1,7 +1,7 @@
 """torchtune: DoRALinear multiplies the bias by the gain m / ||V|| too, as soon as the gain is not 1.
 
-Its (gain - 1) * base_out contains the bias, so the bias becomes gain * bias. The merged checkpoint does not: its output
-differs from the trained layer's. In arXiv:2402.09353 and in peft the bias stays as it is. Seen in 0.6.1.
+Its (gain - 1) * base_out contains the bias, so the bias becomes gain * bias. The merged checkpoint keeps the bias, so its
+output differs from that of the trained layer. In arXiv:2402.09353 and in peft the bias stays as it is. Seen in 0.6.1.
 """
 
 import torch

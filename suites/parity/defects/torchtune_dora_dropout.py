@@ -1,4 +1,4 @@
-"""torchtune: with dropout, DoRALinear scales W x by (gain - 1) for the undropped x, where peft and the authors drop.
+"""torchtune: DoRALinear multiplies W x by (gain - 1) without dropout on x; peft and the authors drop x there too.
 
 peft and the paper's authors compute W x + (g - 1) W d(x) + g s B A d(x) with one mask d. Without dropout the two are the
 same. Seen in 0.6.1.

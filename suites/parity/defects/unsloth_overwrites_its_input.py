@@ -1,7 +1,7 @@
 """unsloth: the backward passes of LoRA_QKV and LoRA_MLP write the gradient of x over x, by default (inplace=True).
 
-It saves memory, and torch notices where its own operations have saved x. But whoever keeps x by other means reads the
-gradient there, and a second backward pass through the same graph raises. Seen in 2026.10.9. Runs on a CPU, without the
+This saves memory, and torch raises if one of its own operations has saved x. But other code that keeps x finds the gradient
+in it, and a second backward pass through the same graph raises. Seen in 2026.10.9. The script runs on a CPU, without the
 patches of `import unsloth`.
 """
 

@@ -1,4 +1,4 @@
-"""unsloth: the kernels raise for an input whose batch and tokens are no single dimension in memory.
+"""unsloth: the kernels raise for an input whose batch and tokens cannot be viewed as one dimension.
 
 `matmul_lora` and the backward passes call `view(-1, features)`. A model that transposes batch and tokens, or that cuts off
 tokens, makes such inputs; every layer of torch and of peft takes them. An input without tokens raises too. Seen in

