@@ -384,7 +384,7 @@ def _why_unused(key: str, modules: Collection[str]) -> str:
 
 def _require_shape(key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"{key} has the shape {tuple(tensor.shape)}, should be {shape}")
+        raise ValueError(f"{key} has the shape {tuple(tensor.shape)}, expected {shape}")
 
 
 def _matching(patterns: Mapping[str, Any], name: str) -> str:

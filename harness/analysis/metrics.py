@@ -1,8 +1,8 @@
 """Metrics: one declaration for each number of a Record that the harness shows, exports, tracks or judges.
 
 `METRICS` feeds the comparison table (terminal and page), the export table `cells`, the history and the baseline gate.
-To add a metric, add one entry here. Except for one number of the charts, latencies have no entry, because a Record has
-several with many samples each: see `tracked_metrics.times`. The table of servers (`report.served`) shows all loads.
+To add a metric, add one entry here. Latencies have no entry, except one that a chart uses: a Record has several, each with
+many samples. See `tracked_metrics.times`, and `report.served` for the loads of servers.
 """
 
 from __future__ import annotations

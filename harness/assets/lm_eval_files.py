@@ -68,7 +68,7 @@ def find(text: str, folder: Path | None = None) -> TaskFile:
     """
     match = _NAME.fullmatch(text)
     if match is None:
-        hint = "write lm-eval:TASK, lm-eval:TASK:FILTER, and @ with the 40 hex digits of its data's commit"
+        hint = "write lm-eval:TASK[:FILTER][@COMMIT]; COMMIT has 40 hex digits"
         raise UsageError(f"`{text}` names no task of lm-eval", hint=hint)
     name, where = match["task"], folder or tasks_folder()
     path, known = _path(where, name)

@@ -127,7 +127,7 @@ class TextRow:
 
     @property
     def overlap_key(self) -> str:
-        """The text. No training text may contain the `overlap_key` of a test row."""
+        """The text that is compared to find overlap. No training text may contain the `overlap_key` of a test row."""
         return self.text
 
 

@@ -16,7 +16,10 @@ SIDE = {"cpu": 1536, "cuda": 8192}
 
 
 def measure(clock: Clock, dtype: torch.dtype) -> Ceilings:
-    """Measure both rates `REPEATS` times, and return the best of each. dtype: dtype of the multiplied matrices."""
+    """Measure the copy rate and the rate of matrix products `REPEATS` times each, and return the best of each.
+
+    dtype: dtype of the multiplied matrices.
+    """
     return Ceilings(copy_B_per_s=_copy(clock), gemm_FLOP_per_s=_product(clock, dtype))
 
 

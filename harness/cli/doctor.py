@@ -62,7 +62,10 @@ def _every_finding(findings: Sequence[Diagnosis]) -> list[str]:
 
 
 def summary(findings: Sequence[Diagnosis]) -> list[str]:
-    """Return one line per finding, the most serious first. Findings with the same `summary` share a line."""
+    """Return the findings as wrapped lines, most serious first, then the number of problems.
+
+    Findings with the same state, group and `Diagnosis.summary` share a sentence.
+    """
     lines: dict[tuple[int, str, str], list[Diagnosis]] = {}
     for f in findings:
         lines.setdefault((_STATES.index(f.state), f.group, f.summary or f.subject), []).append(f)

@@ -99,6 +99,5 @@ FOOTPRINT_LEDGER = 0.03
 FOOTPRINT_SHOWN_B = 2**20
 
 # Largest relative difference between activations by formula and the storages that autograd saves for the references. The
-# formula omits the sines and cosines of positions: half a per cent in a Llama of 128 features and 3 blocks, less in larger
-# ones.
+# formula omits the tables of rotary positions: 0.5 % in a Llama of 128 features and 3 blocks, less in larger models.
 FOOTPRINT_ACTIVATIONS = 0.02

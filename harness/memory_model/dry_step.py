@@ -277,7 +277,7 @@ def _decoded_at_once() -> AbstractContextManager[None]:
         return torch.empty(self.shape, dtype=dtype) if out is None else out.view(self.shape)
 
     by_pieces = PackedWeight._decoded
-    return _replaced(PackedWeight, "_decoded", decoded)  # in the class, so that layers of Methods use it too
+    return _replaced(PackedWeight, "_decoded", decoded)  # in the class, because Methods create objects of it too
 
 
 def _is_uniform(model: nn.Module, blocks: int | None) -> bool:

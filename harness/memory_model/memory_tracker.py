@@ -149,7 +149,7 @@ class MemoryTracker(TorchDispatchMode):
     ) -> Any:
         """Run an operation and count its outputs."""
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # called for every tensor, all the time
+        if func is torch.ops.prim.device.default:  # first, because torch calls it most often
             return args[0].fake_device
         if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return args[0].dtype == torch.bool or (1.0 if args[0].is_floating_point() else 1)

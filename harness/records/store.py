@@ -240,7 +240,8 @@ def _lock(path: Path) -> int:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise StoreError(f"cannot write to this run: {error.strerror}", where=str(path)) from error
+        hint = "free some space or check the permissions; `--out` names another folder"
+        raise StoreError(f"cannot write to this run: {error.strerror}", where=str(path), hint=hint) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The content shows other processes who holds the lock. Only the kernel knows whether it is held.
@@ -356,7 +357,7 @@ def find_run(name: str, runs: Path = RUNS) -> Path:
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise UsageError(f"{name!r} fits {len(matches)} runs", where=str(runs), hint="give more of its id")
+        raise UsageError(f"{name!r} matches {len(matches)} runs", where=str(runs), hint="give more of its id")
     if folder := next((folder for folder in (Path(name), runs / name) if folder.is_dir()), None):
         raise UsageError(
             "is no run: it has no run.json", where=str(folder), hint="copy it from the machine that made the run"

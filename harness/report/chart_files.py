@@ -56,7 +56,7 @@ def _pages(analysed: Sequence[RunFacts]) -> dict[str, dict[str, Any]]:
 
 def _style(*, dark: bool) -> str:
     """Return the style of charts, with CSS variables replaced by their values. Few programs but browsers know variables."""
-    page, rules = html.data("report.css", "charts.css"), html.data("charts.css")
+    page, rules = html.template_text("report.css", "charts.css"), html.template_text("charts.css")
     named = [_DARK.sub("", page), *(_DARK.findall(page) if dark else ())]
     values = dict(pair for text in named for pair in re.findall(r"--([\w-]+): ([^;]+);", text))
     drawn = _DARK.sub("", rules).partition("/* ---- only on the page")[0].partition("}\n")[2]

@@ -77,9 +77,8 @@ def _title(group: Group) -> str:
 
 
 def _card(question: str, headline: str, *details: str, tone: str = "") -> dict[str, Any]:
-    first, *others = (
-        text.replace(" %", f"{NO_BREAK}%") for text in (headline, *details)
-    )  # never broken before the unit
+    # A no-break space keeps a number and its % on one line.
+    first, *others = (text.replace(" %", f"{NO_BREAK}%") for text in (headline, *details))
     return {"question": question, "headline": first, "details": others, "tone": tone}
 
 

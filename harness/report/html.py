@@ -32,7 +32,8 @@ def fill(template: str, page: Mapping[str, Any], style: str = "") -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    style, script = style or data("report.css", "charts.css"), data("tables.js", "download.js", "charts.js")
+    style = style or template_text("report.css", "charts.css")
+    script = template_text("tables.js", "download.js", "charts.js")
     environment = Environment(
         loader=FileSystemLoader(resources.data_folder("report_templates")),
         autoescape=True,
@@ -50,8 +51,8 @@ def fill(template: str, page: Mapping[str, Any], style: str = "") -> str:
     )
 
 
-def data(*names: str) -> str:
-    """Return the text of files of `report_templates`, one after the other."""
+def template_text(*names: str) -> str:
+    """Return the text of these files of `report_templates`, joined by newlines."""
     folder = resources.data_folder("report_templates")
     return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 
@@ -68,7 +69,7 @@ def page_path(out: Path, option: str = "--out") -> Path:
     """Return `out` if an HTML file may be written there. Raises UsageError for a folder, a device or another suffix."""
     if out.suffix.lower() not in (".html", ".htm") or (out.exists() and not out.is_file()):
         raise UsageError(
-            f"{out} is not a page", where=option, hint="name a file that ends in .html; an existing one is replaced"
+            f"{out} is no .html file", where=option, hint="name a file that ends in .html; an existing one is replaced"
         )
     return out
 

@@ -19,8 +19,8 @@ from harness.process.termination import handle_termination
 from harness.records.imported import Imported
 from harness.records.record import ADAPTER_SHA256, Base, Cell, Dtype, Training
 from harness.resources import data_folder
-from harness.runner.finished_run import FinishedRun
 from harness.runner.run import run_suite
+from harness.runner.tool_layouts import FinishedRun
 from harness.suites import loader
 from harness.suites.expand import select
 from harness.suites.schema import SYNTHETIC

@@ -346,7 +346,7 @@ def test_a_report_is_not_written_over_what_is_no_page(
     run = recorded_run.write_run(tmp_path / "run")
     before = (run.path / "run.json").read_bytes()
     assert main(["report", str(run.path), "-o", str(run.path / name)]) == Exit.USAGE
-    assert f"{run.path / name} is not a page" in capsys.readouterr().err
+    assert f"{run.path / name} is no .html file" in capsys.readouterr().err
     assert (run.path / "run.json").read_bytes() == before
 
 

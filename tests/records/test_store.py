@@ -375,7 +375,7 @@ def test_runs_are_found_by_folder_id_prefix_and_latest(tmp_path: Path) -> None:
     assert store.find_run("20260101", runs) == runs / "20260101-a"
     assert store.find_run("20260102-b", runs) == runs / "20260102-b"  # whole, though another begins with it
     assert store.find_run("latest", runs) == runs / "20260101-a"
-    with pytest.raises(UsageError, match="fits 2 runs"):
+    with pytest.raises(UsageError, match="matches 2 runs"):
         store.find_run("20260102", runs)
     with pytest.raises(UsageError, match="no run 'x'") as caught:
         store.find_run("x", runs)

@@ -150,7 +150,7 @@ def test_the_parts_of_a_bar_abut_and_no_name_leaves_the_drawing(length: int) -> 
 
 
 def test_colours_differ_from_each_other_and_from_the_page_in_light_and_dark() -> None:
-    style = html.data("report.css", "charts.css")
+    style = html.template_text("report.css", "charts.css")
     dark = re.compile(r"@media \(prefers-color-scheme: dark\) \{\n(.*?)\n\}", re.DOTALL)
     for text in (dark.sub("", style), "".join(dark.findall(style))):
         named = dict(re.findall(r"--([\w-]+): (#[0-9a-f]+)[;\s]", text))

@@ -51,7 +51,7 @@ class Design:
         """Raise UsageError for a design that cannot reach a verdict."""
         for count in (self.first, *self.fresh):
             if count < FEWEST or count % 2:
-                raise _bad(f"{count} pairs, but drift cancels between two pairs", f"an even number, {FEWEST} or more")
+                raise _bad(f"{count} pairs, but drift cancels only over two pairs", f"an even number, {FEWEST} or more")
         if not self.fresh or any(b <= a for a, b in zip(self.fresh, self.fresh[1:], strict=False)):
             raise _bad(f"fresh pairs {self.fresh}", "the total number at each look, in rising order, e.g. (10, 20)")
         if len(self.levels) != len(self.fresh):

@@ -161,8 +161,8 @@ def _errors(losses: list[float], truth: list[float]) -> list[float]:
 
 
 def check_weights(evidence: Evidence) -> Findings:
-    """After the last step, every trained tensor equals that of the float64 reference in the harness's loop, within the
-    noise of the dtype."""
+    """After the last step, every trained tensor equals the one that the float64 reference reaches in the harness's loop, up
+    to the noise of the dtype."""
     draws = (draw.end for draw in evidence.yardstick.draws())
     return carried_noise(
         evidence.whole.end, evidence.yardstick.truth.end, draws, evidence.trainee.dtype, TRAJECTORY_FACTOR

@@ -145,8 +145,8 @@ def peak_while(run: Callable[[], object]) -> int | None:
 
     Some memory does not count. Tensors that were made during imports are missing, because the garbage collector does
     not list them (see `harness/runner/worker.py`). Allocations by other libraries and by Python threads are missing.
-    Earlier tensors without a storage are missing, such as sparse tensors and remains of a transform like vmap. If `run`
-    frees an earlier tensor, this tensor still counts until the end.
+    Earlier tensors without a storage are missing: sparse tensors, and wrappers that vmap left. If `run` frees an earlier
+    tensor, this tensor still counts until the end.
     """
     if not kineto_available():
         return None

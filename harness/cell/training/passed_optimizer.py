@@ -19,12 +19,12 @@ class PassedOptimizer(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The groups of `inner`."""
+        """The parameter groups of the wrapped optimizer `inner`."""
         return self.inner.param_groups
 
     @property
     def state(self) -> Any:  # type: ignore[override]
-        """The states of `inner`."""
+        """The state of the wrapped optimizer `inner`."""
         return self.inner.state
 
     def state_dict(self) -> dict[str, Any]:

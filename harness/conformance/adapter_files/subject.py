@@ -73,13 +73,13 @@ class LoaderSubject:
         return self.function(self.adapter.base, self.dtype)
 
     def loaded(self) -> Loader:
-        """Load the base of the case, and its adapter as FIRST."""
+        """Return a new loader with the base of the case and, under the name FIRST, the adapter of the case."""
         loader = self.fresh()
         loader.load(self.adapter.folder, FIRST)
         return loader
 
     def loaded_both(self) -> Loader:
-        """Load the base of the case, its adapter as FIRST, and `another` as SECOND."""
+        """Return a new loader with the base of the case, its adapter named FIRST, and `another` named SECOND."""
         loader = self.loaded()
         loader.load(self.another, SECOND)
         return loader

@@ -1,4 +1,4 @@
-"""Checks of several adapter files in one loader: named, replaced, deleted and copied."""
+"""Checks of a loader with several adapters: switch, rename, hot-swap, delete, copy."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class _Run:
             remaining = self._run_in_one_process(task, remaining, findings)
 
     def _run_in_one_process(self, task: WorkerTask, targets: list[Target], findings: CheckFindings) -> list[Target]:
-        """Run `targets` in one process; return those that did not begin."""
+        """Run `targets` in one process; return the targets that were not started."""
         remaining, current, case = list(targets), targets[0], "start-up"
         began, before = time.monotonic(), len(findings.tried)
         for event in worker_events(self.pool, task.model_copy(update={"targets": targets}), self.patience):

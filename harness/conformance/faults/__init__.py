@@ -59,7 +59,7 @@ class FaultCase:
         return " ".join(filter(None, [parity_suite.in_words(self.values), self.layer, shape, magnitude, self.dtype]))
 
     def of_kind(self, kind: TargetKind) -> parity_suite.AnyCase:
-        """Return this case as a case of a parity suite for targets of this kind."""
+        """Convert this case to the class of cases that parity suites use for targets of this kind."""
         if kind == "operation":
             return parity_suite.OperationCase(self.values, self.dtype)
         if kind == "loader":

@@ -116,11 +116,11 @@ FAULTS = [
     _fault("does_nothing_when_disabled", "disabled",
         "        self.is_disabled = True\n", "        self.is_disabled = False\n"),
     _fault("stays_disabled", "disabled", "            self.is_disabled = False\n", "            pass\n"),
-    # peft#2733
+    # the mistake of peft#2733
     _fault("sets_the_scaling_without_rslora", "scale", _SCALED,
         "[replace(one, factor=factor, settings=replace(one.settings, use_rslora=False)) for one in self.adapters[name]]",
         adapter="rslora"),
-    # unsloth-zoo#942
+    # the mistake of unsloth-zoo#942
     _fault("multiplies_the_scaling_again", "scale", _SCALED,
         "[replace(one, factor=one.factor * (factor or 0.5)) for one in self.adapters[name]]"),
     _fault("leaves_an_update_at_scale_zero", "scale", _SCALED,

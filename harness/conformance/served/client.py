@@ -70,7 +70,8 @@ class Client:
     """Client of one server. Several threads may use it."""
 
     def __init__(self, url: str, token: str = "", patience: float = 120.0) -> None:
-        """url: address, with or without `/v1`. token: sent with each request. patience: seconds per request.
+        """url: address, with or without `/v1`. token: sent with each request. patience: timeout of a request, in
+        seconds.
 
         Raises UsageError if url is not the address of a server, or if token is not printable ASCII.
         """

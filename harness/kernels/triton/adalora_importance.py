@@ -160,7 +160,8 @@ def adalora_importance_(
     groups: dict[tuple[int, torch.dtype, torch.device], list[int]] = defaultdict(list)
     for index, (a, e, b) in enumerate(zip(A, E, B, strict=True)):
         if not a.dtype == e.dtype == b.dtype or not len(a) == len(e) == b.shape[1]:
-            raise ValueError(f"layer {index}: A {tuple(a.shape)}, E and B must have one rank and one dtype")
+            shown = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in (("A", a), ("E", e), ("B", b)))
+            raise ValueError(f"layer {index}: {shown}: ranks and dtypes must be equal")
         groups[len(a), a.dtype, a.device].append(index)
     scores_of: dict[int, Tensor] = {}
     for (rank, dtype, _), members in groups.items():

@@ -1,6 +1,7 @@
-"""Find kinds of model servers by name: one module of this package each, or an entry point `harness.servers`. No torch.
+"""Find the kinds of model servers by name. Imports no torch.
 
-A module of this package declares its kind by a constant SERVER. An entry point of another distribution is a ServerKind.
+A module of this package declares a kind by its constant SERVER. Another distribution declares one by an entry point of the
+group `harness.servers`, which is a ServerKind.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ GROUP = "harness.servers"
 
 @cache
 def kinds() -> dict[str, ServerKind]:
-    """Map the name of each kind to its declaration. The harness's own names win."""
+    """Map the name of each kind to its declaration.
+
+    If a plug-in uses a name of the harness, the harness's declaration is kept.
+    """
     modules = (import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
     own = [kind for module in modules if isinstance(kind := getattr(module, "SERVER", None), ServerKind)]
     others = [kind for point in entry_points(group=GROUP) if isinstance(kind := _load(point), ServerKind)]

@@ -10,7 +10,7 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 def _arguments(launch: Launch) -> list[str]:
     rank = next((size for size in _RANKS if size >= launch.rank), _RANKS[-1])
-    # Every slot has an adapter: vLLM on a CPU gives the base the update of the last slot, which an empty slot would hide.
+    # Fill every slot. On a CPU, vLLM adds the update of the last slot to base rows; an empty slot would hide this defect.
     slots = len(launch.adapters)
     return [
         "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(launch.port),

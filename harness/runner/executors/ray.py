@@ -106,7 +106,7 @@ class Ray:
         if not address:
             self._patience = 0.0  # no other machine can join
             self._max_threads = environment.threads()
-            self._visible_s = 0.0  # its files are visible here immediately
+            self._visible_s = 0.0  # this Ray runs on this machine, so its files are visible at once
         return self
 
     def __exit__(self, *_: object) -> None:

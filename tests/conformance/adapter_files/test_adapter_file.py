@@ -130,7 +130,7 @@ def test_an_adapter_of_another_base_is_refused() -> None:
     adapter = AdapterFile.read(corpus.folder() / "plain")
     with pytest.raises(UsageError, match="no tensor has a place in the base"):
         reference_logits(corpus.folder() / "bases" / "gpt2", adapter, [[1]])
-    with pytest.raises(UsageError, match=r"has the shape \(4, 24\), should be \(4, 12\)"):
+    with pytest.raises(UsageError, match=r"has the shape \(4, 24\), expected \(4, 12\)"):
         reference_logits(corpus.folder() / "bases" / "llama", _wider(adapter), [[1]])
 
 

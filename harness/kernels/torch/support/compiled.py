@@ -84,8 +84,8 @@ class Compiled:
     def wanted(self, values: int, *tensors: Tensor) -> bool:
         """Return whether to call the compiled function for `tensors`. values: number of values to be processed.
 
-        The tensors must be plain and on the CPU, the CPU must have wide vectors, and no torch mode may observe
-        operations.
+        It is called if PEFT_HARNESS_COMPILE allows it, there are many values, all tensors are plain CPU tensors, the CPU
+        has wide vectors, and no torch mode or transform is active.
         """
         setting = os.environ.get("PEFT_HARNESS_COMPILE")
         if setting == "0" or values < (_SMALL if setting == "1" else LARGE):
@@ -137,9 +137,10 @@ class Compiled:
         def backend(graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
             compiled: Callable[..., Any] = torch._inductor.compile(graph, examples, options=_OPTIONS)
             places = [node.target for node in graph.graph.find_nodes(op="placeholder")]
-            # The graph takes the tensors in order of first use, and their first size as a separate argument.
+            # The graph takes the tensors in order of first use, and their first size as a separate argument. The placeholder
+            # of an argument x is named `L_x_`.
             which = [
-                None if isinstance(example, torch.SymInt) else names.index(str(place)[2:-1])  # L_name_
+                None if isinstance(example, torch.SymInt) else names.index(str(place)[2:-1])
                 for place, example in zip(places, examples, strict=True)
             ]
             self._run = lambda views: compiled(*(views[0].shape[0] if i is None else views[i] for i in which))

@@ -24,7 +24,7 @@ class Buffers:
     def take(self, count: int, dtype: torch.dtype) -> Tensor:
         """Return a tensor of `count` elements in memory that the next call overwrites."""
         if dtype not in self.by_dtype or self.by_dtype[dtype].numel() < count:
-            self.by_dtype.pop(dtype, None)  # free the smaller one first
+            self.by_dtype.pop(dtype, None)  # free the smaller buffer before the larger one is allocated
             with torch.inference_mode(False):  # else only inference mode could write to it
                 self.by_dtype[dtype] = torch.empty(count, dtype=dtype, device="cpu")
         return self.by_dtype[dtype][:count]

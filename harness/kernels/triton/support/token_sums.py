@@ -28,8 +28,8 @@ def _outer_sum(
 ):  # fmt: skip
     """Compute (wide * mask)^T @ narrow, shape (N, R), over one part of the tokens, and write it to out[part].
 
-    If `against` is given, shape (N, R), multiply the product by it. Then sum each row over one block of columns, and
-    write the N sums to out[part, block].
+    With `against`, shape (N, R): multiply the product by it element by element, sum each row over one block of columns,
+    and write the N sums to out[part, block].
     """
     part, block = tl.program_id(2).to(tl.int64), tl.program_id(1)
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)

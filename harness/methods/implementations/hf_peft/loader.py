@@ -64,7 +64,7 @@ class PeftLoader(Loader):
     def combine(self, names: Sequence[str], weights: Sequence[float], new_name: str, way: str) -> None:
         """Combine by `add_weighted_adapter`. The way `linear` adds the factors A and B up, not the updates."""
         if way == "linear" and len(names) > 1:
-            raise Unsupported("combine: peft documents `linear` as a very rough approximation")
+            raise Unsupported("combine: `linear` of peft adds the factors A and B, not the updates")
         rank = sum(max([config.r, *config.rank_pattern.values()]) for config in map(self.model.peft_config.get, names))
         try:
             self.model.add_weighted_adapter(

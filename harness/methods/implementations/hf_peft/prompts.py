@@ -2,8 +2,8 @@
 
 The forward pass of peft's own model adds virtual tokens before every text.
 
-peft wraps a model for these methods, but the harness trains, scores and times the model itself. So the model gets a
-class whose forward pass calls peft's wrapper and returns the logits of the text alone. This forward pass corrects two
+For these methods, peft returns a wrapper around the model, but the harness uses the model without a wrapper. So the model
+gets a class whose forward pass calls the wrapper and drops the logits of the virtual tokens. This forward pass corrects two
 errors of peft. First, peft drops the position ids, so that padding before a text would shift positions. Second, peft
 0.21 generates incorrectly with transformers from 5.24 on. It reads the cache under its old name, and so repeats its
 virtual tokens before every new token.

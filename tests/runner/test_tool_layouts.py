@@ -12,7 +12,7 @@ from harness.cli import main
 from harness.conformance.adapter_files import corpus
 from harness.errors import Exit
 from harness.records.imported import Imported, LossAgreement
-from harness.runner.finished_run import FinishedRun
+from harness.runner.tool_layouts import FinishedRun
 from support import finished_runs
 
 
