@@ -149,8 +149,8 @@ def test_a_seed_without_latencies_is_not_served(base: Path, tmp_path: Path, kind
 @pytest.mark.parametrize(
     ("fault", "wrong"),
     [
-        ("base rows changed", {"base", "mixed"}),
-        ("one adapter for all requests at a time", {"several", "mixed"}),
+        pytest.param("base rows changed", {"base", "mixed"}, marks=pytest.mark.nightly),
+        pytest.param("one adapter for all requests at a time", {"several", "mixed"}, marks=pytest.mark.nightly),
         ("base rows keep the last adapter", {"mixed"}),
         ("stale adapter", {"swap"}),
     ],

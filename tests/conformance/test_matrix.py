@@ -58,7 +58,7 @@ def test_the_implementations_of_lora_conform(name: str, dtype: str, monkeypatch:
     assert {t.check for t in tried if t.status is CheckStatus.PASS} == usual - by_its_nature
 
 
-@pytest.mark.parametrize("target", ["frozen", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("target", ["frozen", pytest.param("full", marks=pytest.mark.nightly)])
 def test_the_baselines_conform(target: str) -> None:
     tried = list(suite_run.run(method("reference", target), breadth=CaseSelection(wide=True)))
     assert failed(tried) == set()

@@ -99,6 +99,7 @@ def test_optimizers_of_a_suite(fork_sandbox: ForkSandbox) -> None:
     assert "The optimizers differ (" in page
 
 
+@pytest.mark.nightly
 def test_a_batch_in_parts_and_a_compiled_step_are_the_same_run(clean: Sandbox) -> None:
     records = finished(clean, "exact", "whole", "parts", "fused", "compiled")
     run = clean.read()
