@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -11,21 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.bench import ceilings, timing
+from harness.bench import ceilings, timed_call, timing
 from harness.bench import operations as timed_operations
 from harness.bench.costs import Cost
 from harness.bench.results import BenchRow
 from harness.bench.sizes import TINY, BenchSize
+from harness.bench.timed_call import TimedCall
 from harness.bench.verdict import judge_parity
 from harness.conformance import operations, parity_suite
 from harness.conformance.case import Case
-from harness.conformance.comparison import operation_call
 from harness.conformance.execution import suite_run
 from harness.conformance.findings.outcomes import CheckOutcome
-from harness.conformance.operation import OperationSubject, cloned, mapped
+from harness.conformance.operation import OperationSubject, mapped
 from harness.conformance.subject import DTYPES
 from harness.errors import Unsupported, plural
 from harness.methods.registry import Implementation
+from harness.records.check import CheckId, CheckResult
 
 CHECKS = ("outputs", "output_codes")
 """Names of the checks that a timed call must pass. A check is run only if the Operation's parity suite contains it."""
@@ -48,6 +49,7 @@ class OperationBenchmark:
     """Number of pairs of samples per benchmark."""
     facts: dict[str, Any]
     """Facts about the machine, copied into every row."""
+    announce: timing.Announce = lambda _: None
 
     def __post_init__(self) -> None:
         self.plan = parity_suite.load_operation(self.operation)
@@ -87,9 +89,13 @@ class OperationBenchmark:
         checks, outcome, because = judge_parity(parity)
         samples = None
         if outcome == "measured":
-            backward = len(costs) > 1
-            ours, other = (self._call(it, arguments, backward) for it in (self.ours, self.other))
-            samples = timing.pairs(self.clock, ours, other, self.pairs, overhead=self._overhead(backward))
+            calls = [self._call(it, arguments, len(costs) > 1) for it in (self.ours, self.other)]
+            overhead = self._overhead(len(costs) > 1)
+            samples = timing.pairs(
+                self.clock, calls[0], calls[1], self.pairs, overhead=overhead, announce=self.announce
+            )
+            checks, outcome, because = judge_parity([*parity, *self._after(size, calls)])
+            samples = samples if outcome == "measured" else None
         judged, itemsize = self._judged(size), DTYPES[self.dtype].itemsize
         return BenchRow(
             name=name, shape=in_words(size, self.timed.per_token), dtype=self.dtype, device=self.device.type,
@@ -132,31 +138,23 @@ class OperationBenchmark:
             found[side] = median(self.clock.sample(run) for _ in range(OVERHEAD_CALLS))
         return found
 
-    def _call(self, implementation: Implementation, arguments: dict[str, Any], backward: bool) -> Callable[[], object]:
-        """Return the function to time. It runs the forward pass and, if `backward` is set, also the backward pass."""
-        function = implementation.function
-        if not backward:
+    def _call(self, implementation: Implementation, arguments: dict[str, Any], backward: bool) -> TimedCall:
+        return TimedCall(self.definition, implementation.function, arguments, backward=backward)
 
-            def forward() -> None:
-                with torch.no_grad():
-                    function(**arguments)
-
-            return forward
-        own = cloned(arguments)
-        leaves = [
-            t.requires_grad_(True)
-            for n, t in operation_call.flatten(own).items()
-            if n.partition("[")[0] in self.definition.differentiable
-        ]
-        generator = torch.Generator().manual_seed(0)
-        shapes = [(y.shape, y.device, y.dtype) for y in self.definition.named(function(**own)).values()]
-        dys = [torch.randn(shape, generator=generator).to(device, dtype) for shape, device, dtype in shapes]
-
-        def train() -> None:
-            outputs = list(self.definition.named(function(**own)).values())
-            torch.autograd.grad(outputs, leaves, dys, allow_unused=True)
-
-        return train
+    def _after(self, size: BenchSize, calls: Sequence[TimedCall]) -> Iterator[CheckOutcome]:
+        """After timing, check the timed calls with new values. Yield the outcomes."""
+        fresh, words = self._arguments(size, suite_run.SEED + 2), parity_suite.in_words(self.timed.case(size))
+        case = Case("call", seed=suite_run.SEED, factors=self.plan.factors())
+        check = CheckId(self.operation, timed_call.NAME, self.dtype, case.state)
+        for it, call in zip((self.ours, self.other), calls, strict=True):
+            found = suite_run.CaseRunner(it, words, self.dtype).attempt(
+                check, partial(call.check, self.dtype, fresh, case)
+            )
+            if isinstance(found, CheckResult):
+                found = CheckOutcome(
+                    implementation=it.name, kind=it.kind, target=it.target, dtype=self.dtype, case=words, result=found
+                )
+            yield found
 
 
 def in_words(size: BenchSize, per_token: bool) -> str:

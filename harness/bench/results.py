@@ -21,6 +21,9 @@ Cause = Literal["no-gpu", "interrupted"]
 MOSTLY_CALL = 0.2
 """Largest share of a time that the overhead of a call may have. Above it, a ratio of times compares overheads rather
 than work."""
+TIMER_SHARE, TIMER_SLACK_S = 2.0, 0.5
+"""Most seconds that may pass in another process while samples are taken on a CPU: this many times their sum, plus this many
+seconds, since a busy machine may be late with the news. More means that the timer of the measured process is wrong."""
 FEWEST = next(n for n in count(1) if median_interval([0.0] * n).low is not None)
 """Fewest pairs from which an interval of the ratio can be computed."""
 
@@ -42,6 +45,14 @@ class Samples(FrozenModel):
     """Side -> time of a call of tiny size, which does hardly any work."""
     parts: dict[str, list[list[Seconds]]] = Field(default={})
     """Side -> for each sample, the times from which it was computed. Empty if the samples were timed directly."""
+
+    def disagrees(self, elapsed_s: float) -> bool:
+        """Return whether the samples are far shorter than the time that passed in another process meanwhile."""
+        if self.parts:
+            return False  # gradients are drawn between these samples
+        times = {"ours": self.ours, "other": self.other, "limit": self.limit}
+        total = sum(self.calls.get(name, 1) * sum(samples) for name, samples in times.items())
+        return elapsed_s > TIMER_SHARE * total + TIMER_SLACK_S
 
 
 class Ceilings(FrozenModel):

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from harness.assets.environments import homes
@@ -15,6 +16,7 @@ from harness.assets.environments.folder import MadeEnvironment
 from harness.bench import files, planning, pytest_benchmark, table
 from harness.bench.planning import BenchRequest, BenchTask
 from harness.bench.results import BenchRow
+from harness.bench.verdict import with_own_clock
 from harness.conformance.execution import worker_processes
 from harness.console import print_json, print_lines, print_note
 from harness.errors import Exit, UsageError
@@ -199,7 +201,7 @@ class TaskRunner:
 
         The number is the position of a size in `task.sizes`. If the process fails, the last row reports the failure.
         """
-        at, error, complete = 0, "", False
+        at, error, complete, timed = 0, "", False, dict[str, float]()
         document = task.document(self.request, self.threads)
         for event in self._workers(task).events("harness.bench.worker", document, PATIENCE_S):
             if "begin" in event:
@@ -207,8 +209,11 @@ class TaskRunner:
                 yield "begin", at
             elif "end" in event:
                 complete = event["end"] == max(len(task.sizes) - 1, 0)
+            elif "timing" in event:
+                timed[event["timing"]] = monotonic()
             elif "row" in event:
-                yield "row", BenchRow.model_validate_json(json.dumps(event["row"]))
+                row = BenchRow.model_validate_json(json.dumps(event["row"]))
+                yield "row", with_own_clock(row, timed.pop("end", 0.0) - timed.pop("begin", 0.0))
             elif "memory" in event:
                 yield "memory", event["memory"]
             elif "missing" in event:

@@ -34,11 +34,13 @@ MEASURED_STEPS = 3
 
 
 def row(
-    setting: StepSetting, both: Sequence[Implementation], packers: Sequence[str], pairs: int, facts: dict[str, Any]
-) -> BenchRow:
+    setting: StepSetting, both: Sequence[Implementation], packers: Sequence[str], pairs: int, facts: dict[str, Any],
+    announce: timing.Announce = lambda _: None,
+) -> BenchRow:  # fmt: skip
     """Check the parity of two implementations, time their training steps, and return the row of the bench.
 
     packers: for each implementation, the name of the implementation that packs its base. facts: copied into the row.
+    announce: see `timing.pairs`.
     """
     if setting.step.method == "galore":
         return _galore(setting, both, pairs, facts)
@@ -60,7 +62,9 @@ def row(
             trainee.start_training()
         limit = frozen_pass(shape, DTYPES[setting.dtype], setting.device)
         clock = timing.Clock(setting.device)
-        samples = timing.pairs(clock, trainees[0].step, trainees[1].step, pairs, limit=limit, single=True)
+        samples = timing.pairs(
+            clock, trainees[0].step, trainees[1].step, pairs, limit=limit, single=True, announce=announce
+        )
         losses = {it.name: list(trainee.losses) for it, trainee in zip(both, trainees, strict=True)}
         # torch counts neither products in Triton kernels nor those of a library on NF4.
         if setting.device.type == "cpu" and not step.base:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import gc
 import math
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping
+from time import perf_counter  # bound here, so that a plug-in that replaces `time.perf_counter` changes no sample
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,8 @@ from harness.bench.results import Samples
 
 Run = Callable[[], object]
 Side = Literal["ours", "other"]
+Announce = Callable[[Literal["begin", "end"]], object]
+"""Called before the first sample and after the last one."""
 SIDES: tuple[Side, Side] = ("ours", "other")
 
 WARMUP = 3
@@ -50,10 +52,10 @@ class Clock:
         """Call `run` as many times as `calls` says. Return the mean seconds of a call."""
         if self._flush is not None:
             return sum(self._event(run, self._flush) for _ in range(calls)) / calls
-        started = time.perf_counter()
+        started = perf_counter()
         for _ in range(calls):
             run()
-        return (time.perf_counter() - started) / calls
+        return (perf_counter() - started) / calls
 
     def calls(self, seconds: float) -> int:
         """Return how many calls a sample needs, if one call takes `seconds`."""
@@ -89,12 +91,12 @@ def alternate(count: int) -> Iterator[tuple[Side, Side]]:
 
 def pairs(
     clock: Clock, ours: Run, other: Run, count: int, *, limit: Run | None = None,
-    overhead: Mapping[str, float] | None = None, single: bool = False,
+    overhead: Mapping[str, float] | None = None, single: bool = False, announce: Announce = lambda _: None,
 ) -> Samples:  # fmt: skip
     """Time two programs in `count` pairs of alternating order. Return the samples in seconds per call.
 
     limit: a third program, timed once after each pair. overhead: copied into the result. single: if true, a sample is
-    always one call, even a short one.
+    always one call, even a short one. announce: lets another process time all samples together.
     """
     runs = {"ours": ours, "other": other} | ({"limit": limit} if limit is not None else {})
     warmup = {name: [clock.sample(run) for _ in range(WARMUP)] for name, run in runs.items()}
@@ -102,9 +104,12 @@ def pairs(
     found: dict[str, list[float]] = {name: [] for name in runs}
     first: list[Side] = []
     for order in alternate(count):
+        if not first:
+            announce("begin")
         first.append(order[0])
         for name in (*order, *(["limit"] if limit is not None else [])):
             found[name].append(clock.sample(runs[name], calls[name]))
+    announce("end")
     return Samples(
         ours=found["ours"], other=found["other"], limit=found.get("limit", []), first=first, warmup=warmup, calls=calls,
         overhead=dict(overhead or {}),

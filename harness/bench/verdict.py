@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.bench.results import Outcome
+from harness.bench.results import BenchRow, Outcome
 from harness.conformance.findings import defects, summary
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
+from harness.records.check import CheckId, CheckResult
+from harness.records.check import Outcome as CheckVerdict
 
 
 def judge_parity(parity: Sequence[CheckOutcome]) -> tuple[list[CheckOutcome], Outcome, str]:
@@ -31,3 +33,23 @@ def judge_parity(parity: Sequence[CheckOutcome]) -> tuple[list[CheckOutcome], Ou
         if not any(one.status is CheckStatus.PASS for one in marked if one.implementation == name):
             return marked, "refused", f"no parity: no check applies to {name}"
     return marked, "measured", ""
+
+
+def with_own_clock(row: BenchRow, elapsed_s: float) -> BenchRow:
+    """Return a row, without its samples if the timer of the measured process was wrong.
+
+    elapsed_s: seconds that passed in this process while the samples were taken. On a GPU, the samples come from events of
+    the device, between which the host waits on purpose, so nothing is compared.
+    """
+    if row.samples is None or row.device != "cpu" or not row.samples.disagrees(elapsed_s):
+        return row
+    because = f"the timer of the measured process is wrong: while it took its samples, {elapsed_s:.3g} s passed outside"
+    found = CheckResult(
+        check=str(CheckId(row.name, "timer", row.dtype, "call")), outcome=CheckVerdict.FAIL, detail=because
+    )
+    failure = CheckOutcome(
+        implementation=f"{row.ours} or {row.other}", kind="operation", target=row.name, dtype=row.dtype, case=row.shape,
+        result=found,
+    )  # fmt: skip
+    changes = {"outcome": "refused", "samples": None, "ceilings": None, "because": because}
+    return row.model_copy(update={**changes, "parity": [*row.parity, failure]})

@@ -1,9 +1,11 @@
 """Worker process that benchmarks two implementations: `python -m harness.bench.worker FD LINE TASK`.
 
 FD is a file descriptor. The worker writes one JSON line per event to it. LINE is the file descriptor of a pipe. The
-worker is killed when the other end of this pipe closes. TASK is a `BenchTask` in JSON. The events `begin` and `end`
-have the number of a benchmark, `row` and `memory` have a result, `missing` has the reason why nothing was measured,
-`failed` has the error that ends the process, and `done` is the last event. Output of plug-ins goes to stderr.
+worker is killed when the other end of this pipe closes. TASK is a `BenchTask` in JSON. Output of plug-ins goes to stderr.
+
+The events `begin` and `end` have the number of a benchmark, `timing` says that its samples begin or end, `row` and `memory`
+have a result, `missing` has the reason why nothing was measured, `failed` has the error that ends the process, and `done` is
+the last event.
 """
 
 from __future__ import annotations
@@ -36,6 +38,9 @@ def main(fd: int, line: int, task: dict[str, Any]) -> None:
 
 
 def _run(task: dict[str, Any], emit: Emit) -> None:
+    # Before the plug-ins, so that the clock of the samples is the original one.
+    from harness.bench import timing  # noqa: F401
+
     registry = discover(only=task["points"])
     found = [registry.find(task["kind"], task["target"], name) for name in task["names"]]
     packers = [registry.find("base", task["base"], packer) for packer in task["packers"] if packer]
@@ -49,11 +54,15 @@ def _run(task: dict[str, Any], emit: Emit) -> None:
     facts: dict[str, Any] = {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
+
+    def announce(which: str) -> None:
+        emit(timing=which)
+
     if task["kind"] == "operation":
         from harness.bench.operation_benchmark import OperationBenchmark
 
         ours, other = found
-        bench = OperationBenchmark(task["target"], ours, other, task["dtype"], device, task["pairs"], facts)
+        bench = OperationBenchmark(task["target"], ours, other, task["dtype"], device, task["pairs"], facts, announce)
         for number, size in enumerate(task["sizes"]):
             emit(begin=number)
             for row in bench.rows(BenchSize(**size)):
@@ -68,7 +77,7 @@ def _run(task: dict[str, Any], emit: Emit) -> None:
     if len(found) == 1:
         emit(memory=step_benchmark.memory(setting, found[0], task["packers"][0]))
     else:
-        step_row = step_benchmark.row(setting, found, task["packers"], task["pairs"], facts)
+        step_row = step_benchmark.row(setting, found, task["packers"], task["pairs"], facts, announce)
         emit(row=step_row.model_dump(mode="json"))
     emit(end=0)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from itertools import pairwise
@@ -74,10 +76,15 @@ def setting(name: str, registry: Registry, device: torch.device = CPU) -> StepSe
     return StepSetting(name, LITTLE, "float32", device, registry)
 
 
-def rows(other: Implementation, registry: Registry, target: str = "lora_linear", pairs: int = 6) -> list[BenchRow]:
+def benchmark_of(
+    other: Implementation, registry: Registry, target: str = "lora_linear", pairs: int = 6
+) -> operation_benchmark.OperationBenchmark:
     ours = registry.find("operation", target, "reference")
-    bench = operation_benchmark.OperationBenchmark(target, ours, other, "float32", CPU, pairs, {"threads": 1})
-    return list(bench.rows(SMALL))
+    return operation_benchmark.OperationBenchmark(target, ours, other, "float32", CPU, pairs, {"threads": 1})
+
+
+def rows(other: Implementation, registry: Registry, target: str = "lora_linear", pairs: int = 6) -> list[BenchRow]:
+    return list(benchmark_of(other, registry, target, pairs).rows(SMALL))
 
 
 def row(**more: Any) -> BenchRow:
@@ -112,7 +119,7 @@ def test_equal_implementations_are_timed_forward_and_backward(registry: Registry
         assert one.ratio is not None
         assert one.share(one.samples.ours) is not None
     checks = {(t.implementation, t.result.check) for t in backward.parity}
-    wanted = {f"lora_linear/{name}/float32/call" for name in ("outputs", "backward")}
+    wanted = {f"lora_linear/{name}/float32/call" for name in ("outputs", "backward", "timed_call")}
     assert checks == {(who, check) for who in ("reference", "acme") for check in wanted}
 
 
@@ -151,6 +158,80 @@ def test_unwritten_codes_get_no_speed(registry: Registry) -> None:
     (one,) = rows(offered("acme", "adamw8bit_step", lazy), registry, "adamw8bit_step")
     assert (one.outcome, one.red) == ("refused", True)
     assert "output_codes" in one.because
+
+
+# The faults that leaderboards of kernels met. Each passes the checks of parity, and cheats in the timed call alone.
+def _cached_by_tensor() -> Callable[..., Any]:
+    kept: dict[int, tuple[Any, Any]] = {}
+
+    def call(**given: Any) -> Any:
+        key = given["x"].data_ptr()
+        if key not in kept:
+            kept[key] = given["x"], reference("lora_linear")(**given)
+        return kept[key][1]
+
+    return call
+
+
+def _cached_by_shape_once_warm() -> Callable[..., Any]:
+    kept: list[Any] = []
+
+    def call(**given: Any) -> Any:
+        kept.append(reference("lora_linear")(**given) if len(kept) < WARM else kept[-1])
+        return kept[-1]
+
+    return call
+
+
+def _zeros_once_warm() -> Callable[..., Any]:
+    count = itertools.count()
+
+    def call(**given: Any) -> Any:
+        return reference("lora_linear")(**given) * (next(count) < WARM)
+
+    return call
+
+
+def _written_later() -> Callable[..., Any]:
+    """Return an output which a thread fills in once the calls are warm."""
+    count = itertools.count()
+
+    def call(**given: Any) -> Any:
+        if next(count) < WARM:
+            return reference("lora_linear")(**given)
+        into = torch.zeros(*given["x"].shape[:-1], given["W"].shape[0])
+        threading.Timer(0.02, lambda: into.copy_(reference("lora_linear")(**given))).start()
+        return into
+
+    return call
+
+
+class Lazy(torch.Tensor):
+    """A tensor that could compute its values when they are read."""
+
+
+WARM = 10
+"""Number of calls after which these faults begin: more than the checks of parity take."""
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        (_cached_by_tensor, "should be"),
+        (_cached_by_shape_once_warm, "it returns the same result"),
+        (_zeros_once_warm, "it returns the same result"),
+        (_written_later, "it returns the same result"),
+        (lambda: lambda **given: reference("lora_linear")(**given).as_subclass(Lazy), "y is a Lazy, no Tensor"),
+    ],
+)
+def test_a_call_that_is_right_only_outside_timing_gets_no_speed(
+    registry: Registry, fault: Callable[[], Callable[..., Any]], why: str
+) -> None:
+    acme = offered("acme", "lora_linear", fault())
+    forward = next(iter(benchmark_of(acme, registry).rows(SMALL)))
+    assert (forward.outcome, forward.samples, forward.red) == ("refused", None, True)
+    assert "acme fails lora_linear/timed_call/float32/call" in forward.because
+    assert why in forward.because
 
 
 def test_an_unsupported_case_is_not_run_and_no_failure(registry: Registry) -> None:
@@ -455,6 +536,30 @@ def test_a_step_without_measured_memory_is_shown_as_failed() -> None:
         table.lines([one])
     )
     assert not pytest_benchmark.document([one], describe())["benchmarks"]
+
+
+@pytest.mark.parametrize(("elapsed", "outcome"), [(0.06, "measured"), (100.0, "refused")])
+def test_samples_far_shorter_than_the_time_that_passed_outside_are_refused(
+    elapsed: float, outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Workers:
+        stopped = False
+
+        def events(self, *_: Any) -> Any:
+            yield {"begin": 0}
+            yield {"timing": "begin"}
+            yield {"timing": "end"}
+            yield {"row": row().model_dump(mode="json")}
+            yield {"end": 0}
+
+    clock = iter((1000.0, 1000.0 + elapsed))
+    monkeypatch.setattr(command, "monotonic", lambda: next(clock))
+    task = BenchTask("lora_linear", "operation", "lora_linear", ("fused", "acme"), (), "float32", "cpu", (SMALL,))
+    (one,) = command.TaskRunner(BenchRequest(), 1, Workers()).rows(task)  # type: ignore[arg-type]
+    assert one.outcome == outcome
+    assert one.red is (outcome == "refused")
+    assert (one.samples is None) is (outcome == "refused")
+    assert ("the timer of the measured process is wrong" in "\n".join(table.lines([one]))) is (outcome == "refused")
 
 
 @pytest.mark.parametrize("exists", [True, False])

@@ -1,0 +1,115 @@
+"""The call of an Operation that a benchmark times, and a check of this very call after it was timed.
+
+The parity of an implementation is judged on other tensors than those of the timed call. So an answer may be right there and
+wrong in the timed call: a result that was cached for the same tensors, zeros after some calls, a tensor that is computed
+when it is read, or one that another thread or stream is still writing. Public leaderboards of kernels met all of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from harness.conformance.case import Case
+from harness.conformance.comparison import operation_call
+from harness.conformance.comparison.check_results import judged, listed
+from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, worst_of
+from harness.conformance.operation import Arguments, Operation, OperationSubject, cloned
+from harness.conformance.subject import DTYPES
+from harness.records.check import CheckResult
+
+NAME = "timed_call"
+"""Name of the check in results."""
+
+
+class TimedCall:
+    """A call of an Operation on tensors of its own.
+
+    backward: if true, the call also computes the gradients of all differentiable arguments, for random gradients of the
+    outputs. Otherwise it runs under `torch.no_grad`.
+    """
+
+    def __init__(
+        self, operation: Operation, function: Callable[..., object], arguments: Arguments, *, backward: bool
+    ) -> None:
+        self.operation, self.function, self.arguments = operation, function, cloned(arguments)
+        self.leaves: dict[str, Tensor] = {}
+        self.dys: list[Tensor] = []
+        if backward:
+            named = operation_call.flatten(self.arguments)
+            self.leaves = {n: t for n, t in named.items() if n.partition("[")[0] in operation.differentiable}
+            for leaf in self.leaves.values():
+                leaf.requires_grad_(True)
+            generator = torch.Generator().manual_seed(0)
+            for y in operation.named(function(**self.arguments)).values():
+                self.dys.append(torch.randn(y.shape, generator=generator).to(y.device, y.dtype))
+
+    def __call__(self) -> tuple[object, tuple[Tensor | None, ...]]:
+        """Return the outputs, and the gradients of the leaves."""
+        if not self.leaves:
+            with torch.no_grad():
+                return self.function(**self.arguments), ()
+        returned = self.function(**self.arguments)
+        outputs = list(self.operation.named(returned).values())
+        return returned, torch.autograd.grad(outputs, list(self.leaves.values()), self.dys, allow_unused=True)
+
+    def results(self) -> dict[str, Tensor]:
+        """Call, and return the outputs and gradients (`grad x`) by name. A missing gradient counts as zero."""
+        returned, gradients = self()
+        found = zip(self.leaves.items(), gradients, strict=True)
+        grads = {f"grad {name}": torch.zeros_like(leaf) if g is None else g for (name, leaf), g in found}
+        return self.operation.named(returned) | grads
+
+    def fill(self, values: Mapping[str, Tensor]) -> None:
+        """Overwrite the tensors of the arguments in place. values: as `operation_call.flatten` names them."""
+        with torch.no_grad():
+            for name, tensor in operation_call.flatten(self.arguments).items():
+                tensor.copy_(values[name])
+
+    def check(self, dtype: str, fresh: Arguments, case: Case) -> CheckResult:
+        """With new values in the same tensors, the timed call returns what a call on other tensors returns.
+
+        fresh: arguments with the new values, of the same shapes. The results must be ordinary tensors, must not equal those
+        of the old values, and are copied before any other work waits for the device. They are equal to the last bit or,
+        because a kernel may add up in another order, as right as the check `outputs` or `backward` demands.
+        """
+        subject = OperationSubject(self.operation, self.function, dtype, fresh, lambda: fresh)
+        old = _copies(self.results())
+        self.fill(operation_call.flatten(fresh))
+        returned = self.results()
+        copies = _copies(returned)
+        if odd := [
+            f"{name} is a {type(t).__name__}, no Tensor" for name, t in returned.items() if type(t) is not Tensor
+        ]:
+            return listed(subject, case, NAME, odd)
+        elsewhere = self._with(self.function, fresh).results()
+        verdict = exact(operation_call.finite(copies), operation_call.finite(elsewhere))
+        if not verdict.passed:
+            verdict = worst_of([*self._judgements(subject, copies, case)], "as outputs and backward")
+        elif (
+            any(t.numel() for t in copies.values())
+            and exact(operation_call.finite(copies), operation_call.finite(old)).passed
+        ):
+            return listed(subject, case, NAME, ["with other values in the arguments, it returns the same result"])
+        return judged(subject, case, NAME, verdict)
+
+    def _with(self, function: Callable[..., object], arguments: Arguments) -> TimedCall:
+        return TimedCall(self.operation, function, arguments, backward=bool(self.leaves))
+
+    def _judgements(self, subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> Iterator[Judgement]:
+        """Yield the judgement of the outputs, and that of the gradients."""
+        gradients = {name: t for name, t in mine.items() if name.startswith("grad ")}
+        outputs = {name: t for name, t in mine.items() if name not in gradients}
+        yield from (one for one, _ in operation_call.judgements(subject, outputs, case))
+        if gradients:
+            own, reference = DTYPES[subject.dtype], self.operation.reference
+            exactly = cloned(subject.arguments, {own: torch.float64})
+            truth, rounded = (self._with(reference, given).results() for given in (exactly, subject.arguments))
+            exact_ones, own_ones = ({name: found[name] for name in gradients} for found in (truth, rounded))
+            yield noise_floor(gradients, exact_ones, own_ones, subject.dtype, case.factor("backward"))
+
+
+def _copies(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in named.items()}
