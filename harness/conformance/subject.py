@@ -225,12 +225,17 @@ def _select(path: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def configure(method: str, config: dict[str, Any]) -> Any:
-    """Return the Method's Config with these values. Lists become tuples. Raises TypeError for an unknown key."""
+    """Return the Method's Config with these values. Lists become tuples, and so does a single word of a list's field.
+
+    Raises TypeError for an unknown key.
+    """
     if method in UNREFERENCED:
         # The hash identifies an imported adapter, and configures nothing.
         return AdapterConfig(**{key: value for key, value in config.items() if key != ADAPTER_SHA256})
     kind = importlib.import_module(f"reference.{method}").Config
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+    lists = {field.name for field in fields(kind) if str(field.type).startswith("tuple")}
+    words = {k: (v,) for k, v in config.items() if k in lists and isinstance(v, str)}
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()} | words)
 
 
 def attach_reference(

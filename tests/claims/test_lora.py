@@ -45,6 +45,14 @@ def size(*modules: nn.Module) -> int:
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
+@pytest.mark.parametrize("word", ["attention", "all-linear"])
+def test_a_word_for_layers_means_what_it_means_in_a_suite(shape: str, word: str) -> None:
+    config = {"rank": 2, "targets": word}
+    alone = value("trainable_parameters", model=shape, method="lora", config=config)
+    assert alone == value("trainable_parameters", model=shape, method="lora", config=config | {"targets": [word]})
+    assert alone > 0
+
+
 def adapter(rank: int) -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, rank), nn.ReLU(), nn.Linear(rank, WIDTH))
 
