@@ -12,6 +12,7 @@ from harness.claims.claim import MeasureRequest
 from harness.claims.measure import FOLDER, Measure, measures
 from harness.claims.printed_number import Dimension, exact, shortly
 from harness.errors import Problem, closest_match, did_you_mean
+from harness.methods.peft_config import UNREFERENCED
 from harness.methods.spec import methods
 from harness.yaml_lines import Document, KeyPath
 
@@ -123,7 +124,7 @@ class Arguments:
         return self.request(inner, inside, (*way, "with"), [])
 
     def _config(self, method: str | None, config: Mapping[str, Any], way: KeyPath) -> None:
-        fields = methods()[method].fields if method else {}
+        fields = (methods() | UNREFERENCED)[method].fields if method else {}
         for key, value in config.items():
             if key not in fields:
                 self.problem((*way, key), f"{method} has no `{key}`", did_you_mean(key, fields))

@@ -12,6 +12,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from harness.assets import shapes
+from harness.errors import HarnessError
+from harness.methods.peft_config import UNREFERENCED
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -88,6 +90,8 @@ def attached(built: Any, method: str, config: Mapping[str, Any]) -> Iterator[Any
 
 @lru_cache(maxsize=256)
 def _tensors(name: str, split: str, method: str, config: str) -> tuple[Shapes, Shapes]:
+    if method in UNREFERENCED:
+        return _peft_tensors(name, split, method, config)
     with attached(model(name, split), method, json.loads(config)) as adapted:
         own = {id(p) for p in adapted.parameters()}
         first_name = {id(t): key for key, t in reversed(adapted.tensors().items())}  # a tied tensor has several names
@@ -95,6 +99,27 @@ def _tensors(name: str, split: str, method: str, config: str) -> tuple[Shapes, S
             key: tuple(t.shape) for key, t in adapted.tensors().items() if id(t) in own and first_name[id(t)] == key
         }
         return trained, _storages(adapted.state())
+
+
+def _peft_tensors(name: str, split: str, method: str, config: str) -> tuple[Shapes, Shapes]:
+    """As `_tensors`, for a Method without a reference: with peft's own layers, on a model that nothing else uses.
+
+    Raises ValueError with peft's message if peft refuses the config.
+    """
+    import torch
+
+    from harness.conformance.subject import configure
+    from harness.memory_model.counting import SkipRandomDraws
+    from harness.methods.registry import discover
+
+    attach = discover().find("method", method, "hf-peft")
+    try:
+        with SkipRandomDraws("meta"):
+            adapted = attach(model.__wrapped__(name, split), configure(method, json.loads(config)), torch.Generator())
+    except HarnessError as error:
+        raise ValueError(error.what) from error
+    trained = {key: tuple(t.shape) for key, t in adapted.tensors().items() if t.requires_grad}
+    return trained, _storages({key: t for key, t in adapted.state().items() if key not in trained})
 
 
 def _storages(tensors: Mapping[str, Tensor]) -> Shapes:

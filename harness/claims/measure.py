@@ -110,9 +110,10 @@ def _shape(address: str, info: ValidationInfo) -> str:
 
 
 def _method(name: str) -> str:
+    from harness.methods.peft_config import UNREFERENCED
     from harness.methods.spec import methods
 
-    if name not in (there := methods()):
+    if name not in (there := methods() | UNREFERENCED):
         raise ValueError(f"unknown method `{name}`; {did_you_mean(name, there)}")
     return name
 

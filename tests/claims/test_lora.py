@@ -53,6 +53,14 @@ def test_a_word_for_layers_means_what_it_means_in_a_suite(shape: str, word: str)
     assert alone > 0
 
 
+def test_a_method_of_peft_without_a_reference_is_counted(shape: str) -> None:
+    config = {"peft_type": "IA3", "target_modules": ["c_attn"], "feedforward_modules": []}
+    counted = {"model": shape, "method": "peft", "config": {"adapter_config": config}}
+    assert value("trainable_parameters", **counted) == DEPTH * 3 * WIDTH  # a factor for each output
+    # The model that other measures use is still the plain one.
+    assert value("trainable_parameters", model=shape, **LORA) == DEPTH * 2 * 2 * 2 * WIDTH
+
+
 def adapter(rank: int) -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, rank), nn.ReLU(), nn.Linear(rank, WIDTH))
 
