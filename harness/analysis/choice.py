@@ -11,7 +11,7 @@ MARGIN = 0.05
 """A recipe is near the top if its accuracy is at most this much below the highest, and no test tells it apart from the
 highest."""
 FULL = "full"
-"""Method that trains all weights. Its costs are what the costs of a recipe are compared with."""
+"""Method that trains all weights: full fine-tuning. The costs of the recommended recipe are compared with its costs."""
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,18 @@ class Choice:
     highest: RankingEntry
     """The recipe with the highest accuracy."""
     winner: bool
-    """True if tests tell the highest recipe apart from every other."""
+    """True if tests tell the recipe with the highest accuracy apart from every other. False for a single recipe."""
     near: tuple[RankingEntry, ...]
     """The recipes near the top, best first, the highest included."""
     undecided: int
     """Number of recipes that no test tells apart from the highest."""
     against: RankingEntry | None
-    """The recipe whose costs the costs of the pick are compared with: full fine-tuning or, without it, the highest. None
-    if that is the pick itself."""
+    """The recipe to compare the costs of the pick with: full fine-tuning or, without it, the recipe with the highest
+    accuracy. None if that is the pick itself."""
 
 
 def choose(group: Group) -> Choice | None:
-    """Return the choice among the trained recipes of a group. If there is none, return None."""
+    """Recommend one of the trained recipes of a group. If the group has no trained recipe, return None."""
     if not group.ranked:
         return None
     highest, *others = group.ranked
@@ -48,6 +48,9 @@ def choose(group: Group) -> Choice | None:
 
 
 def _cost(entry: RankingEntry) -> tuple[float, float]:
-    """Return the costs by which recipes are compared: training memory, then the number of trained parameters."""
+    """Return the two costs that order recipes: training memory, then the number of trained parameters.
+
+    An unknown cost counts as infinite.
+    """
     peak, trainable = entry.typical(metrics.PEAK_ABOVE_IMPORTS.read), entry.typical(metrics.TRAINABLE.read)
     return float("inf") if peak is None else peak, float("inf") if trainable is None else trainable

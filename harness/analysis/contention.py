@@ -10,17 +10,19 @@ ONE_CORE = 0.9
 """Least CPU time, in seconds, that an undisturbed step uses per second of wall time. At every moment of such a step, at
 least one thread has work."""
 ALL_THREADS = 0.8
+"""Least CPU time that an undisturbed step uses per second of wall time and thread, in seconds. Steps with less are busy
+only if the load average is above the limit LOAD_ABOVE, because a Cell may leave threads idle by itself."""
 LOAD_ABOVE = 0.5
 """If the load average exceeds the number of cores by more than this, other processes compete for the cores."""
 
 OTHERS = 0.1
-"""CPU time of other processes that is harmless while a server is timed, at most, in seconds per second and core."""
+"""Most CPU time that other processes may use while a server is timed, in seconds per second and core."""
 
 RULE = (
-    f"busy: the steps waited for a CPU. The process got less than {ONE_CORE:g} s of CPU time per second of its"
-    f" steps; or less than {ALL_THREADS:g} of the time of its threads, while the load average at the end of training was"
-    f" more than {LOAD_ABOVE:g} above the number of cores (or of threads, if they are more). Such times are not those of the"
-    " Method"
+    "busy: the steps waited for a CPU, so their times are not those of the Method. Either the process got less than"
+    f" {ONE_CORE:g} s of CPU time per second of its steps; or it got less than {ALL_THREADS:g} s per second and thread,"
+    f" while the load average at the end of training was more than {LOAD_ABOVE:g} above the number of cores (or of threads,"
+    " if there are more threads than cores)"
 )
 SERVER_RULE = (
     f"A server was busy if other processes used more than {OTHERS:g} s of CPU time per second and core while it was"

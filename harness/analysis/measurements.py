@@ -33,7 +33,10 @@ def timed_training(record: Record) -> TrainingMeasured | None:
 
 
 def why_untrained(record: Record, fact: str) -> str:
-    """Return the reason why a Record without a training lacks a fact about it. fact: as in `Imported.unknown`."""
+    """Return the reason why a Record without timed steps lacks a fact about its training.
+
+    fact: a key of `Imported.unknown`, where the Record of an imported training may give its own reason.
+    """
     if record.imported is None:
         return "not trained"
     return f"not known of the imported training: {record.imported.unknown.get(fact, 'it was not measured here')}"

@@ -122,7 +122,10 @@ def _tokens_per_s(record: Record) -> float | None:
 
 
 def _latency(record: Record) -> float | None:
-    """Return the latency of the adapter or, without one, of the base model. Decoding counts before a whole pass."""
+    """Return the latency of the unmerged adapter or, without one, of the base model, for one request, in seconds.
+
+    If a forward pass and the decoding of a token were both timed, return the time of decoding.
+    """
     alone = [
         x for x in (record.measurements.latency if record.measurements else ()) if x.adapters is None and x.seconds
     ]
@@ -209,8 +212,8 @@ TOKENS_PER_S = Metric(
 )  # fmt: skip
 LATENCY = Metric(
     name="latency_s", unit="s", kind="timed", better="lower", read=_latency, axis="latency",
-    meaning="median time of one pass with one request and an adapter that is not merged; of decoding one token, for a model"
-    " that generates text; of the base model if there is no adapter",
+    meaning="median time of one request with an adapter that is not merged: of a forward pass or, for a model that generates"
+    " text, of decoding one token; without an adapter, the time of the base model",
 )  # fmt: skip
 SERVED = (
     Metric(
@@ -255,7 +258,8 @@ METRICS: tuple[Metric, ...] = (
     STEP,
     Metric(
         name="training_energy_J", unit="J", better="lower", read=measurements.training_energy,
-        meaning="energy of the training phase; NA without a counter, under 2 s, and by rapl if several Cells ran at once",
+        meaning="energy of the training phase; missing without a counter, for a phase shorter than 2 s, and if several Cells"
+        " ran at once and the counter (rapl) covers them all",
         column="training_energy_J",
     ),
     Metric(

@@ -56,7 +56,7 @@ class RunFacts:
 
     @cached_property
     def group_of(self) -> dict[str, Group]:
-        """The group of the ranking entry of each ranked Cell, by cell_id."""
+        """The group in which each ranked Cell is ranked, by cell_id."""
         return {r.cell_id: g for g in self.groups for e in g.entries for r in e.records}
 
     @cached_property

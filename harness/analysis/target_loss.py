@@ -27,7 +27,7 @@ class TargetLoss:
     loss: float
     """Smoothed training loss."""
     window: int
-    """Number of steps whose mean is a smoothed loss."""
+    """Number of consecutive steps that a smoothed loss averages."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ def target(chosen: Choice) -> TargetLoss | None:
 
 
 def time_to(entry: RankingEntry, to: TargetLoss) -> TimeToTarget | None:
-    """Return how long a recipe trained to the target.
+    """Return how long a recipe trained until it reached the target.
 
-    Return None if it has no losses or no times of steps, or if a failed check forbids the times of one of its Cells.
+    Return None if the recipe has no losses or no times of steps, or if a failed check hides the times of one of its Cells.
     """
     timed = [r for r in entry.records if r.training and len(r.training.step_seconds) == len(_losses(r)) > 0]
     if not timed or any(map(failed_checks.no_speed, entry.records)):

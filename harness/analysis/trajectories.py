@@ -63,13 +63,13 @@ def judge(
         worst = max(subjects, key=lambda s: s.ratio or 0.0)
         reason = (
             f"all {len(subjects)} follow the float64 losses through {len(worst.errors)} steps; the worst error is"
-            f" {worst.ratio:.2g} of its allowance ({names[worst.cell_id]}, step {worst.step})"
+            f" {worst.ratio:.2g} times what is allowed ({names[worst.cell_id]}, step {worst.step})"
         )
     else:
         text = {VerdictKind.FAIL: "outside the noise", VerdictKind.NOT_RUN: "not judged"}.get(word, "undecided")
         reasons = [f"{names[s.cell_id]}: {s.verdict.reason}" for s in subjects if s.verdict.word is word]
         reason = f"{text}: {'; '.join(reasons)}"
-    return Verdict(word, reason if subjects else "it names no Cells", ids), subjects
+    return Verdict(word, reason if subjects else "the question names no Cells", ids), subjects
 
 
 def _judge_one(
@@ -110,7 +110,8 @@ def _measure(subject: Record, exact: Record, noise: Record) -> JudgedTrajectory:
     # difference of large logits, and its rounding error follows the logits.
     scale = list(accumulate(map(abs, true_losses), max))
     eps = tolerance_constants.EPSILON[dtype]
-    # A float64 run and the reference run itself have no other noise as a bound, only the growth of rounding errors.
+    # The errors of the reference run limit other runs. They cannot limit that run itself, nor a float64 run: there, the
+    # growth of rounding errors from step to step is the limit.
     by = "growth" if subject.id == noise.id or dtype == EXACT else "noise"
     if by == "growth":
         allowed = [tolerance_constants.REFERENCE_GROWTH_EPS * eps * (t + 1) * s for t, s in enumerate(scale)]
@@ -127,7 +128,7 @@ def _measure(subject: Record, exact: Record, noise: Record) -> JudgedTrajectory:
         word = VerdictKind.FAIL
         reason = (
             f"leaves the float64 losses at step {first_bad}: error {errors[first_bad]:.3g}, allowed"
-            f" {allowed[first_bad]:.3g}; worst at step {step}, {ratios[step]:,.1f} times the allowance"
+            f" {allowed[first_bad]:.3g}; worst at step {step}, {ratios[step]:,.1f} times what is allowed"
         )
     else:
         word = VerdictKind.PASS

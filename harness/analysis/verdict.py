@@ -132,7 +132,7 @@ def _better(comparison: Comparison, cells: Mapping[str, Cell], latest: Mapping[s
     outcomes = [outcome for left, right in pairs for outcome in _compare(left, right, latest, names)]
     ids = tuple(latest[i].id for i in dict.fromkeys(comparison.left + comparison.right) if i in latest)
     if not outcomes:
-        return Verdict(VerdictKind.NOT_RUN, "it names no Cells", ids)
+        return Verdict(VerdictKind.NOT_RUN, "the question names no Cells", ids)
     kind = joint(o.kind for o in outcomes)
     sentences = list(dict.fromkeys(o.sentence for o in sorted(outcomes) if o.kind is kind))
     if kind is VerdictKind.NOT_RUN:

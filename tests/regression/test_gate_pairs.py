@@ -261,7 +261,9 @@ def test_two_mebibytes_of_tensors_are_found_in_any_process(gated) -> None:
     row = found[COUNTED_PEAK]
     assert (row["kind"], row["word"], row["base"], row["new"]) == ("memory", "fail", 100 * MIB, 102 * MIB)
     assert found[PEAK]["word"] == "pass"
-    assert f"{COUNTED_PEAK} grew: counted, so that more than 65,536 B is a finding: old 104,857,600 B, new" in output
+    assert (
+        f"{COUNTED_PEAK} grew: counted, so growth by more than 65,536 B is a finding: old 104,857,600 B, new" in output
+    )
 
 
 def _peaks(*sides: tuple[int | None, int | None], source: str = "VmHWM") -> dict[str, ComparisonRow]:
@@ -306,9 +308,9 @@ def test_counts_that_differ_between_equal_process_runs_are_judged_by_ranks() -> 
 @pytest.mark.parametrize(
     ("sides", "output"),
     [
-        ([(MIB, MIB), (MIB, None), (MIB, None)], "2 of 3 of the new side"),
-        ([(MIB, MIB), (None, MIB)], "1 of 2 of the old side"),
-        ([(MIB, None), (None, None)], "1 of 2 of the old side and 2 of 2 of the new side"),
+        ([(MIB, MIB), (MIB, None), (MIB, None)], "2 of 3 runs of the new side"),
+        ([(MIB, MIB), (None, MIB)], "1 of 2 runs of the old side"),
+        ([(MIB, None), (None, None)], "1 of 2 runs of the old side and 2 of 2 runs of the new side"),
     ],
 )
 def test_runs_without_counts_are_listed_and_leave_memory_undecided(
@@ -325,7 +327,7 @@ def test_runs_without_counts_are_listed_and_leave_memory_undecided(
 def test_a_missing_count_does_not_pass(gated) -> None:
     code, output, _ = gated(FakeRuns(counted_B=lambda new: None if new else MIB), canary=False)
     assert (code, output.splitlines()[-1].startswith("inconclusive: ")) == (Exit.PASS, True)
-    assert f"{COUNTED_PEAK} not compared: not counted in 6 of 6 of the new side" in output.splitlines()[-1]
+    assert f"{COUNTED_PEAK} not compared: not counted in 6 of 6 runs of the new side" in output.splitlines()[-1]
     assert (
         gated(FakeRuns(counted_B=lambda new: None if new else MIB), canary=False, strict=True)[0] == Exit.INCONCLUSIVE
     )

@@ -62,7 +62,7 @@ def judge(base: RunFacts, new: RunFacts, *, margins: Margins | None = None, stri
     sides = (("baseline", base.run), ("run", new.run))
     notes: tuple[str, ...] = () if new.run.how == "finished" else (f"the run is {new.run.how}",)
     for side, run in sides:
-        # Only hashes reveal an edit. A run without a footer is reported as unfinished already.
+        # Without hashes, an edit of a Record goes unnoticed. For a new run without a footer, "the run is ..." is enough.
         if not (run.footer.sha256 if run.footer else side == "run"):
             notes += (f"the {side} has no footer with hashes, so changes of its Records cannot be detected",)
     against = Against(
@@ -117,7 +117,7 @@ def _status(record: Record | None) -> str | None:
 
 
 def _torn(side: RunFacts) -> dict[str, str]:
-    """Return the cell_id of each Cell whose newest attempt is unreadable, with the name of the file and the reason.
+    """Map the cell_id of each Cell whose newest attempt is unreadable to a text: the name of the file and the reason.
 
     Such a Cell is not compared, because an older attempt must not replace the newest.
     """
@@ -147,7 +147,7 @@ def _conformance(pair: CellPair) -> ComparisonRow:
     elif untried:
         word, reason = VerdictKind.INCONCLUSIVE, f"passed in the baseline, not tried now: {first_names(untried)}"
     elif looser:
-        word, reason = VerdictKind.INCONCLUSIVE, f"more is allowed than in the baseline: {first_names(looser)}"
+        word, reason = VerdictKind.INCONCLUSIVE, f"larger errors allowed than in the baseline: {first_names(looser)}"
     return pair.row(FindingKind.PARITY, word, "checks passed", reason, len(passed), len(now))
 
 

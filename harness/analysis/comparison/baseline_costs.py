@@ -72,7 +72,7 @@ def _peak(pair: CellPair, margins: Margins) -> Iterator[ComparisonRow]:
     what, limit = TRAINING_PEAK.quantity, 0
     if before != now:
         if a is not None or b is not None:
-            reason = f"measured in two ways: {before}, {now}"
+            reason = f"measured in two ways: baseline {before}, run {now}"
             yield pair.row(FindingKind.MEMORY, VerdictKind.INCONCLUSIVE, what, reason, a, b, "B")
         return
     if now != ALLOCATED:

@@ -59,7 +59,7 @@ class FindingKind(StrEnum):
 MEANING: dict[FindingKind, str] = {
     FindingKind.PARITY: (
         "the checks of a Cell. Fails if the Cell no longer computes its Method, or if a check passed before and fails now; "
-        "inconclusive if a check passed before and was not tried, or allows more than ten times as much"
+        "inconclusive if a check that passed before was not tried, or now allows an error more than ten times as large"
     ),
     FindingKind.OUTCOME: (
         "the status of a Cell. Fails if the Cell was ok and is not ok now: oom, timeout, error, lost or skipped"
@@ -74,8 +74,8 @@ MEANING: dict[FindingKind, str] = {
     FindingKind.MEMORY: (
         "bytes of tensors, and peaks of training. Counted bytes fail if they grow by one byte. A peak fails on a GPU if the "
         "allocated memory grows by one byte; on a CPU if the tensors in one step grow by more than 64 KiB, or if the "
-        "process (VmHWM), above its imports, grows by more than 16 MiB and 5 %, which equal programs may differ by. "
-        "--memory-bytes replaces these three limits"
+        "memory of the process (VmHWM) above its imports grows by more than 16 MiB and by more than 5 %, since equal "
+        "programs may differ by less. --memory-bytes replaces these three limits"
     ),
     FindingKind.CHECKPOINT: "sizes of saved files. Fails if a size grows by one byte",
     FindingKind.ACCURACY: (
@@ -94,9 +94,9 @@ MEANING: dict[FindingKind, str] = {
         "explain other differences; another code version or commit is only shown"
     ),
     FindingKind.SPEED: (
-        "times that can be judged: those of `gate --pairs`, from interleaved runs, and those of pytest --harness-gate, by "
-        "the spread of saved process runs. Fails if a time is slower by more than a margin; inconclusive if this is neither "
-        "proven nor excluded. Each reason gives the smallest detectable slow-down"
+        "times that can be judged: `gate --pairs` compares interleaved runs, and pytest --harness-gate compares a run with "
+        "the spread of saved runs. Fails if a time is longer by more than a margin; inconclusive if this is neither proven "
+        "nor excluded. Each reason gives the smallest detectable slow-down"
     ),
     FindingKind.TIME: (
         "medians of single processes from two sessions: shown, never judged. `peft-harness gate --pairs` judges times"

@@ -33,7 +33,7 @@ def rows(pairs: Sequence[_Matched], names: Mapping[str, str], margins: Margins) 
             reason = f"seed {base.cell.seed} was not scored in the baseline"
             found.append(_row(FindingKind.NEW, VerdictKind.NOT_RUN, name, [(base, new)], reason))
     differences = {recipe: _difference(same) for recipe, same in recipes.items()}
-    # A recipe with equal answers on both sides cannot differ by chance, so it does not count as a test.
+    # Equal answers on both sides need no test, so such a recipe does not count in the adjustment for several tests.
     adjusted = holm({r: d.p for r, d in differences.items() if isinstance(d, RecipePair)})
     for recipe, same in recipes.items():
         difference = differences[recipe]

@@ -40,8 +40,10 @@ def log_ratio(old: Record, new: Record, metric: str = STEP) -> float:
     before, after = (times(record).get(metric) for record in (old, new))
     for which, seconds in (("old", before), ("new", after)):
         if not seconds:
-            what = "has no steps that took any time" if metric == STEP else f"has no times of {metric_text(metric)}"
-            raise HarnessError(what, where=f"the {which} side", hint="time more of them per process")
+            what = (
+                "has no step time above 0 s" if metric == STEP else f"has no time above 0 s for {metric_text(metric)}"
+            )
+            raise HarnessError(what, where=f"the {which} side", hint="time more steps or requests per process")
     return math.log(after or 0.0) - math.log(before or 0.0)
 
 

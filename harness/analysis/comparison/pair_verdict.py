@@ -96,8 +96,9 @@ def judge(cells: Sequence[CellComparison], canaries: Canaries, *, strict: bool =
       only if `strict` is set.
     - PASS: otherwise.
 
-    Each time (a step or a latency) is judged separately. The level of the Design is strict enough for 500 times. The
-    adjusted p values are shown, but decide nothing: ten or twenty pairs are too few for them. This was simulated with
+    Each time (a step or a latency) is judged separately. The level of the Design is strict enough for a comparison with
+    500 such times. The adjusted p values are shown, but decide nothing: ten or twenty pairs are too few for them. This
+    was simulated with
     gates in which one Cell is 3 % slower. With 8 Cells, 99 % of the gates find this Cell, but only 83 % would find it
     by adjusted p values. With 50 Cells, only 53 % would.
     """
@@ -229,7 +230,7 @@ def _uncounted(whole: Records) -> str:
     A step that needs too much memory is not counted. So if only one side lacks counts, its memory has probably grown.
     """
     without = [sum(COUNTED_PEAK.read(pair[side]) is None for pair in whole) for side in (0, 1)]
-    parts = [f"{n} of {len(whole)} of the {side} side" for n, side in zip(without, _SIDES, strict=True) if n]
+    parts = [f"{n} of {len(whole)} runs of the {side} side" for n, side in zip(without, _SIDES, strict=True) if n]
     # If all runs lack the count, it was impossible: there is no training, or torch has no profiler.
     return "" if sum(without) == 2 * len(whole) else f"not compared: not counted in {' and '.join(parts)}"
 
@@ -248,7 +249,7 @@ def _grown(
     grew = b - a > allowed and (alike or _higher(new, old))
     shrank = a - b > allowed and (alike or _higher(old, new))
     change = "grew: " if grew else "shrank: " if shrank else ""
-    rule = f"counted, so that more than {allowed:,} B is a finding: " if alike else ""
+    rule = f"counted, so growth by more than {allowed:,} B is a finding: " if alike else ""
     reason = f"{change}{rule}old {_span(old)}, new {_span(new)} in {len(old)} process runs each"
     word = VerdictKind.FAIL if grew else VerdictKind.PASS
     return first.row(FindingKind.MEMORY, word, what, reason, a, b, "B")

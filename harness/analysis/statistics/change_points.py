@@ -72,7 +72,7 @@ def noise(values: Array) -> float:
 def steps(
     values: Array, *, least: float, shared: float = 0.0, floor: float = 1e-4, own: float | None = None
 ) -> tuple[LevelChange, ...]:
-    """Return the changes of level of a series (1-d, finite), oldest first. With fewer than FEWEST values, return none.
+    """Return the changes of level of a series (1-d, finite), oldest first. With fewer than FEWEST values, return ().
 
     least: smallest change to return. shared: noise of similar series; 0 if unknown. own: noise of this series; if None,
     it is estimated. floor: smallest assumed noise, since even a constant series is not infinitely exact. All four have

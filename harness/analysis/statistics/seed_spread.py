@@ -54,7 +54,7 @@ def prior(recipes: Sequence[Sequence[Accuracy]]) -> Prior | None:
         return None
     (n,) = seeds
     df = n - 1
-    # Rounding to whole items limits the precision of equal accuracies.
+    # Accuracies are rounded to whole items, so even equal accuracies have the variance of this rounding, not 0.
     logs = [math.log(max(variance([run.value for run in runs]), _least(runs))) for runs in recipes]
     from scipy.special import digamma, polygamma
 
