@@ -109,7 +109,7 @@ for (const chart of document.querySelectorAll(".chart")) {
     svg.addEventListener("pointerdown", (event) => select(nearest(event)));
     svg.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") select(null); });
     svg.addEventListener("blur", () => select(null));
-    // A finger reads first: the text below has the link.
+    // A tap only shows the text of a point; the link is in that text.
     svg.addEventListener("click", (event) => { if (event.pointerType === "touch") event.preventDefault(); });
     svg.addEventListener("keydown", (event) => {
       const shown = visible(), i = shown.indexOf(current), series = (spot) => spot.mark.dataset.series;

@@ -12,7 +12,7 @@ function download(name, type, text) {
 const isNumber = (text) => text !== "" && Number.isFinite(Number(text));
 const quoted = (text) => `"${(/^[=+@\t\r-]/.test(text) && !isNumber(text) ? `'${text}` : text).replaceAll('"', '""')}"`;
 
-// A shown column of the page becomes one of values in its unit, then one for each further detail, e.g. the ends of an interval.
+// Each shown column becomes a column of values in its unit, then a column for each further detail, e.g. an end of an interval.
 function columnsOf(table, rows) {
   return headsOf(table).flatMap((head, i) => {
     if (head.hidden) return [];

@@ -1,4 +1,4 @@
-"""Write the JUnit file of `check PATH`. No torch."""
+"""Write the JUnit file of `check PATH`. This module imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of single charts, light and dark, for a README or a paper. A file has its style, its title and its legend."""
+"""Files of single charts, light and dark, for a README or a paper. Each file contains its style, title and legend."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_charts(analysed: Sequence[RunFacts], folder: Path, option: str = "--sv
 
 
 def _pages(analysed: Sequence[RunFacts]) -> dict[str, dict[str, Any]]:
-    """Map the file name of each chart to the values for its template. Model, task and title make the name."""
+    """Map the file name of each chart to the values for its template. A name consists of model, task and title."""
     found: dict[str, dict[str, Any]] = {}
     for f, one in ((facts, one) for facts in analysed for one in chart_sets.every(facts)):
         legend = [entry for entry in one["legend"] if entry["shown"]]
@@ -55,7 +55,7 @@ def _pages(analysed: Sequence[RunFacts]) -> dict[str, dict[str, Any]]:
 
 
 def _style(*, dark: bool) -> str:
-    """Return the style of charts, with CSS variables replaced by their values. Few programs but browsers know variables."""
+    """Return the style of charts, with CSS variables replaced by their values: few programs but browsers support them."""
     page, rules = html.template_text("report.css", "charts.css"), html.template_text("charts.css")
     named = [_DARK.sub("", page), *(_DARK.findall(page) if dark else ())]
     values = dict(pair for text in named for pair in re.findall(r"--([\w-]+): ([^;]+);", text))

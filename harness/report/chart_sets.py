@@ -162,7 +162,7 @@ def _against(metric: Metric, series: Sequence[Series], missing: Sequence[str]) -
         f"! Dashed ring, {busy} of {len(points)}: other programs used the CPU; the time may be too high."
         if busy
         else "",
-        "Hollow: a test tells it apart from the highest." if any(p.hollow for p in points) else "",
+        "Hollow: a test tells the recipe apart from the highest." if any(p.hollow for p in points) else "",
         f"Without a value: {', '.join(missing)}." if missing else "",
     ]
     chart = _percent_chart(Axis(metric.axis + unit.replace(" ", ", "), tick), series, front=True)
@@ -210,7 +210,7 @@ def _log(record: Record) -> Sequence[LoggedLoss]:
 
 
 def _curves(f: RunFacts, title: str, every: Sequence[Record]) -> ChartSet:
-    """Return the chart of one model and task. At first it shows the best recipe of each method, and no search."""
+    """Return the chart of one model and task. At first, it shows only the best recipe of each method."""
     records, imported = [r for r in every if r.training], [r for r in every if _log(r)]
     seeds = group((r.cell.recipe_id, r.training.losses) for r in records if r.training)
     losses = [[sum(step) / len(step) for step in zip(*several, strict=True)] for several in seeds.values()]
@@ -239,14 +239,14 @@ def _curves(f: RunFacts, title: str, every: Sequence[Record]) -> ChartSet:
     clipped = f"Drawn up to {bound:.3g}, {_RISE:g} times the highest first loss: {'; '.join(over)}." if over else ""
     chart = charts.xy(_STEPS, Axis("training loss, nats", "{:.3g}".format), series)
     first = "the best recipe" if any(g.ranked for g in f.groups) else "one recipe"
-    note = f"At first: {first} of each method, at most {_CURVES}." if len(shown) < len(series) else ""
+    note = f"Shown at first: {first} of each method, at most {_CURVES}." if len(shown) < len(series) else ""
     means_of = "Mean of all seeds and of five steps." if records else ""
-    logged = "Imported: as its program logged it, a mean over the steps since the point before." if imported else ""
+    logged = "Imported: as its program logged it; a point is the mean since the previous point." if imported else ""
     return _set(title, [_figure("Training loss", chart, [means_of, logged, clipped])], series, note)
 
 
 def _logged(s: Series, log: Sequence[LoggedLoss], high: float) -> Series:
-    """Return a series as the curve of logged losses, drawn up to `high`. Of many entries, each second, ... has a point."""
+    """Return a series as the curve of logged losses, drawn up to `high`. It has at most `_POINTS` points."""
     drawn = log[:: math.ceil(len(log) / _POINTS)]
     points = [Point(float(one.step), min(one.loss, high)) for one in drawn]
     return replace(s, points=points, kind="curve", texts=[f"{one.step}: {one.loss:.3g}" for one in drawn])
@@ -261,7 +261,10 @@ def _curve(s: Series, values: Sequence[float], low: float = -math.inf, high: flo
 
 
 def errors(f: RunFacts, judgement: QuestionVerdict) -> ChartSet | None:
-    """Return the chart of |loss - float64 loss| by step and of the largest allowed error, for `same-losses`."""
+    """Return the chart of a `same-losses` comparison: |loss - float64 loss| and the largest allowed error, by step.
+
+    For another comparison, and without losses to compare, return None.
+    """
     compared = [s for s in judgement.trajectories or () if s.errors]
     if not compared:
         return None
@@ -281,7 +284,7 @@ def errors(f: RunFacts, judgement: QuestionVerdict) -> ChartSet | None:
 
 
 def time(f: RunFacts) -> list[ChartSet]:
-    """Return charts of the time by phase, by model and task: a bar for each Cell or, see `_BARS`, for each method."""
+    """Return charts of the time by phase, by model and task. A bar is a Cell or, with more than `_BARS`, a method."""
     records = [record for record in f.latest.values() if record.phases]
     phases = dict.fromkeys(p.name for record in records for p in record.phases if p.name != measurements.STARTUP)
     series = [

@@ -1,4 +1,7 @@
-"""Tables of `check --loop`: the settings of a training loop, and by how much each changes training. No torch."""
+"""Tables of `check --loop`: the settings of a training loop, and by how much each changes training.
+
+This module imports no torch.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Tables of `check --with`: the results of each check and known defect by version, on a page and on a terminal. No torch."""
+"""Tables of `check --with`: the results of each check and known defect by version, on a page and on a terminal.
+
+This module imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ _TONES = {CheckStatus.FAIL: "bad", CheckStatus.KNOWN_DEFECT: "open", CheckStatus
 
 
 def anchor(target: str, provider: str) -> str:
-    """Return the id of the page's section on one implementation. A space would end the id."""
+    """Return the id of the page's section on one implementation. An HTML id must not contain a space."""
     return f"checks-{target}-{provider}".replace(" ", "-")
 
 

@@ -23,7 +23,7 @@ _COLUMNS: Sequence[tuple[str, str, str, str]] = (
     ("Statement", "the claim as one sentence", "sentence", "wrap"),
     ("Printed", "the number or the words of the paper", "printed", "narrow"),
     ("Our number", "the number that was computed here", "ours", "narrow"),
-    ("Rule other than rounding", "when our number counts as the printed one, unless by rounding", "rule", "narrow"),
+    ("Rule other than rounding", "when our number counts as the printed one, if not by rounding", "rule", "narrow"),
     ("Convention or reason", "what the verdict depends on, or why there is none", "under_or_why", "wrap"),
     ("Source", "place in the paper", "section", ""),
     ("Tier", "what the claim needs; see Terms below", "tier", ""),

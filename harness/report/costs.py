@@ -12,7 +12,7 @@ from harness.report import formatting
 from harness.report.formatting import Field, field, unmeasured
 from harness.report.table_model import Table, column, measured, table
 
-_OLD = "the Record is from before this was measured"
+_OLD = "the Record is older than this measurement"
 _HARMLESS = ("idle",)
 """Reasons for a low clock that do not affect a measurement."""
 
@@ -22,7 +22,7 @@ def costs(facts: RunFacts) -> Table:
     columns = [
         column("Adapter's file, MiB", "size of a safetensors file with the adapter and the head; the file was deleted"),
         column("Head in it, MiB", "size of the tensors of the head in that file"),
-        column("Whole model, MiB", "computed size of its tensors, merged or fully trained, if they were saved"),
+        column("Whole model, MiB", "computed size of a file with the whole model, merged or fully trained"),
         column("Energy of training, J", "energy of the training phase, by a counter of the driver or the kernel"),
         column("Per 1000 tokens, J", "energy per 1000 tokens without padding"),
     ]

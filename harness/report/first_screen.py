@@ -129,7 +129,7 @@ def _cost(names: Names, chosen: Choice) -> dict[str, Any]:
 
 
 def _passes(entry: RankingEntry) -> list[str]:
-    """Return one sentence with the latencies unmerged, merged and without an adapter. If one is missing, return none."""
+    """Return a list with one sentence: the latencies unmerged, merged and without an adapter. Empty if one is missing."""
     fields = [recipes.latency(entry, variant) for variant in ("unmerged", "merged", "base")]
     if any(one["value"] is None for one in fields):
         return []

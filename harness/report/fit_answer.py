@@ -1,4 +1,4 @@
-"""Text output of `fit --batch`: the answer in the first line, the table, and what would make the rest fit."""
+"""Text output of `fit --batch`: the answer in the first line, then what would make other trainings fit, then the table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _Row = Mapping[str, Any]
 
 
 def lines(document: Mapping[str, Any]) -> list[str]:
-    """Format the document of a question as lines of text."""
+    """Format the document of `fit --batch` as lines of text."""
     size = MemorySize(document["memory_B"], document["unit"])
     rows = [row for row in document["rows"] if row["ledger"]]
     several = len({row["optimizer"] for row in rows}) > 1
@@ -22,7 +22,7 @@ def lines(document: Mapping[str, Any]) -> list[str]:
 
 
 def _answer(document: Mapping[str, Any], rows: list[_Row], size: MemorySize, several: bool) -> str:
-    """Return the first line: yes or no, and the training that needs least memory."""
+    """Return the first line: yes, no or unknown, and the training that needs the least memory."""
     known = sorted((row for row in rows if row["fits"] is not None), key=lambda row: row["needed_B"])
     asked = f"batch {document['batch']} of {document['tokens']:,} tokens"
     if not known:
@@ -42,7 +42,7 @@ def _against(row: _Row, size: MemorySize) -> str:
 
 
 def _changes(row: _Row, size: MemorySize, several: bool) -> Iterator[str]:
-    """Yield what would make a row fit: a smaller batch, or the fewest other changes."""
+    """Yield one line with all ways to make a row fit: a smaller batch, and the other changes with the fewest settings."""
     ways = []
     if row["largest_batch"]:
         ways.append(f"at most batch {row['largest_batch']}")

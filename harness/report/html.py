@@ -26,7 +26,7 @@ def render(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) -
 def fill(template: str, page: Mapping[str, Any], style: str = "") -> str:
     """Return a template filled with `page`. Every value is escaped, since names and messages are untrusted.
 
-    style: CSS in place of that of the pages.
+    style: CSS of the result; by default, the CSS of the pages.
     """
     # The import is late, so that `peft-harness --help` stays fast.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined

@@ -32,7 +32,10 @@ def sources(facts: RunFacts, record_ids: Sequence[str]) -> list[dict[str, str]]:
 
 
 def short_names(cells: Sequence[Cell], names: Sequence[str]) -> list[str]:
-    """Return the names of Cells without the implementation, where all Cells of a method have the same."""
+    """Return the names of Cells without the implementation, where all Cells of a method have the same.
+
+    If two of these short names are equal, return the full names of all Cells.
+    """
     implementations = Counter(method for method, _ in {(cell.method, cell.implementation) for cell in cells})
     found = [
         name.replace(f" [{cell.implementation}]", "", 1) if implementations[cell.method] == 1 else name

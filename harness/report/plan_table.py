@@ -125,7 +125,7 @@ def _notes(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for name, n in Counter(row["cell"]["serve"] for row in cells if row["cell"]["serve"]).items():
         home = environments.load().get(servers.find(name).environment)
         if home is not None and folder.read(folder.place(home)) is None:
-            what = f"{plural(n, 'Cell')} served only if {name} is installed"
+            what = f"{plural(n, 'Cell')}: served only if {name} is installed"
             yield f"{what}; `peft-harness env create {home.name}` makes an environment with it"
     for what, n in Counter(p["untouched"] for p in predicted if p["untouched"]).items():
         yield f"of {plural(n, 'Cell')}: {what}"

@@ -28,7 +28,7 @@ WIDTH, HEIGHT = 240.0, 18.0
 def table(f: RunFacts, key: str, title: str, group: Group, names: Names, chosen: Choice) -> Table:
     """Return the table of the recipes of a group, best first, with their intervals drawn on one scale.
 
-    key: the HTML id. `recipe` of each row maps names to the numbers of the recipe, in base units.
+    key: the HTML id of the table. The entry `recipe` of each row maps names to the numbers of the recipe, in base units.
     """
     target, scale = target_loss.target(chosen), _scale(group)
     columns = list(_columns(group, target))
@@ -53,7 +53,7 @@ def _columns(group: Group, target: TargetLoss | None) -> Iterator[Column]:
     yield column(
         "Peak, MiB", "memory in training, without Python and its libraries; median over the seeds", key="peak_B"
     )
-    yield column("Step, ms", "median over the seeds of the median steady step of each training", key="step_s")
+    yield column("Step, ms", "median time of a steady step of each training; median over the seeds", key="step_s")
     yield column("Trainable", metrics.TRAINABLE.meaning, key="trainable")
     if target is not None:
         title = (

@@ -11,7 +11,7 @@ from harness.errors import plural
 from harness.records.store import Run
 from harness.report.tones import badge
 
-_NO_CAUSE = "no named cause: same machine, software, code, threads, model and data"
+_NO_CAUSE = "no known cause: same machine, software, code, threads, model and data"
 
 
 def section(runs: Sequence[Run], found: Sequence[Rerun]) -> dict[str, Any]:
@@ -45,11 +45,11 @@ def _whole(found: Sequence[Rerun]) -> tuple[VerdictKind, str]:
         reason = "Nothing was compared: no Cell has two ok Records, and a copy of a Record is not a rerun."
         return VerdictKind.NOT_RUN, reason
     if unexplained:
-        more = f" and {explained} with a named cause" if explained else ""
+        more = f" and {explained} with a known cause" if explained else ""
         differ = "differs" if unexplained == 1 else "differ"
-        return VerdictKind.FAIL, f"Of {cells}, {unexplained} {differ} without a named cause{more}."
+        return VerdictKind.FAIL, f"Of {cells}, {unexplained} {differ} without a known cause{more}."
     if explained:
-        differ = f"{explained} differ{'s' * (explained == 1)} with a named cause"
+        differ = f"{explained} differ{'s' * (explained == 1)} with a known cause"
         return VerdictKind.INCONCLUSIVE, f"Of {cells}, {differ}: this is neither a failure nor a proof."
     return VerdictKind.PASS, f"{cells} gave the same losses and answers to the last bit."
 

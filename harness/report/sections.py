@@ -71,9 +71,7 @@ def checks(facts: RunFacts) -> list[Section]:
 def _all_passed(facts: RunFacts, cells: int) -> Section:
     done = [c for r in facts.latest.values() if not failed_checks.failed(r) for c in r.checks]
     share, check = max(((c.share, c.check) for c in done if c.share is not None), default=(0.0, "none"))
-    summary = (
-        f"all checks passed; largest error: {check} at {share:.2g} of its allowance. All numbers: peft-harness export"
-    )
+    summary = f"all checks passed; largest error: {check}, {share:.2g} times what is allowed. All: peft-harness export"
     return badge(VerdictKind.PASS) | {"title": plural(cells, "Cell"), "summary": summary, "open": False, "checks": []}
 
 
@@ -86,7 +84,7 @@ def _checks(facts: RunFacts, record: Record) -> Section:
         summary += f": {', '.join(failed)}"
     elif shares:
         share, check = max(shares)
-        summary += f"; largest error: {check} at {share:.2g} of its allowance"
+        summary += f"; largest error: {check}, {share:.2g} times what is allowed"
     word = "fail" if failed else "pass" if counts[Outcome.PASS] else "not-run"
     failed_first = sorted(record.checks, key=lambda c: c.outcome is not Outcome.FAIL)
     return {

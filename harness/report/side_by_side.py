@@ -21,11 +21,11 @@ from harness.report.table_model import Column, Table, column, grouped
 from harness.report.tones import badge
 
 _AROUND = (FindingKind.ENVIRONMENT, FindingKind.ASSETS)
-"""Kinds of rows about what differs around the Records of two runs."""
+"""Kinds of rows that compare the environments and the assets of two runs, not their results."""
 
 
 def section(analysed: Sequence[RunFacts]) -> list[dict[str, Any]]:
-    """Return the comparison of the first run with each of the others. Return nothing for one run."""
+    """Return the comparisons of the first run with each of the others. For a single run, return an empty list."""
     return [_pair(analysed[0], new, number) for number, new in enumerate(analysed[1:], 1)]
 
 
@@ -112,7 +112,7 @@ def _columns() -> Iterator[Column]:
         ("Accuracy", "%", "points"): "share of correct test items",
         ("Peak", "MiB", "%"): "highest memory in training without that of the imports",
         ("Step", "ms", "%"): "median of the steady steps; `gate --pairs` judges times, a report shows them",
-        ("Merged", "ms", "%"): "median latency of the merged model, of the first kind of pass that both runs timed",
+        ("Merged", "ms", "%"): "median latency of the merged model, for the first kind of pass that both runs timed",
     }
     for (label, unit, of_change), title in about.items():
         yield column(f"{label}: first, {unit}", title)

@@ -140,7 +140,7 @@ def _alerts(f: RunFacts) -> list[dict[str, Any]]:
         f"{plural(broken, 'file')} could not be read, and {'is' if broken == 1 else 'are'} not counted:": [
             f"{name}: {why}" for name, why in f.run.broken.items()
         ],
-        "These Records are from another environment than most; their times and memory do not compare with the others:": [
+        "These Records are from another environment than most; do not compare their times and memory with the others:": [
             f"{plural(n, 'Cell')}: {differences or 'only the id differs'}"
             for differences, records in reproducibility.strangers(f.run).items()
             if (n := sum(r.environment.id != usual.id for r in records))
@@ -208,7 +208,7 @@ def _sentences(f: RunFacts, g: Group) -> list[str]:
             + (
                 f"No test tells these apart from it: {listed(tied)}. "
                 if tied
-                else "Every other is told apart from it. "
+                else "Tests tell every other apart from it. "
             )
             + (f"Lower: {listed(below)}." if below else "No other is significantly lower.")
         )
@@ -248,8 +248,8 @@ def _scope(g: Group) -> list[str]:
             " valid for these checkpoints on a new sample of test items, not for another seed."
         )
         observed = {
-            "tied": "the best and the most different of those that no test tells apart from it do",
-            "all": "the best and the most different other do",
+            "tied": "the best Cell and the tied Cell that differs most from it do",
+            "all": "the best Cell and the Cell that differs most from it do",
         }.get(g.basis, "independent answers would")
         share = formatting.percent(g.disagreement)
         basis = f"{g.budget.items:,} items; if two Cells disagree on {share} of the items, as {observed}"

@@ -131,8 +131,8 @@ def test_failed_attempts_and_copies_are_no_reruns(first: Run, tmp_path: Path) ->
     ("change", "code", "expected"),
     [
         (lambda _, r: r, 0, ["✓ reproducibility: 10 repeated Cells gave the same losses", "✓ minilm-l6 lora r=8 [fused]"]),
-        (_nudged, 1, ["differs without a named cause", "✗ minilm-l6 lora r=8 [fused]: losses differ from step 7",
-                      "no named cause: same machine"]),
+        (_nudged, 1, ["differs without a known cause", "✗ minilm-l6 lora r=8 [fused]: losses differ from step 7",
+                      "no known cause: same machine"]),
         (lambda n, r: _nudged(n, r).model_copy(update={"environment": recorded_run.environment(threads=4)}), 0,
          ["? minilm-l6 lora r=8 [fused]: losses differ from step 7", "threads: 2, 4"]),
     ],
@@ -162,7 +162,7 @@ def test_the_page_shows_what_differs_and_why(first: Run, tmp_path: Path) -> None
     section = view.build(analyse_all(runs), again)["reproducibility"]
     assert section["word"] == "fail"
     assert [r["losses"] for r in section["rows"] if r["tone"] == "bad"] == ["differ from step 7"]
-    assert "no named cause: same machine" in html.render(analyse_all(runs), again)
+    assert "no known cause: same machine" in html.render(analyse_all(runs), again)
 
 
 def test_cells_measured_once_are_counted(first: Run, tmp_path: Path) -> None:

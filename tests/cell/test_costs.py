@@ -263,7 +263,7 @@ def test_the_report_shows_what_was_measured_and_says_what_was_not(tmp_path: Path
     tokens = sum(records["fused"].measurements.training.tokens)
     assert fused["Per 1000 tokens, J"]["value"] == 450_000 / tokens
     assert {f["value"] for f in other.values()} == {None}
-    assert all("before this was measured" in f["why"] for f in other.values())
+    assert all("older than this measurement" in f["why"] for f in other.values())
     seen = row(built["gpus"], records["fused"])
     assert (seen["Clock, MHz"]["text"], seen["Clock, MHz"]["small"]) == ("1,200", "[1,980]")
     assert (seen["Throttled by"]["text"], seen["Throttled by"]["flag"]) == ("software-thermal", "throttled")
@@ -273,7 +273,7 @@ def test_the_report_shows_what_was_measured_and_says_what_was_not(tmp_path: Path
 
 @pytest.mark.parametrize(("source", "shown"), [("rapl", "—"), ("nvml", "450")])
 def test_joules_of_a_whole_machine_are_not_those_of_one_of_its_cells(source: str, shown: str, tmp_path: Path) -> None:
-    note = ["up to 2 Cells ran at once: its times share the machine"]
+    note = ["up to 2 Cells ran at once: the times are those of a shared machine"]
 
     def beside_another(name: str, made: Any) -> Any:
         made = on_gpu(name, made)

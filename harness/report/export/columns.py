@@ -152,7 +152,7 @@ def _cells() -> tuple[Column, ...]:
     )  # fmt: skip
     duration = measured("duration_s")
     after = (
-        Column("no_speed", TEXT, "", "Reason for no speed of this Cell: a check failed, or there is no reference"),
+        Column("no_speed", TEXT, "", "Reason why no speed may be shown: a check failed, or there is no reference"),
         Column("busy", TEXT, "", "Evidence that the steps waited for a CPU in use by other programs"),
         replace(_field("notes", Record, "notes"), meaning=f"{meaning(Record, 'notes')}; a list, as JSON"),
         Column("started", TIME, "", "Start of the attempt"),
@@ -164,7 +164,7 @@ def _cells() -> tuple[Column, ...]:
         *_fields("failure.", Failure, FAILURE),
         *_fields("environment.", Environment, ENVIRONMENT[:1]),
         *(Column(f"environment.{name}", TEXT, "", f"Version of {name}") for name in SOFTWARE),
-        Column("environment.os", TEXT, "", "System and release"),
+        Column("environment.os", TEXT, "", "Operating system and its release"),
         Column("environment.cpu", TEXT, "", "Model name of the CPU"),
         Column("environment.cores", INTEGER, "1", "Physical cores that the process could use"),
         Column("environment.memory_B", INTEGER, "B", "Memory of the machine"),
@@ -178,16 +178,16 @@ _SAMPLES = (
     *_KEY,
     Column("kind", TEXT, "", "One of step_seconds, losses, gradient_norms, tokens, padded_tokens (one per optimizer step); "
            "latency_forward, latency_prefill (per call), latency_decode (per generated token); "
-           "of a server served_first_token, served_token (per request), served_round, served_swap"),
+           "for a server: served_first_token, served_token (per request), served_round, served_swap"),
     Column("variant", TEXT, "", "Variant of a latency: base, unmerged, merged, multi-adapter; of a server's time: its load"),
-    Column("latency_batch", INTEGER, "1", "Number of prompts in the batch of a latency; of requests at the same time"),
+    Column("latency_batch", INTEGER, "1", "Number of prompts in a batch; for servers, of concurrent requests"),
     Column("latency_tokens", INTEGER, "1", "Number of tokens of a prompt; for decode and servers, of generated tokens"),
-    Column("latency_adapters", INTEGER, "1", "Number of adapters in the batch; 1 for the same batch through one adapter"),
+    Column("latency_adapters", INTEGER, "1", "Number of adapters in the batch; 1 if timed to compare with several"),
     Column("index", INTEGER, "1", "Number of the sample within its kind and variant, in the order of measurement, from 0"),
     Column("value", FLOAT, "", "The sample, in the unit of the column `unit`"),
     Column("unit", TEXT, "", "s or 1: losses are in nats, tokens are counts"),
     Column("warmup", BOOLEAN, "", "Whether it is a warm-up step, which step_s and tokens_per_s leave out"),
-    Column("no_speed", TEXT, "", "Reason for no speed from the time: a check failed, or there is no reference"),
+    Column("no_speed", TEXT, "", "Reason why this time may not be shown: a check failed, or there is no reference"),
 )  # fmt: skip
 
 _ITEMS = (

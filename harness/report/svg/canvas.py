@@ -16,7 +16,7 @@ class Canvas:
         self.marks: list[dict[str, Any]] = []
 
     def add(self, tag: str, kind: str, text: str = "", tip: str = "", href: str = "", **attributes: Any) -> None:
-        """Add an element of class `kind`. tip: its tooltip. An underscore in the name of an attribute is a hyphen."""
+        """Add an element of class `kind`. tip: its tooltip. An underscore in the name of an attribute becomes a hyphen."""
         named = {name.replace("_", "-"): _r(value) for name, value in attributes.items()}
         self.marks.append({"tag": tag, "attributes": {**named, "class": kind}, "text": text, "tip": tip, "href": href})
 

@@ -14,7 +14,7 @@ LEFT, RIGHT, TOP, BOTTOM = 50.0, 550.0, 20.0, 298.0
 HUES = 12
 """Number of colour classes c0, c1, ... in the style sheet."""
 REST, OUTLINED = -1, -2
-"""Numbers of hues for grey, and for no more than an outline."""
+"""Values of `Series.hue` for a grey series, and for a series that is only an outline."""
 _DASHES = 4
 _SHAPES = (
     "m-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
@@ -60,8 +60,8 @@ class Series:
     shown: bool = True
     """False for a series that is hidden until the reader picks it."""
     kind: str = "line"
-    """Class of the line: `line` with symbols, `curve` without, `bound` for a limit, `level` for a line across with a band,
-    or `fill` for a part of bars."""
+    """Class of the line: `line` with symbols, `curve` without, `bound` for a limit, `level` for a horizontal line with a
+    band, or `fill` for a part of bars."""
     texts: Sequence[str] = ()
     """Text of each point on a line without symbols, for the tooltip."""
 
@@ -132,7 +132,7 @@ def _axes(c: Canvas, x: Axis, y: Axis) -> None:
 
 
 def _name(c: Canvas, series: Sequence[Series], places: Sequence[Sequence[tuple[float, float]]]) -> None:
-    """Write the name of each shown series beside its last point, if there it covers no point and no other name."""
+    """Write the name of each shown series beside its last point, unless it would cover a point or another name."""
     both = enumerate(zip(series, places, strict=True))
     named = [(k, s, place) for k, (s, place) in both if s.shown and place and s.kind != "level"]
     taken = [(px - 6, py - 6, px + 6, py + 6) for _, _, place in named for px, py in place]
@@ -158,7 +158,10 @@ def _name(c: Canvas, series: Sequence[Series], places: Sequence[Sequence[tuple[f
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the indices of the points that no other beats with a lower x or a higher y, sorted by x."""
+    """Return the indices of the points on the Pareto front, sorted by x.
+
+    No other point has an x as low or lower, and also a y as high or higher. Of equal points, only the first is returned.
+    """
     front: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if not front or points[i][1] > points[front[-1]][1]:
@@ -169,7 +172,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 def bars(
     x: Axis, rows: Mapping[str, Sequence[float]], series: Sequence[Series], write: Callable[[float], str]
 ) -> Drawing:
-    """Draw a bar for each row, divided into parts. rows: by name, the length of the part of each series, in order."""
+    """Draw a bar for each row, divided into parts. rows: name of each bar -> lengths of its parts, one per series."""
     bottom = 6 + _ROW * len(rows)
     left = 12 + min(_NAMES, max(_WIDE_LETTER * len(name) for name in rows))
     c = Canvas(WIDTH, bottom + 40)

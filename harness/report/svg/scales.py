@@ -21,11 +21,11 @@ class Axis:
     log: bool | None = None
     """True for a logarithmic axis. If None, `over` decides."""
     each: bool = False
-    """True to name each value that has room, instead of round numbers."""
+    """True for ticks at the values themselves, as far as there is room, and not at round numbers."""
     whole: bool = False
     """True for a linear axis of counts. Its ticks are whole numbers, and none is outside the values."""
     values: tuple[float, ...] = ()
-    """Values of which `over` was told, lowest first."""
+    """Values that were given to `over`, lowest first."""
     span: tuple[float, float, float, float] = (0.0, 1.0, 0.0, 1.0)
     """Lowest and highest value, and their coordinates."""
 
