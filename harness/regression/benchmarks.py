@@ -75,11 +75,11 @@ def compare(saved_runs: Sequence[Saved], session: Session, margin: float = MARGI
     new = [name for name in session.rounds if name not in names and name not in session.failed]
     rows += [_row(FindingKind.NEW, VerdictKind.NOT_RUN, name, "benchmark", "is not in the baseline") for name in new]
     for why, found in elsewhere.items():
-        reason = f"saved elsewhere only, {why}"
+        reason = f"saved on another machine only: {why}"
         rows.append(_row(FindingKind.ENVIRONMENT, VerdictKind.INCONCLUSIVE, first_names(found), "machine", reason))
     if unused := [saved for saved in saved_runs if differences[saved.path]]:
         what = f"{len(unused)} of {len(saved_runs)} saved runs"
-        reason = f"not used, {differences[unused[-1].path]}"
+        reason = f"not used: {differences[unused[-1].path]}"
         rows.append(_row(FindingKind.ENVIRONMENT, VerdictKind.PASS, what, "machine", reason))
     verdict = _verdict(rows, compared, session, margin, next(iter(names), ""))
     return Findings(verdict=verdict, rows=tuple(rows), compared=compared)
@@ -133,7 +133,7 @@ def _verdict(rows: Sequence[ComparisonRow], compared: int, session: Session, mar
     else:
         first = f"nothing was compared: no benchmark of this session is in the baseline, which has e.g. {example}"
     if session.cases_failed:
-        parity = f"no speed is a pass without parity: {plural(session.cases_failed, 'case')} of @conformance failed"
+        parity = f"no benchmark passes without parity: {plural(session.cases_failed, 'case')} of @conformance failed"
     elif session.cases_passed:
         parity = f"@conformance: {plural(session.cases_passed, 'case')} passed"
     else:

@@ -131,7 +131,7 @@ def test_an_unreadable_night_is_not_overwritten(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("changed", "reported"),
     [
-        ({"reason": "  "}, "an empty reason"),
+        ({"reason": "  "}, "the reason is empty"),
         ({"night": "2025-12-31"}, "no night '2025-12-31' in this history"),
         ({"cell": "zzz"}, "no Cell 'zzz' in this history"),
         ({"metric": "speed"}, "not a metric: 'speed'"),
@@ -162,7 +162,7 @@ def test_all_mistakes_of_a_decision_are_listed_at_once(
     output = capsys.readouterr().err
     expected = [
         "CELL: no Cell 'nope' in this history", "METRIC: not a metric: 'speed'", "--night: no night '2026-10-99'",
-        f"--{text}: an empty {text} explains nothing", "--author: no author",
+        f"--{text}: the {text} is empty", "--author: no author",
     ]  # fmt: skip
     assert f"{len(expected)} mistakes" in output
     assert all(f"\n  {one}" in output for one in expected), output

@@ -53,7 +53,10 @@ def test_a_slow_down_has_its_differences_and_a_command_to_confirm_it(
     assert c["between"]["confirm"] == pairs
     assert main(["history", "detect", "--dir", str(folder)]) == Exit.PASS
     text = capsys.readouterr().out
-    assert f"    confirm: {pairs} (pairs run both with today's libraries, and peft 0.19.0 -> 0.20.0 since)\n" in text
+    assert (
+        f"    confirm: {pairs} (pairs run both revisions with today's libraries; peft 0.19.0 -> 0.20.0 changed since then)\n"
+        in text
+    )
     assert "worse, not confirmed" in text
     assert detect(folder, capsys, "--strict")[0] == Exit.INCONCLUSIVE
 
@@ -120,7 +123,7 @@ def test_a_metric_without_pairs_names_the_rerun_that_confirms_it(
     (c,) = detect(folder, capsys)[1]["candidates"]
     assert c["between"]["confirm"] == ""
     assert main(["history", "detect", "--dir", str(folder)]) == Exit.PASS
-    output = "    confirm: not by pairs (pairs do not measure accuracy; a rerun of the suite by both does: `"
+    output = "    confirm: not by pairs (pairs do not measure accuracy; rerun the suite with both revisions: `"
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(output)]
     _, *words = shlex.split(line.removeprefix(output).removesuffix("`)"))
     run = run_command.make_context("run", words[1:]).params
@@ -130,7 +133,7 @@ def test_a_metric_without_pairs_names_the_rerun_that_confirms_it(
 
 @pytest.mark.parametrize(
     ("what", "reported"),
-    [("suite", "put the path of its file in place of its name"), ("search", "which pairs leave out")],
+    [("suite", "replace its name in the command by the path of its file"), ("search", "pairs leave such Cells out")],
 )
 def test_a_command_that_would_not_find_its_cell_has_a_remark(
     what: str, reported: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -322,8 +325,8 @@ def test_nothing_to_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ("2026-01-03.jsonl", '{"schema":7,"night":"2026-01-03"}\n', "written with schema 7, this version reads 1"),
         ("2026-01-03.jsonl", "hello\n", "not a night"),
         ("notes.jsonl", "{}\n", "not a file of a history"),
-        ("resets.jsonl", '{"schema":1,"cell":"*"}\n', "a torn or foreign line"),
-        ("2026-01-03.jsonl", None, "a torn or foreign line"),
+        ("resets.jsonl", '{"schema":1,"cell":"*"}\n', "an incomplete or unknown line"),
+        ("2026-01-03.jsonl", None, "an incomplete or unknown line"),
     ],
 )
 def test_unreadable_files_are_named_and_the_others_are_judged(

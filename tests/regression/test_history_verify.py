@@ -103,7 +103,7 @@ def test_a_slow_last_night_is_a_suspicion_and_fails_nothing(
     assert c["between"]["revisions"] == list(SHAS)  # also for a change on the night before
     main(["history", "detect", "--dir", str(folder)])
     text = capsys.readouterr().out
-    assert "suspicions: the last night lies above its level" in text
+    assert "suspicions: slower on the last night than before" in text
     assert f"confirm: peft-harness gate --pairs {SHAS[0][:12]} {SHAS[1][:12]} --suite quick --only {FIRST}" in text
 
 
@@ -167,7 +167,9 @@ def test_pairs_do_not_refute_a_slow_down_of_another_library(
     folder = history(tmp_path, libraries=True)
     paired("same")
     assert (settle(folder), written(folder)) == (Exit.INCONCLUSIVE, [])
-    assert "still open: not the code alone; since then peft 0.19.0 -> 0.20.0" in capsys.readouterr().out
+    assert (
+        "still open: pairs cannot refute it, since libraries changed (peft 0.19.0 -> 0.20.0)" in capsys.readouterr().out
+    )
     assert len(detect(folder, capsys)[1]["suspects"]) == 1
 
 
@@ -283,7 +285,7 @@ def test_two_revisions_of_the_same_code_are_not_paired(
     for path in folder.glob("2026-*.jsonl"):
         path.write_text(path.read_text().replace("code-bbbb", "code-aaaa"))
     assert (settle(folder), requested) == (Exit.PASS, [])
-    assert "both nights ran the same code of two revisions" in capsys.readouterr().out
+    assert "the revisions differ, but their code is the same" in capsys.readouterr().out
 
 
 def test_a_place_that_has_ended_has_no_suspicion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,7 @@ def test_no_speed_is_a_pass_without_parity() -> None:
     found = compare(saved_runs(KERNEL), session(cases_failed=1))
     assert words(found) == [(FindingKind.PARITY, VerdictKind.FAIL), (FindingKind.SPEED, VerdictKind.INCONCLUSIVE)]
     assert found.verdict.word is VerdictKind.FAIL
-    assert "no speed is a pass without parity: 1 case of @conformance failed" in found.verdict.reason
+    assert "no benchmark passes without parity: 1 case of @conformance failed" in found.verdict.reason
     found = compare(
         saved_runs(KERNEL, OTHER), session(failed=frozenset([OTHER]), rounds={KERNEL: FIVE[0], OTHER: FIVE[0]})
     )
@@ -100,7 +100,7 @@ def test_saved_runs_of_another_machine_are_left_out_and_named() -> None:
     found = compare(mixed, session())
     assert words(found) == [(FindingKind.SPEED, VerdictKind.PASS), (FindingKind.ENVIRONMENT, VerdictKind.PASS)]
     assert "5 saved runs" in found.rows[0].reason
-    assert (found.rows[1].name, found.rows[1].reason) == ("1 of 6 saved runs", "not used, cpu: a Xeon, here an EPYC")
+    assert (found.rows[1].name, found.rows[1].reason) == ("1 of 6 saved runs", "not used: cpu: a Xeon, here an EPYC")
     # A fact that a file lacks is no difference: an old pytest-benchmark does not store the cores.
     for less, more in ((HERE, HERE | {"cores": "8"}), (HERE | {"cores": "8"}, HERE)):
         assert compare(saved_runs(KERNEL, place=less), session(place=more)).verdict.word is VerdictKind.PASS
@@ -291,7 +291,7 @@ def test_a_session_with_a_wrong_kernel_has_no_speed_that_passes(project, pyteste
     assert code == pytest.ExitCode.TESTS_FAILED
     assert "✗ fail: 0 of 1 benchmarks not slower (by more than 100 %" in output
     assert "inconclusive: no pass without parity: not slower" in line_of(KERNEL, output)
-    assert output.count("no speed is a pass without parity: 1 case of @conformance failed") == 1
+    assert output.count("no benchmark passes without parity: 1 case of @conformance failed") == 1
     code, output = project(f"--harness-gate={base}", "--harness-gate-margin=100", "-k", "kernel or (wrong and 1)")
     assert (code, "✓ pass" in output, "@conformance: 1 case passed" in output) == (pytest.ExitCode.OK, True, True)
 
@@ -339,7 +339,7 @@ def test_a_session_on_another_machine_says_so(project, pytester: pytest.Pytester
     base = file(pytester.path / "base.json", rounds(2e-4), KERNEL, cpu={"brand_raw": "an Abacus"}, python_version="2.7")
     code, output = project(f"--harness-gate={base}")
     assert code == pytest.ExitCode.TESTS_FAILED
-    assert "saved elsewhere only, cpu: an Abacus, here " in output
+    assert "saved on another machine only: cpu: an Abacus, here " in output
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,9 @@ def add(names: Sequence[str], folder: Path, night: str | None = None) -> Exit:
 def _add(run: Run, folder: Path, name: str, added: Added) -> None:
     """Add one run to the night `name`. If this changes the files of the history, write them."""
     if not night_files.is_night(name):
-        raise UsageError(f"has no start date: {run.manifest.started!r}", where=str(run.path), hint="give its --night")
+        raise UsageError(
+            f"has no start date: {run.manifest.started!r}", where=str(run.path), hint="name the night by --night"
+        )
     _refuse_other_night(run, folder, name)
     _note_problems(run, added)
     broken: dict[str, str] = {}
@@ -88,8 +90,8 @@ def _refuse_broken(broken: dict[str, str], where: Path) -> None:
     """Raise UsageError if a file has unreadable parts, since rewriting the file would delete them."""
     if broken:
         what = "; ".join(f"{file}: {why}" for file, why in broken.items())
-        hint = "restore it from git, then add"
-        raise UsageError(f"not as `history add` left it: {what}", where=str(where), hint=hint)
+        hint = "restore it from git, then repeat `history add`"
+        raise UsageError(f"changed since `history add` wrote it: {what}", where=str(where), hint=hint)
 
 
 def _header(run: Run) -> RunHeader:

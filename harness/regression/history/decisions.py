@@ -75,7 +75,7 @@ def checked(
             _check_night(history, night)
     with collect_errors(problems):
         if not reason.strip():
-            raise UsageError(f"an empty {option.strip('-')} explains nothing", where=option, hint=_HINTS[option])
+            raise UsageError(f"the {option.strip('-')} is empty", where=option, hint=_HINTS[option])
     with collect_errors(problems):
         author = find_author(author)
     if problems:
@@ -99,7 +99,7 @@ def _find_cell(cells: Iterable[str], start: str) -> str:
     found = [EVERY] if start == EVERY else [cell_id for cell_id in cells if start and cell_id.startswith(start)]
     if len(found) == 1:
         return found[0]
-    what = f"{start!r} fits {len(found)} Cells" if found else f"no Cell {start!r} in this history"
+    what = f"{start!r} is the start of {len(found)} ids" if found else f"no Cell {start!r} in this history"
     raise UsageError(what, where="CELL", hint="give (more of) its id, as `peft-harness history show` prints it; or `*`")
 
 

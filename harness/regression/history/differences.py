@@ -57,17 +57,17 @@ def between(history: History, change: Change) -> Between:
     paired, libraries = (_revision(before), _revision(after)), _changed_libraries(before, after)
     request = _request(change, after, history.night(change.night).places[change.place], paired)
     remarks = [] if _ships(request.suite) else [
-        "the suite is not one of the harness's own: put the path of its file in place of its name"
+        "the suite is not part of the harness: replace its name in the command by the path of its file"
     ]  # fmt: skip
     reason = _why_no_pairs(history, change, before, after)
     if not reason and libraries:
-        remarks.append(f"pairs run both with today's libraries, and {', '.join(libraries)} since")
+        remarks.append(f"pairs run both revisions with today's libraries; {', '.join(libraries)} changed since then")
     elif reason and not _measured_by_pairs(change.metric):
         reason = f"{reason}: `{request.rerun_command()}`"
     elif reason:
         remarks = []  # the remarks are about a command, and there is none
     if not change.counted and _uncommitted(before, after):
-        remarks.append("a night ran changes that are in no commit")
+        remarks.append("a night ran code with uncommitted changes")
     because = "; ".join([*filter(None, [reason]), *remarks])
     return Between(
         code, (_revision(old), _revision(new)), _changed_libraries(old, new), None if reason else request, because,
@@ -84,16 +84,16 @@ def _why_no_pairs(history: History, change: Change, before: RunHeader, after: Ru
     if change.counted:
         return "counted: there is nothing to confirm"
     if not _measured_by_pairs(change.metric):
-        return f"pairs do not measure {change.metric}; a rerun of the suite by both does"
+        return f"pairs do not measure {change.metric}; rerun the suite with both revisions"
     if _is_search(history, change.cell):
-        return "it is a try of a search for a learning rate, which pairs leave out; rerun the suite"
+        return "this Cell only tries a learning rate, and pairs leave such Cells out; rerun the suite"
     if not all(revisions):
         return "a night was not run from a git checkout: no revisions to build the pairs from"
     if revisions[0] == revisions[1]:
         return "both nights ran the same revision"
     same_code = before.get("code_version") and before.get("code_version") == after.get("code_version")
     if same_code and not _uncommitted(before, after):
-        return "both nights ran the same code of two revisions: look at libraries, driver and machine"
+        return "the revisions differ, but their code is the same: look at libraries, driver and machine"
     return ""
 
 

@@ -41,7 +41,7 @@ many nights away."""
 
 Fields = dict[str, Any]
 """Fields of a Cell as JSON, written by this or another version of the harness."""
-_NOT_A_LINE = "a torn or foreign line"
+_NOT_A_LINE = "an incomplete or unknown line"
 _Line = TypeVar("_Line")
 _Word = Annotated[str, Field(min_length=1)]
 

@@ -68,7 +68,7 @@ def _of_cell(cell: str, place: str, nights: _Nights) -> Iterator[HistorySeries]:
     """Yield the series of a Cell at a place, one per metric."""
     order = tuple(nights[0][1][0])
     if all(tuple(values) == order for _, passes in nights for values in passes):
-        # The usual case. There may be millions of values, so single look-ups would be slow.
+        # Usually, all passes have the same metrics. Then whole columns are used: millions of look-ups would be slow.
         dates, counts = [night for night, _ in nights], [len(passes) for _, passes in nights]
         columns = dict(zip(order, zip(*(_medians(order, passes) for _, passes in nights), strict=True), strict=True))
         for metric in sorted(order):
@@ -99,4 +99,5 @@ def _is_counted(metric: str) -> bool:
 
 
 def _median(metric: str, values: Sequence[float]) -> float:
+    """Return the value of a night from the values of its passes: the maximum of a counted metric, else the median."""
     return max(values) if _is_counted(metric) else median(values)

@@ -27,7 +27,7 @@ def detection_lines(found: Detection) -> list[str]:
         ("changes", [c for c in found.candidates if c.settled is None]),
         ("changes that went back", [c for c in found.candidates if c.settled is not None]),
         (
-            "suspicions: the last night lies above its level; confirm with `peft-harness history settle`",
+            "suspicions: slower on the last night than before; confirm with `peft-harness history settle`",
             found.suspects,
         ),
     ):
@@ -113,7 +113,7 @@ def _notes(found: Detection) -> Iterator[str]:
         yield f"no anchor: only {where}; a slow night of the machine looks like a change"
     for one in found.loose:
         where = f"{one.metric} at place {one.place} on {_nights(one.nights)}"
-        yield f"not judged: {where}: fewer than {FEWEST_SERIES} of its usual series"
+        yield f"not judged: {where}: fewer than {FEWEST_SERIES} of its usual series were measured"
     for cell in found.stopped:
         yield f"not measured: {cell.name} ({cell.cell}): {cell.status} on {cell.night}, ok on {cell.ok}"
     yield from _missing(found.gone)

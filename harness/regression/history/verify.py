@@ -54,7 +54,7 @@ def verify(
             break
     print_lines(_not_tried(unconfirmed, pairable, len(codes)))
     if not unconfirmed:
-        print_lines(["nothing to try: no time lies above its level"])
+        print_lines(["nothing to try: no change needs a confirmation"])
     return max(codes, default=Exit.PASS)
 
 
@@ -101,7 +101,7 @@ def _verdict(
     else:
         verdict = "refuted"
     if verdict == "refuted" and (libraries := change.between.libraries):
-        return None, f"not the code alone; since then {', '.join(libraries)}: {timed.sentence}"
+        return None, f"pairs cannot refute it, since libraries changed ({', '.join(libraries)}): {timed.sentence}"
     return verdict, timed.sentence
 
 

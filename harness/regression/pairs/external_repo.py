@@ -1,7 +1,7 @@
 """Find the packages in the repository of a plug-in, and the Cells that run these packages.
 
-If two revisions of a plug-in are compared, they differ only in the Python code of the plug-in's package. Each revision
-must find compiled code and other packages by itself.
+If two revisions of a plug-in are compared, they differ only in the Python code of the plug-in's package. The harness
+builds and installs nothing for a revision: compiled code and other packages are those that the revision's code finds.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def packages(label: str, code: Path, variables: Mapping[str, str]) -> frozenset[
     if inside:
         return frozenset(inside)
     others = ", ".join(f"{name} from {folders[0] if folders else 'nowhere'}" for name, folders in found.items())
-    what = f"{label} holds no package of an installed plug-in; imported would be: {others or 'none'}"
+    what = f"{label} holds no package of an installed plug-in; Python would import: {others or 'none'}"
     hint = f"name the folder that holds the package, and install its entry point (`{GROUP}`), e.g. by `pip install -e`"
     raise HarnessError(what, where=f"--repo, {code}", hint=hint)
 

@@ -180,7 +180,7 @@ def _canary(request: PairsRequest, runner: PairsRunner) -> tuple[list[float] | N
 
 
 def _trained(plan: Plan, only: str | None, suite: str = "") -> Plan:
-    """Return a plan with only the Cells that have a training step to time. Leave out searches.
+    """Return a plan with only the Cells that have a training step to time. Leave out Cells that only try a learning rate.
 
     only: an expression that selects Cells; None for all.
     """

@@ -46,7 +46,7 @@ class Measured:
                 if record.status is not Status.OK:
                     return f"the {side} side is {record.status.value}: {record.because}"
                 if STEP not in times(record):
-                    return f"the {side} side has no steps that took any time"
+                    return f"the {side} side has no step time above 0 s"
         return self.no_record
 
     def verdicts(self, design: Design, only: str = "") -> dict[str, PairVerdict]:
