@@ -30,7 +30,7 @@ def combined_sha256(paths: Sequence[Path]) -> str:
 def whole_lines(path: Path) -> list[str]:
     """Return the complete lines of a file that another process still writes. An unfinished last line is left out.
 
-    If there is no file, return no lines.
+    If there is no file, return an empty list.
     """
     return path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines() if path.exists() else []
 

@@ -20,8 +20,8 @@ class LossAgreement(FrozenModel):
     """Comparison of the loss of the loaded adapter with the last logged losses.
 
     The rule: the loss must lie between the lowest and the highest of the logged losses of the second half of the log,
-    widened on both sides by `margin`. The second half, and not the last entry, because a log of few texts is noisy, and
-    because the last entry may be a mean over steps in which the loss still fell.
+    widened on both sides by `margin`. The whole second half is used, not only the last entry, because a log of few texts
+    is noisy, and because the last entry may be a mean over steps in which the loss still fell.
     """
 
     evaluated: float | None = None
@@ -75,7 +75,7 @@ class Imported(FrozenModel):
     unknown: dict[str, str] = Field(default={})
     """Facts that the folder does not state: name of the fact -> reason."""
     loss: LossAgreement | None = None
-    """Comparison of the loss with the log. None in a Record of a Cell that ended before it."""
+    """Comparison of the loss with the log. None if the Cell ended before the comparison."""
 
     @property
     def origin(self) -> str:

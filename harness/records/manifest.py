@@ -81,7 +81,7 @@ class Footer(FrozenModel):
     ended: str
     """End in UTC, ISO 8601."""
     how: Literal["finished", "interrupted", "failed"]
-    """End of the run."""
+    """Way in which the run ended."""
     counts: dict[str, int]
     """Number of Records of each status. Only the last attempt at each Cell counts."""
     missing: list[str]

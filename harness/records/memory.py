@@ -58,7 +58,7 @@ class Predicted(FrozenModel):
         This is the larger of two predictions: the sum of the predicted parts, and `peak_B`.
         """
         by_formulas = self.weights_B + self.adapter_B + self.gradients_B + self.optimizer_B + self.passing_B
-        # The step was on a CPU, where the device's memory is also the host's memory.
+        # `peak_B` was counted on a CPU, so it includes the states that a run on a GPU keeps in the host's memory.
         return max(by_formulas, (self.peak_B or 0) - self.optimizer_host_B)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
 from harness.records.record import Cell, Json
 
-# Names for coordinates whose last part is ambiguous.
+# Names of settings for which the last part of the path, e.g. `batch`, would be ambiguous.
 _SHORT_KEYS = {
     "evaluation.batch": "evaluation batch",
     "base.implementation": "quantised by",
@@ -63,7 +63,7 @@ def _named(cells: Iterable[Cell], name: Callable[[Cell], str], place: Callable[[
         suffixes = {
             i: "".join(f" {_short_key(k)}={values[k]}" for k in differing if k in values) for i, values in where.items()
         }
-        if len(set(suffixes.values())) < len(suffixes):  # coordinates with the same last part, set in different Cells
+        if len(set(suffixes.values())) < len(suffixes):  # e.g. two settings with the same last part, in different Cells
             suffixes = {
                 i: "".join(f" {_short_key(k)}={v.get(k, 'unset')}" for k in differing) for i, v in where.items()
             }
@@ -72,6 +72,7 @@ def _named(cells: Iterable[Cell], name: Callable[[Cell], str], place: Callable[[
 
 
 def _coordinates(values: Mapping[str, Json], inside: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the path of each setting, with dots, e.g. `training.batch`, and its value as text."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _coordinates(value, f"{inside}{key}.")

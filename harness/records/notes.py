@@ -13,7 +13,7 @@ _OLD_TEXTS = {NoteKind.UNREACHED_EXPERTS: "are neither adapted nor packed into 4
 
 def concurrency_note(cells: int) -> list[str]:
     """Return a list with the note that up to `cells` Cells ran at once. For a single Cell, return an empty list."""
-    return [f"up to {cells} Cells ran at once: its times share the machine"] if cells > 1 else []
+    return [f"up to {cells} Cells ran at once: the times are those of a shared machine"] if cells > 1 else []
 
 
 def concurrent_cells(record: Record) -> int:

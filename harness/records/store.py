@@ -38,7 +38,7 @@ _FOOTER, _REOPENED = "footer.json", "footer.before.json"
 _Model = TypeVar("_Model", bound=BaseModel)
 
 _TORN: dict[type[BaseModel], str] = {
-    Manifest: "it lists the expected Cells: start a new run; the Records can still be read",
+    Manifest: "start a new run, since this file lists the expected Cells; the Records can still be read",
     Record: "the file is incomplete or edited; move it away and `--resume` the run to measure that Cell again",
     Footer: "the run counts as incomplete: `--resume` it to finish it",
 }
@@ -69,7 +69,7 @@ def _read(path: Path, kind: type[_Model]) -> _Model:
         raise StoreError(f"written with schema {schema}, this version reads up to {SCHEMA}", where=str(path), hint=hint)
     if found is None:
         raise StoreError(
-            f"not a whole {kind.__name__}: {mistake(problem)}", where=str(path), hint=_TORN[kind]
+            f"not a complete {kind.__name__}: {mistake(problem)}", where=str(path), hint=_TORN[kind]
         ) from problem
     return found
 

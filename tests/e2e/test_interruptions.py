@@ -189,6 +189,6 @@ def test_a_run_with_a_torn_footer_is_reported_and_resumed(story: dict[str, Stage
     torn = story["torn"]
     assert torn.finished.code == Exit.INFRASTRUCTURE
     assert "the run is incomplete" in torn.finished.out
-    assert "unreadable: footer.json: not a whole Footer" in torn.finished.out
+    assert "unreadable: footer.json: not a complete Footer" in torn.finished.out
     assert torn.run.manifest.cells[0].cell_id in torn.page
     assert "is incomplete: its footer.json cannot be read" in story["resumed"].finished.err

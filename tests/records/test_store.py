@@ -63,7 +63,7 @@ def test_a_torn_record_is_shown_and_its_cell_is_missing(run: store.Run, torn: by
     _path(run, broken).write_bytes(torn)
     again = store.read_run(run.path)
     assert list(again.broken) == [_path(run, broken).name]
-    assert "not a whole Record" in again.broken[_path(run, broken).name]
+    assert "not a complete Record" in again.broken[_path(run, broken).name]
     assert again.missing() == [broken.cell_id]
     assert again.records == (whole,)
 
@@ -73,7 +73,7 @@ def test_every_prefix_of_a_record_is_torn(run: store.Run) -> None:
     text = path.read_bytes().rstrip()
     for length in range(0, len(text), max(1, len(text) // 50)):
         path.write_bytes(text[:length])
-        with pytest.raises(StoreError, match="not a whole Record"):
+        with pytest.raises(StoreError, match="not a complete Record"):
             store.read_record(path)
 
 
@@ -107,7 +107,7 @@ def test_a_newer_schema_is_refused(run: store.Run) -> None:
 def test_what_no_record_can_hold_is_not_read(run: store.Run, field: dict[str, object]) -> None:
     path = _path(run, run.records[0])
     path.write_text(json.dumps({**json.loads(path.read_text()), **field}))
-    with pytest.raises(StoreError, match="not a whole Record"):
+    with pytest.raises(StoreError, match="not a complete Record"):
         store.read_record(path)
 
 
@@ -143,7 +143,7 @@ def test_a_record_that_contradicts_itself_is_not_read(
     file.write_text(json.dumps(_change(whole, *path, to=to)))
     with pytest.raises(StoreError) as caught:
         store.read_record(file)
-    assert "not a whole Record: " in caught.value.what
+    assert "not a complete Record: " in caught.value.what
     assert says in caught.value.what
     assert "pydantic" not in caught.value.what
 
@@ -298,7 +298,7 @@ def test_a_run_with_an_unreadable_footer_is_incomplete(run: store.Run, torn: byt
 
 def test_a_torn_manifest_has_a_hint_of_its_own(run: store.Run) -> None:
     (run.path / "run.json").write_bytes(b"{")
-    with pytest.raises(StoreError, match="not a whole Manifest") as caught:
+    with pytest.raises(StoreError, match="not a complete Manifest") as caught:
         store.read_run(run.path)
     assert "start a new run" in caught.value.hint
 

@@ -273,7 +273,7 @@ def test_a_torn_file_is_left_out_and_named_and_the_rest_is_there(tmp_path: Path)
     assert {w.filename for w in warned} == {__file__}
     assert len(numbers.cells) == 9
     assert ZERO_SHOT not in set(numbers.items["cell_id"])
-    assert f"{torn.name} cannot be read: not a whole Record" in numbers.left_out[0]
+    assert f"{torn.name} cannot be read: not a complete Record" in numbers.left_out[0]
     assert "zero-shot" in numbers.left_out[1]
     assert numbers.left_out[1].endswith("has no Record")
     assert "2 left out" in repr(numbers)

@@ -39,7 +39,7 @@ def test_cells_at_a_time_share_the_cores_and_say_so(sandbox: Sandbox) -> None:
     assert len(run.records) == 2, finished.err
     for record in run.records:
         assert record.environment.threads == max(1, environment.threads() // 2)
-        assert record.notes == ["up to 2 Cells ran at once: its times share the machine"]
+        assert record.notes == ["up to 2 Cells ran at once: the times are those of a shared machine"]
     lines = [line.split("/")[0] for line in finished.err.splitlines() if " skipped " in line]
     assert sorted(lines) == ["1", "2"]
 

@@ -229,7 +229,7 @@ def test_elements_that_share_a_machine(tmp_path: Path) -> None:
     assert {seed: r.status for seed, r in records.items()} == dict.fromkeys((0, 1, 2, 4), Status.OK) | {3: Status.LOST}
     assert re.match(r"its Slurm job \d+ ended \(\w+\) and left no Record", records[3].because)
     assert {r.notes[0] for seed, r in records.items() if seed != 3} == {str(max(1, environment.threads() // 2))}
-    assert records[3].notes == ["up to 2 Cells ran at once: its times share the machine"]
+    assert records[3].notes == ["up to 2 Cells ran at once: the times are those of a shared machine"]
     assert sorted(path.name for path in (run.folder.path / "slurm").glob("wanted-*")) == []
 
 
