@@ -1,4 +1,4 @@
-"""Work of `check PATH`: judge one adapter file, and compare the logits of loaders with the reference. Imports torch."""
+"""Run `check PATH`: judge one adapter file, and compare the logits of loaders with the reference. Imports torch."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _summary(report: _Report) -> Iterator[str]:
     yield f"{adapter.weights}: {plural(len(adapter.header), 'tensor')} in {', '.join(dtypes) or 'no dtype'}"
     yield f"rank {settings.r}, scaling {scaling}{usual}"
     if report.folder is None:
-        yield "base: none; keys, shapes and logits are not compared with one (--base-model FOLDER)"
+        yield "base: none, so keys, shapes and logits are not compared with it (name one by --base-model FOLDER)"
     else:
         yield f"base: {report.folder}{f', as {report.base_class}' if report.base_class else ''}"
 

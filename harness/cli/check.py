@@ -1,4 +1,4 @@
-"""Work of the command `check`: compare implementations with their references. Only its worker processes import torch."""
+"""Run the command `check`: compare implementations with their references. Only its worker processes import torch."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _with_homes(report: CheckReport, missing: Collection[Target], request: Check
         _judge_in(replace(request, implementations=sorted(names)), homes.at(folder))[0]
         for folder, names in there.items()
     ]
-    known = set(report.skipped.values())  # say a reason that does not depend on the environment once
+    known = set(report.skipped.values())  # a reason that does not depend on the environment is given only once
     others = [replace(one, skipped={n: w for n, w in one.skipped.items() if w not in known}) for one in others]
     return CheckReport.joined([report, *others])
 

@@ -95,7 +95,7 @@ def check(
     Without arguments, checks every implementation in all cases that this machine can run. The reference is computed in
     float64. Each plug-in runs in its own process: a crash or a hang counts as a failure, and the other plug-ins continue.
     Ctrl-C or SIGTERM prints the results so far and exits with 4; the exit code is also 4 if a named IMPLEMENTATION cannot be
-    tested. With --with, it runs the same checks once per environment, and shows which of them differ; an environment that
+    tested. With --with, it runs the same checks once per environment, and shows which results differ; an environment that
     does not exist is made first.
     """
     if (offline or find_links) and not environments:
@@ -147,7 +147,7 @@ def check(
         targets = (*methods, *operations)
         if power:
             if mutants is not None or seed is not None:
-                raise UsageError("draws nothing", where="--power", hint="remove --mutants and --seed")
+                raise UsageError("makes no random choices", where="--power", hint="remove --mutants and --seed")
             from harness.conformance import power as measurement
 
             return measurement.check(jobs, targets, as_json)

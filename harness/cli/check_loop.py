@@ -1,4 +1,4 @@
-"""Work of `check --loop`: compare a training loop with the harness's own, and find the settings that change training."""
+"""Run `check --loop`: compare a training loop with the harness's own, and find the settings that change training."""
 
 from __future__ import annotations
 

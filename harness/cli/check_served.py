@@ -1,4 +1,4 @@
-"""Work of `check --served`: compare what a model server computes with what adapter files say."""
+"""Run `check --served`: compare the answers of a model server with the adapter files, computed in float64."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def _machine() -> list[Diagnosis]:
     here = environment.describe(environment.threads())
     gpus = environment.gpus()
     processor = f"{here.machine['cpu']}, {here.threads} cores used, {here.machine['architecture']}"
-    no_gpu = "no NVIDIA GPU: --device auto takes the CPU; GPU rows stay not-run"
+    no_gpu = "no NVIDIA GPU: --device auto takes the CPU; what needs a GPU is not run"
     exact_peaks = Path("/proc/self/clear_refs").exists()
     peaks = "per phase from the kernel (VmHWM)" if exact_peaks else "sampled every 20 ms: short peaks are missed"
     return [
@@ -136,7 +136,7 @@ def _assets() -> list[Diagnosis]:
             detail, summary = f"will be fetched: {source.source}", "will be fetched on first use"
             found.append(Diagnosis("models and data", source.name, "note", detail, summary, source.name))
     if importlib.util.find_spec("pip") is None:
-        detail = "not in this environment, so carriers cannot be fetched: python -m ensurepip"
+        detail = "not in this environment, so models and data in Python packages cannot be fetched: python -m ensurepip"
         found.append(Diagnosis("models and data", "pip", "no", detail))
     return found
 

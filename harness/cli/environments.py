@@ -1,4 +1,4 @@
-"""Work of the command group `env`."""
+"""Run the commands of the group `env`."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def repair(name: str, index: IndexOptions) -> Exit:
         raise UsageError(f"another Python or torch made the environment {name!r}", hint=hint)
     with handle_termination():
         wrong = creation.repair(environment, index, print_note)
-    print_lines([f"{name}: {one}" for one in wrong] + [f"{name}: {'repaired' if wrong else 'is whole'}"])
+    print_lines([f"{name}: {one}" for one in wrong] + [f"{name}: {'repaired' if wrong else 'no damage found'}"])
     return Exit.PASS
 
 

@@ -81,12 +81,13 @@ def detect(cell: str | None, sentinel: str | None, strict: bool, folder: Path, a
     """Find changes of level.
 
     Times: the median over the passes of a night, divided by the night's anchor (the median over all series of value / usual
-    value), is split into levels by an optimal segmentation. A change counts from 2 % and three nights on, so that one bad
-    night is no change. The anchor itself is compared with the sentinels: the latencies of the bare base models and the Cells
-    of --sentinel.
+    value), is split into levels by an optimal segmentation. A change counts if it is at least 2 % and lasts three nights, so
+    that one bad night is no change. The anchor itself is compared with the sentinels: the latencies of the bare base models
+    and the Cells of --sentinel.
 
-    Accuracy: the same, without an anchor, from one percentage point on. Parameters and counted bytes: any change, on its
-    first night. Peak memory: from 16 MiB and 1 % on. Series of different places are never joined.
+    Accuracy: the same without an anchor, for changes of at least one percentage point. Parameters and counted bytes: any
+    change, on its first night. Peak memory: a change by more than 16 MiB and more than 1 %. Series of different places are
+    never joined.
 
     \b
     Exit codes:
@@ -115,7 +116,7 @@ def detect(cell: str | None, sentinel: str | None, strict: bool, folder: Path, a
 )  # fmt: skip
 @click.option(
     "--suite", type=click.Path(path_type=Path, dir_okay=False, exists=True), metavar="FILE",
-    help="File of the nightly suite, if it is not one of peft-harness.",
+    help="File of the nightly suite, if it is not part of peft-harness.",
 )  # fmt: skip
 @options.author()
 @_dir
@@ -123,7 +124,7 @@ def settle(cell: str | None, most: int, out: Path | None, suite: Path | None, au
     """Confirm or refute suspected changes by pairs of runs.
 
     Runs `gate --pairs` with the revisions before and after each unconfirmed change of a time, and for each step time that
-    was above its level in the last night. Writes the verdict `regressed`, `improved` or `refuted` to the history, like
+    was longer in the last night than before. Writes the verdict `regressed`, `improved` or `refuted` to the history, like
     `history confirm`; an undecided change stays open. The first comparison includes a canary, a revision against itself; if
     canaries raise the alarm too often on this machine, no verdict is written.
 

@@ -29,7 +29,7 @@ from harness.resources import user_path
     default=64,
     show_default=True,
     metavar="N",
-    help="Length of the longest text.",
+    help="Tokens to which longer texts are cut.",
 )
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16", "float64"]), default="float32", show_default=True,

@@ -1,4 +1,4 @@
-"""Describe, for `explain`, how an implementation is called and what it returns. Example calls give the facts.
+"""Describe, for `explain`, how an implementation is called and what it returns. The facts come from example calls.
 
 Imports torch. `topics` imports this module only to explain a Method or an Operation.
 """

@@ -265,7 +265,7 @@ def _titled(title: str, text: str) -> str:
 def _operation(name: str, about: str) -> str:
     from harness.cli import interfaces  # imports torch
 
-    command = ["", "to check who offers it:", f"  peft-harness check --op {name}"]
+    command = ["", "to check all implementations of it:", f"  peft-harness check --op {name}"]
     return _titled(f"operation {name}", "\n".join([about, "", *_folded(interfaces.of_operation(name)), *command]))
 
 
@@ -283,7 +283,7 @@ def _loader() -> str:
         *(line for text in functions for line in _folded(text.splitlines()[:1])),
         "",
         *_folded([f"adapters in {corpus.folder()}: {', '.join(corpus.names())}"]),
-        "to check who offers it:",
+        "to check all implementations of it:",
         f"  peft-harness check --method {ADAPTER_FILES}",
     ]
     return _titled(f"loader {ADAPTER_FILES}", "\n".join(lines))
