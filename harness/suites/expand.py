@@ -58,7 +58,7 @@ def expand(entries: Sequence[tuple[SuiteEntry, Sequence[Cell]]], comparisons: Se
 
 
 def count(entry: SuiteEntry) -> int:
-    """Return an upper bound for the number of Cells of an entry, including those of its searches. This makes no Cells."""
+    """Return an upper bound for the number of Cells of an entry and of its searches, without making the Cells."""
     axes = (
         entry.model, entry.task, entry.base, entry.implementation, entry.environment, entry.serve, entry.optimizer,
         entry.dtype,
@@ -184,7 +184,7 @@ def select(plan: Plan, expr: str) -> Plan:
         known_cells = [f"id={plan.ids[c.cell_id]}  {c.cell_id}  {names[c.cell_id]}" for c in plan.cells]
         shown = [*known_cells[:20], *([f"... and {len(known_cells) - 20} more"] if len(known_cells) > 20 else [])]
         hint = "choose from the Cells above, e.g. by a `key=value` or a part of a name"
-        details = ["  Cells that are there:", *(f"    {one}" for one in shown)]
+        details = ["  Cells to choose from:", *(f"    {one}" for one in shown)]
         raise UsageError("no Cell fits", where=f"--only {expr}", hint=hint, details=details)
     return replace(plan, cells=selected, ids={c.cell_id: plan.ids[c.cell_id] for c in selected})
 

@@ -73,7 +73,7 @@ def load(name_or_path: str | Path, *, registry: Registry | None = None) -> Suite
 def _sources(context: SuiteContext, keys: SuiteKeys) -> dict[str, Source]:
     sources = load_table(data_folder("suites") / "sources.yaml")
     for index, source in enumerate(keys.sources):
-        # A cell_id contains only the name of a source, so that a name must always mean the same source.
+        # A cell_id depends only on the name of a source, so a name must always mean the same source.
         if source.name in sources:
             context.problem(("sources", index), f"duplicate source `{source.name}`", "rename it")
         sources[source.name] = with_absolute_path(source, context.folder)
@@ -83,7 +83,7 @@ def _sources(context: SuiteContext, keys: SuiteKeys) -> dict[str, Source]:
 def _entry_paths(keys: SuiteKeys) -> Iterator[tuple[KeyPath, KeyPath]]:
     """Yield a pair (path of the block, path of the entry) for each entry.
 
-    A block without `cells` is itself an entry, so that both paths are the same.
+    A block without `cells` is itself an entry. Then both paths are equal.
     """
     for i, block in enumerate(keys.matrix):
         if block.cells is None:

@@ -113,13 +113,13 @@ def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Ite
 def _dropout(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
     """Yield a problem for each Cell of a foreign training loop whose model has dropout.
 
-    SFTTrainer pads on the other side, so a mask falls on other tokens.
+    SFTTrainer pads texts on the other side than the harness, so dropout would hit other tokens.
     """
     dropped = model_folder.dropout(folder)
     for cell, places in cells:
         if dropped and cell.training.steps and cell.training.loop != "harness":
             what = f"`loop` is {cell.training.loop}, but {cell.model} has dropout (`{dropped}` of its config.json)"
-            yield Problem(places["loop"], what, "write `loop: harness`, or set it to 0 in a copy of the model")
+            yield Problem(places["loop"], what, "write `loop: harness`, or set the dropout to 0 in a copy of the model")
 
 
 def _seen(name: str, paths: Collection[str]) -> bool:

@@ -212,7 +212,10 @@ def _upstream(name: str) -> Task:
     elif not any(isinstance(m, dict) and m.get("metric") == lm_eval_keys.METRICS[kind] for m in metrics):
         what, hint = f"has no metric {lm_eval_keys.METRICS[kind]}, which Records need", own_task
     elif absent := [str(path) for path in file.data_files if not path.is_file()]:
-        what, hint = f"reads missing files: {', '.join(absent)}", "start in the folder that their paths are relative to"
+        what, hint = (
+            f"reads missing files: {', '.join(absent)}",
+            "start peft-harness in the folder to which their paths are relative",
+        )
     elif (spec.get("generation_kwargs") or {}).get("do_sample"):
         what, hint = "samples its answers; answers are generated greedily here", own_task
     elif not file.revision and dataset not in lm_eval_files.LOCAL:
