@@ -119,7 +119,9 @@ class Arguments:
             return None
         if inner.dimension == "property" or (dimensions and inner.dimension not in dimensions):
             what = "returns no number" if inner.dimension == "property" else f"is in {inner.dimension}"
-            hint = f"name a measure in {' or '.join(dimensions)}" if dimensions else "name a measure that does"
+            hint = (
+                f"name a measure in {' or '.join(dimensions)}" if dimensions else "name a measure that returns a number"
+            )
             self.problem(way, f"`{inner.name}` {what}", hint)
         return self.request(inner, inside, (*way, "with"), [])
 

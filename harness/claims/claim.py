@@ -9,8 +9,8 @@ from typing import Any, Literal
 from harness.claims.printed_number import NEAREST, Dimension, Printed, Rounding
 
 Tier = Literal["exact", "gpu-synthetic", "trained"]
-"""Means that decide a claim. `exact`: only arithmetic or small tensors. `gpu-synthetic`: a GPU, with random
-weights. `trained`: training on data."""
+"""Resources that are needed to decide a claim. `exact`: only arithmetic or small tensors. `gpu-synthetic`: a GPU, with
+random weights. `trained`: training on data."""
 
 
 @dataclass(frozen=True)

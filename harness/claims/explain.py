@@ -48,7 +48,7 @@ result."""
 
 
 def topics() -> Iterator[tuple[str, Callable[[], str]]]:
-    """Yield each topic that is no claim, with a function that returns its text."""
+    """Yield the name of each topic other than a claim, with a function that returns its text."""
     yield "claims", lambda: _FORM.format(example=textwrap.indent(_EXAMPLE.read_text(encoding="utf-8"), "  "))
     for verdict, text in MEANING.items():
         yield verdict.value, partial(_titled, f"verdict {verdict.value}", [f"{text}."])

@@ -40,7 +40,7 @@ STAND_IN = "by a stand-in: "
 
 @dataclass(frozen=True)
 class Missing:
-    """Takes the place of a measure's result if there is none."""
+    """Placeholder for the result of a measure that has none."""
 
     why: str
     """The reason why there is no result."""
@@ -137,11 +137,11 @@ def judge(claim: Claim, answers: Sequence[MeasureResult | Missing]) -> JudgedCla
         why = f"the result {result} at a smaller scale ({claim.scale}), which does not refute the paper"
         return _judged(claim, ClaimVerdict.INCONCLUSIVE, tried, own, why=why)
     if _open(claim, found):
-        why = "some of its possible values agree, and some do not"
+        why = "some values in the range of our result agree, and some do not"
         return _judged(claim, ClaimVerdict.INCONCLUSIVE, tried, own, why=claim.needs or why)
     for one, answer in zip(tried, answers, strict=True):
         if isinstance(answer, MeasureResult) and (allowed := _allowed(claim, answer)):
-            why = f"it is computed from rounded figures, which allow {allowed}"
+            why = f"our result is computed from rounded figures, which allow {allowed}"
             return _judged(claim, ClaimVerdict.INCONCLUSIVE, tried, one, why="; ".join(filter(None, [one.under, why])))
     if claim.needs and found.most is None:
         return _judged(claim, ClaimVerdict.INCONCLUSIVE, tried, own, why=f"the paper omits {claim.needs}")

@@ -44,7 +44,7 @@ class MeasureResult:
 
 @dataclass(frozen=True)
 class Nested:
-    """Marks a parameter that is a number, or the result of another measure."""
+    """Mark of a parameter that is a number, or the result of another measure."""
 
     dimensions: tuple[Dimension, ...] = ()
     """Allowed dimensions of the other measure. If empty, all dimensions except `property` are allowed."""
@@ -128,7 +128,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 def measure(dimension: Dimension) -> Callable[[Callable[..., MeasureResult]], Callable[..., MeasureResult]]:
-    """Return a decorator that marks a function as a measure. dimension: of the measured quantity, e.g. bytes."""
+    """Return a decorator that marks a function as a measure. dimension: kind of the measured quantity, e.g. `bytes`."""
 
     def mark(function: Callable[..., MeasureResult]) -> Callable[..., MeasureResult]:
         function.dimension = dimension  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """Count the 4-bit weights of a model under QLoRA, and their bits.
 
-To count them, attaches the reference's QLoRA to the model on the meta device. Imports torch only when a model is built.
+The reference's QLoRA is attached to the model on the meta device. Imports torch only when a model is built.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def of(name: str, config: Mapping[str, Any]) -> Quantised:
 
     Raises ValueError for a config that does not fit the model.
     """
-    # Block size and double quantisation change no layer, so that one attached model serves all of them.
+    # Block size and double quantisation change no layer, so one attached model is enough for all their values.
     return _of(name, json.dumps({key: value for key, value in config.items() if key not in ("block", "double_quant")}))
 
 

@@ -131,7 +131,7 @@ def test_a_rank_that_is_not_printed_shows_no_figure_right_but_may_show_it_wrong(
 
 def test_a_rank_is_not_fitted_where_nearly_any_figure_has_one() -> None:
     assert baselines.at_some_rank(Fraction(500), Fraction(3000), Fraction(100), fitted=True).value == 3000
-    with pytest.raises(ValueError, match="one more rank is 499, less than 5 x 100; nearly any figure has one"):
+    with pytest.raises(ValueError, match="one more rank adds 499, less than 5 x 100: nearly any figure would fit"):
         baselines.at_some_rank(Fraction(499), Fraction(2994), Fraction(100), fitted=True)
 
 

@@ -117,7 +117,7 @@ def of_some(start: Fraction, step: Fraction, to: Fraction, last: Fraction, fitte
     value = start + nearest * step
     before = f"{written(start)} + " if start else ""
     if fitted and step < _MIN_STEP * last:
-        why = f"one more {what} is {written(step)}, less than {_MIN_STEP} x {written(last)}; nearly any figure has one"
+        why = f"one more {what} adds {written(step)}, less than {_MIN_STEP} x {written(last)}: nearly any figure would fit"
         raise ValueError(why)
     gives = abs(value - to) * 2 <= last or 0 <= value - to < last  # rounded, or its digits cut
     if fitted or not gives:

@@ -40,7 +40,7 @@ def double_quantisation_saves(model: Model, block: Positive = 64, second_block: 
 def four_bit_bytes(
     model: Model,
     method: Method = "qlora",
-    config: Config = {},  # nothing changes it
+    config: Config = {},  # it is never modified
     rest: Literal[0, 2, 4] = 2,
     adapters: int = 0,
 ) -> MeasureResult:

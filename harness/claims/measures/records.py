@@ -40,7 +40,7 @@ def _suite(name: str, info: ValidationInfo) -> str:
 
 
 def _entry(name: str, info: ValidationInfo) -> str:
-    suite = info.data.get("whole_suite" if info.field_name == "whole" else "suite")  # none: it is wrong itself
+    suite = info.data.get("whole_suite" if info.field_name == "whole" else "suite")  # None if the suite is invalid
     if suite is not None and name not in (there := record_sources.entries(suite)):
         raise ValueError(record_sources.unknown(suite, name, there))
     return name
@@ -178,7 +178,7 @@ def trained_parameters(suite: Suite, cell: Entry) -> MeasureResult:
 @measure("property")
 def undecidable(needs: str) -> MeasureResult:
     """A property that the harness cannot decide, e.g. a score of GPT-3. needs: what a decision would require."""
-    raise NotRunError(f"it takes {needs}")
+    raise NotRunError(f"a decision requires {needs}")
 
 
 def over(x: Interval, y: Interval) -> Interval:
@@ -293,7 +293,7 @@ def _peak(own: Sequence[Record]) -> Interval:
         if (peak := measurements.training_peak(record)) is not None
     ]
     if len(peaks) < len(own):
-        raise NotRunError(f"the system gave no peak memory of {own[0].cell.label}")
+        raise NotRunError(f"the system reported no peak memory for {own[0].cell.label}")
     return Interval.around(max(peaks), min(peaks), max(peaks))
 
 
