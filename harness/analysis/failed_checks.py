@@ -37,7 +37,7 @@ def diverged(record: Record) -> bool:
 
 
 def unreferenced(record: Record) -> str:
-    """If a Record had no reference to compare with, return the reason why no speed is shown.
+    """Return the reason why no speed is shown, if a Record had no reference to compare with.
 
     Otherwise return an empty string.
     """

@@ -18,7 +18,7 @@ from harness.yaml_lines import Document, KeyPath
 
 
 class Arguments:
-    """Checks the measures of one file, and appends errors to `problems`."""
+    """Checker of the measures in one file. It appends errors to `problems`."""
 
     def __init__(self, document: Document, problems: list[Problem]) -> None:
         self.document, self.problems = document, problems

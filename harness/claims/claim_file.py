@@ -135,7 +135,7 @@ def load(paths: Iterable[Path]) -> list[Claim]:
 
 
 class _Reading:
-    """Reads one claim file. `problems` collects the errors. `ids` collects the place and the id of each claim."""
+    """Reader of one claim file. `problems` collects the errors. `ids` collects the place and the id of each claim."""
 
     def __init__(self, document: Document) -> None:
         self.document = document

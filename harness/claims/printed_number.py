@@ -80,7 +80,7 @@ RULES = {
     "nearest": "", "cut": _CUT, "magnitude": "of the same order of magnitude, by the nearest power of ten",
     "about": "equal to the printed figure",
 }  # fmt: skip
-"""Maps each rule to its words. The words for `about` are right only for a difference of 0."""
+"""Rule -> its words. The words for `about` are right only for a difference of 0."""
 NEAREST = Rounding()
 
 

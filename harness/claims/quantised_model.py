@@ -20,7 +20,7 @@ class Quantised:
     """Counts of a model under QLoRA."""
 
     weights: Counter[int]
-    """Maps a size, in elements, to the number of 4-bit weights of that size."""
+    """Size in elements -> number of 4-bit weights of that size."""
     adapters: int
     """Number of trainable elements in the adapters."""
     rest: int

@@ -39,7 +39,7 @@ class _Report:
     features: Sequence[str]
     readings: Sequence[LoaderVerdict]
     logits: Sequence[LoaderLogits]
-    """One per loader. Empty if there is no base, or if the file does not conform."""
+    """Comparisons of logits, one per loader. Empty if there is no base, or if the file does not conform."""
 
     @property
     def exit(self) -> Exit:

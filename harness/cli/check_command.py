@@ -20,15 +20,15 @@ from harness.resources import user_path
 @click.option("--dtype", "dtypes", multiple=True, metavar="D", help=f"Check only this dtype. {options.AGAIN}")
 @click.option(
     "--full", is_flag=True,
-    help="Check every combination of config, shape and layer, and all of --wide.  [default: each of them at least once]",
+    help="Check every combination of config, shape and layer, and all of --wide.  [default: each one at least once]",
 )  # fmt: skip
 @click.option(
     "--wide", is_flag=True,
-    help="Also check a fixed sample that covers pairs of settings, and modes of calls, random walks and NaN.",
+    help="Also check a fixed sample of pairs of settings, other ways to call a layer, random sequences of calls, and NaN.",
 )  # fmt: skip
 @click.option(
     "--drawn", type=click.IntRange(0, 100_000), default=0, show_default=True, metavar="N",
-    help="Also check N random cases per parity suite, and all of --wide; shrink each failure.",
+    help="Also check N random cases per parity suite, and all of --wide; reduce each failure to a small case.",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), metavar="S", help="Random seed of --drawn.  [default: 0]")
 @click.option(

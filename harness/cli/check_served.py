@@ -30,9 +30,9 @@ class ServedRequest:
 
     url: str
     adapters: Sequence[str]
-    """Values DIR or NAME=DIR."""
+    """Values of `--adapter`, each DIR or NAME=DIR."""
     base_model: str
-    """Value FOLDER or NAME=FOLDER."""
+    """Value of `--base-model`: FOLDER or NAME=FOLDER."""
     dtypes: Sequence[str] = ()
     """Dtypes that the server may use. Empty for float32, float16 and bfloat16."""
     concurrency: int = 8

@@ -38,7 +38,7 @@ from harness.resources import user_path
 @click.option(
     "--beside",
     metavar="SUITE",
-    help="Also run this suite, so that one table shows both; --task and --items are its own.",
+    help="Also run this suite, so that one table shows both; its first Cell sets model, task and items.",
 )
 @click.option("--only", metavar="EXPR", help="With --beside: run only the Cells that EXPR selects, as for `run`.")
 @click.option("--out", type=options.PATH, metavar="DIR", help="Run folder.  [default: results/runs/<run id>]")

@@ -352,7 +352,7 @@ class Record(FrozenModel):
     @model_validator(mode="after")
     def _status_decides_content(self) -> Record:
         if (self.measurements is not None) != (self.status is Status.OK):
-            raise ValueError(f"only an ok Record has measurements, and it must; status is {self.status}")
+            raise ValueError(f"a Record has measurements if its status is ok, and only then; status is {self.status}")
         if self.status is not Status.OK and not self.because:
             raise ValueError(f"a Record with status {self.status} needs `because`")
         if self.cell_id != self.cell.cell_id:

@@ -40,7 +40,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 _TORN: dict[type[BaseModel], str] = {
     Manifest: "start a new run, since this file lists the expected Cells; the Records can still be read",
     Record: "the file is incomplete or edited; move it away and `--resume` the run to measure that Cell again",
-    Footer: "the run counts as incomplete: `--resume` it to finish it",
+    Footer: "the run counts as incomplete: finish it with --resume",
 }
 
 
@@ -136,7 +136,7 @@ class Run:
 
 
 class RunFolder:
-    """Writes one run folder.
+    """Writer of one run folder.
 
     `create` and `take` lock the folder, so that no other process writes to it. The lock ends with `release`, or when
     the object or the process ends. A worker needs no lock, because it writes only one Record for the runner.

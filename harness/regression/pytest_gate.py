@@ -25,7 +25,7 @@ _JUDGED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_
 
 
 class Gate:
-    """Collects the results of a session, and judges the session at its end."""
+    """Plugin that collects the results of a session, and judges the session at its end."""
 
     def __init__(self, config: pytest.Config, conforming: type[pytest.Item]) -> None:
         self.config, self.conforming = config, conforming

@@ -31,7 +31,7 @@ ChartSet = dict[str, Any]
 _CURVES = 8
 """Largest number of learning curves that a chart shows before the reader picks others."""
 _RISE = 1.25
-"""Learning curves are drawn up to this multiple of the highest first loss."""
+"""Learning curves are cut off at this multiple of the highest loss that any curve starts with."""
 _POINTS = 150
 """Largest number of points of a drawn curve."""
 _BARS = 24
@@ -61,7 +61,7 @@ def _figure(name: str, drawing: Drawing, notes: Iterable[str] = (), choice: str 
 
 
 def _method(cell: Cell) -> str:
-    """Return the name of a Cell's method and implementation: its label without model, rank and search."""
+    """Return the name of a Cell's method and implementation: its label without model, rank, and mark of a search."""
     config = {key: value for key, value in cell.config.items() if key == ADAPTER_CONFIG}
     whole = cell.evaluation.model_copy(update={"skip": 0})
     return naming.short(cell.model_copy(update={"config": config, "evaluation": whole}))
@@ -170,7 +170,7 @@ def _against(metric: Metric, series: Sequence[Series], missing: Sequence[str]) -
 
 
 def rates(f: RunFacts) -> list[ChartSet]:
-    """Return charts of accuracy against the learning rate, by model and task, for searches with two scored rates."""
+    """Return charts of accuracy against the learning rate, by model and task. Leave out searches with one scored rate."""
     searches = [search for search in tuning.searches(f.run) if len(search.scored) > 1]
     found = []
     for title, same in group((_place(search.tries[0].cell), search) for search in searches).items():
@@ -240,7 +240,7 @@ def _curves(f: RunFacts, title: str, every: Sequence[Record]) -> ChartSet:
     chart = charts.xy(_STEPS, Axis("training loss, nats", "{:.3g}".format), series)
     first = "the best recipe" if any(g.ranked for g in f.groups) else "one recipe"
     note = f"Shown at first: {first} of each method, at most {_CURVES}." if len(shown) < len(series) else ""
-    means_of = "Mean of all seeds and of five steps." if records else ""
+    means_of = "Each point: mean over all seeds and five steps." if records else ""
     logged = "Imported: as its program logged it; a point is the mean since the previous point." if imported else ""
     return _set(title, [_figure("Training loss", chart, [means_of, logged, clipped])], series, note)
 
@@ -284,7 +284,10 @@ def errors(f: RunFacts, judgement: QuestionVerdict) -> ChartSet | None:
 
 
 def time(f: RunFacts) -> list[ChartSet]:
-    """Return charts of the time by phase, by model and task. A bar is a Cell or, with more than `_BARS`, a method."""
+    """Return charts of the time by phase, by model and task.
+
+    A bar stands for a Cell. In a chart of more than `_BARS` Cells, it stands for a method.
+    """
     records = [record for record in f.latest.values() if record.phases]
     phases = dict.fromkeys(p.name for record in records for p in record.phases if p.name != measurements.STARTUP)
     series = [

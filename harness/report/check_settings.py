@@ -83,5 +83,5 @@ def _measured(value: float | int | None, one: SettingFound) -> Field:
 
 def _effect(one: SettingFound) -> Field:
     surprise = one.effect != one.setting.effect
-    why = f"the table says that it {WORDS[one.setting.effect]}" if surprise else ""
+    why = f"suites/loops/trl.yaml says that it {WORDS[one.setting.effect]}" if surprise else ""
     return field(one.effect, one.effect, tone="bad" if surprise else "", why=why)

@@ -13,10 +13,10 @@ SHOWN = 12
 
 
 def rows(group: Group, names: Mapping[int, str]) -> list[dict[str, Any]]:
-    """Return one row for every recipe but the highest: the items that only one of the two answers right.
+    """Return a row for each recipe that compares it with the recipe of the highest accuracy.
 
-    Of recipes with several seeds, the first seed is compared. names: maps the id() of an entry to its name. A recipe that
-    scored other items than the highest has no row.
+    The row has the items that only one of the two recipes answers right. Of recipes with several seeds, the first seed is
+    compared. A recipe that scored other items than the highest has no row. names: id() of an entry -> its name.
     """
     highest, *others = group.entries
     right = _answers(highest)

@@ -19,7 +19,7 @@ from harness.report.formatting import DASH, Field, field, unmeasured
 from harness.report.table_model import Column, Table, column, facets, grouped
 
 Names = Mapping[int, str]
-"""Maps the id() of a ranking entry to its name in its group."""
+"""Map from the id() of a ranking entry to its name in its group."""
 Read = Callable[[Record], float | None]
 WIDTH, HEIGHT = 240.0, 18.0
 """Size of the drawing of an interval, in SVG units."""

@@ -109,8 +109,8 @@ def stored(tables: Iterable[Table]) -> dict[str, Any]:
     """Return the rows of the tables whose rows the page stores as data, until a reader opens the table.
 
     `rows`: name, title, Record, link and facets of each row, once for all tables. `tables`: id of a table -> title and
-    rows of each group. A row is the number of its entry in `rows`, its anchor and its fields. A field has no empty parts
-    at its end. `texts`: the strings of all fields; a field refers to them by number.
+    rows of each group. A row is the number of its entry in `rows`, its anchor and its fields. Empty parts at the end of a
+    field are left out. `texts`: the strings of all fields; a field refers to them by number.
     """
     rows: dict[str, tuple[int, list[Any]]] = {}
     texts = {"": 0}

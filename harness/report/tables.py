@@ -247,7 +247,7 @@ def _with_host(memory: Memory) -> Field:
 
 
 def _rest(record: Record, memory: Memory) -> Field:
-    """Return the field for the rest of the training peak, without the memory after imports and the counted tensors."""
+    """Return the field for the training peak minus the memory after imports and minus the counted tensors."""
     peak = measurements.training_peak(record)
     if peak is None:
         return unmeasured("no peak of a training phase")

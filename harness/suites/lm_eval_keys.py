@@ -161,7 +161,11 @@ def _generation(given: Any) -> _Found:
         yield (key, "until"), f"`until` is {until!r}", 'list the texts that end an answer: ["\\n\\n"]; [] for none'
     most = given.get("max_gen_toks", MAX_GEN_TOKS)
     if type(most) is not int or most < 1:
-        yield (key, "max_gen_toks"), f"`max_gen_toks` is {most!r}", "write the most tokens of an answer, at least 1"
+        yield (
+            (key, "max_gen_toks"),
+            f"`max_gen_toks` is {most!r}",
+            "write the maximum number of tokens, at least 1",
+        )
     for name, value in given.items():
         if name not in ("until", "max_gen_toks", "do_sample", "temperature"):
             yield (key, name), f"`{name}` is not supported: answers are generated greedily", "remove it"

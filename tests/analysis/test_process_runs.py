@@ -22,7 +22,7 @@ def test_a_run_is_judged_by_the_spread_of_the_saved_ones(new: float, pace: Pace)
     assert found.pace is pace
     low, high = found.interval
     assert low < new / found.base - 1 < high
-    assert f"5 saved runs; finds {100 * found.mde80:.0f} % with 80 % power" in found.sentence
+    assert f"5 saved runs; finds a slow-down of {100 * found.mde80:.0f} % with 80 % power" in found.sentence
     assert ("does it still do the same work?" in found.sentence) == (pace is Pace.FASTER)
 
 
@@ -48,7 +48,7 @@ def test_fewer_than_three_runs_have_an_assumed_spread_and_say_so() -> None:
 def test_runs_that_a_coarse_clock_makes_equal_are_not_taken_for_certain() -> None:
     found = judge([FIVE[0]] * 3, rounds(1.2e-3))
     assert found.pace is Pace.INCONCLUSIVE
-    assert "is assumed (they show none)" in found.sentence
+    assert "is assumed (they do not differ)" in found.sentence
     assert judge([FIVE[0]] * 3, rounds(1.4e-3)).pace is Pace.SLOWER
 
 

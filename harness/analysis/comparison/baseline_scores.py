@@ -67,7 +67,7 @@ def _judge(d: RecipePair, p: float, margin: float) -> tuple[VerdictKind, str]:
     stated = f"margin {100 * margin:g} points; smallest detectable drop {100 * d.detectable:.1f} points"
     if low > -margin:
         rose = d.difference > 0 and p <= 1 - LEVEL
-        return VerdictKind.PASS, f"rose ({stated})" if rose else f"not worse by the margin ({stated})"
+        return VerdictKind.PASS, f"rose ({stated})" if rose else f"not worse by more than the margin ({stated})"
     if d.difference < 0 and p <= 1 - LEVEL:
         return VerdictKind.FAIL, f"dropped ({stated}, p = {p:.2g} over all comparisons)"
     exception = "; significant alone, but not among all comparisons" if high < 0 else ""

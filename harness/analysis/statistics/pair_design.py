@@ -51,14 +51,16 @@ class Design:
         """Raise UsageError for a design that cannot reach a verdict."""
         for count in (self.first, *self.fresh):
             if count < FEWEST or count % 2:
-                raise _bad(f"{count} pairs, but drift cancels only over two pairs", f"an even number, {FEWEST} or more")
+                raise _bad(
+                    f"{count} pairs, but drift cancels only in blocks of two", f"an even number, {FEWEST} or more"
+                )
         if not self.fresh or any(b <= a for a, b in zip(self.fresh, self.fresh[1:], strict=False)):
             raise _bad(f"fresh pairs {self.fresh}", "the total number at each look, in rising order, e.g. (10, 20)")
         if len(self.levels) != len(self.fresh):
             raise _bad(f"{len(self.levels)} levels for {len(self.fresh)} looks at fresh pairs", "a level per look")
         for level in (*self.levels, sum(self.levels), self.interval, self.suspect):
             if not 0 < level < 1:
-                raise _bad(f"a level of {level:g}", "levels between 0 and 1; the sum over the looks too")
+                raise _bad(f"a level of {level:g}", "levels between 0 and 1, with a sum below 1 over the looks")
         if not 0 <= self.suspect_by <= self.slower_by < self.same_within < 1:
             raise _bad(
                 f"margins {self.suspect_by:g}, {self.slower_by:g}, {self.same_within:g}",

@@ -144,9 +144,9 @@ def _evidence(n: int, assumed: bool, mde80: float) -> str:
     """Return a text that gives the evidence of a verdict and the smallest detectable slow-down."""
     runs = plural(n, "saved run")
     if assumed:
-        why = f"{FEWEST} runs could show it" if n < FEWEST else "they show none"
+        why = f"{FEWEST} runs are needed to measure it" if n < FEWEST else "they do not differ"
         runs += f", so a deviation of {100 * ASSUMED:g} % between runs is assumed ({why})"
-    return f"{runs}; finds {100 * mde80:.0f} % with {100 * POWER:.0f} % power"
+    return f"{runs}; finds a slow-down of {100 * mde80:.0f} % with {100 * POWER:.0f} % power"
 
 
 def _share(log_ratio: float) -> float:

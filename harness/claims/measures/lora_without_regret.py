@@ -21,8 +21,8 @@ _LR, _BETA1, _BETA2 = 2.0**-8, 0.9, 0.999
 def operations_are_2nn_6nr(widths: list[Positive], ranks: list[Positive]) -> MeasureResult:
     """Check whether LoRA takes 2 N^2 + 6 N R multiply-adds per token, and full fine-tuning 3 N^2.
 
-    They are counted in a forward and a backward pass of one square layer with N inputs, at every width N and rank R. The
-    gradient of the layer's input counts, because the layers below need it.
+    The multiply-adds are counted in a forward and a backward pass of one square layer with N inputs, at every width N and
+    rank R. The gradient of the layer's input counts, because the layers below need it.
     """
     found = []
     for width in widths:
@@ -60,8 +60,8 @@ def adam_ignores(p: Positive, q: Positive, steps: Positive) -> MeasureResult:
 def first_step_averages(rank: Positive) -> MeasureResult:
     """Check whether the first update of W at this rank is the mean of the updates at rank 1 with each row of A alone.
 
-    If the rows of A are drawn alike at every rank, the expected first update then does not depend on the rank, with LoRA's
-    factor 1/r. The rank is a power of two, so that the mean is exact up to the order of the sum.
+    If this holds, and the rows of A are drawn alike at every rank, the expected first update does not depend on the rank,
+    with LoRA's factor 1/r. The rank is a power of two, so that the mean is exact up to the order of the sum.
     """
     import torch
 

@@ -102,7 +102,7 @@ def _judge(history: History, change: Change, name: str) -> JudgedChange:
         state = "unfounded" if change.recent else "refuted"
     elif confirmation is not None:
         state = "confirmed"
-        change = replace(change, worse=confirmation.verdict == "regressed")  # whatever the nights show
+        change = replace(change, worse=confirmation.verdict == "regressed")  # a verdict outweighs the nights
     return JudgedChange(**vars(change), name=name, standing=state, confirmation=confirmation, between=differences)
 
 

@@ -34,7 +34,7 @@ PASSES = 3
 """Number of passes in a full night. The median of three ignores one disturbed pass."""
 CELLS, RESETS, CONFIRMATIONS = "cells.jsonl", "resets.jsonl", "confirmations.jsonl"
 EVERY = "*"
-"""Stands for every Cell or every metric."""
+"""Text that stands for every Cell or every metric."""
 NEAR = 2
 """Number of nights by which the night of a change is uncertain. A decision also applies to a change that is up to this
 many nights away."""

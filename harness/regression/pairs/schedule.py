@@ -60,7 +60,7 @@ class Measured:
 
 @dataclass
 class PairsRunner:
-    """Runs the pairs of all Cells, and keeps their Records."""
+    """Runner of the pairs of all Cells. It keeps their Records."""
 
     sides: tuple[Side, Side]
     """The old and the new side."""

@@ -60,7 +60,7 @@ def _fields(prefix: str, part: object, names: Iterable[str]) -> ExportRow:
 
 
 def samples(record: Record) -> Iterator[ExportRow]:
-    """Yield one row per raw sample: first of training, then of latency."""
+    """Yield one row per raw sample: first of the training, then of the latencies, then of the model server."""
     m = record.measurements
     if m is None:
         return

@@ -23,7 +23,7 @@ class Axis:
     each: bool = False
     """True for ticks at the values themselves, as far as there is room, and not at round numbers."""
     whole: bool = False
-    """True for a linear axis of counts. Its ticks are whole numbers, and none is outside the values."""
+    """True for a linear axis of counts. Its ticks are whole numbers between the lowest and the highest value."""
     values: tuple[float, ...] = ()
     """Values that were given to `over`, lowest first."""
     span: tuple[float, float, float, float] = (0.0, 1.0, 0.0, 1.0)
