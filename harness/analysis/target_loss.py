@@ -40,7 +40,7 @@ class TimeToTarget:
     seconds: float
     """Sum of the times of the steps; infinite if at most half of the seeds reached the target."""
     steps: float
-    """Number of these steps; infinite if at most half of the seeds reached the target."""
+    """Number of steps until the target; infinite if at most half of the seeds reached the target."""
     reached: int
     """Number of seeds that reached the target."""
     seeds: int

@@ -64,7 +64,7 @@ def _requests(claim: Claim) -> list[MeasureRequest]:
 
 
 def _shares(claims: Sequence[Claim], jobs: int) -> list[list[Claim]]:
-    """Divide claims into at most `jobs` shares of similar length. All claims about one model are in the same share."""
+    """Divide claims into at most `jobs` shares of similar size. All claims about one model are in the same share."""
     of_model: dict[str, list[Claim]] = {}
     for claim in claims:
         of_model.setdefault(_model(plain(claim.request)), []).append(claim)

@@ -24,7 +24,7 @@ from harness.console import visible
 _EXAMPLE = Path(__file__).with_name("example.yaml")
 _ID = re.compile(r"^( *)(?:- )?(?:\{<<: \*\w+, )?\{?id: *([\w.-]+)", re.MULTILINE)
 _CLAIM_INDENT = 4
-"""Largest indentation of a claim in a claim file. Rows of a table stand deeper."""
+"""Largest indentation of a claim in a claim file. The rows of a table are indented more."""
 _FORM = """\
 A claim file is YAML. `peft-harness claims --file mine.yaml` computes it; suites/claims/ has those of the papers.
 
@@ -73,7 +73,7 @@ def claim_ids() -> set[str]:
 
 
 def _ids() -> dict[Path, list[str]]:
-    """Return the ids in each claim file, found in its lines. A row's id continues that of its table."""
+    """Return the ids in each claim file, found in its lines. A row's id is appended to the id of its table."""
     found: dict[Path, list[str]] = {}
     for file in claim_file.paths(claim_file.names()):
         table, ids = "", found.setdefault(file, [])

@@ -349,7 +349,7 @@ class _EntryChecker:
         return found
 
     def _ratio(self, config: dict[str, dict[str, list[Any]]], ratio: float, path: KeyPath) -> None:
-        """Report each Method without a factor B, unless `ratio` is 1. LoRA+ multiplies the learning rate of B by it."""
+        """Report each Method without a factor B, unless `ratio` is 1. LoRA+ multiplies the learning rate of B by `ratio`."""
         for name in config:
             factors = self.context.methods[name].spec.factors
             if ratio != 1 and "B" not in factors:

@@ -26,7 +26,7 @@ def optimizer_bytes(
 ) -> MeasureResult:
     """Bytes of the optimizer's states: Adam's two moments per trainable number, and GaLore's projectors.
 
-    If GaLore projects a matrix, the moments are smaller. moments, projectors: bytes per number. also: regular
+    The moments of a matrix that GaLore projects are smaller. moments, projectors: bytes per number. also: regular
     expressions; parameters of the model whose names match one of them train too.
     """
     states = _states(model, method, config, also)
@@ -41,7 +41,7 @@ def optimizer_bytes(
 
 @measure("count")
 def matrix_states(rows: Positive, columns: Positive, rank: Positive, side: Side = "paper") -> MeasureResult:
-    """Number of numbers in GaLore's state of one matrix: the projector and two moments."""
+    """Count of the numbers in GaLore's state of one matrix: the projector and two moments."""
     from reference.galore import state_elements
 
     count = state_elements(rows, columns, rank, side)
@@ -82,7 +82,7 @@ def refresh_share_by_operations(refresh: Count, step: Count, gap: Positive) -> M
 
 @measure("bytes")
 def left_after_saving(saved: Quantity, share: Quantity) -> MeasureResult:
-    """Bytes that remain after a saving of `saved` bytes, which were the share `share` of the bytes before."""
+    """Bytes that remain after `saved` bytes are saved, which were the share `share` of all bytes."""
     return MeasureResult(saved / share - saved, f"{written(saved)} B / {written(100 * share)}% - {written(saved)} B")
 
 
