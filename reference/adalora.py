@@ -101,8 +101,8 @@ SPEC = ReferenceSpec(
 _EPS = 1e-5
 """A small number that the scaling adds to the rank, as in the authors' code."""
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
-"""Starts of the names in the state, as in the authors' code: for the average sensitivity I_bar, and for the average
-uncertainty U_bar."""
+"""Prefixes of the names of averages in `state()`, as in the authors' code: of the sensitivity I_bar, and of the uncertainty
+U_bar."""
 _STD = 0.02
 """Standard deviation of the initial A and B, as in the authors' code and HF peft."""
 
@@ -172,7 +172,7 @@ def triplet_scores(s_A: Tensor, s_E: Tensor, s_B: Tensor) -> Tensor:
 
 
 def budget(step: int, config: Config, layers: int) -> int:
-    """Return b(t) of eq. 12: how many triplets of the model may keep their lambda after step t.
+    """Return b(t) of eq. 12, the number of triplets of the whole model that may keep their lambda after step t.
 
     layers: number of adapted layers. The budget is rank * layers up to step tinit. It then falls along a cubic curve.
     From step total_steps - tfinal on, it is target_rank * layers.

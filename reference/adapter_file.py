@@ -168,8 +168,9 @@ class LayerUpdate:
     def weight(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the parameter with the update, in the dtype and the shape of the base's parameter.
 
-        tensors: the tensors of the file, by key. For one expert, the result is the base's own parameter with the update
-        in it, because a copy of the whole stack for each expert would take too long.
+        tensors: the tensors of the file, by key. The update of a single expert is written into the base's own parameter,
+        which is returned, because copying the whole stack for each expert would take too long. For all other kinds, the
+        result is a copy.
         """
         whole: Tensor = getattr(module, self.parameter).detach()
         whole = whole if self.kind == "expert" else whole.clone()
@@ -177,7 +178,7 @@ class LayerUpdate:
         A_RD, B_ER = (tensors[key].to(W.dtype) for key in (self.A, self.B))
         transposed = self._is_transposed(module)
         W_ED = W.transpose(-2, -1) if transposed else W
-        if self.kind == "Conv2d":  # D: one input channel at one place of the kernel
+        if self.kind == "Conv2d":  # as a matrix, with one column per input channel and place in the kernel
             W_ED, A_RD, B_ER = W.flatten(1), A_RD.flatten(1), B_ER.flatten(1)
         V_ED = W_ED + self.scaling * (_stacked_update(A_RD, B_ER, len(W)) if W.dim() == 3 else B_ER @ A_RD)
         if self.magnitude:

@@ -113,7 +113,7 @@ class DoraLinear(LowRankLayer):
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, config: Config) -> None:
         super().__init__(base, A, B, config.alpha / config.rank, config.dropout)
         self.detach_norm, self.per = config.detach_norm, config.per
-        # m = ||W0||, since B = 0. By the very expression of `forward`, so that g is exactly 1 at the start in any dtype.
+        # This is ||W0||, since B = 0. It is computed in the same way as in `forward`, so that g is exactly 1 in any dtype.
         self.m = nn.Parameter(norms(self.direction(dense_weight(base)), self.per).detach())
 
     def direction(self, W0_ED: Tensor) -> Tensor:

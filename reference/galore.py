@@ -50,8 +50,8 @@ SPEC = ReferenceSpec(
             paper="algorithm 2 adds it to sqrt(V / (1 - beta2^t))",
             here="added to sqrt(V), with the bias corrections in the step size; this equals eps / sqrt(1 - beta2^t) "
             "in the paper's form",
-            why="the authors' code does the same, after an older transformers; its default is 1e-6 instead of Adam's "
-            "1e-8",
+            why="the authors' code does the same, like the AdamW of old releases of transformers; its default is 1e-6 "
+            "instead of Adam's 1e-8",
         ),
         Deviation(
             topic="bias correction",
@@ -181,7 +181,7 @@ def projector(G: Tensor, rank: int, side: str = "std", niter: int = 0, old: Proj
         U, _, Vh = torch.linalg.svd(wide, full_matrices=False)
     left, right = sides(G.shape[0], G.shape[1], side)
     return Projector(
-        # Copies: views would keep all singular vectors in memory.
+        # Views would keep all singular vectors in memory, so these are copies.
         U[:, :rank].to(G.dtype, copy=True) if left else None,
         Vh[:rank].T.to(G.dtype, copy=True) if right else None,
     )
@@ -330,7 +330,7 @@ class GaLore(torch.optim.Optimizer):
         param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
         check_group(self.defaults | param_group)
         moving = {id(p) for p in param_group["params"]}
-        groups, self.param_groups = self.param_groups, []  # torch refuses a parameter of another group
+        groups, self.param_groups = self.param_groups, []  # torch refuses a parameter that another group has
         try:
             super().add_param_group(param_group)
             for group in groups:

@@ -149,7 +149,7 @@ def split(
         U, S, Vt = exact_svd(W, config.rank)
     U, Vt = signed(U, Vt)
     root = (S / scaling).sqrt()
-    # LAPACK's U comes column by column. Laid out as any other B, so that its products round as any other's.
+    # LAPACK returns U column by column. B gets the layout of any other B, because the layout affects how products round.
     A, B = (root[:, None] * Vt).to(dtype).contiguous(), (U * root).to(dtype).contiguous()
     residual = W - scaling * (B.to(W.dtype) @ A.to(W.dtype))
     return A, B, residual.to(dtype)

@@ -91,7 +91,7 @@ def projections(key: int, rank: int, in_features: int, out_features: int) -> tup
     generator = torch.Generator("cpu").manual_seed(key)
 
     def kaiming(rows: int, fan_in: int) -> Tensor:
-        # Multiplied in HF peft's order: sqrt(6 / fan_in) may round otherwise.
+        # The factors are multiplied in HF peft's order, because sqrt(6 / fan_in) may be rounded to another number.
         bound = math.sqrt(3) * (math.sqrt(2) / math.sqrt(fan_in))
         return torch.empty(rows, fan_in, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
 
@@ -111,7 +111,7 @@ class VeraLinear(AdaptedLayer):
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, b: Tensor, d: Tensor, dropout: float) -> None:
         super().__init__()
         self.base = base
-        # Not persistent: a checkpoint holds b and d alone, the paper's saving.
+        # Not persistent, so that a checkpoint holds only b and d, as the paper proposes.
         self.register_buffer("A", A, persistent=False)
         self.register_buffer("B", B, persistent=False)
         self.b, self.d = nn.Parameter(b), nn.Parameter(d)
@@ -152,7 +152,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
     for path, base in found.items():
         E, D = base.out_features, base.in_features
         dtype, device = floating_dtype(base), next(base.parameters()).device
-        if (device, dtype) not in shared:  # with one device and one dtype: one pair
+        if (device, dtype) not in shared:  # layers on one device and in one dtype share a pair
             shared[device, dtype] = (A_shared.to(device, dtype), B_shared.to(device, dtype))
         A, B = shared[device, dtype]
         b = torch.zeros(E, dtype=dtype, device=device)

@@ -66,7 +66,7 @@ def quantize(W: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
     magnitudes, order = codebook()[:_SIGN].sort()
     flat = W.detach().flatten().float()
     ranks, absmax = quantize_blockwise(flat.abs(), magnitudes, block)
-    # Divided by an infinity or a NaN, nothing is below 0: it is 0, minus 0 or NaN.
+    # Where absmax is infinite or NaN, the quotient is 0, minus 0 or NaN, so no element counts as negative.
     negative = (flat < 0) & absmax.isfinite().repeat_interleave(block)[: flat.numel()]
     return order.to(W.device)[ranks.long()].to(torch.uint8) + _SIGN * negative.to(torch.uint8), absmax
 

@@ -75,9 +75,9 @@ def to_device(page: Tensor, device: torch.device) -> Tensor:
 class Paged(torch.optim.Optimizer):
     """Wrapper that pages the large states of an optimizer. The results stay the same.
 
-    inner: the optimizer. It must update each parameter independently, so that LBFGS is impossible, and its groups must
-    hold no state. Its hooks run once per parameter. The wrapper shares the parameter groups and the state of `inner`.
-    Give a learning rate schedule this wrapper, not `inner`.
+    inner: the optimizer. It must update each parameter independently (LBFGS does not), and its groups must hold no state.
+    The wrapper calls its `step` once per parameter, so hooks of `step` run as often. The wrapper shares the parameter
+    groups and the state of `inner`. Pass the wrapper, not `inner`, to a learning rate schedule.
 
     budget: bytes of paged states that may stay on the device. The states of the parameter that is being updated are
     always on the device. Once all states exist, the peak is therefore the larger of two numbers: the budget and the
@@ -99,7 +99,7 @@ class Paged(torch.optim.Optimizer):
         super().__init__(inner.param_groups, inner.defaults)
         self.inner, self.budget = inner, budget
         self.bytes_in = self.bytes_out = self.resident = self.peak = 0
-        self._on_device: OrderedDict[Tensor, int] = OrderedDict()  # bytes; used least recently first
+        self._on_device: OrderedDict[Tensor, int] = OrderedDict()  # parameter -> bytes, least recently used first
         self._share()
 
     def step(self, closure: Any = None) -> Any:

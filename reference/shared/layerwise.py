@@ -19,12 +19,12 @@ def _gradient(p: Tensor) -> Tensor | None:
 
 
 class Layerwise:
-    """Hooks that step each parameter as soon as its gradient is complete. A later `optimizer.step()` then does nothing.
+    """Hooks that update each parameter as soon as its gradient is complete. A later `optimizer.step()` then does nothing.
 
-    optimizer: must step each parameter independently, and skip parameters without a gradient. When the hooks are set,
-    no parameter may have a gradient. gradient: function that returns the gradient of which `norm` is computed, or None
-    to leave the parameter as it is. Clipping by the global norm, loss scaling with retries, and accumulation over
-    several backward passes are not possible.
+    optimizer: must update each parameter independently, and skip parameters without a gradient. When the hooks are set,
+    no parameter may have a gradient. gradient: function that takes a parameter and returns the gradient that counts for
+    `norm`. If it returns None, the parameter is not updated. Clipping by the global norm, loss scaling with retries, and
+    accumulation over several backward passes are not possible.
     """
 
     most_B: int
@@ -39,7 +39,7 @@ class Layerwise:
         self._hooks = [p.register_post_accumulate_grad_hook(self._update) for p in trains]
 
     def norm(self, of: Iterable[Tensor]) -> float:
-        """Return the joint norm of the gradients that have updated the parameters `of` since the last call.
+        """Return the norm of all gradients together that have updated the parameters `of` since the last call.
 
         If there were no gradients, return 0.
         """
