@@ -66,9 +66,9 @@ def entry_folder(source: Source, fingerprint: str = "") -> Path:
 def staging(what: str) -> Iterator[Path]:
     """Create a folder on the cache's file system, yield it, and remove it at the end of the block.
 
-    The process locks the folder. So a later process recognises the folders of killed processes and removes them. An
-    OSError that is raised in the block, e.g. for a full disk, becomes an AssetError. what: name of the asset for
-    messages.
+    The process locks the folder. A folder without a lock therefore belongs to a killed process, and a later process
+    removes it. An OSError that is raised in the block, e.g. for a full disk, becomes an AssetError. what: name of the
+    asset for messages.
     """
     with _asset_errors(what):
         base = root() / "staging"

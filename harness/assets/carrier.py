@@ -26,7 +26,7 @@ from harness.process.supervisor import Subprocess, python
 from harness.records.files import sha256
 
 Progress = Callable[[str, int, int | None], None]
-"""Function that is told the progress. Arguments: a label, the number of bytes done, and the total number of bytes, or
+"""Function that receives the progress. Arguments: a label, the number of bytes done, and the total number of bytes, or
 None if the total is unknown."""
 
 _POLL_S = 0.1
@@ -130,7 +130,9 @@ def _failure(source: Source, pip: Subprocess) -> AssetError:
     if pip.reports_full_disk:
         return cache.disk_full(what)
     if got := pip_output.wrong_hash(output):
-        return _wrong_hash(source, got, "pip", "do not use this file; if the package is right, correct the table")
+        return _wrong_hash(
+            source, got, "pip", "do not use this file; if it is the right one, correct sha256 in the table"
+        )
     if pip_output.reaches_no_index(output):
         return AssetError(
             f"cannot fetch {what}: pip reaches no package index",

@@ -22,15 +22,15 @@ _LAST_LINES = 8
 
 
 def no_progress(what: str, done: int, total: int | None) -> None:
-    """Do nothing. Pass this function if nobody wants to see the progress."""
+    """Ignore the progress."""
 
 
 def ensure(source: Source, progress: Progress = no_progress) -> Path:
     """Fetch the source if necessary. Return a local path that is ready to load.
 
     The path is a model's folder (config, safetensors, tokenizer) or a data file. The folder of a shape has only a
-    config.json, because a Cell draws the weights. Raises AssetError if the asset cannot be fetched or verified. The
-    cache is then unchanged.
+    config.json, because a Cell draws the weights at random. Raises AssetError if the asset cannot be fetched or verified;
+    the cache is then unchanged.
     """
     if source.scheme == "folder":
         return model_folder.check(Path(source.address), source)

@@ -103,7 +103,8 @@ def _first_line(error: Exception) -> str:
 def _bar(label: str, progress: Progress) -> type[Any]:
     """Return a tqdm class that draws nothing and reports the number of bytes to `progress`.
 
-    The hub's client makes two bars and uses them in several threads.
+    The hub's client makes two bars, for bytes and for files, and updates them from several threads. So only the bar with the
+    unit `B` reports, and the reported number never falls.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 

@@ -101,9 +101,8 @@ def filter_functions() -> tuple[str, ...]:
 def _path(folder: Path, name: str) -> tuple[Path | None, set[str]]:
     """Find the file that defines a task. Return the file, and the names of all tasks that the search has seen.
 
-    If no file defines the task, return None instead of a file. The search first reads the file with the task's name,
-    then the files of its family, then all fourteen thousand files. It does not stop at a similar name, because some
-    names differ in one letter only.
+    If no file defines the task, return None instead of a file. The search first reads the file with the task's name, then
+    the files of its family, and then all files of lm-eval (about fourteen thousand).
     """
     files = _files(folder)
     known = {path.stem for path in files}

@@ -65,7 +65,7 @@ def repair(environment: MadeEnvironment, options: IndexOptions, say: Say) -> lis
 
 
 def announce(spec: EnvironmentSpec, options: IndexOptions, say: Say) -> None:
-    """Say what an environment would download, and make nothing."""
+    """Report by `say` which packages an environment would download. Nothing is made."""
     with cache.staging(f"environment {spec.name}") as staging:
         _create_python(spec, staging / "made")
         _choose(spec, staging, options, say)
@@ -74,7 +74,7 @@ def announce(spec: EnvironmentSpec, options: IndexOptions, say: Say) -> None:
 def _make(
     spec: EnvironmentSpec, place: Path, options: IndexOptions, say: Say, again: Sequence[str] | None = None
 ) -> MadeEnvironment:
-    """Make an environment. again: pins of the packages; by default, pip chooses the packages."""
+    """Make an environment. again: `Package.pin` of each package to install; if None, pip chooses the packages."""
     what = f"environment {spec.name}"
     with cache.staging(what) as staging:
         made = staging / "made"

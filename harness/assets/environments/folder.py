@@ -42,7 +42,7 @@ class EnvironmentFile(FrozenModel):
     versions: dict[str, str]
     """Required project -> its version."""
     packages: list[str]
-    """All packages in the folder, as requirements with versions and hashes. They suffice to make it again."""
+    """All packages in the folder, as requirements with versions and hashes. `env repair` installs exactly these again."""
     size: Bytes
     """Bytes of the files in the folder."""
     made: str
@@ -95,7 +95,7 @@ def root() -> Path:
 
 
 def base(spec: EnvironmentSpec) -> dict[str, str]:
-    """Return the properties of the Python that runs the harness on which the content of an environment depends."""
+    """Return what an environment depends on: versions and folders of the Python that runs the harness."""
     shared = {} if spec.isolated else {"prefix": sys.prefix, "packages": ":".join(site.getsitepackages())}
     facts = {"python": platform.python_version(), "executable": os.path.realpath(sys.executable), **shared}
     for project in () if spec.isolated else ("torch", *spec.projects):

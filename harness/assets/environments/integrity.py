@@ -68,7 +68,7 @@ def _recorded(record: Path) -> Iterator[tuple[str, str]]:
                 yield path, ""
             elif (digest := rest[0]).startswith("sha256=") and not path.startswith(
                 ".."
-            ):  # `create` changes the first line of scripts
+            ):  # the first line of scripts was changed by `create`, so their digests differ
                 yield path, digest
 
 

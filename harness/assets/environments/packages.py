@@ -71,7 +71,7 @@ class Package:
         return f"{self.name}=={self.version}{f' --hash=sha256:{self.sha256}' if self.sha256 else ''}"
 
     def size(self) -> int | None:
-        """Return the bytes of the file to download, or of the file on this disk. None if the server does not tell."""
+        """Return the size in bytes of the file, which is on a server or on this disk. None if the server gives no size."""
         parts = urlsplit(self.url)
         if parts.scheme == "file":
             path = Path(unquote(parts.path))
