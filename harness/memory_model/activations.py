@@ -68,7 +68,7 @@ class SavedActivations:
     blocks: int
     """Number of blocks that a gradient reaches: the block with the first trained layer, and all later blocks."""
     before: int
-    """Number of parts of a block (norm, attention, norm, MLP) that come before the first trained layer."""
+    """Number of parts (norm, attention, norm, MLP) that precede the first trained layer in its block."""
     attention: int
     """Number of blocks in which q, k or v saves its input."""
     mlp: int

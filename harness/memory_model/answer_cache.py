@@ -53,7 +53,8 @@ def read(request: Request) -> Any | None:
 def write(answers: Iterable[tuple[Request, Any]]) -> None:
     """Save pairs of a request and its answer, and remove the oldest entries if there are more than `MOST`.
 
-    An answer that another attempt may change is not saved. If the cache cannot be written, nothing is saved.
+    An answer that may differ at another attempt, e.g. after a timeout, is not saved. If the cache cannot be written,
+    nothing is saved.
     """
     lasting = [(request, answer) for request, answer in answers if not ({"error", "transient"} & answer.keys())]
     entries = [(facts, answer) for request, answer in lasting if (facts := _facts(request)) is not None]
@@ -73,8 +74,8 @@ def _path(facts: str) -> Path:
 def _facts(request: Request) -> str | None:
     """Return all facts that the answer to a request depends on, as JSON. Return None if the answer must not be cached.
 
-    An answer must not be cached if its code can change without a new version: the code of an Implementation in another
-    distribution, or of a library that is installed as editable.
+    An answer must not be cached if the code that computes it can change without a new version: an Implementation in
+    another distribution, or a library that is installed as editable.
     """
     surroundings = _surroundings()
     if surroundings is None or not _is_own(request.get("cell")):
@@ -122,7 +123,7 @@ def _registry() -> Registry:
 
 
 def _remove_oldest() -> None:
-    files = list(folder().iterdir())  # also those of writers that were killed
+    files = list(folder().iterdir())  # including temporary files of writers that were killed
     if len(files) > MOST:
         ages = {}
         for file in files:

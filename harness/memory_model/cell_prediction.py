@@ -61,7 +61,7 @@ def _cached(request: Mapping[str, Any], find: Callable[[], Any]) -> Any:
 
 
 def _sha256(parts: Sequence[Batch]) -> str:
-    """Return the SHA-256 of the content of batches. A step may depend on it, e.g. if a mask hides no token."""
+    """Return the SHA-256 of the content of batches, which decides the code of a step: a mask may hide no token."""
     digest = hashlib.sha256()
     for part in parts:
         for name, tensor in {**part.inputs, "labels": part.labels}.items():

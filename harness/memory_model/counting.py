@@ -39,7 +39,7 @@ _Counted = tuple[MethodCount, tuple[Any, ...] | None]
 
 
 _FACTORIES = (torch.empty, torch.randn, torch.zeros)
-"""Functions that make a Method's new tensors. Tables of values, such as NF4's levels, are made by others."""
+"""torch functions with which Methods create their tensors. Tables of values, such as NF4's levels, come from others."""
 
 
 class SkipRandomDraws(TorchFunctionMode):

@@ -23,7 +23,7 @@ _UNUSED = ("scipy", "torchao")
 """Packages that transformers imports if they are installed, although no count needs them. Their imports take longer than the
 count of a Method."""
 _OF_CHECKPOINTS = ("accelerate",)
-"""Packages that only a count from a checkpoint needs: transformers reads a checkpoint without its weights by them."""
+"""Packages that only a count from a checkpoint needs. transformers uses them to load a checkpoint without its weights."""
 
 
 def main(argv: list[str]) -> None:

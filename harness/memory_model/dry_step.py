@@ -116,8 +116,7 @@ def peak(step: DryStep, parts: Sequence[Batch]) -> int:
     The batches themselves are not counted.
 
     The peak of each stage is linear in the number of blocks. So the peak of a model with many equal blocks is
-    extrapolated from two models with few blocks. Does not catch the errors of libraries that do not support fake
-    tensors.
+    extrapolated from two models with few blocks. Errors of libraries that do not support fake tensors are raised.
     """
     blocks = _depth(step.config)
     # The first part starts without gradients. All later parts start with gradients, so the largest has the highest peak.
@@ -277,7 +276,7 @@ def _decoded_at_once() -> AbstractContextManager[None]:
         return torch.empty(self.shape, dtype=dtype) if out is None else out.view(self.shape)
 
     by_pieces = PackedWeight._decoded
-    return _replaced(PackedWeight, "_decoded", decoded)  # in the class, because Methods create objects of it too
+    return _replaced(PackedWeight, "_decoded", decoded)  # for the whole class, because Methods create further objects
 
 
 def _is_uniform(model: nn.Module, blocks: int | None) -> bool:

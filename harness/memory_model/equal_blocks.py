@@ -19,7 +19,7 @@ def find_blocks(model: nn.Module, head: Collection[str]) -> str:
     """Return the path of the longest list of equal blocks in a model, or "" if there is none.
 
     The list has more blocks than the copies of `SMALL`. Equal blocks have modules of the same types, names and sizes,
-    and share no parameter. head: names of parameters that train as a whole. No block contains any of them.
+    and share no parameter. head: names of the head's parameters, which train as a whole. No block contains any of them.
     """
     found = ""
     length = SMALL[-1]

@@ -3,6 +3,8 @@
 A child process counts bytes (`harness.memory_model.counting`). The search itself is arithmetic. It maximises rank x
 batch for texts of a given length. Among equal products it takes the smallest rank.
 
+The result has one row per Method, base and optimizer. Columns of a row:
+
 trainable: number of trainable parameters.
 longest: number of tokens of the longest text that fits alone at this rank, and that the model can read.
 peak: largest number of bytes in tensors during a training step on fake tensors. The peak decides what fits. The step
@@ -273,8 +275,8 @@ def best_row(
 ) -> FitRow:
     """Return the row with the largest rank x batch that fits.
 
-    If the size of activations is unknown, return the row with the largest rank that fits. If nothing fits, return a row
-    that says so, with the first rank.
+    of_ranks: counts of the Method, one per rank. If the size of activations is unknown, return the row with the largest
+    rank that fits. If nothing fits, return a row for the first rank, with the reason in `because`.
     """
     found: tuple[int, FitRow] | None = None
     room, logits, most = request.memory.number_B, counted["logits"], counted["positions"]

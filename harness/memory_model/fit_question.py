@@ -25,7 +25,8 @@ _PACKED = "nf4"
 _EIGHT_BIT = {"adamw": "adamw-8bit", "paged-adamw": "paged-adamw-8bit"}
 """Optimizer -> the optimizer with moments in 8 bits that replaces it."""
 _DOUBT = 0.25
-"""Assumed largest relative error of a closed form; within it, a step decides. In tests, the error is at most 20 %."""
+"""Assumed largest relative error of a closed form. If the result is this close to the limit, a step decides. In tests, the
+error is at most 20 %."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class _Question:
         return _judged(row | by | {"peak_B": peak, "no_peak": "", "ledger": ledger}, peak, self.room)
 
     def _changes(self, row: Row) -> list[_Change]:
-        """Return the changes that a row allows: single ones, checkpointing with another one, and all together."""
+        """Return the changes that a row allows: each setting alone, checkpointing with each other one, and all together."""
         (one,) = (c for c in self.counted["methods"][row["method"]] if c["rank"] == row["rank"] and not c["error"])
         found: dict[str, Any] = {} if self.request.checkpointing else {"checkpointing": True}
         if row["base"] == "none" and _PACKED in one["weights"]:
@@ -131,7 +132,10 @@ class _Question:
         return self._worth_a_step(changes) if self.by_steps and self.document["activations_known"] else changes
 
     def _worth_a_step(self, changes: list[_Change]) -> list[_Change]:
-        """Leave out changes that need far too much, and those with more settings than one that surely fits."""
+        """Return the changes for which a step is simulated.
+
+        A change is left out if it surely does not fit by the closed forms, or if a change of fewer settings surely fits.
+        """
         shares = [one.row["ledger"]["total_B"] / self.room for one in changes]
         enough = [len(one.settings) for one, share in zip(changes, shares, strict=True) if share <= 1 - _DOUBT]
         most = min(enough, default=len(changes))

@@ -58,14 +58,14 @@ def peak(
         return {"no_peak": "the memory of torch.compile is known only after compilation"}
     if cell.training.loop != "harness":
         return {"no_peak": f"only steps of the harness's own loop are predicted, not those of {cell.training.loop}"}
-    dry_step.registry()  # now, not in each child
+    dry_step.registry()  # discovered once here, not in each child
     errors: list[str] = []
     for by, step in _attempts(dry_step.DryStep(cell, config, kind, lacks)).items():
         found = _in_fork(partial(dry_step.peak, step, parts))
         if not isinstance(found, str):
             return {"peak_B": found + others_B, "peak_by": by, **_transience(errors)}
         errors.append(found)
-        if found == _LATE:  # slow code works in small pieces, so that the reference's peak would be too low
+        if found == _LATE:  # no second attempt: the peak of the reference, the next code, would be too low
             break
     return {"no_peak": errors[0], **_transience(errors)}
 
@@ -75,7 +75,7 @@ def _transience(errors: Sequence[str]) -> StepAnswer:
 
 
 def _attempts(step: dry_step.DryStep) -> dict[str, dry_step.DryStep]:
-    """Return the steps to try, in order. Each key says which code is replaced; an empty key means none.
+    """Return the steps to try, in order. Each key names the code that replaces the Cell's own; it is empty if none does.
 
     The first step uses the Cell's own implementation.
     """

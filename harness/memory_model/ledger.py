@@ -23,7 +23,7 @@ PARTS = {
     "host": "the optimizer's state in host memory, for paged optimizers only; not part of the total",
     "activations": "tensors saved for the backward pass: a closed-form estimate, for Llama-like models only",
     "logits": "the logits of every token, their logarithms in at least float32, and the gradient of these: an estimate",
-    "step": "float32 gradients of the masters, which exist only during the optimizer's step, without activations",
+    "step": "float32 gradients of the masters, which exist only during the optimizer's step, when there are no activations",
 }
 """Description of each part of a `Ledger`, by the part's name."""
 

@@ -48,7 +48,7 @@ def cached_output(fake: FakeTensorMode, func: OpOverload, args: tuple[Any, ...],
     """Return `func(*args, **kwargs)`, from the cache if possible. At least one argument is a tensor, fake or real."""
     if func._schema.is_mutable:
         made = args[0] if _writes_only(func, args) else func(*args, **kwargs)
-        return kwargs.get("out", made)  # torch's own cache would return another tensor than `out`
+        return kwargs.get("out", made)  # torch's own cache would return a new tensor instead of `out`
     given: list[Tensor] = []
     try:
         named = [(name, _key(value, given)) for name, value in kwargs.items()]
