@@ -19,11 +19,11 @@ from harness.records.record import FrozenModel, Json, Seconds
 Outcome = Literal["measured", "refused", "not-run", "failed"]
 Cause = Literal["no-gpu", "interrupted"]
 MOSTLY_CALL = 0.2
-"""Largest share of a time that the overhead of a call may have. Above it, a ratio of times compares overheads rather
-than work."""
+"""Largest share of a time that may be call overhead. Above it, a ratio of times compares overheads rather than work."""
 TIMER_SHARE, TIMER_SLACK_S = 2.0, 0.5
-"""Most seconds that may pass in another process while samples are taken on a CPU: this many times their sum, plus this many
-seconds, since a busy machine may be late with the news. More means that the timer of the measured process is wrong."""
+"""Longest time that may pass in another process while samples are taken on a CPU: TIMER_SHARE times the sum of the samples,
+plus TIMER_SLACK_S seconds for messages that are late on a busy machine. If more time passes, the timer of the measured
+process is wrong."""
 FEWEST = next(n for n in count(1) if median_interval([0.0] * n).low is not None)
 """Fewest pairs from which an interval of the ratio can be computed."""
 

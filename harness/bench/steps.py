@@ -9,8 +9,8 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 GALORE_GAP = 200
 """Steps between two refreshes of GaLore's projector (arXiv:2403.03507)."""
 PRODUCTS = "its two products"
-"""Name of the lower bound for GaLore's step: the time of the two matrix products that every step needs. Without a
-refresh, the rest of the step works in the small subspace."""
+"""Name of the lower bound for GaLore's step: the time of the two matrix products that every step needs. The rest of a step
+without a refresh works on small matrices."""
 CYCLE = 11
 """Number of steps in a timed cycle: one refresh and ten ordinary steps. Training has one refresh in `GALORE_GAP` steps,
 so the times are weighted accordingly."""
@@ -53,7 +53,7 @@ STEPS: dict[str, StepBenchmark] = {
     "lora": StepBenchmark("lora", _LORA),
     "lora-dropout": StepBenchmark("lora", _LORA | {"dropout": 0.1}),
     "dora": StepBenchmark("dora", _LORA),
-    # Prunes at every step from the first on: the time includes the rank allocator.
+    # AdaLoRA prunes at every step, so that each timed step includes the rank allocator.
     "adalora": StepBenchmark(
         "adalora",
         {"rank": 12, "target_rank": 8, "targets": LINEAR, "total_steps": 1000, "tinit": 0, "tfinal": 10, "delta_t": 1},

@@ -25,7 +25,7 @@ from harness.process.event_pipe import Emit, event_writer
 
 def main(fd: int, line: int, task: dict[str, Any]) -> None:
     """Run one task and write its events. task: the document of a `harness.bench.planning.BenchTask`."""
-    # Before torch is imported: torch.set_num_threads does not reach every copy of OpenMP.
+    # This must precede the import of torch, because torch.set_num_threads does not reach every copy of OpenMP.
     os.environ["OMP_NUM_THREADS"] = str(task["threads"])
     with event_writer(fd, line) as emit:
         try:

@@ -157,7 +157,7 @@ def serve(connection: socket.socket, run: Callable[[int, int], int]) -> int:
     status_of: dict[int, int] = {}
     ended, tell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(tell)
-    signal.signal(signal.SIGCHLD, lambda *_: None)  # without a handler, nothing is written to the descriptor
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # Python writes to `tell` only for signals with a handler
     own, asked = os.getpid(), connection.fileno()
     connection.send(_READY)
     while True:
@@ -171,7 +171,7 @@ def serve(connection: socket.socket, run: Callable[[int, int], int]) -> int:
                 return 0
             stdin, output, events, lifeline, status = descriptors
             with warnings.catch_warnings():
-                # Python warns of threads of the system. Those of OpenBLAS and jemalloc are prepared for forks.
+                # Python warns of threads, but those of OpenBLAS and jemalloc, the only ones here, survive a fork.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 pid = os.fork()
             if not pid:

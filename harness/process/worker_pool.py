@@ -110,9 +110,8 @@ def _start(python: str, module: str, task: Mapping[str, Any], token: str) -> Sub
 class _Clock:
     """A clock that shows whether a process hangs.
 
-    It counts CPU time while the process runs, and wall time while it sleeps.
-
-    So a process that waits for a processor, on a busy machine, does not seem to hang.
+    It counts CPU time while the process is runnable, and wall time while the process sleeps. So a process that waits for a
+    processor on a busy machine does not seem to hang.
     """
 
     def __init__(self, pid: int) -> None:
@@ -120,7 +119,7 @@ class _Clock:
         self.restart()
 
     def restart(self) -> None:
-        """Count from zero."""
+        """Set the counted time to zero."""
         self.seconds = 0.0
         self._wall, self._cpu = time.monotonic(), self._cpu_s()
 

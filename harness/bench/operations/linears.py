@@ -44,7 +44,7 @@ def _adapted_linear(*, times: int = 1, trains: str = "AB", norm: bool = False, p
         return 2 * s.tokens * (s.weights + low_rank(s, rank)) + of_norm + s.weights * packed
 
     def backward_flops(s: BenchSize) -> float:
-        # dx = dy W + dS A and dS = dy B; with A and B trained also dA = dS^T x and dB = dy^T S, else two sums.
+        # dx = dy W + dS A with dS = dy B. If A and B train, also dA = dS^T x and dB = dy^T S; otherwise two sums.
         low = 2 * s.tokens * low_rank(s, s.rank * times) * (2 if trains == "AB" else 1)
         return 2 * s.tokens * s.weights + low + s.weights * packed
 

@@ -28,7 +28,7 @@ def _adalora_importance() -> TimedOperation:
 
     return TimedOperation(
         lambda s: {"shape": [s.E, s.D], "rank": s.rank},
-        # Parameters and gradients in the dtype; the averages, read and written, in at least float32.
+        # Parameters and gradients are in the dtype. The averages, read and written, are in at least float32.
         Cost(lambda s, i: parameters(s) * (2 * i + 4 * max(4, i)) + s.rank * max(4, i), lambda s: 11 * parameters(s)),
     )
 
