@@ -20,8 +20,8 @@ ALL_LINEAR = "all-linear"
 def untouched(model: nn.Module) -> int:
     """Return the number of expert weights that do not train and have no adapter of HF peft.
 
-    `model` must be ready to train. Experts are modules with `Expert` in their class name, as in transformers. The
-    parameters of such a module are the stacked matrices of all experts in a block.
+    `model` must be ready to train, so that `requires_grad` is final. Experts are modules with `Expert` in their class
+    name, as in transformers. The parameters of such a module are the stacked matrices of all experts in a block.
     """
     return sum(
         p.numel()

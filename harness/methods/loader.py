@@ -46,36 +46,36 @@ class Loader:
 
         way: one of `combinations`. Raises Unsupported where the program documents that this way is an approximation.
         """
-        raise Unsupported("combine: it adds no adapters up")
+        raise Unsupported("combine: the loader cannot combine adapters")
 
     def merge(self, names: Sequence[str]) -> None:
         """Add the updates of these adapters to the base weights. `logits` with the name None then includes them."""
-        raise Unsupported("merge: it merges no adapter")
+        raise Unsupported("merge: the loader cannot merge adapters")
 
     def unmerge(self) -> None:
         """Undo `merge`."""
-        raise Unsupported("unmerge: it merges no adapter")
+        raise Unsupported("unmerge: the loader cannot merge adapters")
 
     def hotswap(self, folder: Path, name: str) -> None:
         """Replace the adapter `name` by the one in `folder`, without loading the base again."""
-        raise Unsupported("hotswap: it replaces no adapter in place")
+        raise Unsupported("hotswap: the loader cannot replace an adapter in place")
 
     def disabled(self) -> AbstractContextManager[None]:
         """Return a context in which `logits` returns the logits of the base for every name."""
-        raise Unsupported("disabled: it cannot switch adapters off")
+        raise Unsupported("disabled: the loader cannot disable adapters")
 
     def set_scale(self, name: str, factor: float) -> None:
         """Set the scaling of an adapter to `factor` times the scaling that its file gives."""
-        raise Unsupported("set_scale: it changes no scaling")
+        raise Unsupported("set_scale: the loader cannot change a scaling")
 
     def train(self, mode: bool) -> None:
         """Switch to training mode, or back to evaluation mode."""
-        raise Unsupported("train: it has no training mode")
+        raise Unsupported("train: the loader has no training mode")
 
     def copy(self) -> Loader:
         """Return an independent copy."""
-        raise Unsupported("copy: it cannot be copied")
+        raise Unsupported("copy: the loader cannot be copied")
 
     def delete(self, name: str) -> None:
         """Remove an adapter."""
-        raise Unsupported("delete: it removes no adapter")
+        raise Unsupported("delete: the loader cannot remove an adapter")

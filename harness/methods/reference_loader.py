@@ -49,7 +49,7 @@ class ReferenceLoader(Loader):
         self.adapters[name] = [_Part(settings, load_file(folder / "adapter_model.safetensors"))]
 
     def logits(self, prompts: Sequence[Sequence[int]], name: str | None) -> list[Tensor]:
-        """Compute logits with one adapter, or of the base and of what is merged into it."""
+        """Return the logits with one adapter. If `name` is None, return those of the base and of all merged adapters."""
         model = copy.deepcopy(self.base)
         parts = self.merged if name is None else self.adapters[name]
         if not self.is_disabled:

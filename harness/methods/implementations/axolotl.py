@@ -72,7 +72,7 @@ def lora_qkv(x: Tensor, **layers: Any) -> tuple[Tensor, ...]:
 
 @implements("lora_mlp", **_OPERATION)
 def lora_mlp(x: Tensor, activation: str, **layers: Any) -> Tensor:
-    """Compute the block by LoRA_MLP. Like Axolotl's patch of models, take GEGLU for every name that contains gelu."""
+    """Compute the block by LoRA_MLP. As in Axolotl's patch of models, any name that contains `gelu` selects GEGLU."""
     from axolotl.kernels.lora import LoRA_MLP
 
     from harness.methods.implementations.gated_activations import of_library

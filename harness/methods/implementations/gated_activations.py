@@ -18,7 +18,8 @@ from harness.errors import Unsupported
 INTERPRETED = ("float32", "float16")
 """Dtypes in which Triton's interpreter computes correctly."""
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
-"""Functions (gate, up) -> h and (dh, gate, up) -> (h, gradient 1, gradient 2)."""
+"""A forward function (gate, up) -> h, and a backward function (dh, gate, up) -> (h, and the gradients of gate and up in the
+library's order)."""
 
 
 def of_library(module: str, forward: str, backward: str, x: Tensor, *, up_first: bool = False) -> Pair:

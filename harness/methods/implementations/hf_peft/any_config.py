@@ -39,8 +39,8 @@ def any_method(model: nn.Module, config: AdapterConfig, generator: Generator) ->
     import torch
     from peft import PeftConfig, PeftModel
 
-    keys = {**config.adapter_config, "inference_mode": False}  # true in saved adapters
-    # The harness trains the head under any name.
+    keys = {**config.adapter_config, "inference_mode": False}  # saved adapters have true, with which nothing trains
+    # The harness itself trains the head, whatever its name. peft must not wrap it.
     keys |= {"modules_to_save": None} if "modules_to_save" in keys else {}
     if keys.get("init_lora_weights") == "loftq" and not _gpu():
         raise Unsupported("peft's LoftQ quantises on a GPU, and there is none")
@@ -54,7 +54,7 @@ def any_method(model: nn.Module, config: AdapterConfig, generator: Generator) ->
                 wrapper = prompts.attach(model, peft_config, ADAPTER)
                 _check_forward(model)
             else:
-                wrapper = PeftModel(model, peft_config, ADAPTER)  # as get_peft_model, without a wrapper of the head
+                wrapper = PeftModel(model, peft_config, ADAPTER)  # like get_peft_model, but the head is not wrapped
         except (TypeError, ValueError, KeyError, OSError, RuntimeError) as error:
             if shortage(error):
                 raise

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class PeftLoader(Loader):
     """A transformers model with a PeftModel around it, once an adapter is loaded.
 
-    What peft refuses with a ValueError is Unsupported, and so is what it warns of in its documentation.
+    Raises Unsupported where peft raises a ValueError, and where peft's documentation states a limitation.
     """
 
     combinations = ("cat", "svd", "linear")
@@ -51,7 +51,7 @@ class PeftLoader(Loader):
         self.model.eval()
 
     def logits(self, prompts: Sequence[Sequence[int]], name: str | None) -> list[Tensor]:
-        """Compute logits with one adapter, with what is merged, or with all adapters disabled."""
+        """Return the logits with one adapter. If `name` is None, no adapter is active except those that are merged."""
         from harness.methods.base_model import logits
 
         if name is None and self.has_adapters and not self.merged:
@@ -62,7 +62,7 @@ class PeftLoader(Loader):
         return logits(self.model, prompts)
 
     def combine(self, names: Sequence[str], weights: Sequence[float], new_name: str, way: str) -> None:
-        """Combine by `add_weighted_adapter`. The way `linear` adds the factors A and B up, not the updates."""
+        """Combine by `add_weighted_adapter`. Raises Unsupported for the way `linear`, which sums A and B, not updates."""
         if way == "linear" and len(names) > 1:
             raise Unsupported("combine: `linear` of peft adds the factors A and B, not the updates")
         rank = sum(max([config.r, *config.rank_pattern.values()]) for config in map(self.model.peft_config.get, names))
@@ -74,9 +74,12 @@ class PeftLoader(Loader):
             raise Unsupported(f"combine: {error}") from error
 
     def merge(self, names: Sequence[str]) -> None:
-        """Merge by `merge_adapter`. Modules that the first adapter replaces stay active."""
+        """Merge by `merge_adapter`. The modules_to_save of the first adapter stay in use.
+
+        Raises Unsupported for several adapters if one of them has modules_to_save.
+        """
         if len(names) > 1 and any(self.model.peft_config[name].modules_to_save for name in names):
-            raise Unsupported("merge: one set of modules_to_save can be active")
+            raise Unsupported("merge: peft can use the modules_to_save of one adapter only")
         self.model.set_adapter(names[0])
         self.model.merge_adapter(list(names))
         self.merged = True
@@ -95,11 +98,11 @@ class PeftLoader(Loader):
         """Replace an adapter by `hotswap_adapter`."""
         from peft.utils.hotswap import hotswap_adapter
 
-        if not self.merged:  # peft compares configs with that of the active adapter
+        if not self.merged:  # peft compares the new config with that of the active adapter
             self.model.set_adapter(name)
         try:
             hotswap_adapter(self.model, str(folder), name, torch_device="cpu")
-        except (ValueError, RuntimeError) as error:  # documented for adapters that do not fit
+        except (ValueError, RuntimeError) as error:  # peft documents these errors for unsuitable adapters
             raise Unsupported(f"hotswap: {error}") from error
 
     @contextmanager

@@ -54,7 +54,7 @@ class FusedGaLoreModel(galore.GaLoreModel):
     def optimizer(self, lr: float, weight_decay: float, bits: int = 32) -> galore.GaLore:
         """Return the fused optimizer with the parameter groups of the reference."""
         optimizer = super().optimizer(lr, weight_decay, bits)
-        optimizer.__class__ = GaLore  # same state, other step
+        optimizer.__class__ = GaLore  # the state stays the same; only the step differs
         return optimizer
 
 

@@ -56,6 +56,6 @@ def attach(model: nn.Module, config: lora.Config, generator: torch.Generator) ->
             adapted.detach()
             raise Unsupported(f"{path} is a {type(layer.base).__name__}; the fused LoRA supports linear layers only")
     for layer in adapted.layers.values():
-        layer.__class__ = FusedLoraLinear  # same state, other forward pass
+        layer.__class__ = FusedLoraLinear  # the state stays the same; only the forward pass differs
     link(adapted.layers)
     return adapted

@@ -48,7 +48,7 @@ def attach(model: nn.Module, config: pissa.Config, generator: torch.Generator) -
     adapted = pissa.attach(model, config, generator, split)
     linear = {path: layer for path, layer in adapted.layers.items() if isinstance(layer, pissa.PissaLinear)}
     for layer in linear.values():
-        layer.__class__ = FusedPissaLinear  # same state, other forward pass
+        layer.__class__ = FusedPissaLinear  # the state stays the same; only the forward pass differs
     link(linear)
     return adapted
 
