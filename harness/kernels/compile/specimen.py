@@ -1,7 +1,4 @@
-"""A specimen is one instance of a kernel.
-
-It is compiled ahead of time, and its machine code is judged without a GPU.
-"""
+"""Specimens: instances of kernels that are compiled ahead of time, so that their machine code is judged without a GPU."""
 
 from __future__ import annotations
 

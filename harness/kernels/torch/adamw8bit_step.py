@@ -49,7 +49,7 @@ def adamw8bit_step(
         from harness.kernels.triton import adamw8bit_step as gpu
 
         return gpu.adamw8bit_step(p, g, m, m_absmax, v, v_absmax, **options)
-    # A plain clone() would preserve gaps and transposition.
+    # A plain clone() would keep gaps and transposition, but `adamw8bit_step_` needs contiguous memory.
     out = [t.detach().clone(memory_format=torch.contiguous_format) for t in (p, m, m_absmax, v, v_absmax)]
     adamw8bit_step_(out[0], g, *out[1:], **options)
     return tuple(out)

@@ -89,6 +89,6 @@ def dora_linear(
     norm = row_norms(W, A, B, scaling)
     if mask is None:
         return gained(lora_linear(x, W, None, A, B, scaling), bias, m, norm)
-    # The gain does not scale the undropped part of x. W dropped and its update are one product, where they may cancel.
+    # The gain scales only the products with `dropped`. Those of W and of B A are one sum, in which they may cancel.
     dropped = x * mask
     return gained(lora_linear(dropped, W, None, A, B, scaling), linear(x - dropped, W, bias), m, norm)

@@ -35,10 +35,10 @@ class LoraFactors:
 
 
 class _LoraLinears(torch.autograd.Function):
-    """Stacks the scaled A of all layers to As (ranks, D).
+    """Computes the layers from As (ranks, D), the stacked A of all layers, each multiplied by its scaling.
 
-    S = x As^T, dx += dS As and dAs = dS^T x are then one product each. As includes the scaling, so that no tensor with
-    a row per token is scaled. The Function saves x and S (T, ranks).
+    S = x As^T, dx += dS As and dAs = dS^T x are then one product each. As As includes the scaling, no tensor with a row
+    per token needs to be scaled. The Function saves x and S (T, ranks).
     """
 
     @staticmethod

@@ -97,7 +97,7 @@ def _encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int) -> None:
     cell = torch.add(_CELLS, scaled, alpha=_CELLS).nan_to_num_(nan=2.0 * _CELLS + 1).to(torch.int32)
     codes = lower.index_select(0, cell)
     codes += (scaled > border.index_select(0, cell)).view(torch.uint8)
-    pairs = codes.view(torch.int16)  # the first code of each in the lower byte
+    pairs = codes.view(torch.int16)  # two codes per number, the first one in the lower byte
     packed.copy_((pairs << 4 | pairs >> 8)[: packed.numel()])
     absmax.copy_(largest[: absmax.numel()])
 

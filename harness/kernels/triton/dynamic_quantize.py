@@ -29,7 +29,7 @@ def _quantize(
         column = first + tl.arange(0, columns)[None, :]
         inside = (column < block) & (start + column < n)
         part = load_as_float32(x + start + column, mask=inside, other=0.0)
-        # Compared as bits, so that a NaN stays the largest.
+        # Bits are compared instead of numbers, so that a NaN counts as the largest.
         most = tl.maximum(largest.to(tl.int32, bitcast=True), largest_magnitude(part, 1).to(tl.int32, bitcast=True))
         largest = most.to(tl.float32, bitcast=True)
     for first in range(0, block, columns):

@@ -48,7 +48,7 @@ def _quantize_tile(W, packed, absmax, first, left, BLOCK: tl.constexpr, TILE: tl
     row, byte = tl.arange(0, ROWS), tl.arange(0, TILE // 2)
     at = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     values = load_as_float32(W + first + at, mask=_inside(at, left, GRAIN), other=0.0)
-    # As integers, magnitudes have the order of the numbers, and a NaN is above all.
+    # The bits of magnitudes, read as integers, have the order of the numbers, and those of a NaN are the largest.
     magnitude = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     largest = tl.max(magnitude, axis=1).to(tl.float32, bitcast=True)
     scaled = tl.where(largest[:, None] == 0, 0.0, tl.div_rn(values, tl.broadcast_to(largest[:, None], [ROWS, BLOCK])))
@@ -109,7 +109,7 @@ def _double_dequantize(
     row = tl.arange(0, TILE // BLOCK)
     block, here = first // BLOCK + row, row * BLOCK < left
     centred = tl.load(code + tl.load(codes + block, mask=here, other=0).to(tl.int32))
-    # Rounded twice, as defined: the launch disables fused multiply-adds.
+    # The format rounds the product and the sum, so the launch disables fused multiply-adds.
     scale = centred * tl.load(absmax2 + block // SECOND, mask=here, other=0.0) + tl.load(offset)
     if RAGGED and left < TILE:
         _dequantize_tile(packed, levels, scale, out, first, left, BLOCK, TILE, 1)

@@ -122,10 +122,10 @@ class Paged(torch.optim.Optimizer):
         """Bytes copied so far: `bytes_in` to the device, and `bytes_out` to the host."""
         self.peak = 0
         """Largest number of bytes that pages and slots have taken on the device so far."""
-        self._pages: dict[Tensor, dict[str, Tensor]] = {}  # on the host
-        self._resident: dict[Tensor, int] = {}  # bytes
+        self._pages: dict[Tensor, dict[str, Tensor]] = {}  # parameter -> its page on the host
+        self._resident: dict[Tensor, int] = {}  # parameter -> bytes of its page on the device
         self._slots: list[Slot] = []
-        self._lanes: list[Lane] = []  # in, out
+        self._lanes: list[Lane] = []  # copies to the device, copies to the host
         self.state = inner.state
         present = {p: bytes_of(large) for p, state in self.state.items() if (large := _large(state))}
         self.peak = sum(present.values())
@@ -169,7 +169,7 @@ class Paged(torch.optim.Optimizer):
         self.inner.load_state_dict({**state_dict, "state": {k: s for k, s in states.items() if k not in pages}})
         self.state, self._pages, self._resident, self._slots = self.inner.state, {}, {}, []
         try:
-            # The inner optimizer loads to the device, hence one page at a time.
+            # The inner optimizer loads states to the device, so only one page at a time is loaded.
             for key, state in pages.items():
                 self.inner.load_state_dict({**state_dict, "state": {key: state}})
                 for p, loaded in self.inner.state.items():

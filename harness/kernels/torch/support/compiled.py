@@ -158,7 +158,7 @@ class Compiled:
         except NotCompiled:
             raise
         except Exception:
-            self._failed = True  # before the lock is released
+            self._failed = True  # set before the lock is released, so that no other thread compiles
             raise
         finally:
             _COMPILING.release()

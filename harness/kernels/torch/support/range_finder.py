@@ -37,8 +37,9 @@ def orthonormal(Y: Tensor) -> Tensor:
 def range_finder(W: Tensor, sketch: Tensor, niter: int) -> Tensor:
     """Return an orthonormal basis (E, R) that approximately contains the R leading left singular vectors of W (E, D).
 
-    sketch: normal noise (D, R). niter: number of power iterations. Each iteration multiplies by W^T and then by W. Each
-    iteration reduces the error of a singular vector by the square of the ratio of the singular values.
+    sketch: normal noise (D, R). niter: number of power iterations. Each iteration multiplies by W^T and then by W. It
+    reduces the error of a singular vector by the factor (s' / s)^2, where s is its singular value and s' is the largest
+    one outside the basis.
     """
     Q = orthonormal(W @ sketch)
     for _ in range(niter):

@@ -59,9 +59,9 @@ class InputGroup:
 
     A saved output is used if the same thread calls the layer with the same tensor. Neither this tensor nor the layer's
     own tensors may have been modified, no optimizer may have stepped, and no backward pass may have freed the saved
-    tensors. Any other call computes. As in autograd, writes through `.data` are not detected. Outputs are saved until
-    the next call that computes, or until the input is freed. All outputs belong to one node of the graph. Only one
-    backward pass can therefore go through them, unless it retains the graph.
+    tensors. In any other case, the call computes the outputs again. As in autograd, writes through `.data` are not
+    detected. Outputs are saved until the next call that computes, or until the input is freed. All outputs belong to one
+    node of the graph. Only one backward pass can therefore go through them, unless it retains the graph.
 
     Under saved-tensor hooks each layer is computed alone, because of checkpointing. The recomputation in checkpointing
     must save exactly the same tensors as the first pass, and may stop early.

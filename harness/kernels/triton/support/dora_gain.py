@@ -1,10 +1,9 @@
 """The gain of DoRA, m / ||W + s B A|| per row (arXiv:2402.09353), in one pass over W that never writes B A.
 
 The kernel computes the norm n of a row from the sum W + s B A itself. The expansion n^2 = ||W||^2 + 2 s <B, W A^T> +
-s^2 <B, B (A A^T)> also does without B A. But let N be ||W|| + ||s B A||. The expansion has an error of eps N^2 / n^2,
-and the sum only of eps N / n. For a row in which B A cancels W, the expansion is useless. Nor would the expansion be
-faster. W A^T reads all of W and takes E D R multiplications. The sum does the same, tile by tile, with B A in the
-accumulator.
+s^2 <B, B (A A^T)> also needs no B A, but it is less accurate. With N = ||W|| + ||s B A||, its relative error is eps N^2 /
+n^2, and that of the sum is only eps N / n. For a row in which B A cancels W, the expansion is useless. Nor is it faster:
+W A^T reads all of W and takes E D R multiplications, as the sum does tile by tile, with B A in the accumulator.
 """
 
 from __future__ import annotations

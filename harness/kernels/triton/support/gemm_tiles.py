@@ -24,7 +24,7 @@ class GemmTile:
     stages: int
 
     def shallow(self) -> GemmTile:
-        """Return the tile with half the k and one more stage.
+        """Return a tile with half of this tile's k and one more stage.
 
         A kernel with more than two operands per iteration needs such a tile.
         """

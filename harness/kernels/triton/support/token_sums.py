@@ -28,7 +28,7 @@ def _outer_sum(
 ):  # fmt: skip
     """Compute (wide * mask)^T @ narrow, shape (N, R), over one part of the tokens, and write it to out[part].
 
-    With `against`, shape (N, R): multiply the product by it element by element, sum each row over one block of columns,
+    If `against` (N, R) is given, multiply the product by it element by element, sum each row over one block of columns,
     and write the N sums to out[part, block].
     """
     part, block = tl.program_id(2).to(tl.int64), tl.program_id(1)
