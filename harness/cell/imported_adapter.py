@@ -31,7 +31,7 @@ from harness.records.record import CheckResult
 _PROBE_TOKENS = 64
 """Largest number of tokens of a probe text."""
 _SPREADS = 3.0
-"""Width of the margin around the last losses, in standard deviations of the loss over the batches."""
+"""Margin below and above the range of the last logged losses, in standard deviations of the loss over the batches."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class _Evaluated:
 def checks(run: CellRun, model: nn.Module, folder: Path, data: CellData | RandomData) -> Iterator[CheckResult]:
     """Yield the checks of an imported adapter: its logits by a loader, and by the model that the Cell evaluates.
 
-    Truth: the logits of the probe texts that the reference computes from the file in float64. If the reference does not
-    implement the config, the check `reference` is skipped with the reason, so that no time is shown.
+    Both are compared with the logits of the probe texts that the reference computes from the file in float64. If the
+    reference does not implement the config, the check `reference` is skipped with the reason, so that no time is shown.
     """
     base, case = Path(run.job.model.path), Case("trained", seed=run.cell.seed)
     evaluated = _Evaluated(run.cell.method, run.cell.dtype)

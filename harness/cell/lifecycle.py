@@ -61,7 +61,7 @@ def measure(run: CellRun, predict: Predict) -> Measurements:
     loaded = _load(run)
     model = loaded.model
     whole_model.one_by_one(model, run.dtype)
-    model_B = checkpoint_size.model_bytes(model)  # before it is packed
+    model_B = checkpoint_size.model_bytes(model)  # counted before it is packed
     with run.clock.phase("data"):
         data: Data = CellData(run.job, loaded, run.emit) if run.job.data else RandomData(run.job, loaded)
     with run.clock.phase("predict"):
@@ -94,7 +94,7 @@ def measure(run: CellRun, predict: Predict) -> Measurements:
         accuracy = data.evaluate(model)
         if run.job.imported:
             run.loss_agreement = imported_adapter.compare_loss(model, run.job.imported.facts, data)
-    adapters = serving.draw(run, subject)  # before the latencies: merging may change or drop the tensors
+    adapters = serving.draw(run, subject)  # copied now, because merging may change or drop the tensors
     latencies = _time(run, subject, data, offloaded)
     served = serving.serve(run, subject, adapters)
     return Measurements(
@@ -217,7 +217,7 @@ def _save(run: CellRun, subject: Subject, loaded: models.Loaded, model_B: int) -
     with run.clock.phase("save"):
         added = subject.added()
         trains_base = bool(subject.adapted.tensors().keys() - added.keys())
-        # The library may save more or fewer tensors.
+        # A library may save more or fewer tensors than the Method added.
         file = subject.adapted.saved() if hasattr(subject.adapted, "saved") else added
         return checkpoint_size.measure(file, loaded.head, model_B, Path(run.job.folder), trains_base=trains_base)
 
@@ -250,7 +250,7 @@ def _latencies(
     """Check the merged model. Return the latencies with one adapter and with several adapters."""
     evaluation, mixed = run.cell.evaluation, list[Latency]()
     if evaluation.latency:
-        # Before merging: some libraries merge into the base weight, which then changes a little.
+        # This precedes merging, because some libraries merge into the base weight, which then changes a little.
         mixed, checks = multi_adapter_latency.measure(subject, run.cell, causal, vocabulary, run.registry)
         run.checks += checks
     refused = ""

@@ -57,8 +57,8 @@ def test_a_layer_that_its_model_does_not_call(bypassed: str, tmp_path: Path, mon
     record = lived(tmp_path, ["in_proj", bypassed], monkeypatch)
     assert (record.status, record.because) == (
         Status.ERROR,
-        f"the model reads the `weight` of backbone.layers.0.mixer.{bypassed} itself and does not call it: no adapter on it "
-        "counts; name others as `targets`, of in_proj those that it calls",
+        f"the model reads the `weight` of backbone.layers.0.mixer.{bypassed} itself and does not call it: an adapter on it "
+        "has no effect; name other `targets`: those of in_proj that the model calls",
     )
 
 
@@ -70,8 +70,8 @@ def test_a_layer_that_its_model_calls(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_step_without_data_tells_it_in_the_same_words() -> None:
     cell, config = asked(["in_proj", "dt_proj"]), MAMBA | {"model_type": "mamba"}
     assert isolated_step.peak(cell, config, "causal", dry_step.longest_batches(cell, "causal", 8)) == {
-        "no_peak": "the model reads the `weight` of backbone.layers.0.mixer.dt_proj itself and does not call it: no adapter "
-        "on it counts; name others as `targets`, of in_proj those that it calls"
+        "no_peak": "the model reads the `weight` of backbone.layers.0.mixer.dt_proj itself and does not call it: an adapter "
+        "on it has no effect; name other `targets`: those of in_proj that the model calls"
     }
 
 

@@ -111,14 +111,14 @@ def check_schedule(evidence: Evidence) -> Findings:
 
 
 def check_gradients(evidence: Evidence) -> Findings:
-    """The optimizer steps by the gradient of the mean loss over the answers' tokens, plus the Method's own term: nothing
-    clips, scales or adds to it."""
+    """The optimizer gets the gradient of the mean loss over the answers' tokens plus the Method's own term. Nothing else is
+    added to this gradient, and nothing clips or scales it."""
     return _gradients(evidence.trainee, evidence.whole)
 
 
 def check_accumulation(evidence: Evidence) -> Findings:
-    """With a batch in two parts, the optimizer steps by the gradient of the whole batch: both parts are in it, each in
-    proportion to its number of answer tokens."""
+    """With a batch in two parts, the optimizer gets the gradient of the whole batch. Each part counts in proportion to its
+    number of answer tokens."""
     return _gradients(evidence.trainee, evidence.parts)
 
 
@@ -170,7 +170,7 @@ def check_weights(evidence: Evidence) -> Findings:
 
 
 def check_method_steps(evidence: Evidence) -> Findings:
-    """The loop calls the Method's work between steps, such as AdaLoRA's pruning, once after each step, with its number."""
+    """The loop calls the Method's `after_step`, e.g. AdaLoRA's pruning, once after each step, with the step's number."""
     want, found = list(range(1, evidence.trainee.recipe.steps + 1)), evidence.whole.method_steps
     return [] if found == want else [f"after_step was called for steps {found}, should be {want}"]
 

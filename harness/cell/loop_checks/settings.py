@@ -74,7 +74,10 @@ def _pair(trainee: Trainee) -> tuple[Trainee, Trainee]:
 
 
 def _compared(setting: LoopSetting, defaults: dict[str, bool], seen: Observed, own: _Own) -> SettingFound:
-    """Compare with the harness's loop: losses by the rule of `same-losses`, final tensors by that of `weights`."""
+    """Compare a training with that of the harness's loop.
+
+    Losses are compared by the rule of the check `losses`, and final tensors by that of `weights`.
+    """
     truth, mine = own.float64.samples.losses, seen.samples.losses
     noise = [abs(a - b) for a, b in zip(own.float32.samples.losses, truth, strict=True)]
     allowed = trajectories.allowed_errors(truth, noise, "float32")

@@ -179,7 +179,7 @@ class _Variants:
         with self._guarded("layers"):
             self._adapted.layers.update(self._layers)
         if self._off and (again := getattr(self._adapted, "attach_again", None)) is not None:
-            again()  # e.g. for virtual tokens, which are not a layer
+            again()  # puts back what is no layer, e.g. virtual tokens
         self._off = False
 
     @contextmanager
@@ -226,7 +226,7 @@ class _Variants:
     def _guarded(self, call: str) -> Iterator[None]:
         try:
             yield
-        except (AttributeError, LookupError, TypeError, ValueError) as error:  # RuntimeError may be a lack of memory
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # RuntimeError may mean no memory
             raise self._fault(call, f"raised {type(error).__name__}: {error}") from error
 
     def _fault(self, call: str, did: str) -> ImplementationError:

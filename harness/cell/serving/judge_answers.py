@@ -85,7 +85,7 @@ def judge(session: Session, base: Path, subject: Named, case: Case) -> Judged:
 
 
 def _check(subject: Named, case: Case, name: str, phase: Phase, results: Sequence[SubjectResult]) -> CheckResult:
-    """Return the check result of one load. It rests on the answers of the load's phase."""
+    """Return the check result of one load, judged by the answers in the load's phase."""
     found = {one: part for one in results for part in one.phases if part.phase is phase}
     if undecided := next((one for one in results if one.verdict in (Verdict.CANNOT_TELL, Verdict.NOT_COMPARED)), None):
         because = undecided.reason or "the adapter changes the answers too little to judge them"

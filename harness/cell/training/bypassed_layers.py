@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-NO_EFFECT = "no adapter on it counts"
+NO_EFFECT = "an adapter on it has no effect"
 
 
 def explain(error: Exception, layers: Mapping[str, object]) -> str:
@@ -17,5 +17,5 @@ def explain(error: Exception, layers: Mapping[str, object]) -> str:
         return ""
     name = path.rsplit(".", 1)[-1]
     others = ", ".join(sorted({other.rsplit(".", 1)[-1] for other in layers} - {name}))
-    hint = f"name others as `targets`, of {others} those that it calls" if others else "adapt other layers"
+    hint = f"name other `targets`: those of {others} that the model calls" if others else "adapt other layers"
     return f"the model reads the `{error.name}` of {path} itself and does not call it: {NO_EFFECT}; {hint}"

@@ -34,8 +34,8 @@ def step_peak(
     At the end, even after an error, the function restores three things: the trained parameters; the model's buffers,
     such as the statistics of a BatchNorm; and the random states of torch, Python, numpy and the generators that are
     attributes of modules. It does not restore untrained buffers of the Method, which may be as large as the weights.
-    Nor does it restore the optimizer or other state, such as a counter or a generator in a closure. The gradients are
-    dropped.
+    Nor does it restore the optimizer, or other state such as a counter or a generator in a closure. At the end there are
+    no gradients.
     """
     parts = most_tokens(batches, accumulate)
     optimizer.zero_grad(set_to_none=True)

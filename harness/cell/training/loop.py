@@ -133,8 +133,8 @@ def train(
     """Take one optimizer step for each batch, and return the measured numbers of all steps.
 
     After each step, report(step, loss) is called; this time is not measured. A batch goes through the model in
-    `accumulate` parts. With dropout, each part draws different masks. layerwise: the object that steps the weights
-    within the backward pass; None if the optimizer steps them.
+    `accumulate` parts. With dropout, each part draws different masks. layerwise: the object that updates the weights
+    during the backward pass; None if the optimizer updates them.
 
     Before every step, the global random state is set from (seed, step). So the dropout masks do not depend on how many
     random numbers an implementation draws. If float16 gradients overflow, the same batch is used again with half the

@@ -170,9 +170,9 @@ def _own(adapted: Adapted, recipe: Training, name: Optimizer) -> torch.optim.Opt
 
 
 def layerwise(optimizer: torch.optim.Optimizer, recipe: Training) -> Layerwise | None:
-    """If the recipe has layer-wise updates, step every weight within the backward pass from now on.
+    """If the recipe has layer-wise updates, update every weight during the backward pass from now on.
 
-    Returns the object that takes these steps, or None without layer-wise updates. Raises UsageError if a step needs
+    Return the object that makes these updates, or None without layer-wise updates. Raises UsageError if a step needs
     several backward passes, or all gradients at once.
     """
     if not recipe.layerwise:

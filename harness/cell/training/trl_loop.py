@@ -241,7 +241,7 @@ def _run(
         for parameter, gradient in zip(watch._trained, watch.gradients, strict=True):
             parameter.grad = gradient
     del trainer
-    gc.collect()  # the trainer refers to itself
+    gc.collect()  # frees the trainer, which refers to itself
 
 
 def rows_of(parts: Sequence[Batch]) -> datasets.Dataset:
@@ -286,7 +286,7 @@ def _without_launcher() -> Iterator[None]:
     try:
         yield
     finally:
-        take()  # transformers and accelerate set some themselves
+        take()  # removes those that transformers and accelerate have set
         os.environ.update(hidden)
 
 
