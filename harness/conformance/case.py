@@ -51,9 +51,9 @@ class Case:
     """Function that runs a given model on the inputs of `inputs`, and returns an output from which gradients can be
     computed."""
     forward_of: Callable[[nn.Module], Callable[[nn.Module], Tensor]] | None = None
-    """Function that returns the `forward` of another model, which `fresh` made."""
+    """Function that takes another model, which `fresh` made, and returns the `forward` of that model."""
     walks: int = 0
-    """Number of random walks, which are sequences of calls. With 0, the case also skips other long checks."""
+    """Number of random walks: random sequences of calls. With 0, the case skips the other long checks too."""
     walk_seed: int = 0
     """Seed that decides the calls in the random walks."""
     fresh: Attach | None = None
@@ -77,9 +77,10 @@ class Case:
         return None if self.fresh is None else self.fresh(**config)
 
     def once(self, compute: Callable[[Subject, Case], _T], subject: Subject) -> _T:
-        """Return `compute(subject, self)`. The result is computed only once, for all checks that need it.
+        """Return `compute(subject, self)`. The first call computes the result, and further calls return it again.
 
-        A Case stands for one state of the subject. A copy made by `dataclasses.replace` computes again.
+        This is valid because a Case stands for one state of the subject. A copy made by `dataclasses.replace` computes
+        its own result.
         """
         key = compute, id(subject)
         if key not in self._computed:

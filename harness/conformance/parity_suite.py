@@ -54,7 +54,7 @@ class CaseShape(FrozenModel):
 
 
 class Tolerance(FrozenModel):
-    """A factor by which the noise floor is multiplied instead of the usual factor. The report shows the reason."""
+    """A factor for the noise floor of one check, in place of the usual factor. The report shows the reason."""
 
     factor: float = Field(gt=0, le=1000)
     because: str = Field(min_length=10)
@@ -78,7 +78,7 @@ class MethodSuite(FrozenModel):
 
     method: str
     base: str = ""
-    """The quantisation of the base weights that this suite judges, under the reference's adapter.
+    """Name of the base quantisation that this suite judges. Its cases put the reference's adapter on the packed base.
 
     Empty if the suite judges the Method.
     """
@@ -101,11 +101,12 @@ class MethodSuite(FrozenModel):
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[MethodCase]:
         """Yield the suite's cases in those of `dtypes` that the suite has.
 
-        With `wanted.full` these are all combinations. Otherwise they are few. For the first kind of layer, which is the
-        only one that many implementations support, they cover every config and every shape in one main dtype. The main
-        dtype is float32 or, if float32 is not requested, the first requested dtype. The other dtypes share the configs
-        and shapes out among them. Each dtype tries a config with dropout, if the suite has one. Every other kind of
-        layer occurs in the main dtype and in one other dtype, with one config and one shape.
+        With `wanted.full` these are all combinations. Otherwise they are a selection:
+
+        - The first kind of layer, which is the only one that many implementations support, is tried with every config
+          and every shape in one main dtype: float32 or, if float32 is not requested, the first requested dtype.
+        - Each other dtype tries a part of these configs and shapes, and a config with dropout if the suite has one.
+        - Every other kind of layer is tried in the main dtype and in one other dtype, with one config and one shape.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
@@ -177,8 +178,8 @@ class OperationSuite(FrozenModel):
         """Yield the suite's cases in those of `dtypes` that the suite has.
 
         With `wanted.full`, each of `values` is tried in each dtype. Otherwise each of `values` is tried in one main
-        dtype: float32 or, if float32 is not requested, the first requested dtype. The other dtypes share `values` out
-        among them.
+        dtype: float32 or, if float32 is not requested, the first requested dtype. Each other dtype tries a part of
+        `values`.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
@@ -332,7 +333,9 @@ def _load_plain(name: str, kind: type[_PlainSuite]) -> _PlainSuite:
 def _existing(name: str) -> Path:
     path = path_of(name)
     if not path.is_file():
-        raise UsageError(f"no parity suite for {name}", where=str(path), hint="add one: which checks, cases and dtypes")
+        raise UsageError(
+            f"no parity suite for {name}", where=str(path), hint="write this file: checks, cases and dtypes"
+        )
     return path
 
 
@@ -364,6 +367,8 @@ def _of_configs(document: yaml_lines.Document, plan: MethodSuite) -> Iterator[Pr
         for key, value in config.items():
             where = document.where("configs", index, key)
             if key not in fields:
-                yield Problem(where, f"{plan.method} has no knob {key!r}", did_you_mean(key, fields, "knobs"))
+                yield Problem(
+                    where, f"{plan.method} has no config key {key!r}", did_you_mean(key, fields, "config keys")
+                )
             elif problem := fields[key].problem(value):
                 yield Problem(where, f"{key} {problem}")

@@ -15,7 +15,10 @@ _SWITCH: Any = torch.utils.deterministic
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Let torch fill every fresh buffer inside the context. Restore torch's settings afterwards."""
+    """Let torch fill every fresh buffer inside the context, so that code that reads unwritten memory gives wrong results.
+
+    Restores torch's settings afterwards.
+    """
     with process_settings.restored():
         torch.use_deterministic_algorithms(True, warn_only=True)
         _SWITCH.fill_uninitialized_memory = True

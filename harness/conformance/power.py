@@ -36,7 +36,7 @@ CHECKS = ("outputs", "rounded_once", "backward", "forward", "gradient", "step", 
 SCALINGS = ("scaling", "scale", "lr", "absmax2", "absmax", "b")
 """Arguments of an Operation that scale its result; the first one that an Operation has is changed."""
 EXPONENTS = range(1, 41)
-"""The scalings that are tried are wrong by a factor of 1 + 2^-k, with k from here."""
+"""Values of k. The scalings that are tried are wrong by a factor of 1 + 2^-k."""
 ROUNDINGS = range(1, 9)
 """Numbers of extra roundings of the result that are tried."""
 _LIMITS = forks.Limits(cpu_s=600, memory_b=8 << 30)
@@ -81,7 +81,7 @@ def measure(targets: Collection[str], jobs: int) -> Iterator[Power]:
     tasks = [
         (target, name, dtype)
         for target in targets
-        if target in methods() or target in operations.every()  # no base: its results are codes
+        if target in methods() or target in operations.every()  # a base gives codes, which have no tolerance
         for name in CHECKS
         if name in parity_suite.load_plan(target).checks
         for dtype in parity_suite.load_plan(target).dtypes
@@ -163,7 +163,7 @@ def _scaled(target: str, error: float) -> Implementation | None:
 
 
 def _rounded(target: str, dtype: str, number: int) -> Implementation:
-    """Return the reference, computed in float64, with `number` roundings of every result before the one to `dtype`."""
+    """Return the reference, computed in float64. Every result is rounded `number` times before it is rounded to `dtype`."""
     right, own = self_test.implementation(target, PatchedCopy(self_test.source_module(target))), DTYPES[dtype]
 
     def rounded(y: Any) -> Any:
@@ -188,7 +188,7 @@ def _rounded(target: str, dtype: str, number: int) -> Implementation:
 
 
 def _forward(layer: nn.Module, wide: nn.Module, rounded: Callable[[Any], Any], x: Tensor) -> Any:
-    """Compute `layer` by `wide`, its copy in float64, with the layer's own tensors; round the result."""
+    """Run `wide`, a float64 copy of `layer`, with the tensors that `layer` has now. Return the rounded result."""
     tensors = {name: _wide(t, t.dtype) for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
     wide.train(layer.training)
     return rounded(functional_call(wide, tensors, (_wide(x, x.dtype),)))
@@ -202,7 +202,7 @@ def _wide(one: Any, own: torch.dtype) -> Any:
 
 
 def _round(y: Tensor, dtype: torch.dtype, number: int) -> Tensor:
-    """Round y `number` times to other numbers than those of `dtype`, then to `dtype`."""
+    """Round y `number` times with a relative step of `dtype`, each time on another grid, and finally to `dtype`."""
     for index in range(number):
         factor = 1.1 + 0.07 * index
         y = (y * factor).to(dtype).double() / factor

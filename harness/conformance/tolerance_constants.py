@@ -22,7 +22,7 @@ FEW_NUMBERS = 4.0
 # cases.
 PERTURBED_DRAWS = 7
 
-# Number of draws, the first included, where they cannot be made on demand.
+# Number of draws, the first included, for checks that must make all draws before they see the subject's error.
 DRAWS_AT_ONCE = 3
 
 # Floor added to the allowance, in units of eps. Where the reference happens to be exact (one product, a copy), a factor
@@ -45,9 +45,9 @@ LARGEST_FACTOR = 2.0
 # changes a quarter or more of all elements.
 DOUBLE_ROUNDED_SHARE = 2.0**-6
 
-# Rounding goes up as often as down, so its projection on the truth shrinks with the root of the number of independent
-# roundings. The projection of a wrong factor does not shrink. In a low-rank product, only sqrt(n) of n roundings may be
-# independent.
+# Largest projection of an error on the correct result, in standard deviations of what rounding gives. Rounding goes up as
+# often as down, so this projection shrinks with the root of the number of independent roundings. The projection of a wrong
+# factor does not shrink. In a low-rank product, only sqrt(n) of n roundings may be independent.
 BIAS_SIGMAS = 4.0
 
 # An 8-bit code of a moment may be the neighbouring code if the moment is within this many float32 units of the middle of the

@@ -15,13 +15,14 @@ from harness.methods.unsupported_adapters import unsupported
 from harness.records.base_model import FrozenModel
 
 Verdict = Literal["wrong", "refused", "not known", "ok"]
-"""`wrong`: the loader computes other logits than the file gives, and raises no error."""
+"""Result of a loader for a feature. `wrong`: it computes other logits than the file gives, and raises no error. `refused`:
+it raises an error. `not known`: loader_readings.yaml does not say. `ok`: it computes the logits that the file gives."""
 _ACTIVATED = "alora_invocation_tokens"
 _WORST_FIRST: tuple[Verdict, ...] = ("wrong", "refused", "not known", "ok")
 
 
 class Reading(FrozenModel):
-    """The way in which a loader reads one feature."""
+    """What a loader does with one feature of an adapter file."""
 
     reading: Literal["wrong", "refused", "ok"]
     because: str = ""

@@ -82,7 +82,7 @@ def _without_reference(subject: Subject, case: Case) -> list[CheckResult]:
 
 @dataclass(frozen=True)
 class _Base:
-    """A base to which no Method is attached, as the thing that a check judges."""
+    """The subject of a check of a base to which no Method is attached."""
 
     method: str
     dtype: str

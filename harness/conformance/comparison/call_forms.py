@@ -32,7 +32,7 @@ class Call:
     """The input: rows of features (ROWS, D), token numbers (ROWS,), or a few images."""
     dy: Tensor
     training: bool
-    """True if the layer may be run in training mode. Without dropout, this mode computes the same as eval mode."""
+    """True if training mode is tried, because the layer has no dropout and must compute the same in both modes."""
 
     def observe(self, x: Tensor, dy: Tensor, layer: nn.Module | None = None, **how: Any) -> dict[str, Tensor]:
         """Run the layer forward from `x` and backward from `dy`, and return the output and the gradients.

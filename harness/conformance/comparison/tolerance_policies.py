@@ -206,7 +206,7 @@ def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judg
     judged = []
     for name, want in expected.items():
         have = subject[name]
-        # Not decided by the norm: that of a tiny difference may underflow.
+        # The values are compared, not the norm of the difference, which may underflow.
         if have.shape == want.shape and bool((have.detach().double() == want.detach().double()).all()):
             judged.append(Judgement(True, 0.0, 0.0, name, "", "exact", 0))
             continue
@@ -272,7 +272,7 @@ def rows_within(value: Tensor, truth: Tensor, draws: Iterable[Tensor], dtype: st
         return difference
 
     length = torch.linalg.vector_norm(truth.double(), dim=-1)
-    own = torch.stack([off(draw) for draw in draws]).amax()  # a single row may happen to round to nothing
+    own = torch.stack([off(draw) for draw in draws]).amax()  # one row alone may have no error by chance
     floor = LARGEST_EPS * NOISE_FLOOR_EPS[dtype]
     within: Tensor = off(value) <= NOISE_FACTOR * own + floor * EPSILON[dtype] * length
     return within

@@ -89,7 +89,7 @@ class DefectRow:
 
     @property
     def is_misdated(self) -> bool:
-        """True if the entry's range contradicts an environment."""
+        """True if the defect shows in a version outside the entry's range, or does not show in a version inside it."""
         return any(
             field.tried and not self.defect.sometimes and field.in_range != (field.shown > 0) for field in self.fields
         )

@@ -255,7 +255,7 @@ class _Trials:
     def _note(self, mutant: Mutant, ended: forks.Ended[Any]) -> Any:
         """Note how a fork ended and whether it ran the changed statement; return what else it found, or None."""
         if ended.returned is None:
-            # An error is one of the trial, not of the mutant: it is no catch.
+            # An error means that the trial failed. It does not count as caught.
             self._update(mutant, died=ended.died, error=ended.error)
             return None
         found, reached = ended.returned

@@ -25,7 +25,7 @@ def cause(
 
     adapter: the right one, or None for the base. others: the other adapters of the server, by name.
     """
-    # Without a wrong position, an answer is wrong as a whole: its errors together exceed rounding. All positions count.
+    # An answer without a wrong position is wrong as a whole: its errors together exceed rounding. All its positions count.
     positions = [
         row.inaccurate(limit) or (range(len(row.differences)) if not row.unlikely(limit) else ()) for row in wrong
     ]

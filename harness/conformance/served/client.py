@@ -58,7 +58,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Dialect:
-    """Forms of a request that the server accepts."""
+    """The form of requests that a server accepts."""
 
     token_ids: bool = True
     """True if a prompt may be a list of token ids. Otherwise it is text."""
@@ -177,7 +177,7 @@ class Client:
 
     @contextlib.contextmanager
     def _held(self, one: socket.socket) -> Iterator[None]:
-        """Let `abort` shut a socket down inside the context. It holds a copy, since TLS takes over the original."""
+        """Let `abort` shut a socket down inside the context. A copy is registered, because TLS takes over the original."""
         with one.dup() as copy:
             with self._lock:
                 self._open.add(copy)
@@ -271,7 +271,7 @@ class Client:
 
     def _refusal(self, answer: http.client.HTTPResponse, content: bytes, where: str) -> HarnessError:
         reason = answer.reason
-        if self._token:  # a server may repeat what it was sent; `message` cuts, so the token goes first
+        if self._token:  # a server may repeat the token; it is removed before `message` cuts the text
             content = content.replace(self._token.encode(), b"***")
             reason = reason.replace(self._token, "***")
         said = answers.message(content)

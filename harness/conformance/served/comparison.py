@@ -23,7 +23,7 @@ from harness.errors import UsageError
 _LONG = 64
 """Number of tokens of a request that keeps the server busy while another one is sent."""
 _EFFECT = 0.125
-"""A scaling with this relative error is simulated. Its effect gives the smallest error that the check notices."""
+"""Relative error of a simulated scaling. The effect of this error gives the smallest error that the check notices."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Comparison:
         worst = max(wrong, key=lambda row: (max(row.flat) > limit.largest, max(row.score.margins), max(row.flat)))
         request = self._request(worst.observation)
         if company is not None and not of_phase(wrong, Phase.ALONE):
-            request = f"{self._request(company, tokens=_LONG)} & sleep 1; {request}"  # it is wrong in company only
+            request = f"{self._request(company, tokens=_LONG)} & sleep 1; {request}"  # wrong only beside others
         return Finding(causes.cause(self.base, adapter, others, wrong, limit), _worst(worst, limit), request)
 
     def _request(self, one: Observation, tokens: int = 0) -> str:

@@ -1,4 +1,4 @@
-"""One answer of a server beside the reference, and the metrics of several. The module imports no torch."""
+"""Rows: answers of a server with the reference's numbers for them, and metrics of several rows. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Score:
     best: tuple[int, ...]
     """The most likely token at each position."""
     margins: tuple[float, ...]
-    """By how much the most likely token is above the server's token, in nats, at each position."""
+    """Log-probability of the most likely token minus that of the server's token, in nats, at each position."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def flat(self) -> list[float]:
-        """All differences."""
+        """The absolute differences of all positions in one list."""
         return [one for several in self.differences for one in several]
 
     def unlikely(self, limit: Errors) -> list[int]:
