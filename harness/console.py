@@ -1,9 +1,9 @@
 """Print results, notes and errors of commands. Nothing else in this package prints, except workers that report events.
 
 Texts come from Records, suites, claim files, plug-ins and libraries, so any of them may be hostile. They could hold
-commands for the terminal, or line breaks that make up a verdict. A command therefore prints a list of lines, and each line
-passes `visible`, which shows such characters as escapes. The live display of `run` (`harness.runner.progress`) is drawn by
-rich, and its lines pass `visible` too.
+commands for the terminal, or line breaks that forge a verdict. A command therefore prints a list of lines, and each line
+passes through `visible`, which shows such characters as escapes. The library rich draws the live display of `run`
+(`harness.runner.progress`), and its lines pass through `visible` too.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _LOG = logging.getLogger("harness")
 _NARROWEST = 12
 """Smallest number of characters to which a column is cut."""
 _PROSE = 20
-"""Number of characters that the last column counts at most when the others are cut. It may hold a sentence, and is not cut
-itself."""
+"""Largest width that is reserved for the last column when other columns are cut to fit. The last column may hold a sentence,
+so it is never cut."""
 _COLOURS = {
     "green": ("✓", "ok", "pass", "reproduced"),
     "red": ("✗", "FAIL", "fail", "BROKEN", "no", "error", "nonconforming", "lost", "not-reproduced"),
@@ -151,7 +151,7 @@ def _cut(cell: str, width: int) -> str:
 
 
 class _SafeStderr(io.TextIOBase):
-    """A stream that prints each line on stderr after `| `, as `print_lines` shows it."""
+    """A stream that prints each line on stderr with the prefix `| `. Unprintable characters are escaped."""
 
     def __init__(self) -> None:
         self._stream, self._rest = sys.stderr, ""
@@ -167,14 +167,14 @@ class _SafeStderr(io.TextIOBase):
         return self._stream.fileno()
 
     def end_line(self) -> None:
-        """Print the last line, if it has no line break."""
+        """Print the text after the last line break, if there is any."""
         if self._rest:
             self.write("\n")
 
 
 @contextlib.contextmanager
 def foreign_output() -> Iterator[None]:
-    """Print what plug-ins and libraries write to stdout or stderr inside the context as safe lines on stderr."""
+    """Redirect what plug-ins and libraries write inside the context to stderr, with unprintable characters escaped."""
     stream = _SafeStderr()  # it is never closed, since a library may keep it, e.g. for its log
     with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
         try:
@@ -187,8 +187,8 @@ def foreign_output() -> Iterator[None]:
 def hold_output() -> Iterator[None]:
     """Hold back the output of libraries inside the context: Python's stdout and stderr, and the file descriptor 2.
 
-    Each line goes to the log `harness` of `logging`. If the context raises anything but a HarnessError, the lines are also
-    printed on stderr, as safe lines.
+    Each line is then logged by the logger `harness`. If the context raises anything but a HarnessError, the lines are also
+    printed on stderr, with unprintable characters escaped.
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as kept:
         sys.stderr.flush()
@@ -225,7 +225,7 @@ def _discard(stream: TextIO) -> None:
 def report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Report an unexpected exception as a bug of peft-harness, and exit. Serves as `sys.excepthook`."""
     lines = "".join(traceback.format_exception(kind, error, trace)).rstrip("\n").split("\n")
-    print_lines([f"| {line}" for line in lines], err=True)  # a message of several lines cannot pass for our own lines
+    print_lines([f"| {line}" for line in lines], err=True)  # the prefix shows that these lines are not ours
     if issubclass(kind, KeyboardInterrupt):
         return
     what = f"internal error in peft-harness: {kind.__name__}: {error}"

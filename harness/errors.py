@@ -54,7 +54,7 @@ class HarnessError(Exception):
         self.what, self.where, self.hint, self.details = what, where, hint, tuple(details)
 
     def lines(self) -> list[str]:
-        """Return the message as lines. What comes from a file or a library may hold any character."""
+        """Return the message as lines. They are not escaped: a text from a file or a library may hold any character."""
         head = f"{self.where}: {self.what}" if self.where else self.what
         return [head, *self.details, *([f"  hint: {self.hint}"] if self.hint else [])]
 
@@ -123,13 +123,13 @@ class SuiteError(UsageError):
     code = "suite"
 
     def __init__(self, problems: Sequence[Problem], file: str = "suite") -> None:
-        """file: what the message calls the file."""
+        """file: kind of the file, for the message, e.g. `claim file`."""
         super().__init__(f"{plural(len(problems), 'mistake')} in the {file}", details=_listed(problems))
         self.problems = tuple(problems)
 
 
 class RefusedError(UsageError):
-    """A run cannot become a baseline. All reasons are listed. No file was written."""
+    """A run cannot become a baseline. The message lists all reasons. No file was written."""
 
     code = "refused"
 
@@ -207,7 +207,7 @@ def closest_match(name: str, known: Iterable[str], similarity: float = 0.6) -> s
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "known") -> str:
     """Return the hint "did you mean `NAME`?" with the closest known name.
 
-    If no known name is close, return `otherwise` and all known names.
+    If no known name is close, return the hint "OTHERWISE: NAMES" with the text `otherwise` and all known names.
     """
     names = list(known)
     close = closest_match(name, names)

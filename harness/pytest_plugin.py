@@ -1,7 +1,7 @@
 """pytest plug-in: one test for each case of a parity suite (`harness.testing.conformance`), and `--harness-gate`.
 
-pytest loads this module in every environment with peft-harness. So the module imports nothing of the harness before a
-test or an option uses it.
+pytest loads this module wherever peft-harness is installed, even if no test uses it. To keep pytest's start fast, the module
+imports the rest of the harness only when a test or an option needs it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Set up the gate if `--harness-gate` is given.
 
-    A worker of xdist has no gate, and neither has a run that only collects.
+    Workers of xdist and runs that only collect tests get no gate.
     """
     if config.getoption("harness_gate") and not hasattr(config, "workerinput") and not config.option.collectonly:
         from harness.regression.pytest_gate import Gate

@@ -70,7 +70,7 @@ class Conforming:
 
 
 def verdict(tried: Iterable[CheckOutcome]) -> tuple[str, str]:
-    """Return two texts: the lines of `failures`, and the reason if nothing was compared. Either may be empty."""
+    """Return two texts: one line per failed check, and, if no check passed or failed, the reason. Either may be empty."""
     every = list(tried)
     failed = [visible(line) for line in failures(every)]
     compared = any(one.status is CheckStatus.PASS for one in every)
@@ -90,13 +90,13 @@ def conformance(
     """Return a decorator that makes pytest tests for a function.
 
     target: the Method or Operation that the function implements, or `adapter_files`. For a Method, the function is its
-    `attach`; for `adapter_files`, it returns a Loader (harness/methods/loader.py). full: test
-    every combination of config, shape and layer in the suite. By default, each config, shape and layer is tested at
-    least once. wide: also test a fixed sample that covers pairs of settings, and also test calls, walks and NaN. drawn:
-    number of additional cases with random ranks and shapes. seed: seed of the additional cases.
+    `attach`; for `adapter_files`, it returns a Loader (harness/methods/loader.py). full: test every combination of
+    config, shape and layer in the suite. By default, each config, shape and layer is tested at least once. wide: also
+    test a fixed sample that covers pairs of settings, and run the checks of call forms, of random sequences of calls and
+    of NaN. drawn: number of additional cases with random ranks and shapes. seed: seed of the additional cases.
 
-    Raises UsageError if a name or dtype is unknown, or if the suite has no case in these dtypes. Without cases,
-    everything would pass.
+    Raises UsageError if a name or dtype is unknown. Also raises it if the suite has no case in these dtypes, because a
+    test without cases would always pass.
     """
     if not isinstance(target, str):
         raise UsageError("@conformance has no name", where="@conformance", hint='write @conformance("lora")')

@@ -16,7 +16,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from harness.errors import Problem, SuiteError, did_you_mean, sort_problems
 
 KeyPath = tuple[str | int, ...]
-"""The keys and indices on the way to a value, e.g. `("matrix", 0, "cells", 2, "config", "rank")`."""
+"""The keys and indices that lead from the top of a file to a value, e.g. `("matrix", 0, "cells", 2, "config", "rank")`."""
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -63,7 +63,7 @@ class Document:
     """Paths of the values that could not be read. In `data`, each of them is None."""
 
     def at(self, path: KeyPath) -> Any:
-        """Return the value at `path`."""
+        """Return the value at `path`. Raises KeyError or IndexError if there is none."""
         data: Any = self.data
         for part in path:
             data = data[part]
@@ -346,7 +346,7 @@ def _inner(annotation: Any) -> type[BaseModel] | None:
 def _data_path(data: Any, loc: tuple[str | int, ...]) -> KeyPath:
     """Return the path in the file that belongs to pydantic's location `loc`.
 
-    If a single value stands for a list of one, pydantic's location has an index 0, and the path has none.
+    A file may hold a single value where the model has a list. Then `loc` has an index 0 that the returned path omits.
     """
     path: KeyPath = ()
     for part in loc:
