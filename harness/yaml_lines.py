@@ -187,7 +187,7 @@ def _kind(data: object) -> str:
 
 
 class _Builder:
-    """Turns the nodes of a parsed YAML file into data. It also collects the lines of the values and the problems."""
+    """A builder of data from the nodes of a parsed YAML file. It also collects the values' lines and the problems."""
 
     def __init__(self, path: Path, tags: bool, texts: bool) -> None:
         self.path, self.tags, self.texts = path, tags, texts
@@ -203,7 +203,7 @@ class _Builder:
         self._count(1)
         if len(path) > _MAX_DEPTH:
             raise RecursionError
-        # A value of a mapping has the line of its key already: the value itself may start on the next line.
+        # A value of a mapping already has the line of its key, because the value itself may start on the next line.
         self.lines.setdefault(path, node.start_mark.line + 1)
         if isinstance(node, ScalarNode):
             return self._scalar(node, path)

@@ -114,7 +114,7 @@ class AdapterSettings:
         names = [name for name in names or () if name]
         patterns = [rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\." for name in names] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
         found = next(filter(None, (re.match(pattern, path) for pattern in patterns)), None)
-        number = found and found["idx"]  # None if the part of a pattern `a|b` that matches has no number
+        number = found and found["idx"]  # None if the half of `a|b` that matched has no group `idx`
         return number is not None and int(number) in blocks
 
 

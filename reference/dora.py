@@ -81,7 +81,7 @@ class Config:
     dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
     """Probability that an input feature of the added terms is dropped in training; W0 x sees the whole input."""
     detach_norm: bool = True
-    """Treat the norm as a constant in the backward pass (section 4.3)."""
+    """True to treat the norm as a constant in the backward pass (section 4.3)."""
     per: str = field(default="output", metadata={"choices": ("output", "input")})
     """Magnitude per `output` feature or per `input` feature."""
 
@@ -163,7 +163,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
     model.requires_grad_(False)
     layers = {}
     for path, base in targets(model, config.targets).items():
-        A, B = linear_factors(base, config.rank, generator)  # the same numbers as LoRA's
+        A, B = linear_factors(base, config.rank, generator)  # draws the same numbers as LoRA
         layers[path] = DoraLinear(base, A, B, config)
         replace(model, path, layers[path])
     return AdaptedLayers(model, layers)

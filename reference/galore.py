@@ -117,14 +117,14 @@ class Config:
     update_gap: int = field(default=200, metadata={"minimum": 1, "maximum": 1000000})
     """T, steps between two computations of the projector."""
     scale: float = field(default=0.25, metadata={"minimum": 1e-6, "maximum": 1e6})
-    """alpha, multiplies the learning rate of projected weights."""
+    """alpha, the factor on the learning rate of projected weights."""
     side: str = field(default="std", metadata={"choices": ("std", "reverse_std", "paper", "left", "right", "full")})
     """Projected side of an (m, n) weight: `std` (the authors': right if m >= n), `reverse_std` (left if m >= n), `paper`
     (left if m <= n), `left`, `right`, or `full` for both."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Layers with projected gradients: ends of module paths, whole paths, `attention` or `all-linear`."""
     train_rest: bool = True
-    """Train every other parameter too, with plain Adam."""
+    """True to train every other parameter too, with plain Adam."""
     beta1: float = field(default=0.9, metadata={"minimum": 0.0, "maximum": 0.9999999})
     """Adam's decay of the first moment."""
     beta2: float = field(default=0.999, metadata={"minimum": 0.0, "maximum": 0.9999999})

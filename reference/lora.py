@@ -105,7 +105,7 @@ class Config:
     dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
     """Probability that an input feature of the adapter branch is dropped in training; embeddings have none."""
     rslora: bool = False
-    """Scale by alpha / sqrt(rank) (arXiv:2312.03732)."""
+    """True to scale by alpha / sqrt(rank) (arXiv:2312.03732)."""
     conv: str = field(default="peft", metadata={"choices": ("peft", "loralib")})
     """Shapes of A and B of a convolution, as HF `peft` or as `loralib`."""
     init: str = field(

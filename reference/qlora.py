@@ -107,7 +107,7 @@ class Config:
     block: int = field(default=64, metadata={"choices": (32, 64, 128, 256, 512, 1024, 2048, 4096)})
     """Weights per block, which share one absmax."""
     double_quant: bool = True
-    """Quantise the absmax of the blocks too."""
+    """True to quantise the absmax of the blocks too."""
 
 
 class QloraLinear(LowRankLayer):
@@ -142,8 +142,8 @@ class QloraLinear(LowRankLayer):
         E, D = self.base.out_features, self.base.in_features
         absmax = self.absmax
         if self.two_levels:
-            absmax = double_quant.dequantize(self.absmax, self.absmax2, self.offset)  # eq. 6, inner
-        return nf4.dequantize(nf4.unpack(self.codes, E * D), absmax, self.block).view(E, D)  # eq. 6, outer
+            absmax = double_quant.dequantize(self.absmax, self.absmax2, self.offset)  # inner dequant of eq. 6
+        return nf4.dequantize(nf4.unpack(self.codes, E * D), absmax, self.block).view(E, D)  # outer dequant of eq. 6
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return x W^T + bias + scaling x A^T B^T, shape (..., E), in the dtype of x (eq. 5)."""

@@ -73,7 +73,7 @@ def staging(what: str) -> Iterator[Path]:
     with _asset_errors(what):
         base = root() / "staging"
         base.mkdir(parents=True, exist_ok=True)
-        guard = _locked(base / "lock")  # another process must not remove the folder before it is locked
+        guard = _locked(base / "lock")  # no other process may remove the folder before it is locked
         try:
             _sweep(base)
             folder = Path(tempfile.mkdtemp(dir=base))

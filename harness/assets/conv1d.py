@@ -19,7 +19,7 @@ def as_linear(model: nn.Module) -> int:
     tests adapters of them too.
     """
     found = [(path, layer) for path, layer in model.named_modules(remove_duplicate=False) if kind_of(layer) == "Conv1D"]
-    made: dict[int, nn.Linear] = {}  # a shared layer stays shared
+    made: dict[int, nn.Linear] = {}  # so that a shared layer stays shared
     for path, layer in found:
         conv1d: Any = layer
         if id(layer) not in made:

@@ -91,7 +91,7 @@ def _place(source: Source) -> Path:
         fingerprint = file_sha256(_MAKER)
     elif source.scheme == "shape":
         fingerprint = hashlib.sha256(_config(source)).hexdigest()
-    elif source.scheme == "lm-eval":  # depends on the file of the task
+    elif source.scheme == "lm-eval":  # the saved data depend on the task's file
         fingerprint = lm_eval_files.fingerprint(source)
     return cache.entry_folder(source, fingerprint)
 

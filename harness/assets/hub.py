@@ -45,7 +45,7 @@ def write_rows(source: Source, path: Path, progress: Progress) -> None:
     assert source.rows is not None  # noqa: S101  # data have rows, by Source
     rows = source.rows
     progress(f"{source.name}: from the hub", 0, None)
-    # ValueError: a subset or split that the repository does not have.
+    # `datasets` raises ValueError for a subset or split that the repository does not have.
     with hub_errors(source, DatasetsError, ValueError):
         data = datasets.load_dataset(source.address, rows.subset or None, split=rows.split, revision=source.revision)
     missing = set(rows.columns.values()) - set(data.column_names)
@@ -67,7 +67,7 @@ def hub_errors(source: Source, *refusals: type[Exception]) -> Iterator[None]:
     import huggingface_hub.errors as hub
     from huggingface_hub import constants
 
-    # httpx's HTTPError: the client does not wrap errors of a proxy or a broken connection.
+    # This base class is httpx's HTTPError. The client raises it for errors of a proxy or a broken connection.
     http_error = hub.HfHubHTTPError.__bases__[0]
     unreachable: tuple[type[Exception], ...] = (hub.LocalEntryNotFoundError, ConnectionError, http_error)
     refused: tuple[type[Exception], ...] = (hub.RepositoryNotFoundError, hub.RevisionNotFoundError)

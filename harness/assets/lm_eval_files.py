@@ -157,10 +157,10 @@ def write_splits(source: Source, folder: Path, progress: Progress) -> None:
     if source.revision:
         options["revision"] = source.revision
     progress(f"{source.name}: its data", 0, None)
-    datasets.disable_progress_bars()  # the runner has its own
+    datasets.disable_progress_bars()  # the runner shows its own
     folder.mkdir()
     for split in sorted(set(task.splits.values())):
-        # ValueError: a subset or split that the data do not have.
+        # `datasets` raises ValueError for a subset or split that the data do not have.
         with hub.hub_errors(source, DatasetsError, ValueError), _local_file_errors(source, task):
             data = datasets.load_dataset(spec["dataset_path"], spec.get("dataset_name"), split=split, **options)
             data.to_parquet(folder / f"{split}.parquet")

@@ -49,7 +49,7 @@ def csv_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         for record in reader:
             line = reader.line_num
             yield line, record
-    except csv.Error as error:  # the start of the next record is unknown
+    except csv.Error as error:  # no more rows: the start of the next record is unknown
         raise UnreadableError(line + 1, str(error)) from error
 
 
@@ -177,7 +177,7 @@ def _examine(source: Source, path: Path) -> tuple[list[tuple[int, AnyRow]], list
     if source.rows is None:
         raise UsageError(f"{source.name} is a model, not data", hint="name a source of kind data")
     rows = source.rows
-    if rows.format == "hub":  # saved as jsonl, with our names
+    if rows.format == "hub":  # `hub.write_rows` has saved it as jsonl, with our names
         rows = Rows(format="jsonl", holds=rows.holds, longest=rows.longest)
     parse = _PARSERS.get(rows.format, _columns)
     found: list[tuple[int, AnyRow]] = []

@@ -121,7 +121,7 @@ class BenchRow(FrozenModel):
 
     @property
     def ratio(self) -> Median | None:
-        """The other's time divided by our time: the median over all pairs, with its interval.
+        """Time of the other implementation divided by our time: the median over all pairs, with its interval.
 
         If it is above 1, ours is faster. None if there are no samples.
         """
@@ -172,7 +172,7 @@ class BenchRow(FrozenModel):
 
     @property
     def memory_ratio(self) -> float | None:
-        """The other's `step_memory` divided by ours. None if one of them is unknown."""
+        """`step_memory` of the other implementation divided by that of ours. None if one of them is unknown."""
         ours, other = self.step_memory(self.ours), self.step_memory(self.other)
         return None if not ours or not other else other / ours
 

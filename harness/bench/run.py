@@ -150,7 +150,7 @@ def no_gpu() -> str:
 
 @dataclass
 class TaskRunner:
-    """Runs the tasks of a bench in worker processes."""
+    """A runner of the tasks of a bench, in worker processes."""
 
     request: BenchRequest
     threads: int

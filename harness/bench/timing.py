@@ -38,7 +38,7 @@ in which the host queues it."""
 
 
 class Clock:
-    """Measures the time of calls. On a CPU, it reads the wall clock.
+    """A timer of calls. On a CPU, it reads the wall clock.
 
     On a GPU, CUDA events measure each call, and the L2 cache is flushed before each call.
     """

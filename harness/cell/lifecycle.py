@@ -131,7 +131,7 @@ def _load(run: CellRun) -> models.Loaded:
 
 
 def _quantise(run: CellRun, loaded: models.Loaded, paths: list[str]) -> base_quantisation.PackedBase:
-    """If the Cell's base is quantised, pack the layers at `paths` in place. Return the packed layers."""
+    """Pack the layers at `paths` in place if the Cell's base is quantised. Return the packed layers."""
     base, model = run.cell.base, loaded.model
     if base.quantization == "none":
         return base_quantisation.PackedBase()

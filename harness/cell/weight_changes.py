@@ -50,7 +50,7 @@ def check_of_names(cell: Cell, name: str, violations: list[str], what: str) -> C
 
 
 class UpdateTracker:
-    """Compares trained tensors with their initial values after each step, until each of them has changed.
+    """A comparison of trained tensors with their initial values after each step, until each of them has changed.
 
     Comparing after the last step would not suffice: AdaLoRA resets pruned values to zero, their initial value.
     """

@@ -25,7 +25,7 @@ class Operation:
     outputs: tuple[str, ...]
     """Names of the outputs, in order."""
     arguments: Callable[..., Arguments]
-    """Draws the arguments of one case: (dtype, generator, **case) -> keyword arguments of a call."""
+    """Function that draws the arguments of one case: (dtype, generator, **case) -> keyword arguments of a call."""
     reference: Callable[..., object]
     """The correct function. The harness calls it in the case's dtype, and also with float64 instead of that dtype."""
     differentiable: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ class Operation:
     rounded_once: tuple[str, ...] = ()
     """Names of the outputs that are computed in float32 and rounded once; the check `rounded_once` judges them."""
     judge: Judge | None = None
-    """Judges the outputs: (outputs of the subject, arguments) -> Judgement and a text with details.
+    """Function that judges the outputs: (outputs of the subject, arguments) -> Judgement and a text with details.
 
     If None, every output must be within the noise floor around the float64 reference.
     """
@@ -64,7 +64,7 @@ class OperationSubject:
     dtype: str
     arguments: Arguments
     another: Callable[[], Arguments]
-    """Draws other arguments of the same shapes."""
+    """Function that draws other arguments of the same shapes."""
 
     @property
     def method(self) -> str:

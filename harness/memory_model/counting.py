@@ -43,7 +43,7 @@ _FACTORIES = (torch.empty, torch.randn, torch.zeros)
 
 
 class SkipRandomDraws(TorchFunctionMode):
-    """Skips the drawing of random numbers: only sizes matter here, and the draws for a large model take minutes.
+    """A mode that skips the drawing of random numbers. Only sizes matter here, and drawing for a large model takes minutes.
 
     device: device of new tensors that the code makes without naming a device. None means torch's default.
     """

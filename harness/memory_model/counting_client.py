@@ -54,7 +54,8 @@ def run_requests(requests: Sequence[Mapping[str, Any]]) -> list[Any] | str:
     if not requests:
         return []
     with tempfile.TemporaryDirectory() as folder:
-        file, answered = Path(folder) / "requests.json", Path(folder) / "answers"  # too long for arguments
+        # Requests are too long for arguments of a command.
+        file, answered = Path(folder) / "requests.json", Path(folder) / "answers"
         file.write_text(json.dumps(requests), encoding="utf-8")
         arguments = [str(file), str(answered)]
         with python_module("harness.memory_model.counting_worker", arguments, {"HF_HUB_OFFLINE": "1"}) as child:

@@ -59,7 +59,7 @@ def answer(request: FitRequest, counted: ModelCount, document: Mapping[str, Any]
 
 
 class _Question:
-    """Predicts the rows of a request, and their changes."""
+    """A request with a batch. It predicts the rows, and the changes of the rows that do not fit."""
 
     def __init__(self, request: FitRequest, counted: ModelCount, document: Mapping[str, Any], by_steps: bool) -> None:
         self.request, self.counted, self.document, self.by_steps = request, counted, document, by_steps

@@ -65,7 +65,8 @@ def peak(
         if not isinstance(found, str):
             return {"peak_B": found + others_B, "peak_by": by, **_transience(errors)}
         errors.append(found)
-        if found == _LATE:  # no second attempt: the peak of the reference, the next code, would be too low
+        # Code this slow works in many small pieces. The reference, which is next, does not, so its peak would be wrong.
+        if found == _LATE:
             break
     return {"no_peak": errors[0], **_transience(errors)}
 
@@ -162,7 +163,7 @@ def _pickled_result(run: Callable[[], int]) -> bytes:
             "float64"
         )
     except UsageError as error:
-        found = error.what  # the Cell fails in a run too
+        found = error.what  # it would end a real run of the Cell too
     except _ERRORS as error:
         first_line = (str(error).strip().splitlines() or [""])[0]
         found = f"a step on fake tensors failed: {type(error).__name__}: {first_line}"

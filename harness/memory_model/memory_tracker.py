@@ -120,7 +120,7 @@ _REAL_B = 2**24
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts the bytes of storages that operations allocate and free, like torch's CPU allocator.
+    """A counter of the bytes in storages that operations allocate and free, like torch's CPU allocator.
 
     Weights, states and activations are fake tensors (`FakeTensor`), which have shapes, dtypes and strides, and no data.
     A small tensor that is computed without fake inputs has data, such as the mask of a batch of token ids. So programs
@@ -203,7 +203,7 @@ def _of_experts(rows: Tensor, weights: Tensor, offsets: Tensor, *_: object, **__
 
 
 class _Watch(TorchDispatchMode):
-    """Records the number of references to a gradient while autograd accumulates it."""
+    """A recorder of the number of references to a gradient while autograd accumulates it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,5 +238,5 @@ def _in_backward(old: object) -> bool:
 
 def _references(old: Tensor) -> int:
     """Return the number of references to a tensor, or sys.maxsize if another tensor shares its storage."""
-    alone = torch._C._storage_Use_Count(old.untyped_storage()._cdata) == 2  # one of them is this call's
+    alone = torch._C._storage_Use_Count(old.untyped_storage()._cdata) == 2  # this call holds one of them
     return sys.getrefcount(old) if alone else sys.maxsize

@@ -42,7 +42,7 @@ def parse_size(text: str) -> MemorySize:
     found = int(float(number) * UNITS[unit])
     if not 0 < found <= _MAX_B:
         raise ValueError(f"{text!r} is no size that a machine can have; write e.g. 24GiB")
-    return MemorySize(found, unit.replace("T", "G"))  # two decimals of a TB would hide an adapter
+    return MemorySize(found, unit.replace("T", "G"))  # in TB, two decimals would show an adapter as 0.00
 
 
 def _which(number: str, unit: str) -> str:

@@ -197,7 +197,7 @@ def entry_points_by_name() -> dict[str, EntryPoint]:
     found: dict[str, EntryPoint] = {}
     for point in sorted(entry_points(group=GROUP), key=_order):
         name = point.name if point.name not in found else f"{point.name} of {_provider(point)[0]}"
-        while name in found:  # twice in one distribution
+        while name in found:  # even one distribution may have the name twice
             name += " (again)"
         found[name] = point
     return found
@@ -225,7 +225,7 @@ def discover(only: Collection[str] | None = None, begin: Callable[[str], None] |
         except (Exception, SystemExit) as error:  # noqa: BLE001
             reasons.append(format_error(error))
             offered = []
-        distribution, version = _provider(point)  # reads the METADATA file each time
+        distribution, version = _provider(point)  # called once, because it reads the METADATA file
         for implementation in offered:
             key = (implementation.kind, implementation.target, implementation.name)
             if misfit := _misfit(implementation, known):

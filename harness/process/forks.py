@@ -103,7 +103,7 @@ def _become(task: _T, act: Callable[[_T], Any], limits: Limits, pipe: IO[str]) -
             nothing = os.open(os.devnull, os.O_RDWR)
             for stream in (0, 1, 2):
                 os.dup2(nothing, stream)
-            sys.stdout = sys.stderr = os.fdopen(nothing, "w")  # pytest, for one, replaces them
+            sys.stdout = sys.stderr = os.fdopen(nothing, "w")  # pytest, e.g., has streams of its own
             _limit(limits)
             text = json.dumps({"returned": act(task)})
         except BaseException:  # noqa: BLE001  # the parent reports it

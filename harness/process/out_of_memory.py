@@ -14,7 +14,7 @@ _DEVICE = re.compile(
     rf"|Tried to allocate {_SIZE}|C?UBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
 )
 _HOST = re.compile(
-    # Messages of torch, numpy, C++, and the operating system (first as mmap, then as Rust words them).
+    # Messages of torch, numpy and C++, and two forms of the operating system's message: mmap's and Rust's.
     rf"DefaultCPUAllocator: .*?tried to allocate {_SIZE}|Unable to allocate {_SIZE} for an array"
     r"|std::bad_alloc|Cannot allocate memory|\(os error 12\)",
     re.DOTALL,

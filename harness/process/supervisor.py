@@ -218,7 +218,7 @@ def run_in_fork(function: Callable[[], bytes], timeout: float) -> bytes | None:
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_send_result, args=(function, sender))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # a warning about threads; the child waits for none
+        warnings.simplefilter("ignore", DeprecationWarning)  # it warns of threads, but the child waits for none
         child.start()
     sender.close()
     try:

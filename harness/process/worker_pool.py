@@ -171,7 +171,7 @@ def _failure(worker: Subprocess, *, done: bool) -> str:
     If the worker has succeeded, return an empty string.
     """
     code = worker.wait(_GRACE_S)
-    if code is None and done:  # it has reported everything, and the end of a library may take long
+    if code is None and done:  # the results are complete, and the end of a library may take long
         print_note(f"note: a process did not end within {_GRACE_S:g} s of its last result; killed")
         return ""
     if code is None:

@@ -45,7 +45,7 @@ def codebook() -> Tensor:
     quantile = NormalDist().inv_cdf
 
     def half(levels: int) -> list[float]:
-        # The published table took its probabilities from a float32 grid; so do we, to agree to the last bit.
+        # The probabilities of the published table come from a float32 grid. The same grid gives the same bits.
         grid = torch.linspace(0.9677083, 0.5, levels + 1, dtype=torch.float32)
         return [quantile(p) for p in grid[:-1].tolist()]
 

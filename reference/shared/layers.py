@@ -129,7 +129,7 @@ def floating_dtype(base: nn.Module) -> torch.dtype:
     for tensor in (*base.parameters(), *base.buffers()):
         if tensor.is_floating_point():
             return tensor.dtype
-    return getattr(base, "compute_dtype", None) or torch.float32  # bitsandbytes' name for it
+    return getattr(base, "compute_dtype", None) or torch.float32  # an attribute of bitsandbytes' layers
 
 
 def dense_weight(base: nn.Linear | nn.Embedding) -> torch.Tensor:
@@ -147,7 +147,7 @@ def dense_weight(base: nn.Linear | nn.Embedding) -> torch.Tensor:
     base.bias = None  # type: ignore[assignment]  # (w + b) - b would round
     try:
         with torch.no_grad():
-            # Some packed layers compute in another precision in eval mode; the adapter trained in training mode.
+            # The adapter trained in training mode. In eval mode, some packed layers compute in another precision.
             columns: torch.Tensor = base.train()(unit)
     finally:
         base.bias = bias

@@ -111,7 +111,7 @@ def _create_python(spec: EnvironmentSpec, made: Path) -> None:
     if spec.isolated:
         _link_harness(target)
     else:
-        # addsitedir, unlike a path in this file, also reads the .pth files there, e.g. of editable installs.
+        # addsitedir also reads the .pth files there, e.g. of editable installs. A mere path in this file would not.
         lines = [f"import site; site.addsitedir({there!r})\n" for there in _site_folders()]
         (target / _LINK).write_text("".join(lines), encoding="utf-8")
 

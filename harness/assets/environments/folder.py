@@ -163,7 +163,7 @@ def _lock(path: Path, wait: Callable[[], None]) -> int:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if path.exists() and path.stat().st_ino == os.fstat(lock).st_ino:
                 return lock
-            os.close(lock)  # the process that held it has removed the file
+            os.close(lock)  # void: the process that held the lock has removed the file
     except OSError as error:
         hint = "set PEFT_HARNESS_CACHE to a folder that is writable"
         what = f"cannot write to the cache: {error.strerror or error}"

@@ -159,9 +159,9 @@ def install(spec: EnvironmentSpec, python: Path, wheels: Sequence[Path], work: P
 
 
 def run_pip(spec: EnvironmentSpec, python: Path, arguments: Sequence[str], options: IndexOptions, work: Path) -> None:
-    """Run pip of the Python that runs the harness, for the interpreter of an environment.
+    """Run the pip of the Python that runs the harness, so that it acts on the interpreter of an environment.
 
-    Raises the error that describes pip's failure. pip dies with this process.
+    If pip fails, raises UsageError or AssetError with the reason. pip is killed if this process ends.
     """
     pip = [sys.executable, "-P", "-m", "pip", "--python", str(python), "--disable-pip-version-check", "--no-input"]
     _run(spec, [*pip, *arguments], options, work)

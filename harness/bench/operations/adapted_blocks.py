@@ -37,7 +37,7 @@ def _block(*, qkv: bool) -> TimedOperation:
         lambda s, i: i * (weights(s) + factors(s) + activations(s)),
         lambda s: 2 * s.tokens * (weights(s) + factors(s)),
     )
-    backward = Cost(  # dx, and the gradients of A and B
+    backward = Cost(  # gives dx, and the gradients of A and B
         lambda s, i: i * (weights(s) + 2 * factors(s) + activations(s) + s.tokens * s.D),
         lambda s: 2 * s.tokens * (weights(s) + 2 * factors(s)),
     )

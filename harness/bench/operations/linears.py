@@ -53,7 +53,7 @@ def _adapted_linear(*, times: int = 1, trains: str = "AB", norm: bool = False, p
 
     def backward_bytes(s: BenchSize, i: int) -> float:
         written = low_rank(s, s.rank) if trains == "AB" else s.E + s.rank * times
-        read = low_rank(s, s.rank * times) + s.tokens * (s.D + s.E)  # A and B, x and dy
+        read = low_rank(s, s.rank * times) + s.tokens * (s.D + s.E)  # A, B, x and dy are read
         return weight_bytes(s, i) + i * (read + written + s.tokens * s.D)
 
     forward, backward = Cost(forward_bytes, forward_flops), Cost(backward_bytes, backward_flops)
@@ -74,7 +74,7 @@ def _multi_lora_linear() -> TimedOperation:
         return 2 * s.tokens * (s.weights + low_rank(s, s.rank))
 
     forward = Cost(lambda s, i: i * (s.weights + adapters(s) + s.tokens * (s.D + s.E)), flops)
-    backward = Cost(  # W trains too
+    backward = Cost(  # gives the gradient of W too
         lambda s, i: i * (2 * s.weights + 2 * adapters(s) + s.tokens * (2 * s.D + s.E)), lambda s: 2 * flops(s)
     )
     return TimedOperation(case, forward, backward, per_token=True)

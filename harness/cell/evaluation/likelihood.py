@@ -19,7 +19,7 @@ from harness.suites.lm_eval_keys import MAX_GEN_TOKS
 
 
 class CausalScorer(TemplateLM):  # type: ignore[misc]
-    """Answers lm-eval's two kinds of requests with `model`: for the log-likelihood of a text, and for a generated text.
+    """A model for lm-eval. It answers lm-eval's two kinds of requests with `model`: for log-likelihoods, and for texts.
 
     Requests with equal inputs share a forward pass. For example, if all choices of a question have a single token, one
     pass over the prompt scores all of them. max_tokens: a longer sequence loses its beginning. `cut` holds lm-eval's
@@ -160,7 +160,7 @@ def _greedy(model: nn.Module, tokenizer: Any, most: int) -> GenerationConfig:
 
 
 class _Ends(StoppingCriteria):  # type: ignore[misc]
-    """Ends each answer of a batch as soon as the answer contains a text of `until`."""
+    """A criterion that ends each answer of a batch as soon as the answer contains a text of `until`."""
 
     def __init__(self, tokenizer: Any, until: Sequence[str], prompt: int) -> None:
         self._tokenizer, self._until, self._prompt = tokenizer, until, prompt

@@ -32,7 +32,7 @@ class _Own:
 
 
 class SettingTrials:
-    """Trains one model with many settings of a loop."""
+    """Trainings of one model with many settings of a loop."""
 
     def __init__(self, registry: Registry, foreign: TrainingLoop) -> None:
         self._registry, self._loop = registry, foreign

@@ -43,7 +43,7 @@ class Counter:
 
 @dataclass
 class EnergyMeter:
-    """Measures the energy of one time window after another."""
+    """A meter of the energy in one time window after another."""
 
     counter: Counter | None
     because: str = ""

@@ -92,7 +92,7 @@ def find(uuid: str) -> tuple[NvmlGpu | None, str]:
 
 
 class GpuWatch:
-    """Reads the state and the memory of a GPU, one phase at a time.
+    """A reader of the state and the memory of a GPU, one phase at a time.
 
     gpu: None if NVML cannot be used. Then only torch's numbers are read.
     """

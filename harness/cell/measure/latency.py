@@ -166,7 +166,7 @@ def _cache(model: nn.Module) -> str:
 
 
 class _Variants:
-    """Switches between the variants with the adapter's own methods, and checks the layers after `detach` and `unmerge`."""
+    """A switch between the variants, by the adapter's own methods. It checks the layers after `detach` and `unmerge`."""
 
     def __init__(self, adapted: Adapted, layers: Mapping[str, nn.Module]) -> None:
         self._adapted, self._layers, self._off = adapted, dict(layers), False

@@ -26,7 +26,7 @@ _SAMPLE_S = 0.02
 
 
 class PeakMeter:
-    """Measures the peak memory since the last `reset`, in bytes.
+    """A meter of the peak memory since the last `reset`, in bytes.
 
     On a GPU, the peak is that of the bytes that torch has allocated. On a CPU under Linux, it is VmHWM, the peak of the
     process, which the kernel can reset. (ru_maxrss would include the peak of the parent process.) On other systems, a

@@ -14,7 +14,7 @@ from harness.records.record import Phase
 
 
 class PhaseClock:
-    """Measures the phases of a Cell one after the other. `done` lists the results, also that of a phase that failed.
+    """A meter of the phases of a Cell, one after the other. `done` lists the results, also that of a phase that failed.
 
     announce: called with the name of each phase when it begins. energy, gpu: meters; None if the machine has no such
     meter.

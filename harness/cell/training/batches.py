@@ -178,7 +178,7 @@ def refuse_long_answers(longest: int, max_tokens: int) -> None:
 
 
 class Prompts:
-    """Tokenises prompts and answers, for training and for generation.
+    """A tokeniser of prompts and answers, for training and for generation.
 
     A prompt begins with the beginning-of-sequence token, if the tokenizer adds this token. A prompt that is too long
     loses its beginning, but not this token. An answer that is too long loses its end, and also the end-of-sequence

@@ -98,7 +98,7 @@ def last_logits(model: nn.Module, inputs: dict[str, Tensor], count: int) -> Tens
 
 @contextmanager
 def drop_gradients(tensors: Iterable[Tensor], wanted: bool) -> Iterator[None]:
-    """Inside the context, drop each gradient as soon as it is computed, if `wanted`.
+    """Drop each gradient as soon as it is computed, inside the context and if `wanted`.
 
     Layer-wise training needs this, because it must never store all gradients at once.
     """

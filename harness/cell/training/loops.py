@@ -20,9 +20,9 @@ class TrainingLoop:
 
     name: Loop
     train: Callable[..., StepSamples]
-    """Trains a model. It has the arguments, the result and the errors of `loop.train`."""
+    """Function that trains a model. It has the arguments, the result and the errors of `loop.train`."""
     step: Callable[..., object]
-    """Takes one more step, so that its memory can be counted. It has the arguments of `loop.step`."""
+    """Function that takes one more step, so that its memory can be counted. It has the arguments of `loop.step`."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Option of the loop's library -> its default. `train` of a loop with options has two more arguments: `options`, and
     `own_optimizer`, which tells whether the library makes its own optimizer and schedule."""

@@ -116,7 +116,7 @@ def lacks(checkpoint: str) -> frozenset[str]:
 
 @contextmanager
 def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Inside the context, use gradient checkpointing for each block of a transformers model, if `wanted`.
+    """Use gradient checkpointing for each block of a transformers model inside the context, if `wanted`.
 
     The checkpointing is not of torch's reentrant kind, which would give adapters in the first block no gradient. Raises
     UsageError for a model that does not support checkpointing.
@@ -139,7 +139,7 @@ def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def compiled(model: nn.Module, wanted: bool, notes: list[str]) -> Iterator[None]:
-    """Inside the context, run the model as torch.compile has compiled it, if `wanted`.
+    """Compile the model by torch.compile inside the context, if `wanted`.
 
     At the end, a sentence about the compilation is added to `notes`. The modules and their names stay the same. Raises
     UsageError if the compiler fails.

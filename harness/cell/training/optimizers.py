@@ -170,7 +170,7 @@ def _own(adapted: Adapted, recipe: Training, name: Optimizer) -> torch.optim.Opt
 
 
 def layerwise(optimizer: torch.optim.Optimizer, recipe: Training) -> Layerwise | None:
-    """If the recipe has layer-wise updates, update every weight during the backward pass from now on.
+    """Update every weight during the backward pass from now on, if the recipe has layer-wise updates.
 
     Return the object that makes these updates, or None without layer-wise updates. Raises UsageError if a step needs
     several backward passes, or all gradients at once.

@@ -8,10 +8,10 @@ import torch
 
 
 class PassedOptimizer(torch.optim.Optimizer):
-    """Steps `inner` and drops its gradients, but saves and loads nothing.
+    """An optimizer that steps `inner` and drops its gradients, but whose state cannot be saved or loaded.
 
-    accelerate loads the states of an optimizer into it again, which would cast float32 masters and 8-bit codes to the dtype
-    of the parameters.
+    accelerate saves the state of each optimizer and loads it again. This would cast float32 masters and 8-bit codes to the
+    dtype of the parameters.
     """
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:

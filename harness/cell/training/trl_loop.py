@@ -135,7 +135,7 @@ def _dropout(model: nn.Module) -> str:
 
 
 class _OneStep(TrainerCallback):  # type: ignore[misc]
-    """Adds the Method's own term of the loss, and stores losses and sizes of the parts of a step."""
+    """A callback that adds the Method's own term of the loss, and stores losses and sizes of the parts of a step."""
 
     def __init__(self, adapted: Adapted) -> None:
         self.adapted = adapted
@@ -151,7 +151,7 @@ class _OneStep(TrainerCallback):  # type: ignore[misc]
 
 
 class _Watch(_OneStep):
-    """Measures each step, and calls the Method's `after_step`."""
+    """A callback that measures each step, and calls the Method's `after_step`."""
 
     def __init__(
         self, adapted: Adapted, trained: list[nn.Parameter], optimizer: torch.optim.Optimizer, log: StepLog, seed: int

@@ -172,7 +172,7 @@ class _Judge:
         weights = {key.removesuffix("weight") for key in keys if key.endswith(".weight")}
         biases = [key for key in keys if key.endswith(".bias") and key not in own and not self._is_saved(key)]
         if settings.bias == "none":
-            biases = [key for key in biases if key.removesuffix("bias") not in weights]  # part of a whole layer
+            biases = [key for key in biases if key.removesuffix("bias") not in weights]  # others belong to whole layers
         for kind, setting, there, tensors in (
             ("magnitude", "use_dora", settings.use_dora, magnitudes),
             ("lora-bias", "lora_bias", settings.lora_bias, own),

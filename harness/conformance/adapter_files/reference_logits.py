@@ -36,7 +36,7 @@ def reference_logits(
     """
     model = load_base(base_folder if adapter is None else adapter.base(base_folder), dtype)
     if dtype is torch.float64:
-        model = model.double()  # the frequencies of rotary embeddings too
+        model = model.double()  # converts the frequencies of rotary embeddings too
     missing = set(missing_weights(model))
     if adapter is not None:
         if found := unsupported(adapter.config):

@@ -80,7 +80,7 @@ def _another(folder: Path, base: Path) -> _Written:
     changed = {
         "r": settings.r + 1,
         "rank_pattern": {name: rank + 1 for name, rank in settings.rank_pattern.items()},
-        "lora_alpha": 2 * settings.lora_alpha,  # alpha_pattern stays: a program may swap only adapters with equal ones
+        "lora_alpha": 2 * settings.lora_alpha,  # not alpha_pattern, which some programs require to stay equal
     }
     return _Written.of({**file.config, **changed}, tensors)
 

@@ -49,7 +49,7 @@ def strided_copy(x: Tensor) -> Tensor:
 
 @contextmanager
 def preserved_state(layer: nn.Module, tensors: Mapping[str, Tensor], training: bool) -> Iterator[None]:
-    """Within this context, `layer` is in the given training mode, and its tensors have no gradients.
+    """Put `layer` into the given training mode inside the context, and remove the gradients of its tensors.
 
     Afterwards the old mode and the old gradients are restored.
     """

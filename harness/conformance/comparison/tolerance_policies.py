@@ -118,7 +118,7 @@ def _within_noise(
         errors, eps = [errors_of[name] for errors_of in drawn], EPSILON[dtype]
         own = _largest(errors)
         # Decide this by the first draw alone, the reference's own: a later draw must not excuse a tensor that fails.
-        undecided = not factor * errors[0].norm + floor * eps <= CEILING  # also where the reference overflows
+        undecided = not factor * errors[0].norm + floor * eps <= CEILING  # true also where the reference overflows
         if (refused := _incomparable(name, subject[name], expected, policy, undecided)) is not None:
             judged.append(refused)
             continue
@@ -170,7 +170,7 @@ def _within_carried(
     policy: str,
 ) -> Judgement:
     own = {name: _largest([errors[name] for errors in drawn]) for name in truth}
-    # Decide this by the first draw alone, as in `noise_floor`; also where the reference overflows.
+    # As in `noise_floor`, the first draw alone decides this. A tensor is lost also where the reference overflows.
     lost = [name for name, one in drawn[0].items() if not factor * one.norm <= CEILING]
     kept = [one for name, one in own.items() if name not in lost]
     usual = [median([getattr(one, measure) for one in kept] or [0.0]) for measure in ("norm", "largest")]

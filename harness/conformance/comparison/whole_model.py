@@ -21,7 +21,7 @@ def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def one_by_one(model: Any, dtype: torch.dtype) -> None:
-    """If `dtype` is float64, let a mixture-of-experts model multiply its experts one by one.
+    """Let a mixture-of-experts model multiply its experts one by one, if `dtype` is float64.
 
     torch has no grouped products in float64.
     """

@@ -125,7 +125,7 @@ def _same(before: str, after: str) -> bool:
     """Return whether two pieces of code have the same syntax tree."""
     try:
         return ast.dump(ast.parse(before.strip())) == ast.dump(ast.parse(after.strip()))
-    except SyntaxError:  # a slice
+    except SyntaxError:  # a slice such as `1:2` is no code by itself
         return before == after
 
 

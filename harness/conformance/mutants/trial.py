@@ -68,7 +68,7 @@ def implementation(target: str, of: Owner, mutant: Mutant | None) -> Implementat
     The implementation is a copy of the reference, or `fused` itself, as `of` says. If `mutant` is None, nothing is
     changed. A process can try only one mutant of `fused`, because the changed module stays imported.
     """
-    torch.set_num_threads(1)  # makes torch's pool anew in a fork; two new threads that did so at once would raise
+    torch.set_num_threads(1)  # remakes torch's pool in this fork; two threads that did so at once would raise
     if of == "reference":
         copy = PatchedCopy(self_test.source_module(target))
         if mutant is not None:

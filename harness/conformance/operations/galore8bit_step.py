@@ -23,7 +23,7 @@ from reference.operations.dynamic_map import dequantize_blockwise, dynamic_map, 
 _SIGNED = {"M": True, "V": False}
 
 
-@wraps(galore_step.arguments)  # the same settings
+@wraps(galore_step.arguments)  # so that it has the same settings
 def arguments(dtype: torch.dtype, generator: torch.Generator, **case: Any) -> Arguments:
     """Draw the arguments of `galore_step`, with codes and absmax instead of the moments."""
     given = galore_step.arguments(dtype, generator, **case)
@@ -62,7 +62,7 @@ def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, s
     """
     dtype = given["W"].dtype
     own = next(name for name, one in DTYPES.items() if one == dtype)
-    # A float64 step also stores its constants in float32.
+    # Even a float64 step stores every absmax in float32.
     exactly, roundly = (OPERATION.named(reference(**cloned(given, {dtype: to}))) for to in (torch.float64, dtype))
     judged = [noise_floor({"W": outputs["W"]}, {"W": exactly["W"]}, {"W": roundly["W"]}, own)]
     for name in _SIGNED:

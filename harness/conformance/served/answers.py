@@ -24,7 +24,7 @@ class Position:
     token: int
     """Id of the token at this position."""
     logprob: float | None
-    """Its log-probability in nats. None for the first token of a prompt."""
+    """Log-probability of this token in nats. None for the first token of a prompt."""
     others: Mapping[int, float]
     """Log-probabilities of the most likely other tokens, by id."""
 

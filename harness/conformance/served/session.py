@@ -64,7 +64,7 @@ class Observation:
     context: tuple[int, ...]
     """Token ids before the first position."""
     positions: tuple[Position, ...]
-    """All have a log-probability."""
+    """Positions of the answer. Each has a log-probability."""
     greedy: bool
     """True if the server chose the tokens. Otherwise they are from the prompt."""
 

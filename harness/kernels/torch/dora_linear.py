@@ -25,7 +25,7 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 
 class _Gained(torch.autograd.Function):
-    """Computes g z + onto, where g is m / norm, z is (T, E), and onto is (E,) or (T, E).
+    """The function g z + onto, where g is m / norm, z is (T, E), and onto is (E,) or (T, E).
 
     The Function saves z for the backward pass.
     """

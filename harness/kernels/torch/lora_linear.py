@@ -19,7 +19,7 @@ from harness.kernels.torch.support.autocast import outside_autocast
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Computes a LoRA layer. Forward and backward, addmm adds the low-rank terms to the large products in place.
+    """A LoRA layer. Forward and backward, addmm adds the low-rank terms to the large products in place.
 
     The Function saves x and S = (x mask) A^T, shape (T, R). Compared with the plain expression, the forward pass does
     not allocate the update (T, E) and its scaled copy. The backward pass does not allocate a scaled copy of dy, and
@@ -53,7 +53,7 @@ class _LoraLinear(torch.autograd.Function):
             dy.T @ x if need_W else None,
             dy.sum(0) if need_bias else None,
             dS.T @ dropped if need_A else None,
-            # On a CPU, this takes two thirds of the time of the product with dy first.
+            # On a CPU, this takes two thirds of the time of dy.T @ S.
             ((S.T.contiguous() * ctx.scaling) @ dy).T if need_B else None,
             None,
             None,

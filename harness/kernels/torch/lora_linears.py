@@ -35,7 +35,7 @@ class LoraFactors:
 
 
 class _LoraLinears(torch.autograd.Function):
-    """Computes the layers from As (ranks, D), the stacked A of all layers, each multiplied by its scaling.
+    """The layers, computed from As (ranks, D), the stacked A of all layers, each multiplied by its scaling.
 
     S = x As^T, dx += dS As and dAs = dS^T x are then one product each. As As includes the scaling, no tensor with a row
     per token needs to be scaled. The Function saves x and S (T, ranks).
@@ -93,7 +93,7 @@ class _LoraLinears(torch.autograd.Function):
         needed = ctx.needs_input_grad[3:]
         gradients: list[Tensor | None] = [None] * len(factors)
         dAs: Sequence[Any] = (dS.T @ x).split([ranks[at] for at in used]) if any(needed[2::4]) else [None] * len(used)
-        # On a CPU, lows @ dy with contiguous lows takes two thirds of the time of the product with dy first.
+        # On a CPU, lows @ dy with contiguous lows takes two thirds of the time of dy.T @ S.
         lows = S.T.contiguous().split(ranks)
         for (at, dy), dA in zip(used.items(), dAs, strict=True):
             need_W, need_bias, need_A, need_B = needed[4 * at : 4 * at + 4]

@@ -18,7 +18,7 @@ _CUBIC = 0.044715
 
 
 class _Gated(torch.autograd.Function):
-    """Computes activation(gate) * up. Saves gate and up only, and computes the activation again in the backward pass."""
+    """The function activation(gate) * up. It saves only gate and up; the backward pass computes the activation again."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:

@@ -61,7 +61,7 @@ def _add(to: Tensor, rows: Rows, low: Tensor, high: Tensor, scaling: float) -> N
 
 
 class _MultiLora(torch.autograd.Function):
-    """Computes the layer from x (N, T, D), W (E, D), and the As and the Bs of the used adapters.
+    """The layer as a function of x (N, T, D), W (E, D), and the As and the Bs of the used adapters.
 
     members: for each used adapter, its sequences.
     """

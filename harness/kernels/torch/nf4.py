@@ -80,7 +80,7 @@ def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
     parts = rest.split(step), packed[done // 2 :].split(step // 2), absmax[done // block :].split(step // block)
     for_each(_encode, [(*piece, block) for piece in zip(*parts, strict=True)], rest.numel())
     if flat.numel() % 2:
-        packed[-1] = packed[-1] & 0xF0 | ZERO  # code of zero; in a block with a NaN, the padding got the code of NaN
+        packed[-1] = packed[-1] & 0xF0 | ZERO  # pad with the code of zero, also in a block with a NaN
     return packed, absmax
 
 

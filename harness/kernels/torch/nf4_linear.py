@@ -17,8 +17,9 @@ from harness.kernels.torch.support.packed_weight import PackedWeight
 
 
 class _Product(torch.autograd.Function):
-    """Computes x W^T + bias for x (T, D) or, if `transposed`, x W for x (T, E). The backward pass computes the other
-    product.
+    """The function x W^T + bias for x (T, D) or, if `transposed`, x W for x (T, E).
+
+    The backward pass computes the other of the two products.
     """
 
     @staticmethod

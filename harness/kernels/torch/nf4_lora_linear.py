@@ -20,7 +20,7 @@ from harness.kernels.torch.support.packed_weight import PackedWeight
 
 
 class _LoraProduct(torch.autograd.Function):
-    """Computes x W^T + bias + s ((x mask) A^T) B^T for x, mask (T, D), A (R, D), B (E, R), all of one dtype."""
+    """The function x W^T + bias + s ((x mask) A^T) B^T for x, mask (T, D), A (R, D), B (E, R), all of one dtype."""
 
     @staticmethod
     def forward(

@@ -13,11 +13,11 @@ from harness.kernels.torch.support.autocast import outside_autocast
 
 
 class _Projection(torch.autograd.Function):
-    """Computes u = (x mask) A^T, with A frozen.
+    """The function u = (x mask) A^T, with A frozen.
 
-    A and the mask are attributes of the graph's node instead of saved tensors. A backward pass frees saved tensors. But
-    several layers share this node, so that it must survive the backward pass of one of them. A and the mask stay alive
-    anyway.
+    A and the mask are attributes of the graph's node instead of saved tensors. A backward pass would free saved tensors,
+    but several layers share this node, which must survive the backward pass of one of them. This takes no memory, because
+    A and the mask stay alive anyway.
     """
 
     @staticmethod
@@ -33,7 +33,7 @@ class _Projection(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
-    """Computes x W^T + bias + b P, where P is (d u) B^T. Saves u (T, R), and P (T, E) for the gradient of b."""
+    """The function x W^T + bias + b P, where P is (d u) B^T. It saves u (T, R), and P (T, E) for the gradient of b."""
 
     @staticmethod
     def forward(

@@ -36,7 +36,8 @@ def _step(
     at = row[:, None] * block + tl.arange(0, block)[None, :]
     has_row = row * block < n
     crosses_end = ((tl.program_id(0).to(tl.int64) + 1) * rows * block > n).to(tl.int32)
-    # A mask per element turns 16-byte accesses into 1-byte ones, so only the copy of the body for the last tile has one.
+    # A mask per element turns 16-byte accesses into 1-byte ones. So there are two copies of the body, and only that for the
+    # last tile has a mask.
     for masked in tl.static_range(2):
         if crosses_end == masked:
             mask = at < n if masked else None
@@ -125,7 +126,7 @@ def _specimen(dtype: str) -> Specimen:
         name=f"adamw8bit_step-{dtype}", kernel=_step,
         signature=pointers | {"n": "i32"} | dict.fromkeys(_SCALARS, "fp32"), constants={"rows": 4, "block": BLOCK},
         divisible=tuple(pointers), kind="streaming", fused_multiply_add=True,
-        narrow_loads=48,  # 8 elements with two bucket look-ups each; the ragged end once more, with two codes
+        narrow_loads=48,  # 16 bucket look-ups for 8 elements; at the ragged end 16 more, and 16 codes
     )  # fmt: skip
 
 

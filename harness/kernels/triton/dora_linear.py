@@ -17,7 +17,7 @@ from harness.kernels.triton.support.token_sums import outer_sum, product_sum
 
 
 class _DoraLinear(torch.autograd.Function):
-    """Computes the layer and its gradients. Saves q = (x mask) W^T + scaling S B^T for the gradient of m.
+    """The layer and its gradients. The forward pass saves q = (x mask) W^T + scaling S B^T for the gradient of m.
 
     S is (x mask) A^T.
     """

@@ -23,7 +23,7 @@ Layer = tuple[Tensor, Tensor | None, Tensor, Tensor, float]
 
 
 class _LoraLinears(torch.autograd.Function):
-    """Computes the layers and their gradients. Saves x and S = x As^T, shape (T, ranks). As has the rows of all A."""
+    """The layers and their gradients. The forward pass saves x and S = x As^T, (T, ranks). As has the rows of all A."""
 
     @staticmethod
     def forward(

@@ -123,7 +123,7 @@ class Compiled:
             return False
         for tensor in out:
             if not tensor.is_inference():
-                torch.autograd.graph.increment_version(tensor)  # the view has its own version
+                torch.autograd.graph.increment_version(tensor)  # a write to a view raises the view's version only
         return True
 
     def _compile(self, views: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], object]:
@@ -144,7 +144,8 @@ class Compiled:
                 for place, example in zip(places, examples, strict=True)
             ]
             self._run = lambda views: compiled(*(views[0].shape[0] if i is None else views[i] for i in which))
-            return lambda *_: ()  # dynamo runs this: a failure of compiled code here would look like one of compilation
+            # dynamo calls the result. It does nothing, because a failure of compiled code would count as one of compilation.
+            return lambda *_: ()
 
         if not _COMPILING.acquire(blocking=False):
             raise NotCompiled

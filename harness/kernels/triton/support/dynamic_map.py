@@ -19,7 +19,7 @@ from harness.kernels.dynamic_map_format import dynamic_map
 
 _SHIFT = tl.constexpr(16)  # leaves seven bits of the fraction
 _FIRST = tl.constexpr((127 - 23) << 7)  # the bucket of 2^-23, below which there is no midpoint
-_BUCKETS = tl.constexpr((23 << 7) + 1)  # up to that of 1
+_BUCKETS = tl.constexpr((23 << 7) + 1)  # buckets from _FIRST to that of 1
 
 
 def midpoints(signed: bool) -> Tensor:
@@ -35,7 +35,7 @@ def buckets(signed: bool) -> Tensor:
     )
     magnitudes = edges.view(torch.float32)
     inner = midpoints(signed)[:-1]
-    magnitudes[0] = 0.0  # the first bucket begins there
+    magnitudes[0] = 0.0  # the first bucket begins at 0
     positive = torch.bucketize(magnitudes[:-1], inner)
     if not signed:
         return positive.to(torch.uint8)

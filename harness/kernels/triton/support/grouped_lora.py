@@ -21,7 +21,7 @@ from harness.kernels.triton.support.rounding import load_as_float32, store_as, t
 
 INNER = 64  # features per iteration of a sum
 FIELDS = tl.constexpr(5)  # per adapter in the table: addresses of A and B, rank, offsets of dA and dB
-MOST_REGISTERS = 168  # of `expand` and `outer`; by default ptxas spills one to fit one more program
+MOST_REGISTERS = 168  # in `expand` and `outer`; by default, ptxas spills one so that one more program fits
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def shrink(
         part = tl.load(
             x + line[:, None] * features + k[None, :], mask=here[:, None] & (k < features)[None, :], other=0.0
         )
-        # A (rank, features), B (features, rank)
+        # A is (rank, features), and B is (features, rank).
         at = r[None, :] * features + k[:, None] if which == 0 else k[:, None] * rank + r[None, :]
         weight = tl.load(weights + at, mask=(k < features)[:, None] & (r < rank)[None, :], other=0.0)
         total = product(part, weight, total)

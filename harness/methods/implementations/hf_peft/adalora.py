@@ -93,7 +93,7 @@ class PeftAdaLora(PeftAdapted):
             for letter, parameter in _tensors(layer).items():
                 name = f"{path}.lora_{letter}.{ADAPTER}"
                 for averages in (allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc):
-                    averages.setdefault(name, torch.zeros_like(parameter))  # as at the allocator's first step
+                    averages.setdefault(name, torch.zeros_like(parameter))  # the allocator's first step makes the same
                 tensors[f"{path}.exp_avg_ipt_{letter}"] = allocator.exp_avg_ipt[name]
                 tensors[f"{path}.exp_avg_unc_{letter}"] = allocator.exp_avg_unc[name]
             tensors[f"{path}.mask"] = self.masks[path]

@@ -40,5 +40,5 @@ def multi_lora_linear(
             wide = torch.promote_types(tensor.dtype, torch.float32)
             tensors[f"lora_{letter}.{name}.weight"] = tensor.to(wide)
     names = [_NONE if i < 0 else str(i) for i in ids.tolist()]
-    # The tensors themselves, so that gradients reach them.
+    # The layer runs on the given tensors themselves, so that gradients reach them.
     return torch.func.functional_call(base[0], tensors, (x,), {"adapter_names": names})

@@ -97,11 +97,11 @@ def _prompted(
         if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             what = f"{kind.value} passes its tokens as a cache, which gradient checkpointing drops"
             raise UsageError(what, where="peft", hint="write `checkpointing: false`")
-        options = {key: value for key, value in options.items() if key not in CACHES}  # peft makes its own
+        options = {key: value for key, value in options.items() if key not in CACHES}  # peft makes its own cache
         if position_ids is not None:
             options["position_ids"] = position_ids
     if kind == "MULTITASK_PROMPT_TUNING":
-        # A Cell has one task.
+        # A Cell has one task, so every text has task 0.
         options["task_ids"] = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
     output = wrapper(input_ids=input_ids, attention_mask=attention_mask, **options)
     if output.logits.dim() > 2:  # a causal model also returns the logits of the virtual tokens

@@ -52,7 +52,7 @@ class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
             mask = self._mask(x) if drops else None
             return dora_linear(x, base.weight, base.bias, self.A, self.B, self.m, self.scaling, mask)
         W = base.packed_weight.in_buffer(x.dtype) if packed else base.weight
-        norm = row_norms(W, self.A, self.B, self.scaling)  # before the next call, which overwrites the buffer
+        norm = row_norms(W, self.A, self.B, self.scaling)  # computed before the next call, which overwrites the buffer
         bias = None if base.bias is None else base.bias.to(x.dtype)
         if not drops:
             return gained(self.input_group(self, x), bias, self.m, norm)
