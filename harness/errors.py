@@ -79,7 +79,7 @@ class Problem:
     hint: str = ""
 
     def lines(self) -> list[str]:
-        """Return the lines that describe the mistake in a list of mistakes."""
+        """Return the mistake as lines of a list: its place and description, and its hint if there is one."""
         return [f"  {self.where}: {self.what}", *([f"    hint: {self.hint}"] if self.hint else [])]
 
     def __str__(self) -> str:

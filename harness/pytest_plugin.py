@@ -14,7 +14,7 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the gate's options."""
+    """Add `--harness-gate` and the options that belong to it."""
     group = parser.getgroup("peft-harness")
     group.addoption(
         "--harness-gate", action="append", default=[], metavar="BASELINE",

@@ -88,7 +88,7 @@ def staging(what: str) -> Iterator[Path]:
 
 
 def sweep() -> None:
-    """Remove what killed processes left in the staging folder."""
+    """Remove the folders that killed processes left in `staging/`."""
     base = root() / "staging"
     if base.is_dir():
         with _asset_errors("nothing"):

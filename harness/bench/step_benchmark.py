@@ -161,7 +161,7 @@ def _galore(setting: StepSetting, both: Sequence[Implementation], pairs: int, fa
     """Check the parity of two implementations of GaLore, time their steps, and return the row of the bench.
 
     The steps are timed in cycles. A cycle is one step that refreshes the projector, and some ordinary steps. Each cycle
-    gives one sample: the mean time of a step, if one in `GALORE_GAP` steps is a refresh. For parity, both
+    gives one sample: the mean time of a step in a training that refreshes in one of `GALORE_GAP` steps. For parity, both
     implementations must pass all checks of the Method's parity suite on the timed device. The layers of these checks
     are smaller than the timed weight.
     """
@@ -186,9 +186,9 @@ def _galore(setting: StepSetting, both: Sequence[Implementation], pairs: int, fa
 
 
 def _differs(both: Sequence[Implementation], runs: Sequence[_Galore]) -> str:
-    """Describe in a sentence how the SVDs of two implementations differ. Return an empty string if they are equal.
+    """Return a sentence about how the SVDs of two implementations differ, or an empty string if they are equal.
 
-    The sentence also compares how much of a random gradient each of the two projections retains.
+    The sentence also compares how much of a random gradient the two projections keep.
     """
     niters = [one.config.get("niter", 0) for one in runs]
     if niters[0] == niters[1]:
@@ -200,7 +200,7 @@ def _differs(both: Sequence[Implementation], runs: Sequence[_Galore]) -> str:
     methods = [f"a randomised SVD (niter {niter})" if niter else "the exact SVD" for niter in niters]
     return (
         f"{both[0].name} refreshes by {methods[0]}, {both[1].name} by {methods[1]}; on these gradients (white noise) the "
-        f"first refresh retains {retained[0] / retained[1]:.1%} of the squares that the other retains"
+        f"projection of the first keeps {retained[0] / retained[1]:.1%} of the squared norm that the other keeps"
     )
 
 

@@ -111,11 +111,11 @@ def train(
         between = samples.outside_seconds / max(1, len(samples.losses) - 1)
         run.notes.append(
             f"trained by {cell.training.loop}; it spent {1000 * between:.3g} ms between two steps, on batches, schedule and "
-            "log; step times leave this out"
+            "log, which is not part of the step times"
         )
     if compiling:
         steps = ", ".join(map(str, compiling))
-        run.notes.append(f"steps that recompiled: {steps}; tokens per second and joules include that, medians do not")
+        run.notes.append(f"steps that recompiled: {steps}; tokens per second and joules include this, medians do not")
     step_peak_B = _step_peak(run, subject, parameters, data, optimizer)
     if layerwise:
         layerwise.remove()

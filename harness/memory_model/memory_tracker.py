@@ -140,7 +140,7 @@ class MemoryTracker(TorchDispatchMode):
         self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def enter(self, stage: str) -> None:
-        """Begin a stage."""
+        """Begin a stage. The bytes that exist now are the first value of its peak."""
         self.stage = stage
         self.peaks[stage] = max(self.peaks[stage], self.now)
 

@@ -39,7 +39,7 @@ def read_config(folder: Path) -> Any:
 
 
 def model_class(name: str) -> Any:
-    """Return the class of transformers with this name. If it is not a model's, e.g. an Auto class, return None."""
+    """Return transformers' model class with this name, or None if there is none. Auto classes are no model classes."""
     import transformers
 
     found = getattr(transformers, name, None)

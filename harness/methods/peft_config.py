@@ -37,10 +37,10 @@ _UNSUPPORTED_KEYS = {
 }
 """Unsupported keys of LoRA, with the reason."""
 _UNSUPPORTED_INITS = {
-    "corda": "it requires texts first (peft's `preprocess_corda`)",
-    "eva": "it requires texts first (peft's `initialize_lora_eva_weights`)",
-    "lora_ga": "it requires gradients first (peft's `preprocess_loraga`)",
-    "pissa_niter": "its fast SVD draws again when peft loads the adapter, and gives another residual",
+    "corda": "it requires texts before training (peft's `preprocess_corda`)",
+    "eva": "it requires texts before training (peft's `initialize_lora_eva_weights`)",
+    "lora_ga": "it requires gradients before training (peft's `preprocess_loraga`)",
+    "pissa_niter": "its fast SVD draws new random numbers when peft loads the adapter, and gives another residual",
 }
 """Unsupported values of LoRA's `init_lora_weights`, with the reason. peft itself would silently train another method."""
 VIRTUAL_TOKENS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE")

@@ -91,8 +91,8 @@ class FieldInfo:
     choices: tuple[Any, ...] | None = None
     """Valid values. None means that there is no restriction."""
     omit_default: bool = False
-    """True if a Cell leaves the field out if it has its default. Such a field was added after published Records, and
-    must not change their cell_ids."""
+    """True if a Cell omits the field when it has its default. Such a field was added after Records were published, and must
+    not change their cell_ids."""
     about: str = ""
     """Description of the field. It is the string below the field in the source."""
 

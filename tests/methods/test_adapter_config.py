@@ -282,7 +282,7 @@ def without(key: str) -> dict[str, Any]:
             {**LORA, "init_lora_weights": "eva"},
             "has init_lora_weights eva, which is not supported: it requires texts",
         ),
-        ({**LORA, "init_lora_weights": "lora_ga"}, "not supported: it requires gradients first"),
+        ({**LORA, "init_lora_weights": "lora_ga"}, "not supported: it requires gradients before training"),
         (
             {**LORA, "init_lora_weights": "pissa_niter_4"},
             "pissa_niter, which is not supported: its fast SVD draws again",

@@ -180,7 +180,7 @@ class _WatchedOptimizer(PassedOptimizer):
         self._before = before
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take a step."""
+        """Call the function, and then take a step of the inner optimizer. `closure` is not used."""
         self._before()
         super().step()
 

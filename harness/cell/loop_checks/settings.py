@@ -25,7 +25,7 @@ _STEPS = 12
 
 @dataclass(frozen=True)
 class _Own:
-    """The same training by the harness's own loop in two dtypes."""
+    """The same training by the harness's own loop, in float32 and in float64."""
 
     float32: Observed
     float64: Observed

@@ -55,7 +55,7 @@ class EnergyMeter:
         return self.counter.source if self.counter else ""
 
     def start(self) -> None:
-        """Begin a window."""
+        """Begin a window of time with a reading of the counter."""
         self._before = self.counter.read() if self.counter else None
         self._began = time.monotonic()
 

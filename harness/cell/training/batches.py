@@ -255,6 +255,6 @@ def rules(answers: Answers | None) -> str:
     of = "the answer's tokens alone" if answers.loss == "answer" else "all tokens but the first"
     end = "with" if answers.eos else "without"
     return (
-        f"loss over {of}, {end} an end-of-sequence token (a row that is a text: over all); the prompt begins as the "
-        "tokenizer begins texts, and loses its beginning where both are too long, a longer answer its end"
+        f"loss over {of}, {end} an end-of-sequence token (in a row that is a text: over all tokens); a prompt starts "
+        "with the tokenizer's start token, if it has one; too long a prompt loses its beginning, too long an answer its end"
     )

@@ -247,7 +247,7 @@ def notes(optimizer: torch.optim.Optimizer) -> list[str]:
     narrow = sum(any(isinstance(v, Tensor) and v.dtype == torch.uint8 for v in state.values()) for state in states)
     if _has_8bit_moments(optimizer) and states:
         share = f"{narrow} of {len(states)} tensors that train"
-        sentences.append(f"{share} have moments in 8 bits; those of fewer than 4096 elements have theirs in 32")
+        sentences.append(f"{share} have moments in 8 bits; those of fewer than 4096 elements have 32-bit moments")
     if (paging := _paging(optimizer)) is not None and states:
         count = len(paging.where())
         useless = "; on a CPU they move from memory to memory, which takes time and saves nothing"

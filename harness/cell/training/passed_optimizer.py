@@ -32,7 +32,7 @@ class PassedOptimizer(torch.optim.Optimizer):
         return {}
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Do nothing."""
+        """Ignore the state, because nothing was saved."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take a step. `closure` is not used."""

@@ -143,7 +143,7 @@ class _OneStep(TrainerCallback):  # type: ignore[misc]
         self.padded_tokens = self.tokens = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Begin a step."""
+        """Forget the losses and sizes of the step before, and compute the gradients of the Method's own term."""
         self.losses.clear()
         self.padded_tokens = self.tokens = 0
         if (term := self.adapted.regularizer()) is not None:
@@ -277,7 +277,7 @@ def _refusals(options: Mapping[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _without_launcher() -> Iterator[None]:
-    """Hide the environment variables of a launcher, e.g. of `accelerate launch`: only the suite decides how to train."""
+    """Hide the environment variables of launchers such as `accelerate launch`. Only the suite may decide how to train."""
 
     def take() -> dict[str, str]:
         return {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(_LAUNCHERS)}

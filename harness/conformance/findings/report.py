@@ -96,7 +96,7 @@ class CheckReport:
         )
 
     def document(self) -> dict[str, object]:
-        """Return the JSON document."""
+        """Return the document that `--json` prints."""
         rows = [
             {**one.model_dump(mode="json", exclude={"execution"}), "standing": one.status.value, "share": one.share}
             for one in self.tried

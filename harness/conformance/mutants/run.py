@@ -67,7 +67,7 @@ class Verdict:
         return bool(self.targets) and not (self.equivalent or self.same_bits or self.error)
 
     def document(self) -> dict[str, Any]:
-        """Return the JSON document."""
+        """Return the entry of this mutant in the document of `--json`."""
         catch = self.catch
         return {
             "mutant": self.mutant.name, "kind": self.mutant.kind, "of": list(self.targets), "diff": self.mutant.diff(),
@@ -103,7 +103,7 @@ class MutantReport:
         return Exit.FAIL if self.survivors() else Exit.PASS
 
     def document(self) -> dict[str, Any]:
-        """Return the JSON document."""
+        """Return the document that `--json` prints."""
         tried = self.tried()
         return {
             "schema": 1, "tried": len(tried), "caught": len(tried) - len(self.survivors()),
@@ -253,7 +253,10 @@ class _Trials:
         return [mutant for mutant, verdict in self.verdicts.items() if verdict.survives]
 
     def _note(self, mutant: Mutant, ended: forks.Ended[Any]) -> Any:
-        """Note how a fork ended and whether it ran the changed statement; return what else it found, or None."""
+        """Record how a fork ended and whether it ran the changed statement.
+
+        Return the rest of its result, or None if it returned nothing.
+        """
         if ended.returned is None:
             # An error means that the trial failed. It does not count as caught.
             self._update(mutant, died=ended.died, error=ended.error)

@@ -66,9 +66,9 @@ def message(content: bytes) -> str:
 
 
 def read(document: Any, tokens: int, echo: bool, names: TokenNames, where: str) -> Answer:
-    """Return the answer to one prompt. tokens: number of tokens requested. where: for messages.
+    """Return the answer to one prompt. tokens: number of tokens requested. where: address of the request, for messages.
 
-    Raises UsageError for an answer without log-probabilities, ServerError for an incomplete answer.
+    Raises UsageError for an answer without log-probabilities, and ServerError for an incomplete answer.
     """
 
     def half(what: str) -> ServerError:

@@ -86,7 +86,7 @@ class _Changed(AdapterFile):
     """Function that changes the tensors of the file."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the changed tensors."""
+        """Return the tensors of the file, changed by `change`."""
         self.change(found := super().tensors())
         return found
 

@@ -115,7 +115,7 @@ class ServedReport:
         return Exit.INCONCLUSIVE if Verdict.CANNOT_TELL in verdicts else Exit.PASS
 
     def document(self) -> dict[str, object]:
-        """Return the JSON document."""
+        """Return the document that `--json` prints."""
         served = {
             "url": self.url, "dtype": self.dtype, "subjects": [asdict(one) for one in self.subjects],
             "not_offered": dict(self.not_offered), "findings": list(self.findings), "stopped": self.stopped,

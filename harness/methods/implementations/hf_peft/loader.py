@@ -38,7 +38,10 @@ class PeftLoader(Loader):
         return hasattr(self.model, "peft_config")
 
     def load(self, folder: Path, name: str) -> None:
-        """Load an adapter."""
+        """Load the first adapter by `PeftModel.from_pretrained`, and further ones by `load_adapter`.
+
+        Raises Unsupported for several adapters if one of them has `bias`.
+        """
         from peft import PeftConfig, PeftModel
 
         if self.has_adapters:
