@@ -220,7 +220,7 @@ class AdapterReading:
     absent: tuple[str, ...]
     """Modules and parameters of the base that the config targets, but for which the file lacks A or B."""
     not_implemented: dict[str, str]
-    """Key of the file -> class of its targeted module, which the reference does not implement."""
+    """Key of the file -> class of the module that it targets. The reference does not implement this class."""
 
 
 def read(settings: AdapterSettings, keys: Sequence[str], model: nn.Module) -> AdapterReading:

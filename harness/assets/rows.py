@@ -301,7 +301,7 @@ def _label(label: object) -> int:
     if isinstance(label, str) and label.strip().isdecimal():
         label = int(label)
     if type(label) is not int or label < 0:
-        raise ValueError(f"label {label!r} is no integer from 0")
+        raise ValueError(f"label {label!r} is no integer of at least 0")
     return label
 
 

@@ -47,7 +47,7 @@ class CellData:
     def __init__(self, job: Job, loaded: models.Loaded, emit: Emit) -> None:
         cell, task = job.cell, job.task
         if job.data is None:
-            raise UsageError(f"task {task.name} has no data", hint="name one that has")
+            raise UsageError(f"task {task.name} has no data", hint="name a task that has data")
         device = torch.device(job.device)
         self._lm_task: Any = None
         if task.file:

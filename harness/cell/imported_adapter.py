@@ -54,7 +54,7 @@ def checks(run: CellRun, model: nn.Module, folder: Path, data: CellData | Random
     try:
         truth = reference_logits(base, AdapterFile.read(folder), prompts)
     except Unsupported as error:
-        yield skipped(evaluated, case, "reference", f"no reference of this adapter file: {error}")
+        yield skipped(evaluated, case, "reference", f"the reference does not implement this adapter file: {error}")
         return
     loader = run.registry.find("loader", ADAPTER_FILES, run.cell.implementation)
     subject = LoaderSubject(loader.function, run.cell.dtype, CorpusAdapter("imported", folder, base, prompts, truth))

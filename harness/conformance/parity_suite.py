@@ -349,7 +349,7 @@ def _of_checks(document: yaml_lines.Document, plan: ParitySuite) -> Iterator[Pro
     for name in plan.tolerances:
         if name not in plan.checks:
             yield Problem(
-                document.where("tolerances", name), f"a tolerance for {name!r}, which is not tried here",
+                document.where("tolerances", name), f"a tolerance for {name!r}, a check that this suite does not try",
                 did_you_mean(name, plan.checks, "checks here"),
             )  # fmt: skip
 

@@ -95,7 +95,7 @@ class _Question:
     def _predicted(
         self, rows: list[tuple[FitRequest, Row]], searches: Sequence[StepRequest] = ()
     ) -> tuple[list[Row], list[StepAnswer]]:
-        """Return rows with `fits`, `needed_B` and `free_B`, and with the peak of a step; and the answers to `searches`."""
+        """Return two lists: the rows with `fits`, `needed_B`, `free_B` and the peak of a step; the answers to `searches`."""
         if not self.by_steps:
             return [_judged(row, row["ledger"]["total_B"], self.room) for _, row in rows], []
         if rows or searches:

@@ -60,7 +60,7 @@ def _refusal(config: Config) -> str:
     if config.get("block", 64) != 64:
         return "transformers quantises with blocks of 64 weights"
     if config.get("conv", "peft") != "peft":
-        return "peft's LoRA of a convolution is another one"
+        return "peft's LoRA of a convolution has other factors"
     if config.get("regularization", "mean-norm") != "mean-norm":
         return "peft's AdaLoRA has another regulariser"
     return ""

@@ -114,7 +114,7 @@ def empty_base(folder: Path) -> nn.Module:
 def empty_model(folder: Path, name: str, labels: int = 0) -> nn.Module:
     """Return a model of the class `name` of transformers on the device `meta`, with the config in a folder.
 
-    labels: number of labels of its head; 0 for that of the config.
+    labels: number of labels of its head; 0 for the number in the config.
     """
     import transformers
 

@@ -74,7 +74,9 @@ class WrappedLayers(AdaptedLayers):
         Raises Unsupported if there is no `update` function.
         """
         if self.update is None:
-            raise Unsupported("wrap_layers has no `update`, the function that returns what a layer adds to the weight")
+            raise Unsupported(
+                "pass wrap_layers the argument `update`, a function that returns what a layer adds to the weight"
+            )
         for path, layer in self.layers.items():
             dense = dense_copy(self.bases[path])
             dense.weight += self.update(layer).to(dense.weight.dtype)

@@ -27,7 +27,7 @@ _READY = b"ready"
 _REQUEST = b"fork"
 _DESCRIPTORS = 5
 _PARENT_DEATH_SIGNAL = 1
-"""PR_SET_PDEATHSIG of prctl."""
+"""Option PR_SET_PDEATHSIG of prctl: the kernel sends this process a signal when its parent ends."""
 _END_S = 10.0
 """Seconds to wait until the server has reported the end of a fork that was killed."""
 

@@ -70,7 +70,7 @@ class WorkerPool:
                 if event is None:
                     died = f"no result for {patience:g} s; killed"
                 elif not isinstance(event, dict):
-                    died = f"wrote {event!r} where only results are written; killed"
+                    died = f"wrote {event!r} into the pipe for results; killed"
                     break
                 elif "done" in event:
                     watcher = event["done"]

@@ -106,7 +106,7 @@ def test_without_a_reference_no_time_is_shown(fork_sandbox: ForkSandbox, finishe
     finished_runs.adapter(finished, tmp_path / "base", init_lora_weights="olora")
     done = fork_sandbox.command("import", str(finished), "--out", "run")
     assert done.code == Exit.PASS, done.err + done.out
-    assert "no speed without parity: no reference of this adapter file" in done.out
+    assert "no speed without parity: the reference does not implement this adapter file" in done.out
 
 
 def test_a_cell_has_the_id_of_its_tensors(fork_sandbox: ForkSandbox, finished: Path) -> None:

@@ -285,7 +285,7 @@ def without(key: str) -> dict[str, Any]:
         ({**LORA, "init_lora_weights": "lora_ga"}, "not supported: it requires gradients before training"),
         (
             {**LORA, "init_lora_weights": "pissa_niter_4"},
-            "pissa_niter, which is not supported: its fast SVD draws again",
+            "pissa_niter, which is not supported: its fast SVD draws new random numbers",
         ),
         ({**IA3, "task_type": "TOKEN_CLS"}, "has task_type TOKEN_CLS; the harness has models for CAUSAL_LM, SEQ_CLS"),
         ({**IA3, "task_type": "SEQ_CLS"}, "has task_type SEQ_CLS, and the model is of the kind `causal`"),

@@ -40,7 +40,7 @@ DISTRIBUTION = "peft-harness"
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """Options for where pip looks for packages. By default, only the user's settings of pip apply."""
+    """Options that decide where pip looks for packages. By default, only the user's settings of pip apply."""
 
     offline: bool = False
     """True: no index is asked, only the folders of `find_links`."""

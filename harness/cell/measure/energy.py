@@ -88,7 +88,7 @@ def meter(gpu: NvmlGpu | None, because: str = "", *, cuda: bool = False, root: P
     counters, maxima = ([zone / name for zone in packages] for name in ("energy_uj", "max_energy_range_uj"))
     limits = _joules(maxima)
     if limits is None or _joules(counters) is None:
-        return EnergyMeter(None, f"{counters[0]} may not be read; its mode is for its owner to change")
+        return EnergyMeter(None, f"{counters[0]} may not be read; its owner can change its mode")
     return EnergyMeter(Counter("rapl", lambda: _joules(counters), limits))
 
 

@@ -134,7 +134,7 @@ def make(
     else:
         if name.startswith("paged-") or recipe.lr_ratio != 1:
             problem = (
-                f"a paged `optimizer` or `lr_ratio` was chosen, and this method steps by {type(own).__name__}, its own"
+                f"a paged `optimizer` or `lr_ratio` was chosen; {type(own).__name__}, the method's own, has neither"
             )
             raise UsageError(problem, hint="write `optimizer: adamw` or `adamw-8bit`, and leave `lr_ratio` out")
         for group in of_head:  # a Method's own optimizer has only the Method's tensors
@@ -165,7 +165,7 @@ def _own(adapted: Adapted, recipe: Training, name: Optimizer) -> torch.optim.Opt
         narrow: Any = adapted.optimizer
         return narrow(recipe.lr, recipe.weight_decay, bits=8)  # type: ignore[no-any-return]
     if (own := adapted.optimizer(recipe.lr, recipe.weight_decay)) is not None:
-        raise Unsupported(f"{_class(own)}, which this implementation steps by, has no moments in 8 bits")
+        raise Unsupported(f"{_class(own)}, the optimizer of this implementation, has no moments in 8 bits")
     return None
 
 
@@ -178,11 +178,11 @@ def layerwise(optimizer: torch.optim.Optimizer, recipe: Training) -> Layerwise |
     if not recipe.layerwise:
         return None
     if recipe.accumulate != 1:
-        problem = f"`layerwise` frees each gradient within its backward pass, and `accumulate` is {recipe.accumulate}"
+        problem = f"`layerwise` frees each gradient within its backward pass, but `accumulate` is {recipe.accumulate}"
         raise UsageError(problem, hint="write `accumulate: 1`")
     if isinstance(optimizer, MasterWeights) and optimizer.scales:
         problem = (
-            "`layerwise` frees each gradient before the others exist, and the loss scale of float16 needs them all"
+            "`layerwise` frees each gradient before the others exist, but the loss scale of float16 needs all of them"
         )
         raise UsageError(problem, hint="write `dtype: bfloat16`")
     return Layerwise(optimizer, gradient_of(optimizer))
@@ -213,7 +213,7 @@ def _of_body(adapted: Adapted, body: Sequence[nn.Parameter], recipe: Training) -
         return [{"params": list(body), "lr": recipe.lr}] if body else []
     faster = {id(tensor) for name, tensor in adapted.tensors().items() if name.rpartition(".")[2] == "B"}
     if not any(id(p) in faster for p in body):
-        problem = f"`lr_ratio` is {recipe.lr_ratio:g}, and this method trains no factor B"
+        problem = f"`lr_ratio` is {recipe.lr_ratio:g}, but this method trains no factor B"
         raise UsageError(problem, hint="leave `lr_ratio` out")
     others, B = [p for p in body if id(p) not in faster], [p for p in body if id(p) in faster]
     return [{"params": others, "lr": recipe.lr}, {"params": B, "lr": recipe.lr * recipe.lr_ratio}]

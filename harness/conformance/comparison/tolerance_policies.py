@@ -220,7 +220,7 @@ def rounded_once(subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> 
 
     The error is this share. A program that rounds once more, or rounds in another way, may have a small Frobenius error.
     """
-    policy, judged = f"rounded once: share of other elements at most {DOUBLE_ROUNDED_SHARE:g} + 1 / n", []
+    policy, judged = f"rounded once: share of wrongly rounded elements at most {DOUBLE_ROUNDED_SHARE:g} + 1 / n", []
     for name, value in subject.items():
         expected = truth[name].to(value.dtype)
         off = float((value != expected).double().mean()) if value.numel() else 0.0
@@ -279,7 +279,7 @@ def rows_within(value: Tensor, truth: Tensor, draws: Iterable[Tensor], dtype: st
 
 
 def _undecidable(lost: Sequence[str], dtype: str, policy: str) -> Judgement:
-    why = f"the reference itself loses {', '.join(lost[:3])} in {dtype}"
+    why = f"the reference itself is too inaccurate for {', '.join(lost[:3])} in {dtype}"
     return Judgement(False, None, None, "", why, policy, 0, decided=False)
 
 

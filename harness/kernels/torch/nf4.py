@@ -67,7 +67,7 @@ def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
     1 or a W of integers.
     """
     if block < 1 or not W.is_floating_point():
-        raise ValueError(f"needs a block of at least 1 and a floating dtype, got {block} and {W.dtype}")
+        raise ValueError(f"NF4 needs a block of at least 1 and a floating dtype, got {block} and {W.dtype}")
     if by_triton(W) and triton_block(block):
         from harness.kernels.triton import nf4 as gpu
 
@@ -141,7 +141,7 @@ def double_quantize(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]
     result through the mean. Raises ValueError for an empty absmax or a block below 1.
     """
     if block < 1 or not absmax.numel():
-        raise ValueError(f"needs at least one absmax and a block of at least 1, got {absmax.numel()} and {block}")
+        raise ValueError(f"needs at least one absmax, and a block of at least 1, got {absmax.numel()} and {block}")
     flat = absmax.detach().reshape(-1).float()
     offset = flat.mean()
     blocks = pad(flat - offset, (0, -flat.numel() % block)).view(-1, block)

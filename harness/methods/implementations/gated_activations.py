@@ -36,7 +36,7 @@ def of_library(module: str, forward: str, backward: str, x: Tensor, *, up_first:
         return _of_torch(function, up_first=up_first)
     if not x.is_cuda and str(x.dtype).removeprefix("torch.") not in INTERPRETED:
         raise Unsupported(
-            f"Triton's interpreter, in which the activation runs, is right in {' and '.join(INTERPRETED)} only"
+            f"Triton's interpreter, which runs the activation, is correct in {' and '.join(INTERPRETED)} only"
         )
     if not x.is_cuda and "approx" in forward:
         raise Unsupported("Triton's interpreter has no libdevice.tanh")

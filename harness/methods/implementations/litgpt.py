@@ -29,7 +29,7 @@ def lora_qkv(
     if ms is not None or any(len(A) != rank for A in As):
         raise Unsupported("LoRAQKVLinear has no DoRA, and one rank for q, k and v")
     if not scalings[0]:
-        raise Unsupported("the scaling of q is 0, and those of k and v are applied relative to it")
+        raise Unsupported("the scaling of q is 0, and those of k and v must be divided by it")
     head = math.gcd(E, shared)
     heads: dict[str, Any] = {"head_size": head, "n_head": E // head, "n_query_groups": shared // head}
     with torch.device("meta"):

@@ -70,7 +70,7 @@ def lora_linear(
 ) -> Tensor:
     """Compute a layer by LoRA_W. Raises Unsupported for a dropout mask, since LoRA_W draws its own."""
     if mask is not None:
-        raise Unsupported("LoRA_W draws its own mask")
+        raise Unsupported("LoRA_W draws its own dropout mask and takes no other")
     layer = _adapters([W], None if bias is None else [bias], [A], [B], [scaling], None)
     return in_shape_of(x, _kernels().LoRA_W.apply(in_three_dimensions(x), *layer))
 

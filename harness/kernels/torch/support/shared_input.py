@@ -25,9 +25,9 @@ GROUPS = (
 Layers are grouped by name and not by observed calls, because the first step must round like later steps.
 """
 PATIENCE = 8
-"""If this many more outputs of a layer were unused than used, the layer is no longer precomputed.
+"""Number by which a layer's unused outputs may exceed its used ones. If they exceed by more, the layer is computed alone.
 
-This happens in cross-attention. The layer is then computed alone, which may round differently.
+This happens in cross-attention. Computed alone, the output may be rounded differently.
 """
 
 

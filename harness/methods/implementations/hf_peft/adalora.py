@@ -32,7 +32,7 @@ def adalora(model: nn.Module, config: Config, generator: Generator) -> PeftAdapt
     if not 0 < config.beta1 < 1 or not 0 < config.beta2 < 1:
         raise Unsupported("peft refuses a beta of 0 or 1")
     if config.total_steps - config.tfinal == 1:
-        raise Unsupported("peft scores the steps before the last pruning only; without one it raises KeyError")
+        raise Unsupported("peft scores only steps before the last pruning; if there is none, it raises KeyError")
     peft_config = AdaLoraConfig(
         init_r=config.rank,
         target_r=config.target_rank,

@@ -47,7 +47,7 @@ class PeftLoader(Loader):
         if self.has_adapters:
             configs = [PeftConfig.from_pretrained(folder), *self.model.peft_config.values()]
             if any(config.bias != "none" for config in configs):
-                raise Unsupported("peft refuses a second adapter where one has `bias`")
+                raise Unsupported("peft refuses several adapters if one of them has `bias`")
             self.model.load_adapter(folder, name)
         else:
             self.model = PeftModel.from_pretrained(self.model, folder, adapter_name=name)

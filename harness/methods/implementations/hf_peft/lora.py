@@ -129,7 +129,7 @@ def reloaded_pissa(model: nn.Module, config: reference_pissa.Config, generator: 
 
     bases = targets(model, config.targets, ("linear", "embedding"))
     if not config.niter or any(kind_of(layer) == "embedding" for layer in bases.values()):
-        raise Unsupported("loading draws nothing without niter or with embeddings; check hf-peft instead")
+        raise Unsupported("loading draws no random numbers without niter or for embeddings; check hf-peft instead")
     weights = {layer: layer.weight.detach().clone() for layer in bases.values()}
     saved = peft_model(model, _pissa(config, bases), generator)
     with TemporaryDirectory() as folder, torch.random.fork_rng():
