@@ -25,7 +25,7 @@ NAME = "timed_call"
 
 
 class TimedCall:
-    """A call of an Operation on tensors of its own.
+    """A call of an Operation on tensors that no other code uses.
 
     backward: if true, the call also computes the gradients of all differentiable arguments, for random gradients of the
     outputs. Otherwise it runs under `torch.no_grad`.
@@ -47,7 +47,7 @@ class TimedCall:
                 self.dys.append(torch.randn(y.shape, generator=generator).to(y.device, y.dtype))
 
     def __call__(self) -> tuple[object, tuple[Tensor | None, ...]]:
-        """Return the outputs, and the gradients of the leaves."""
+        """Return the outputs, and the gradients of the leaves, which are the differentiable arguments."""
         if not self.leaves:
             with torch.no_grad():
                 return self.function(**self.arguments), ()

@@ -416,7 +416,8 @@ def test_names_that_a_parity_suite_gets_wrong_are_suggested(suites, capsys: pyte
     said = capsys.readouterr().err
     for part in (
         "no check is called 'forwards'", "did you mean `forward`?",
-        "a tolerance for 'gradient', a check that this suite does not try", "the id one is used twice", "'lora/forwards/*/*' names no check", "no file absent.py",
+        "a tolerance for 'gradient', a check that this suite does not try", "the id one is used twice",
+        "'lora/forwards/*/*' names no check", "no file absent.py",
     ):  # fmt: skip
         assert part in said, part
 
