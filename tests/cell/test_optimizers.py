@@ -141,7 +141,7 @@ def test_what_a_method_has_no_place_for_is_refused_with_a_hint() -> None:
         setting(Encoder(), "full", lr_ratio=16.0)
     galore = setting(Encoder(), "galore")["adapted"]
     for how, name in (({}, "paged-adamw-8bit"), ({"lr_ratio": 2.0}, "adamw")):
-        with pytest.raises(UsageError, match="steps by GaLore, its own"):
+        with pytest.raises(UsageError, match="GaLore, the method's own"):
             optimizers.make(galore, [], Training(steps=1, **how), name)
 
 
