@@ -10,6 +10,11 @@ def failed(record: Record) -> list[CheckResult]:
     return [check for check in record.unpassed if check.outcome is Outcome.FAIL]
 
 
+def own(record: Record) -> list[CheckResult]:
+    """Return the checks that the attempt ran itself, without those of a parity gate that it shares."""
+    return record.checks[record.gate.checks :] if record.gate and record.gate.record else record.checks
+
+
 def nonconforming(record: Record) -> bool:
     """Return whether a Record departs from its Method: its status says so, or one of its checks failed.
 

@@ -13,7 +13,7 @@ from harness.records import naming
 from harness.records.record import Cell, Record
 from harness.records.store import Run
 
-MISSING, CHANGED = "missing", "changed"
+MISSING, CHANGED, UNGATED = "missing", "changed", "ungated"
 _FOOTER = "footer.json"
 
 
@@ -36,7 +36,7 @@ class RunFacts:
 
     @cached_property
     def doubtful(self) -> dict[str, str]:
-        """Changes of the newest Record of a Cell after the run, by cell_id."""
+        """Reasons why the newest Record of a Cell does not count, by cell_id."""
         return self.run.doubtful()
 
     @cached_property
@@ -77,10 +77,14 @@ class RunFacts:
     def status(self, cell: Cell) -> str:
         """Return the status of a Cell.
 
-        It is `missing` without a Record, and `changed` if the Record was changed after the run.
+        It is `missing` without a Record, `changed` if the Record was changed after the run, and `ungated` if the Record
+        rests on the parity gate of a Record that does not count.
         """
-        record = self.latest.get(cell.cell_id)
-        return record.status.value if record else CHANGED if cell.cell_id in self.doubtful else MISSING
+        if record := self.latest.get(cell.cell_id):
+            return record.status.value
+        if cell.cell_id not in self.doubtful:
+            return MISSING
+        return UNGATED if cell.cell_id in self.run.ungated_cells() else CHANGED
 
     def why_unmeasured(self, cell: Cell) -> str:
         """Return the reason why a Cell has no measurements."""

@@ -44,6 +44,8 @@ class Parity:
     skipped: int
     unchecked: tuple[str, ...]
     """Ids of ok Records without a passed check."""
+    shared: int
+    """Number of Cells that rest on the parity gate of another Cell. The results of that gate count once."""
 
 
 @dataclass(frozen=True)
@@ -88,20 +90,23 @@ def judge(run: Run) -> RunVerdict:
     counts = Counter(record.status.value for record in latest.values())
     if missing:
         counts["missing"] = len(missing)
-    if doubtful := run.doubtful():
-        counts["changed"] = len(doubtful)
+    if ungated := run.ungated_cells():
+        counts["ungated"] = len(ungated)
+    if changed := run.doubtful().keys() - ungated:
+        counts["changed"] = len(changed)
     nonconforming = tuple(r.id for r in latest.values() if parity.nonconforming(r))
     verdict, code = _whole(run, latest, judgements, nonconforming)
     return RunVerdict(verdict, code, dict(counts), nonconforming, missing, judgements, _parity(latest))
 
 
 def _parity(latest: dict[str, Record]) -> Parity:
-    found = [check for record in latest.values() for check in record.checks if not parity.of_serving(check)]
+    found = [check for record in latest.values() for check in parity.own(record) if not parity.of_serving(check)]
     outcomes = Counter(check.outcome for check in found)
     unchecked = tuple(
         r.id for r in latest.values() if r.status is Status.OK and not any(c.outcome is Outcome.PASS for c in r.checks)
     )
-    return Parity(outcomes[Outcome.PASS], outcomes[Outcome.FAIL], outcomes[Outcome.SKIPPED], unchecked)
+    shared = sum(bool(record.gate and record.gate.record) for record in latest.values())
+    return Parity(outcomes[Outcome.PASS], outcomes[Outcome.FAIL], outcomes[Outcome.SKIPPED], unchecked, shared)
 
 
 def _judge_comparison(comparison: Comparison, run: Run, latest: dict[str, Record]) -> QuestionVerdict:
@@ -243,12 +248,14 @@ def _whole(
         return verdict(VerdictKind.NOT_RUN, ids, "no Cell was measured"), Exit.NOTHING_COMPARED
 
     missing = len(run.missing())
-    if bad or missing or run.broken or run.how != "finished":
+    ungated = len(run.ungated_cells())
+    if bad or missing or ungated or run.broken or run.how != "finished":
         return verdict(
             VerdictKind.INCONCLUSIVE,
             [r.id for r in bad],
             f"{plural(len(bad), 'Cell')} not measured ({_statuses(bad)})" if bad else "",
             f"{plural(missing, 'Cell')} without any Record" if missing else "",
+            f"{plural(ungated, 'Cell')} whose parity gate is lost" if ungated else "",
             plural(len(run.broken), "unreadable file") if run.broken else "",
             f"the run is {run.how}" if run.how != "finished" else "",
         ), Exit.INFRASTRUCTURE

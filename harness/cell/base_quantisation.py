@@ -39,13 +39,15 @@ def pack(
     dtype: torch.dtype,
     registry: Registry,
     ready: Iterable[Collection[str]] | None = None,
+    *,
+    judge: bool = True,
 ) -> PackedBase:
     """Pack the layers at `paths` in place and return their packed forms.
 
     The layers are packed one by one, so that at most one of them is in memory both as a dense and as a packed layer.
     ready: an iterator that gives some modules their weights and then yields the paths of these modules. It is None if
-    all modules already have weights. Raises UsageError if a layer is not linear. This happens before any layer is
-    packed.
+    all modules already have weights. judge: whether to keep what the parity gate needs to judge the codes. Raises
+    UsageError if a layer is not linear. This happens before any layer is packed.
     """
     paths = list(paths)
     for path in paths:
@@ -61,10 +63,10 @@ def pack(
     for filled in ready or [paths]:
         for path in (path for path in paths if path in filled):
             layer = model.get_submodule(path)
-            if small:
+            if small and judge:
                 found.expected[path] = ExpectedCodes.of(layer)
             found.forms[path] = PackedLayer(*packs(model, [path], dtype)[path])
-            if not small:
+            if not small and judge:
                 packed: Any = model.get_submodule(path)
                 found.judged[path] = judge_in_pieces(found.forms[path], layer, packed.bias)
             count += layer.weight.numel()

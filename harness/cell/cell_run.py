@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from harness.cell.job import Emit, Job
+from harness.cell.job import Emit, Job, KnownGate
 from harness.cell.measure.memory import PeakMeter
 from harness.cell.measure.phases import PhaseClock
 from harness.cell.outcomes import NonconformingError
@@ -15,7 +15,7 @@ from harness.conformance.findings.summary import describe
 from harness.conformance.subject import DTYPES
 from harness.methods.registry import Registry
 from harness.records.imported import LossAgreement
-from harness.records.record import Cell, CheckResult, Note, Outcome
+from harness.records.record import Cell, CheckResult, Gate, Note, Outcome
 
 
 @dataclass
@@ -30,6 +30,10 @@ class CellRun:
     """Function that reports progress to the runner."""
     baseline_B: int
     """Memory of the process before it loads the model, in bytes."""
+    gate_key: str = ""
+    """Key of the Cell's parity gate, see `harness.cell.gate_key`. Empty if the Cell never shares its gate."""
+    gate: Gate | None = None
+    """The parity gate, once it has ended."""
     checks: list[CheckResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     typed_notes: list[Note] = field(default_factory=list)
@@ -54,6 +58,12 @@ class CellRun:
     def dtype(self) -> torch.dtype:
         """The dtype of the base."""
         return DTYPES[self.cell.dtype]
+
+    @property
+    def known_gate(self) -> KnownGate | None:
+        """The gate of an earlier Cell that this Cell rests on. None if it takes its own."""
+        known = self.job.known_gate
+        return known if known is not None and known.key == self.gate_key else None
 
     def require(self, results: Sequence[CheckResult]) -> None:
         """Store the results of checks. Raises NonconformingError if a check failed."""

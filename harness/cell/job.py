@@ -45,6 +45,17 @@ class ImportedAdapter(FrozenModel):
     """Origin of the adapter."""
 
 
+class KnownGate(FrozenModel):
+    """The parity gate that an earlier Cell of the run has taken. A Cell with the same key rests on it."""
+
+    key: str
+    """See `Gate.key`."""
+    record: str
+    """The Record of the earlier Cell, as `cell_id.attempt`."""
+    because: str = ""
+    """Reason why the gate failed. Empty if it passed."""
+
+
 class Job(FrozenModel):
     """One attempt at one Cell."""
 
@@ -73,6 +84,8 @@ class Job(FrozenModel):
     """UUID of the GPU that only this Cell uses; empty on a CPU, or if the batch system assigns a GPU."""
     imported: ImportedAdapter | None = None
     """The adapter that is loaded. None for a Cell that trains, or that evaluates the base."""
+    known_gate: KnownGate | None = None
+    """A gate that the Cell may rest on. None if it must take its own."""
 
     def record(self, *, notes: Sequence[str] = (), **outcome: Any) -> Record:
         """Return the Record of this attempt. outcome: values of the fields that the job does not determine."""

@@ -15,6 +15,7 @@ from harness.cell.cell_run import CellRun
 from harness.cell.data import CellData, RandomData
 from harness.cell.job import Job
 from harness.cell.measure import checkpoint_size, latency, multi_adapter_latency
+from harness.cell.outcomes import NonconformingError
 from harness.cell.serving import phase as serving
 from harness.cell.training import model as models
 from harness.cell.training import random_model
@@ -26,12 +27,12 @@ from harness.conformance.cell_gate import parity_gate
 from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.observations import inference
 from harness.conformance.findings.summary import describe
-from harness.conformance.subject import Original, Subject, initial_tensors
+from harness.conformance.subject import Original, Subject, initial_tensors, load_start
 from harness.methods import experts
 from harness.methods.peft_config import UNREFERENCED
 from harness.process.out_of_memory import shortage
 from harness.records.cost import Checkpoint, Energy
-from harness.records.record import Latency, Measurements, Note, NoteKind, Outcome, Predicted
+from harness.records.record import CheckResult, Gate, Latency, Measurements, Note, NoteKind, Outcome, Predicted
 
 Predict = Callable[[Job, list[Batch]], Predicted | str]
 """A function that predicts the memory of a Cell from its job and its training batches. It returns the prediction, or
@@ -46,8 +47,9 @@ class Attached:
     subject: Subject
     logits: Callable[[], Tensor]
     """Function that returns the adapted model's logits on the probe texts, in inference mode."""
-    base_logits: Tensor
-    """The logits of the same texts before the adapter was attached. They are deleted after the parity gate."""
+    base_logits: Tensor | None
+    """The logits of the same texts before the adapter was attached. They are deleted after the parity gate. None if the
+    Cell rests on the gate of an earlier one."""
     start: dict[str, Tensor]
     """Name of each trained tensor -> copy of its initial value."""
 
@@ -137,7 +139,8 @@ def _quantise(run: CellRun, loaded: models.Loaded, paths: list[str]) -> base_qua
         return base_quantisation.PackedBase()
     with run.clock.phase("quantise"):
         ready = random_model.drawn(model, run.device) if run.job.model.source.scheme == "shape" else None
-        packed = base_quantisation.pack(model, paths, base, run.dtype, run.registry, ready)
+        judge = run.known_gate is None
+        packed = base_quantisation.pack(model, paths, base, run.dtype, run.registry, ready, judge=judge)
         if ready is not None:
             loaded.head.update(draw_head(model, loaded.head, run.cell.seed))
     run.notes.append(packed.note)
@@ -153,8 +156,8 @@ def _attach(
         model.eval()
         bases = {path: model.get_submodule(path) for path in paths}
         logits = inference(model, data.logits)
-        base_logits = logits()
-        own, original = list(model.parameters()), Original.of(model)
+        base_logits, original = (logits(), Original.of(model)) if run.known_gate is None else (None, Original(None))
+        own = list(model.parameters())
         implementation = run.registry.find("method", cell.method, cell.implementation)
         start = initial_tensors(cell.method, bases, config, torch.Generator().manual_seed(cell.seed))
         adapted = implementation(model, config, torch.Generator().manual_seed(cell.seed))
@@ -179,24 +182,37 @@ def _attach(
 def _check_parity(run: CellRun, attached: Attached, data: Data) -> None:
     """Compare the adapted model with the reference. Then free the data that only this comparison needs.
 
-    An imported adapter is compared as it is, by the logits of the whole model. Raises NonconformingError if model and
-    reference differ.
+    If the gate of an earlier Cell is known, its verdict counts. Raises NonconformingError if model and reference differ.
     """
-    subject, base = attached.subject, run.cell.base
-    provider = f"{base.quantization} by {base.implementation}" if base.quantization != "none" else ""
-    imported = run.job.imported
+    subject = attached.subject
     with run.clock.phase("parity"):
-        run.require(
-            list(imported_adapter.checks(run, subject.model, Path(imported.folder), data)) if imported else
-            parity_gate.gate(
-                subject, run.cell.seed, attached.logits, attached.base_logits,
-                start=attached.start, forward=data.logits, base=provider,
-            )
-        )  # fmt: skip
+        if known := run.known_gate:
+            run.gate = Gate(key=known.key, record=known.record)
+            if known.because:
+                raise NonconformingError(f"{known.because} (the gate of Record {known.record})")
+            load_start(subject.adapted, attached.start)
+        else:
+            results = _gate(run, attached, data)
+            run.gate = Gate(key=run.gate_key, checks=len(results)) if run.gate_key else None
+            run.require(results)
     # Memory is measured from here on. Only the parity gate needed the copy and the codes.
     subject.original = Original(None)
     del attached.base_logits
     subject.expected_codes.clear()
+
+
+def _gate(run: CellRun, attached: Attached, data: Data) -> list[CheckResult]:
+    """Take the parity gate, and return the results of its checks.
+
+    An imported adapter is compared as it is, by the logits of the whole model.
+    """
+    subject, base = attached.subject, run.cell.base
+    if imported := run.job.imported:
+        return list(imported_adapter.checks(run, subject.model, Path(imported.folder), data))
+    return parity_gate.gate(
+        subject, run.cell.seed, attached.logits, attached.base_logits, start=attached.start, forward=data.logits,
+        base=f"{base.quantization} by {base.implementation}" if base.quantization != "none" else "",
+    )  # fmt: skip
 
 
 def _offload(run: CellRun, subject: Subject) -> OffloadedWeights:

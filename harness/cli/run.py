@@ -46,6 +46,10 @@ class _RunCommand(click.Command):
 )  # fmt: skip
 @options.strict
 @click.option(
+    "--own-gates", is_flag=True,
+    help="Let every Cell take its own parity gate, instead of that of an earlier Cell with the same code.",
+)  # fmt: skip
+@click.option(
     "--jobs", type=click.IntRange(1, 10_000), metavar="N",
     help="Cells to run at the same time.  [default: 1 with local; else as many as the cluster has room for]",
 )  # fmt: skip

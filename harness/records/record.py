@@ -24,6 +24,7 @@ from harness.records.base_model import Seconds as Seconds
 from harness.records.check import CheckResult as CheckResult
 from harness.records.check import Outcome as Outcome
 from harness.records.cost import GpuPhase
+from harness.records.gate import Gate as Gate
 from harness.records.imported import Imported as Imported
 from harness.records.measured import Accuracy as Accuracy
 from harness.records.measured import Item as Item
@@ -329,7 +330,10 @@ class Record(FrozenModel):
     phases: list[Phase] = []
     """Phases of the attempt, in order."""
     checks: list[CheckResult] = []
-    """Results of the checks."""
+    """Results of the checks. If the attempt rests on the parity gate of another Record, that Record has the gate's."""
+    gate: Gate | None = None
+    """The parity gate that the attempt rests on. None in older Records, for a Cell that never shares its gate, and if the
+    gate did not end."""
     measurements: Measurements | None = None
     """Everything that was measured. None unless the status is `ok`."""
     failure: Failure | None = None

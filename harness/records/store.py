@@ -25,7 +25,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from harness.errors import StoreError, UsageError
-from harness.records import collection
+from harness.records import collection, gate
 from harness.records.base_model import mistake
 from harness.records.files import sha256, write_atomic
 from harness.records.manifest import Footer, Manifest
@@ -100,6 +100,9 @@ class Run:
     changed: dict[str, str] = field(default_factory=dict)
     """Paths of files that were changed, removed or added after the run, each with what happened to it. Records in such
     files do not count."""
+    ungated: dict[str, str] = field(default_factory=dict)
+    """Paths of Records that rest on the parity gate of a Record that is missing, unreadable or changed, each with the name
+    of that Record. They do not count."""
 
     @property
     def how(self) -> str:
@@ -113,22 +116,32 @@ class Run:
         return {i: newest[i] for i in ids if i in newest and i not in doubtful}
 
     def doubtful(self) -> dict[str, str]:
-        """Return the Cells whose newest Record was changed, removed or added after the run: cell_id -> what happened.
+        """Return the Cells whose newest Record does not count: cell_id -> the reason.
 
-        An older Record of such a Cell must not be used instead.
+        It was changed, removed or added after the run, or it lost its parity gate. An older Record of such a Cell must
+        not be used instead.
         """
-        newest = self._newest
-        found = {}
-        for name, what in self.changed.items():
-            cell_id, _, attempt = Path(name).stem.partition(".")
-            if attempt.isdecimal() and (cell_id not in newest or newest[cell_id].attempt < int(attempt)):
-                found[cell_id] = f"{name} {what}"
-        return found
+        reasons = self.changed | self.ungated
+        return {cell_id: f"{name} {reasons[name]}" for cell_id, name in self._not_counted.items()}
+
+    def ungated_cells(self) -> set[str]:
+        """Return the Cells in `doubtful` whose newest Record lost its parity gate."""
+        return {cell_id for cell_id, name in self._not_counted.items() if name in self.ungated}
 
     def missing(self) -> list[str]:
         """List the expected cell_ids without any Record."""
         have = self._newest.keys() | self.doubtful().keys()
         return [cell.cell_id for cell in self.manifest.cells if cell.cell_id not in have]
+
+    @cached_property
+    def _not_counted(self) -> dict[str, str]:
+        """Map the cell_id of each Cell whose newest Record does not count to the path of this Record."""
+        newest, found = self._newest, dict[str, str]()
+        for name in (*self.changed, *self.ungated):
+            cell_id, _, attempt = Path(name).stem.partition(".")
+            if attempt.isdecimal() and (cell_id not in newest or newest[cell_id].attempt < int(attempt)):
+                found[cell_id] = name
+        return found
 
     @cached_property
     def _newest(self) -> dict[str, Record]:
@@ -304,8 +317,9 @@ def read_run(path: Path) -> Run:
         except StoreError as error:
             broken[_FOOTER] = f"{error.what}: {error.hint}"
     changed = _changed(path, records, broken, complete=footer is not None)
-    whole = tuple(record for record in records if f"cells/{record.id}.json" not in changed)
-    return Run(path, manifest, whole, footer, broken, changed)
+    whole, ungated = gate.shared(record for record in records if f"cells/{record.id}.json" not in changed)
+    lost = {f"cells/{record_id}.json": why for record_id, why in ungated.items()}
+    return Run(path, manifest, tuple(whole), footer, broken, changed, lost)
 
 
 def _record_files(path: Path) -> list[Path]:

@@ -85,6 +85,8 @@ def _checks(facts: RunFacts, record: Record) -> Section:
     elif shares:
         share, check = max(shares)
         summary += f"; largest error: {check}, {share:.2g} times what is allowed"
+    if record.gate and record.gate.record:
+        summary += f"; gate of {record.gate.record}"
     word = "fail" if failed else "pass" if counts[Outcome.PASS] else "not-run"
     failed_first = sorted(record.checks, key=lambda c: c.outcome is not Outcome.FAIL)
     return {

@@ -9,6 +9,7 @@ from harness.analysis import divergence, failed_checks, metrics
 from harness.analysis.grouping import group
 from harness.analysis.run_facts import RunFacts
 from harness.console import align_columns
+from harness.errors import plural
 from harness.records.notes import notes_of_kind
 from harness.records.record import NoteKind, Status
 from harness.report import first_screen, sections, served, tables
@@ -38,7 +39,8 @@ def summary(f: RunFacts) -> list[str]:
     )
     lines += [f"! {note}: {', '.join(names)}" for note, names in unreached.items()]
     p = f.verdict.parity
-    lines.append(f"parity: {p.passed} checks passed, {p.failed} failed, {p.skipped} skipped")
+    shared = f"; {plural(p.shared, 'Cell')} with the gate of another" if p.shared else ""
+    lines.append(f"parity: {p.passed} checks passed, {p.failed} failed, {p.skipped} skipped{shared}")
     lines += [
         f"failed: {f.titles[r.cell_id]}: {sections.check_sentence(c)}"
         for r in f.latest.values()
@@ -48,6 +50,7 @@ def summary(f: RunFacts) -> list[str]:
     if f.run.how != "finished":
         lines.append(f"incomplete: this run {f.unfinished()}")
     lines += [f"changed: {name} {what}, and does not count" for name, what in f.run.changed.items()]
+    lines += [f"ungated: {name} {what}, and does not count" for name, what in f.run.ungated.items()]
     lines += [f"missing: {f.titles[i]} ({i})" for i in f.verdict.missing]
     lines += [f"unreadable: {name}: {why}" for name, why in f.run.broken.items()]
     v = f.verdict.verdict

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.analysis.run_facts import CHANGED
+from harness.analysis.run_facts import CHANGED, UNGATED
 from harness.analysis.verdict_kind import VerdictKind
 from harness.conformance.findings.outcomes import CheckStatus
 from harness.records.record import Status
@@ -15,6 +15,7 @@ TONES: dict[str, str] = {
     Status.SKIPPED: "quiet",
     CheckStatus.UNSUPPORTED: "quiet",
     CHANGED: "bad",
+    UNGATED: "bad",
 }
 ICONS = {"good": "✓", "bad": "✗", "open": "?", "quiet": "–"}
 

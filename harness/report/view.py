@@ -120,6 +120,9 @@ def _alerts(f: RunFacts) -> list[dict[str, Any]]:
         "Changed after the run, and not counted (move a Record out of cells/, and --resume measures its Cell again):": [
             f"{name} {what}" for name, what in f.run.changed.items()
         ],
+        "Without a parity gate, and not counted (--resume measures these Cells again):": [
+            f"{name} {what}" for name, what in f.run.ungated.items()
+        ],
         "Measured, although a check failed; speeds of what failed are not shown:": [
             f"{f.titles[r.cell_id]}: {sections.check_sentence(c)}"
             for r in latest
@@ -159,6 +162,8 @@ def _parity_summary(f: RunFacts) -> dict[str, Any]:
     text = f"{p.passed:,} checks passed, {p.failed:,} failed, {p.skipped:,} skipped."
     if n := len(p.unchecked):
         text += f" {plural(n, 'measured Cell')} passed no check."
+    if p.shared:
+        text += f" {plural(p.shared, 'Cell')} with the gate of another Cell."
     return {"text": text, "unchecked": links.sources(f, p.unchecked)}
 
 

@@ -19,6 +19,7 @@ from harness.analysis.comparison.reproducibility import possible_reruns
 from harness.analysis.run_facts import analyse
 from harness.assets import fetch
 from harness.assets.table import Source, resolve
+from harness.cell import gate_key
 from harness.cell.job import Asset, ImportedAdapter, Job, JobTask, used
 from harness.console import print_lines
 from harness.errors import Exit, HarnessError, Problem, StoreError, SuiteError, UsageError
@@ -33,6 +34,7 @@ from harness.runner.cell_environments import CellEnvironment
 from harness.runner.executors.executor import Device, Executor
 from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
+from harness.runner.shared_gates import SharedGates
 from harness.suites import loader, model_checks
 from harness.suites.expand import Plan, select
 from harness.suites.suite import Suite
@@ -73,11 +75,13 @@ def run_suite(
     strict: bool = False,
     executor: Executor | None = None,
     imported: ImportedAdapter | None = None,
+    own_gates: bool = False,
 ) -> Exit:
     """Run a suite, write its report, print the summary on stdout, and return the exit code.
 
     suite_name: name or path, or the suite itself. executor: runs the Cells. By default, they run one at a time on this
-    machine. imported: the adapter of the Cells whose config has the hash of an adapter.
+    machine. imported: the adapter of the Cells whose config has the hash of an adapter. own_gates: every Cell takes its own
+    parity gate.
     """
     times = _Times()
     suite = suite_name if isinstance(suite_name, Suite) else loader.load(suite_name)
@@ -95,14 +99,20 @@ def run_suite(
         homes = cell_environments.ensure(plan.cells, progress.print)
         model_checks.check_models(suite, plan)  # again, since all models are on this machine now
         times.lap("fetch")
+        gates = SharedGates(own=own_gates)
         if old:
-            folder, run_id, done = _reopen(old, here, homes, assets, chosen, progress, is_remote=entered.is_remote)
+            folder, run_id, done, earlier = _reopen(
+                old, here, homes, assets, chosen, progress, is_remote=entered.is_remote
+            )
+            gates.add_passed((_gate_key(assets, record, chosen), record) for record in earlier)
         else:
             folder, run_id, done = _open(suite, plan, here, out, progress, stack)
         times.lap("scheduling")
         with _errors_name(folder):
             servers = cell_environments.server_pythons(plan.cells)
-            session = _Session(plan, assets, homes, servers, done, folder, run_id, chosen, times, progress, imported)
+            session = _Session(
+                plan, assets, homes, servers, done, folder, run_id, chosen, times, progress, imported, gates
+            )
             run = _measure(session, entered, RunContext(folder, here, timeout, lambda: times.lap("imports")))
             progress.close()
             return _report(run, strict=strict)
@@ -126,6 +136,7 @@ class _Session:
     progress: Progress
     imported: ImportedAdapter | None
     """The adapter of the Cells whose config has the hash of an adapter."""
+    gates: SharedGates
 
     def jobs(self) -> Iterator[Job]:
         """Yield one job per Cell that is not done. The executor takes a job only when it can run another Cell."""
@@ -144,6 +155,7 @@ class _Session:
                 server_python=self.servers.get(cell.serve, ""),
                 imported=self.imported if ADAPTER_SHA256 in cell.config else None,
             )  # fmt: skip
+            job = job.model_copy(update={"known_gate": self.gates.known(job)})
             self.times.lap("scheduling")
             yield job
 
@@ -157,6 +169,7 @@ def _measure(session: _Session, executor: Executor, context: RunContext) -> stor
         with contextlib.closing(executor.run(session.jobs(), context, progress)) as records:
             for record in records:
                 measured.add(record.cell_id)
+                session.gates.add(_gate_key(session.assets, record, session.device), record)
                 session.times.lap(_IN_CELLS)
                 progress.end(record)
                 session.times.lap("scheduling")
@@ -176,6 +189,14 @@ def _measure(session: _Session, executor: Executor, context: RunContext) -> stor
             f"{footer.kept} of them were measured earlier"
         )
     return run
+
+
+def _gate_key(assets: CellAssets, record: Record, device: Device) -> str:
+    """Return the key of the parity gate of a Record, or an empty string if the Record is of no Cell of this plan."""
+    if record.cell_id not in assets:
+        return ""
+    model, _, task = assets[record.cell_id]
+    return gate_key.of_cell(record.cell, model, task, device)
 
 
 @contextlib.contextmanager
@@ -246,8 +267,8 @@ def _find_old(plan: Plan, out: Path | None, resume: str | None, stack: contextli
 def _reopen(
     path: Path, here: Environment, homes: Mapping[str, CellEnvironment], assets: CellAssets, device: str,
     progress: Progress, *, is_remote: bool,
-) -> tuple[store.RunFolder, str, set[str]]:  # fmt: skip
-    """Return the folder of an old run, its id, and the ids of the Cells that need not run again.
+) -> tuple[store.RunFolder, str, set[str], tuple[Record, ...]]:  # fmt: skip
+    """Return the folder of an old run, its id, the ids of the Cells that need not run again, and the Records.
 
     A Cell need not run again if its newest Record is `ok` and was made under the same conditions: machine, code,
     device, data and plug-in. is_remote: whether the Cells run on other machines. If so, the software must be the same,
@@ -271,7 +292,7 @@ def _reopen(
         and (record.provider is None or name or _is_installed(record.provider))
         and record.assets == used(*assets[record.cell_id])
     }
-    return folder, old.manifest.run, done
+    return folder, old.manifest.run, done, old.records
 
 
 def _is_of(record: Record, here: Environment, *, is_remote: bool) -> bool:

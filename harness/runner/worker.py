@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.cell import gate_key
 from harness.cell.job import Emit, Job
 from harness.cell.outcomes import CellOutcomeError
 from harness.cell.training import bypassed_layers
@@ -78,6 +79,7 @@ def attempt(job: Job, emit: Emit) -> Record:
             outcome |= {"status": Status.SKIPPED, "because": missing}
         else:
             run, versions = _prepare(job, registry, emit, threads)
+            run.gate_key = gate_key.of_process(job, outcome["provider"], environment.describe(threads))
             facts = {**versions, **facts}
             peak = run.meter.peak() if run.meter.source == "VmHWM" else None
             start_up = Phase(name="start-up", seconds=age(), peak_memory_B=peak, end_memory_B=run.baseline_B)
@@ -92,7 +94,7 @@ def attempt(job: Job, emit: Emit) -> Record:
             outcome["failure"] = _failure(error, run)
     if run:
         outcome |= {"phases": run.clock.done, "checks": run.checks, "notes": run.notes}
-        outcome |= {"typed_notes": run.typed_notes, "layers": run.layers}
+        outcome |= {"typed_notes": run.typed_notes, "layers": run.layers, "gate": run.gate}
         if job.imported:
             outcome["imported"] = job.imported.facts.model_copy(update={"loss": run.loss_agreement})
     described = environment.describe(threads, {**facts, "variables": environment.thread_variables()})

@@ -30,7 +30,7 @@ def gate(
     subject: Subject,
     seed: int,
     run_model: Callable[[], Tensor],
-    base_output: Tensor,
+    base_output: Tensor | None,
     *,
     start: Mapping[str, Tensor] | None = None,
     forward: Callable[[nn.Module], Tensor] | None = None,

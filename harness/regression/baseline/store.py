@@ -150,7 +150,7 @@ def _unfit(run: Run) -> Iterator[Problem]:
     for file, why in run.broken.items():
         if file != "footer.json":
             yield Problem(f"cells/{file}", why, "move the file away and --resume the run")
-    for file, what in run.changed.items():
+    for file, what in (run.changed | run.ungated).items():
         yield Problem(file, what, "restore the file of the run, or run the suite again")
     for file in run.footer.sha256 if run.footer else ():
         if not _OF_A_RUN.fullmatch(file):

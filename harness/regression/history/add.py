@@ -124,7 +124,7 @@ def _rows(run: Run, night: Night, added: Added) -> Iterator[AttemptRow]:
 def _note_problems(run: Run, added: Added) -> None:
     """Note in `added` which parts of a run do not count, with the reasons."""
     problems = [f"{name}: {why}" for name, why in run.broken.items()]
-    problems += [f"{name} {what}" for name, what in run.changed.items()]
+    problems += [f"{name} {what}" for name, what in (run.changed | run.ungated).items()]
     problems += [f"{cell_id} has no Record" for cell_id in run.missing()]
     added.left_out += [f"left out: {run.path}: {problem}" for problem in problems]
     unsealed = run.footer is not None and not run.footer.sha256
@@ -133,7 +133,7 @@ def _note_problems(run: Run, added: Added) -> None:
         added.left_out.append(f"{run.path}: {what}")
     if run.changed:
         added.findings.add(Exit.FAIL)
-    if run.broken or run.missing() or unsealed:
+    if run.broken or run.ungated or run.missing() or unsealed:
         added.findings.add(Exit.INFRASTRUCTURE)
 
 

@@ -19,6 +19,7 @@ from harness.analysis.metrics import Metric
 from harness.records.base_model import meaning
 from harness.records.check import CheckResult
 from harness.records.cost import Checkpoint, Energy, GpuPhase, GpuState
+from harness.records.gate import Gate
 from harness.records.memory import Memory, Predicted
 from harness.records.record import (
     Accuracy,
@@ -154,6 +155,9 @@ def _cells() -> tuple[Column, ...]:
     after = (
         Column("no_speed", TEXT, "", "Reason why no speed may be shown: a check failed, or there is no reference"),
         Column("busy", TEXT, "", "Evidence that the steps waited for a CPU in use by other programs"),
+        replace(
+            _field("gate_record", Gate, "record"), meaning="Record whose parity gate this attempt rests on; NA: its own"
+        ),
         replace(_field("notes", Record, "notes"), meaning=f"{meaning(Record, 'notes')}; a list, as JSON"),
         Column("started", TIME, "", "Start of the attempt"),
         *duration,

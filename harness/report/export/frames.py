@@ -95,7 +95,7 @@ def _cell(record: Record) -> tuple[str, str]:
 
 def _left_out(run: store.Run) -> list[str]:
     names = naming.full(run.manifest.cells)
-    sentences = [f"{name} {what}, and does not count" for name, what in run.changed.items()]
+    sentences = [f"{name} {what}, and does not count" for name, what in (run.changed | run.ungated).items()]
     sentences += [f"{name} cannot be read: {why}" for name, why in run.broken.items()]
     sentences += [f"{names[i]} ({i}) has no Record" for i in run.missing()]
     return [f"{run.path}: {sentence}" for sentence in sentences]

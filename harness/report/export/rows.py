@@ -45,6 +45,7 @@ def cell(record: Record, label: str, *, latest: bool) -> ExportRow:
         **_fields("evaluation.", it.evaluation, Evaluation.model_fields),
         **_measured(record),
         **{metric.column: metric.value(record) for metric in metrics.METRICS if metric.column},
+        "gate_record": record.gate.record if record.gate else None,
         "notes": json.dumps(record.notes, ensure_ascii=False) if record.notes else None,
         "started": record.started,
         **_phases(record),

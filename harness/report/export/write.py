@@ -50,7 +50,7 @@ def export(names: Sequence[str], form: Format, out: Path | None = None) -> Exit:
         print_lines([f"{path}: {len(frame)} rows, {len(frame.columns)} columns"])
     if changed:
         return Exit.FAIL
-    return Exit.INFRASTRUCTURE if any(run.broken or run.missing() for run in runs) else Exit.PASS
+    return Exit.INFRASTRUCTURE if any(run.broken or run.ungated or run.missing() for run in runs) else Exit.PASS
 
 
 def _require_pyarrow() -> None:

@@ -1,0 +1,164 @@
+"""Cells whose parity gate cannot differ share one: which Cells, what their Records say, and what is taken anew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.cell import gate_key
+from harness.cell.job import Asset, JobTask
+from harness.errors import Exit
+from harness.records.record import AssetUse, Base, Cell, Evaluation, Provider, Record, Status, Training
+from support import recorded_run
+from support.sandbox import ForkSandbox, Sandbox
+from support.stub_attempts import SOURCE
+
+CELL = recorded_run.cells()["fused"]
+USE = AssetUse(name="m", source="s", sha256="a" * 64)
+
+
+def key(cell: Cell = CELL, sha256: str = "a" * 64, device: str = "cpu", labels: int = 2, data: str = "d") -> str:
+    asset = Asset(path="/nowhere", source=SOURCE, use=USE.model_copy(update={"sha256": sha256}))
+    task = JobTask(
+        name="t", spec={}, labels=labels, test=1, shuffle_seed=0, use=USE.model_copy(update={"sha256": data})
+    )
+    return gate_key.of_cell(cell, asset, task, device)
+
+
+def changed(**fields: Any) -> Cell:
+    return CELL.model_copy(update=fields)
+
+
+def trained(**fields: Any) -> Cell:
+    return changed(training=Training(**{**CELL.training.model_dump(), **fields}))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        changed(seed=7),
+        changed(task="other-task"),
+        changed(optimizer="adamw-8bit"),
+        changed(evaluation=Evaluation(items=3, latency=False)),
+        *(trained(**one) for one in ({"lr": 1.0}, {"steps": 2}, {"warmup": 1}, {"batch": 2}, {"loop": "trl"})),
+    ],
+    ids=lambda cell: cell.cell_id,
+)
+def test_what_only_chooses_the_numbers_shares_a_gate(other: Cell) -> None:
+    assert key(other) == key()
+    assert key(data="other data") == key()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        key(changed(method="dora")),
+        key(changed(implementation="hf-peft")),
+        key(changed(config={"rank": 4, "alpha": 16})),
+        key(changed(base=Base(quantization="nf4", implementation="fused"))),
+        key(changed(dtype="bfloat16")),
+        key(changed(environment="peft==0.19.1")),
+        key(trained(max_tokens=512)),
+        key(sha256="b" * 64),
+        key(device="cuda"),
+        key(labels=3),
+    ],
+)
+def test_what_chooses_the_code_has_its_own_gate(other: str) -> None:
+    assert other not in ("", key())
+
+
+def test_a_compiled_model_and_an_imported_adapter_never_share() -> None:
+    assert key(trained(compile=True)) == ""
+    assert key(changed(config={"adapter_sha256": "0" * 64})) == ""
+
+
+def test_software_threads_and_variables_are_part_of_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from support.stub_attempts import Stubbed
+
+    (job,) = Stubbed(tmp_path, 1).works()
+    here, by = recorded_run.environment(), Provider(distribution="d", version="1")
+    usual = gate_key.of_process(job, by, here)
+    assert usual == gate_key.of_process(job.model_copy(update={"attempt": 2, "launched": 1.0}), by, here)
+    others = [
+        gate_key.of_process(job, by, here.model_copy(update={field: value}))
+        for field, value in (("id", "other"), ("code_version", "other"), ("threads", 1))
+    ]
+    others.append(gate_key.of_process(job, by.model_copy(update={"version": "2"}), here))
+    monkeypatch.setenv("PEFT_HARNESS_COMPILE", "0")
+    others.append(gate_key.of_process(job, by, here))
+    assert len({usual, *others}) == 6
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def by_seed(sandbox: Sandbox) -> dict[int, Record]:
+    return {record.cell.seed: record for record in sandbox.read().latest().values()}
+
+
+def rests_on(record: Record) -> str | None:
+    return record.gate.record if record.gate else None
+
+
+def numbers(record: Record) -> dict[str, Any]:
+    """Return what does not depend on time: losses, scores, parameters, files and counted bytes."""
+    assert record.measurements is not None, record.because
+    found = record.measurements.model_dump(mode="json", exclude={"latency", "energy"})
+    for name in ("step_seconds", "cpu_seconds", "outside_seconds"):
+        found["training"].pop(name, None)
+    found["memory"].pop("baseline_B")  # of the process
+    return found
+
+
+def test_seeds_share_a_gate_and_their_numbers_stay_the_same(fork_sandbox: ForkSandbox, tmp_path: Path) -> None:
+    suite = fork_sandbox.suite(
+        "{implementation: fused, seed: [0, 1], base: {quantization: nf4, implementation: fused}}"
+    )
+    assert fork_sandbox.command("run", suite, "--out", "run").code == Exit.PASS
+    shared = by_seed(fork_sandbox)
+    assert [rests_on(record) for record in shared.values()] == ["", f"{shared[0].cell_id}.1"]
+    assert [check.check for check in shared[0].checks] == [check.check for check in shared[1].checks]
+    written = json.loads((fork_sandbox.run_folder / "cells" / f"{shared[1].id}.json").read_text())
+    assert {check["check"].split("/")[3] for check in written["checks"]} == {"trained"}  # the others are of the gate
+    fork_sandbox.run_folder.rename(tmp_path / "shared")
+    assert fork_sandbox.command("run", suite, "--out", "run", "--own-gates").code == Exit.PASS
+    own = by_seed(fork_sandbox)
+    assert [rests_on(record) for record in own.values()] == ["", ""]
+    assert {seed: numbers(record) for seed, record in own.items()} == {s: numbers(r) for s, r in shared.items()}
+
+
+def test_a_failed_gate_is_shared_and_an_interrupted_one_is_not(fork_sandbox: ForkSandbox) -> None:
+    cells = [f"{{implementation: {name}, seed: [0, 1]}}" for name in ("wrong", "raises")]
+    finished = fork_sandbox.command("run", fork_sandbox.suite(*cells), "--out", "run")
+    assert finished.code == Exit.FAIL
+    records = list(fork_sandbox.read().latest().values())
+    wrong, raises = ([r for r in records if r.cell.implementation == name] for name in ("wrong", "raises"))
+    assert [(r.status, r.gate) for r in raises] == [(Status.ERROR, None)] * 2
+    assert [r.status for r in wrong] == [Status.NONCONFORMING] * 2
+    assert [rests_on(r) for r in wrong] == ["", wrong[0].id]
+    assert wrong[1].because == f"{wrong[0].because} (the gate of Record {wrong[0].id})"
+    # A resumed run tries the gate again.
+    fork_sandbox.command("run", fork_sandbox.suite(*cells), "--resume", "run", "--only", "implementation=wrong")
+    again = [r for r in fork_sandbox.read().latest().values() if r.cell.implementation == "wrong"]
+    assert [(r.attempt, rests_on(r)) for r in again] == [(2, ""), (2, again[0].id)]
+
+
+def test_a_resumed_run_knows_the_gates_and_takes_a_lost_one_anew(fork_sandbox: ForkSandbox) -> None:
+    suite = fork_sandbox.suite("{implementation: reference, seed: [0, 1, 2]}")
+    assert fork_sandbox.command("run", suite, "--out", "run").code == Exit.PASS
+    first, second, _ = (record.id for record in by_seed(fork_sandbox).values())
+    cells = fork_sandbox.run_folder / "cells"
+    (cells / f"{second}.json").unlink()
+    assert fork_sandbox.command("run", suite, "--resume", "run").code == Exit.PASS
+    kept = {0: (1, ""), 1: (2, first), 2: (1, first)}
+    assert {seed: (r.attempt, rests_on(r)) for seed, r in by_seed(fork_sandbox).items()} == kept
+    (cells / f"{first}.json").unlink()
+    finished = fork_sandbox.command("run", suite, "--resume", "run")
+    assert finished.err.count(f"rests on the parity gate of Record {first}, which is missing or was changed") == 2
+    found = by_seed(fork_sandbox)
+    again = found[0].id
+    assert {seed: (r.attempt, rests_on(r)) for seed, r in found.items()} == {0: (2, ""), 1: (3, again), 2: (2, again)}
