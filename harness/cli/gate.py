@@ -31,6 +31,12 @@ def _option(form: str, *names: str, **settings: Any) -> Callable[[_C], _C]:
     return click.option(*names, cls=_OptionOf, form=form, **settings)
 
 
+def _variables(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    if wrong := [value for value in values if "=" not in value.lstrip("=")]:
+        raise click.BadParameter(f"{wrong[0]!r} is not NAME=VALUE")
+    return values
+
+
 def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     """Return the size that an option gives, in bytes. Without a value, return None.
 
@@ -96,6 +102,14 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
 @_option(
     "--pairs", "--seed", type=click.IntRange(0), metavar="S",
     help="Random seed of the order of the runs.  [default: random, and printed]",
+)  # fmt: skip
+@_option(
+    "--pairs", "--old-variable", "old_variables", multiple=True, metavar="NAME=VALUE", callback=_variables,
+    help=f"Environment variable of OLD's processes, e.g. for `--pairs . .`. {options.AGAIN}",
+)  # fmt: skip
+@_option(
+    "--pairs", "--new-variable", "new_variables", multiple=True, metavar="NAME=VALUE", callback=_variables,
+    help=f"Environment variable of NEW's processes. {options.AGAIN}",
 )  # fmt: skip
 @_option("--pairs", "--no-canary", is_flag=True, help="Do not run a Cell of OLD against itself.")
 @options.strict

@@ -27,7 +27,7 @@ from harness.conformance.subject import DTYPES
 from harness.console import print_json, print_lines, print_note
 from harness.errors import Exit
 from harness.methods.registry import Implementation
-from harness.methods.spec import methods
+from harness.methods.spec import method_info, methods
 from harness.process import forks
 from harness.records.environment import physical_cores
 
@@ -153,7 +153,7 @@ def _scaled(target: str, error: float) -> Implementation | None:
         if name is None:
             return None
         return replace(right, function=lambda **given: right.function(**given | {name: given[name] * (1 + error)}))
-    if "alpha" not in methods()[target].fields:
+    if "alpha" not in method_info(target).fields:
         return None
 
     def attach(model: nn.Module, config: Any, generator: torch.Generator) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from harness.methods import checksums
 from harness.methods.peft_config import UNREFERENCED, AdapterConfig
-from harness.methods.spec import Adapted, methods
+from harness.methods.spec import Adapted, method_info
 from harness.records.record import ADAPTER_SHA256
 from reference.operations import nf4
 from reference.shared.layers import KINDS, dense_weight, targets
@@ -213,7 +213,7 @@ class Subject:
 
     def _build_reference(self, path: str, dtype: str) -> ReferenceLayer:
         alone = nn.Sequential(OrderedDict(layer=self.dense_base(path, DTYPES[dtype])))
-        replaced = all(f"{path}.{name}" in self.state() for name in methods()[self.method].spec.start_from_weight)
+        replaced = all(f"{path}.{name}" in self.state() for name in method_info(self.method).spec.start_from_weight)
         config = _quick_start(self.method, self.config) if replaced else self.config
         adapted = attach_reference(self.method, alone, config, ("layer",), torch.Generator().manual_seed(0))
         return ReferenceLayer(adapted.layers["layer"], _select("layer", adapted.tensors()), adapted)
@@ -288,11 +288,8 @@ def initial_tensors(
         return {}
     tensors = started.tensors()
     own = {id(p) for base in bases.values() for p in base.parameters()}
-    rest = {
-        name: t
-        for name, t in started.state().items()
-        if name.rpartition(".")[2] in methods()[method].spec.start_from_weight
-    }
+    from_weight = method_info(method).spec.start_from_weight
+    rest = {name: t for name, t in started.state().items() if name.rpartition(".")[2] in from_weight}
     large = sum(t.numel() for t in (*tensors.values(), *rest.values())) > LARGEST_COPY
     if large and rest:
         return {}
@@ -304,7 +301,7 @@ def drawn_tensors(method: str, bases: Mapping[str, nn.Module], config: Any) -> s
 
     The set is empty if the start is an SVD of the weight.
     """
-    if methods()[method].spec.start_from_weight:
+    if method_info(method).spec.start_from_weight:
         return set()
     one, other = (initial_tensors(method, bases, config, torch.Generator().manual_seed(seed)) for seed in (0, 1))
     return {name for name, tensor in one.items() if not torch.equal(tensor, other[name])}
@@ -323,7 +320,7 @@ def initial_shapes(
 
 def _quick_start(method: str, config: Any) -> Any:
     """Return a config with which the reference attaches quickly. The initial values differ, but not the shapes."""
-    return replace(config, **methods()[method].spec.quick_start)
+    return replace(config, **method_info(method).spec.quick_start)
 
 
 def _attach_to_skeleton(

@@ -192,6 +192,15 @@ def methods(folder: Path = _REFERENCE) -> dict[str, MethodInfo]:
     return {info.name: info for info in read if info is not None}
 
 
+def method_info(name: str) -> MethodInfo:
+    """Read one Method, and return it. Raises KeyError for an unknown name."""
+    path = _REFERENCE / f"{name}.py"
+    info = _method(path, path.read_text(encoding="utf-8")) if path.is_file() else None
+    if info is None:
+        raise KeyError(name)
+    return info
+
+
 @cache  # claim files call it once per row
 def _method(path: Path, source: str) -> MethodInfo | None:
     module = ast.parse(source, filename=str(path))

@@ -149,6 +149,18 @@ def test_the_first_pairs_prove_equal_sides_equal(gated) -> None:
     assert "pass: none of 1 Cells is slower, larger or worse" in output
 
 
+def test_a_side_has_its_own_environment_variables(gated) -> None:
+    fake, given = FakeRuns(), {"old_variables": ("SPEED=1=2",), "new_variables": ("SPEED=3", "OTHER=")}
+    _, _, document = gated(fake, canary=False, **given)
+    assert document["old"]["is"] == "implementation reference with SPEED=1=2"
+    assert document["new"]["is"] == "implementation fused with SPEED=3 OTHER="
+    side = pair_sides.Side("a side").with_variables(("SPEED=1=2", "OTHER="))
+    variables = pair_sides._variables(side)
+    assert (variables["SPEED"], variables["OTHER"], variables["PATH"]) == ("1=2", "", os.environ["PATH"])
+    command = PairsRequest(".", ".", **given).command()
+    assert command.endswith("--old-variable SPEED=1=2 --new-variable SPEED=3 --new-variable OTHER=")
+
+
 def test_both_sides_begin_equally_often_in_an_order_fixed_by_the_seed(gated) -> None:
     def began(fake: FakeRuns) -> list[str]:
         return [name.rpartition("-")[2] for name in fake.ran[: 2 * 6 : 2]]

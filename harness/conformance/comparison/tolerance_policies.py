@@ -26,6 +26,8 @@ from harness.conformance.tolerance_constants import (
     NOISE_FLOOR_EPS,
 )
 
+_COMPARABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+"""Dtypes that every torch compares without conversion."""
 ROUNDED_SUMS = ("float32", "float64")
 """Dtypes in which a sum is rounded at every term. Numbers of 16 bits are summed in float32."""
 
@@ -207,12 +209,19 @@ def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judg
     for name, want in expected.items():
         have = subject[name]
         # The values are compared, not the norm of the difference, which may underflow.
-        if have.shape == want.shape and bool((have.detach().double() == want.detach().double()).all()):
+        if have.shape == want.shape and _equal(have.detach(), want.detach()):
             judged.append(Judgement(True, 0.0, 0.0, name, "", "exact", 0))
             continue
         refused = _incomparable(name, have, want, "exact")
         judged.append(refused or Judgement(False, _Error.of(have, want).norm, 0.0, name, "", "exact", 0))
     return _with_worst_element(worst_of(judged, "exact"), subject, expected)
+
+
+def _equal(have: Tensor, want: Tensor) -> bool:
+    """Return whether all values are equal. They are compared in float64, unless one comparison in their dtype suffices."""
+    if have.dtype != want.dtype or have.dtype not in _COMPARABLE:
+        have, want = have.double(), want.double()
+    return bool((have == want).all())
 
 
 def rounded_once(subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Judgement:

@@ -16,7 +16,7 @@ from harness.conformance.drawing.factors import LARGEST_SIZE
 from harness.conformance.execution.parity_model import ParityModel, is_built
 from harness.conformance.parity_suite import AnyCase, CaseShape, Kind, MethodCase, MethodSuite, ParitySuite
 from harness.conformance.subject import attach_reference, configure
-from harness.methods.spec import methods
+from harness.methods.spec import method_info
 
 _LARGEST_DEEP = 4096
 """Largest number of elements in a weight of a `deep` model. Such a model has many targets, and a check does its work
@@ -54,4 +54,4 @@ def _attaches(method: str, config: tuple[tuple[str, Any], ...], kind: Kind, inpu
 
 @cache
 def _quick_start(method: str) -> Mapping[str, int]:
-    return methods()[method].spec.quick_start
+    return method_info(method).spec.quick_start

@@ -126,8 +126,9 @@ def _measure(request: PairsRequest, design: Design) -> PairsResult:
         with (
             handle_termination(),
             cores.limit_cores(wanted) as held,
-            pair_sides.opened(request.old, request.new, plan, request.repo) as sides,
+            pair_sides.opened(request.old, request.new, plan, request.repo) as (old, new),
         ):
+            sides = old.with_variables(request.old_variables), new.with_variables(request.new_variables)
             matched = pair_sides.pairs(plan, naming.full(plan.cells), sides)
             runner = PairsRunner(
                 sides, path, folder, design, seed, ("--device", request.device), print_note, request.metric

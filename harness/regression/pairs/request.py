@@ -25,6 +25,10 @@ class PairsRequest:
     repo: Path | None = None
     """Checkout of a plug-in, to which the revisions `old` and `new` belong. If None, `old` and `new` are revisions of
     the harness, or implementations."""
+    old_variables: tuple[str, ...] = ()
+    """Environment variables of the old side's processes, each NAME=VALUE."""
+    new_variables: tuple[str, ...] = ()
+    """Environment variables of the new side's processes, each NAME=VALUE."""
     device: str = "auto"
     cores: int | None = None
     """Number of CPU cores for each side. None stands for one core if the Cells run on a CPU, and for all cores if they
@@ -43,6 +47,8 @@ class PairsRequest:
     def command(self) -> str:
         """Return the shell command that starts this comparison."""
         words = ["peft-harness", "gate", "--pairs", self.old, self.new, "--suite", self.suite, *self._selection()]
+        words += [word for one in self.old_variables for word in ("--old-variable", one)]
+        words += [word for one in self.new_variables for word in ("--new-variable", one)]
         return shlex.join(words + (["--cores", str(self.cores)] if self.cores is not None else []))
 
     def rerun_command(self) -> str:

@@ -46,6 +46,13 @@ class Side:
     """Implementation of the Cells to run, if the sides are implementations."""
     packages: frozenset[str] | None = None
     """Packages that implement the Cells to run, if the sides are revisions of a plug-in."""
+    variables: tuple[str, ...] = ()
+    """Environment variables of the side's processes, each NAME=VALUE."""
+
+    def with_variables(self, variables: Sequence[str]) -> Side:
+        """Return this side with environment variables, which its label names."""
+        label = f"{self.label} with {' '.join(variables)}" if variables else self.label
+        return replace(self, label=label, variables=tuple(variables))
 
 
 @dataclass(frozen=True)
@@ -163,7 +170,7 @@ def _variables(side: Side) -> dict[str, str]:
     if side.code is not None:
         first = [str(path) for path in (side.metadata, side.code) if path is not None]
         variables["PYTHONPATH"] = os.pathsep.join([*first, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return variables
+    return variables | dict(variable.split("=", 1) for variable in side.variables)
 
 
 def _ran(command: Sequence[str], variables: dict[str, str]) -> tuple[int | None, str]:
