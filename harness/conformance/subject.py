@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from harness.conformance.module_copy import copied
 from harness.methods import checksums
 from harness.methods.peft_config import UNREFERENCED, AdapterConfig
 from harness.methods.spec import Adapted, method_info
@@ -88,7 +88,7 @@ class Original:
     def of(cls, model: nn.Module) -> Original:
         """Return an Original with a copy of `model`, or only with checksums if `model` is too large to be copied."""
         if is_small(model):
-            return cls(copy.deepcopy(model))
+            return cls(copied(model))
         named = dict(model.named_parameters())
         return cls(
             None,
@@ -174,7 +174,7 @@ class Subject:
         """Return a plain copy of the base layer at `path` in `dtype`. The reference decodes a weight that is packed."""
         base: Any = self.original_base(path)
         if path not in self.packed:
-            return copy.deepcopy(base).to(dtype)  # type: ignore[no-any-return]
+            return copied(base).to(dtype)  # type: ignore[no-any-return]
         form, shape = self.packed[path], (base.out_features, base.in_features)
         codes = nf4.unpack(form.data, shape[0] * shape[1])
         dense = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
@@ -203,7 +203,8 @@ class Subject:
         else:
             if (path, dtype) not in self.reference_cache:
                 self.reference_cache[path, dtype] = self._build_reference(path, dtype)
-            reference = copy.deepcopy(self.reference_cache[path, dtype])
+            held = self.reference_cache[path, dtype]
+            reference = copied(held, [held.adapted.model, held.layer])
         mine = self.tensors_of(path) | _select(path, self.state())
         with torch.no_grad():
             for name, tensor in (reference.tensors | _select("layer", reference.adapted.state())).items():

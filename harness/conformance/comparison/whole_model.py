@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from harness.conformance import module_copy
 from harness.conformance.subject import DTYPES, Subject, attach_reference
 from reference.shared.layers import replace
 
 
 def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a copy of a model in `dtype`. In float64, the copy multiplies its experts one by one."""
-    made = copy.deepcopy(model).to(dtype)
+    made: nn.Module = module_copy.copied(model).to(dtype)
     one_by_one(made, dtype)
     return made
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import traceback
 import zlib
@@ -21,6 +20,7 @@ from harness.conformance.comparison.magnitudes import vary
 from harness.conformance.drawing import sample
 from harness.conformance.execution.parity_model import ParityModel, whole
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
+from harness.conformance.module_copy import copied
 from harness.conformance.operation import Arguments, OperationSubject
 from harness.conformance.parity_suite import (
     AnyCase,
@@ -247,14 +247,14 @@ def attach(
     cache: dict[tuple[str, str], ReferenceLayer] = {}
 
     def fresh(*, seed: int = SEED, square: bool = False, **changed: Any) -> Subject:
-        model = built(of.shape.square()) if square else copy.deepcopy(pristine)
+        model = built(of.shape.square()) if square else copied(pristine)
         resolved = configure(method, of.config | changed)
         if hasattr(resolved, "targets"):
             resolved = dataclasses.replace(resolved, targets=model.targets)
         bases = _adaptable(model, resolved)
         packed: dict[str, PackedLayer] = {}
         expected: dict[str, ExpectedCodes] = {}
-        unpacked = copy.deepcopy(model) if plan.base else None
+        unpacked = copied(model) if plan.base else None
         if plan.base:
             expected = {p: ExpectedCodes.of(layer) for p, layer in bases.items() if isinstance(layer, nn.Linear)}
             packed_forms = implementation(model, list(bases), DTYPES[of.dtype])
