@@ -202,11 +202,22 @@ class RunFolder:
 
     def next_attempt(self, cell_id: str) -> int:
         """Return the number for the next attempt at a Cell. Numbers of broken or removed files are not reused."""
-        files = [*(self.path / "cells").glob(f"{cell_id}.*.json"), *(self.path / "logs").glob(f"{cell_id}.*.txt")]
-        files += [Path(name) for name in _sealed(self.path) if name.startswith(f"cells/{cell_id}.")]
-        # Not every name has a number: a user may have renamed a broken file to `.1.torn.json`.
-        numbers = [p.stem.removeprefix(f"{cell_id}.").partition(".")[0] for p in files]
-        return max((int(n) for n in numbers if n.isdecimal()), default=0) + 1
+        return self.last_attempts().get(cell_id, 0) + 1
+
+    def last_attempts(self) -> dict[str, int]:
+        """Map each cell_id to the number of its last attempt. An attempt at a Cell without an entry is the first.
+
+        Reads the names of all files once, which would take too long for every Cell of a large run.
+        """
+        names = [path.name for path in (*(self.path / "cells").glob("*.json"), *(self.path / "logs").glob("*.txt"))]
+        names += [name.removeprefix("cells/") for name in _sealed(self.path)]
+        found: dict[str, int] = {}
+        for name in names:
+            # Not every name has a number: a user may have renamed a broken file to `.1.torn.json`.
+            cell_id, number = [*name.split("."), ""][:2]
+            if number.isdecimal():
+                found[cell_id] = max(found.get(cell_id, 0), int(number))
+        return found
 
     def write_record(self, record: Record) -> None:
         """Write one Record. Raises StoreError if the attempt has a Record already."""

@@ -140,13 +140,14 @@ class _Session:
 
     def jobs(self) -> Iterator[Job]:
         """Yield one job per Cell that is not done. The executor takes a job only when it can run another Cell."""
+        last_attempts = self.folder.last_attempts()
         for cell in self.plan.cells:
             self.times.lap(_IN_CELLS)
             if cell.cell_id in self.done:
                 self.progress.resumed(cell)
                 self.times.lap("scheduling")
                 continue
-            attempt = self.folder.next_attempt(cell.cell_id)
+            attempt = last_attempts.get(cell.cell_id, 0) + 1
             model, data, task = self.assets[cell.cell_id]
             job = Job(
                 run=self.run_id, folder=str(self.folder.path.resolve()), attempt=attempt, cell=cell,

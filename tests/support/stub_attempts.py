@@ -65,12 +65,13 @@ class Stubbed:
     def command(self, acts: Mapping[int, str] | None = None) -> list[str]:
         return stub(self.path, self.cells, self.here, acts)
 
-    def works(self, device: str = "cpu") -> Iterator[Job]:
+    def works(self, device: str = "cpu", last: Mapping[str, int] | None = None) -> Iterator[Job]:
+        """Yield a job per Cell. last: numbers of the last attempts; None to look for each Cell."""
         use = recorded_run.assets()[0]
         asset = Asset(path=str(self.path), source=SOURCE, use=use)
         task = JobTask(name="t", spec={}, labels=2, test=1, shuffle_seed=0, use=use)
         for cell in self.cells:
-            attempt = self.folder.next_attempt(cell.cell_id)
+            attempt = self.folder.next_attempt(cell.cell_id) if last is None else last.get(cell.cell_id, 0) + 1
             yield Job(
                 run="stubbed", folder=str(self.folder.path), attempt=attempt, cell=cell, model=asset, data=asset,
                 task=task, device="cuda" if device == "cuda" else "cpu",
