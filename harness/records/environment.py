@@ -164,7 +164,6 @@ def thread_variables() -> dict[str, str]:
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(starts)}
 
 
-@functools.cache
 def _libraries() -> dict[str, Distribution]:
     """Return the distributions of the installed `LIBRARIES`, by name."""
     found = {}

@@ -69,6 +69,7 @@ def attempt(job: Job, emit: Emit) -> Record:
     emit("phase", name="start-up")
     registry = discover()
     threads = job.threads or environment.threads()
+    here = environment.describe(threads)
     facts: dict[str, object] = {"gpu": job.gpu} if job.gpu else {}
     run: CellRun | None = None
     outcome: dict[str, Any] = {"status": Status.OK}
@@ -79,7 +80,7 @@ def attempt(job: Job, emit: Emit) -> Record:
             outcome |= {"status": Status.SKIPPED, "because": missing}
         else:
             run, versions = _prepare(job, registry, emit, threads)
-            run.gate_key = gate_key.of_process(job, outcome["provider"], environment.describe(threads))
+            run.gate_key = gate_key.of_process(job, outcome["provider"], here)
             facts = {**versions, **facts}
             peak = run.meter.peak() if run.meter.source == "VmHWM" else None
             start_up = Phase(name="start-up", seconds=age(), peak_memory_B=peak, end_memory_B=run.baseline_B)
@@ -97,7 +98,7 @@ def attempt(job: Job, emit: Emit) -> Record:
         outcome |= {"typed_notes": run.typed_notes, "layers": run.layers, "gate": run.gate}
         if job.imported:
             outcome["imported"] = job.imported.facts.model_copy(update={"loss": run.loss_agreement})
-    described = environment.describe(threads, {**facts, "variables": environment.thread_variables()})
+    described = here.model_copy(update={"extra": {**facts, "variables": environment.thread_variables()}})
     return job.record(environment=described, started=started, duration_s=age(), **outcome)
 
 

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     for module in (*_OF_EACH_CELL, *modules):
         with contextlib.suppress(ImportError):  # the worker tries again, and reports the missing module
             import_module(module)
-    environment.describe()  # stored for all forks; git takes two processes
+    environment.describe()  # code and git are stored for all forks; git takes two processes
     gc.collect()
     gc.freeze()  # without this, a collection in a fork would copy each page that has an object
     with socket.socket(fileno=0) as connection:

@@ -115,9 +115,7 @@ def numbers(record: Record) -> dict[str, Any]:
 
 
 def test_seeds_share_a_gate_and_their_numbers_stay_the_same(fork_sandbox: ForkSandbox, tmp_path: Path) -> None:
-    suite = fork_sandbox.suite(
-        "{implementation: fused, seed: [0, 1], base: {quantization: nf4, implementation: fused}}"
-    )
+    suite = fork_sandbox.suite("{implementation: hf-peft, seed: [0, 1]}")
     assert fork_sandbox.command("run", suite, "--out", "run").code == Exit.PASS
     shared = by_seed(fork_sandbox)
     assert [rests_on(record) for record in shared.values()] == ["", f"{shared[0].cell_id}.1"]
