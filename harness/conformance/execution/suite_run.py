@@ -223,7 +223,7 @@ def call(implementation: Implementation, plan: OperationSuite, of: OperationCase
         return given | varied if of.magnitude != "normal" else given
 
     subject = OperationSubject(operation, implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
-    return subject, Case("call", seed=SEED, factors=plan.factors())
+    return subject, Case("call", seed=SEED, walks=0 if of.sampled else WALKS, factors=plan.factors())
 
 
 def attach(
