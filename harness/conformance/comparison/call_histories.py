@@ -158,8 +158,7 @@ def _after(restore: Restore) -> Form:
             return None
         made = copy.deepcopy(call.layer)
         values = {name: t.detach().clone() for name, t in made.state_dict().items() if isinstance(t, Tensor)}
-        if not _numbers(made).keys() <= values.keys():  # a buffer that no checkpoint has
-            values = {name: t.detach().clone() for name, t in _numbers(made).items()}
+        values |= {name: t.detach().clone() for name, t in _numbers(made).items()}
         with torch.no_grad():
             for tensor in _numbers(made).values():
                 tensor.mul_(HALF)
@@ -197,8 +196,15 @@ def _replace_parameters(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
         setattr(layer.get_submodule(path), last, made)
 
 
-def _load_state_dict(assign: bool) -> Restore:
-    return lambda layer, values: layer.load_state_dict(dict(values), strict=False, assign=assign)
+def _load_state_dict(*, assign: bool) -> Restore:
+    def restore(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
+        saved = layer.state_dict()
+        layer.load_state_dict({name: value for name, value in values.items() if name in saved}, assign=assign)
+        for name, buffer in layer.named_buffers():
+            if name not in saved:  # a buffer that no checkpoint has
+                buffer.copy_(values[name])
+
+    return restore
 
 
 HISTORIES: dict[str, Form] = {

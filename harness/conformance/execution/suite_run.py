@@ -240,7 +240,7 @@ def attach(
     method = plan.method
 
     def built(shape: parity_suite.CaseShape) -> ParityModel:
-        return ParityModel(of.kind, shape, DTYPES[of.dtype], SEED, of.model).eval().to(device)
+        return ParityModel(of.kind, shape, DTYPES[of.dtype], SEED, of.model, of.weights).eval().to(device)
 
     pristine = built(of.shape)
     # One weight and one config: one reference, shared by every subject made here.
