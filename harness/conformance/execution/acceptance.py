@@ -23,6 +23,8 @@ _LARGEST_DEEP = 4096
 once for each of them."""
 
 
+_SIDE = 160
+"""Side that is accepted in place of a larger one, unless the rank is larger. Small models are made faster."""
 _LARGEST_INPUT = 600_000
 """Largest number of elements that the input and the output of a layer have together."""
 
@@ -41,8 +43,9 @@ def is_accepted(plan: ParitySuite, case: AnyCase) -> bool:
         return False
     if case.shape.tokens * (case.shape.inputs + case.shape.outputs) > _LARGEST_INPUT:
         return False
-    # Larger sides would change nothing, because no rank is larger.
-    sides = (min(side, LARGEST_RANK) for side in (case.shape.inputs, case.shape.outputs))
+    # Larger sides would change nothing, because no rank of the case is larger.
+    sizes = [value for value in case.config.values() if type(value) is int and value <= LARGEST_RANK]
+    sides = (min(side, max([_SIDE, *sizes])) for side in (case.shape.inputs, case.shape.outputs))
     return _attaches(plan.method, tuple(sorted(case.config.items())), case.kind, *sides)
 
 
