@@ -246,8 +246,9 @@ def attach(
     # One weight and one config: one reference, shared by every subject made here.
     cache: dict[tuple[str, str], ReferenceLayer] = {}
 
-    def fresh(*, seed: int = SEED, square: bool = False, **changed: Any) -> Subject:
-        model = built(of.shape.square()) if square else copy.deepcopy(pristine)
+    def fresh(*, seed: int = SEED, square: bool = False, model: nn.Module | None = None, **changed: Any) -> Subject:
+        if not isinstance(model, ParityModel):
+            model = built(of.shape.square()) if square else copy.deepcopy(pristine)
         resolved = configure(method, of.config | changed)
         if hasattr(resolved, "targets"):
             resolved = dataclasses.replace(resolved, targets=model.targets)
