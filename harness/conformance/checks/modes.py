@@ -26,11 +26,11 @@ from harness.conformance.comparison.call_forms import (
     same,
     tensors_of_copy,
 )
-from harness.conformance.comparison.call_histories import HISTORIES
+from harness.conformance.comparison.call_histories import HISTORIES, NEW_VALUES
 from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import HALF, cast, inputs
 from harness.conformance.comparison.kept_memory import kept_alive
-from harness.conformance.comparison.layer_comparison import reference_runs
+from harness.conformance.comparison.layer_comparison import reference_runs, runs_of
 from harness.conformance.comparison.observations import observe, preserved_state
 from harness.conformance.comparison.operation_forms import of_operation
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed, worst_of
@@ -93,7 +93,10 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         base, layer = subject.original_base(path), subject.adapted.layers[path]
         generator = case.generator(index + 700)
         x, dy = inputs(base, ROWS, DTYPES[subject.dtype], generator, case.magnitude)
-        call = Call(layer, subject.tensors_of(path), x, dy, subject.trains_plainly)
+        tensors = subject.tensors_of(path)
+        state = [tensor for name, tensor in subject.state().items() if name.startswith(f"{path}.")]
+        numbers = [*tensors.values(), *state, *subject.bases[path].parameters()]
+        call = Call(layer, tensors, x, dy, subject.trains_plainly, numbers)
         judge = _LayerJudge(subject, case, path, *reference_runs(subject, path, x, dy))
         # transformers' Conv1D itself takes no strided input.
         rows, images = isinstance(base, nn.Linear), isinstance(base, nn.Conv2d)
@@ -111,12 +114,31 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
             yield judge(f"with only {name} trained", seen, ["y", "grad x", f"grad {name}"])
         if kept := kept_alive(partial(call.observe, call.x, call.dy)):
             yield Judgement(False, None, None, path, f"memory grows with every call: {kept}", "exact", 0)
+        yield from _with_new_values(subject, case, path, call)
         if rows:
             yield from _with_other_rows(subject, case, path, call)
         if subject.dtype == "float32":
             yield from _under_autocast(subject, case, path, call)
             yield from _untrained(subject, case, path, call)
     yield from _in_other_precisions(subject, case)
+
+
+def _with_new_values(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
+    """Yield judgements of copies that got half of all numbers after they were called."""
+    seen = {name: run(call) for name, run in NEW_VALUES.items()}
+    found = {name: one for name, one in seen.items() if one is not None}
+    if not found:
+        return
+    wide, own = (subject.reference(path, dtype) for dtype in ("float64", subject.dtype))
+    with torch.no_grad():
+        for reference in (wide, own):
+            layer = reference.layer
+            for tensor in {id(t): t for t in (*layer.parameters(), *layer.buffers())}.values():
+                if tensor.is_floating_point():
+                    tensor.mul_(HALF)
+    judge = _LayerJudge(subject, case, path, *runs_of(wide, own, subject.dtype, call.x, call.dy))
+    for name, one in found.items():
+        yield judge(name, one, list(judge.truth))
 
 
 def _with_other_rows(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:

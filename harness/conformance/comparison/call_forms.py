@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -36,6 +36,8 @@ class Call:
     dy: Tensor
     training: bool
     """True if training mode is tried, because the layer has no dropout and must compute the same in both modes."""
+    numbers: Sequence[Tensor] = ()
+    """The tensors that the reference has too: those of the adapter, its state, and those of the base layer."""
 
     def observe(
         self, x: Tensor, dy: Tensor, layer: nn.Module | None = None, training: bool | None = None, **how: Any

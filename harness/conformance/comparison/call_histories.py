@@ -14,7 +14,8 @@ from harness.conformance.comparison.inputs import HALF
 from harness.conformance.comparison.observations import preserved_state
 
 Restore = Callable[[nn.Module, Mapping[str, Tensor]], object]
-"""Function that gives a layer the values of a state_dict."""
+"""Function that gives a layer new values of its parameters and buffers, by name."""
+Run = Callable[[Call], dict[str, Tensor] | None]
 
 
 def _in_parts(call: Call, parts: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -85,7 +86,7 @@ def _with_hooks(call: Call) -> dict[str, Tensor]:
         call.layer.register_full_backward_hook(lambda *_: called.append("backward")),
     ]
     try:
-        seen = call.observe(call.x, call.dy)
+        seen = call.observe(call.x, call.dy, call=lambda layer, x: layer(x))
     finally:
         for handle in handles:
             handle.remove()
@@ -147,44 +148,38 @@ def _functional(call: Call) -> dict[str, Tensor] | None:
     return seen | {f"grad {name}": t.grad for name, t in given.items() if t.grad is not None}
 
 
-def _after(restore: Restore) -> Form:
-    """Return a form that calls a copy whose numbers were changed, used in three modes, and then restored.
-
-    Every floating-point parameter and buffer is changed, those of the base included.
-    """
+def _after(restore: Restore) -> Run:
+    """Return a form that calls a copy in three modes, then gives it half of all numbers, and calls it again."""
 
     def run(call: Call) -> dict[str, Tensor] | None:
         if not owns(call.layer, call.tensors) or _is_packed(call.layer):
             return None
         made = copy.deepcopy(call.layer)
-        values = {name: t.detach().clone() for name, t in made.state_dict().items() if isinstance(t, Tensor)}
-        values |= {name: t.detach().clone() for name, t in _numbers(made).items()}
-        with torch.no_grad():
-            for tensor in _numbers(made).values():
-                tensor.mul_(HALF)
         for training in dict.fromkeys([call.training, False]):
             made.train(training)
             made(leaf_of(call.x))
             with torch.no_grad():
                 made(call.x)
-        restore(made, values)
+        halved = {id(t) for t in call.numbers}
+        restore(made, {n: t.detach() * HALF if id(t) in halved else t.detach() for n, t in _named(call.layer).items()})
         return call.observe(call.x, call.dy, layer=made)
 
-    return Form(run)
+    return run
 
 
-def _numbers(layer: nn.Module) -> dict[str, Tensor]:
+def _named(layer: nn.Module) -> dict[str, Tensor]:
+    """Return all floating-point parameters and buffers by name."""
     there = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     return {name: t for name, t in there.items() if t.is_floating_point()}
 
 
 def _copy_data(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
-    for name, tensor in _numbers(layer).items():
+    for name, tensor in _named(layer).items():
         tensor.data.copy_(values[name])
 
 
 def _set_data(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
-    for name, tensor in _numbers(layer).items():
+    for name, tensor in _named(layer).items():
         tensor.data = values[name].clone()
 
 
@@ -199,10 +194,10 @@ def _replace_parameters(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
 def _load_state_dict(*, assign: bool) -> Restore:
     def restore(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
         saved = layer.state_dict()
-        layer.load_state_dict({name: value for name, value in values.items() if name in saved}, assign=assign)
-        for name, buffer in layer.named_buffers():
+        layer.load_state_dict(saved | {name: t for name, t in values.items() if name in saved}, assign=assign)
+        for name, tensor in _named(layer).items():
             if name not in saved:  # a buffer that no checkpoint has
-                buffer.copy_(values[name])
+                tensor.data.copy_(values[name])
 
     return restore
 
@@ -218,10 +213,14 @@ HISTORIES: dict[str, Form] = {
     "by a pickled copy": Form(_pickled),
     "by a copy that was in float64": Form(_widened),
     "by functional_call": Form(_functional),
+}
+"""Name -> form that calls a layer after something happened to it."""
+NEW_VALUES: dict[str, Run] = {
     "after .data.copy_()": _after(_copy_data),
     "after .data = ...": _after(_set_data),
     "after new Parameters": _after(_replace_parameters),
     "after load_state_dict()": _after(_load_state_dict(assign=False)),
     "after load_state_dict(assign=True)": _after(_load_state_dict(assign=True)),
 }
-"""Name -> form that calls a layer after something happened to it."""
+"""Name -> function that calls a layer whose `numbers` were halved after it was called. It returns None if it does not
+apply."""
