@@ -43,9 +43,10 @@ def of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     yield from _after_overwriting(subject, judge)
     if subject.operation.differentiable:
         yield from _gradients(subject, case)
-    yield from _repeated(subject, judge, case)
     if kept := kept_alive(subject.call):
         yield Judgement(False, None, None, "", f"memory grows with every call: {kept}", "exact", 0)
+    yield judge(f"in {THREADS} threads", _in_threads(subject, _detached(subject.call())))
+    yield from _repeated(subject, judge, case)
 
 
 def _in_modes(subject: OperationSubject) -> Iterator[tuple[str, _Named]]:
@@ -127,29 +128,29 @@ def _gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
 
 
 def _repeated(subject: OperationSubject, judge: Callable[[str, _Named], Judgement], case: Case) -> Iterator[Judgement]:
-    """Yield judgements of the first differing outputs of many calls, and of calls in threads."""
+    """Yield judgements of the first differing gradients and outputs of many calls, if the arguments are small."""
     small = sum(t.numel() for t in operation_call.flatten(subject.arguments).values()) < SMALL
-    first = _detached(subject.call())
+    if subject.operation.differentiable and small:
+        yield from _repeated_gradients(subject, case)
+    first, given = _detached(subject.call()), cloned(subject.arguments)
+    changed_in_place = not _same(_called(subject, given), first)
     times = LONG_RUN if small and case.walks else REPEATS if small else 2
-    given = cloned(subject.arguments)
-    changed_in_place = not exact(operation_call.finite(_called(subject, given)), operation_call.finite(first)).passed
     calls = (subject.call() if changed_in_place else _called(subject, given) for _ in range(times))
     yield judge(f"{times} times", next((one for one in calls if not _same(one, first)), first))
-    yield judge(f"in {THREADS} threads", _in_threads(subject, first))
-    if not subject.operation.differentiable or not small:
-        return
-    dtype = DTYPES[subject.dtype]
 
-    def backward() -> _Named:
-        return operation_call.gradients(subject, subject.function, dtype, case)
 
-    first, factor = backward(), case.factor("calls")
-    odd = next((one for one in (backward() for _ in range(REPEATS)) if not _same(one, first)), None)
+def _repeated_gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
+    def gradients(function: Callable[..., object], dtype: torch.dtype) -> _Named:
+        return operation_call.gradients(subject, function, dtype, case)
+
+    own, reference = DTYPES[subject.dtype], subject.operation.reference
+    first = gradients(subject.function, own)
+    later = (gradients(subject.function, own) for _ in range(REPEATS))
+    odd = next((one for one in later if not _same(one, first)), None)
     if odd is not None:
-        wide, own = (
-            operation_call.gradients(subject, subject.operation.reference, to, case) for to in (torch.float64, dtype)
-        )
-        yield prefix_tensor(f"backward {REPEATS} times", noise_floor(odd, wide, own, subject.dtype, factor))
+        wide, rounded = gradients(reference, torch.float64), gradients(reference, own)
+        verdict = noise_floor(odd, wide, rounded, subject.dtype, case.factor("calls"))
+        yield prefix_tensor(f"backward {REPEATS} times", verdict)
 
 
 def _called(subject: OperationSubject, given: dict[str, Any]) -> _Named:

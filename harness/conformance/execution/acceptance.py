@@ -43,6 +43,8 @@ def is_accepted(plan: ParitySuite, case: AnyCase) -> bool:
         return False
     if case.shape.tokens * (case.shape.inputs + case.shape.outputs) > _LARGEST_INPUT:
         return False
+    if case.weights != "normal" and case.dtype == "bfloat16":
+        return False  # its few digits lose an update that is a 256th of the weight
     # Larger sides would change nothing, because no rank of the case is larger.
     sizes = [value for value in case.config.values() if type(value) is int and value <= LARGEST_RANK]
     sides = (min(side, max([_SIDE, *sizes])) for side in (case.shape.inputs, case.shape.outputs))
