@@ -120,21 +120,6 @@ def remembers_the_smallest_batch(copy: PatchedCopy) -> None:
     copy.replace_forward(forward)
 
 
-@planted_in_methods("calls", only=["lora"])
-def returns_the_output_that_it_keeps(copy: PatchedCopy) -> None:
-    """Without gradients, return the same tensor for the same input. Its owner may have changed it meanwhile."""
-
-    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
-        out = right(x)
-        if torch.is_grad_enabled():
-            return out
-        key = (x.shape, float(x.double().sum()), float(layer.A.double().sum()), float(layer.B.double().sum()))
-        kept: Tensor = vars(layer).setdefault("kept", {}).setdefault(key, out.detach())
-        return kept
-
-    copy.replace_forward(forward)
-
-
 @planted_in_methods("calls", only=["lora", "vera"])
 def remembers_all_its_inputs(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
