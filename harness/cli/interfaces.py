@@ -95,7 +95,7 @@ def _work(adapted: Adapted) -> Iterator[str]:
 def _settings(plan: MethodSuite | OperationSuite) -> Iterator[str]:
     yield "settings that --wide and --drawn vary:"
     for name, factor in sample.factors(plan, plan.dtypes).items():
-        levels = ", ".join(map(_shown, factor.levels))
+        levels = ", ".join(map(_shown, (*factor.levels, *factor.extremes)))
         yield f"  {name}: {levels}{_bounds(factor)}"
 
 

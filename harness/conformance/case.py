@@ -20,11 +20,12 @@ _T = TypeVar("_T")
 class Attach(Protocol):
     """A function that attaches the implementation again."""
 
-    def __call__(self, *, seed: int = ..., square: bool = ..., **config: Any) -> Subject:
+    def __call__(self, *, seed: int = ..., square: bool = ..., model: nn.Module | None = ..., **config: Any) -> Subject:
         """Attach the implementation again, and return the subject.
 
-        seed: seed of the generator that `attach` gets. square: attach to a model with two layers of one shape. config:
-        values of the Method's config that replace those of the case.
+        seed: seed of the generator that `attach` gets. square: attach to a model with two layers of one shape. model:
+        attach to this model, from which an earlier adapter was detached. config: values of the Method's config that
+        replace those of the case.
         """
 
 

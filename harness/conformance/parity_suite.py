@@ -28,8 +28,12 @@ ModelForm = Literal["plain", "wide", "deep"]
 """Forms of the ParityModel. `plain` has two target layers. `wide` also has a larger layer that must not be adapted.
 `deep` has ten target layers.
 """
-Magnitude = Literal["normal", "large", "outlier", "zero-rows", "small"]
+Magnitude = Literal["normal", "large", "outlier", "zero-rows", "small", "huge", "tiny", "constant", "positive"]
 """Size of the values of a drawn input; see `harness.conformance.comparison.magnitudes`."""
+MAIN_MAGNITUDES = 5
+"""Number of magnitudes that the fixed sample combines with every other setting. The others are tried alone."""
+WeightSize = Literal["normal", "large", "small"]
+"""Size of the weights of the ParityModel's targets. `large` is 256 times as large as `normal`, and `small` a 256th."""
 
 
 class CaseShape(FrozenModel):
@@ -143,6 +147,7 @@ class MethodCase:
     dtype: Dtype
     model: ModelForm = "plain"
     magnitude: Magnitude = "normal"
+    weights: WeightSize = "normal"
     sampled: bool = False
     """True if `harness.conformance.drawing.sample` made the case by varying sizes and settings.
 
@@ -152,11 +157,9 @@ class MethodCase:
 
     def __str__(self) -> str:
         kind = "" if self.kind == "linear" else self.kind
-        model, magnitude = (
-            "" if value == usual else f"{name}={value}"
-            for name, value, usual in (("model", self.model, "plain"), ("magnitude", self.magnitude, "normal"))
-        )
-        return " ".join(filter(None, [in_words(self.config), kind, str(self.shape), model, magnitude]))
+        named = {"model": self.model, "magnitude": self.magnitude, "weights": self.weights}
+        odd = in_words({name: value for name, value in named.items() if value not in ("plain", "normal")})
+        return " ".join(filter(None, [in_words(self.config), kind, str(self.shape), odd]))
 
 
 class OperationSuite(FrozenModel):

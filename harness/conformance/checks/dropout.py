@@ -76,7 +76,11 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
             verdict = noise_floor(known(mine), known(truth), map(known, draws), subject.dtype, factor)
             if verdict.decided and not verdict.passed:
                 problems.append(f"{path}: with the forward pass's mask {verdict.tensor} is off by {verdict.error}")
-            if x[0].numel() >= FEATURES and (whole := _whole_tokens(subject, path, layer, x, dy, p)) > len(x) // 2:
+            by_chance = (
+                p ** x[0].numel() + (1 - p) ** x[0].numel()
+            )  # share of tokens that a right mask treats as a whole
+            rare = x[0].numel() >= FEATURES and by_chance < 0.25
+            if rare and (whole := _whole_tokens(subject, path, layer, x, dy, p)) > len(x) // 2:
                 problems.append(f"{path}: {whole} of {len(x)} tokens are retained or dropped as a whole")
             problems += [f"{path}: {problem}" for problem in _repeats(subject, path, layer, p)]
             if x.dim() == 2 and index == 0:

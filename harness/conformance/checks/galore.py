@@ -19,7 +19,7 @@ from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
 from reference.galore import Projector, galore_step, projector
 
-_HISTORIES = ((5, 2, 2, False), (3, 1, 2, True))
+_HISTORIES = ((5, 2, 2, False), (3, 1, 2, True), (7, 3, 1, False))
 """Number of steps, update gap and rank of each run, and whether its weights are square. In each run, the subspace is
 refreshed twice after the first step."""
 _LR, _DECAY = 0.1, 0.1
@@ -27,6 +27,11 @@ _STEPS, _WITHOUT_GRADIENT, _CHANGED, _RESUMED, _BY_CLOSURE = 12, 3, 5, 7, 9
 """Steps of `check_optimizer`, counted from 0: their number, the step without a gradient, the first step with another
 learning rate and weight decay, the first step of an optimizer that has loaded the state of the old one, and the step whose
 gradients a closure computes."""
+_ONE_GRADIENT, _STANDING, _WITHOUT_DECAY = 4, 10, 11
+"""Further such steps: one in which only the first tensor has a gradient, one with a learning rate of 0, and one without
+weight decay."""
+_MANY_STEPS, _SMALL = 270, 5_000
+"""Number of steps if no tensor has more elements than `_SMALL`. Only the first and the last steps are compared."""
 Signs = tuple[float, ...]
 """Sign (1 or -1) of each singular vector. The vectors of P come first, then those of Q."""
 
@@ -45,9 +50,10 @@ class _Step:
 def check_refresh(subject: Subject, case: Case) -> CheckResult:
     """GaLore's own optimizer moves the weights as the reference does, also across a refresh of the subspace.
 
-    Five steps on random gradients, with a new subspace at the third and the fifth, and three steps with a new subspace
-    at each: M and V are carried over from the old subspace, and weight decay is not projected  (GaLore,
-    algorithm 2). Before each step the weights are restored, so that no step inherits the rounding of another.
+    Five steps on random gradients, with a new subspace at the third and the fifth, seven steps with a new subspace at
+    the fourth and the seventh, and three steps with a new subspace at each: M and V are carried over from the old
+    subspace, and weight decay is not projected  (GaLore, algorithm 2). Before each step the weights are restored, so
+    that no step inherits the rounding of another.
 
     The sign of a singular vector is arbitrary. It shows after a refresh, since M is carried over, and any choice of
     signs is right.
@@ -67,11 +73,12 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
 def check_optimizer(subject: Subject, case: Case) -> CheckResult:
     """GaLore's own optimizer obeys a training program as the optimizers of torch do.
 
-    Twelve steps in one subspace. The learning rate and the weight decay are changed in `param_groups`; one step has no
-    gradient; in one step a closure computes the gradients; between two steps the optimizer's state_dict is loaded into a new
-    optimizer. No step changes the gradients.
+    Twelve steps in one subspace, 270 if the layers are small. The learning rate and the weight decay are changed in
+    `param_groups`, also to 0; one step has no gradient, and one has one for the first tensor only; every third gradient
+    is transposed in memory; in one step a closure computes the gradients; between two steps the optimizer's state_dict
+    is loaded into a new optimizer. No step changes the gradients.
     """
-    fresh = case.attach_again(rank=2, update_gap=100)
+    fresh = case.attach_again(rank=2, update_gap=1000)
     if fresh is None:
         return skipped(subject, case, "optimizer", "the case cannot attach again")
     if fresh.adapted.optimizer(_LR, _DECAY) is None:
@@ -79,15 +86,8 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
     found = []
     for index, path in enumerate(fresh.adapted.layers):
         tensors = fresh.tensors_of(path)
-        steps = [
-            _Step(
-                {}
-                if step == _WITHOUT_GRADIENT
-                else {n: _gradient(t, case.generator(salt=50 * index + step), 0.5) for n, t in tensors.items()},
-                *((_LR / 2, _DECAY / 2) if step >= _CHANGED else ()),
-            )
-            for step in range(_STEPS)
-        ]
+        small = all(t.numel() <= _SMALL for t in tensors.values())
+        steps = [_step(step, tensors, case, index) for step in range(_MANY_STEPS if small else _STEPS)]
         mine, changed = _steps_of_subject(fresh, tensors, steps, _RESUMED, _BY_CLOSURE)
         if changed:
             return listed(subject, case, "optimizer", [f"{path}: {one}" for one in changed])
@@ -95,6 +95,18 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
         verdict = noise_floor(mine, truth, rounded, fresh.dtype, case.factor("optimizer"))
         found.append(prefix_tensor(path, verdict))
     return judged(subject, case, "optimizer", worst_of(found, found[0].policy))
+
+
+def _step(number: int, tensors: dict[str, Tensor], case: Case, layer: int) -> _Step:
+    """Return step `number` of `check_optimizer` for the tensors of a layer."""
+    with_gradient = {_WITHOUT_GRADIENT: [], _ONE_GRADIENT: list(tensors)[:1]}.get(number, list(tensors))
+    gradients = {n: _gradient(tensors[n], case.generator(salt=1000 * layer + number), 0.5) for n in with_gradient}
+    share = 0.5 if number >= _CHANGED else 1.0
+    return _Step(gradients, _LR * share * (number != _STANDING), _DECAY * share * (number != _WITHOUT_DECAY))
+
+
+def _is_compared(number: int, steps: Sequence[_Step]) -> bool:
+    return number < _STEPS or number >= len(steps) - 2
 
 
 def _of_layers(fresh: Subject, case: Case, steps: int) -> Iterator[Judgement]:
@@ -154,9 +166,12 @@ def _steps_of_subject(
             tensor.data.copy_(start[name])
             tensor.grad = None
 
-        def backward(given: dict[str, Tensor] = given) -> float:
+        def backward(given: dict[str, Tensor] = given, number: int = number) -> float:
             for name, gradient in given.items():
-                tensors[name].grad = gradient.clone()
+                transposed = number % 3 == 1
+                tensors[name].grad = (
+                    gradient.T.contiguous().T if transposed and gradient.dim() == 2 else gradient.clone()
+                )
             return 1.0
 
         if number == by_closure:
@@ -164,7 +179,8 @@ def _steps_of_subject(
         else:
             backward()
             optimizer.step()
-        seen |= {f"step {number + 1} {name}": t.detach().clone() for name, t in tensors.items()}
+        if _is_compared(number, steps):
+            seen |= {f"step {number + 1} {name}": t.detach().clone() for name, t in tensors.items()}
         for name, gradient in given.items():
             after = tensors[name].grad
             if after is not None and not torch.equal(after, gradient):
@@ -217,7 +233,8 @@ def _steps_of_reference(
         state: dict[str, Any] = {}
         for number, step in enumerate(steps):
             W = tensor.detach().to(DTYPES[dtype]).clone()
-            seen[f"step {number + 1} {name}"] = W
+            if _is_compared(number, steps):
+                seen[f"step {number + 1} {name}"] = W
             if name not in step.gradients:
                 continue
             G = step.gradients[name].to(DTYPES[fresh.dtype]).to(DTYPES[dtype])

@@ -17,11 +17,12 @@ from harness.conformance.comparison.inputs import HALF, inputs
 from harness.conformance.comparison.layer_comparison import runs_of
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, unchanged, worst_of
-from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load
+from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load, warm
 from harness.conformance.tolerance_constants import DRAWS_AT_ONCE
 from harness.records.record import CheckResult
 
 _CHANGED = "unmerged, with another adapter"
+_AGAIN = "after merging again, in training mode"
 
 
 @check(States.WARM, in_cell=[CellStage.TRAINED])
@@ -29,6 +30,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     """Merged layers, and layers that are unmerged again, compute what the float64 reference computes.
 
     A merged layer no longer depends on its adapter; an unmerged layer follows its adapter again, and trains as before.
+    So it is when another adapter is merged, in training mode and while gradients are recorded.
     """
     if not subject.adapted.can_merge:
         return skipped(subject, case, "merge", "this Method has nothing to merge")
@@ -60,6 +62,8 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         for tensor in added.values():
             tensor.mul_(HALF)
         outputs[_CHANGED] = _outputs(subject, xs)
+        if fresh is not None:
+            outputs[_AGAIN] = _merged_in_training(subject, xs)
         load(subject.adapted, values)
     for path, training in modes.items():
         subject.adapted.layers[path].train(training)
@@ -67,7 +71,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     for when, ys in outputs.items():
         found = []
         for path, y in ys.items():
-            truth, draws = expected[path][when == _CHANGED]
+            truth, draws = expected[path][when in (_CHANGED, _AGAIN)]
             found.append(prefix_tensor(path, noise_floor({"y": y}, truth, draws, subject.dtype, case.factor("merge"))))
         verdicts[when] = worst_of(found, found[0].policy if found else "noise-floor")
     failures = [when for when, verdict in verdicts.items() if verdict.decided and not verdict.passed]
@@ -76,6 +80,19 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     if failures:
         return judged(subject, case, "merge", verdicts[failures[0]], failures[0])
     return judged(subject, case, "merge", worst_of([*verdicts.values()], verdicts[_CHANGED].policy))
+
+
+def _merged_in_training(subject: Subject, xs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Merge in training mode while gradients are recorded, and return the outputs of the merged layers. Then unmerge."""
+    for layer in subject.adapted.layers.values():
+        layer.train()
+    with torch.enable_grad():
+        subject.adapted.merge()
+    for path in xs:
+        subject.model.get_submodule(path).eval()
+    outputs = _outputs(subject, xs)
+    subject.adapted.unmerge()
+    return outputs
 
 
 @check(States.WARM, of_sizes=False, only_wide=True)
@@ -121,13 +138,15 @@ def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Te
 def check_detach(subject: Subject, case: Case) -> CheckResult:
     """Detaching restores the base layers themselves and their outputs, and every parameter and buffer of the model.
 
-    A parameter that the Method froze may stay frozen; detaching freezes no other.
+    So it is after the layers were used. A parameter that the Method froze may stay frozen; detaching freezes no other.
+    An adapter that is then attached to the same model computes what one on a fresh copy of the model computes.
     """
     fresh = case.attach_again()
     if fresh is None or fresh.original.model is None:
         return skipped(subject, case, "detach", "the case cannot attach again")
     xs = _inputs(fresh, case)
     trained = {id(p) for p in fresh.model.parameters() if p.requires_grad}
+    _used(fresh, case)
     fresh.adapted.detach()
     odd = [f"{p} is not the base layer" for p, b in fresh.bases.items() if fresh.model.get_submodule(p) is not b]
     odd += [f"{n} is frozen" for n, p in fresh.model.named_parameters() if id(p) in trained and not p.requires_grad]
@@ -136,7 +155,24 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
     with torch.no_grad():
         outputs = exact(_outputs(fresh, xs), {path: fresh.original_base(path)(x) for path, x in xs.items()})
     weights = unchanged(whole_model.tensors(fresh.model), whole_model.tensors(fresh.original.model))
-    return judged(subject, case, "detach", worst_of([outputs, weights], "exact"))
+    found = [outputs, weights]
+    if all(one.passed for one in found):
+        mine, expected = (_used(one, case) for one in (case.attach_again(model=fresh.model), case.attach_again()))
+        found.append(prefix_tensor("attached again", exact(mine, expected)))
+    return judged(subject, case, "detach", worst_of(found, "exact"))
+
+
+def _used(subject: Subject | None, case: Case) -> dict[str, Tensor]:
+    """Fill the added tensors with noise, run every layer forward and backward, and return what was observed."""
+    if subject is None:
+        return {}
+    warm(subject.added(), case.generator(salt=1))
+    seen: dict[str, Tensor] = {}
+    for index, (path, layer) in enumerate(subject.adapted.layers.items()):
+        x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
+        layer_seen = observe(layer, subject.tensors_of(path), x, dy, training=subject.trains_plainly)
+        seen |= {f"{path}: {name}": tensor for name, tensor in layer_seen.items()}
+    return seen
 
 
 @check(States.WARM, of_sizes=False)

@@ -3,43 +3,41 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from harness.conformance import process_settings
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
-from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.call_forms import (
-    FORMS,
-    FORMS_OF_IMAGES,
-    FORMS_OF_ROWS,
+    IMAGE_LAYOUTS,
+    LAYOUTS,
     LONG_FORMS,
-    REPEATS,
+    MODES,
     ROWS,
-    WITHOUT_GRADIENTS,
     Call,
-    constant_input,
-    copied,
+    layouts_with_gradients,
+    outputs_without_gradients,
     owns,
+    same,
     tensors_of_copy,
 )
+from harness.conformance.comparison.call_histories import HISTORIES, NEW_VALUES
 from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import HALF, cast, inputs
-from harness.conformance.comparison.layer_comparison import reference_runs
+from harness.conformance.comparison.kept_memory import kept_alive
+from harness.conformance.comparison.layer_comparison import reference_runs, runs_of
 from harness.conformance.comparison.observations import observe, preserved_state
-from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, worst_of
-from harness.conformance.operation import OperationSubject, cloned, mapped
+from harness.conformance.comparison.operation_forms import of_operation
+from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed, worst_of
+from harness.conformance.operation import OperationSubject
 from harness.conformance.subject import DTYPES, Subject, load
 from harness.records.record import CheckResult
 
-SMALL = 3_000
-"""An Operation is called REPEATS times only if its arguments have fewer elements than this."""
 TINY = 2.0**-13
 """Factor that makes a tensor tiny. The update still exceeds the rounding errors of float32."""
 OTHER_DTYPE = {"float64": "float32", "float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
@@ -52,17 +50,42 @@ LAYERS = 2
 def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Every way to call an implementation gives what the reference gives for the same numbers.
 
-    A layer: sequences of one token, four dimensions, transposed and sliced inputs, images with channels last; no_grad,
-    inference_mode, autocast (also after a change of the tensors) and activation checkpointing; an input, the adapter,
-    or all but one of its tensors without gradients; a deep copy, and one in another dtype; the gradient of a gradient;
-    a graph that torch.compile traces; many calls, and calls in two threads. An Operation: no_grad, inference_mode,
-    arguments that need a gradient, all or one of them; the gradient of a sum, of one output alone, and a second time
-    through the same graph; other numbers, arguments that change between two calls, and many calls.
+    A layer: sequences of one token, one sequence, four dimensions, transposed, sliced and expanded inputs, no tokens,
+    images with channels last, each with and without gradients; inference_mode, autocast, both kinds of checkpointing,
+    another default dtype, deterministic algorithms; an input, the adapter, or all but one of its tensors without
+    gradients; micro-batches, outputs and inputs that are changed in place, hooks; copies, and new values of all
+    tensors in every way that torch has; derivatives of derivatives, forward-mode derivatives, vmap; torch.compile;
+    many calls, calls in threads, and no growing memory. An Operation: the same, as far as it applies.
     """
-    found = list(_of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
+    found = list(of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:
         return skipped(subject, case, "calls", "there is no layer to call")
     return judged(subject, case, "calls", worst_of(found, found[0].policy))
+
+
+@dataclass
+class _LayerJudge:
+    """Judges observations of one layer on one input."""
+
+    subject: Subject
+    case: Case
+    path: str
+    truth: dict[str, Tensor]
+    draws: Iterable[Mapping[str, Tensor]]
+    passed: list[dict[str, Tensor]] = field(default_factory=list)
+    """Observations that passed. An observation that equals one of them to the last bit passes at once."""
+
+    def __call__(self, name: str, mine: dict[str, Tensor], wanted: Collection[str]) -> Judgement:
+        """Judge the observation of the form `name`. wanted: names of the tensors that it must have."""
+        expected = {n: t for n, t in self.truth.items() if n in wanted}
+        known = ({n: one[n] for n in expected} for one in self.passed if expected.keys() <= one.keys())
+        if mine.keys() == expected.keys() and any(same(mine, one) for one in known):
+            return _named(self.path, name, Judgement(True, 0.0, 0.0, "y", "", "noise-floor", 0))
+        own = ({n: t for n, t in draw.items() if n in expected} for draw in self.draws)
+        verdict = noise_floor(mine, expected, own, self.subject.dtype, self.case.factor("calls"))
+        if verdict.passed and verdict.decided:
+            self.passed.append(mine)
+        return _named(self.path, name, verdict)
 
 
 def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
@@ -70,53 +93,91 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         base, layer = subject.original_base(path), subject.adapted.layers[path]
         generator = case.generator(index + 700)
         x, dy = inputs(base, ROWS, DTYPES[subject.dtype], generator, case.magnitude)
-        call = Call(layer, subject.tensors_of(path), x, dy, subject.trains_plainly)
-        truth, draws = reference_runs(subject, path, x, dy)
+        tensors = subject.tensors_of(path)
+        state = [tensor for name, tensor in subject.state().items() if name.startswith(f"{path}.")]
+        numbers = [*tensors.values(), *state, *subject.bases[path].parameters()]
+        call = Call(layer, tensors, x, dy, subject.trains_plainly, numbers)
+        judge = _LayerJudge(subject, case, path, *reference_runs(subject, path, x, dy))
         # transformers' Conv1D itself takes no strided input.
-        forms = (
-            (FORMS_OF_ROWS if isinstance(base, nn.Linear) else {})
-            | (FORMS_OF_IMAGES if isinstance(base, nn.Conv2d) else {})
-            | FORMS
-            | (LONG_FORMS if index == 0 and case.walks else {})
-        )
-        for name, form in forms.items():
-            if form is copied and not owns(layer, call.tensors):
-                continue
-            missing = (
-                truth.keys() - {"y"} if form in WITHOUT_GRADIENTS else {"grad x"} if form is constant_input else set()
-            )
-            wanted = {n: t for n, t in truth.items() if n not in missing}
-            own = ({n: t for n, t in draw.items() if n in wanted} for draw in draws)
-            yield _named(path, name, noise_floor(form(call), wanted, own, subject.dtype, case.factor("calls")))
+        rows, images = isinstance(base, nn.Linear), isinstance(base, nn.Conv2d)
+        layouts = LAYOUTS if rows else IMAGE_LAYOUTS if images else {}
+        long = LONG_FORMS if index == 0 and case.walks else {}
+        for name, form in (layouts_with_gradients(layouts) | MODES | HISTORIES | long).items():
+            seen = form.run(call)
+            if seen is not None:
+                yield judge(name, seen, form.shown(judge.truth))
+        for name, seen in outputs_without_gradients(call, layouts):
+            yield judge(name, seen, ["y"])
         for name in call.tensors if len(call.tensors) > 1 else ():
-            wanted = {n: t for n, t in truth.items() if n in ("y", "grad x", f"grad {name}")}
-            own = ({n: t for n, t in draw.items() if n in wanted} for draw in draws)
             with _only_trained(call.tensors, name):
-                mine = call.observe(call.x, call.dy)
-            yield _named(
-                path, f"with only {name} trained", noise_floor(mine, wanted, own, subject.dtype, case.factor("calls"))
-            )
+                seen = call.observe(call.x, call.dy)
+            yield judge(f"with only {name} trained", seen, ["y", "grad x", f"grad {name}"])
+        if kept := kept_alive(partial(call.observe, call.x, call.dy)):
+            yield Judgement(False, None, None, path, f"memory grows with every call: {kept}", "exact", 0)
+        yield from _with_new_values(subject, case, path, call)
+        if rows:
+            yield from _with_other_rows(subject, case, path, call)
         if subject.dtype == "float32":
-            yield from _under_autocast(subject, case, path, layer, x, dy)
+            yield from _under_autocast(subject, case, path, call)
             yield from _untrained(subject, case, path, call)
     yield from _in_other_precisions(subject, case)
 
 
-def _under_autocast(
-    subject: Subject, case: Case, path: str, layer: nn.Module, x: Tensor, dy: Tensor
-) -> Iterator[Judgement]:
-    """Yield two judgements of the output under autocast: before and after the trained tensors change."""
+def _with_new_values(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
+    """Yield judgements of copies that got half of all numbers after they were called."""
+    seen = {name: run(call) for name, run in NEW_VALUES.items()}
+    found = {name: one for name, one in seen.items() if one is not None}
+    if not found:
+        return
+    wide, own = (subject.reference(path, dtype) for dtype in ("float64", subject.dtype))
+    with torch.no_grad():
+        for reference in (wide, own):
+            layer = reference.layer
+            for tensor in {id(t): t for t in (*layer.parameters(), *layer.buffers())}.values():
+                if tensor.is_floating_point():
+                    tensor.mul_(HALF)
+    judge = _LayerJudge(subject, case, path, *runs_of(wide, own, subject.dtype, call.x, call.dy))
+    for name, one in found.items():
+        yield judge(name, one, list(judge.truth))
+
+
+def _with_other_rows(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
+    """Yield judgements of calls whose input holds other numbers: one row expanded, and no rows of three dimensions."""
+    D, E = call.x.shape[-1], call.dy.shape[-1]
+    for name, x, dy in (
+        ("one row expanded", call.x[:1].expand(ROWS, D), call.dy[:1].expand(ROWS, E)),
+        ("no tokens", call.x[:0].view(2, 0, D), call.dy[:0].view(2, 0, E)),
+    ):
+        mine = observe(call.layer, call.tensors, x, dy, training=call.training)
+        truth, draws = reference_runs(subject, path, x, dy)
+        yield _named(path, name, noise_floor(mine, truth, draws, subject.dtype, case.factor("calls")))
+
+
+def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
+    """Yield judgements of outputs and gradients under autocast in both 16-bit dtypes, also after the tensors change.
+
+    Autocast rounds to 16 bits, so that the errors may be those of this dtype.
+    """
     wide, own = (subject.reference(path, dtype) for dtype in ("float64", "float32"))
-    mine = subject.tensors_of(path)
+    mine, x, dy, factor = call.tensors, call.x, call.dy, case.factor("calls")
     held = {name: t.detach().clone() for name, t in mine.items()}
+
+    def rounded(dtype: str) -> Iterator[dict[str, Tensor]]:
+        yield under(own.layer, own.tensors, dtype, x)
+        for seed in range(2):
+            generator = torch.Generator().manual_seed(seed)
+            yield under(own.layer, own.tensors, dtype, perturbed(x, dtype, generator))
+
+    def under(layer: nn.Module, tensors: Mapping[str, Tensor], dtype: str, x: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(x.device.type, DTYPES[dtype]):
+            return observe(layer, tensors, x, dy, training=call.training)
+
     try:
         for when in ("under autocast", "under autocast after a change"):
-            truth = observe(wide.layer, {}, cast(x, "float64"), dy.double()[:0])
-            with torch.autocast(x.device.type, torch.bfloat16):
-                # dy[:0] fits no output, so that no gradients are computed.
-                seen, rounded = (observe(of, {}, x, dy[:0]) for of in (layer, own.layer))
-            truth, seen, rounded = ({"y": one["y"]} for one in (truth, seen, rounded))
-            yield _named(path, when, noise_floor(seen, truth, rounded, "bfloat16", case.factor("calls")))
+            truth = observe(wide.layer, wide.tensors, cast(x, "float64"), dy.double())
+            for dtype in ("bfloat16", "float16"):
+                seen = under(call.layer, mine, dtype, x)
+                yield _named(path, f"{when} to {dtype}", noise_floor(seen, truth, rounded(dtype), dtype, factor))
             with torch.no_grad():
                 for tensor in (*mine.values(), *wide.tensors.values(), *own.tensors.values()):
                     tensor.mul_(HALF)
@@ -153,9 +214,9 @@ def _only_trained(tensors: Mapping[str, Tensor], name: str) -> Iterator[None]:
 
 
 def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
-    """Yield two judgements of the first adapted layer.
+    """Yield judgements of the first adapted layer.
 
-    The first judges the gradient of a gradient. The second judges a copy of the layer in another dtype.
+    They judge derivatives of other kinds, and a copy of the layer in another dtype.
     """
     path = next(iter(subject.adapted.layers), None)
     if path is None:
@@ -168,6 +229,11 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
         verdict = noise_floor(_second(layer, tensors, x, dy), truth, draws, subject.dtype, factor)
         yield _named(path, "the gradient of a gradient", verdict)
         own = subject.reference(path, subject.dtype)  # the draws may have moved its tensors
+    if x.is_floating_point() and (seen := _by_functorch(layer, tensors, x, dy)):
+        truth, draws = reference_runs(subject, path, x, dy, look=_by_functorch)
+        known = ({n: t for n, t in draw.items() if n in seen} for draw in draws)
+        expected = {n: t for n, t in truth.items() if n in seen}
+        yield _named(path, "by torch.func", noise_floor(seen, expected, known, subject.dtype, factor))
     rounded_alike = {t.dtype for t in tensors.values()} <= {
         DTYPES[subject.dtype]
     }  # False if an adapter stays in float32
@@ -205,86 +271,23 @@ def _second(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tens
         return {f"grad {n}": t.grad.detach().clone() for n, t in tensors.items() if t.grad is not None}
 
 
+def _by_functorch(
+    layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor, *, training: bool = False
+) -> dict[str, Tensor]:
+    """Return outputs by torch.func.vmap, and the derivative along dx = x by torch.func.jvp, as far as the layer has them.
+
+    torch refuses both for an autograd.Function without the rules for them.
+    """
+    seen: dict[str, Tensor] = {}
+    with preserved_state(layer, tensors, training):
+        for name, run in (
+            ("y by vmap", lambda: torch.func.vmap(layer)(x.detach())),
+            ("derivative by jvp", lambda: torch.func.jvp(layer, (x.detach(),), (x.detach(),))[1]),
+        ):
+            with suppress(RuntimeError, NotImplementedError):
+                seen[name] = run().detach().clone()
+    return seen
+
+
 def _named(path: str, form: str, judgement: Judgement) -> Judgement:
     return prefix_tensor(f"{path} {form}" if path else form, judgement)
-
-
-def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
-    plain = {name: t.detach().clone() for name, t in subject.call().items()}
-
-    def judge(form: str, mine: dict[str, Tensor]) -> Judgement:
-        return operation_call.judge_form(form, subject, mine, plain, case)
-
-    with torch.no_grad():
-        yield judge("under no_grad", subject.call())
-    with torch.inference_mode():
-        yield judge("under inference_mode", subject.call())
-    yield judge("with arguments that need a gradient", _detached(subject.call(**_leaves(subject.arguments))))
-    yield _judge_changed(subject, case, "with other numbers", _with_other_numbers(subject.arguments))
-    yield _judge_changed(subject, case, "after its arguments changed", subject.arguments, in_place=True)
-    differentiable, factor = subject.operation.differentiable, case.factor("calls")
-    # Of a list of adapters, the last alone: its neighbours are frozen.
-    there = {name: name.partition("[")[0] for name in operation_call.flatten(subject.arguments)}
-    items = {group: name for name, group in there.items() if name != group}
-    alone = [name for name in differentiable if name in there.values()]
-    alone += [name for group, name in items.items() if group in differentiable]
-    for name in alone if len(alone) > 1 else ():
-        verdict = operation_call.judge_gradients(subject, case, factor, of=[name])
-        yield _named("", f"with only {name} needing a gradient", verdict)
-    layouts: dict[operation_call.Layout, str] = {
-        "expanded": "the gradient of a sum",
-        "transposed": "a transposed gradient",
-    }
-    for layout, form in layouts.items() if differentiable else ():
-        yield _named("", f"with {form}", operation_call.judge_gradients(subject, case, factor, layout=layout))
-    for name in subject.operation.outputs if differentiable and len(subject.operation.outputs) > 1 else ():
-        yield _named("", f"with only {name} in use", operation_call.judge_gradients(subject, case, factor, used=[name]))
-    if differentiable:
-        yield _named("", "in a second backward pass", operation_call.judge_gradients(subject, case, factor, times=2))
-    with process_settings.restored():
-        torch.set_default_dtype(torch.bfloat16)
-        seen = subject.call()
-    yield judge("while torch's default dtype is bfloat16", seen)
-    times = REPEATS if _is_small(subject.arguments) else 2
-    calls = (subject.call() for _ in range(times))
-    different = (one for one in calls if not exact(operation_call.finite(one), operation_call.finite(plain)).passed)
-    yield judge(f"{times} times", next(different, plain))
-
-
-def _judge_changed(
-    subject: OperationSubject, case: Case, form: str, arguments: Mapping[str, Any], *, in_place: bool = False
-) -> Judgement:
-    """Call the Operation twice with different numbers, and judge the second call.
-
-    The first call gets the subject's own arguments, and the second call gets `arguments`. in_place: both calls get the
-    same tensors, which change between the calls.
-    """
-    given = cloned(dict(arguments))
-    with torch.no_grad():
-        subject.function(**(given if in_place else cloned(subject.arguments)))
-        if in_place:
-            operation_call.map_tensors(given, _change)
-        changed = replace(subject, arguments=cloned(given))
-        mine = subject.operation.named(subject.function(**given))
-    return _named("", form, worst_of([one for one, _ in operation_call.judgements(changed, mine, case)], "as outputs"))
-
-
-def _change(tensor: Tensor) -> Tensor:
-    """Change a tensor in place: halve numbers, and move codes or indices by one place."""
-    return tensor.mul_(HALF) if tensor.is_floating_point() else tensor.copy_(tensor.roll(1, 0))
-
-
-def _with_other_numbers(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return mapped(dict(arguments), lambda one: one * HALF if type(one) is float else one)
-
-
-def _detached(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach() for name, t in named.items()}
-
-
-def _leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return operation_call.map_floats(cloned(dict(arguments)), lambda t: t.requires_grad_(True))
-
-
-def _is_small(arguments: Mapping[str, Any]) -> bool:
-    return sum(t.numel() for t in operation_call.flatten(dict(arguments)).values()) < SMALL

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from harness.conformance.checks import CellStage, Reference, States, check
 from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
-from harness.conformance.comparison.observations import observe
+from harness.conformance.comparison.observations import observe, preserved_state
 from harness.conformance.comparison.tolerance_policies import exact, unchanged, worst_of
 from harness.conformance.poisoned_memory import poisoned_memory
 from harness.conformance.subject import DTYPES, Subject, initial_shapes
@@ -105,18 +107,22 @@ def _unpacked(subject: Subject, model: nn.Module) -> dict[str, Tensor]:
 
 @check(States.WARM, of_sizes=False)
 def check_inputs(subject: Subject, case: Case) -> CheckResult:
-    """Forward and backward change neither the input, nor the incoming gradient, nor any weight, the base's included."""
+    """Forward and backward change neither the input, nor the incoming gradient, nor any weight, the base's included.
+
+    In training mode with dropout too, for an input that needs no gradient, and without gradients.
+    """
     found = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
         held = {"x": x, "dy": dy} | {f"weight {n}": t for n, t in layer.state_dict().items() if torch.is_tensor(t)}
         before = {name: t.detach().clone() for name, t in held.items()}
-        leaf = x.requires_grad_(True) if x.is_floating_point() else x
-        y = layer(leaf)
-        if y.requires_grad and y.shape == dy.shape:  # else the checks `forward` and `gradient` report it
-            y.backward(dy)
-        for tensor in subject.tensors_of(path).values():
-            tensor.grad = None
+        for training, needed, recorded in itertools.product((False, True), (False, True), (False, True)):
+            leaf = x.requires_grad_(needed and x.is_floating_point())
+            with torch.set_grad_enabled(recorded), preserved_state(layer, subject.tensors_of(path), training):
+                y = layer(leaf)
+                if y.requires_grad and y.shape == dy.shape:  # else the checks `forward` and `gradient` report it
+                    y.backward(dy)
+            x.grad = None
         found.append(prefix_tensor(path, exact({n: t.detach() for n, t in held.items()}, before)))
     return judged(subject, case, "inputs", worst_of(found, "exact"))
 

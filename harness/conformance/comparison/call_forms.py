@@ -1,24 +1,27 @@
-"""Ways to call an adapted layer: shapes and layouts of the input, modes of torch, copies, repetition and threads."""
+"""Ways to call an adapted layer: shapes and layouts of the input, modes of torch, repetition and threads."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from threading import Barrier
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from harness.conformance import process_settings
 from harness.conformance.comparison.observations import observe, preserved_state
 
 ROWS = 4
 REPEATS = 110
-"""Number of calls of one layer. This is enough to find a fault that shows in every 100th call."""
+"""Number of calls with gradients of one layer. This is enough to find a fault that shows in every 100th call."""
+LONG_RUN = 1030
+"""Number of calls without gradients of one layer, as in the generation of a long text."""
 THREADS = 2
 
 
@@ -33,15 +36,26 @@ class Call:
     dy: Tensor
     training: bool
     """True if training mode is tried, because the layer has no dropout and must compute the same in both modes."""
+    numbers: Sequence[Tensor] = ()
+    """The tensors that the reference has too: those of the adapter, its state, and those of the base layer."""
 
-    def observe(self, x: Tensor, dy: Tensor, layer: nn.Module | None = None, **how: Any) -> dict[str, Tensor]:
+    def observe(
+        self, x: Tensor, dy: Tensor, layer: nn.Module | None = None, training: bool | None = None, **how: Any
+    ) -> dict[str, Tensor]:
         """Run the layer forward from `x` and backward from `dy`, and return the output and the gradients.
 
         The output has the shape of `self.dy`, and the gradient of the input has the shape of `self.x`. layer: if given,
-        the copy of the layer that is run instead.
+        the copy of the layer that is run instead. training: if given, the mode of the layer.
         """
         tensors = self.tensors if layer is None else tensors_of_copy(self.layer, layer, self.tensors)
-        seen = observe(layer or self.layer, tensors, x, dy, training=self.training, **how)
+        mode = self.training if training is None else training
+        seen = observe(layer or self.layer, tensors, x, dy, training=mode, **how)
+        return self.in_shape(seen, dy)
+
+    def in_shape(self, seen: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
+        """Return an observation in which an output of the shape of `dy` has that of `self.dy`, and so has the gradient
+        of x that of `self.x`.
+        """
         if seen["y"].shape == dy.shape:
             seen["y"] = seen["y"].reshape(self.dy.shape)
         if "grad x" in seen:
@@ -54,46 +68,99 @@ class Call:
             return {"y": self.layer(self.x).detach().clone()}
 
 
-Form = Callable[[Call], dict[str, Tensor]]
+@dataclass(frozen=True)
+class Form:
+    """A way to call a layer."""
+
+    run: Callable[[Call], dict[str, Tensor] | None]
+    """Function that calls the layer and returns the output and the gradients; None if the form does not apply."""
+    leaves_out: Literal["", "all gradients", "grad x", "the tensors' gradients"] = ""
+    """What the observation lacks, because it does not exist in this form."""
+
+    def shown(self, names: Iterable[str]) -> list[str]:
+        """Return those names of a full observation that this form shows."""
+        outputs, gradients = ("y",), ("y", "grad x")
+        match self.leaves_out:
+            case "all gradients":
+                return [name for name in names if name in outputs]
+            case "the tensors' gradients":
+                return [name for name in names if name in gradients]
+        return [name for name in names if name != self.leaves_out]
 
 
-def _reshaped(*shape: int) -> Form:
-    return lambda call: call.observe(call.x.reshape(*shape, -1), call.dy.reshape(*shape, -1))
+Layout = Callable[[Tensor], Tensor]
+"""Function that returns rows (ROWS, D) in another shape or memory layout, in the same order."""
 
 
-def _swapped(call: Call) -> dict[str, Tensor]:
-    """Call the layer with an input of three dimensions whose batch and tokens are swapped in memory."""
-    x, dy = (t.reshape(2, 2, -1).transpose(0, 1).contiguous().transpose(0, 1) for t in (call.x, call.dy))
-    return call.observe(x, dy)
+def _swapped(rows: Tensor) -> Tensor:
+    """Return three dimensions whose batch and tokens are swapped in memory."""
+    return rows.reshape(2, 2, -1).transpose(0, 1).contiguous().transpose(0, 1)
 
 
-def _sliced(call: Call) -> dict[str, Tensor]:
-    """Call the layer with an input that is every second row of a larger tensor."""
-    wide = torch.stack([call.x, torch.full_like(call.x, torch.nan)], dim=1).flatten(0, 1)
-    return call.observe(wide[::2], call.dy)
+def _every_second(rows: Tensor) -> Tensor:
+    """Return a view of every second row of a larger tensor. The other rows hold NaN."""
+    return torch.stack([rows, torch.full_like(rows, torch.nan)], dim=1).flatten(0, 1)[::2]
 
 
-def _no_grad(call: Call) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return call.output(call.training)
+def _middle(rows: Tensor) -> Tensor:
+    """Return the middle of a larger tensor of NaN: the rows do not begin at its start, and have gaps after them."""
+    wide = rows.new_full((len(rows) + 2, rows.shape[1] + 3), torch.nan)
+    wide[1:-1, 2:-1] = rows
+    return wide[1:-1, 2:-1]
 
 
-def _inference(call: Call) -> dict[str, Tensor]:
-    with torch.inference_mode():
-        return call.output(training=False)
+LAYOUTS: dict[str, Layout] = {
+    "one token per sequence": lambda rows: rows.reshape(ROWS, 1, -1),
+    "a batch of one sequence": lambda rows: rows.reshape(1, ROWS, -1),
+    "four dimensions": lambda rows: rows.reshape(2, 1, 2, -1),
+    "batch and tokens transposed": _swapped,
+    "every second row of a tensor": _every_second,
+    "the middle of a tensor": _middle,
+    "rows transposed in memory": lambda rows: rows.T.contiguous().T,
+}
+"""Name -> layout of the rows of a linear layer."""
+IMAGE_LAYOUTS: dict[str, Layout] = {
+    "channels_last": lambda images: images.contiguous(memory_format=torch.channels_last)
+}
+"""Name -> memory layout of the images of a convolution."""
 
 
-def constant_input(call: Call) -> dict[str, Tensor]:
+def layouts_with_gradients(layouts: Mapping[str, Layout]) -> dict[str, Form]:
+    """Return forms that run forward and backward from the input in each of the layouts."""
+
+    def form(layout: Layout) -> Form:
+        return Form(lambda call: call.observe(layout(call.x), layout(call.dy)))
+
+    return {name: form(layout) for name, layout in layouts.items()}
+
+
+def outputs_without_gradients(call: Call, layouts: Mapping[str, Layout]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Call the layer without gradients in each mode and each layout of the input. Yield the name and the output."""
+    modes: dict[str, tuple[Callable[[], Any], bool]] = {
+        "under no_grad": (torch.no_grad, False),
+        "under inference_mode": (torch.inference_mode, False),
+    }
+    if call.training:
+        modes["under no_grad in training mode"] = torch.no_grad, True
+    for mode, (without, training) in modes.items():
+        for name, layout in {"": lambda rows: rows, **layouts}.items():
+            x, dy = layout(call.x), layout(call.dy)
+            with preserved_state(call.layer, call.tensors, training), without():
+                y = call.layer(x)
+            yield " ".join(filter(None, [mode, name])), call.in_shape({"y": y.clone()}, dy)
+
+
+def _constant_input(call: Call) -> dict[str, Tensor]:
     """Call the layer with an input that needs no gradient, as the first layer of a model gets it."""
     return call.observe(call.x, call.dy, call=lambda layer, x: layer(x.detach()))
 
 
 def _frozen(call: Call) -> dict[str, Tensor]:
-    """Call the layer while its trained tensors require no gradient."""
+    """Call the layer while its trained tensors require no gradient. The input still gets one."""
     for tensor in call.tensors.values():
         tensor.requires_grad_(False)
     try:
-        return call.output(call.training)
+        return call.observe(call.x, call.dy)
     finally:
         for tensor in call.tensors.values():
             tensor.requires_grad_(True)
@@ -103,9 +170,79 @@ def _checkpointed(call: Call) -> dict[str, Tensor]:
     return call.observe(call.x, call.dy, call=partial(checkpoint, use_reentrant=False))
 
 
-def copied(call: Call) -> dict[str, Tensor]:
-    """Call a deep copy of the layer."""
-    return call.observe(call.x, call.dy, layer=copy.deepcopy(call.layer))
+def _checkpointed_again(call: Call) -> dict[str, Tensor] | None:
+    """Use torch's older checkpointing, whose first pass runs without gradients. It needs an input with a gradient."""
+    if not call.x.is_floating_point():
+        return None
+    return call.observe(call.x, call.dy, call=partial(checkpoint, use_reentrant=True))
+
+
+def _eval(call: Call) -> dict[str, Tensor]:
+    return call.observe(call.x, call.dy, training=False)
+
+
+def _second_backward(call: Call) -> dict[str, Tensor]:
+    """Run backward twice through one graph, and return the gradients of the second pass."""
+    with preserved_state(call.layer, call.tensors, call.training):
+        leaf = leaf_of(call.x)
+        y = call.layer(leaf)
+        for again in (True, False):
+            for tensor in (leaf, *call.tensors.values()):
+                tensor.grad = None
+            if y.requires_grad and y.shape == call.dy.shape:
+                y.backward(call.dy, retain_graph=again)
+        return collected(call, y, [leaf.grad])
+
+
+def _gradients_of_zeros(call: Call) -> dict[str, Tensor]:
+    """Run backward while every gradient is a tensor of zeros, as `zero_grad(set_to_none=False)` leaves it."""
+
+    def run(layer: nn.Module, x: Tensor) -> Tensor:
+        for tensor in call.tensors.values():
+            tensor.grad = torch.zeros_like(tensor)
+        y: Tensor = layer(x)
+        return y
+
+    return call.observe(call.x, call.dy, call=run)
+
+
+def _output_in_place(call: Call) -> dict[str, Tensor]:
+    """Double the output in place, as `nn.ReLU(inplace=True)` would change it."""
+    seen = call.observe(call.x, call.dy / 2, call=lambda layer, x: layer(x).mul_(2))
+    return seen | {"y": seen["y"] / 2}
+
+
+def _input_in_place(call: Call) -> dict[str, Tensor] | None:
+    """Change the input in place between forward and backward. torch may refuse it, but must not compute wrongly."""
+    if not call.x.is_floating_point():
+        return None
+
+    def run(layer: nn.Module, x: Tensor) -> Tensor:
+        given = x * 1
+        y: Tensor = layer(given)
+        with torch.no_grad():
+            given.mul_(-3)
+        return y
+
+    try:
+        return call.observe(call.x, call.dy, call=run)
+    except RuntimeError:
+        return None
+
+
+def _under(context: Callable[[], Any]) -> Form:
+    def run(call: Call) -> dict[str, Tensor]:
+        with process_settings.restored(), context() or nullcontext():
+            return call.observe(call.x, call.dy)
+
+    return Form(run)
+
+
+@contextmanager
+def _autocast_off() -> Iterator[None]:
+    """Be within an autocast that an inner one switches off."""
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def _compiled(call: Call) -> dict[str, Tensor]:
@@ -118,13 +255,21 @@ def _compiled(call: Call) -> dict[str, Tensor]:
 
 
 def _repeated(call: Call) -> dict[str, Tensor]:
-    """Call the layer many times in its mode, and return an output that differs from the first output.
+    """Run forward and backward many times, and return an observation that differs from the first.
 
-    If no output differs, return the first.
+    If none differs, return the first.
     """
-    first = call.output(call.training)
-    later = (call.output(call.training) for _ in range(REPEATS))
-    return next((one for one in later if not torch.equal(one["y"], first["y"])), first)
+    first = call.observe(call.x, call.dy)
+    later = (call.observe(call.x, call.dy) for _ in range(REPEATS))
+    return next((one for one in later if not same(one, first)), first)
+
+
+def _long_run(call: Call) -> dict[str, Tensor]:
+    """Call the layer many times without gradients, and return an output that differs from the first, if one does."""
+    with torch.no_grad(), preserved_state(call.layer, call.tensors, training=False):
+        first = {"y": call.layer(call.x).clone()}
+        later = ({"y": call.layer(call.x)} for _ in range(LONG_RUN))
+        return next((one for one in later if not same(one, first)), first)
 
 
 def _threaded(call: Call) -> dict[str, Tensor]:
@@ -149,37 +294,46 @@ def _threaded(call: Call) -> dict[str, Tensor]:
     return {"y": next((one for one in mine if not torch.equal(one, alone)), alone)}
 
 
-def _channels_last(call: Call) -> dict[str, Tensor]:
-    x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (call.x, call.dy))
-    return call.observe(x, dy)
-
-
-FORMS_OF_IMAGES: dict[str, Form] = {"channels_last": _channels_last}
-"""Name -> function that calls a layer on its images in another memory layout."""
-FORMS_OF_ROWS: dict[str, Form] = {
-    "one token per sequence": _reshaped(ROWS, 1),
-    "four dimensions": _reshaped(2, 1, 2),
-    "batch and tokens transposed": _swapped,
-    "every second row of a tensor": _sliced,
+MODES: dict[str, Form] = {
+    "in eval mode": Form(_eval),
+    "with an input that needs no gradient": Form(_constant_input, "grad x"),
+    "with frozen tensors": Form(_frozen, "the tensors' gradients"),
+    "under activation checkpointing": Form(_checkpointed),
+    "under reentrant checkpointing": Form(_checkpointed_again),
+    "in a second backward pass": Form(_second_backward),
+    "with gradients that are zeros": Form(_gradients_of_zeros),
+    "with an output that is changed in place": Form(_output_in_place),
+    "with an input that is changed later": Form(_input_in_place),
+    "while torch's default dtype is bfloat16": _under(lambda: torch.set_default_dtype(torch.bfloat16)),
+    "while torch's default dtype is float64": _under(lambda: torch.set_default_dtype(torch.float64)),
+    "with deterministic algorithms": _under(lambda: torch.use_deterministic_algorithms(True)),
+    "with autocast switched off again": _under(_autocast_off),
 }
-"""Name -> function that calls a layer on its rows of features in another shape or memory layout."""
-FORMS: dict[str, Form] = {
-    "under no_grad in training mode": _no_grad,
-    "under inference_mode": _inference,
-    "with an input that needs no gradient": constant_input,
-    "with frozen tensors": _frozen,
-    "under activation checkpointing": _checkpointed,
-    "by a deep copy": copied,
-}
-"""Name -> function that calls a layer on its input in another mode."""
+"""Name -> form that calls a layer on its input in another mode."""
 LONG_FORMS: dict[str, Form] = {
-    "under torch.compile": _compiled,
-    f"{REPEATS} times": _repeated,
-    f"in {THREADS} threads": _threaded,
+    "under torch.compile": Form(_compiled),
+    f"{REPEATS} times": Form(_repeated),
+    f"{LONG_RUN} times without gradients": Form(_long_run, "all gradients"),
+    f"in {THREADS} threads": Form(_threaded, "all gradients"),
 }
-"""Name -> function that calls a layer on its input many times. Only the first layer of a model is called so."""
-WITHOUT_GRADIENTS = (_no_grad, _inference, _frozen, _repeated, _threaded)
-"""Functions of FORMS and LONG_FORMS that return only an output, without gradients."""
+"""Name -> form that takes long. Only the first layer of a model is called so."""
+
+
+def leaf_of(x: Tensor) -> Tensor:
+    """Return a copy of x that requires a gradient, if it holds floating-point numbers."""
+    return x.detach().clone().requires_grad_(x.is_floating_point())
+
+
+def collected(call: Call, y: Tensor, gradients: list[Tensor | None]) -> dict[str, Tensor]:
+    """Return an observation: the output, the gradients of the parts of x joined, and the tensors' own gradients."""
+    parts = [one for one in gradients if one is not None]
+    seen = {"y": y.detach().clone()} | ({"grad x": torch.cat(parts)} if parts else {})
+    return seen | {f"grad {name}": t.grad.detach().clone() for name, t in call.tensors.items() if t.grad is not None}
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Return whether two observations are equal to the last bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def owns(layer: nn.Module, tensors: Mapping[str, Tensor]) -> bool:

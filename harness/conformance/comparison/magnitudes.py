@@ -12,6 +12,12 @@ _LARGE = {torch.float16: 2.0**7}
 """dtype -> factor between normal inputs and `large` or `small` ones, for dtypes with a small range. With this factor,
 sums of products stay finite."""
 _LARGE_ELSEWHERE = 2.0**60
+_HUGE = {torch.float16: 2.0**10}
+_HUGE_ELSEWHERE = 2.0**110
+_TINY = {torch.float16: 2.0**-18}
+_TINY_ELSEWHERE = 2.0**-129
+"""_TINY, _TINY_ELSEWHERE: factors with which normal noise becomes subnormal: less than the smallest number that has all
+digits. float64 gets those of float32."""
 _OUTLIER = 2.0**6
 
 
@@ -20,13 +26,22 @@ def vary(drawn: Tensor, magnitude: str, dtype: torch.dtype) -> Tensor:
 
     dtype: the dtype to which the inputs will be cast. magnitude: `normal` changes nothing. `large` multiplies by a
     power of two, and `small` divides by it. In float16 this power is small enough not to overflow. `outlier` makes one
-    feature large. `zero-rows` sets every second row to zero.
+    feature large. `zero-rows` sets every second row to zero. `huge` is near the largest number of the dtype, and `tiny`
+    below the smallest one with all digits. `constant` is one in all places. `positive` has no negative number.
     """
     factor = _LARGE.get(dtype, _LARGE_ELSEWHERE)
     if magnitude == "large":
         return drawn * factor
     if magnitude == "small":
         return drawn / factor
+    if magnitude == "huge":
+        return drawn * _HUGE.get(dtype, _HUGE_ELSEWHERE)
+    if magnitude == "tiny":
+        return drawn * _TINY.get(dtype, _TINY_ELSEWHERE)
+    if magnitude == "constant":
+        return torch.ones_like(drawn)
+    if magnitude == "positive":
+        return drawn.abs()
     varied = drawn.clone()
     if magnitude == "outlier" and varied.numel():
         varied[..., varied.shape[-1] // 2] *= _OUTLIER

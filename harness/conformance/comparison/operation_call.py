@@ -85,19 +85,27 @@ def judge_form(
 
 
 def forward(
-    subject: OperationSubject, function: Callable[..., object], dtype: torch.dtype, of: Collection[str] | None = None
+    subject: OperationSubject,
+    function: Callable[..., object],
+    dtype: torch.dtype,
+    of: Collection[str] | None = None,
+    *,
+    leaves: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Call `function` on the arguments, cast to `dtype`.
 
     Return the outputs, and the arguments that need a gradient, by name. of: names of the arguments, or of
-    items of lists such as `As[0]`, that need a gradient; by default all differentiable arguments.
+    items of lists such as `As[0]`, that need a gradient; by default all differentiable arguments. leaves: if False, the
+    function gets results of other operators, as in the middle of a model.
     """
     given = cloned(subject.arguments, {DTYPES[subject.dtype]: dtype})
     wanted = subject.operation.differentiable if of is None else of
-    leaves = {n: t for n, t in flatten(given).items() if n in wanted or n.partition("[")[0] in wanted}
-    for leaf in leaves.values():
+    found = {n: t for n, t in flatten(given).items() if n in wanted or n.partition("[")[0] in wanted}
+    for leaf in found.values():
         leaf.requires_grad_(True)
-    return subject.operation.named(function(**given)), leaves
+    if not leaves:
+        given = mapped(given, lambda one: one * 1 if isinstance(one, Tensor) and one.requires_grad else one)
+    return subject.operation.named(function(**given)), found
 
 
 def backward(
@@ -108,11 +116,13 @@ def backward(
     layout: Layout = "plain",
     used: Collection[str] | None = None,
     times: int = 1,
+    zeros: bool = False,
 ) -> dict[str, Tensor]:
     """Run backward from the outputs with random gradients. Return the gradient of each leaf as `grad <name>`.
 
     A leaf that gets no gradient has zeros. layout: see Layout. used: names of the outputs that get a gradient; by
-    default all. times: number of backward passes through the same graph. Only the last one is returned.
+    default all. times: number of backward passes through the same graph. Only the last one is returned. zeros:
+    begin with gradients of zeros, as `zero_grad(set_to_none=False)` leaves them.
     """
     generator, starts, dys = case.generator(salt=3), [], []
     for name, y in outputs.items():
@@ -125,7 +135,7 @@ def backward(
             dys.append(dy)
     for left in reversed(range(times if starts else 0)):
         for leaf in leaves.values():
-            leaf.grad = None
+            leaf.grad = torch.zeros_like(leaf) if zeros else None
         torch.autograd.backward(starts, [dy.clone() for dy in dys] if left else dys, retain_graph=left > 0)
     return {f"grad {n}": torch.zeros_like(t) if t.grad is None else t.grad for n, t in leaves.items()}
 
@@ -136,19 +146,22 @@ def gradients(
     dtype: torch.dtype,
     case: Case,
     of: Collection[str] | None = None,
+    *,
+    leaves: bool = True,
     **how: Any,
 ) -> dict[str, Tensor]:
     """Compute the gradient of each argument in `of`, and return it as `grad <name>`.
 
-    By default these are all differentiable arguments. The gradients are computed in `dtype`. how: see `backward`.
+    By default these are all differentiable arguments. The gradients are computed in `dtype`. leaves: see `forward`. how: see
+    `backward`.
     """
-    return backward(*forward(subject, function, dtype, of), case, **how)
+    return backward(*forward(subject, function, dtype, of, leaves=leaves), case, **how)
 
 
 def judge_gradients(
     subject: OperationSubject, case: Case, factor: float, of: Collection[str] | None = None, **how: Any
 ) -> Judgement:
-    """Judge the gradients of the arguments in `of`, dtype included. of: see `gradients`. how: see `backward`."""
+    """Judge the gradients of the arguments in `of`, dtype included. of, how: see `gradients`."""
 
     def computed(one: OperationSubject, function: Callable[..., object], dtype: torch.dtype) -> dict[str, Tensor]:
         return gradients(one, function, dtype, case, of, **how)

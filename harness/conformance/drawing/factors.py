@@ -19,9 +19,11 @@ from harness.methods.spec import FieldInfo
 ELEMENTS = 80_000
 """Largest number of elements of a drawn tensor. It exceeds 65,536, where some kernels begin another block. It is small
 enough that a case takes a tenth of a second."""
-LARGEST_SIZE = 160
-"""Largest rank or block that is drawn, unless the setting has a smaller maximum. It exceeds 128, the size of the
+LARGEST_SIZE = 300
+"""Largest rank or block that is drawn, unless the setting has a smaller maximum. It exceeds 256, the size of the
 kernels' tiles."""
+LARGEST_RANK = 1030
+"""Largest rank that a case has. It exceeds every side of the kernels' tiles."""
 LENGTHS = tuple(range(1, 13))
 """Possible lengths of drawn lists, such as lists of sequences or of adapters."""
 _KEY = 2**31
@@ -34,6 +36,9 @@ class Factor:
 
     levels: tuple[Any, ...]
     """Representative values, the plainest first. The fixed sample covers every pair of levels of two factors."""
+    extremes: tuple[Any, ...] = ()
+    """Further values, such as very large ones. The fixed sample tries each of them once, beside plain values of the other
+    factors."""
     least: float | None = None
     """Smallest number that is drawn at random. None if only levels are drawn."""
     most: float | None = None
@@ -49,36 +54,62 @@ class Factor:
         low = self.least if least is None else least
         high = self.most if most is None else most
         levels = dict.fromkeys(type(v)(min(max(v, low or 0), math.inf if high is None else high)) for v in self.levels)
-        return replace(self, levels=tuple(levels), least=low, most=high)
+        extremes = tuple(v for v in self.extremes if (low is None or v >= low) and (most is None or v <= most))
+        return replace(self, levels=tuple(levels), extremes=extremes, least=low, most=high)
 
 
-Rank = Annotated[int, Factor((3, 1, 16, 65, 130), least=1, most=LARGEST_SIZE)]
+Rank = Annotated[int, Factor((3, 1, 16, 65, 130), (20, 100, 260, LARGEST_RANK), least=1, most=LARGEST_SIZE)]
 ThreeRanks = Annotated[
     Sequence[int],
-    Factor(((3, 8, 2), (1, 1, 1), (16, 4, 65), (130, 3, 17)), least=1, most=LARGEST_SIZE, dimensions=(3,)),
+    Factor(
+        ((3, 8, 2), (1, 1, 1), (16, 4, 65), (130, 3, 17)),
+        ((520, 260, 100), (5, 520, 1030)),
+        least=1,
+        most=LARGEST_SIZE,
+        dimensions=(3,),
+    ),
 ]
-Scaling = Annotated[float, Factor((1.75, 1.0, 0.0, 0.3, 16.0, -2.0), least=-64.0, most=64.0)]
-Dropout = Annotated[float, Factor((0.0, 0.25, 0.5, 0.75), least=0.0, most=0.95, optional=True)]
-Tokens = Annotated[int, Factor((3, 1, 130, 515), least=1, most=600)]
-Step = Annotated[int, Factor((7, 2, 50, 1000), least=2, most=10_000)]
-FirstStep = Annotated[int, Factor((7, 1, 2, 50, 1000), least=1, most=10_000)]
-WeightDecay = Annotated[float, Factor((0.0, 0.1, 0.5), least=0.0, most=1.0)]
-Beta = Annotated[float, Factor((0.9, 0.0, 0.5, 0.999), least=0.0, most=0.999)]
-Eps = Annotated[float, Factor((1e-6, 1e-8, 1e-3, 0.1), least=1e-8, most=1.0)]
-Numel = Annotated[int, Factor((1024, 1, 600, 4097, 65_700), least=1, most=ELEMENTS)]
+Scaling = Annotated[
+    float, Factor((1.75, 1.0, 0.0, 0.3, 16.0, -2.0), (2.0, 4.0, 100.0, 1e-3, -0.25), least=-64.0, most=64.0)
+]
+Dropout = Annotated[float, Factor((0.0, 0.25, 0.5, 0.75), (0.01, 0.9, 0.95), least=0.0, most=0.95, optional=True)]
+Tokens = Annotated[int, Factor((3, 1, 130, 515), (2, 16, 1030, 2060), least=1, most=600)]
+Step = Annotated[int, Factor((7, 2, 50, 1000), (3, 100, 256, 257, 4097, 70_000), least=2, most=10_000)]
+FirstStep = Annotated[int, Factor((7, 1, 2, 50, 1000), (3, 100, 256, 257, 4097, 70_000), least=1, most=10_000)]
+WeightDecay = Annotated[float, Factor((0.0, 0.1, 0.5), (0.001, 2.0), least=0.0, most=1.0)]
+Beta = Annotated[float, Factor((0.9, 0.0, 0.5, 0.999), (0.95, 0.99, 0.9999), least=0.0, most=0.999)]
+Eps = Annotated[float, Factor((1e-6, 1e-8, 1e-3, 0.1), (1e-12, 1.0), least=1e-8, most=1.0)]
+LearningRate = Annotated[float, Factor((0.1,), (0.0, 1e-3, 1.0, 4.0), least=0.0, most=4.0)]
+Numel = Annotated[int, Factor((1024, 1, 600, 4097, 65_700), (2, 255, 2049, 270_001), least=1, most=ELEMENTS)]
 Block = Literal[64, 32, 128, 256, 512, 1024, 2048, 4096]
 Matrix = Annotated[
     Sequence[int],
-    Factor(((24, 40), (24, 24), (1, 33), (12, 1030), (520, 12), (257, 300)), dimensions=(2,)),
+    Factor(
+        ((24, 40), (24, 24), (1, 33), (12, 1030), (520, 12), (257, 300)),
+        ((4100, 8), (8, 4100), (520, 521), (264, 264), (33, 1), (31, 17)),
+        dimensions=(2,),
+    ),
 ]
 Shape = Annotated[
     Sequence[int],
-    Factor(((5, 96), (64,), (1,), (0, 64), (63, 65), (3, 5, 7), (12, 1030), (257, 300)), dimensions=(1, 2, 3)),
+    Factor(
+        ((5, 96), (64,), (1,), (0, 64), (63, 65), (3, 5, 7), (12, 1030), (257, 300)),
+        ((128, 128), (4100,), (2, 3, 4, 5), (4100, 33), (520, 521), (0,), (2,), (1, 1)),
+        dimensions=(1, 2, 3),
+    ),
 ]
-Rows = Annotated[Sequence[int], Factor(((17,), (1,), (), (0,), (2, 3, 4), (515,)), most=300, dimensions=(1, 2, 3))]
+Rows = Annotated[
+    Sequence[int],
+    Factor(
+        ((17,), (1,), (), (0,), (2, 3, 4), (515,)),
+        ((1, 1), (5, 1), (1, 7), (2, 0), (2, 1, 2, 3), (16,), (130,), (2060,)),
+        most=300,
+        dimensions=(1, 2, 3),
+    ),
+]
 
 
-def of_field(field: FieldInfo) -> Factor | None:
+def of_field(field: FieldInfo, *, is_rank: bool = False) -> Factor | None:
     """Return the factor for a field of a Config. If the field is a list of layers, return None."""
     if field.is_list:
         return None
@@ -88,31 +119,34 @@ def of_field(field: FieldInfo) -> Factor | None:
         others = tuple(choice for choice in field.choices if choice != field.default)
         return Factor((field.default, *others), optional=field.type == "str")
     if field.type == "int":
-        return _of_whole_number(field)
+        return _of_whole_number(field, is_rank)
     least, most = field.minimum, field.maximum
     if most is not None and most <= 1:
-        levels = (field.default, least or 0.0, 0.1, 0.5, 0.75)
-        return Factor(_distinct(levels), least, min(most, 0.95), optional=field.default == least)
+        levels = _distinct((field.default, least or 0.0, 0.1, 0.5, 0.75))
+        extremes = _others((0.01, 0.9, 0.95, 0.99, 0.9999), levels, least, most)
+        return Factor(levels, extremes, least, min(most, 0.95), optional=field.default == least)
     size = abs(field.default) or 1.0
     low = max(least if least is not None else 0.0, -size * 64)
     high = min(most if most is not None else math.inf, size * 64)
     special = (value for value in (1.0, 0.0, -size) if low < value <= high)  # programs treat these as special cases
-    return Factor(_distinct((field.default, size / 64, size * 8, *special)), low, high)
+    levels = _distinct((field.default, size / 64, size * 8, *special))
+    return Factor(levels, _others((size / 1000, size * 64), levels, least, most), low, high)
 
 
-def _of_whole_number(field: FieldInfo) -> Factor:
+def _of_whole_number(field: FieldInfo, is_rank: bool) -> Factor:
     least = int(field.minimum or 0)
     if field.maximum is not None and field.maximum >= _KEY:
         most = int(field.maximum)
-        return Factor(_distinct((field.default, 7, 2**31, most)), least, most)
+        return Factor(_distinct((field.default, 7, 2**31, most)), (2**32, 2**32 + 7), least, most)
     most = int(min(field.maximum if field.maximum is not None else math.inf, max(LARGEST_SIZE, field.default)))
-    levels = (field.default, least, 3, 130)
-    return Factor(_distinct(tuple(level for level in levels if least <= level <= most)), least, most)
+    levels = _distinct(tuple(level for level in (field.default, least, 3, 130) if least <= level <= most))
+    extremes = (20, 100, 260, LARGEST_RANK) if is_rank else (2, LARGEST_RANK)
+    return Factor(levels, _others(extremes, levels, least, field.maximum), least, most)
 
 
 def of_config(fields: Mapping[str, FieldInfo]) -> dict[str, Factor]:
     """Return the factors for the fields of a Config, by name. Lists of layers are left out."""
-    found = {name: of_field(field) for name, field in fields.items()}
+    found = {name: of_field(field, is_rank=name.endswith("rank")) for name, field in fields.items()}
     return {name: factor for name, factor in found.items() if factor is not None}
 
 
@@ -135,6 +169,12 @@ def _of_hint(parameter: inspect.Parameter, hint: Any) -> Factor:
     if get_origin(hint) is Literal:
         return Factor(get_args(hint))
     raise TypeError(f"parameter {parameter.name!r}: annotate it with Annotated[..., Factor(...)], a Literal or bool")
+
+
+def _others(values: Sequence[Any], levels: Sequence[Any], least: float | None, most: float | None) -> tuple[Any, ...]:
+    """Return those values within the bounds that are no levels."""
+    low, high = -math.inf if least is None else least, math.inf if most is None else most
+    return tuple(value for value in values if low <= value <= high and value not in levels)
 
 
 def _distinct(levels: Sequence[Any]) -> tuple[Any, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, get_args
@@ -16,6 +17,7 @@ from harness.conformance.drawing.covering import covering, every_level, every_pa
 from harness.conformance.drawing.factors import Factor, of_config, of_signature
 from harness.conformance.execution.acceptance import is_accepted
 from harness.conformance.parity_suite import (
+    MAIN_MAGNITUDES,
     AnyCase,
     CaseShape,
     LoaderSuite,
@@ -26,18 +28,28 @@ from harness.conformance.parity_suite import (
     OperationCase,
     OperationSuite,
     ParitySuite,
+    WeightSize,
 )
 from harness.conformance.subject import DTYPES
 from harness.methods.spec import FieldInfo, methods
 
-_SIDES = Factor(((24, 40), (32, 32), (12, 1030), (520, 16), (260, 270)), dimensions=(2,))
+_SIDES = Factor(
+    ((24, 40), (32, 32), (12, 1030), (520, 16), (260, 270)),
+    ((4100, 8), (8, 4100), (264, 264), (9, 11), (31, 17)),
+    dimensions=(2,),
+)
 """Numbers of input features and output features of the first adapted layer."""
 _LEAST_SIDE = 8
-_TOKENS = Factor((9, 1, 515), least=1, most=600)
-_MAGNITUDES = Factor(get_args(Magnitude))
-_SIZES = ("sides", "tokens", "model", "magnitude")
+_TOKENS = Factor((9, 1, 515), (2, 16, 130, 2060), least=1, most=600)
+_MAGNITUDES = Factor(get_args(Magnitude)[:MAIN_MAGNITUDES], get_args(Magnitude)[MAIN_MAGNITUDES:])
+_WEIGHTS = Factor(get_args(WeightSize)[:1], get_args(WeightSize)[1:])
+_SIZES = ("sides", "tokens", "model", "magnitude", "weights")
 """Names of the factors that set a layer's size and input. An implementation must support every level of these
 factors."""
+_TRIES = 12
+"""Number of rows beside which an extreme value is tried until one is valid."""
+_IN_EVERY_DTYPE = ("magnitude", "weights")
+"""Names of the factors whose extreme values depend on the dtype."""
 
 
 def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> Iterator[AnyCase]:
@@ -46,11 +58,11 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     A factor is a setting of a case, and its levels are the values to try. A factor is optional if an implementation may
     lack it, such as an option of the Method or another kind of layer.
 
-    The sample has three parts. In the first part, optional factors have their plainest level, and every pair of levels
+    The sample has four parts. In the first part, optional factors have their plainest level, and every pair of levels
     of two other factors occurs. In the second part, every other level of each optional factor occurs. With
     `wanted.full`, every pair of settings, kinds of layers and dtypes occurs, too. In the third part, each of these
     levels occurs without another option. Otherwise an implementation that lacks one option would miss the options that
-    share its cases.
+    share its cases. In the fourth part, each extreme value occurs once, beside plain values.
     """
     # 16 bits first, so that what a first call caches in its dtype shows in the wider ones.
     examples: list[AnyCase] = [*plan.cases(wanted, dtypes)]
@@ -72,8 +84,26 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     optional = [name for name, factor in there.items() if factor.optional]
     alone = [row for row in one_at_a_time(levels, optional) if valid(values(row, levels))]
     rows = [*first, *covering(settings, further, valid, given=first)]
-    for row in [*rows, *(row for row in alone if row not in rows)]:
-        yield replace(case_of(plan, values(row, levels)), sampled=True)
+    rows += [row for row in alone if row not in rows]
+    valued = [values(row, levels) for row in rows]
+    for chosen in [*valued, *_extremes(there, valued, valid)]:
+        yield replace(case_of(plan, chosen), sampled=True)
+
+
+def _extremes(
+    there: Mapping[str, Factor], rows: Sequence[dict[str, Any]], valid: Callable[[dict[str, Any]], bool]
+) -> Iterator[dict[str, Any]]:
+    """Yield a case for each extreme value of each factor. Magnitudes are tried in every dtype, other values in one.
+
+    The other factors have their plainest values or, if these cannot be tried together, the values of the first of the
+    given rows that can.
+    """
+    plain = {name: factor.levels[0] for name, factor in there.items()}
+    for name, factor in there.items():
+        dtypes = there["dtype"].levels if name in _IN_EVERY_DTYPE else there["dtype"].levels[:1]
+        for value, dtype in itertools.product(factor.extremes, dtypes):
+            tried = (row | {name: value, "dtype": dtype} for row in [plain, *rows[:_TRIES]])
+            yield from itertools.islice(filter(valid, tried), 1)
 
 
 def random(plan: ParitySuite, dtypes: Collection[str]) -> st.SearchStrategy[AnyCase]:
@@ -95,7 +125,8 @@ def case_of(plan: MethodSuite | OperationSuite, chosen: Mapping[str, Any]) -> An
     config = {n: v for n, v in chosen.items() if n in fields and (n == "rank" or v != fields[n].default)}
     inputs, outputs = (max(_LEAST_SIDE, side) for side in chosen["sides"])
     shape = CaseShape.model_validate({"tokens": chosen["tokens"], "in": inputs, "out": outputs})
-    return MethodCase(config, chosen["kind"], shape, chosen["dtype"], chosen["model"], chosen["magnitude"])
+    sizes = chosen["model"], chosen["magnitude"], chosen["weights"]
+    return MethodCase(config, chosen["kind"], shape, chosen["dtype"], *sizes)
 
 
 def factors(plan: MethodSuite | OperationSuite, dtypes: Collection[str]) -> dict[str, Factor]:
@@ -114,6 +145,7 @@ def factors(plan: MethodSuite | OperationSuite, dtypes: Collection[str]) -> dict
         "tokens": _TOKENS,
         "model": Factor(get_args(ModelForm)),
         "magnitude": _MAGNITUDES,
+        "weights": _WEIGHTS,
         "dtype": Factor(tuple(there)),
     }
 

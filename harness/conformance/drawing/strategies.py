@@ -17,7 +17,7 @@ def of_factor(factor: Factor) -> st.SearchStrategy[Any]:
 
     Half of the drawn values are levels of the factor. A failure shrinks to the first level.
     """
-    levels = st.sampled_from(factor.levels)
+    levels = st.sampled_from((*factor.levels, *factor.extremes))
     drawn: st.SearchStrategy[Any]
     if factor.dimensions and factor.least is not None and factor.most is not None:
         whole = st.integers(int(factor.least), int(factor.most))

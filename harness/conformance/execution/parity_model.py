@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from harness.conformance.comparison.inputs import SIDE
 from harness.conformance.comparison.observations import inference
-from harness.conformance.parity_suite import CaseShape, Kind, ModelForm
+from harness.conformance.parity_suite import CaseShape, Kind, ModelForm, WeightSize
 
 _PAIRS = 4
 """A `deep` model has this number of pairs of targets in addition to `first` and `second`."""
+_WEIGHT_SIZES: dict[WeightSize, float] = {"normal": 1.0, "large": 256.0, "small": 1 / 256}
 _GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv2d": {"padding": 1},
     "conv2d-dilated": {"padding": 2, "dilation": 2},
@@ -28,10 +29,19 @@ class ParityModel(nn.Module):
     `first` and `second` are the targets, which a Method adapts. `other` is never adapted. `second` has no bias if its
     kind of layer allows that. The form `wide` adds the layer `wide` (D + E to D + E features), which is never adapted,
     and which is larger than every target in both dimensions. The form `deep` adds the targets `more.0` to `more.7`.
-    Weights are normal with standard deviation 1/sqrt(inputs), drawn in float64.
+    Weights are normal with standard deviation 1/sqrt(inputs), drawn in float64. weights: size of the weights of all
+    layers but `other`.
     """
 
-    def __init__(self, kind: Kind, shape: CaseShape, dtype: torch.dtype, seed: int, form: ModelForm = "plain") -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        shape: CaseShape,
+        dtype: torch.dtype,
+        seed: int,
+        form: ModelForm = "plain",
+        weights: WeightSize = "normal",
+    ) -> None:
         super().__init__()
         self.kind, D, E = kind, shape.inputs, shape.outputs
         self.first, self.other, self.second = _layers(kind, D, E)
@@ -40,10 +50,11 @@ class ParityModel(nn.Module):
         self.more = nn.ModuleList(layer for there, _, back in pairs for layer in (there, back))
         self.targets = ("first", "second", *(f"more.{index}" for index in range(len(self.more))))
         generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             fan_in = D if kind == "embedding" else max(1, parameter.numel() // max(parameter.shape[0], 1))
-            parameter.data = (drawn * fan_in**-0.5).to(dtype)
+            size = 1.0 if name.startswith("other.") else _WEIGHT_SIZES[weights]
+            parameter.data = (drawn * (size * fan_in**-0.5)).to(dtype)
         self.x = _input(kind, D, generator, dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -223,7 +223,7 @@ def call(implementation: Implementation, plan: OperationSuite, of: OperationCase
         return given | varied if of.magnitude != "normal" else given
 
     subject = OperationSubject(operation, implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
-    return subject, Case("call", seed=SEED, factors=plan.factors())
+    return subject, Case("call", seed=SEED, walks=0 if of.sampled else WALKS, factors=plan.factors())
 
 
 def attach(
@@ -240,14 +240,15 @@ def attach(
     method = plan.method
 
     def built(shape: parity_suite.CaseShape) -> ParityModel:
-        return ParityModel(of.kind, shape, DTYPES[of.dtype], SEED, of.model).eval().to(device)
+        return ParityModel(of.kind, shape, DTYPES[of.dtype], SEED, of.model, of.weights).eval().to(device)
 
     pristine = built(of.shape)
     # One weight and one config: one reference, shared by every subject made here.
     cache: dict[tuple[str, str], ReferenceLayer] = {}
 
-    def fresh(*, seed: int = SEED, square: bool = False, **changed: Any) -> Subject:
-        model = built(of.shape.square()) if square else copied(pristine)
+    def fresh(*, seed: int = SEED, square: bool = False, model: nn.Module | None = None, **changed: Any) -> Subject:
+        if not isinstance(model, ParityModel):
+            model = built(of.shape.square()) if square else copied(pristine)
         resolved = configure(method, of.config | changed)
         if hasattr(resolved, "targets"):
             resolved = dataclasses.replace(resolved, targets=model.targets)

@@ -47,6 +47,7 @@ class FaultCase:
     """Number of input features of the parity model's first layer. The second layer has as many output features."""
     outputs: int = 24
     magnitude: parity_suite.Magnitude = "normal"
+    weights: parity_suite.WeightSize = "normal"
 
     adapter: str = ""
     """Adapter of the corpus, for a loader."""
@@ -55,8 +56,9 @@ class FaultCase:
         if self.adapter:
             return f"{self.adapter} {self.dtype}"
         shape = f"{self.tokens}x{self.inputs}x{self.outputs}"
-        magnitude = "" if self.magnitude == "normal" else f"magnitude={self.magnitude}"
-        return " ".join(filter(None, [parity_suite.in_words(self.values), self.layer, shape, magnitude, self.dtype]))
+        odd = {"magnitude": self.magnitude, "weights": self.weights}
+        sizes = parity_suite.in_words({name: value for name, value in odd.items() if value != "normal"})
+        return " ".join(filter(None, [parity_suite.in_words(self.values), self.layer, shape, sizes, self.dtype]))
 
     def of_kind(self, kind: TargetKind) -> parity_suite.AnyCase:
         """Convert this case to the class of cases that parity suites use for targets of this kind."""
@@ -66,7 +68,9 @@ class FaultCase:
             return parity_suite.LoaderCase(self.adapter, self.dtype)
         shape = {"tokens": self.tokens, "in": self.inputs, "out": self.outputs}
         of = parity_suite.CaseShape.model_validate(shape)
-        return parity_suite.MethodCase(self.values, self.layer, of, self.dtype, magnitude=self.magnitude)
+        return parity_suite.MethodCase(
+            self.values, self.layer, of, self.dtype, magnitude=self.magnitude, weights=self.weights
+        )
 
 
 @dataclass(frozen=True)

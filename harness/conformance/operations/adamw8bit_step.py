@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harness.conformance.comparison.quantised_codes import judge_codes, largest_of_blocks
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
-from harness.conformance.drawing.factors import Beta, Eps, FirstStep, Shape, WeightDecay
+from harness.conformance.drawing.factors import Beta, Eps, FirstStep, LearningRate, Shape, WeightDecay
 from harness.conformance.operation import Arguments, Operation, cloned, draw
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import CODE_TIE_EPS, EPSILON
@@ -32,11 +32,12 @@ def arguments(
     beta2: Beta = 0.999,
     eps: Eps = 1e-8,
     gradient: Literal["dense", "sparse"] = "dense",
+    lr: LearningRate = 0.1,
 ) -> Arguments:
     """Draw a parameter, its gradient and the state of its moments. For step 1 the state is all zero.
 
     gradient: `sparse` makes gradient and moments zero in every second block, and at every second element of the other
-    blocks. lr is so large that the step is as large as the parameter.
+    blocks. By default lr is so large that the step is as large as the parameter.
     """
     p, g = (draw(generator, dtype, *shape) for _ in range(2))
     m, v = (draw(generator, torch.float32, g.numel(), spread=0.1) for _ in range(2))
@@ -48,7 +49,7 @@ def arguments(
     if step > 1:
         state["m"], state["m_absmax"] = quantize_blockwise(m, dynamic_map(signed=True))
         state["v"], state["v_absmax"] = quantize_blockwise(v.square(), dynamic_map(signed=False))
-    how = {"step": step, "lr": 0.1, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
+    how = {"step": step, "lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
     return {"p": p, "g": g, **state, **how}
 
 

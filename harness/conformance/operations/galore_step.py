@@ -12,7 +12,8 @@ from harness.conformance.operation import Arguments, Operation, draw
 from reference import galore
 
 Side = Literal["std", "reverse_std", "paper", "left", "right", "full"]
-Scale = Annotated[float, Factor((0.25, 1.0, 4.0), least=0.01, most=8.0)]
+Scale = Annotated[float, Factor((0.25, 1.0, 4.0), (0.01, 100.0), least=0.01, most=8.0)]
+LearningRate = Annotated[float, Factor((4.0,), (0.0, 0.01, 0.1, 1.0), least=0.0, most=8.0)]
 NEVER = 1_000_000
 """Number of steps between two refreshes of the subspace. No case has so many steps, so that the subspace never changes.
 """
@@ -31,11 +32,13 @@ def arguments(
     scale: Scale = 0.25,
     beta1: Beta = 0.9,
     beta2: Beta = 0.999,
+    lr: LearningRate = 4.0,
 ) -> Arguments:
     """Draw a weight (m, n), its gradient, its moments, and orthonormal bases: P (m, r), Q (n, r) or both.
 
     The moments have the shape of the projected gradient. side: decides which of P and Q exist. step: number of this
-    step, at least 2. lr is so large that the step is as large as the weight.
+    step, at least 2. By default lr is so large that the step is as
+    large as the weight.
     """
     m, n = shape
     left, right = galore.sides(m, n, side)
@@ -55,7 +58,7 @@ def arguments(
         "V": draw(generator, dtype, *low).square(),
         "side": side,
         "step": step,
-        "lr": 4.0,
+        "lr": lr,
         "scale": scale,
         "betas": (beta1, beta2),
         "eps": eps,

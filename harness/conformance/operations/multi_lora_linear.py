@@ -17,6 +17,7 @@ Ids = Annotated[
     Sequence[int],
     Factor(
         ((1, 0, -1, 1), (0,), (-1, -1), (0, -1, 0), (4, 3, -1, 0, 2, 1, 0, 5, 11), (2, 2, 0, 1, 0, 2)),
+        ((), (0,) * 9, tuple(n * 7 % 34 - 1 for n in range(70))),
         least=-1,
         most=11,
         dimensions=LENGTHS,
@@ -24,7 +25,13 @@ Ids = Annotated[
 ]
 Ranks = Annotated[
     Sequence[int],
-    Factor(((3, 16), (4,), (1, 1, 8), (64, 4, 17, 2, 130), (2,) * 12), least=1, most=LARGEST_SIZE, dimensions=LENGTHS),
+    Factor(
+        ((3, 16), (4,), (1, 1, 8), (64, 4, 17, 2, 130), (2,) * 12),
+        ((260, 1030), (3, 1) * 17, (8, 8), (16, 1, 16)),
+        least=1,
+        most=LARGEST_SIZE,
+        dimensions=LENGTHS,
+    ),
 ]
 
 

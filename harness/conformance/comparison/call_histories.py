@@ -1,0 +1,226 @@
+"""Ways to call an adapted layer after something happened to it: other calls, new values of its tensors, copies, hooks."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from harness.conformance.comparison.call_forms import ROWS, Call, Form, collected, leaf_of, owns, tensors_of_copy
+from harness.conformance.comparison.inputs import HALF
+from harness.conformance.comparison.observations import preserved_state
+
+Restore = Callable[[nn.Module, Mapping[str, Tensor]], object]
+"""Function that gives a layer new values of its parameters and buffers, by name."""
+Run = Callable[[Call], dict[str, Tensor] | None]
+
+
+def _in_parts(call: Call, parts: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Call the layer on each part (x, dy) of the input in turn. The gradients of all parts add up."""
+    ys, gradients = list[Tensor](), list[Tensor | None]()
+    with preserved_state(call.layer, call.tensors, call.training):
+        for x, dy in parts:
+            leaf = leaf_of(x)
+            y = call.layer(leaf)
+            if y.requires_grad and y.shape == dy.shape:
+                y.backward(dy)
+            ys.append(y.detach())
+            gradients.append(leaf.grad)
+        seen = collected(call, torch.cat(ys), gradients)
+    return call.in_shape(seen, torch.cat([dy for _, dy in parts]))
+
+
+def _micro_batches(call: Call) -> dict[str, Tensor]:
+    """Call the layer on the first row, then on all others."""
+    return _in_parts(call, [(call.x[:1], call.dy[:1]), (call.x[1:], call.dy[1:])])
+
+
+def _token_by_token(call: Call) -> dict[str, Tensor] | None:
+    """Call the layer on one row at a time, as a sequence of one token."""
+    if call.x.dim() != 2:
+        return None
+    rows = (tuple(t[n].view(1, 1, -1) for t in (call.x, call.dy)) for n in range(ROWS))
+    return _in_parts(call, [(x, dy) for x, dy in rows])
+
+
+def _after_other_sizes(call: Call) -> dict[str, Tensor]:
+    """Call the layer on more rows, on one row and on none before it is called on its input."""
+    for x in (torch.cat([call.x] * 3), call.x[:1], call.x[:0]):
+        call.layer(leaf_of(x))
+        with torch.no_grad():
+            call.layer(x)
+    return call.observe(call.x, call.dy)
+
+
+def _after_overwritten_outputs(call: Call) -> dict[str, Tensor]:
+    """Overwrite the output of earlier calls, which a caller may do with tensors that it got."""
+    with torch.no_grad():
+        call.layer(call.x).fill_(torch.nan)
+        call.layer(leaf_of(call.x)).fill_(torch.nan)
+    y = call.layer(leaf_of(call.x))
+    y.detach().fill_(torch.nan)
+    return call.observe(call.x, call.dy)
+
+
+def _with_strided_tensors(call: Call) -> dict[str, Tensor]:
+    """Call the layer while its matrices are transposed in memory."""
+    held = {name: tensor.data for name, tensor in call.tensors.items()}
+    try:
+        for tensor in call.tensors.values():
+            tensor.data = tensor.data.transpose(0, -1).contiguous().transpose(0, -1)
+        return call.observe(call.x, call.dy)
+    finally:
+        for name, value in held.items():
+            call.tensors[name].data = value
+
+
+def _with_hooks(call: Call) -> dict[str, Tensor]:
+    """Call the layer with hooks of every kind. If one is not called once, also return how often they were called."""
+    called: list[str] = []
+    handles = [
+        call.layer.register_forward_pre_hook(lambda *_: called.append("before forward")),
+        call.layer.register_forward_hook(lambda *_: called.append("forward")),
+        call.layer.register_full_backward_hook(lambda *_: called.append("backward")),
+    ]
+    try:
+        seen = call.observe(call.x, call.dy, call=lambda layer, x: layer(x))
+    finally:
+        for handle in handles:
+            handle.remove()
+    expected = ["before forward", "forward"] + ["backward"] * ("grad x" in seen)
+    return seen if [one for one in called if one in expected] == expected else seen | {"calls of hooks": torch.ones(1)}
+
+
+def _copied(call: Call) -> dict[str, Tensor] | None:
+    """Call a deep copy of the layer."""
+    if not owns(call.layer, call.tensors):
+        return None
+    return call.observe(call.x, call.dy, layer=copy.deepcopy(call.layer))
+
+
+def _pickled(call: Call) -> dict[str, Tensor] | None:
+    """Call a copy that was saved and loaded by pickle, unless the layer's class cannot be pickled."""
+    if not owns(call.layer, call.tensors):
+        return None
+    try:
+        made = pickle.loads(pickle.dumps(call.layer))  # noqa: S301  # our own bytes
+    except (pickle.PicklingError, AttributeError, TypeError, NotImplementedError):
+        return None
+    return call.observe(call.x, call.dy, layer=made)
+
+
+def _widened(call: Call) -> dict[str, Tensor] | None:
+    """Call a copy that was in float64 for one call, and is in its own dtype again."""
+    numbers = [t for t in (*call.layer.parameters(), *call.layer.buffers()) if t.is_floating_point()]
+    own = next(iter(call.tensors.values())).dtype if call.tensors else torch.float64
+    if not owns(call.layer, call.tensors) or any(t.dtype != own for t in numbers) or _is_packed(call.layer):
+        return None
+    made = copy.deepcopy(call.layer).double()
+    made(call.x.double() if call.x.is_floating_point() else call.x)
+    return call.observe(call.x, call.dy, layer=made.to(own))
+
+
+def _is_packed(layer: nn.Module) -> bool:
+    return any(not p.is_floating_point() for p in layer.parameters())
+
+
+def _functional(call: Call) -> dict[str, Tensor] | None:
+    """Call a copy whose own tensors are wrong, with the right tensors given by torch.func.functional_call."""
+    if not owns(call.layer, call.tensors):
+        return None
+    made = copy.deepcopy(call.layer)
+    names = {id(t): name for name, t in made.named_parameters(remove_duplicate=False)}
+    mine = tensors_of_copy(call.layer, made, call.tensors)
+    given = {name: leaf_of(t) for name, t in call.tensors.items()}
+    with torch.no_grad():
+        for tensor in mine.values():
+            tensor.mul_(HALF)
+    replaced = {names[id(mine[name])]: tensor for name, tensor in given.items()}
+    made.train(call.training)
+    leaf = leaf_of(call.x)
+    y = torch.func.functional_call(made, replaced, (leaf,))
+    if y.requires_grad and y.shape == call.dy.shape:
+        y.backward(call.dy)
+    seen = {"y": y.detach()} | ({"grad x": leaf.grad} if leaf.grad is not None else {})
+    return seen | {f"grad {name}": t.grad for name, t in given.items() if t.grad is not None}
+
+
+def _after(restore: Restore) -> Run:
+    """Return a form that calls a copy in three modes, then gives it half of all numbers, and calls it again."""
+
+    def run(call: Call) -> dict[str, Tensor] | None:
+        if not owns(call.layer, call.tensors) or _is_packed(call.layer):
+            return None
+        made = copy.deepcopy(call.layer)
+        for training in dict.fromkeys([call.training, False]):
+            made.train(training)
+            made(leaf_of(call.x))
+            with torch.no_grad():
+                made(call.x)
+        halved = {id(t) for t in call.numbers}
+        restore(made, {n: t.detach() * HALF if id(t) in halved else t.detach() for n, t in _named(call.layer).items()})
+        return call.observe(call.x, call.dy, layer=made)
+
+    return run
+
+
+def _named(layer: nn.Module) -> dict[str, Tensor]:
+    """Return all floating-point parameters and buffers by name."""
+    there = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    return {name: t for name, t in there.items() if t.is_floating_point()}
+
+
+def _copy_data(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, tensor in _named(layer).items():
+        tensor.data.copy_(values[name])
+
+
+def _set_data(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, tensor in _named(layer).items():
+        tensor.data = values[name].clone()
+
+
+def _replace_parameters(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
+    _copy_data(layer, values)
+    for name, parameter in list(layer.named_parameters()):
+        path, _, last = name.rpartition(".")
+        made = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        setattr(layer.get_submodule(path), last, made)
+
+
+def _load_state_dict(*, assign: bool) -> Restore:
+    def restore(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
+        saved = layer.state_dict()
+        layer.load_state_dict(saved | {name: t for name, t in values.items() if name in saved}, assign=assign)
+        for name, tensor in _named(layer).items():
+            if name not in saved:  # a buffer that no checkpoint has
+                tensor.data.copy_(values[name])
+
+    return restore
+
+
+HISTORIES: dict[str, Form] = {
+    "in micro-batches": Form(_micro_batches),
+    "token by token": Form(_token_by_token),
+    "after calls of other sizes": Form(_after_other_sizes),
+    "after earlier outputs were overwritten": Form(_after_overwritten_outputs),
+    "with tensors transposed in memory": Form(_with_strided_tensors),
+    "with hooks": Form(_with_hooks),
+    "by a deep copy": Form(_copied),
+    "by a pickled copy": Form(_pickled),
+    "by a copy that was in float64": Form(_widened),
+    "by functional_call": Form(_functional),
+}
+"""Name -> form that calls a layer after something happened to it."""
+NEW_VALUES: dict[str, Run] = {
+    "after .data.copy_()": _after(_copy_data),
+    "after .data = ...": _after(_set_data),
+    "after new Parameters": _after(_replace_parameters),
+    "after load_state_dict()": _after(_load_state_dict(assign=False)),
+    "after load_state_dict(assign=True)": _after(_load_state_dict(assign=True)),
+}
+"""Name -> function that calls a layer whose `numbers` were halved after it was called. It returns None if it does not
+apply."""

@@ -1,0 +1,57 @@
+"""Find out whether calls keep memory alive that grows with their number."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CALLS = 4
+
+
+def kept_alive(act: Callable[[], object]) -> str:
+    """Call `act` a few times, and describe the memory that every call has left behind. If there is none, return "".
+
+    A cache that keeps what the latest calls made does not grow.
+    """
+    with _Allocations() as made:
+        counts = [_after(act, made) for _ in range(2)]
+        if counts[1] - counts[0] >= CALLS:
+            gc.collect()  # cycles are no leak
+            counts = [_after(act, made) for _ in range(2)]
+    grown = counts[1] - counts[0]
+    return f"{grown} tensors are left after {CALLS} calls" if grown >= CALLS else ""
+
+
+def _after(act: Callable[[], object], made: _Allocations) -> int:
+    for _ in range(CALLS):
+        act()
+    return made.alive()
+
+
+class _Allocations(TorchDispatchMode):
+    """Mode that notes the memory of every tensor that an operator of torch returns, without keeping it alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if type(t) is torch.Tensor}
+        returned = func(*args, **(kwargs or {}))
+        for one in returned if isinstance(returned, tuple | list) else (returned,):
+            if type(one) is torch.Tensor and one.untyped_storage()._cdata not in given:
+                reference = StorageWeakRef(one.untyped_storage())
+                self._made[reference.cdata] = reference
+        return returned
+
+    def alive(self) -> int:
+        """Return how many of the noted pieces of memory are still alive."""
+        return sum(not reference.expired() for reference in self._made.values())

@@ -1,0 +1,225 @@
+"""Ways to call an Operation: modes of torch, gradients of some arguments, changed numbers, repetition and threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import Barrier
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.conformance import process_settings
+from harness.conformance.case import Case
+from harness.conformance.comparison import operation_call
+from harness.conformance.comparison.call_forms import LONG_RUN, REPEATS, THREADS
+from harness.conformance.comparison.check_results import prefix_tensor
+from harness.conformance.comparison.inputs import HALF
+from harness.conformance.comparison.kept_memory import kept_alive
+from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, worst_of
+from harness.conformance.operation import OperationSubject, cloned, mapped
+from harness.conformance.subject import DTYPES
+
+SMALL = 20_000
+"""An Operation is called many times only if its arguments have fewer elements than this."""
+_Named = dict[str, Tensor]
+
+
+def of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
+    """Yield a judgement of the outputs or gradients for every way to call the Operation."""
+    plain = {name: t.detach().clone() for name, t in subject.call().items()}
+
+    def judge(form: str, mine: _Named) -> Judgement:
+        return operation_call.judge_form(form, subject, mine, plain, case)
+
+    for form, seen in _in_modes(subject):
+        yield judge(form, seen)
+    yield from _under_autocast(subject, plain, case)
+    yield judge("with arguments that need a gradient", _detached(subject.call(**_leaves(subject.arguments))))
+    yield _judge_changed(subject, case, "with other numbers", _with_other_numbers(subject.arguments))
+    yield _judge_changed(subject, case, "after its arguments changed", subject.arguments, in_place=True)
+    yield from _after_overwriting(subject, judge)
+    if subject.operation.differentiable:
+        yield from _gradients(subject, case)
+    if kept := kept_alive(subject.call):
+        yield Judgement(False, None, None, "", f"memory grows with every call: {kept}", "exact", 0)
+    yield judge(f"in {THREADS} threads", _in_threads(subject, _detached(subject.call())))
+    yield from _repeated(subject, judge, case)
+
+
+def _in_modes(subject: OperationSubject) -> Iterator[tuple[str, _Named]]:
+    """Call the Operation in modes of torch that change no number. Yield the name of each mode, and the outputs."""
+    with torch.no_grad():
+        yield "under no_grad", subject.call()
+    with torch.inference_mode():
+        yield "under inference_mode", subject.call()
+    changes: dict[str, Callable[[], object]] = {
+        "while torch's default dtype is bfloat16": lambda: torch.set_default_dtype(torch.bfloat16),
+        "while torch's default dtype is float64": lambda: torch.set_default_dtype(torch.float64),
+        "with deterministic algorithms": lambda: torch.use_deterministic_algorithms(True),
+    }
+    for form, change in changes.items():
+        with process_settings.restored():
+            change()
+            seen = subject.call()
+        yield form, seen
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        seen = subject.call()
+    yield "with autocast switched off again", seen
+
+
+def _under_autocast(subject: OperationSubject, plain: _Named, case: Case) -> Iterator[Judgement]:
+    """Yield judgements of the outputs under autocast, for a float32 Operation that has a gradient.
+
+    Its products may be computed in 16 bits, or in float32 as before. It may also refuse arguments that autocast leaves in
+    several dtypes, but must not compute wrongly.
+    """
+    if subject.dtype != "float32" or not subject.operation.differentiable:
+        return
+    exactly = cloned(subject.arguments, {torch.float32: torch.float64})
+    truth = subject.operation.named(subject.operation.reference(**exactly))
+    for dtype in ("bfloat16", "float16"):
+        with torch.autocast("cpu", DTYPES[dtype]):
+            try:
+                seen = subject.call()
+            except RuntimeError:
+                return
+            rounded = subject.operation.named(subject.operation.reference(**cloned(subject.arguments)))
+        if not exact(operation_call.finite(seen), operation_call.finite(plain)).passed:
+            verdict = noise_floor(seen, truth, rounded, dtype, case.factor("calls"))
+            yield prefix_tensor(f"under autocast to {dtype}", verdict)
+
+
+def _after_overwriting(subject: OperationSubject, judge: Callable[[str, _Named], Judgement]) -> Iterator[Judgement]:
+    """Overwrite the outputs of a call. That must change neither its arguments nor the outputs of the next call."""
+    given = cloned(subject.arguments)
+    with torch.no_grad():
+        before = {name: t.clone() for name, t in operation_call.flatten(given).items()}
+        for output in subject.operation.named(subject.function(**given)).values():
+            output.zero_()
+        now = operation_call.finite(operation_call.flatten(given))
+        yield prefix_tensor("after its outputs were overwritten", exact(now, operation_call.finite(before)))
+        yield judge("after earlier outputs were overwritten", subject.call())
+
+
+def _gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
+    """Yield judgements of the gradients of some arguments, from some outputs, in other layouts, and of second order."""
+    differentiable, factor = subject.operation.differentiable, case.factor("calls")
+
+    def judge(form: str, **how: Any) -> Judgement:
+        return prefix_tensor(form, operation_call.judge_gradients(subject, case, factor, **how))
+
+    # Of a list of adapters, the last alone: its neighbours are frozen.
+    there = {name: name.partition("[")[0] for name in operation_call.flatten(subject.arguments)}
+    items = {group: name for name, group in there.items() if name != group}
+    alone = [name for name in differentiable if name in there.values() and name not in items]
+    alone += [name for group, name in items.items() if group in differentiable]
+    for name in alone if len(alone) > 1 else ():
+        yield judge(f"with only {name} needing a gradient", of=[name])
+    layouts: dict[operation_call.Layout, str] = {
+        "expanded": "the gradient of a sum",
+        "transposed": "a transposed gradient",
+    }
+    for layout, form in layouts.items():
+        yield judge(f"with {form}", layout=layout)
+    for name in subject.operation.outputs if len(subject.operation.outputs) > 1 else ():
+        yield judge(f"with only {name} in use", used=[name])
+    yield judge("in a second backward pass", times=2)
+    yield judge("with gradients that are zeros", zeros=True)
+    yield judge("from arguments that are no leaves", leaves=False)
+
+
+def _repeated(subject: OperationSubject, judge: Callable[[str, _Named], Judgement], case: Case) -> Iterator[Judgement]:
+    """Yield judgements of the first differing gradients and outputs of many calls, if the arguments are small."""
+    small = sum(t.numel() for t in operation_call.flatten(subject.arguments).values()) < SMALL
+    if subject.operation.differentiable and small:
+        yield from _repeated_gradients(subject, case)
+    first, given = _detached(subject.call()), cloned(subject.arguments)
+    changed_in_place = not _same(_called(subject, given), first)
+    times = LONG_RUN if small and case.walks else REPEATS if small else 2
+    calls = (subject.call() if changed_in_place else _called(subject, given) for _ in range(times))
+    yield judge(f"{times} times", next((one for one in calls if not _same(one, first)), first))
+
+
+def _repeated_gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
+    def gradients(function: Callable[..., object], dtype: torch.dtype) -> _Named:
+        return operation_call.gradients(subject, function, dtype, case)
+
+    own, reference = DTYPES[subject.dtype], subject.operation.reference
+    first = gradients(subject.function, own)
+    later = (gradients(subject.function, own) for _ in range(REPEATS))
+    odd = next((one for one in later if not _same(one, first)), None)
+    if odd is not None:
+        wide, rounded = gradients(reference, torch.float64), gradients(reference, own)
+        verdict = noise_floor(odd, wide, rounded, subject.dtype, case.factor("calls"))
+        yield prefix_tensor(f"backward {REPEATS} times", verdict)
+
+
+def _called(subject: OperationSubject, given: dict[str, Any]) -> _Named:
+    with torch.no_grad():
+        return subject.operation.named(subject.function(**given))
+
+
+def _in_threads(subject: OperationSubject, alone: _Named) -> _Named:
+    """Call the Operation in several threads at once, each with its own numbers. Return outputs that differ from `alone`.
+
+    Only the outputs for the subject's own arguments are returned. If none differ, return `alone`.
+    """
+    gate = Barrier(THREADS)
+    others = [subject.arguments, *(subject.another() for _ in range(THREADS - 1))]
+
+    def run(arguments: dict[str, Any]) -> list[_Named]:
+        given = [cloned(arguments) for _ in range(4)]
+        gate.wait()
+        return [_called(subject, one) for one in given]
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        mine = next(iter(list(threads.map(run, others))))
+    return next((one for one in mine if not _same(one, alone)), alone)
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Return whether two dicts of tensors are equal to the last bit. NaN equals NaN."""
+    return all(
+        torch.equal(one[n], other[n]) or exact(*map(operation_call.finite, ({n: one[n]}, {n: other[n]}))).passed
+        for n in other
+    )
+
+
+def _judge_changed(
+    subject: OperationSubject, case: Case, form: str, arguments: Mapping[str, Any], *, in_place: bool = False
+) -> Judgement:
+    """Call the Operation twice with different numbers, and judge the second call.
+
+    The first call gets the subject's own arguments, and the second call gets `arguments`. in_place: both calls get the
+    same tensors, which change between the calls.
+    """
+    given = cloned(dict(arguments))
+    with torch.no_grad():
+        subject.function(**(given if in_place else cloned(subject.arguments)))
+        if in_place:
+            operation_call.map_tensors(given, _change)
+        changed = replace(subject, arguments=cloned(given))
+        mine = subject.operation.named(subject.function(**given))
+    return prefix_tensor(
+        form, worst_of([one for one, _ in operation_call.judgements(changed, mine, case)], "as outputs")
+    )
+
+
+def _change(tensor: Tensor) -> Tensor:
+    """Change a tensor in place: halve numbers, and move codes or indices by one place."""
+    return tensor.mul_(HALF) if tensor.is_floating_point() else tensor.copy_(tensor.roll(1, 0))
+
+
+def _with_other_numbers(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return mapped(dict(arguments), lambda one: one * HALF if type(one) is float else one)
+
+
+def _detached(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach() for name, t in named.items()}
+
+
+def _leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return operation_call.map_floats(cloned(dict(arguments)), lambda t: t.requires_grad_(True))
