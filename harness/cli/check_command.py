@@ -172,14 +172,14 @@ def check(
             raise UsageError(
                 "does not apply to an adapter file",
                 where=option,
-                hint="it takes names of loaders, --base-model, --json and --junit",
+                hint="it takes names of loaders, --base-model, --patience, --json and --junit",
             )
         from harness.cli import adapter
 
         refuse_unwritable({"--junit": junit})
         loaders = [one for one in implementations if one not in paths]
         folder = None if base_model is None else user_path(base_model)
-        return adapter.check(user_path(paths[0]), folder, loaders, as_json, junit)
+        return adapter.check(user_path(paths[0]), folder, loaders, patience, as_json, junit)
     if base_model is not None:
         raise UsageError(
             "has no effect without the path of an adapter", where="--base-model", hint="add the path, or --served URL"
