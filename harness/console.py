@@ -55,6 +55,11 @@ def visible(text: str) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
+def without_code_marks(text: str) -> str:
+    """Return a text of a YAML file without the backticks around code, which a terminal and a table would show."""
+    return text.replace("`", "")
+
+
 def print_lines(lines: Iterable[str], *, err: bool = False) -> None:
     """Print lines on stdout, or on stderr if `err` is true.
 
