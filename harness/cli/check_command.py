@@ -69,7 +69,10 @@ from harness.resources import user_path
 @index_options
 @options.junit
 @options.html
-@click.option("--self-test", is_flag=True, help="Test the checks themselves: each planted fault must be detected.")
+@click.option(
+    "--self-test", is_flag=True,
+    help="Test the checks themselves, or with --loop those of loops: each planted fault must be detected.",
+)  # fmt: skip
 @click.option(
     "--mutants", type=click.IntRange(0), is_flag=False, flag_value=0, metavar="[N]",
     help="With --self-test: try N random changes of the reference and of our kernels instead, or all of them without N.",
@@ -103,12 +106,30 @@ def check(
     if loop is not None:
         names = (implementations, methods, operations, dtypes, served, adapters, base_model)
         if any(
-            (*names, full, wide, drawn, jobs, echo, concurrency, self_test, seed is not None, len(environments) > 1)
+            (
+                *names,
+                full,
+                wide,
+                drawn,
+                jobs,
+                echo,
+                concurrency,
+                power,
+                seed is not None,
+                mutants is not None,
+                len(environments) > 1,
+                self_test and any((environments, junit, html)),
+            )
         ):
             raise UsageError(
                 "checks a training loop, not an implementation", where="--loop",
-                hint="it takes one --with, --offline, --find-links, --patience, --html, --junit and --json",
+                hint="it takes one --with, --offline, --find-links, --patience, --html, --junit and --json; or --self-test "
+                "and --json",
             )  # fmt: skip
+        if self_test:
+            from harness.cell.loop_checks import self_test as of_loops
+
+            return of_loops.check(as_json)
         from harness.cli import check_loop
 
         return check_loop.check(loop, "".join(environments), index(offline, find_links), patience, as_json, junit, html)
