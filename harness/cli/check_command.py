@@ -9,7 +9,6 @@ import click
 from harness.cli import options
 from harness.cli.env import index, index_options
 from harness.errors import Exit, UsageError
-from harness.records.files import refuse_unwritable
 from harness.resources import user_path
 
 
@@ -196,6 +195,7 @@ def check(
                 hint="it takes names of loaders, --base-model, --patience, --json and --junit",
             )
         from harness.cli import adapter
+        from harness.records.files import refuse_unwritable
 
         refuse_unwritable({"--junit": junit})
         loaders = [one for one in implementations if one not in paths]
