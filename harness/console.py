@@ -11,12 +11,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import os
 import re
 import shutil
 import sys
-import tempfile
 import traceback
 from collections.abc import Container, Iterable, Iterator, Sequence
 from types import TracebackType
@@ -26,7 +24,6 @@ import click
 
 from harness.errors import Exit, HarnessError, StoreError
 
-_LOG = logging.getLogger("harness")
 _NARROWEST = 12
 """Smallest number of characters to which a column is cut."""
 _PROSE = 20
@@ -53,6 +50,11 @@ def visible(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def without_code_marks(text: str) -> str:
+    """Return a text of a YAML file without the backticks around code, which a terminal and a table would show."""
+    return text.replace("`", "")
 
 
 def print_lines(lines: Iterable[str], *, err: bool = False) -> None:
@@ -190,6 +192,9 @@ def hold_output() -> Iterator[None]:
     Each line is then logged by the logger `harness`. If the context raises anything but a HarnessError, the lines are also
     printed on stderr, with unprintable characters escaped.
     """
+    import logging  # not above: `--help` needs neither
+    import tempfile
+
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as kept:
         sys.stderr.flush()
         own = os.dup(2)
@@ -210,7 +215,7 @@ def hold_output() -> Iterator[None]:
             if not explained:
                 print_lines([f"| {line}" for line in lines], err=True)
             for line in lines:
-                _LOG.debug(visible(line))
+                logging.getLogger("harness").debug(visible(line))
 
 
 def discard_stdout() -> None:

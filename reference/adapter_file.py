@@ -89,18 +89,20 @@ class AdapterSettings:
         alphas = {name: factor * alpha for name, alpha in self.alpha_pattern.items()}
         return replace(self, lora_alpha=factor * self.lora_alpha, alpha_pattern=alphas)
 
+    def excludes(self, path: str) -> bool:
+        """Return whether exclude_modules or modules_to_save keeps target_modules from selecting this path."""
+        excluded = self.exclude_modules or ()
+        if re.fullmatch(excluded, path) if isinstance(excluded, str) else _ends_with(path, excluded):
+            return True
+        return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save or ())
+
     def targets(self, path: str) -> bool:
         """Return whether target_modules selects the module at this path. `targeted` handles `all-linear`.
 
-        exclude_modules and modules_to_save take precedence over target_modules. A string is a regular expression that
-        must match the whole path. A list holds whole paths or ends of paths. layers_to_transform restricts ends of
-        paths to some blocks.
+        A string is a regular expression that must match the whole path. A list holds whole paths or ends of paths.
+        layers_to_transform restricts ends of paths to some blocks.
         """
-        excluded, wanted = self.exclude_modules or (), self.target_modules or ()
-        if re.fullmatch(excluded, path) if isinstance(excluded, str) else _ends_with(path, excluded):
-            return False
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save or ()):
-            return False
+        wanted = () if self.excludes(path) else self.target_modules or ()
         if isinstance(wanted, str):
             return re.fullmatch(wanted, path) is not None
         return path in wanted or (_ends_with(path, wanted) and self._transforms(path))
@@ -310,7 +312,7 @@ def combine(model: nn.Module, adapters: Sequence[WeightedAdapter]) -> None:
 def targeted(settings: AdapterSettings, model: nn.Module) -> list[str]:
     """Return the paths of the modules of the base that target_modules selects, in the model's order."""
     if isinstance(settings.target_modules, str) and settings.target_modules.lower() == ALL_LINEAR:
-        return list(WORDS[ALL_LINEAR](model))
+        return [path for path in WORDS[ALL_LINEAR](model) if not settings.excludes(path)]
     return [path for path, _ in model.named_modules() if path and settings.targets(path)]
 
 

@@ -70,8 +70,9 @@ def local_folder(source: Source) -> Path | None:
 def asset_use(source: Source) -> AssetUse:
     """Return the entry of an asset in a Record.
 
-    The entry has the SHA-256 of the carrier. Without a carrier, it has the SHA-256 of the data file, of the weights, or
-    of a shape's config. A hub model has its commit instead of a hash. To hash a local folder, all its files are read.
+    A local path is as the user wrote it. The entry has the SHA-256 of the carrier. Without a carrier, it has the SHA-256
+    of the data file, of the weights, or of a shape's config. A hub model has its commit instead of a hash. To hash a
+    local folder, all its files are read.
     """
     sha256 = source.sha256
     if not sha256 and (source.scheme != "hub" or source.kind == "data"):
@@ -81,7 +82,7 @@ def asset_use(source: Source) -> AssetUse:
         whole = lm_eval_files.splits_sha256 if source.scheme == "lm-eval" else model_folder.weights_sha256
         sha256 = whole(path) if path.is_dir() else file_sha256(path)
     return AssetUse(
-        name=source.name, source=source.source, sha256=sha256, revision=source.revision, licence=source.licence
+        name=source.name, source=source.written, sha256=sha256, revision=source.revision, licence=source.licence
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from harness import resources, yaml_lines
 from harness.assets import generated, shapes
@@ -95,6 +95,7 @@ class Source(FrozenModel):
     """Commit of a hub repository, as 40 hex digits."""
     licence: str = ""
     rows: Rows | None = None
+    _written: str = PrivateAttr(default="")
 
     @field_validator("sha256")
     @classmethod
@@ -146,6 +147,11 @@ class Source(FrozenModel):
         elif self.scheme == "file":
             raise ValueError(f"{self.kind} {self.name} is a model; write folder:PATH")
         return self
+
+    @property
+    def written(self) -> str:
+        """The source as the user wrote it: a local path is relative if it was written so."""
+        return self._written or self.source
 
     @property
     def scheme(self) -> str:
@@ -226,4 +232,6 @@ def with_absolute_path(source: Source, base: Path) -> Source:
     if source.scheme not in ("folder", "file", "shape") or shapes.preset(source.address):
         return source
     path = (base / resources.user_path(source.address)).resolve()
-    return source.model_copy(update={"source": f"{source.scheme}:{path}"})
+    absolute = source.model_copy(update={"source": f"{source.scheme}:{path}"})
+    absolute._written = source.written  # kept for Records, which name no folder of this machine
+    return absolute

@@ -19,7 +19,7 @@ from harness.bench.results import BenchRow
 from harness.bench.verdict import with_own_clock
 from harness.conformance.execution import worker_processes
 from harness.console import print_json, print_lines, print_note
-from harness.errors import Exit, UsageError
+from harness.errors import Exit, HarnessError, UsageError
 from harness.process.termination import handle_termination
 from harness.process.worker_pool import WorkerPool
 from harness.records.environment import describe, gpus
@@ -58,9 +58,13 @@ class BenchReport:
             return Exit.INFRASTRUCTURE
         if any(row.outcome == "measured" for row in self.rows):
             return Exit.PASS
-        no_gpu = any(row.cause == "no-gpu" for row in self.rows)
-        only_gpu = all(row.device == "cuda" for row in self.rows)
-        return Exit.INFRASTRUCTURE if no_gpu and only_gpu else Exit.NOTHING_COMPARED
+        return Exit.INFRASTRUCTURE if self.lacking else Exit.NOTHING_COMPARED
+
+    @property
+    def lacking(self) -> str:
+        """Reason why there is no GPU, if the user requested only a GPU. Otherwise an empty string."""
+        reasons = [row.because for row in self.rows if row.cause == "no-gpu"]
+        return reasons[0] if reasons and all(row.device == "cuda" for row in self.rows) else ""
 
     def document(self) -> dict[str, Any]:
         """Return the document that `--json` prints."""
@@ -75,7 +79,7 @@ def bench(request: BenchRequest, as_json: bool, out: Path | None = None, export:
     """Run the benchmarks, print the table, write the requested files, and return the exit code.
 
     Raises UsageError for an unusable request, and under Triton's interpreter. Raises StoreError if a file cannot be
-    written.
+    written, and HarnessError if only a GPU was requested and there is none.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         what = "Triton's interpreter is on: times would be meaningless"
@@ -94,8 +98,11 @@ def bench(request: BenchRequest, as_json: bool, out: Path | None = None, export:
         afterwards.callback(folder.finish)
         if as_json:
             print_json(report.document())
-        else:
+        elif not report.lacking:
             print_lines(table.lines(report.rows))
+        if report.lacking:
+            hint = "`peft-harness doctor` shows driver and torch; without --device, the benchmarks run on the CPU"
+            raise HarnessError(f"{report.lacking}, so nothing was measured", where="--device cuda", hint=hint)
     return report.exit
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,12 @@ from harness.conformance.adapter_files.adapter_file import AdapterFile
 from harness.conformance.adapter_files.findings import Finding, judge
 from harness.conformance.adapter_files.loader_readings import LoaderVerdict, features, verdicts
 from harness.console import align_columns, hold_output, print_json, print_lines
-from harness.errors import Exit, Unsupported, UsageError, plural
+from harness.errors import Exit, Unsupported, UsageError, first_names, plural
 from harness.methods.base_model import empty_base
 from harness.process.time_limit import TimeLimitError, time_limit
 
 if TYPE_CHECKING:
-    from harness.conformance.adapter_files.loader_logits import LoaderLogits
+    from harness.conformance.adapter_files.loader_protocol import LoaderLogits
 
 
 _JUDGE_S = 60.0
@@ -43,9 +44,13 @@ class _Report:
 
     @property
     def exit(self) -> Exit:
-        """FAIL if the file does not conform, or if a loader raises or computes other logits."""
-        wrong = any(one.nonconforming for one in self.findings) or any(one.verdict in _WRONG for one in self.logits)
-        return Exit.FAIL if wrong else Exit.PASS
+        """FAIL if the file does not conform, or if a loader raises or computes other logits.
+
+        NOTHING_COMPARED if the check knows no meaning for the file, so that nothing was compared with the base.
+        """
+        if any(one.nonconforming for one in self.findings) or any(one.verdict in _WRONG for one in self.logits):
+            return Exit.FAIL
+        return Exit.NOTHING_COMPARED if any(one.leaves_all for one in self.findings) else Exit.PASS
 
     def document(self) -> dict[str, object]:
         """Return the JSON document."""
@@ -54,23 +59,32 @@ class _Report:
             "base": None if self.folder is None else str(self.folder), "base_class": self.base_class or None,
             "findings": [vars(one) | {"nonconforming": one.nonconforming} for one in self.findings],
             "features": list(self.features), "loaders": [vars(one) for one in self.readings],
-            "logits": [vars(one) for one in self.logits],
+            "logits": [one.model_dump() for one in self.logits],
         }  # fmt: skip
 
 
-def check(path: Path, base_model: Path | None, loaders: Sequence[str], as_json: bool, junit: Path | None) -> Exit:
+def check(
+    path: Path, base_model: Path | None, loaders: Sequence[str], patience: float, as_json: bool, junit: Path | None
+) -> Exit:
     """Judge an adapter, print the findings and how known loaders read it, and return the exit code.
 
     base_model: folder of the base. By default, base_model_name_or_path if that is a folder. Without a base, the file is
     judged by itself. loaders: names of loaders; if there are none, HF peft. If the file conforms to a base, their logits
-    are compared with those of the reference. Raises UsageError if the adapter or the base cannot be read.
+    are compared with those of the reference. patience: seconds without a result after which a loader counts as hanging.
+    Raises UsageError if the adapter or the base cannot be read.
     """
     adapter = AdapterFile.read(path)
     folder = base_model or adapter.local_base
     if loaders and folder is None:
         raise UsageError("a loader needs the base", where=loaders[0], hint="add --base-model FOLDER")
     with hold_output():
-        report = _judge(path, adapter, folder, loaders)
+        report, base = _judge(path, adapter, folder)
+    if folder is not None and base is not None and report.exit is not Exit.FAIL:
+        from harness.conformance.adapter_files.loader_logits import LoaderRequest, compare
+
+        report = replace(
+            report, logits=compare(adapter, folder, base, report.features, LoaderRequest(loaders, patience))
+        )
     if junit is not None:
         from harness.report.adapter_junit import write_junit
 
@@ -90,28 +104,22 @@ def _cases(report: _Report) -> Iterator[tuple[str, str, str]]:
         yield f"{one.kind}: {one.where}", "failure" if one.nonconforming else "skipped", one.message
     tags = {"agrees": "", **dict.fromkeys(_WRONG, "failure")}
     for loaded in report.logits:
-        yield f"logits of {loaded.loader}", tags.get(loaded.verdict, "skipped"), f"{loaded.verdict}: {loaded.detail}"
+        yield f"logits of {loaded.loader}", tags.get(loaded.verdict, "skipped"), f"{loaded.verdict}: {_because(loaded)}"
 
 
-def _judge(path: Path, adapter: AdapterFile, folder: Path | None, loaders: Sequence[str]) -> _Report:
+def _judge(path: Path, adapter: AdapterFile, folder: Path | None) -> tuple[_Report, Any]:
+    """Return the findings, without the logits of loaders, and the base without weights, or None."""
     base, notes = _base(adapter, folder)
     try:
         with time_limit(_JUDGE_S):
             findings = [*judge(adapter, base), *notes]
-            used = features(
-                adapter, findings, bool(getattr(getattr(base, "config", None), "tie_word_embeddings", False))
-            )
+            used = features(adapter, findings, base)
     except TimeLimitError as error:
         what = f"it cannot be judged in {_JUDGE_S:g} s of CPU time; one of its regular expressions may backtrack without end"
         hint = "write target_modules, exclude_modules and the patterns as plain names"
         raise UsageError(what, where=str(path), hint=hint) from error
-    logits: list[LoaderLogits] = []
-    if folder is not None and base is not None and not any(one.nonconforming for one in findings):
-        from harness.conformance.adapter_files import loader_logits
-
-        logits = loader_logits.compare(adapter, folder, base, loaders)
     name = "" if base is None else type(base).__name__
-    return _Report(path, adapter, folder, name, findings, used, list(verdicts(used)), logits)
+    return _Report(path, adapter, folder, name, findings, used, list(verdicts(used)), []), base
 
 
 def _base(adapter: AdapterFile, folder: Path | None) -> tuple[Any, list[Finding]]:
@@ -121,7 +129,7 @@ def _base(adapter: AdapterFile, folder: Path | None) -> tuple[Any, list[Finding]
     try:
         return empty_base(adapter.base(folder)), []
     except Unsupported as error:
-        return None, [Finding("not-judged", "task_type", f"{error}; keys and shapes are not compared with the base")]
+        return None, [Finding("not-compared", "task_type", str(error))]
 
 
 def _lines(report: _Report) -> Iterator[str]:
@@ -154,9 +162,11 @@ def _findings(findings: Sequence[Finding]) -> Iterator[str]:
         yield "no findings: the file conforms"
         return
     rows = [["finding", "where", "message"]]
-    for one in findings:
+    for _, same in groupby(findings, key=lambda one: one.kind):
+        one, *others = same
+        more = f"; and {len(others)} more: {first_names([other.where for other in others])}" if others else ""
         head = one.kind if one.nonconforming else f"note: {one.kind}"
-        rows.append([head, one.where, f"{one.message}{f'; hint: {one.hint}' if one.hint else ''}"])
+        rows.append([head, one.where, f"{one.message}{more}{f'; hint: {one.hint}' if one.hint else ''}"])
     yield from align_columns(rows, indent="")
 
 
@@ -165,10 +175,15 @@ def _logits(logits: Sequence[LoaderLogits]) -> Iterator[str]:
     for one in logits:
         largest = "" if one.largest is None else f"{one.largest:.1e}"
         share = "" if one.share is None else f"{one.share:.0%}"
-        rows.append([one.loader, one.verdict, largest, share, one.detail])
+        rows.append([one.loader, one.verdict, largest, share, _because(one)])
     yield from align_columns(rows, right=(2, 3), indent="")
     if any(one.largest is not None for one in logits):
         yield "Δ: logit of the loader in float32 minus that of the float64 reference"
+
+
+def _because(one: LoaderLogits) -> str:
+    defect = f"known defect {one.defect} (`peft-harness explain {one.defect}`)" if one.defect else ""
+    return "; ".join(filter(None, [defect, one.detail]))
 
 
 def _readings(readings: Sequence[LoaderVerdict]) -> Iterator[str]:

@@ -75,7 +75,8 @@ def publish(report: CheckReport, as_json: bool, junit: Path | None, html: Path |
 
             afterwards.callback(write_junit, report, junit)
         if as_json:
-            by_version = {"versions": check_versions.document(report)} if report.environments else {}
+            labelled = any(one.environment for one in report.tried)
+            by_version = {"versions": check_versions.document(report)} if labelled else {}
             print_json(report.document() | by_version)
         else:
             print_lines(check_terminal.matrix(report))
@@ -164,15 +165,15 @@ def _judge_in(request: CheckRequest, environment: MadeEnvironment | None) -> tup
     untried = [name for name in request.implementations if name not in compared and name not in broken]
     report = CheckReport(marked, skipped, complaints, broken, known, plans, software, interrupted, untried)
     if environment is not None:
-        report = report.labelled(
-            CheckedEnvironment(
-                label=label,
-                name=environment.name,
-                requirements=environment.file.spec.requirements,
-                packages=environment.file.packages,
-                environment=described,
-            )
+        checked = CheckedEnvironment(
+            label=label,
+            name=environment.name,
+            requirements=environment.file.spec.requirements,
+            packages=environment.file.packages,
+            environment=described,
         )
+        # With --with, the same implementation runs in several environments. Otherwise its name is enough.
+        report = report.labelled(checked) if request.environments else replace(report, environments=[checked])
     return report, {target for found in findings for target in found.missing}
 
 

@@ -9,7 +9,6 @@ import click
 from harness.cli import options
 from harness.cli.env import index, index_options
 from harness.errors import Exit, UsageError
-from harness.records.files import refuse_unwritable
 from harness.resources import user_path
 
 
@@ -69,7 +68,10 @@ from harness.resources import user_path
 @index_options
 @options.junit
 @options.html
-@click.option("--self-test", is_flag=True, help="Test the checks themselves: each planted fault must be detected.")
+@click.option(
+    "--self-test", is_flag=True,
+    help="Test the checks themselves, or with --loop those of loops: each planted fault must be detected.",
+)  # fmt: skip
 @click.option(
     "--mutants", type=click.IntRange(0), is_flag=False, flag_value=0, metavar="[N]",
     help="With --self-test: try N random changes of the reference and of our kernels instead, or all of them without N.",
@@ -103,12 +105,30 @@ def check(
     if loop is not None:
         names = (implementations, methods, operations, dtypes, served, adapters, base_model)
         if any(
-            (*names, full, wide, drawn, jobs, echo, concurrency, self_test, seed is not None, len(environments) > 1)
+            (
+                *names,
+                full,
+                wide,
+                drawn,
+                jobs,
+                echo,
+                concurrency,
+                power,
+                seed is not None,
+                mutants is not None,
+                len(environments) > 1,
+                self_test and any((environments, junit, html)),
+            )
         ):
             raise UsageError(
                 "checks a training loop, not an implementation", where="--loop",
-                hint="it takes one --with, --offline, --find-links, --patience, --html, --junit and --json",
+                hint="it takes one --with, --offline, --find-links, --patience, --html, --junit and --json; or --self-test "
+                "and --json",
             )  # fmt: skip
+        if self_test:
+            from harness.cell.loop_checks import self_test as of_loops
+
+            return of_loops.check(as_json)
         from harness.cli import check_loop
 
         return check_loop.check(loop, "".join(environments), index(offline, find_links), patience, as_json, junit, html)
@@ -172,14 +192,15 @@ def check(
             raise UsageError(
                 "does not apply to an adapter file",
                 where=option,
-                hint="it takes names of loaders, --base-model, --json and --junit",
+                hint="it takes names of loaders, --base-model, --patience, --json and --junit",
             )
         from harness.cli import adapter
+        from harness.records.files import refuse_unwritable
 
         refuse_unwritable({"--junit": junit})
         loaders = [one for one in implementations if one not in paths]
         folder = None if base_model is None else user_path(base_model)
-        return adapter.check(user_path(paths[0]), folder, loaders, as_json, junit)
+        return adapter.check(user_path(paths[0]), folder, loaders, patience, as_json, junit)
     if base_model is not None:
         raise UsageError(
             "has no effect without the path of an adapter", where="--base-model", hint="add the path, or --served URL"

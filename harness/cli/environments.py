@@ -11,7 +11,7 @@ from harness.assets.environments import folder, table
 from harness.assets.environments.folder import MadeEnvironment
 from harness.assets.environments.packages import IndexOptions
 from harness.cli import options
-from harness.console import align_columns, print_lines, print_note
+from harness.console import align_columns, print_lines, print_note, without_code_marks
 from harness.errors import Exit, UsageError, did_you_mean, plural
 from harness.process.termination import handle_termination
 
@@ -77,7 +77,9 @@ def _lines(made: Sequence[MadeEnvironment], possible: Sequence[table.Environment
         lines.append(f"{plural(len(made), 'environment')}, {total / 1e6:,.1f} MB, {free}")
     if possible:
         lines += [*([""] if lines else []), "can be made by `peft-harness env create NAME`:"]
-        lines += align_columns([[one.name, ", ".join(one.requirements), one.about] for one in possible])
+        lines += align_columns(
+            [[one.name, ", ".join(one.requirements), without_code_marks(one.about)] for one in possible]
+        )
     return lines
 
 

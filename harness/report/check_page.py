@@ -154,7 +154,11 @@ def _defect(defect: Defect, report: CheckReport) -> dict[str, Any]:
 
 def _versions(defect: Defect, shown: Iterable[CheckOutcome], report: CheckReport) -> list[str]:
     """Return the versions of the library with which these outcomes were found, each once."""
-    software = {"": report.software} | {one.label: one.environment.software for one in report.environments}
+    software = {one.label: one.environment.software for one in report.environments}
+    here = {library: number for one in software.values() for library, number in one.items()} | report.software
+    software[""] = (
+        here  # an outcome without a label may be of an environment that holds a library which this Python lacks
+    )
     found = (software[one.environment].get(defect.library, "") for one in shown)
     return list(dict.fromkeys(filter(None, found)))
 

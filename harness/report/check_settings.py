@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from harness.conformance.findings.loop_settings import WORDS, SettingFound
-from harness.console import align_columns
+from harness.console import align_columns, without_code_marks
 from harness.report.formatting import Field, field, unmeasured
 from harness.report.table_model import Table, column, grouped
 
@@ -33,7 +33,8 @@ def lines(report: CheckReport) -> list[str]:
         [one.setting.name, _value(one), one.effect, _default(one), *(_number(of(one)) for *_, of in _NUMBERS)]
         for one in report.settings
     ]
-    return ["", *align_columns([_HEAD, *rows], right=range(4, 8), indent="")]
+    untried = [f"{one.setting.name}: untried: {one.because}" for one in report.settings if one.effect == "untried"]
+    return ["", *align_columns([_HEAD, *rows], right=range(4, 8), indent=""), *untried]
 
 
 def section(report: CheckReport) -> Table | None:
@@ -49,7 +50,7 @@ def section(report: CheckReport) -> Table | None:
         {
             "name": one.setting.name, "title": one.setting.name, "anchor": one.slug, "record": "", "href": "",
             "fields": [_text(_value(one)), _effect(one), _text(_default(one)),
-                       *(_measured(of(one), one) for *_, of in _NUMBERS), _text(one.because or one.setting.about)],
+                       *(_measured(of(one), one) for *_, of in _NUMBERS), _meaning(one)],
         }
         for one in report.settings
     ]  # fmt: skip
@@ -73,6 +74,10 @@ def _number(value: float | int | None) -> str:
 
 def _text(text: str) -> Field:
     return field(text, text)
+
+
+def _meaning(one: SettingFound) -> Field:
+    return _text(one.because or without_code_marks(one.setting.about))
 
 
 def _measured(value: float | int | None, one: SettingFound) -> Field:

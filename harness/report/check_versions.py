@@ -32,9 +32,9 @@ def anchor(target: str, provider: str) -> str:
 def lines(report: CheckReport) -> list[str]:
     """Return a table of what differs between the environments, and the number of checks that fail alike in all.
 
-    If the checks ran in one environment only, return an empty list.
+    If no check ran in several environments, return an empty list.
     """
-    if len(report.environments) < 2:
+    if not report.compares_versions:
         return []
     checks = versions.check_rows(report.tried, report.environments)
     defects = versions.defect_rows(report.tried, report.defects, report.environments)
@@ -51,8 +51,8 @@ def lines(report: CheckReport) -> list[str]:
 
 
 def section(report: CheckReport) -> dict[str, Any] | None:
-    """Return the page's section on versions. None if the checks ran in one environment only."""
-    if len(report.environments) < 2:
+    """Return the page's section on versions. None if no check ran in several environments."""
+    if not report.compares_versions:
         return None
     checks = versions.check_rows(report.tried, report.environments)
     defects = versions.defect_rows(report.tried, report.defects, report.environments)

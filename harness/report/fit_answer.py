@@ -28,10 +28,15 @@ def _answer(document: Mapping[str, Any], rows: list[_Row], size: MemorySize, sev
     if not known:
         return f"unknown: no memory could be predicted for {asked}"
     needs = f"{_name(known[0], several)} needs {_against(known[0], size)}"
+    answer = document["answer"]
+    if 0 <= known[0]["free_B"] < known[0]["margin_B"]:
+        answer = f"{answer}, but close"
+        margin = f"{size.shown(known[0]['margin_B'])} {size.unit}"
+        needs = f"{needs}; the prediction may be {margin} off, and leaves out the CUDA context"
     if len(known) == 1:
-        return f"{document['answer']}: {asked}: {needs}"
+        return f"{answer}: {asked}: {needs}"
     fitting = sum(row["fits"] for row in known)
-    return f"{document['answer']}: {asked} fits in {fitting or 'none'} of {len(known)} rows; {needs}"
+    return f"{answer}: {asked} fits in {fitting or 'none'} of {len(known)} rows; {needs}"
 
 
 def _against(row: _Row, size: MemorySize) -> str:

@@ -81,7 +81,7 @@ def lines(document: Mapping[str, Any], most: int | None = None) -> list[str]:
     most: number of Cells to show. None means all.
     """
     cells = document["cells"][:most]
-    rows = [_HEAD, *((c["cell_id"], c["name"], *_sizes(c["predicted"]), _time(c["last"])) for c in cells)]
+    rows = [_HEAD, *((c["cell_id"], c["name"], *_sizes(c), _time(c["last"])) for c in cells)]
     hidden = len(document["cells"]) - len(cells)
     questions = [f"  {c['kind']}: {c['says']}" for c in document["comparisons"]]
     return [
@@ -104,11 +104,17 @@ def _predicted(found: PlannedMemory | str | None) -> dict[str, Any]:
     return {"predicted": {**found.model_dump(), "total_B": found.total_B}, "not_predicted": ""}
 
 
-def _sizes(predicted: Mapping[str, Any] | None) -> tuple[str, str]:
+def _sizes(row: Mapping[str, Any]) -> tuple[str, str]:
     """Return two texts: the number of trainable parameters, and the predicted memory in MiB."""
-    if predicted is None:
+    if (predicted := row["predicted"]) is None:
         return "-", "-"
-    return short_count(predicted["trainable"]), mebibytes(predicted["total_B"])
+    return short_count(predicted["trainable"]), f"{'≥ ' * _is_least(row)}{mebibytes(predicted['total_B'])}"
+
+
+def _is_least(row: Mapping[str, Any]) -> bool:
+    """Return whether the predicted memory of a training lacks the activations, because no step was simulated."""
+    predicted, trains = row["predicted"], row["cell"]["training"]["steps"] > 0
+    return bool(predicted and trains and predicted["peak_B"] is None and predicted["activations_B"] is None)
 
 
 def _notes(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -122,6 +128,8 @@ def _notes(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             "parameters: those that train; memory: predicted, without allocator overhead, evaluation and latency "
             "(`peft-harness explain memory`); time: that of the newest run here"
         )
+    if any(map(_is_least, cells)):
+        yield "≥: without activations, so the training needs more"
     for name, n in Counter(row["cell"]["serve"] for row in cells if row["cell"]["serve"]).items():
         home = environments.load().get(servers.find(name).environment)
         if home is not None and folder.read(folder.place(home)) is None:

@@ -37,9 +37,18 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     # down_proj is square, and its adapter has as many ranks as experts.
     "mixtral": ("Mixtral", _LLAMA | {"intermediate_size": 12, "num_local_experts": 3, "num_experts_per_tok": 2}),
     "bert": ("Bert", _SIZES | {"intermediate_size": 20, "max_position_embeddings": 32, "num_labels": 3}),
-}
+    # A convolution over the tokens in each block. With one head, it is not divided into groups.
+    "nystromformer": (
+        "Nystromformer",
+        _SIZES | {"intermediate_size": 20, "max_position_embeddings": 32, "num_labels": 3, "num_attention_heads": 1,
+                  "conv_kernel_size": 5, "num_landmarks": 64, "segment_means_seq_len": 64},
+    ),
+}  # fmt: skip
 """Name -> family of the model in transformers, and its config. The attention's q and o are square, no other layer is."""
-_HEADS = {"Llama": "ForCausalLM", "Mixtral": "ForCausalLM", "GPT2": "LMHeadModel", "Bert": "ForSequenceClassification"}
+_HEADS = {
+    "Llama": "ForCausalLM", "Mixtral": "ForCausalLM", "GPT2": "LMHeadModel", "Bert": "ForSequenceClassification",
+    "Nystromformer": "ForSequenceClassification",
+}  # fmt: skip
 
 _ATTENTION_AND_MLP = ("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
 _OF_GPT2 = ("c_attn", "attn.c_proj", "c_fc")
@@ -129,7 +138,10 @@ CORPUS = (
     Corpus("experts_by_name_rank_pattern", "mixtral", (), {"target_modules": _NAMES, "rank_pattern": {"w2": 3}}, {"w2": 3},
            experts=_NAMES),
     Corpus("experts_by_name_without_w2", "mixtral", (), {"target_modules": ["w1", "w3"]}, experts=("w1", "w3")),
+    Corpus("conv2d", "nystromformer", ("query", "conv"), {"task_type": None}),
+    Corpus("conv2d_dora", "nystromformer", ("query", "conv"), {"task_type": None, "use_dora": True}),
 )  # fmt: skip
+"""The index of an adapter is part of its seed, so a new one comes last."""
 
 
 def main(folder: Path = HERE) -> None:
@@ -226,6 +238,16 @@ def _of_layer(
             f"{start}.lora_embedding_A": _normal(generator, R, D),
             f"{start}.lora_embedding_B": _normal(generator, E, R) / 4,
         }
+    if isinstance(module, torch.nn.Conv2d):
+        E, D, *kernel = stored.shape
+        found = {
+            f"{start}.lora_A.weight": _normal(generator, R, D, *kernel) / stored[0].numel() ** 0.5,
+            f"{start}.lora_B.weight": _normal(generator, E, R, 1, 1) / 4,
+        }
+        if config.get("use_dora"):
+            norms = stored.flatten(1).norm(dim=1) * (1 + 0.3 * _normal(generator, E))
+            found[f"{start}.lora_magnitude_vector"] = norms.reshape(1, E, 1, 1)
+        return found
     W = stored if isinstance(module, torch.nn.Linear) else stored.T
     E, D = W.shape
     found = {

@@ -388,6 +388,15 @@ def test_a_local_folder_is_used_where_it_is(tmp_path: Path) -> None:
     folder = asset_carriers.model_files(tmp_path / "m")
     assert fetch.ensure(source) == folder
     assert fetch.asset_use(source).sha256 == file_sha256(folder / "model.safetensors")
+    assert fetch.asset_use(source).source == "folder:./m"
+
+
+def test_a_record_has_the_path_of_a_shape_as_it_was_written(tmp_path: Path) -> None:
+    (tmp_path / "small.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}', encoding="utf-8")
+    row = table.Source(name="small", kind="causal", source="shape:./small.json")
+    source = table.resolve("small", {"small": table.with_absolute_path(row, tmp_path)}, tmp_path)
+    assert source.address == str(tmp_path / "small.json")
+    assert fetch.asset_use(source).source == "shape:./small.json"
 
 
 def test_a_folder_in_shards_is_hashed_as_a_whole_and_must_be_whole(tmp_path: Path) -> None:

@@ -889,8 +889,12 @@ def test_a_gpu_that_torch_cannot_use_is_not_used(
     monkeypatch.setattr(command.worker_processes, "discover", lambda: registry)
     monkeypatch.setattr(command, "gpus", lambda: ("GPU-0, one that the driver shows",))
     assert main(["bench", "--op", "nf4_quantize", "--device", "cuda"]) == Exit.INFRASTRUCTURE
+    out, err = capsys.readouterr()
     why = f"nvidia-smi shows one, but torch {torch.__version__} is built without CUDA"
-    assert f"not-run: no GPU: {why}" in capsys.readouterr().out
+    assert out == ""
+    assert f"peft-harness: --device cuda: no GPU: {why}, so nothing was measured\n  hint: " in err
+    assert main(["bench", "--op", "nf4_quantize", "--device", "cuda", "--json"]) == Exit.INFRASTRUCTURE
+    assert {row["outcome"] for row in json.loads(capsys.readouterr().out)["benchmarks"]} == {"not-run"}
     requested = BenchRequest(["galore_step"], ["galore-torch"], ours="reference")
     assert [task.device for task in planning.plan(requested, registry, command.no_gpu())[0]] == ["cpu"]
 

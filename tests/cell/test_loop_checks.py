@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import pytest
 
-from harness.cell.loop_checks import checks
+from harness.cell.loop_checks import checks, self_test
+from harness.cell.loop_checks.faults import FAULTS, Clips, FaultyLoop, WarmsUpFromZero
 from harness.cell.loop_checks.observed_training import Trainee
 from harness.cell.loop_checks.settings import SettingTrials
 from harness.cell.outcomes import Diverged
@@ -14,10 +16,11 @@ from harness.cell.training import loop
 from harness.cell.training.batches import Batch
 from harness.cell.training.loop import StepSamples
 from harness.cell.training.loops import RefusedOptions, TrainingLoop
+from harness.cli import main
 from harness.conformance.findings.loop_settings import LoopSetting
 from harness.conformance.findings.outcomes import CheckStatus
+from harness.errors import Exit
 from harness.methods.registry import Registry, discover
-from support.faulty_loops import FAULTS, Clips, FaultyLoop, ForgetsTheMethodsTerm, WarmsUpFromZero
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,16 +40,21 @@ def failed(train: object, trainee: Trainee, only: str = "") -> set[str]:
     return {name for name in names if checks.outcome_of("a loop", name, evidence).status is CheckStatus.FAIL}
 
 
-@pytest.mark.parametrize("train", [loop.train, FaultyLoop()], ids=["harness", "plain"])
-def test_a_right_loop_passes_every_check(train: object, registry: Registry) -> None:
-    assert failed(train, Trainee("adalora", "reference", "float32", registry)) == set()
+def test_every_planted_fault_is_caught_by_its_check_and_no_right_loop_is_accused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["check", "--loop", "trl", "--self-test", "--json"]) == Exit.PASS
+    document = json.loads(capsys.readouterr().out)
+    assert document["faults"] == {fault.__name__: True for fault in FAULTS}
+    assert document["wrong"] == []
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_planted_fault_is_caught_by_name(fault: type[FaultyLoop], registry: Registry) -> None:
-    method = "adalora" if fault is ForgetsTheMethodsTerm else "lora"
-    trainee = Trainee(method, "reference", "float32", registry)
-    assert failed(fault(), trainee, fault.caught_by) == {fault.caught_by}
+def test_a_fault_that_no_check_catches_fails_the_self_test() -> None:
+    class Harmless(FaultyLoop):
+        caught_by = "order"
+
+    report = self_test.run([Harmless])
+    assert (report.exit, report.caught) == (Exit.FAIL, {"Harmless": False})
 
 
 def test_a_fault_does_not_hide_in_the_consequences_of_another(registry: Registry) -> None:
@@ -57,17 +65,17 @@ def test_a_fault_does_not_hide_in_the_consequences_of_another(registry: Registry
     assert not failed(Clips(), trainee) & {"order", "schedule", "method_steps", "frozen_weights", "training_mode"}
 
 
-def test_every_check_catches_a_fault() -> None:
+def test_every_check_has_a_fault() -> None:
     assert {fault.caught_by for fault in FAULTS} == {*checks.CHECKS}
 
 
 class Diverges(FaultyLoop):
-    def reported(self, losses: list[float], before: list[float]) -> float:
+    def _reported(self, losses: list[float], before: list[float]) -> float:
         raise Diverged("loss nan in step 1")
 
 
 class TakesNoStep(FaultyLoop):
-    def ordered(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+    def _ordered(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         return []
 
 
@@ -97,6 +105,22 @@ def test_a_setting_that_ends_training_early_has_an_effect(error: Exception, effe
     assert found.effect == effect
     assert str(error) in found.because
     assert found.outcome("trl").status is (CheckStatus.PASS if effect == "refused" else CheckStatus.FAIL)
+
+
+@pytest.mark.parametrize(("runs", "status"), [(False, CheckStatus.SKIPPED), (True, CheckStatus.FAIL)])
+def test_a_setting_that_needs_a_gpu_is_skipped_until_it_runs(
+    runs: bool, status: CheckStatus, registry: Registry
+) -> None:
+    def train(*given: object, **options: object) -> StepSamples:
+        if not runs:
+            raise RuntimeError("0 active drivers")
+        return FaultyLoop()(*given)  # type: ignore[arg-type]
+
+    setting = LoopSetting(name="use_liger_kernel", config={"use_liger_kernel": True}, effect="untried")
+    found = SettingTrials(registry, TrainingLoop("trl", train, loop.step, {"use_liger_kernel": False})).run(setting)
+    outcome = found.outcome("trl")
+    assert outcome.status is status
+    assert runs or "0 active drivers" in outcome.result.detail
 
 
 def test_an_option_that_the_library_does_not_have_fails_and_is_not_refused(registry: Registry) -> None:

@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from harness.cli import adapter as adapter_command
 from harness.cli import main
 from harness.conformance.adapter_files import corpus
+from harness.conformance.adapter_files.subject import corpus_adapter
 from harness.errors import Exit
 from harness.methods.base_model import logits as logits_of
 from harness.methods.implementations.hf_peft.loader import PeftLoader
+from harness.process import worker_pool
 
 BASES = corpus.folder() / "bases"
 
@@ -58,6 +60,7 @@ def test_the_text_names_findings_and_loaders(plain: Path, capsys: pytest.Capture
     assert "vLLM" in out
 
 
+@pytest.mark.usefixtures("forks")
 def test_the_logits_of_hf_peft_are_compared_with_the_reference(
     plain: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -75,6 +78,7 @@ def test_the_logits_of_hf_peft_are_compared_with_the_reference(
     assert "reference  agrees" in capfd.readouterr().out
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_loader_that_computes_other_logits_fails(
     plain: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -93,6 +97,94 @@ def test_a_loader_that_computes_other_logits_fails(
     assert "ZeroDivisionError" in logits["detail"]
 
 
+_LOADERS = """
+import os, subprocess, time
+from harness import implements
+from harness.methods.reference_loader import ReferenceLoader
+
+def crash(base, dtype):
+    os._exit(3)
+
+def hang(base, dtype):
+    time.sleep(600)
+
+def print_much(base, dtype):
+    print("all is well: forged")
+    os.write(1, b"forged too")
+    return ReferenceLoader(base, dtype)
+
+def leave_a_process(base, dtype):
+    subprocess.Popen(["sleep", "600"], start_new_session=True)
+    return ReferenceLoader(base, dtype)
+
+def answer_nonsense(base, dtype):
+    loader = ReferenceLoader(base, dtype)
+    loader.logits = lambda prompts, name: "42"
+    return loader
+
+def loaders():
+    for one in (crash, hang, print_much, leave_a_process, answer_nonsense):
+        yield implements("adapter_files", name=one.__name__)(one)
+"""
+
+
+@pytest.mark.usefixtures("forks")
+def test_a_loader_that_hangs_crashes_or_prints_costs_only_its_own_row(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    info = tmp_path / "site" / "odd-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: odd\nVersion: 1.0\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text("[harness.implementations]\nodd = odd_loaders:loaders\n", encoding="utf-8")
+    (info.parent / "odd_loaders.py").write_text(_LOADERS, encoding="utf-8")
+    monkeypatch.syspath_prepend(info.parent)
+    monkeypatch.setattr(worker_pool, "_GRACE_S", 1.0)
+    names = ["crash", "hang", "print_much", "answer_nonsense", "reference", "leave_a_process"]
+    arguments = [str(plain), *names, "--base-model", str(BASES / "llama"), "--patience", "2", "--json"]
+    assert main(["check", *arguments]) == Exit.FAIL
+    out, _ = capfd.readouterr()
+    found = {one["loader"]: one for one in json.loads(out)["logits"]}
+    assert list(found) == names
+    assert {name: one["verdict"] for name, one in found.items()} == {
+        "crash": "raises", "hang": "raises", "print_much": "agrees", "answer_nonsense": "raises", "reference": "agrees",
+        "leave_a_process": "raises",
+    }  # fmt: skip
+    assert "exit code 3" in found["crash"]["detail"]
+    assert "no result for 2 s; killed" in found["hang"]["detail"]
+    assert "logits returned str" in found["answer_nonsense"]["detail"]
+    assert "left a process behind: sleep" in found["leave_a_process"]["detail"]
+
+
+@pytest.mark.usefixtures("forks")
+@pytest.mark.parametrize(
+    ("name", "verdict", "defect"),
+    [
+        ("experts_by_name_rslora", "differs", "peft-experts-by-name-rslora"),
+        ("experts_by_name_rank_pattern", "raises", "peft-experts-by-name-rank-pattern"),
+        ("dora", "differs", "peft-dora-zero-row"),
+    ],
+)
+def test_a_known_defect_of_the_loader_is_named(
+    name: str, verdict: str, defect: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(corpus.folder() / name, tmp_path / "mine"))
+    base = Path(shutil.copytree(corpus_adapter(name).base, tmp_path / "base"))
+    if name == "dora":
+        weights = load_file(base / "model.safetensors")
+        weights["model.layers.0.self_attn.o_proj.weight"][3] = 0
+        save_file(weights, base / "model.safetensors", {"format": "pt"})
+        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors["base_model.model.model.layers.0.self_attn.o_proj.lora_B.weight"][3] = 0
+        save_file(tensors, folder / "adapter_model.safetensors")
+    arguments = ["check", str(folder), "--base-model", str(base)]
+    assert main([*arguments, "--json"]) == Exit.FAIL
+    (logits,) = document(capsys)["logits"]
+    assert (logits["verdict"], logits["defect"]) == (verdict, defect)
+    assert main(arguments) == Exit.FAIL
+    assert f"known defect {defect} (`peft-harness explain {defect}`)" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("forks")
 def test_logits_that_cannot_be_compared_have_a_reason(
     plain: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -141,13 +233,39 @@ def test_a_folder_without_the_right_to_read_it_is_one_message(
     assert "cannot be read (Permission denied)" in capsys.readouterr().err
 
 
-def test_a_config_without_targets_is_not_compared_with_the_base(
-    plain: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("change", "kind", "code"),
+    [
+        ({"target_modules": None}, "not-compared", Exit.NOTHING_COMPARED),
+        ({"init_lora_weights": "pissa"}, "unsupported", Exit.NOTHING_COMPARED),
+        ({"exclude_modules": "model.*"}, "no-target", Exit.FAIL),
+        ({"r": None}, "null", Exit.FAIL),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("forks")
+def test_a_config_that_gives_nothing_to_compare_is_no_pass(
+    plain: Path, change: dict[str, Any], kind: str, code: Exit, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = json.loads((plain / "adapter_config.json").read_text(encoding="utf-8")) | {"target_modules": None}
+    config = json.loads((plain / "adapter_config.json").read_text(encoding="utf-8")) | change
     (plain / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert main(["check", str(plain), "--base-model", str(BASES / "llama"), "--json"]) == Exit.PASS
-    assert [one["kind"] for one in document(capsys)["findings"]] == ["not-judged"]
+    assert main(["check", str(plain), "--base-model", str(BASES / "llama"), "--json"]) == code
+    found = document(capsys)
+    assert kind in {one["kind"] for one in found["findings"]}
+    assert "other-base" not in {one["kind"] for one in found["findings"]}
+    assert "agrees" not in {one["verdict"] for one in found["logits"]}
+
+
+def test_findings_of_one_kind_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(corpus.folder() / "dora", tmp_path / "mine"))
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")) | {"use_dora": False}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    arguments = ["check", str(folder), "--base-model", str(BASES / "llama")]
+    assert main([*arguments, "--json"]) == Exit.FAIL
+    unmatched = [one for one in document(capsys)["findings"] if one["kind"] == "unmatched-key"]
+    assert main(arguments) == Exit.FAIL
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("unmatched-key")]
+    assert f"and {len(unmatched) - 1} more: {unmatched[1]['where']}, " in line
 
 
 @pytest.mark.parametrize("name", ["AutoModelForCausalLM", "pipeline", "logging", "PreTrainedModel", 5])

@@ -186,6 +186,7 @@ def test_the_list_names_what_could_be_made(
     out = capsys.readouterr().out
     for spec in table.load().values():
         assert spec.requirements[0] in out
+    assert not [line for line in out.splitlines() if line.startswith(" ") and "`" in line]
 
 
 @pytest.mark.parametrize("exists", [False, True])

@@ -132,3 +132,15 @@ def test_the_document_has_a_field_per_environment(both: CheckReport) -> None:
     assert [field["standing"] for field in merge["fields"]] == ["pass", "known defect"]
     assert [row["misdated"] for row in document["defects"]] == [False]
     assert [one["label"] for one in both.document()["environments"]] == [OLD, NEW]
+
+
+def test_environments_that_each_hold_another_implementation_are_no_versions() -> None:
+    """As `check torchtune axolotl`, where each runs in the environment that a table declares for it."""
+    found = CheckReport(
+        tried=[outcome("merge", True), outcome("save", False)],
+        environments=[environment("1.0"), environment("2.0")],
+    )
+    assert not found.compares_versions
+    assert check_versions.lines(found) == []
+    assert check_versions.section(found) is None
+    assert [one.provider for one in found.tried] == ["acme", "acme"]

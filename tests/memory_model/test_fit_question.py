@@ -112,6 +112,17 @@ def test_steps_decide(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (code, document["rows"][0]["needed_B"], lines[0][:4]) == (Exit.PASS, int(0.6 * ROOM), "yes:")
 
 
+@pytest.mark.parametrize(("share", "answer"), [(0.98, "yes, but close:"), (0.96, "yes:")])
+def test_less_free_memory_than_the_prediction_may_be_off_is_said(
+    ask: Any, monkeypatch: pytest.MonkeyPatch, share: float, answer: str
+) -> None:
+    monkeypatch.setattr(isolated_step, "peak", lambda *_, **__: {"peak_B": int(share * ROOM), "peak_by": ""})
+    words = ("--memory", "8MiB", "--rank", "4", "--tokens", "16", "--method", "lora", "--base", "nf4", "--batch", "1")
+    code, document, lines = ask(*words, formulas=False)
+    assert (code, document["answer"], lines[0].partition(" batch")[0]) == (Exit.PASS, "yes", answer)
+    assert ("the prediction may be 0.24 MiB off" in lines[0]) == (share > 0.97)
+
+
 BERT = {
     "model_type": "bert", "architectures": ["BertForSequenceClassification"], "hidden_size": 64, "intermediate_size": 256,
     "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 1000,

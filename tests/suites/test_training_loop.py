@@ -10,7 +10,9 @@ import pytest
 from harness.assets import generated, model_folder
 from harness.cli import main, topics
 from harness.errors import Exit
+from harness.memory_model.plan_prediction import PlannedMemory
 from harness.records.record import Training
+from harness.report import plan_table
 from harness.suites import loader
 from support import recorded_run
 
@@ -43,6 +45,21 @@ def test_the_loop_is_an_axis_of_training(tmp_path: Path) -> None:
     cells = loader.load(file).plan.cells
     assert [cell.training.loop for cell in cells] == ["harness", "trl"]
     assert ["loop=trl" in cell.label for cell in cells] == [False, True]
+
+
+def test_a_plan_marks_memory_that_lacks_activations(tmp_path: Path) -> None:
+    file = tmp_path / "suite.yaml"
+    file.write_text(SUITE, encoding="utf-8")
+    suite = loader.load(file)
+    parts = dict.fromkeys(("weights_B", "adapter_B", "gradients_B", "optimizer_B", "step_B"), 2**20)
+    ours, theirs = (cell.cell_id for cell in suite.plan.cells)
+    predicted: dict[str, PlannedMemory | str] = {
+        ours: PlannedMemory(**parts, activations_B=2**20, logits_B=None, peak_B=9 * 2**20, trainable=5),
+        theirs: PlannedMemory(**parts, activations_B=None, logits_B=None, no_peak="only our own", trainable=5),
+    }
+    lines = plan_table.lines(plan_table.planning(suite, suite.plan, tmp_path, predicted))
+    assert [("≥" in line) for line in lines if line.startswith(("  " + ours, "  " + theirs))] == [False, True]
+    assert "≥: without activations, so the training needs more" in lines
 
 
 def test_a_cell_of_the_harness_own_loop_keeps_its_id() -> None:

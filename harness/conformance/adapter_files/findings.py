@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from harness.conformance.adapter_files.adapter_config import CONFIG
 from harness.conformance.adapter_files.adapter_file import AdapterFile
-from harness.errors import first_names
+from harness.errors import first_names, plural
 from harness.methods.unsupported_adapters import unsupported
-from reference.adapter_file import PREFIX, AdapterReading, AdapterSettings, LayerUpdate, read
+from reference.adapter_file import ALL_LINEAR, PREFIX, AdapterReading, AdapterSettings, LayerUpdate, read
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 KINDS = {
+    "null": "a key of the config is null, but loaders need a value there",
     "empty": "the file has no tensors of an adapter",
     "prefix": f"a key does not begin with {PREFIX}, or holds the name of an adapter",
     "missing-half": "a layer has an A without a B, or a B without an A",
@@ -31,6 +32,7 @@ KINDS = {
     "lora-bias": "lora_bias and the lora_B.bias tensors contradict each other",
     "bias": "`bias` and the bias tensors contradict each other, or the file lacks a bias of the base",
     "unused-pattern": "an entry of rank_pattern or alpha_pattern fits no layer of the file",
+    "no-target": "the config selects no layer of the file, so loaders drop every tensor",
     "other-base": "no tensor of the file fits the base: the adapter belongs to another model",
     "unmatched-key": "a tensor has no place in the base: loaders drop it or refuse the file",
     "missing-target": "the config targets a layer for which the file has no tensors",
@@ -39,12 +41,17 @@ KINDS = {
     "shape": "a tensor does not fit the layer of the base",
     "vocabulary": "a tensor has another number of tokens than the base",
     "resized": "the file has whole embeddings of another number of tokens: the base must be resized first",
-    "not-judged": "the reference does not implement a layer or the task, or the config names no layers to compare",
+    "not-judged": "the reference does not implement a layer",
+    "not-compared": "the config names no layers, or transformers has no class for the task: the base was not compared",
     "unsupported": "the config gives the tensors a meaning that the reference does not have, so nothing else was judged",
 }
 """Name of a kind of finding -> its meaning."""
-_NOTES = ("unused-pattern", "missing-target", "resized", "not-judged", "unsupported")
+_NOTES = ("unused-pattern", "missing-target", "resized", "not-judged", "not-compared", "unsupported")
 """Kinds of findings after which the file still conforms."""
+_LEAVE_ALL = ("not-compared", "unsupported")
+"""Kinds of findings after which nothing was compared."""
+_NOT_NULL = ("r", "lora_alpha", "bias", "rank_pattern", "alpha_pattern")
+"""Keys of the config for which peft 0.21.2 raises an exception if the value is null."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _HALF = re.compile(r"(?P<start>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?:\.weight)?")
 _NAMED = re.compile(r"\.lora_[AB]\.(?!weight$|bias$)|\.lora_embedding_[AB]\.|\.lora_magnitude_vector\.(?!weight$)")
@@ -71,6 +78,11 @@ class Finding:
         """True if the file does not conform. Otherwise the finding is a note."""
         return self.kind not in _NOTES
 
+    @property
+    def leaves_all(self) -> bool:
+        """True if nothing was compared because of this finding."""
+        return self.kind in _LEAVE_ALL
+
 
 def judge(adapter: AdapterFile, base: nn.Module | None = None) -> list[Finding]:
     """Return the findings about an adapter, in the order of `KINDS`.
@@ -84,9 +96,9 @@ def judge(adapter: AdapterFile, base: nn.Module | None = None) -> list[Finding]:
     if base is not None and not (adapter.settings.target_modules or adapter.settings.target_parameters):
         what = "target_modules is empty, so each version of peft chooses layers; nothing was compared with the base"
         findings.append(
-            Finding("not-judged", CONFIG, what, "write the names of the adapted layers into target_modules")
+            Finding("not-compared", CONFIG, what, "write the names of the adapted layers into target_modules")
         )
-    elif base is not None:
+    elif base is not None and not any(one.kind == "no-target" for one in findings):
         findings += judge.against(base)
     return sorted(findings, key=lambda one: list(KINDS).index(one.kind))
 
@@ -144,6 +156,13 @@ class _Judge:
             if not math.isfinite(settings.scaling(path)) or settings.scaling(path) == 0:
                 yield Finding("scaling", path, f"the config gives the scaling {settings.scaling(path):g}")
 
+    def _selects_none(self) -> bool:
+        """Return whether the config names layers, but none of those in the file."""
+        settings, paths = self.adapter.settings, [_path(start) for start in self.pairs]
+        if not paths or not settings.target_modules or str(settings.target_modules).lower() == ALL_LINEAR:
+            return False
+        return not any(settings.targets(path) or self._is_stack(path) for path in paths)
+
     def _is_stack(self, path: str) -> bool:
         """Return whether this may be the path of a module with a parameter in target_parameters."""
         parents = [name.rpartition(".")[0] for name in self.adapter.settings.target_parameters or ()]
@@ -167,6 +186,16 @@ class _Judge:
 
     def _of_config(self) -> Iterator[Finding]:
         settings, keys = self.adapter.settings, list(self.adapter.header)
+        for key in _NOT_NULL:
+            if key in self.adapter.config and self.adapter.config[key] is None:
+                what = f"it is null; this check takes {getattr(settings, key) or 'none'}, peft raises an exception"
+                yield Finding("null", key, what, "write the value of the training run, or remove the key")
+        if self._selects_none():
+            what = (
+                f"target_modules and exclude_modules select none of the {plural(len(self.pairs), 'layer')} of the file"
+            )
+            hint = "name the layers in target_modules, and remove them from exclude_modules and modules_to_save"
+            yield Finding("no-target", CONFIG, f"{what}, such as {_path(next(iter(self.pairs)))}", hint)
         magnitudes = [key for key in keys if ".lora_magnitude_vector" in key]
         own = [key for key in keys if key.endswith(".lora_B.bias")]
         weights = {key.removesuffix("weight") for key in keys if key.endswith(".weight")}
@@ -263,6 +292,8 @@ class _Judge:
         """Yield tensors with wrong shapes. resized: number of tokens that the file gives the base, or 0."""
         module = base.get_submodule(update.path)
         is_head = module is _embeddings(base, "output")
+        if update.kind != "stack":  # `rank` reports a rank that differs from the config
+            update = replace(update, rank=next(iter(self.adapter.header[update.A].shape), 0))
         for key, shape in update.shapes(module).items():
             have = self.adapter.header[key].shape if key in self.adapter.header else None
             if have is None or have == shape:  # `magnitude` and `lora-bias` report a tensor that is missing

@@ -1,79 +1,81 @@
-"""Load one adapter file with loaders, and compare their logits with those that the reference computes from the file."""
+"""Compare the logits that loaders compute from one adapter file with those of the reference, in worker processes.
+
+A loader that hangs, crashes, prints or leaves processes behind thus costs only its own row.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from harness.conformance.adapter_files.adapter_file import AdapterFile
-from harness.conformance.adapter_files.reference_logits import reference_logits
-from harness.conformance.adapter_files.subject import FIRST, CorpusAdapter, LoaderSubject, by_prompt
-from harness.conformance.comparison.tolerance_policies import carried_noise
-from harness.conformance.execution.suite_run import CaseRunner
-from harness.conformance.findings.outcomes import CheckOutcome, Execution
-from harness.conformance.served.prompts import drawn
-from harness.errors import Unsupported, UsageError
+from harness.conformance.adapter_files.loader_protocol import (
+    Compared,
+    LoaderBegun,
+    LoaderLogits,
+    LoaderTask,
+    NotComparable,
+    loader_events,
+)
+from harness.conformance.execution import worker_processes
+from harness.conformance.execution.worker_processes import PATIENCE
+from harness.conformance.execution.worker_protocol import Died
+from harness.conformance.findings import defects
 from harness.methods.loader import ADAPTER_FILES
-from harness.methods.registry import Implementation, discover
-from harness.records.check import CheckId
+from harness.methods.registry import Implementation, Registry, discover
+from harness.process.worker_pool import WorkerPool
 
 DEFAULT = "hf-peft"
 """Loader to compare if none is named."""
-PROMPTS = 4
-"""Number of prompts whose logits are compared."""
-_DTYPE = "float32"
-_B_PER_PARAMETER = 16
-"""Bytes of memory per parameter, for the reference in float64 and a copy in float32 beside it."""
+_OWN = (DEFAULT, "reference")
+_B_PER_PARAMETER = 12
+"""Bytes of memory per parameter: 8 for the reference in float64, and 4 for a copy in float32 beside it."""
 _TASKS = (None, "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")
 """Values of task_type whose models return logits for token ids alone."""
 
 
 @dataclass(frozen=True)
-class LoaderLogits:
-    """The comparison of one loader with the reference."""
+class LoaderRequest:
+    """Loaders to compare."""
 
-    loader: str
-    verdict: Literal["agrees", "differs", "raises", "unsupported", "not compared"]
-    largest: float | None = None
-    """Largest absolute difference of a logit."""
-    share: float | None = None
-    """The error as a share of the allowed error, by the tolerance policy `carried-noise`."""
-    detail: str = ""
-    """The worst logit, the exception that the loader raised, or the reason why nothing was compared."""
+    names: Sequence[str] = ()
+    """Names of loaders. Empty for DEFAULT."""
+    patience: float = PATIENCE
+    """Seconds without a result after which a loader counts as hanging."""
+
+    def registry(self) -> Registry:
+        """Return a Registry that has the named loaders. A plug-in is imported in another process only."""
+        return discover(only=_OWN) if set(self.names) <= set(_OWN) else worker_processes.discover(self.patience)
 
 
-def compare(adapter: AdapterFile, folder: Path, base: nn.Module, names: Sequence[str]) -> list[LoaderLogits]:
+def compare(
+    adapter: AdapterFile, folder: Path, base: nn.Module, used: Sequence[str], request: LoaderRequest
+) -> list[LoaderLogits]:
     """Return the comparison of each loader with the reference.
 
-    folder: the base. base: the same without weights. names: names of loaders; if there are none, DEFAULT. A loader whose
-    library is not installed is not compared. Raises ImplementationError for an unknown name.
+    folder: the base. base: the same without weights. used: features of the adapter. A loader whose library is not
+    installed is not compared. Raises ImplementationError for an unknown name.
     """
-    registry = discover(only=[DEFAULT, "reference"] if set(names) <= {DEFAULT, "reference"} else None)
-    loaders = [registry.find("loader", ADAPTER_FILES, name) for name in names or [DEFAULT]]
+    registry = request.registry()
+    loaders = [registry.find("loader", ADAPTER_FILES, name) for name in request.names or [DEFAULT]]
     missing = {one.name: [library for library in one.requires if find_spec(library) is None] for one in loaders}
     able = [one for one in loaders if not missing[one.name]]
-    reason = _reason(adapter, base) if able else ""
-    compared: dict[str, LoaderLogits] = {}
-    if able and not reason:
-        try:
-            compared = {one.loader: one for one in _compared(adapter, adapter.base(folder), able)}
-        except UsageError as error:
-            reason = f"{error.where}: {error.what}"
-        except Unsupported as error:
-            reason = str(error)
-    reasons = {
-        one: f"not installed: {', '.join(libraries)}" if libraries else reason for one, libraries in missing.items()
-    }
-    return [
-        compared.get(one.name) or LoaderLogits(one.name, "not compared", detail=reasons[one.name]) for one in loaders
-    ]
+    found = {name: _not_compared(name, f"not installed: {', '.join(of)}") for name, of in missing.items() if of}
+    if able and (reason := _reason(adapter, base)):
+        found |= {one.name: _not_compared(one.name, reason) for one in able}
+    elif able:
+        found |= _run(adapter, folder, able, request.patience)
+    return [_explained(found[one.name], used) for one in loaders]
+
+
+def _not_compared(loader: str, reason: str) -> LoaderLogits:
+    return LoaderLogits(loader=loader, verdict="not compared", detail=reason)
 
 
 def _reason(adapter: AdapterFile, base: nn.Module) -> str:
@@ -90,30 +92,39 @@ def _reason(adapter: AdapterFile, base: nn.Module) -> str:
     return ""
 
 
-def _compared(adapter: AdapterFile, base: Path, loaders: Sequence[Implementation]) -> Iterator[LoaderLogits]:
-    prompts = drawn(base, 0)[:PROMPTS]
-    truth = reference_logits(base, adapter, prompts)
-    for one in loaders:
-        subject = LoaderSubject(one.function, _DTYPE, CorpusAdapter("file", adapter.folder, base, prompts, truth))
-        yield _judged(one, subject)
+def _run(
+    adapter: AdapterFile, folder: Path, loaders: Sequence[Implementation], patience: float
+) -> dict[str, LoaderLogits]:
+    """Run loaders one after the other, and map their names to the results.
+
+    After a crash or a hang, a new process runs the loaders that had not begun.
+    """
+    remaining, found, pool = {one.name: one.point for one in loaders}, dict[str, LoaderLogits](), WorkerPool()
+    while remaining:
+        current = ""
+        task = LoaderTask(adapter=str(adapter.weights), base=str(folder), loaders=list(remaining.items()))
+        for event in loader_events(pool, task, patience):
+            match event:
+                case LoaderBegun(begin=current):
+                    del remaining[current]
+                case Compared(result=result):
+                    found[result.loader] = result
+                case Died(died=how) if current:
+                    found[current] = LoaderLogits(loader=current, verdict="raises", detail=how)
+                case Died(died=how):
+                    found |= {
+                        name: _not_compared(name, f"the reference: {how} (--patience SECONDS)") for name in remaining
+                    }
+                    remaining = {}
+                case NotComparable(reason=reason):
+                    found |= {name: _not_compared(name, reason) for name in remaining}
+                    remaining = {}
+    return found
 
 
-def _judged(loader: Implementation, subject: LoaderSubject) -> LoaderLogits:
-    def load() -> list[Tensor]:
-        with torch.random.fork_rng():
-            return subject.loaded().logits(subject.adapter.prompts, FIRST)
-
-    runner = CaseRunner(loader, subject.adapter.name, subject.dtype)
-    found = runner.attempt(CheckId(ADAPTER_FILES, "logits", subject.dtype, "loaded"), load)
-    if isinstance(found, CheckOutcome):
-        verdict: Any = "unsupported" if found.execution is Execution.UNSUPPORTED else "raises"
-        return LoaderLogits(loader.name, verdict, detail=found.result.detail)
-    judgement = carried_noise(by_prompt(found), subject.truth(), subject.rounded(), subject.dtype)
-    if not judgement.decided:
-        return LoaderLogits(loader.name, "not compared", detail=judgement.worst)
-    same = all(have.shape == want.shape for have, want in zip(found, subject.adapter.logits, strict=True))
-    pairs = zip(found, subject.adapter.logits, strict=True) if same else ()
-    largest = max((float((have.double() - want).abs().max()) for have, want in pairs), default=None)
-    detail = "" if judgement.passed else f"{judgement.tensor}, {judgement.worst}"
-    share = judgement.ratio if judgement.error is not None else None
-    return LoaderLogits(loader.name, "agrees" if judgement.passed else "differs", largest, share, detail)
+def _explained(found: LoaderLogits, used: Sequence[str]) -> LoaderLogits:
+    """Return a result with the id of the known defect that explains it, if one does."""
+    if found.verdict not in ("differs", "raises"):
+        return found
+    explaining = (one.id for one in defects.known() if one.explains_file(found.loader, used, found.detail))
+    return found.model_copy(update={"defect": next(explaining, "")})

@@ -69,8 +69,8 @@ def _another(folder: Path, base: Path) -> _Written:
     for update in reading.updates:
         A, B = tensors[update.A], tensors[update.B]
         rows = len(A) // update.rank * (update.rank + 1)
-        tensors[update.A] = drawn(A, rows, A.shape[1])
-        tensors[update.B] = drawn(B, len(B), rows) / 2
+        tensors[update.A] = drawn(A, rows, *A.shape[1:])
+        tensors[update.B] = drawn(B, len(B), rows, *B.shape[2:]) / 2
         for key in filter(None, (update.bias, update.magnitude)):
             tensors[key] = tensors[key] + drawn(tensors[key], *tensors[key].shape) / 4
     for key in reading.replaced:

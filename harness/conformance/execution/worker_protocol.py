@@ -102,16 +102,17 @@ def send(emit: Emit, event: FrozenModel) -> None:
 def discovery_events(pool: WorkerPool, without: list[str], patience: float) -> Iterator[DiscoveryEvent]:
     """Import all entry points but those in `without` in a worker, and yield the events that the worker reports."""
     module = "harness.conformance.execution.discovery_worker"
-    yield from _parsed(pool.events(module, {"without": without}, patience), _DISCOVERY)
+    yield from parsed(pool.events(module, {"without": without}, patience), _DISCOVERY)
 
 
 def worker_events(pool: WorkerPool, task: WorkerTask, patience: float) -> Iterator[WorkerEvent]:
     """Run a task in a worker, and yield the events that the worker reports."""
     module = "harness.conformance.execution.worker"
-    yield from _parsed(pool.events(module, task.model_dump(mode="json"), patience), _WORKER)
+    yield from parsed(pool.events(module, task.model_dump(mode="json"), patience), _WORKER)
 
 
-def _parsed(events: Iterator[Mapping[str, Any]], event: TypeAdapter[_Event]) -> Iterator[_Event | Died]:
+def parsed(events: Iterator[Mapping[str, Any]], event: TypeAdapter[_Event]) -> Iterator[_Event | Died]:
+    """Yield the events of a worker as models. If one is no such event, `Died` is the last."""
     for one in events:
         try:
             parsed = event.validate_python(one, strict=False)  # JSON has strings for enums, and lists for tuples

@@ -11,7 +11,7 @@ entry names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -57,6 +57,8 @@ class Defect(FrozenModel):
     reproduction: str
     """Name of a script next to the file of defects; the script needs only this library and torch."""
     link: str = ""
+    feature: str = ""
+    """Feature of an adapter file, as in loader_readings.yaml, with which loading shows the defect. Empty for none."""
     sometimes: str = ""
     """Reason why the defect shows only by chance or on some machines. If a reason is given, only the reproduction must
     show the defect."""
@@ -103,6 +105,11 @@ class Defect(FrozenModel):
             return any(one.startswith("raised") and re.match(one, description) for one in self.shows)
         small = self.at_most is None or (result.error is not None and result.error <= self.at_most)
         return small and (not self.shows or any(re.search(one, description) for one in self.shows))
+
+    def explains_file(self, loader: str, features: Collection[str], failure: str) -> bool:
+        """Return whether this is the reason why a loader fails with an adapter file that has these features."""
+        shown = not self.shows or any(re.search(one, failure) for one in self.shows)
+        return loader == self.implementation and self.feature in features and shown and self.applies()
 
     def applies(self, software: Mapping[str, str] | None = None) -> bool:
         """Return whether an affected version of the library is installed.

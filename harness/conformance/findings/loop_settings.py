@@ -15,7 +15,7 @@ from harness.records.check import CheckId, CheckResult, Outcome
 from harness.resources import data_folder
 
 Effect = Literal["same", "changes", "refused", "untried"]
-"""`untried`: the setting could not be tried, e.g. because the library has no such option. A table cannot declare it."""
+"""`untried`: the setting could not be tried, e.g. because the library has no such option, or because it needs a GPU."""
 _OUT_OF_SCOPE = ("dpo", "grpo")
 WORDS: dict[Effect, str] = {
     "same": "does not change training",
@@ -36,8 +36,8 @@ class LoopSetting(FrozenModel):
     """True if the loop makes its own optimizer and schedule."""
     warmup: int = 0
     """Number of warm-up steps of the harness's recipe."""
-    effect: Literal["same", "changes", "refused"]
-    """Effect that the check must find."""
+    effect: Effect
+    """Effect that the check must find. If it is `untried`, the check is skipped, and fails once the setting runs."""
     about: str = ""
     """Meaning of the setting."""
 
@@ -90,8 +90,9 @@ class SettingFound(FrozenModel):
             case=", ".join(f"{key}={value}" for key, value in self.setting.config.items()),
             result=CheckResult(
                 check=str(CheckId("settings", self.slug, "float32", "trained")),
-                outcome=Outcome.PASS if wanted == found else Outcome.FAIL,
-                detail=detail + (f": {self.because}" if self.because and wanted != found else ""),
+                outcome=Outcome.FAIL if wanted != found else Outcome.SKIPPED if found == "untried" else Outcome.PASS,
+                detail=detail
+                + (f": {self.because}" if self.because and (wanted != found or found == "untried") else ""),
             ),
         )
 

@@ -34,7 +34,7 @@ class CheckReport:
     untried: Sequence[str] = ()
     """Implementations that were requested by name but not compared."""
     environments: Sequence[CheckedEnvironment] = ()
-    """Environments in which the checks ran. Empty if only the Python that runs the harness was used."""
+    """Environments in which checks ran, beside the Python that runs the harness."""
     settings: Sequence[SettingFound] = ()
     """Settings of a training loop that were tried. Only `check --loop` tries any."""
 
@@ -66,6 +66,14 @@ class CheckReport:
             untried=[in_environment(name, label) for name in self.untried],
             environments=[environment],
         )
+
+    @property
+    def compares_versions(self) -> bool:
+        """True if the same checks ran in several environments.
+
+        False if environments differ only because each holds the library of another implementation.
+        """
+        return len(self.environments) > 1 and any(one.environment for one in self.tried)
 
     def count(self, status: CheckStatus) -> int:
         """Return the number of outcomes with this status."""

@@ -80,6 +80,10 @@ def adapt_a_block(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 
 
 BROKEN: list[tuple[str, str, Spoil]] = [
+    ("null", "plain", lambda config, tensors: config.update(r=None)),
+    ("no-target", "plain", lambda config, tensors: config.update(exclude_modules="model.*")),
+    ("no-target", "plain", lambda config, tensors: config.update(target_modules=["qkv"])),
+    ("not-compared", "plain", lambda config, tensors: config.update(target_modules=None)),
     ("empty", "plain", lambda config, tensors: tensors.clear()),
     ("prefix", "plain", lambda config, tensors: tensors.update({Q[11:]: tensors.pop(f"{Q}.lora_A.weight")})),
     ("prefix", "plain", name_the_adapter),

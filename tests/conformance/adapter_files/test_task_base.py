@@ -96,8 +96,8 @@ def test_a_task_without_a_class_is_not_judged(causal: Path, tmp_path: Path, caps
         transformers.MambaConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1, state_size=4)
     ).save_pretrained(tmp_path / "mamba")
     code, found = judged(tmp_path / "a", tmp_path / "mamba", capsys)
-    assert (code, found["base_class"]) == (Exit.PASS, None)
-    assert [(one["kind"], one["nonconforming"]) for one in found["findings"]] == [("not-judged", False)]
+    assert (code, found["base_class"]) == (Exit.NOTHING_COMPARED, None)
+    assert [(one["kind"], one["nonconforming"]) for one in found["findings"]] == [("not-compared", False)]
     with pytest.raises(Unsupported, match="no class for task_type SEQ_CLS and model_type mamba"):
         reference_logits(tmp_path / "mamba", AdapterFile.read(tmp_path / "a"), [PROMPT])
 

@@ -1,0 +1,82 @@
+"""Self-test of `check --loop`: does the named check catch each planted fault, and does no check accuse a right loop?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from harness.cell.loop_checks import checks
+from harness.cell.loop_checks.faults import FAULTS, FaultyLoop
+from harness.cell.loop_checks.observed_training import Trainee
+from harness.cell.training import loop
+from harness.cell.training.loop import StepSamples
+from harness.conformance.findings.outcomes import CheckStatus
+from harness.console import print_json, print_lines
+from harness.errors import Exit
+from harness.methods.registry import Registry, discover
+
+_RIGHT: dict[str, Callable[..., StepSamples]] = {"the harness's own loop": loop.train, "a plain loop": FaultyLoop()}
+"""Name of a loop without a fault -> the loop."""
+
+
+@dataclass(frozen=True)
+class LoopSelfTest:
+    """Results of all faults."""
+
+    caught: dict[str, bool]
+    """Name of a fault -> whether the check caught it that must."""
+    wrong: Sequence[str]
+    """Checks that a loop without a fault failed, as `loop/check`."""
+
+    @property
+    def exit(self) -> Exit:
+        """FAIL if a fault was missed, or if a loop without a fault was accused."""
+        return Exit.PASS if all(self.caught.values()) and not self.wrong else Exit.FAIL
+
+    def lines(self) -> Iterator[str]:
+        """Yield one line per fault, then the accusations, then the number of faults caught."""
+        by = {fault.__name__: fault.caught_by for fault in FAULTS}
+        width = max(map(len, self.caught), default=0)
+        for name, caught in self.caught.items():
+            yield f"{name:<{width}}  {'caught by' if caught else 'NOT caught by'} {by[name]}"
+        yield from (f"FAIL a right loop is accused: {accusation}" for accusation in self.wrong)
+        yield f"{sum(self.caught.values())} of {len(self.caught)} faults caught"
+
+
+def run(faults: Sequence[type[FaultyLoop]] = FAULTS) -> LoopSelfTest:
+    """Try each fault by its check, and all checks on loops without a fault."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are tiny, and threads would wait for each other
+    try:
+        registry = discover(only=["reference"])
+        yardsticks = {method: checks.Yardstick(_trainee(method, registry)) for method in ("lora", "adalora")}
+
+        def failed(train: Callable[..., StepSamples], method: str, names: Sequence[str]) -> list[str]:
+            evidence = checks.Evidence(_trainee(method, registry), train, yardsticks[method])
+            found = {name: checks.outcome_of("a loop", name, evidence) for name in names}
+            return [name for name, one in found.items() if one.status is CheckStatus.FAIL]
+
+        caught = {fault.__name__: bool(failed(fault(), fault.method, [fault.caught_by])) for fault in faults}
+        names = [*checks.CHECKS]
+        wrong = [f"{name}/{check}" for name, train in _RIGHT.items() for check in failed(train, "adalora", names)]
+        return LoopSelfTest(caught, wrong)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def check(as_json: bool) -> Exit:
+    """Run the self-test, print its report as text or JSON, and return the exit code."""
+    report = run()
+    if as_json:
+        caught = sum(report.caught.values())
+        document = {"schema": 1, "faults": report.caught, "caught": caught, "planted": len(report.caught)}
+        print_json({**document, "wrong": [*report.wrong]})
+    else:
+        print_lines(report.lines())
+    return report.exit
+
+
+def _trainee(method: str, registry: Registry) -> Trainee:
+    return Trainee(method, "reference", "float32", registry)

@@ -1,0 +1,120 @@
+"""Worker process of `check PATH`: loads one adapter file with loaders, and compares their logits with the reference's.
+
+The command is `python -m harness.conformance.adapter_files.loader_worker FD LINE TASK`. TASK is a LoaderTask as JSON. The
+worker writes the events of `loader_protocol` to the file descriptor FD. It dies when the other end of the pipe LINE closes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.conformance.adapter_files.adapter_file import AdapterFile
+from harness.conformance.adapter_files.loader_protocol import (
+    Compared,
+    LoaderBegun,
+    LoaderLogits,
+    LoaderTask,
+    NotComparable,
+    ReferenceComputed,
+)
+from harness.conformance.adapter_files.reference_logits import reference_logits
+from harness.conformance.adapter_files.subject import FIRST, CorpusAdapter, LoaderSubject, by_prompt
+from harness.conformance.comparison.tolerance_policies import carried_noise
+from harness.conformance.execution.suite_run import CaseRunner
+from harness.conformance.execution.worker_protocol import send
+from harness.conformance.findings.outcomes import CheckOutcome, Execution
+from harness.conformance.served.prompts import drawn
+from harness.errors import Unsupported, UsageError
+from harness.methods.loader import ADAPTER_FILES
+from harness.methods.registry import Implementation, discover
+from harness.process.event_pipe import Emit, event_writer
+from harness.records.check import CheckId
+
+PROMPTS = 4
+"""Number of prompts whose logits are compared."""
+_DTYPE = "float32"
+
+
+def main(fd: int, line: int, task: LoaderTask) -> None:
+    """Run the loaders of the task one after the other."""
+    with event_writer(fd, line) as emit:
+        try:
+            comparison = _Comparison.of(task, emit)
+        except (UsageError, Unsupported) as error:
+            reason = f"{error.where}: {error.what}" if isinstance(error, UsageError) else str(error)
+            send(emit, NotComparable(reason=reason))
+            return
+        for name, point in task.loaders:
+            send(emit, LoaderBegun(begin=name))
+            loader = discover(only=[point]).find("loader", ADAPTER_FILES, name)
+            send(emit, Compared(result=comparison.judge(loader)))
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """The logits that every loader must give."""
+
+    adapter: CorpusAdapter
+    emit: Emit
+
+    @classmethod
+    def of(cls, task: LoaderTask, emit: Emit) -> _Comparison:
+        """Draw prompts, and compute their logits by the reference. Raises UsageError or Unsupported if it cannot."""
+        adapter = AdapterFile.read(Path(task.adapter))
+        base = adapter.base(Path(task.base))
+        prompts = drawn(base, 0)[:PROMPTS]
+        truth = reference_logits(base, adapter, prompts)
+        send(emit, ReferenceComputed(runs=0))
+        return cls(CorpusAdapter("file", adapter.folder, base, prompts, truth), emit)
+
+    def judge(self, loader: Implementation) -> LoaderLogits:
+        """Load the file, and compare the logits with those of the reference."""
+        subject = LoaderSubject(loader.function, _DTYPE, self.adapter)
+
+        def load() -> list[Tensor]:
+            with torch.random.fork_rng():
+                logits: object = subject.loaded().logits(self.adapter.prompts, FIRST)
+            if not isinstance(logits, list) or not all(isinstance(one, Tensor) for one in logits):
+                raise TypeError(f"logits returned {type(logits).__name__}, not a list of tensors")
+            return logits
+
+        runner = CaseRunner(loader, self.adapter.name, _DTYPE)
+        found = runner.attempt(CheckId(ADAPTER_FILES, "logits", _DTYPE, "loaded"), load)
+        if isinstance(found, CheckOutcome):
+            verdict: Any = "unsupported" if found.execution is Execution.UNSUPPORTED else "raises"
+            return LoaderLogits(loader=loader.name, verdict=verdict, detail=found.result.detail)
+        judgement = carried_noise(by_prompt(found), subject.truth(), self._rounded(subject), _DTYPE)
+        if not judgement.decided:
+            return LoaderLogits(loader=loader.name, verdict="not compared", detail=judgement.worst)
+        return LoaderLogits(
+            loader=loader.name,
+            verdict="agrees" if judgement.passed else "differs",
+            largest=_largest(found, self.adapter.logits),
+            share=judgement.ratio if judgement.error is not None else None,
+            detail="" if judgement.passed else f"{judgement.tensor}, {judgement.worst}",
+        )
+
+    def _rounded(self, subject: LoaderSubject) -> Iterator[dict[str, Tensor]]:
+        for runs, logits in enumerate(subject.rounded(), 1):
+            send(self.emit, ReferenceComputed(runs=runs))
+            yield logits
+
+
+def _largest(have: list[Tensor], want: list[Tensor]) -> float | None:
+    """Return the largest difference of a logit. None if it is not finite, or if shapes differ."""
+    pairs = list(zip(have, want, strict=False))
+    if len(have) != len(want) or any(one.shape != other.shape for one, other in pairs):
+        return None
+    difference = torch.stack([(one.double() - other).abs().max() for one, other in pairs]).max()
+    return float(difference) if difference.isfinite() else None
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), LoaderTask.model_validate_json(sys.argv[3]))
