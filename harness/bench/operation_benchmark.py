@@ -9,7 +9,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from harness.bench import ceilings, timed_call, timing
 from harness.bench import operations as timed_operations
@@ -22,7 +21,7 @@ from harness.conformance import operations, parity_suite
 from harness.conformance.case import Case
 from harness.conformance.execution import suite_run
 from harness.conformance.findings.outcomes import CheckOutcome
-from harness.conformance.operation import OperationSubject, mapped
+from harness.conformance.operation import OperationSubject, moved
 from harness.conformance.subject import DTYPES
 from harness.errors import Unsupported, plural
 from harness.methods.registry import Implementation
@@ -110,8 +109,7 @@ class OperationBenchmark:
         """Draw the arguments of a call in the same way as the checks do, and return them on the device."""
         generator = torch.Generator().manual_seed(seed)
         drawn = self.definition.arguments(DTYPES[self.dtype], generator, **self.timed.case(size))
-        moved: dict[str, Any] = mapped(drawn, lambda one: one.to(self.device) if isinstance(one, Tensor) else one)
-        return moved
+        return moved(drawn, self.device)
 
     def _parity(self, implementation: Implementation, size: BenchSize) -> Iterator[CheckOutcome]:
         """Run the checks of the parity suite on a call of this size, and yield their outcomes."""

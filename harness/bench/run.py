@@ -139,13 +139,14 @@ def measure(request: BenchRequest, threads: int, report: BenchReport, save: Call
 def no_gpu() -> str:
     """Return the reason why no GPU can be used, or an empty string if one can.
 
-    torch may be built without CUDA although the driver shows a GPU. A separate process therefore asks torch.
+    torch may be built without CUDA although the driver shows a GPU, and a container may have a GPU but no nvidia-smi. A
+    separate process therefore asks torch.
     """
-    if not gpus():
+    if not gpus() and not Path("/proc/driver/nvidia").exists():
         return _NO_GPU
     first, *_ = WorkerPool().events("harness.bench.gpu_probe", {}, PATIENCE_S)
     why = first.get("unusable", first.get("died"))
-    return f"{_NO_GPU}: nvidia-smi shows one, but {why}" if why else ""
+    return f"{_NO_GPU}: the driver is there, but {why}" if why else ""
 
 
 @dataclass
