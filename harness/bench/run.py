@@ -26,9 +26,8 @@ from harness.records.environment import describe, gpus
 from harness.records.environment import threads as usable
 from harness.records.record import Environment
 
-PATIENCE_S = 900.0
-"""A worker is killed if it sends no event for this many seconds. The slowest event comes after minutes, because the
-reference is slow on a CPU at the largest sizes."""
+_PROBE_S = 120.0
+"""The probe of the GPU is killed if it does not answer for this many seconds."""
 _NO_GPU = "no GPU"
 
 
@@ -144,7 +143,7 @@ def no_gpu() -> str:
     """
     if not gpus() and not Path("/proc/driver/nvidia").exists():
         return _NO_GPU
-    first, *_ = WorkerPool().events("harness.bench.gpu_probe", {}, PATIENCE_S)
+    first, *_ = WorkerPool().events("harness.bench.gpu_probe", {}, _PROBE_S)
     why = first.get("unusable", first.get("died"))
     return f"{_NO_GPU}: the driver is there, but {why}" if why else ""
 
@@ -204,7 +203,7 @@ class TaskRunner:
         """
         at, error, complete, timed = 0, "", False, dict[str, float]()
         document = task.document(self.request, self.threads)
-        for event in self._workers(task).events("harness.bench.worker", document, PATIENCE_S):
+        for event in self._workers(task).events("harness.bench.worker", document, self.request.patience):
             if "begin" in event:
                 at = event["begin"]
                 yield "begin", at

@@ -1,0 +1,168 @@
+"""The parts of a night, most valuable first. Each part is one command of peft-harness. Imports no torch."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["check", "bench", "card", "run", "claims", "pairs", "baseline"]
+"""Kind of the document that a part leaves."""
+Device = Literal["cpu", "cuda"]
+OUT = "{out}"
+"""Stands for the part's own folder in its arguments."""
+RUNS = "{runs}"
+"""Stands for `--run FOLDER` of each finished run of this night."""
+MATRIX = "{matrix}"
+"""Stands for the folder of the run of the part `matrix`."""
+CARD = "{card}"
+"""Stands for the name of the card's baseline."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command of a night."""
+
+    name: str
+    title: str
+    """The question that the part answers."""
+    kind: Kind
+    words: tuple[str, ...]
+    """Arguments of peft-harness. They may have the placeholders of this module."""
+    estimate_s: float
+    """Seconds that the part needs. No GPU has confirmed the estimates for a GPU yet."""
+    variables: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the command."""
+
+    def line(self, words: Sequence[str] | None = None) -> str:
+        """Return the command as a line for a shell. words: its arguments; by default with their placeholders."""
+        given = (f"{name}={value}" for name, value in self.variables.items())
+        return shlex.join([*given, "peft-harness", *(self.words if words is None else words)])
+
+
+_FIRST = ("nf4_dequantize", "lora_linear", "nf4_linear", "nf4_lora_linear", "adamw8bit_step", "galore_step")
+_MORE = (
+    "dora_linear", "nf4_quantize", "multi_lora_linear", "vera_linear", "adalora_importance", "lora_mlp", "lora_qkv",
+    "dynamic_quantize", "double_dequantize", "paged_adamw",
+)  # fmt: skip
+_HEADLINES = (
+    ("65b", "Does a 65B model train within 48 GB?", ("qlora-65b",), 150),
+    ("33b", "Does a 33B model train within 24 GB?", ("qlora-33b",), 100),
+    ("7b", "What do full fine-tuning, LoRA and GaLore of 7B need?", ("full-7b", "lora-7b", "galore-7b"), 240),
+    ("latency", "What does an adapter cost: unmerged, merged, several in a batch?", ("rank-4",), 90),
+    (
+        "gpt2", "Do LoRA's latencies of GPT-2 hold?",
+        ("latency-gpt2-32x512", "latency-gpt2-16x256", "latency-gpt2-1x128"), 90,
+    ),
+)  # fmt: skip
+"""Name, question, entries of the suite headline-gpu and estimate of each part of the headline claims."""
+
+
+def on_gpu() -> list[Part]:
+    """Return the parts of a night on a GPU."""
+    gpu = ("--device", "cuda")
+    saved = ("--json", "--out", OUT)
+    parity = [
+        _parity(dtype, ("check", "fused", *gpu, "--dtype", dtype, "--patience", "60"), 90)
+        for dtype in ("bfloat16", "float16", "float32")
+    ]
+    timed = (*gpu, "--patience", "90", *saved)
+    first, more = (
+        [_operation(name, ("--shapes", "8b", *timed), 45) for name in names] for names in (_FIRST, _MORE)
+    )
+    steps = [_step(name, timed, 60) for name in ("lora", "lora on nf4", "dora", "galore", "adalora", "vera")]
+    headlines = [
+        _run(f"headline-{name}", title, "headline-gpu", ids, (*gpu, "--timeout", "240"), estimate)
+        for name, title, ids, estimate in _HEADLINES
+    ]
+    return [
+        *parity,
+        Part("ceilings", "How fast is the card?", "card", ("bench", "--ceilings", *gpu, "--patience", "60", *saved), 30),
+        *first,
+        *steps[:2],
+        *headlines,
+        _claims(30),
+        _run("matrix", "Do all methods train, on a small model?", "night", (), (*gpu, "--timeout", "90"), 200),
+        _BASELINE,
+        Part(
+            "crossovers", "From which size on is decoding first faster?", "card",
+            ("bench", "--crossovers", *gpu, "--patience", "60", *saved), 60,
+        ),
+        *steps[2:],
+        *more,
+        _canary(gpu, 240),
+    ]  # fmt: skip
+
+
+def on_cpu() -> list[Part]:
+    """Return a rehearsal of the parts on a CPU, at reduced shapes. Triton's interpreter runs the kernels."""
+    cpu = ("--device", "cpu")
+    saved = ("--json", "--out", OUT)
+    few = ("nf4_dequantize", "nf4_linear", "lora_linear", "adamw8bit_step", "multi_lora_linear", "galore_step")
+    parity = [
+        _parity(dtype, ("check", "fused", "--dtype", dtype, *_repeated("--op", names)), estimate, interpreted=True)
+        for dtype, names, estimate in (("bfloat16", few[:1], 15), ("float16", few[:2], 20), ("float32", few, 60))
+    ]
+    timed = (*cpu, "--pairs", "5", *saved)
+    return [
+        *parity,
+        Part("ceilings", "How fast is the machine?", "card", ("bench", "--ceilings", *cpu, *saved), 15),
+        *(_operation(name, timed, 25) for name in ("nf4_dequantize", "lora_linear")),
+        _step("lora", timed, 40),
+        _run("headline-65b", _HEADLINES[0][1], "headline-rehearsal", ("qlora-65b-1", "qlora-65b-2"), cpu, 30),
+        _run("headline-7b", _HEADLINES[2][1], "headline-rehearsal", ("full-7b-1", "lora-7b-1", "galore-7b-1"), cpu, 40),
+        _claims(30),
+        _run("matrix", "Do all methods train, on a small model?", "night", (), cpu, 90),
+        _BASELINE,
+        Part(
+            "crossovers", "From which size on is decoding first faster?", "card",
+            ("bench", "--crossovers", *cpu, *saved), 15,
+        ),
+        _canary(cpu, 70),
+    ]  # fmt: skip
+
+
+_BASELINE = Part(
+    "baseline", "Is anything larger, worse or wrong than before?", "baseline",
+    ("gate", MATRIX, "--baseline", CARD, "--json"), 10,
+)  # fmt: skip
+
+
+def _repeated(option: str, values: Sequence[str]) -> list[str]:
+    return [word for value in values for word in (option, value)]
+
+
+def _parity(dtype: str, words: Sequence[str], estimate_s: float, *, interpreted: bool = False) -> Part:
+    title = f"Do our GPU kernels compute what the papers say, in {dtype}?"
+    more = ("--json", "--html", f"{OUT}/check.html")
+    variables = {"TRITON_INTERPRET": "1"} if interpreted else {}
+    return Part(f"parity-{dtype}", title, "check", (*words, *more), estimate_s, variables)
+
+
+def _operation(name: str, options: Sequence[str], estimate_s: float) -> Part:
+    title = f"How fast is {name}, beside other libraries and the ceiling?"
+    return Part(f"operation-{name}", title, "bench", ("bench", "--op", name, *options), estimate_s)
+
+
+def _step(name: str, options: Sequence[str], estimate_s: float) -> Part:
+    title = f"How fast is a training step of {name}?"
+    return Part(f"step-{name.replace(' ', '-')}", title, "bench", ("bench", "--step", name, *options), estimate_s)
+
+
+def _run(
+    name: str, title: str, suite: str, ids: Sequence[str], options: Sequence[str], estimate_s: float
+) -> Part:
+    only = ("--only", ",".join(f"id={one}" for one in ids)) if ids else ()
+    return Part(name, title, "run", ("run", suite, *only, *options, "--out", f"{OUT}/run"), estimate_s)
+
+
+def _claims(estimate_s: float) -> Part:
+    words = ("claims", "--tier", "gpu-synthetic", RUNS, "--json", "--html", f"{OUT}/claims.html")
+    return Part("claims", "Do the papers' claims about hardware hold?", "claims", words, estimate_s)
+
+
+def _canary(device: Sequence[str], estimate_s: float) -> Part:
+    cells = ("--suite", "night", "--only", "id=lora", "--no-canary")
+    words = ("gate", "--pairs", "fused", "fused", *cells, *device, "--json", "--out", f"{OUT}/pairs")
+    return Part("canary", "Do equal runs look equal?", "pairs", words, estimate_s)
