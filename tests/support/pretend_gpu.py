@@ -38,6 +38,14 @@ class OnGpu(Tensor):
     def __repr__(self) -> str:
         return f"OnGpu({self.elem!r})"
 
+    # With these two, `module.to` swaps its parameters instead of writing to their `data`.
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["elem"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, meta: Any, size: Any, stride: Any) -> OnGpu:
+        return OnGpu(inner["elem"])
+
     def tolist(self) -> Any:
         return self.elem.tolist()
 

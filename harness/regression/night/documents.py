@@ -14,6 +14,7 @@ from harness.bench import table as bench_table
 from harness.bench.card import rate
 from harness.bench.results import BenchRow
 from harness.claims.judge import ClaimVerdict
+from harness.errors import HarnessError
 from harness.records import store
 from harness.records.record import Status
 from harness.regression.night.parts import Part
@@ -30,19 +31,26 @@ class Reading:
     summary: str = ""
     table: PartTable | None = None
     failures: list[Failure] = field(default_factory=list)
+    is_missing: bool = False
+    """True if there is no document, or none that can be read."""
 
 
 def read(part: Part, folder: Path, line: str) -> Reading:
-    """Read what a part has left in its folder. A document that is missing or damaged gives an empty Reading.
+    """Read what a part has left in its folder.
 
     line: the part's command, which is the reproduction of a failure that has no shorter one.
     """
-    document = _document(folder / "stdout.json")
-    if part.kind == "run":
-        return _run(folder / "run", line)
-    if document is None and part.kind == "bench":
-        document = {"benchmarks": [_document(file) for file in sorted(folder.glob("[0-9]*-vs-*.json"))]}
-    return _READERS[part.kind](document, line) if document is not None else Reading()
+    try:
+        if part.kind == "run":
+            return _run(folder / "run", line)
+        document = _document(folder / "stdout.json")
+        if document is None and part.kind == "bench":  # the bench was killed: its rows are in files
+            document = {"benchmarks": [_document(file) for file in sorted(folder.glob("[0-9]*-vs-*.json"))]}
+        if document is not None:
+            return _READERS[part.kind](document, line)
+    except (KeyError, TypeError, ValueError, HarnessError) as error:  # the other parts must go on
+        return Reading(f"its document cannot be read: {error!r}", is_missing=True)
+    return Reading(is_missing=True)
 
 
 def _document(file: Path) -> dict[str, Any] | None:
@@ -131,7 +139,7 @@ def _card(document: Mapping[str, Any], line: str) -> Reading:
 
 def _run(folder: Path, line: str) -> Reading:
     if not (folder / "run.json").is_file():
-        return Reading()
+        return Reading(is_missing=True)
     run = store.read_run(folder)
     latest = run.latest()
     counts = Counter(record.status.value for record in latest.values())

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 TEMPLATE = "night.html.j2"
 _TONES = {"ok": "good", "finding": "bad", "failed": "bad", "cut": "open", "not-run": "quiet", "waiting": "quiet"}
+_LONG = 40
+"""Characters of a text above which it is broken into lines."""
 _PAGES = {"check.html": "checks", "claims.html": "claims", "report.html": "report", "log.txt": "log"}
 
 
@@ -50,8 +52,8 @@ def _verdict(night: Night, is_running: bool) -> tuple[str, str]:
 
 def _parts(results: Sequence[PartResult], waiting: Sequence[PlannedPart]) -> dict[str, Any]:
     columns = [
-        column("Status", number=False), column("Question", number=False), column("Result", number=False), column("Took"),
-        column("Estimate", "seconds planned for the part"), column("Command", number=False),
+        column("Status", number=False), column("Took"), column("Estimate", "time planned for the part"),
+        column("Result", number=False), column("Command", number=False),
     ]  # fmt: skip
     rows = [
         _row(
@@ -71,9 +73,9 @@ def _row(
     return {
         "name": name, "title": title, "anchor": "", "record": "", "href": href,
         "fields": [
-            field(f"{mark['icon']} {status}", status, tone=mark["tone"]), field(title, title), field(result, result),
+            field(f"{mark['icon']} {status}", status, tone=mark["tone"]),
             unmeasured("not started") if took_s is None else field(duration(took_s), took_s),
-            field(duration(estimate_s), estimate_s), field(command, command),
+            field(duration(estimate_s), estimate_s), field(result, result, tone="wrap"), field(command, command, tone="code"),
         ],
     }  # fmt: skip
 
@@ -89,10 +91,10 @@ def _failure(one: Failure) -> Mapping[str, str]:
 def _numbers(result: PartResult, table: PartTable) -> dict[str, Any]:
     rows = [
         {
-            "name": row[0] or "-", "title": row[0], "anchor": "", "record": "", "href": f"#{result.name}",
-            "fields": [field(text, text) for text in row[1:]],
+            "name": row[0] or "-", "title": row[0], "anchor": f"{result.name}-{number}", "record": "", "href": "",
+            "fields": [field(text, text, tone="wrap" if len(text) > _LONG else "") for text in row[1:]],
         }
-        for row in table.rows
+        for number, row in enumerate(table.rows)
     ]  # fmt: skip
     columns = [column(label, number=False) for label in table.columns[1:]]
     made = grouped(

@@ -201,6 +201,8 @@ def _judged(
         return ("cut" if limit_s >= left_s else "failed"), f"{what}; what it had measured is kept"
     if ended.died:
         return "failed", ended.died
+    if reading.is_missing and ended.code in (Exit.PASS, Exit.FAIL, Exit.INCONCLUSIVE):
+        return "failed", reading.summary or "its document cannot be read"
     if ended.code == Exit.FAIL and part.kind in ("claims", "run"):
         bad = [one for one in reading.failures if "nonconforming" in one.where]
         return ("finding", "a Cell computes something else") if bad else ("ok", "")
