@@ -87,9 +87,7 @@ def measure(
     report = CardReport(what, place, describe(threads()).model_dump(mode="json"))
     with handle_termination():
         try:
-            for event in WorkerPool().events(
-                "harness.bench.card_worker", {"what": what, "device": place}, patience
-            ):
+            for event in WorkerPool().events("harness.bench.card_worker", {"what": what, "device": place}, patience):
                 _add(report, event)
         except KeyboardInterrupt:
             report.failed = "interrupted"

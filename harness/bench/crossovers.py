@@ -14,7 +14,10 @@ from torch.nn.functional import linear
 
 from harness.bench.timing import Clock, pairs
 
-WEIGHTS = {"cuda": ((1024, 4096), (4096, 4096), (10240, 5120), (14336, 4096), (28672, 8192)), "cpu": ((64, 64), (128, 64))}
+WEIGHTS = {
+    "cuda": ((1024, 4096), (4096, 4096), (10240, 5120), (14336, 4096), (28672, 8192)),
+    "cpu": ((64, 64), (128, 64)),
+}
 """Device -> (E, D) of the weights: those of Llama 3 and between them. On a CPU the interpreter runs the kernels, so small
 weights rehearse the measurement, and the times mean nothing."""
 TOKENS = {"cuda": (1, 8, 16, 32, 64, 128, 256), "cpu": (1, 16)}
@@ -34,7 +37,9 @@ def measure(clock: Clock) -> Iterator[dict[str, Any]]:
             x = torch.randn(tokens, D, device=clock.device, dtype=dtype)
             fused = partial(nf4_linear.fused, x, packed, absmax, BLOCK, (E, D), None)
 
-            def decoded(x: Tensor = x, packed: Tensor = packed, absmax: Tensor = absmax, E: int = E, D: int = D) -> None:
+            def decoded(
+                x: Tensor = x, packed: Tensor = packed, absmax: Tensor = absmax, E: int = E, D: int = D
+            ) -> None:
                 linear(x, dequantize(packed, absmax, BLOCK, (E, D), x.dtype))
 
             found = pairs(clock, fused, decoded, PAIRS[kind], single=True)
@@ -57,7 +62,9 @@ def table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 break
             most = row["tokens"]
         found.append({"E": E, "tokens": most})
-    return {"nf4_linear": {"standing": "measured by `peft-harness bench --crossovers`", "rows": found, "times": list(rows)}}
+    return {
+        "nf4_linear": {"standing": "measured by `peft-harness bench --crossovers`", "rows": found, "times": list(rows)}
+    }
 
 
 def triton_version() -> str:

@@ -76,4 +76,6 @@ def bench(
     for former in FORMER_NAMES.keys() & steps:
         print_note(f"--step {former}: this step is now called `{FORMER_NAMES[former]}`")
     names = [FORMER_NAMES.get(step, step) for step in steps]
-    return run.bench(BenchRequest(operations, vs, names, shapes, dtypes, pairs, device, patience=patience), as_json, out, export)
+    return run.bench(
+        BenchRequest(operations, vs, names, shapes, dtypes, pairs, device, patience=patience), as_json, out, export
+    )

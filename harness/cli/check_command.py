@@ -201,7 +201,16 @@ def check(
         )
     breadth = CaseSelection(full, drawn, seed or 0, wide)
     request = command.CheckRequest(
-        implementations, methods, operations, dtypes, breadth, jobs, patience, environments, device, index(offline, find_links)
+        implementations,
+        methods,
+        operations,
+        dtypes,
+        breadth,
+        jobs,
+        patience,
+        environments,
+        device,
+        index(offline, find_links),
     )
     return command.check(request, as_json, junit, html)
 

@@ -27,7 +27,12 @@ def _bytes(_: click.Context, __: click.Parameter, value: str) -> int:
     "--size", callback=_bytes, default="60MiB", show_default=True, metavar="SIZE", help="Most bytes of the kit."
 )
 @click.option(
-    "--python", "python_version", default="3.12", show_default=True, metavar="VERSION", help="Python of the other machine."
+    "--python",
+    "python_version",
+    default="3.12",
+    show_default=True,
+    metavar="VERSION",
+    help="Python of the other machine.",
 )
 def kit(folder: Path, size: int, python_version: str) -> Exit:
     """Make a folder that runs `night` on a machine without network.

@@ -89,7 +89,9 @@ class WorkerPool:
 
     def _end(self, worker: Subprocess, token: str) -> None:
         worker.kill_group()
-        for other in marked(_TOKEN, token):  # processes outside the process group, which may hold the pipe of its output
+        for other in marked(
+            _TOKEN, token
+        ):  # processes outside the process group, which may hold the pipe of its output
             with contextlib.suppress(psutil.Error):
                 other.kill()
         worker.close()

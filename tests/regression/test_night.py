@@ -21,7 +21,7 @@ from harness.regression.night import run as nights
 from harness.regression.night.parts import Part
 from harness.regression.night.run import NightRequest, night
 
-STUB = '''
+STUB = """
 import json, os, signal, subprocess, sys, time
 what = sys.argv[1]
 check = {"implementation": "fused", "kind": "operation", "target": "nf4_dequantize", "dtype": "bfloat16", "case": "64x64",
@@ -33,7 +33,8 @@ def document(**changed):
 if what == "good":
     print(json.dumps({"checks": [check | {"standing": "pass"}], "skipped": {}}))
 elif what == "raises":
-    document(traceback="Traceback: in _dequantize", result={"detail": "raised Boom: in kernel _dequantize, grid (4,), num_warps=4"})
+    told = "raised Boom: in kernel _dequantize, grid (4,), num_warps=4"
+    document(traceback="Traceback: in _dequantize", result={"detail": told})
     sys.exit(1)
 elif what == "nan":
     document(result={"detail": "y", "nonfinite": 7})
@@ -58,7 +59,7 @@ elif what == "full":
 elif what == "garbage":
     print('{"checks": [')
     sys.exit(0)
-'''
+"""
 
 
 def part(word: str, estimate_s: float = 1.0, name: str = "") -> Part:
@@ -66,7 +67,11 @@ def part(word: str, estimate_s: float = 1.0, name: str = "") -> Part:
 
 
 def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: list[Part], budget_s: float = 600.0, only: tuple[str, ...] = ()
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    plan: list[Part],
+    budget_s: float = 600.0,
+    only: tuple[str, ...] = (),
 ) -> tuple[Exit, dict[str, dict[str, Any]], str]:
     """Run these parts with a command that plays them. Return exit code, results by part, and the page."""
     stub = tmp_path / "stub.py"
@@ -221,7 +226,7 @@ def test_every_command_of_the_plans_is_one_that_the_command_line_takes(monkeypat
         words = [w.replace(parts.OUT, "x") for w in planned.words if w != parts.RUNS]
         command = commands.get_command(click.Context(commands), words[0])
         assert command is not None, planned.name
-        command.make_context(words[0], [w for w in words[1:]])  # raises for an option that it does not have
+        command.make_context(words[0], words[1:])  # raises for an option that it does not have
 
 
 def test_the_names_of_parts_are_distinct() -> None:

@@ -7,7 +7,16 @@ NEEDED = (
     "markdown-it-py", "mdurl", "pygments", "jinja2", "markupsafe", "psutil", "packaging",
 )  # fmt: skip
 """Distributions without which no command starts. The other machine may have them; then they are not unpacked there."""
-USEFUL = ("bitsandbytes", "torchao", "nvidia-ml-py", "hypothesis", "sortedcontainers", "loralib", "galore-torch", "scipy")
+USEFUL = (
+    "bitsandbytes",
+    "torchao",
+    "nvidia-ml-py",
+    "hypothesis",
+    "sortedcontainers",
+    "loralib",
+    "galore-torch",
+    "scipy",
+)
 """Distributions that parts of a night use. `scipy` judges pairs of runs."""
 SOURCES = ("tiny-llama", "toy-sentiment", "movie-reviews", "minilm-l6")
 """Models and data, by their names in suites/sources.yaml."""

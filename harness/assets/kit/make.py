@@ -68,9 +68,7 @@ def make(folder: Path, limit_B: int, python_version: str, say: Say) -> Kit:
         _add_wheel(kit, name)
     for name in contents.SOURCES:
         _add_source(kit, name, say)
-    files = {
-        path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    files = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     document = {
         "schema": SCHEMA, "python": python_version, "bytes": kit.bytes, "items": kit.items, "left_out": kit.left_out,
         "sha256": files,
@@ -91,7 +89,9 @@ def _copy_source(folder: Path) -> int:
     try:
         installed = distribution(_DISTRIBUTION)
     except PackageNotFoundError as error:
-        raise HarnessError("the harness is not installed, so its entry points are unknown", hint="pip install -e .") from error
+        raise HarnessError(
+            "the harness is not installed, so its entry points are unknown", hint="pip install -e ."
+        ) from error
     about = folder / "metadata" / f"peft_harness-{installed.version}.dist-info"
     about.mkdir(parents=True)
     for name in ("METADATA", "entry_points.txt"):
@@ -103,7 +103,7 @@ def _copy_source(folder: Path) -> int:
 
 
 def _add_wheel(kit: Kit, name: str) -> None:
-    """Download the wheel of a distribution, in the version that is installed here if there is one, and keep it if it fits."""
+    """Download the wheel of a distribution, if possible in the version that is installed here. Keep it if it fits."""
     target = kit.folder / "wheels" / ".new"
     target.mkdir()
     try:
@@ -123,7 +123,16 @@ def _add_wheel(kit: Kit, name: str) -> None:
 
 def _download(name: str, python_version: str, target: Path) -> str:
     """Let pip download one wheel. Return the reason if it cannot."""
-    arguments = ["-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version", python_version]
+    arguments = [
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--python-version",
+        python_version,
+    ]
     arguments += [word for platform in _PLATFORMS for word in ("--platform", platform)]
     pins = [f"{name}=={installed}"] if (installed := _version(name)) else []
     why = ""
@@ -167,4 +176,3 @@ def _add_source(kit: Kit, name: str, say: Say) -> None:
 
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-

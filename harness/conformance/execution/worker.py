@@ -83,7 +83,7 @@ def _run(
             report(CheckOutcome.of_whole_target(*target, check="settings", case="import", detail=why))
         device = torch.device(task.device)
         suite_run.stream(implementation, report, breadth=task.breadth, dtypes=task.dtypes, begin=begin, device=device)
-    except Exception as error:  # noqa: BLE001  # an implementation may raise anything: it is a finding about it
+    except Exception as error:  # an implementation may raise anything: it is a finding about it
         why = f"raised {format_error(error)}; the remaining checks were not tried"
         raised = Execution.RAISED
         report(CheckOutcome.of_whole_target(*target, check="alive", case=current, detail=why, execution=raised))

@@ -104,7 +104,18 @@ def _bench(document: Mapping[str, Any], line: str) -> Reading:
         if one is not None
     ]
     counts = Counter(row.outcome for row in rows)
-    columns = ["benchmark", "shape", "dtype", "ours", "other", "its time", "other / ours", "of the ceiling", "memory", "parity"]
+    columns = [
+        "benchmark",
+        "shape",
+        "dtype",
+        "ours",
+        "other",
+        "its time",
+        "other / ours",
+        "of the ceiling",
+        "memory",
+        "parity",
+    ]
     shown = [bench_table.fields(row) for row in rows]
     table = [[f[0], f[1], f[2], f[4], f[5], f[6], f[7], f[8], f[9], f[10]] for f in (_padded(one) for one in shown)]
     failures = [
@@ -125,12 +136,21 @@ def _card(document: Mapping[str, Any], line: str) -> Reading:
     rows = document["rows"]
     failures = []
     if document["failed"]:
-        failures = [Failure(where=document["what"], what=document["failed"], traceback=document["traceback"], reproduce=line)]
+        failures = [
+            Failure(where=document["what"], what=document["failed"], traceback=document["traceback"], reproduce=line)
+        ]
     if document["what"] == "ceilings":
         rates = [[row["name"], rate(row["value"], row["unit"])] for row in rows]
-        return Reading(", ".join(f"{name} {value}" for name, value in rates), PartTable(columns=["", "rate"], rows=rates), failures)
+        return Reading(
+            ", ".join(f"{name} {value}" for name, value in rates), PartTable(columns=["", "rate"], rows=rates), failures
+        )
     table = [
-        [f"{row['E']} x {row['D']}", str(row["tokens"]), f"{1e6 * row['fused_s']:,.1f}", f"{1e6 * row['decoded_s']:,.1f}"]
+        [
+            f"{row['E']} x {row['D']}",
+            str(row["tokens"]),
+            f"{1e6 * row['fused_s']:,.1f}",
+            f"{1e6 * row['decoded_s']:,.1f}",
+        ]
         for row in rows
     ]
     columns = ["weight", "tokens", "fused kernel, us", "decode, then multiply, us"]
@@ -156,19 +176,29 @@ def _run(folder: Path, line: str) -> Reading:
             trace = record.failure.traceback if record.failure is not None else ""
             again = f"peft-harness run {run.manifest.suite} --only {record.cell_id} --device {record.device}"
             failures.append(
-                Failure(where=f"{record.cell.label}: {record.status.value}", what=record.because, traceback=trace, reproduce=again)
+                Failure(
+                    where=f"{record.cell.label}: {record.status.value}",
+                    what=record.because,
+                    traceback=trace,
+                    reproduce=again,
+                )
             )
     missing = len(run.missing())
     summary = ", ".join(f"{count} {word}" for word, count in counts.most_common())
     summary += f", {missing} not finished" if missing else ""
-    return Reading(summary, PartTable(columns=["Cell", "status", "step, ms", "peak, GiB", "because"], rows=rows), failures)
+    return Reading(
+        summary, PartTable(columns=["Cell", "status", "step, ms", "peak, GiB", "because"], rows=rows), failures
+    )
 
 
 def _claims(document: Mapping[str, Any], line: str) -> Reading:
     claims = document["claims"]
     counts = Counter(one["verdict"] for one in claims)
     tried = [one for one in claims if one["verdict"] != ClaimVerdict.NOT_RUN]
-    rows = [[one["verdict"], one["id"], one["sentence"], str(one.get("printed", "")), str(one.get("ours") or "-")] for one in tried]
+    rows = [
+        [one["verdict"], one["id"], one["sentence"], str(one.get("printed", "")), str(one.get("ours") or "-")]
+        for one in tried
+    ]
     summary = ", ".join(f"{count} {word}" for word, count in counts.most_common())
     return Reading(summary, PartTable(columns=["verdict", "claim", "statement", "printed", "ours"], rows=rows), [])
 
@@ -181,7 +211,10 @@ def _pairs(document: Mapping[str, Any], line: str) -> Reading:
             cell["name"], _ms(cell["old_s"]), _ms(cell["new_s"]), str(verdict.get("word", cell["because"] or "-")),
         ])  # fmt: skip
     found = document["verdict"]
-    return Reading(f"{found['word']}: {found['reason']}", PartTable(columns=["Cell", "first, ms", "second, ms", "verdict"], rows=rows))
+    return Reading(
+        f"{found['word']}: {found['reason']}",
+        PartTable(columns=["Cell", "first, ms", "second, ms", "verdict"], rows=rows),
+    )
 
 
 def _ms(seconds: float | None) -> str:
@@ -190,7 +223,14 @@ def _ms(seconds: float | None) -> str:
 
 def _baseline(document: Mapping[str, Any], line: str) -> Reading:
     judged = [row for row in document["rows"] if row["judged"] and row["word"] == VerdictKind.FAIL]
-    failures = [Failure(where=f"{row['name']}: {row['what']}", what=f"{row['reason']} ({row['base']} -> {row['new']})", reproduce=line) for row in judged]
+    failures = [
+        Failure(
+            where=f"{row['name']}: {row['what']}",
+            what=f"{row['reason']} ({row['base']} -> {row['new']})",
+            reproduce=line,
+        )
+        for row in judged
+    ]
     summary = f"{document['verdict']}: {document['reason']} ({document['compared']} Cells compared)"
     return Reading(summary, None, failures[:_MOST_FAILURES])
 

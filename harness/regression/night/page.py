@@ -31,22 +31,28 @@ def render(night: Night, waiting: Sequence[PlannedPart]) -> str:
 def build(night: Night, waiting: Sequence[PlannedPart]) -> dict[str, Any]:
     """Return the content of the page as one dict of plain values."""
     manifest, counts = night.manifest, Counter(one.status for one in night.results)
+    here = manifest.environment
     word, tone = _verdict(night, bool(waiting))
     return {
-        "place": manifest.card or manifest.environment.machine.get("cpu", "a CPU"), "is_rehearsal": manifest.device == "cpu",
+        "place": manifest.card or here.machine.get("cpu", "a CPU"), "is_rehearsal": manifest.device == "cpu",
         "night": manifest.night, "started": manifest.started, "budget": duration(manifest.budget_s),
         "verdict": badge(word, tone) | {"exit": f"exit code {int(night.exit)}"}, "reason": night.verdict,
         "counts": [badge(status, _TONES[status]) | {"count": count} for status, count in counts.items()],
         "next": night.next_steps, "parts": _parts(night.results, waiting),
         "failed": [_failed(one) for one in night.results if one.failures],
         "numbers": [_numbers(one, one.table) for one in night.results if one.table is not None and one.table.rows],
-        "environment": {**manifest.environment.machine, **manifest.environment.software, "code": manifest.environment.code_version},
+        "environment": {**here.machine, **here.software, "code": here.code_version},
     }  # fmt: skip
 
 
 def _verdict(night: Night, is_running: bool) -> tuple[str, str]:
     """Return the verdict in one word or two, and its colour."""
-    words = {0: ("good night", "good"), 1: ("findings", "bad"), 4: ("incomplete", "open"), 5: ("nothing measured", "quiet")}
+    words = {
+        0: ("good night", "good"),
+        1: ("findings", "bad"),
+        4: ("incomplete", "open"),
+        5: ("nothing measured", "quiet"),
+    }
     return ("running", "open") if is_running and not night.interrupted else words[int(night.exit)]
 
 
@@ -57,8 +63,8 @@ def _parts(results: Sequence[PartResult], waiting: Sequence[PlannedPart]) -> dic
     ]  # fmt: skip
     rows = [
         _row(
-            one.name, one.status, one.title, "; ".join(filter(None, [one.summary, one.because])), one.seconds, one.estimate_s,
-            one.command, f"#{one.name}" if one.table is not None and one.table.rows else "#parts",
+            one.name, one.status, one.title, "; ".join(filter(None, [one.summary, one.because])), one.seconds,
+            one.estimate_s, one.command, f"#{one.name}" if one.table is not None and one.table.rows else "#parts",
         )
         for one in results
     ]  # fmt: skip
@@ -75,7 +81,8 @@ def _row(
         "fields": [
             field(f"{mark['icon']} {status}", status, tone=mark["tone"]),
             unmeasured("not started") if took_s is None else field(duration(took_s), took_s),
-            field(duration(estimate_s), estimate_s), field(result, result, tone="wrap"), field(command, command, tone="code"),
+            field(duration(estimate_s), estimate_s), field(result, result, tone="wrap"),
+            field(command, command, tone="code"),
         ],
     }  # fmt: skip
 
@@ -98,8 +105,8 @@ def _numbers(result: PartResult, table: PartTable) -> dict[str, Any]:
     ]  # fmt: skip
     columns = [column(label, number=False) for label in table.columns[1:]]
     made = grouped(
-        f"{result.name}-table", result.title, columns, [("", rows)], file=f"night-{result.name}", first=table.columns[0] or "Rate",
-        by="",
+        f"{result.name}-table", result.title, columns, [("", rows)], file=f"night-{result.name}",
+        first=table.columns[0] or "Rate", by="",
     )  # fmt: skip
     links = [{"href": file, "text": _PAGES.get(file.rpartition("/")[2], file)} for file in result.files]
     return {

@@ -101,5 +101,3 @@ def _tail(log: Path) -> str:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - _TAIL_B))
         return file.read().decode(errors="replace").strip()
-
-

@@ -18,6 +18,8 @@ MATRIX = "{matrix}"
 """Stands for the folder of the run of the part `matrix`."""
 CARD = "{card}"
 """Stands for the name of the card's baseline."""
+REAL, REAL_SOURCES = "matrix-real", ("minilm-l6", "movie-reviews")
+"""The part that needs a pretrained model, and its model and data in suites/sources.yaml."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,39 @@ class Part:
         return shlex.join([*given, "peft-harness", *(self.words if words is None else words)])
 
 
-_FIRST = ("nf4_dequantize", "lora_linear", "nf4_linear", "nf4_lora_linear", "adamw8bit_step", "galore_step")
-_MORE = (
-    "dora_linear", "nf4_quantize", "multi_lora_linear", "vera_linear", "adalora_importance", "lora_mlp", "lora_qkv",
-    "dynamic_quantize", "double_dequantize", "paged_adamw",
-)  # fmt: skip
+_OPERATIONS: dict[str, tuple[str, ...]] = {
+    "nf4_dequantize": ("bitsandbytes",),
+    "lora_linear": ("reference",),
+    "nf4_linear": ("bitsandbytes",),
+    "nf4_lora_linear": ("reference",),
+    "adamw8bit_step": ("bitsandbytes", "torchao"),
+    "galore_step": ("galore-torch", "reference"),
+    "dora_linear": ("reference",),
+    "nf4_quantize": ("bitsandbytes", "torchao"),
+    "multi_lora_linear": ("hf-peft",),
+    "vera_linear": ("reference",),
+    "adalora_importance": ("reference",),
+    "lora_mlp": ("reference",),
+    "lora_qkv": ("reference",),
+    "dynamic_quantize": ("bitsandbytes",),
+    "double_dequantize": ("bitsandbytes",),
+    "paged_adamw": ("bitsandbytes",),
+}
+"""Operation -> the implementations beside which it is timed. The reference is plain torch."""
+_FIRST = 6
+"""Number of operations, and `_FIRST_STEPS` of steps, that are timed before the papers' claims."""
+_STEPS: dict[str, tuple[str, ...]] = {
+    "lora": ("hf-peft",),
+    "lora on nf4": ("hf-peft",),
+    "dora": ("hf-peft",),
+    "galore": ("galore-torch", "reference"),
+    "adalora": ("hf-peft",),
+    "vera": ("hf-peft",),
+}
+_FIRST_STEPS = 2
 _HEADLINES = (
-    ("65b", "Does a 65B model train within 48 GB?", ("qlora-65b",), 150),
-    ("33b", "Does a 33B model train within 24 GB?", ("qlora-33b",), 100),
+    ("65b", "Does a 65B model train within 48 GB?", ("qlora-65b",), 120),
+    ("33b", "Does a 33B model train within 24 GB?", ("qlora-33b",), 80),
     ("7b", "What do full fine-tuning, LoRA and GaLore of 7B need?", ("full-7b", "lora-7b", "galore-7b"), 240),
     ("latency", "What does an adapter cost: unmerged, merged, several in a batch?", ("rank-4",), 90),
     (
@@ -64,33 +91,32 @@ def on_gpu() -> list[Part]:
     gpu = ("--device", "cuda")
     saved = ("--json", "--out", OUT)
     parity = [
-        _parity(dtype, ("check", "fused", *gpu, "--dtype", dtype, "--patience", "60"), 90)
+        _parity(dtype, ("check", "fused", *gpu, "--dtype", dtype, "--patience", "60"), 60)
         for dtype in ("bfloat16", "float16", "float32")
     ]
     timed = (*gpu, "--patience", "90", *saved)
-    first, more = (
-        [_operation(name, ("--shapes", "8b", *timed), 45) for name in names] for names in (_FIRST, _MORE)
-    )
-    steps = [_step(name, timed, 60) for name in ("lora", "lora on nf4", "dora", "galore", "adalora", "vera")]
+    operations = [_operation(name, ("--shapes", "8b", *timed), 25 * len(_OPERATIONS[name])) for name in _OPERATIONS]
+    steps = [_step(name, timed, 45 * len(_STEPS[name])) for name in _STEPS]
     headlines = [
         _run(f"headline-{name}", title, "headline-gpu", ids, (*gpu, "--timeout", "240"), estimate)
         for name, title, ids, estimate in _HEADLINES
     ]
     return [
         *parity,
-        Part("ceilings", "How fast is the card?", "card", ("bench", "--ceilings", *gpu, "--patience", "60", *saved), 30),
-        *first,
-        *steps[:2],
+        Part("ceilings", "How fast is the card?", "card", ("bench", "--ceilings", *gpu, "--patience", "60", *saved), 20),
+        *operations[:_FIRST],
+        *steps[:_FIRST_STEPS],
         *headlines,
         _claims(30),
-        _run("matrix", "Do all methods train, on a small model?", "night", (), (*gpu, "--timeout", "90"), 200),
+        _run("matrix", "Do all methods train, on a tiny model?", "night", (), (*gpu, "--timeout", "90"), 180),
         _BASELINE,
+        _run(REAL, "Do they train a real model?", "sentinels", (), (*gpu, "--timeout", "90"), 120),
         Part(
             "crossovers", "From which size on is decoding first faster?", "card",
             ("bench", "--crossovers", *gpu, "--patience", "60", *saved), 60,
         ),
-        *steps[2:],
-        *more,
+        *steps[_FIRST_STEPS:],
+        *operations[_FIRST:],
         _canary(gpu, 240),
     ]  # fmt: skip
 
@@ -113,7 +139,7 @@ def on_cpu() -> list[Part]:
         _run("headline-65b", _HEADLINES[0][1], "headline-rehearsal", ("qlora-65b-1", "qlora-65b-2"), cpu, 30),
         _run("headline-7b", _HEADLINES[2][1], "headline-rehearsal", ("full-7b-1", "lora-7b-1", "galore-7b-1"), cpu, 40),
         _claims(30),
-        _run("matrix", "Do all methods train, on a small model?", "night", (), cpu, 90),
+        _run("matrix", "Do all methods train, on a tiny model?", "night", (), cpu, 90),
         _BASELINE,
         Part(
             "crossovers", "From which size on is decoding first faster?", "card",
@@ -142,17 +168,27 @@ def _parity(dtype: str, words: Sequence[str], estimate_s: float, *, interpreted:
 
 def _operation(name: str, options: Sequence[str], estimate_s: float) -> Part:
     title = f"How fast is {name}, beside other libraries and the ceiling?"
-    return Part(f"operation-{name}", title, "bench", ("bench", "--op", name, *options), estimate_s)
+    return Part(
+        f"operation-{name}",
+        title,
+        "bench",
+        ("bench", "--op", name, *_repeated("--vs", _OPERATIONS[name]), *options),
+        estimate_s,
+    )
 
 
 def _step(name: str, options: Sequence[str], estimate_s: float) -> Part:
     title = f"How fast is a training step of {name}?"
-    return Part(f"step-{name.replace(' ', '-')}", title, "bench", ("bench", "--step", name, *options), estimate_s)
+    return Part(
+        f"step-{name.replace(' ', '-')}",
+        title,
+        "bench",
+        ("bench", "--step", name, *_repeated("--vs", _STEPS[name]), *options),
+        estimate_s,
+    )
 
 
-def _run(
-    name: str, title: str, suite: str, ids: Sequence[str], options: Sequence[str], estimate_s: float
-) -> Part:
+def _run(name: str, title: str, suite: str, ids: Sequence[str], options: Sequence[str], estimate_s: float) -> Part:
     only = ("--only", ",".join(f"id={one}" for one in ids)) if ids else ()
     return Part(name, title, "run", ("run", suite, *only, *options, "--out", f"{OUT}/run"), estimate_s)
 

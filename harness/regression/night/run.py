@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import sys
 import time
@@ -13,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from harness import resources
+from harness.assets import fetch
+from harness.assets.table import load_table
 from harness.bench.run import no_gpu
 from harness.console import align_columns, print_json, print_lines, print_note
 from harness.errors import Exit, UsageError, did_you_mean
@@ -23,14 +25,15 @@ from harness.records.files import sha256, write_atomic
 from harness.regression.baseline import store as baselines
 from harness.regression.night import documents, page, part_run, parts
 from harness.regression.night.parts import Device, Part
-from harness.regression.night.results import NightFooter, NightManifest, PartResult, PlannedPart
+from harness.regression.night.results import Failure, NightFooter, NightManifest, PartResult, PlannedPart
 from harness.report.formatting import seconds as duration
 
 PAGE = "index.html"
 _LAST_S = 5.0
 """Seconds of the budget that are kept for the footer and the page."""
-_LIMIT_FACTOR = 4.0
-"""A part may take this many times its estimate, because the estimates are rough. A part that hangs ends there."""
+_LIMIT_FACTOR = {"cuda": 4.0, "cpu": 12.0}
+"""Device -> how many times its estimate a part may take, because the estimates are rough. A part that hangs ends there.
+A rehearsal often shares its cores."""
 _LEAST_LIMIT_S = 120.0
 
 
@@ -83,11 +86,17 @@ class Night:
         run = self.folder / "parts" / "matrix" / "run"
         ok = any(one.name == "matrix" and one.status == "ok" for one in self.results)
         if ok and not (baselines.BASELINES / self.baseline / "run.json").is_file():
-            steps.append(f"peft-harness baseline promote {run} {self.baseline} --reason 'first night'  # the first baseline")
-        for table in sorted((self.folder / "parts" / "crossovers").glob("*.json")):
-            if table.name not in ("crossovers.json", "stdout.json"):
-                steps.append(f"cp {table} harness/kernels/crossovers/  # use the measured crossovers of this card")
-        left = [one.name for one in self.results if one.status in ("not-run", "cut") and one.because.startswith("the budget")]
+            steps.append(
+                f"peft-harness baseline promote {run} {self.baseline} --reason 'first night'  # the first baseline"
+            )
+        measured = self.folder / "parts" / "crossovers" / crossover.file_name(self.manifest.card or "cpu")
+        if measured.is_file():
+            steps.append(f"cp {measured} harness/kernels/crossovers/  # use the measured crossovers of this card")
+        left = [
+            one.name
+            for one in self.results
+            if one.status in ("not-run", "cut") and one.because.startswith("the budget")
+        ]
         if left:
             only = " ".join(f"--only {name}" for name in left)
             steps.append(f"peft-harness night --device {self.manifest.device} {only}  # what the budget left out")
@@ -98,7 +107,9 @@ class Night:
         """The verdict as one sentence."""
         counts = Counter(one.status for one in self.results)
         shown = ", ".join(f"{count} {status}" for status, count in counts.items())
-        without = "" if any(one.name == "baseline" and one.status == "ok" for one in self.results) else "; no baseline yet"
+        without = (
+            "" if any(one.name == "baseline" and one.status == "ok" for one in self.results) else "; no baseline yet"
+        )
         return f"{shown}{without}"
 
 
@@ -131,7 +142,11 @@ def night(request: NightRequest, as_json: bool) -> Exit:
         try:
             for part in plan:
                 left = request.budget_s - (time.monotonic() - began) - _LAST_S
-                missing = f"no GPU: {why.removeprefix('no GPU').lstrip(': ') or 'none was found'}" if device == "cuda" and why else ""
+                missing = (
+                    f"no GPU: {why.removeprefix('no GPU').lstrip(': ') or 'none was found'}"
+                    if device == "cuda" and why
+                    else ""
+                )
                 _add(run, _run_part(run, part, left, request.command, missing))
         except KeyboardInterrupt:
             run.interrupted = True
@@ -139,8 +154,14 @@ def night(request: NightRequest, as_json: bool) -> Exit:
                 _add(run, _not_run(part, "interrupted"))
     _finish(run, time.monotonic() - began)
     if as_json:
-        print_json({**run.manifest.model_dump(mode="json", by_alias=True), "exit": int(run.exit), "verdict": run.verdict,
-                    "results": [one.model_dump(mode="json", by_alias=True) for one in run.results]})
+        print_json(
+            {
+                **run.manifest.model_dump(mode="json", by_alias=True),
+                "exit": int(run.exit),
+                "verdict": run.verdict,
+                "results": [one.model_dump(mode="json", by_alias=True) for one in run.results],
+            }
+        )
     else:
         print_lines(_lines(run))
     return run.exit if not (device == "cuda" and why) else Exit.INFRASTRUCTURE
@@ -166,23 +187,27 @@ def _run_part(run: Night, part: Part, left_s: float, command: Sequence[str], mis
     if missing:
         return _not_run(part, missing)
     if part.estimate_s > left_s:
-        return _not_run(part, f"the budget has {duration(max(0.0, left_s))} left, and it needs about {duration(part.estimate_s)}")
-    if part.kind == "baseline" and (why := _no_baseline(run)):
+        return _not_run(
+            part, f"the budget has {duration(max(0.0, left_s))} left, and it needs about {duration(part.estimate_s)}"
+        )
+    if why := _no_baseline(run) if part.kind == "baseline" else _no_model() if part.name == parts.REAL else "":
         return _not_run(part, why)
     folder = run.folder / "parts" / part.name
     folder.mkdir()
     words = _filled(run, part, folder)
     line = part.line(words)
-    limit = min(left_s, max(_LEAST_LIMIT_S, _LIMIT_FACTOR * part.estimate_s))
+    limit = min(left_s, max(_LEAST_LIMIT_S, _LIMIT_FACTOR[run.manifest.device] * part.estimate_s))
     print_note(f"{part.name}: {part.title}")
     ended = part_run.run(words, part.variables, folder, limit, command)
     reading = documents.read(part, folder, line)
     status, because = _judged(part, ended, reading, limit, left_s)
     failures = reading.failures
     if status == "failed" and not failures:
-        failures = [documents.Failure(where=part.name, what=because, traceback=ended.tail, reproduce=line)]
+        failures = [Failure(where=part.name, what=because, traceback=ended.tail, reproduce=line)]
     if ended.left:
-        because = "; ".join(filter(None, [because, f"left processes behind, which were killed: {', '.join(ended.left)}"]))
+        because = "; ".join(
+            filter(None, [because, f"left processes behind, which were killed: {', '.join(ended.left)}"])
+        )
     return PartResult(
         name=part.name, title=part.title, status=status, because=because, command=line, estimate_s=part.estimate_s,
         seconds=ended.seconds, exit_code=ended.code, summary=reading.summary, table=reading.table, failures=failures,
@@ -197,7 +222,11 @@ def _judged(
     if part.kind == "check" and reading.failures:
         return "finding", f"{len(reading.failures)} checks fail"
     if ended.cut:
-        what = "the budget was over" if limit_s >= left_s else f"it hung, or its estimate is wrong: ended after {duration(limit_s)}"
+        what = (
+            "the budget was over"
+            if limit_s >= left_s
+            else f"it hung, or its estimate is wrong: ended after {duration(limit_s)}"
+        )
         return ("cut" if limit_s >= left_s else "failed"), f"{what}; what it had measured is kept"
     if ended.died:
         return "failed", ended.died
@@ -239,6 +268,13 @@ def _no_baseline(run: Night) -> str:
     return ""
 
 
+def _no_model() -> str:
+    """Return which asset of the real model is not on this machine. A night downloads nothing."""
+    table = load_table(resources.data_folder("suites") / "sources.yaml")
+    missing = [name for name in parts.REAL_SOURCES if not fetch.is_local(table[name])]
+    return f"not on this machine: {', '.join(missing)}" if missing else ""
+
+
 def _files(top: Path, folder: Path) -> list[str]:
     found = [folder / "check.html", folder / "claims.html", folder / "run" / "report.html", folder / "log.txt"]
     return [path.relative_to(top).as_posix() for path in found if path.is_file()]
@@ -246,7 +282,12 @@ def _files(top: Path, folder: Path) -> list[str]:
 
 def _not_run(part: Part, because: str) -> PartResult:
     return PartResult(
-        name=part.name, title=part.title, status="not-run", because=because, command=part.line(), estimate_s=part.estimate_s
+        name=part.name,
+        title=part.title,
+        status="not-run",
+        because=because,
+        command=part.line(),
+        estimate_s=part.estimate_s,
     )
 
 
@@ -279,7 +320,13 @@ def _finish(run: Night, took_s: float) -> None:
 
 def _lines(run: Night) -> list[str]:
     rows = [
-        [one.status, one.name, duration(one.seconds) if one.seconds is not None else "-", duration(one.estimate_s), one.summary or one.because]
+        [
+            one.status,
+            one.name,
+            duration(one.seconds) if one.seconds is not None else "-",
+            duration(one.estimate_s),
+            one.summary or one.because,
+        ]
         for one in run.results
     ]
     failures = [f"{one.where}: {one.what}" for result in run.results for one in result.failures[:3]]
