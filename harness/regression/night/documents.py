@@ -184,8 +184,8 @@ def _run(folder: Path, line: str) -> Reading:
                 )
             )
     missing = len(run.missing())
-    summary = ", ".join(f"{count} {word}" for word, count in counts.most_common())
-    summary += f", {missing} not finished" if missing else ""
+    parts = [f"{count} {word}" for word, count in counts.most_common()] + [f"{missing} not finished"] * (missing > 0)
+    summary = ", ".join(parts)
     return Reading(
         summary, PartTable(columns=["Cell", "status", "step, ms", "peak, GiB", "because"], rows=rows), failures
     )

@@ -223,9 +223,7 @@ def _judged(
         return "finding", f"{len(reading.failures)} checks fail"
     if ended.cut:
         what = (
-            "the budget was over"
-            if limit_s >= left_s
-            else f"it hung, or its estimate is wrong: ended after {duration(limit_s)}"
+            "the budget was over" if limit_s >= left_s else f"it took too long, and was ended after {duration(limit_s)}"
         )
         return ("cut" if limit_s >= left_s else "failed"), f"{what}; what it had measured is kept"
     if ended.died:
