@@ -194,7 +194,7 @@ def _run(name: str, title: str, suite: str, ids: Sequence[str], options: Sequenc
 
 
 def _claims(estimate_s: float) -> Part:
-    words = ("claims", "--tier", "gpu-synthetic", RUNS, "--json", "--html", f"{OUT}/claims.html")
+    words = ("claims", "--headlines", "--tier", "gpu-synthetic", RUNS, "--json", "--html", f"{OUT}/claims.html")
     return Part("claims", "Do the papers' claims about hardware hold?", "claims", words, estimate_s)
 
 
