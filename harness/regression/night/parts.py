@@ -125,7 +125,7 @@ def on_cpu() -> list[Part]:
     """Return a rehearsal of the parts on a CPU, at reduced shapes. Triton's interpreter runs the kernels."""
     cpu = ("--device", "cpu")
     saved = ("--json", "--out", OUT)
-    few = ("nf4_dequantize", "nf4_linear", "lora_linear", "adamw8bit_step", "multi_lora_linear", "galore_step")
+    few = ("nf4_dequantize", "nf4_linear", "lora_linear", "adamw8bit_step", "galore_step")
     parity = [
         _parity(dtype, ("check", "fused", "--dtype", dtype, *_repeated("--op", names)), estimate, interpreted=True)
         for dtype, names, estimate in (("bfloat16", few[:1], 15), ("float16", few[:2], 20), ("float32", few, 60))
