@@ -54,7 +54,7 @@ class OperationBenchmark:
         self.plan = parity_suite.load_operation(self.operation)
         self.timed = timed_operations.every()[self.operation]
         self.definition = operations.every()[self.operation]
-        self._drawn: tuple[tuple[BenchSize, int], dict[str, Any]] | None = None
+        self._drawn: dict[tuple[BenchSize, int], dict[str, Any]] = {}
         self.clock = timing.Clock(self.device)
         self.limits = ceilings.measure(self.clock, DTYPES[self.dtype])
 
@@ -109,14 +109,17 @@ class OperationBenchmark:
     def _arguments(self, size: BenchSize, seed: int = suite_run.SEED) -> dict[str, Any]:
         """Draw the arguments of a call in the same way as the checks do, and return them on the device.
 
-        The last arguments are kept, because drawing large ones takes longer than all calls with them. No call changes them.
+        Those of the last size are kept, because drawing large ones takes longer than all calls with them. Calls get copies.
         """
-        if self._drawn is None or self._drawn[0] != (size, seed):
+        if (size, seed) not in self._drawn:
+            if size != TINY:
+                self._drawn = {
+                    key: one for key, one in self._drawn.items() if key[0] == size
+                }  # free the former ones first
             generator = torch.Generator().manual_seed(seed)
-            self._drawn = None  # free the former ones first
             drawn = self.definition.arguments(DTYPES[self.dtype], generator, **self.timed.case(size))
-            self._drawn = (size, seed), moved(drawn, self.device)
-        return self._drawn[1]
+            self._drawn[size, seed] = moved(drawn, self.device)
+        return self._drawn[size, seed]
 
     def _parity(self, implementation: Implementation, size: BenchSize) -> Iterator[CheckOutcome]:
         """Run the checks of the parity suite on a call of this size, and yield their outcomes."""
