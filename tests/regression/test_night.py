@@ -189,6 +189,7 @@ def test_without_a_gpu_every_part_is_not_run(
     document = json.loads(capsys.readouterr().out)
     assert {one["status"] for one in document["results"]} == {"not-run"}
     assert len(document["results"]) == len(parts.on_gpu())
+    assert document["exit"] == json.loads((out / "footer.json").read_text())["exit"] == Exit.INFRASTRUCTURE
     assert "no GPU" in (out / "index.html").read_text()
 
 

@@ -17,6 +17,7 @@ from harness.claims.judge import ClaimVerdict
 from harness.errors import HarnessError
 from harness.records import store
 from harness.records.record import Status
+from harness.regression.night.part_run import STDOUT
 from harness.regression.night.parts import Part
 from harness.regression.night.results import Failure, PartTable
 
@@ -43,7 +44,7 @@ def read(part: Part, folder: Path, line: str) -> Reading:
     try:
         if part.kind == "run":
             return _run(folder / "run", line)
-        document = _document(folder / "stdout.json")
+        document = _document(folder / STDOUT)
         if document is None and part.kind == "bench":  # the bench was killed: its rows are in files
             document = {"benchmarks": [_document(file) for file in sorted(folder.glob("[0-9]*-vs-*.json"))]}
         if document is not None:
@@ -72,7 +73,7 @@ def _check(document: Mapping[str, Any], line: str) -> Reading:
     failures = [
         Failure(
             where=f"{one['target']}: {one['result']['check']} ({one['case']})", what=_what(one["result"]),
-            traceback=one["traceback"], reproduce=_check_command(one, line),
+            traceback=one.get("traceback", ""), reproduce=_check_command(one, line),
         )
         for one in checks
         if one["standing"] == "fail"

@@ -19,6 +19,8 @@ from harness.process.worker_pool import marked
 
 GRACE_S = 20.0
 """Seconds in which a command whose time is over can save and print what it has measured."""
+STDOUT = "stdout.json"
+"""File with the stdout of a part."""
 _MARK = "PEFT_HARNESS_NIGHT"
 _TAIL_B = 4000
 COMMAND = (sys.executable, "-P", "-m", "harness.cli")
@@ -49,7 +51,7 @@ class Ended:
 def run(
     words: Sequence[str], variables: Mapping[str, str], folder: Path, limit_s: float, command: Sequence[str] = COMMAND
 ) -> Ended:
-    """Run peft-harness with these arguments. Its stdout is `stdout.json` in `folder`, and its stderr is `log.txt`.
+    """Run peft-harness with these arguments. Its stdout is the file `STDOUT` in `folder`, and its stderr is `log.txt`.
 
     After `limit_s` seconds it is told to end, and gets `GRACE_S` seconds for this. If this process is told to end, so is
     the command. If this process is killed, the command is killed too. Raises OSError if the command cannot be started.
@@ -59,7 +61,7 @@ def run(
     environment = {**os.environ, **variables, _MARK: token}
     began = time.monotonic()
     log = folder / "log.txt"
-    with (folder / "stdout.json").open("wb") as stdout, log.open("wb") as stderr:
+    with (folder / STDOUT).open("wb") as stdout, log.open("wb") as stderr:
         child = Subprocess(
             script, [*command, *words], environment=environment, lifeline=True, stdout=stdout, stderr=stderr
         )

@@ -58,6 +58,8 @@ class Night:
     folder: Path
     results: list[PartResult] = field(default_factory=list)
     interrupted: bool = False
+    missing: str = ""
+    """Why there is no GPU, if one was wanted. Otherwise empty."""
 
     @property
     def exit(self) -> Exit:
@@ -70,7 +72,7 @@ class Night:
         statuses = Counter(one.status for one in self.results)
         if statuses["finding"]:
             return Exit.FAIL
-        if self.interrupted or statuses["failed"]:
+        if self.interrupted or self.missing or statuses["failed"]:
             return Exit.INFRASTRUCTURE
         return Exit.PASS if statuses["ok"] or statuses["cut"] else Exit.NOTHING_COMPARED
 
@@ -89,9 +91,12 @@ class Night:
             steps.append(
                 f"peft-harness baseline promote {run} {self.baseline} --reason 'first night'  # the first baseline"
             )
-        measured = self.folder / "parts" / "crossovers" / crossover.file_name(self.manifest.card or "cpu")
-        if measured.is_file():
-            steps.append(f"cp {measured} harness/kernels/crossovers/  # use the measured crossovers of this card")
+        tables = (self.folder / "parts" / "crossovers").glob("*.json")
+        steps += [
+            f"cp {table} harness/kernels/crossovers/  # use the measured crossovers of this card"
+            for table in tables
+            if table.name not in ("crossovers.json", part_run.STDOUT)
+        ]
         left = [
             one.name
             for one in self.results
@@ -136,18 +141,16 @@ def night(request: NightRequest, as_json: bool) -> Exit:
     )  # fmt: skip
     folder = _folder(request.out or store.RUNS / manifest.night)
     store.write(folder / "night.json", manifest, new=True)
-    run = Night(manifest, folder)
+    missing = (
+        f"no GPU: {why.removeprefix('no GPU').lstrip(': ') or 'none was found'}" if device == "cuda" and why else ""
+    )
+    run = Night(manifest, folder, missing=missing)
     print_note(f"night {manifest.night}: {len(plan)} parts within {duration(request.budget_s)}, into {folder}")
     with handle_termination():
         try:
             for part in plan:
                 left = request.budget_s - (time.monotonic() - began) - _LAST_S
-                missing = (
-                    f"no GPU: {why.removeprefix('no GPU').lstrip(': ') or 'none was found'}"
-                    if device == "cuda" and why
-                    else ""
-                )
-                _add(run, _run_part(run, part, left, request.command, missing))
+                _add(run, _run_part(run, part, left, request.command))
         except KeyboardInterrupt:
             run.interrupted = True
             for part in plan[len(run.results) :]:
@@ -164,7 +167,7 @@ def night(request: NightRequest, as_json: bool) -> Exit:
         )
     else:
         print_lines(_lines(run))
-    return run.exit if not (device == "cuda" and why) else Exit.INFRASTRUCTURE
+    return run.exit
 
 
 def _chosen(plan: list[Part], only: Sequence[str]) -> list[Part]:
@@ -182,10 +185,10 @@ def _folder(folder: Path) -> Path:
     return folder
 
 
-def _run_part(run: Night, part: Part, left_s: float, command: Sequence[str], missing: str) -> PartResult:
+def _run_part(run: Night, part: Part, left_s: float, command: Sequence[str]) -> PartResult:
     """Run a part if its estimate fits into the time that is left, and return its result."""
-    if missing:
-        return _not_run(part, missing)
+    if run.missing:
+        return _not_run(part, run.missing)
     if part.estimate_s > left_s:
         return _not_run(
             part, f"the budget has {duration(max(0.0, left_s))} left, and it needs about {duration(part.estimate_s)}"
