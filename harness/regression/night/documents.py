@@ -24,6 +24,8 @@ from harness.regression.night.results import Failure, PartTable
 _MOST_FAILURES = 60
 """Failures of a part that its result lists. The document of the part has all of them."""
 
+NO_CELL = "no Cell ran"
+
 
 @dataclass
 class Reading:
@@ -187,6 +189,9 @@ def _run(folder: Path, line: str) -> Reading:
     missing = len(run.missing())
     parts = [f"{count} {word}" for word, count in counts.most_common()] + [f"{missing} not finished"] * (missing > 0)
     summary = ", ".join(parts)
+    if latest and not failures and not counts[Status.OK.value]:
+        first = next(iter(latest.values()))
+        failures = [Failure(where=NO_CELL, what=first.because, reproduce=line)]
     return Reading(
         summary, PartTable(columns=["Cell", "status", "step, ms", "peak, GiB", "because"], rows=rows), failures
     )

@@ -236,6 +236,8 @@ def _judged(
     if ended.code == Exit.FAIL and part.kind in ("claims", "run"):
         bad = [one for one in reading.failures if "nonconforming" in one.where]
         return ("finding", "a Cell computes something else") if bad else ("ok", "")
+    if part.kind == "run" and any(one.where == documents.NO_CELL for one in reading.failures):
+        return "failed", documents.NO_CELL
     if ended.code in (Exit.PASS, Exit.INCONCLUSIVE):
         return "ok", ""
     if ended.code == Exit.FAIL:
