@@ -289,7 +289,9 @@ def _why_no_case(one: Implementation, plan: ParitySuite, request: CheckRequest) 
     If there is such a case, return an empty string.
     """
     if request.device not in one.devices:
-        return f"runs on {', '.join(one.devices)} only; `check --device {one.devices[0]}` checks it"
+        option = "--op" if one.kind == "operation" else "--method"
+        command = f"peft-harness check {one.name} {option} {one.target} --device {one.devices[0]}"
+        return f"runs on {', '.join(one.devices)} only; there, `{command}` checks it"
     if request.device == "cuda" and one.kind == "loader":
         return "files are judged on the CPU: run `check` without --device cuda"
     possible = [dtype for dtype in plan.dtypes if dtype in (request.dtypes or DTYPES)]
