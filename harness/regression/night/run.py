@@ -317,8 +317,8 @@ def _finish(run: Night, took_s: float) -> None:
         exit=int(run.exit), verdict=run.verdict, seconds=took_s, counts=dict(Counter(one.status for one in run.results)),
         sha256={file.name: sha256(file) for file in [run.folder / "night.json", *files]},
     )  # fmt: skip
-    _write_page(run)
     store.write(run.folder / "footer.json", footer)
+    _write_page(run)
 
 
 def _lines(run: Night) -> list[str]:
