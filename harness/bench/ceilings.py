@@ -1,6 +1,8 @@
-"""Measure two rates of the machine: bytes per second of a copy, and FLOP/s of a matrix product."""
+"""Measure the highest rates of the machine: bytes per second of a copy and a read, and FLOP/s of matrix products."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 
@@ -21,6 +23,23 @@ def measure(clock: Clock, dtype: torch.dtype) -> Ceilings:
     dtype: dtype of the multiplied matrices.
     """
     return Ceilings(copy_B_per_s=_copy(clock), gemm_FLOP_per_s=_product(clock, dtype))
+
+
+def of_card(clock: Clock) -> Iterator[tuple[str, float, str]]:
+    """Yield name, value and unit of each rate: a copy, a read, and a matrix product in each dtype."""
+    yield "copy", _copy(clock), "B/s"
+    yield "read", _read(clock), "B/s"
+    halves = [torch.float16] if clock.on_gpu else []  # a CPU without instructions for it takes minutes
+    for dtype in (torch.bfloat16, *halves, torch.float32):
+        yield f"{str(dtype).removeprefix('torch.')} product", _product(clock, dtype), "FLOP/s"
+    if clock.on_gpu:  # last, because the setting holds for the rest of the process
+        torch.set_float32_matmul_precision("high")
+        yield "float32 product by TF32", _product(clock, torch.float32), "FLOP/s"
+
+
+def _read(clock: Clock) -> float:
+    source = torch.ones(COPIED_B[clock.device.type] // 4, dtype=torch.float32, device=clock.device)
+    return 4 * source.numel() / _best(clock, source.sum)
 
 
 def _copy(clock: Clock) -> float:

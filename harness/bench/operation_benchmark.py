@@ -9,7 +9,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from harness.bench import ceilings, timed_call, timing
 from harness.bench import operations as timed_operations
@@ -22,7 +21,7 @@ from harness.conformance import operations, parity_suite
 from harness.conformance.case import Case
 from harness.conformance.execution import suite_run
 from harness.conformance.findings.outcomes import CheckOutcome
-from harness.conformance.operation import OperationSubject, mapped
+from harness.conformance.operation import OperationSubject, moved
 from harness.conformance.subject import DTYPES
 from harness.errors import Unsupported, plural
 from harness.methods.registry import Implementation
@@ -55,6 +54,7 @@ class OperationBenchmark:
         self.plan = parity_suite.load_operation(self.operation)
         self.timed = timed_operations.every()[self.operation]
         self.definition = operations.every()[self.operation]
+        self._drawn: dict[tuple[BenchSize, int], dict[str, Any]] = {}
         self.clock = timing.Clock(self.device)
         self.limits = ceilings.measure(self.clock, DTYPES[self.dtype])
 
@@ -107,11 +107,19 @@ class OperationBenchmark:
         )  # fmt: skip
 
     def _arguments(self, size: BenchSize, seed: int = suite_run.SEED) -> dict[str, Any]:
-        """Draw the arguments of a call in the same way as the checks do, and return them on the device."""
-        generator = torch.Generator().manual_seed(seed)
-        drawn = self.definition.arguments(DTYPES[self.dtype], generator, **self.timed.case(size))
-        moved: dict[str, Any] = mapped(drawn, lambda one: one.to(self.device) if isinstance(one, Tensor) else one)
-        return moved
+        """Draw the arguments of a call in the same way as the checks do, and return them on the device.
+
+        Those of the last size are kept, because drawing large ones takes longer than all calls with them. Calls get copies.
+        """
+        if (size, seed) not in self._drawn:
+            if size != TINY:
+                self._drawn = {
+                    key: one for key, one in self._drawn.items() if key[0] == size
+                }  # free the former ones first
+            generator = torch.Generator().manual_seed(seed)
+            drawn = self.definition.arguments(DTYPES[self.dtype], generator, **self.timed.case(size))
+            self._drawn[size, seed] = moved(drawn, self.device)
+        return self._drawn[size, seed]
 
     def _parity(self, implementation: Implementation, size: BenchSize) -> Iterator[CheckOutcome]:
         """Run the checks of the parity suite on a call of this size, and yield their outcomes."""

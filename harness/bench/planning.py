@@ -47,6 +47,9 @@ class BenchRequest:
     ours: str = OURS
     backbone: Backbone = field(default_factory=Backbone)
     """Sizes of the model in the training steps."""
+    patience: float = 900.0
+    """A worker is killed if it sends no event for this many seconds. The slowest event comes after minutes, because the
+    reference is slow on a CPU at the largest sizes."""
 
 
 @dataclass(frozen=True)

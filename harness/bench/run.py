@@ -26,9 +26,8 @@ from harness.records.environment import describe, gpus
 from harness.records.environment import threads as usable
 from harness.records.record import Environment
 
-PATIENCE_S = 900.0
-"""A worker is killed if it sends no event for this many seconds. The slowest event comes after minutes, because the
-reference is slow on a CPU at the largest sizes."""
+_PROBE_S = 120.0
+"""The probe of the GPU is killed if it does not answer for this many seconds."""
 _NO_GPU = "no GPU"
 
 
@@ -146,13 +145,14 @@ def measure(request: BenchRequest, threads: int, report: BenchReport, save: Call
 def no_gpu() -> str:
     """Return the reason why no GPU can be used, or an empty string if one can.
 
-    torch may be built without CUDA although the driver shows a GPU. A separate process therefore asks torch.
+    torch may be built without CUDA although the driver shows a GPU, and a container may have a GPU but no nvidia-smi. A
+    separate process therefore asks torch.
     """
-    if not gpus():
+    if not gpus() and not Path("/proc/driver/nvidia").exists():
         return _NO_GPU
-    first, *_ = WorkerPool().events("harness.bench.gpu_probe", {}, PATIENCE_S)
+    first, *_ = WorkerPool().events("harness.bench.gpu_probe", {}, _PROBE_S)
     why = first.get("unusable", first.get("died"))
-    return f"{_NO_GPU}: nvidia-smi shows one, but {why}" if why else ""
+    return f"{_NO_GPU}: the driver is there, but {why}" if why else ""
 
 
 @dataclass
@@ -210,7 +210,7 @@ class TaskRunner:
         """
         at, error, complete, timed = 0, "", False, dict[str, float]()
         document = task.document(self.request, self.threads)
-        for event in self._workers(task).events("harness.bench.worker", document, PATIENCE_S):
+        for event in self._workers(task).events("harness.bench.worker", document, self.request.patience):
             if "begin" in event:
                 at = event["begin"]
                 yield "begin", at

@@ -16,12 +16,13 @@ _HEAD = ("benchmark", "shape", "dtype", "on", "{0}", "other", "", "other/{0}", "
 def lines(rows: Sequence[BenchRow]) -> list[str]:
     """Return the table and the notes below it as lines of text."""
     ours = rows[0].ours if rows else "ours"
-    table = [tuple(head.format(ours) for head in _HEAD), *(_fields(row) for row in rows)]
+    table = [tuple(head.format(ours) for head in _HEAD), *(fields(row) for row in rows)]
     notes = _notes(rows)
     return [*align_columns(table, indent=""), *([""] if notes else []), *notes]
 
 
-def _fields(row: BenchRow) -> tuple[str, ...]:
+def fields(row: BenchRow) -> tuple[str, ...]:
+    """Return the texts of a row. If it was not measured, the last is its outcome with the reason."""
     start = (row.name, row.shape, row.dtype, row.device)
     if row.outcome != "measured" or row.samples is None:  # a step is `failed`, with samples, if its memory is unknown
         return (*start, "-", row.other, "-", "-", "-", "-", f"{row.outcome}: {row.because}")

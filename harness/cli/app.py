@@ -26,7 +26,9 @@ from harness.cli.fit import fit
 from harness.cli.gate import gate
 from harness.cli.history import history
 from harness.cli.importing import import_
+from harness.cli.kit import kit
 from harness.cli.listing import list_
+from harness.cli.night import night
 from harness.cli.plan import plan
 from harness.cli.report import report
 from harness.cli.run import run
@@ -50,7 +52,8 @@ class _Group(click.Group):
 @click.group(
     cls=_Group,
     commands=[
-        baseline, bench, check, claims, doctor, env, explain, export, fit, gate, history, import_, list_, plan, report, run,
+        baseline, bench, check, claims, doctor, env, explain, export, fit, gate, history, import_, kit, list_, night, plan,
+        report, run,
     ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )  # fmt: skip

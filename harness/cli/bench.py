@@ -10,7 +10,7 @@ import click
 from harness.bench.sizes import SHAPES
 from harness.cli import options
 from harness.console import print_note
-from harness.errors import Exit
+from harness.errors import Exit, UsageError
 
 
 @click.command()
@@ -35,6 +35,15 @@ from harness.errors import Exit
     "--pairs", type=click.IntRange(5, 10_000), default=12, show_default=True,
     help="Pairs of samples, taken alternately from both implementations.",
 )  # fmt: skip
+@click.option(
+    "--patience", callback=options.finite_seconds, default=900.0, show_default=True, metavar="SECONDS",
+    help="Kill a process that reports no result for this long.",
+)  # fmt: skip
+@click.option("--ceilings", is_flag=True, help="Measure the highest rates instead: copy, read and matrix products.")
+@click.option(
+    "--crossovers", is_flag=True,
+    help="Measure the table of crossovers instead: from which sizes on decoding first is faster than a fused kernel.",
+)  # fmt: skip
 @options.device
 @click.option("--out", type=options.FOLDER, metavar="DIR", help="Also write one JSON file per benchmark.")
 @click.option(
@@ -44,7 +53,8 @@ from harness.errors import Exit
 @options.as_json
 def bench(
     operations: tuple[str, ...], steps: tuple[str, ...], vs: tuple[str, ...], shapes: str, dtypes: tuple[str, ...],
-    pairs: int, device: Any, out: Path | None, export: Path | None, as_json: bool,
+    pairs: int, patience: float, ceilings: bool, crossovers: bool, device: Any, out: Path | None, export: Path | None,
+    as_json: bool,
 ) -> Exit:  # fmt: skip
     """Compare the speed of `fused` with other implementations.
 
@@ -52,6 +62,13 @@ def bench(
     pass the checks on the timed call. Ctrl-C, SIGTERM or SIGHUP stops the benchmarks: finished ones are saved and printed,
     and the exit code is 4.
     """
+    if ceilings or crossovers:
+        if (ceilings and crossovers) or operations or steps or vs or dtypes or export:
+            what = "measures the card, and no operation"
+            raise UsageError(what, where="--ceilings", hint="give only --device, --patience, --out and --json with it")
+        from harness.bench import card
+
+        return card.measure("ceilings" if ceilings else "crossovers", device, patience, as_json, out)
     from harness.bench import run
     from harness.bench.planning import BenchRequest
     from harness.bench.steps import FORMER_NAMES
@@ -59,4 +76,6 @@ def bench(
     for former in FORMER_NAMES.keys() & steps:
         print_note(f"--step {former}: this step is now called `{FORMER_NAMES[former]}`")
     names = [FORMER_NAMES.get(step, step) for step in steps]
-    return run.bench(BenchRequest(operations, vs, names, shapes, dtypes, pairs, device), as_json, out, export)
+    return run.bench(
+        BenchRequest(operations, vs, names, shapes, dtypes, pairs, device, patience=patience), as_json, out, export
+    )

@@ -8,11 +8,12 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from harness.assets.environments import homes
 from harness.assets.environments.folder import MadeEnvironment
 from harness.assets.environments.packages import IndexOptions
+from harness.bench.run import no_gpu
 from harness.cli import environments
 from harness.conformance import parity_suite
 from harness.conformance.case_selection import FEW, CaseSelection
@@ -50,6 +51,8 @@ class CheckRequest:
     """Seconds without a result after which an implementation counts as hanging."""
     environments: Sequence[str] = ()
     """Names or requirements, e.g. `peft==0.19.1`, of the environments in which to check. Empty for this Python."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """The device of the tensors."""
     index: IndexOptions = field(default_factory=IndexOptions)
     """Sources from which pip takes the packages of environments that do not exist yet."""
 
@@ -58,6 +61,8 @@ def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html:
     """Run the checks, print the report, write the requested files, and return the exit code."""
     refuse_unwritable({"--junit": junit, "--html": html})
     with handle_termination():
+        if request.device == "cuda" and (why := no_gpu()):
+            raise HarnessError(why, where="--device cuda", hint="without it, the checks run on the CPU")
         report = judge(request)
     return publish(report, as_json, junit, html)
 
@@ -262,6 +267,7 @@ def _tasks(
             targets=[(i.name, i.kind, i.target) for i in part],
             breadth=request.breadth,
             dtypes=tuple(request.dtypes),
+            device=request.device,
         )
         for point, several in grouped.items()
         for part in _parts(several, max(1, jobs // len(grouped)), sizes)
@@ -279,16 +285,16 @@ def _parts(several: Sequence[Implementation], number: int, sizes: dict[str, int]
 
 
 def _why_no_case(one: Implementation, plan: ParitySuite, request: CheckRequest) -> str:
-    """Return why an implementation has no case in its parity suite for the requested dtypes, or none on a CPU.
+    """Return why an implementation has no case in its parity suite for the requested dtypes and device.
 
     If there is such a case, return an empty string.
     """
-    if "cpu" not in one.devices:
-        option = "--op" if one.kind == "operation" else "--step"
-        return (
-            f"runs on {', '.join(one.devices)} only, and `check` runs on the CPU; on a GPU, `peft-harness bench "
-            f"{option} {one.target} --vs {one.name}` checks it before it measures"
-        )
+    if request.device not in one.devices:
+        option = "--op" if one.kind == "operation" else "--method"
+        command = f"peft-harness check {one.name} {option} {one.target} --device {one.devices[0]}"
+        return f"runs on {', '.join(one.devices)} only; there, `{command}` checks it"
+    if request.device == "cuda" and one.kind == "loader":
+        return "files are judged on the CPU: run `check` without --device cuda"
     possible = [dtype for dtype in plan.dtypes if dtype in (request.dtypes or DTYPES)]
     if set(one.dtypes) & set(possible):
         return ""

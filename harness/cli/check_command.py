@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -34,6 +35,10 @@ from harness.resources import user_path
     "--base-model", metavar="[NAME=]FOLDER",
     help="For an adapter file: the folder of its base model.  [default: base_model_name_or_path, if it is a folder] With "
     "--served: also its name on the server.",
+)  # fmt: skip
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+    help="Device of the tensors. On cuda, `fused` runs its Triton kernels.",
 )  # fmt: skip
 @options.jobs
 @click.option(
@@ -83,7 +88,8 @@ from harness.resources import user_path
 @options.as_json
 def check(
     implementations: tuple[str, ...], methods: tuple[str, ...], operations: tuple[str, ...], dtypes: tuple[str, ...],
-    full: bool, wide: bool, drawn: int, seed: int | None, base_model: str | None, jobs: int | None, patience: float,
+    full: bool, wide: bool, drawn: int, seed: int | None, base_model: str | None, device: Literal["cpu", "cuda"],
+    jobs: int | None, patience: float,
     served: str | None, adapters: tuple[str, ...], concurrency: int | None, echo: bool, environments: tuple[str, ...],
     loop: str | None, offline: bool, find_links: tuple[str, ...], junit: Path | None, html: Path | None, self_test: bool,
     mutants: int | None, power: bool, as_json: bool,
@@ -100,6 +106,8 @@ def check(
     tested. With --with, it runs the same checks once per environment, and shows which results differ; an environment that
     does not exist is made first.
     """
+    if device == "cuda" and (served or loop or self_test or any(map(_is_adapter_path, implementations))):
+        raise UsageError("applies to implementations only", where="--device", hint="leave it out")
     if (offline or find_links) and not environments:
         raise UsageError("has no effect without --with", where="--offline" if offline else "--find-links")
     if loop is not None:
@@ -214,7 +222,16 @@ def check(
         )
     breadth = CaseSelection(full, drawn, seed or 0, wide)
     request = command.CheckRequest(
-        implementations, methods, operations, dtypes, breadth, jobs, patience, environments, index(offline, find_links)
+        implementations,
+        methods,
+        operations,
+        dtypes,
+        breadth,
+        jobs,
+        patience,
+        environments,
+        device,
+        index(offline, find_links),
     )
     return command.check(request, as_json, junit, html)
 

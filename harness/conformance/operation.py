@@ -110,6 +110,11 @@ def mapped(value: _T, change: Callable[[object], object]) -> _T:
     return cast("_T", changed)
 
 
+def moved(value: _T, device: torch.device) -> _T:
+    """Return the same structure with every tensor on `device`."""
+    return mapped(value, lambda one: one.to(device) if isinstance(one, Tensor) else one)
+
+
 def draw(generator: torch.Generator, dtype: torch.dtype, *shape: int, spread: float = 1.0) -> Tensor:
     """Return normal noise of this shape, with standard deviation `spread`. It is drawn in float64, so that every dtype
     sees the same numbers.

@@ -89,7 +89,9 @@ class WorkerPool:
 
     def _end(self, worker: Subprocess, token: str) -> None:
         worker.kill_group()
-        for other in _marked(token):  # processes outside the process group, which may hold the pipe of its output
+        for other in marked(
+            _TOKEN, token
+        ):  # processes outside the process group, which may hold the pipe of its output
             with contextlib.suppress(psutil.Error):
                 other.kill()
         worker.close()
@@ -186,21 +188,21 @@ def _failure(worker: Subprocess, *, done: bool) -> str:
 def _left_behind(worker: Subprocess, watcher: int, token: str) -> list[str]:
     """Return the names of processes of a worker that still run `_GRACE_S` seconds after the worker's end."""
     deadline = time.monotonic() + _GRACE_S
-    while names := [n for one in _marked(token) if one.pid not in (worker.pid, watcher) for n in _name(one)]:
+    while names := [n for one in marked(_TOKEN, token) if one.pid not in (worker.pid, watcher) for n in _name(one)]:
         if time.monotonic() > deadline:
             return names
         time.sleep(_TICK_S)
     return []
 
 
-def _marked(token: str) -> Iterator[psutil.Process]:
-    """Yield the running processes with `token` in their environment.
+def marked(variable: str, value: str) -> Iterator[psutil.Process]:
+    """Yield the running processes that have this variable with this value in their environment.
 
-    These are a worker and its descendants, because descendants inherit the environment.
+    If a process was started with it, these are the process and its descendants, because they inherit the environment.
     """
     for other in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if other.environ().get(_TOKEN) == token and other.status() != psutil.STATUS_ZOMBIE:
+            if other.environ().get(variable) == value and other.status() != psutil.STATUS_ZOMBIE:
                 yield other
 
 

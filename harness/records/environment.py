@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from contextlib import suppress
@@ -88,9 +89,24 @@ def gpus() -> tuple[str, ...]:
     if _hidden(os.environ.get("CUDA_VISIBLE_DEVICES")):
         return ()
     try:
-        return tuple(nvidia_smi.lines(_GPU_QUERY))
+        return tuple(nvidia_smi.lines(_GPU_QUERY)) or _gpus_of_driver()
     except HarnessError:
         return ()
+
+
+def _gpus_of_driver(driver: Path = Path("/proc/driver/nvidia")) -> tuple[str, ...]:
+    """Return the lines of `gpus` from the driver's own files, for a container without nvidia-smi."""
+    version = re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", _text(driver / "version"))
+    found = []
+    for file in sorted(driver.glob("gpus/*/information")):
+        facts = dict(re.findall(r"^([^:\n]+):\s*(.+)$", _text(file), re.MULTILINE))
+        uuid, name = facts.get("GPU UUID", "").strip(), facts.get("Model", "an NVIDIA GPU").strip()
+        found.append(f"{uuid}, {name}, {version.group(1) if version else '?'}, ?")
+    return tuple(found)
+
+
+def _text(file: Path) -> str:
+    return file.read_text(errors="replace") if file.is_file() else ""
 
 
 def _hidden(visible: str | None) -> bool:

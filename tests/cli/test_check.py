@@ -251,7 +251,7 @@ def test_why_no_dtype_is_left_to_try(
 
 
 @pytest.mark.parametrize(
-    ("target", "option"), [("double_dequantize", "--op double_dequantize"), ("qlora", "--step qlora")]
+    ("target", "option"), [("double_dequantize", "--op double_dequantize"), ("qlora", "--method qlora")]
 )
 def test_what_runs_on_a_gpu_only_is_left_out_with_the_command_for_a_gpu(
     target: str, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -262,7 +262,7 @@ def test_what_runs_on_a_gpu_only_is_left_out_with_the_command_for_a_gpu(
     assert main(["check", "acme"]) == Exit.INFRASTRUCTURE
     out = capsys.readouterr().out
     assert f"not checked: acme {target}: runs on cuda only" in out
-    assert f"`peft-harness bench {option} --vs acme`" in out
+    assert f"`peft-harness check acme {option} --device cuda`" in out
 
 
 def test_a_target_whose_process_died_was_not_tried_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

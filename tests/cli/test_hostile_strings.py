@@ -342,7 +342,7 @@ UNKNOWN = [
     ["import", HOSTILE],
     ["check", f"./{HOSTILE}"], ["check", f"{HOSTILE}.safetensors", "--base-model", HOSTILE],
     ["check", "--with", HOSTILE], ["check", "--served", HOSTILE, "--base-model", HOSTILE, "--adapter", HOSTILE],
-    ["bench", "--step", HOSTILE],
+    ["bench", "--step", HOSTILE], ["night", "--device", "cpu", "--only", HOSTILE], ["kit", "x", "--size", HOSTILE],
     ["fit", HOSTILE, "--memory", "1GiB", "--rank", "1", "--batch", "1"],
     ["fit", "llama-7b", "--memory", "1GiB", "--rank", "1", "--batch", "1", "--dtype", HOSTILE],
 ]  # fmt: skip

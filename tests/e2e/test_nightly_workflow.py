@@ -27,6 +27,7 @@ case "$1 $2" in
     pass="${6##*-}"; code="RUN_$pass"
     if [ "${!code:-0}" != 9 ]; then mkdir -p "$6"; echo '{}' > "$6/run.json"; fi
     exit "${!code:-0}" ;;
+  "night --device") echo "how the card is"; exit "${FIRST:-0}" ;;
   "history add")
     if [ "$ROWS" = 1 ]; then mkdir -p results/history; echo "$4" > "results/history/$4.jsonl"; fi
     exit "${ADD:-0}" ;;
@@ -109,7 +110,10 @@ def test_a_good_night_is_kept_beside_what_others_pushed(tmp_path: Path) -> None:
     assert found.failed == []
     assert found.pushed[0].startswith("History: the night of 20")
     assert found.pushed[1:] == ["meanwhile", "first"]
-    assert [call.split()[0] for call in found.calls] == ["run", "run", "run", "gate", "history", "history", "history"]
+    assert [call.split()[0] for call in found.calls] == [
+        "night", "run", "run", "run", "gate", "history", "history", "history",
+    ]  # fmt: skip
+    assert "how the card is" in found.summary
     assert "what was tried" in found.summary
     assert "what changed" in found.summary
 
@@ -140,6 +144,19 @@ def test_a_pass_that_left_nothing_is_told_and_the_others_are_kept(tmp_path: Path
     assert found.pushed[0].startswith("History")
 
 
+def test_a_finding_on_the_card_fails_the_job_and_the_passes_are_made(tmp_path: Path) -> None:
+    found = night(tmp_path, FIRST=1)
+    assert found.failed == ["Is the card right and fast?"]
+    assert added(found) == [f"results/runs/night-{n}" for n in (1, 2, 3)]
+
+
+def test_the_first_nights_are_green_and_say_what_is_next(tmp_path: Path) -> None:
+    found = night(tmp_path, baseline=False, DETECT=5)
+    assert found.failed == []
+    assert "nothing to compare yet" in found.summary
+    assert "No baseline `nightly` yet" in found.summary
+
+
 def test_no_pass_at_all_is_no_night(tmp_path: Path) -> None:
     found = night(tmp_path, rows=False, RUN_1=9, RUN_2=9, RUN_3=9)
     assert {"Three passes", "Add the night"} <= set(found.failed)
@@ -159,7 +176,7 @@ def test_a_confirmed_change_fails_the_job_and_is_in_its_summary_and_the_night_is
     found = night(tmp_path, DETECT=1)
     assert found.failed == ["Slower, or gone?"]
     assert "history detect" in found.calls  # whose 3, of what nobody confirmed, is not asked for: that fails no night
-    assert found.summary == "```\nwhat was tried\n```\n```\nwhat changed\n```\n"
+    assert found.summary.endswith("```\nwhat was tried\n```\n```\nwhat changed\n```\n")
     assert found.pushed[0].startswith("History")
 
 

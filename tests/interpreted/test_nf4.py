@@ -22,6 +22,7 @@ from reference.operations import nf4 as reference
 from reference.operations.dynamic_map import dynamic_map
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN and overflow in the interpreter
+CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Around a program's tile (8192 values decoded, 4096 coded), a block, and the 32 values that share one mask.
 SHAPES = [
@@ -169,11 +170,11 @@ def test_the_fused_product_writes_only_its_output() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64, 65, 4096])
 def test_more_rows_never_mean_fewer_tokens(tokens: int) -> None:
-    chosen = [nf4_linear.is_fused_faster(tokens, E) for E in (1, 4096, 8192, 16384, 100_000)]
+    chosen = [nf4_linear.is_fused_faster(tokens, E, CPU) for E in (1, 4096, 8192, 16384, 100_000)]
     assert chosen == sorted(chosen)
     assert tokens <= 64 or not any(chosen)
 
 
 def test_the_fused_kernel_is_chosen_by_the_crossover_table() -> None:
-    assert not any(nf4_linear.is_fused_faster(1, E) for E in (1024, 4096, 8192))
-    assert nf4_linear.is_fused_faster(32, 14336)
+    assert not any(nf4_linear.is_fused_faster(1, E, CPU) for E in (1024, 4096, 8192))
+    assert nf4_linear.is_fused_faster(32, 14336, CPU)

@@ -19,9 +19,9 @@ from harness.conformance.checks import States
 from harness.conformance.comparison.magnitudes import vary
 from harness.conformance.drawing import sample
 from harness.conformance.execution.parity_model import ParityModel, whole
-from harness.conformance.findings.outcomes import CheckOutcome, Execution
+from harness.conformance.findings.outcomes import CheckOutcome, DeviceLostError, Execution
 from harness.conformance.module_copy import copied
-from harness.conformance.operation import Arguments, OperationSubject
+from harness.conformance.operation import Arguments, OperationSubject, moved
 from harness.conformance.parity_suite import (
     AnyCase,
     LoaderCase,
@@ -71,12 +71,14 @@ def stream(
     breadth: CaseSelection = FEW,
     dtypes: tuple[str, ...] = (),
     begin: Callable[[str], None] | None = None,
+    device: torch.device = CPU,
 ) -> None:
     """Run every check in every case, and report each outcome as soon as it is known.
 
     dtypes: the dtypes to try. If empty, all dtypes of the implementation are tried. begin: called with the name of each
-    case before it starts. An exception during a check is a failure of this check, and an exception during attaching is
-    a failure of `attach`. If the implementation raises harness.Unsupported, it does not offer the case.
+    case before it starts. device: see `run_case`. An exception during a check is a failure of this check, and an
+    exception during attaching is a failure of `attach`. If the implementation raises harness.Unsupported, it does not
+    offer the case. Raises DeviceLostError if the GPU accepts no more work: no later check would be fair.
     """
     wanted = [dtype for dtype in implementation.dtypes if dtype in (dtypes or implementation.dtypes)]
     plan = parity_suite.load_plan(implementation.target)
@@ -84,11 +86,13 @@ def stream(
     def tried(case: AnyCase) -> Iterator[CheckOutcome]:
         if begin is not None:
             begin(f"{case} {case.dtype}")
-        yield from run_case(implementation, plan, case, wide=breadth.is_wide, seed=breadth.seed)
+        yield from run_case(implementation, plan, case, device, wide=breadth.is_wide, seed=breadth.seed)
 
     for case in sample.fixed(plan, breadth, wanted):
         for outcome in tried(case):
             report(outcome)
+            if outcome.execution is Execution.RAISED and device.type == "cuda":
+                _require_device(device)
     if breadth.drawn:
         from harness.conformance.drawing.search import search  # imports Hypothesis
 
@@ -106,14 +110,14 @@ def run_case(
 ) -> Iterator[CheckOutcome]:
     """Run every check in one case, and yield the outcomes.
 
-    device: device of a Method's case. Other cases run on the CPU. wide: also try the checks that only a wide
-    selection tries. seed: decides the random walks, together with the case.
+    device: device of the tensors; a loader's case runs on the CPU. wide: also try the checks that only a wide selection
+    tries. seed: decides the random walks, together with the case.
     """
     runner = CaseRunner(implementation, str(of), of.dtype)
     every = {name: checks.every()[name] for name in plan.checks}
     tried = [name for name, one in every.items() if (wide or not one.only_wide) and (one.of_sizes or not of.sampled)]
     if isinstance(plan, OperationSuite) and isinstance(of, OperationCase):
-        yield from _run_operation(runner, plan, of, tried)
+        yield from _run_operation(runner, plan, of, device, tried)
     elif isinstance(plan, MethodSuite) and isinstance(of, MethodCase):
         yield from _run_method(runner, plan, of, device, tried, seed)
     elif isinstance(plan, LoaderSuite) and isinstance(of, LoaderCase):
@@ -152,13 +156,15 @@ class CaseRunner:
             return self._outcome(result, Execution.UNSUPPORTED)
         except Exception as error:  # noqa: BLE001  # an implementation may raise anything: it is a finding about it
             result = CheckResult(check=str(check), outcome=Outcome.FAIL, detail=_raised(error))
-            return self._outcome(result, Execution.RAISED)
+            return self._outcome(result, Execution.RAISED, "".join(traceback.format_exception(error)))
 
-    def _outcome(self, result: CheckResult, execution: Execution = Execution.COMPLETED) -> CheckOutcome:
+    def _outcome(
+        self, result: CheckResult, execution: Execution = Execution.COMPLETED, trace: str = ""
+    ) -> CheckOutcome:
         it = self.implementation
         return CheckOutcome(
             implementation=it.name, kind=it.kind, target=it.target, dtype=self.dtype, case=self.case, result=result,
-            execution=execution,
+            execution=execution, traceback=trace,
         )  # fmt: skip
 
 
@@ -193,9 +199,9 @@ def _run_method(
 
 
 def _run_operation(
-    runner: CaseRunner, plan: OperationSuite, of: OperationCase, tried: Sequence[str]
+    runner: CaseRunner, plan: OperationSuite, of: OperationCase, device: torch.device, tried: Sequence[str]
 ) -> Iterator[CheckOutcome]:
-    subject, case = call(runner.implementation, plan, of)
+    subject, case = call(runner.implementation, plan, of, device)
     for name in tried:
         yield runner.check(name, subject, case)
 
@@ -212,15 +218,17 @@ def _run_loader(runner: CaseRunner, plan: LoaderSuite, of: LoaderCase, tried: Se
         torch.set_num_threads(threads)
 
 
-def call(implementation: Implementation, plan: OperationSuite, of: OperationCase) -> tuple[OperationSubject, Case]:
-    """Draw the arguments for an Operation's case. Return the subject with these arguments, and the Case."""
+def call(
+    implementation: Implementation, plan: OperationSuite, of: OperationCase, device: torch.device = CPU
+) -> tuple[OperationSubject, Case]:
+    """Draw the arguments for an Operation's case. Return the subject with these arguments on `device`, and the Case."""
     operation = operations.every()[plan.operation]
 
     def draw(seed: int) -> Arguments:
         dtype = DTYPES[of.dtype]
         given = operation.arguments(dtype, torch.Generator().manual_seed(seed), **of.values)
         varied = {name: vary(given[name].double(), of.magnitude, dtype).to(dtype) for name in operation.inputs}
-        return given | varied if of.magnitude != "normal" else given
+        return moved(given | varied if of.magnitude != "normal" else given, device)
 
     subject = OperationSubject(operation, implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
     return subject, Case("call", seed=SEED, walks=0 if of.sampled else WALKS, factors=plan.factors())
@@ -291,6 +299,14 @@ def _adaptable(model: ParityModel, config: Any) -> dict[str, nn.Module]:
     if hasattr(config, "targets"):
         return {name: model.get_submodule(name) for name in model.targets}
     return adaptable_layers(model, config)
+
+
+def _require_device(device: torch.device) -> None:
+    """Raise DeviceLostError if the GPU has ended its work for this process. Most exceptions leave it usable."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        raise DeviceLostError(f"the GPU accepts no more work of this process: {error}") from error
 
 
 def _raised(error: BaseException) -> str:

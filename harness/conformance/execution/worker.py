@@ -7,6 +7,7 @@ closes. If a plug-in prints to stdout, the output goes to stderr.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -20,13 +21,17 @@ from harness.conformance.execution.worker_protocol import (
     WorkerTask,
     send,
 )
-from harness.conformance.findings.outcomes import CheckOutcome, Execution
+from harness.conformance.findings.outcomes import CheckOutcome, DeviceLostError, Execution
 from harness.methods.registry import Implementation, discover, format_error
 from harness.process.event_pipe import Emit, event_writer
 
 
 def main(fd: int, line: int, task: WorkerTask) -> None:
     """Run the targets of the task one after the other."""
+    if task.device == "cuda":
+        # Before CUDA starts: the launch of a kernel then waits for its end, so that an error names the right kernel.
+        os.environ.setdefault("CUDA_LAUNCH_BLOCKING", "1")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for equal bits in two calls
     with event_writer(fd, line) as emit:
         from harness.conformance import process_settings
 
@@ -68,6 +73,8 @@ def _run(
                 if not f"{module}.".startswith(f"{error.name}."):
                     raise
                 return send(emit, ModuleMissing(missing=f"needs {module}, which is not installed"))
+        import torch
+
         from harness.conformance import process_settings
         from harness.conformance.execution import suite_run
 
@@ -75,11 +82,14 @@ def _run(
             process_settings.restore(before)
             why = f"importing it: {'; '.join(changed)}"
             report(CheckOutcome.of_whole_target(*target, check="settings", case="import", detail=why))
-        suite_run.stream(implementation, report, breadth=task.breadth, dtypes=task.dtypes, begin=begin)
-    except Exception as error:  # noqa: BLE001  # an implementation may raise anything: it is a finding about it
+        device = torch.device(task.device)
+        suite_run.stream(implementation, report, breadth=task.breadth, dtypes=task.dtypes, begin=begin, device=device)
+    except Exception as error:  # an implementation may raise anything: it is a finding about it
         why = f"raised {format_error(error)}; the remaining checks were not tried"
         raised = Execution.RAISED
         report(CheckOutcome.of_whole_target(*target, check="alive", case=current, detail=why, execution=raised))
+        if isinstance(error, DeviceLostError):
+            raise  # the next target needs a new process
 
 
 if __name__ == "__main__":

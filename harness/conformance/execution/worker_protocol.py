@@ -6,7 +6,7 @@ An event is one JSON object on the worker's pipe. Its keys tell which event it i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -30,6 +30,8 @@ class WorkerTask(FrozenModel):
     breadth: CaseSelection = FEW
     dtypes: tuple[str, ...] = ()
     """The dtypes to try. Empty for all dtypes."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """The device of the tensors."""
 
 
 class PointBegun(FrozenModel):

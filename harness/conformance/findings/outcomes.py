@@ -29,6 +29,10 @@ class Execution(StrEnum):
     """The implementation or the check raised another exception; `result.detail` names it."""
 
 
+class DeviceLostError(RuntimeError):
+    """The GPU accepts no more work from this process, for example after an access to an illegal address."""
+
+
 def in_environment(name: str, environment: str) -> str:
     """Return a name with the label of an environment in parentheses, if there is one."""
     return f"{name} ({environment})" if environment else name
@@ -49,6 +53,8 @@ class CheckOutcome(FrozenModel):
     execution: Execution = Execution.COMPLETED
     environment: str = ""
     """Label of the environment in which the check ran, e.g. `peft 0.19.1`. Empty for the Python that runs the harness."""
+    traceback: str = ""
+    """Traceback of the exception if the check ended by one. Otherwise empty."""
 
     @classmethod
     def of_whole_target(

@@ -1,19 +1,16 @@
 """Multiply by a packed NF4 weight. For few tokens, one launch decodes and multiplies. For many, decoding comes first.
 
 With few tokens, reading the weight takes nearly all the time, and in NF4 this takes a quarter as long as in 16 bits.
-With many tokens it is faster to decode once and let torch multiply. The file `crossover.json` has the number of tokens
-at which the faster way changes. The fused kernel, which decodes and multiplies, computes y^T = W x^T. Decoded values go
-from registers into matrix instructions without passing through shared memory, and a tile may have as few as 16 tokens.
-A byte holds the codes of two neighbouring columns. The kernel therefore computes two products, one for the even and one
-for the odd columns.
+With many tokens it is faster to decode once and let torch multiply. A table of `harness/kernels/crossovers` has the
+number of tokens at which the faster way changes. The fused kernel, which decodes and multiplies, computes y^T = W x^T.
+Decoded values go from registers into matrix instructions without passing through shared memory, and a tile may have as
+few as 16 tokens. A byte holds the codes of two neighbouring columns. The kernel therefore computes two products, one
+for the even and one for the odd columns.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from harness.kernels.compile.specimen import Specimen
+from harness.kernels.crossover import card, most_tokens
 from harness.kernels.nf4_format import check_sizes
 from harness.kernels.torch.support.autocast import outside_autocast
 from harness.kernels.triton.nf4 import dequantize
@@ -101,21 +99,12 @@ def _tile(tokens: int, block: int) -> dict[str, int]:
     return {"BLOCK": block, "ROWS": _ROWS, "TOKENS": width, "CHUNK": min(block, _LARGEST_CHUNK)}
 
 
-@cache
-def _crossover() -> list[tuple[int, int]]:
-    """Return pairs (rows of a weight, largest number of tokens for which the fused kernel is faster), by descending
-    rows.
-    """
-    table: dict[str, Any] = json.loads(Path(__file__).with_name("crossover.json").read_text())
-    return sorted(((one["E"], one["tokens"]) for one in table["nf4_linear"]["rows"]), reverse=True)
-
-
-def is_fused_faster(tokens: int, E: int) -> bool:
+def is_fused_faster(tokens: int, E: int, device: torch.device) -> bool:
     """Return whether the fused kernel is expected to be faster for this many tokens and a weight of E rows.
 
-    The answer comes from `crossover.json`.
+    The answer comes from the table of the card, or from the default; see `harness.kernels.crossover`.
     """
-    return any(tokens <= most for rows, most in _crossover() if rows <= E)
+    return tokens <= most_tokens("nf4_linear", card(device), E)
 
 
 class _Nf4Linear(torch.autograd.Function):
@@ -125,7 +114,7 @@ class _Nf4Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(packed, absmax)
         ctx.block, ctx.shape = block, shape
-        if fits(shape[1], block, x.dtype) and is_fused_faster(x.shape[0], shape[0]):
+        if fits(shape[1], block, x.dtype) and is_fused_faster(x.shape[0], shape[0], x.device):
             return fused(x, packed, absmax, block, shape, bias)
         return linear(x, dequantize(packed, absmax, block, shape, x.dtype), bias)
 

@@ -19,10 +19,26 @@ _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*f
 
 
 def launch(kernel: Any, grid: tuple[int, ...], /, *positional: Any, **named: Any) -> None:
-    """Launch the kernel on the device of the first tensor among the arguments."""
+    """Launch the kernel on the device of the first tensor among the arguments.
+
+    An exception gets a note that describes the launch.
+    """
     first = next(one for one in (*positional, *named.values()) if isinstance(one, Tensor))
-    with torch.cuda.device_of(first):
-        kernel[grid](*positional, **named)
+    try:
+        with torch.cuda.device_of(first):
+            kernel[grid](*positional, **named)
+    except BaseException as error:
+        given = dict(zip(getattr(kernel, "arg_names", ()), positional, strict=False)) | named
+        described = ", ".join(f"{name}={_short(value)}" for name, value in given.items())
+        error.add_note(f"in kernel {getattr(kernel, '__name__', kernel)}, grid {grid}: {described}")
+        raise
+
+
+def _short(value: Any) -> str:
+    """Describe an argument of a kernel: a tensor by dtype and shape, and any other value as it is."""
+    if not isinstance(value, Tensor):
+        return str(value)
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Runs `peft-harness night` on a machine without network. Arguments are those of `night`: bash run.sh --budget 9m --out OUT
+# PYTHON names the interpreter that has torch; by default python3. Other commands: bash run.sh doctor, bash run.sh check ...
+set -eu
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+python="${PYTHON:-python3}"
+"$python" -I "$here/unpack.py" "$here/wheels" "$here/site"
+export PYTHONPATH="$here/source:$here/metadata:$here/site${PYTHONPATH:+:$PYTHONPATH}"
+export PEFT_HARNESS_CACHE="${PEFT_HARNESS_CACHE:-$here/cache}" HF_HUB_OFFLINE=1 PIP_NO_INDEX=1
+case "${1:-}" in "" | -*) set -- night "$@" ;; esac
+exec "$python" -P -m harness.cli "$@"

@@ -1,0 +1,24 @@
+"""Unpack the wheels of a kit that this Python lacks: `python unpack.py WHEELS SITE`. Needs the standard library only."""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def main(wheels: Path, site: Path) -> None:
+    """Unpack each wheel whose distribution is not installed into `site`. Nothing is installed outside of it."""
+    site.mkdir(exist_ok=True)
+    for wheel in sorted(wheels.glob("*.whl")):
+        name = wheel.name.split("-")[0].replace("_", "-")
+        try:
+            version(name)
+        except PackageNotFoundError:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(site)  # the kit's own wheels
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

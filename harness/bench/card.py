@@ -1,0 +1,118 @@
+"""`bench --ceilings` and `bench --crossovers`: the limits of a card, and the sizes at which one way of computing wins.
+
+A worker measures. As soon as it has a number, the number is kept, so that a kernel that hangs loses only what follows.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from harness.bench import files
+from harness.bench.run import no_gpu
+from harness.console import align_columns, print_json, print_lines, print_note
+from harness.errors import Exit, HarnessError
+from harness.process.termination import handle_termination
+from harness.process.worker_pool import WorkerPool
+from harness.records.environment import describe, threads
+
+What = Literal["ceilings", "crossovers"]
+
+
+@dataclass
+class CardReport:
+    """The numbers of one card."""
+
+    what: What
+    device: str
+    environment: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """One dict per number, in the order of measurement. `name`, `value` and `unit` of a ceiling; `operation`, `E`, `D`,
+    `tokens`, and the median seconds of both ways, `fused_s` and `decoded_s`, of a crossover."""
+    table: dict[str, Any] = field(default_factory=dict)
+    """The table of crossovers, as `harness.kernels.crossover` reads it. Empty until all of it is measured."""
+    card: str = ""
+    """Name of the card; empty for a CPU."""
+    failed: str = ""
+    """Why the worker ended early; empty if it did not."""
+    traceback: str = ""
+
+    @property
+    def exit(self) -> Exit:
+        """The exit code: 4 if the worker failed, 5 if nothing was measured, else 0."""
+        if self.failed:
+            return Exit.INFRASTRUCTURE
+        return Exit.PASS if self.rows else Exit.NOTHING_COMPARED
+
+    def document(self) -> dict[str, Any]:
+        """Return the document that `--json` prints."""
+        return {"schema": files.SCHEMA, "kind": self.what, "exit": int(self.exit), **vars(self)}
+
+    def lines(self) -> list[str]:
+        """Return the numbers as a table of text."""
+        place = self.card or "the CPU"
+        if self.what == "ceilings":
+            table = [[row["name"], rate(row["value"], row["unit"])] for row in self.rows]
+            return [f"highest rates of {place}:", *align_columns(table)]
+        head = ["operation", "weight", "tokens", "fused", "decode, then multiply", "faster"]
+        table = [
+            [
+                row["operation"], f"{row['E']}x{row['D']}", str(row["tokens"]), f"{row['fused_s'] * 1e6:.1f} us",
+                f"{row['decoded_s'] * 1e6:.1f} us", "fused" if row["fused_s"] < row["decoded_s"] else "decode",
+            ]
+            for row in self.rows
+        ]  # fmt: skip
+        return [f"two ways to multiply by a packed weight, on {place}:", *align_columns([head, *table])]
+
+
+def rate(value: float, unit: str) -> str:
+    """Format a rate: bytes in GB/s, operations in TFLOP/s."""
+    return f"{value / 1e9:,.0f} GB/s" if unit == "B/s" else f"{value / 1e12:.3g} T{unit}"
+
+
+def measure(
+    what: What, device: Literal["auto", "cpu", "cuda"], patience: float, as_json: bool, out: Path | None
+) -> Exit:
+    """Measure the card, print the numbers, and return the exit code.
+
+    out: folder for the document and, for a GPU, the table of crossovers under the name that `harness.kernels` reads.
+    Raises HarnessError if a GPU was requested and there is none.
+    """
+    why = no_gpu() if device != "cpu" else "a CPU was requested"
+    if device == "cuda" and why:
+        raise HarnessError(why, where="--device cuda", hint="without it, the CPU is measured")
+    place = "cpu" if why else "cuda"
+    report = CardReport(what, place, describe(threads()).model_dump(mode="json"))
+    with handle_termination():
+        try:
+            for event in WorkerPool().events("harness.bench.card_worker", {"what": what, "device": place}, patience):
+                _add(report, event)
+        except KeyboardInterrupt:
+            report.failed = "interrupted"
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        files.write(out / f"{what}.json", report.document())
+        if report.table and report.card:
+            files.write(out / report.table.pop("file"), report.table)
+    if as_json:
+        print_json(report.document())
+    else:
+        print_lines(report.lines())
+    if report.failed:
+        print_note(f"stopped: {report.failed}")
+    return report.exit
+
+
+def _add(report: CardReport, event: dict[str, Any]) -> None:
+    if "row" in event:
+        report.rows.append(event["row"])
+    elif "card" in event:
+        report.card = event["card"]
+    elif "table" in event:
+        report.table = event["table"]
+    elif "failed" in event:
+        report.failed, report.traceback = event["failed"], event["traceback"]
+    elif "died" in event:
+        report.failed = report.failed or event["died"]

@@ -1,0 +1,58 @@
+"""The command `kit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from harness.cli import options
+from harness.console import align_columns, print_lines, print_note
+from harness.errors import Exit
+
+
+def _bytes(_: click.Context, __: click.Parameter, value: str) -> int:
+    """Return a size in bytes."""
+    from harness.memory_model import size_units
+
+    try:
+        return size_units.parse_size(value).number_B
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+@click.command()
+@click.argument("folder", type=options.FOLDER, metavar="DIR")
+@click.option(
+    "--size", callback=_bytes, default="60MiB", show_default=True, metavar="SIZE", help="Most bytes of the kit."
+)
+@click.option(
+    "--python",
+    "python_version",
+    default="3.12",
+    show_default=True,
+    metavar="VERSION",
+    help="Python of the other machine.",
+)
+def kit(folder: Path, size: int, python_version: str) -> Exit:
+    """Make a folder that runs `night` on a machine without network.
+
+    The other machine has Python with torch, triton, transformers and peft, and a GPU; it needs no package index and no hub.
+    DIR gets the source, the wheels that the machine lacks, models and data as far as they fit, and run.sh:
+
+    \b
+      peft-harness kit kit --size 60MiB
+      bash kit/run.sh --budget 9m --out OUT        # there
+
+    The exit code is 4 if the kit lacks a wheel without which no command starts.
+    """
+    from harness.assets.kit import make
+
+    made = make.make(folder, size, python_version, print_note)
+    rows = [[name, f"{number / 2**20:.2f} MiB"] for name, number in made.items.items()]
+    lines = [f"{folder}: {made.bytes / 2**20:.1f} MiB of {size / 2**20:.0f} MiB, for Python {python_version}"]
+    lines += align_columns(rows, right=[1])
+    if made.left_out:
+        lines += ["", "left out:", *align_columns([[name, why] for name, why in made.left_out.items()])]
+    print_lines(lines)
+    return Exit.INFRASTRUCTURE if made.lacks_needed else Exit.PASS

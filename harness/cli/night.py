@@ -1,0 +1,58 @@
+"""The command `night`."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from harness.cli import options
+from harness.errors import Exit
+
+_UNITS = {"s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def _seconds(_: click.Context, __: click.Parameter, value: str) -> float:
+    """Return a duration in seconds: a number, or a number with the unit s, m or h."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", value.strip())
+    if found is None or not 0 < (seconds := float(found[1]) * _UNITS[found[2]]) < math.inf:
+        raise click.BadParameter(f"{value!r} is no duration above 0, e.g. 600, 90s, 10m or 1h")
+    return seconds
+
+
+@click.command()
+@click.option(
+    "--budget", callback=_seconds, default="10m", show_default=True, metavar="TIME",
+    help="Time for all parts, e.g. 10m. A part that does not fit is not run.",
+)  # fmt: skip
+@click.option(
+    "--only", multiple=True, metavar="PART", help=f"Run only parts whose names begin like this. {options.AGAIN}"
+)
+@options.device
+@click.option(
+    "--out", type=options.FOLDER, metavar="DIR", help="Folder for the results.  [default: results/runs/<night>]"
+)
+@options.as_json
+def night(budget: float, only: tuple[str, ...], device: Any, out: Path | None, as_json: bool) -> Exit:
+    """Find out within minutes whether the harness is right and fast on a card.
+
+    Runs, most valuable first: checks of all GPU kernels in every dtype, the ceilings of the card, operations and training
+    steps beside other libraries, the papers' claims about hardware, a matrix of all methods, and a comparison of equal runs.
+    Each part is a process of its own, so that a kernel that hangs or crashes ends only its part. Results are written at
+    once, and the page index.html shows them at any time. Ends with a verdict against the baseline of the card.
+
+    \b
+      peft-harness night                        on a GPU, ten minutes
+      peft-harness night --device cpu           a rehearsal: small shapes, Triton's interpreter
+      peft-harness night --only step-dora       one part
+
+    The exit code is 1 if a check fails or the baseline shows a regression, 4 if a part failed or there is no GPU, and 5 if
+    nothing was measured.
+    """
+    from harness.regression.night.run import NightRequest
+    from harness.regression.night.run import night as run
+
+    return run(NightRequest(budget, device, out, only), as_json)

@@ -1,0 +1,1 @@
+"""The command `night`: a plan of measurements on one card, within a budget of time."""

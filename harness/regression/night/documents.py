@@ -1,0 +1,246 @@
+"""Read the documents that the parts of a night leave: a summary, a table and the failures. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.analysis.verdict_kind import VerdictKind
+from harness.bench import table as bench_table
+from harness.bench.card import rate
+from harness.bench.results import BenchRow
+from harness.claims.judge import ClaimVerdict
+from harness.errors import HarnessError
+from harness.records import store
+from harness.records.record import Status
+from harness.regression.night.part_run import STDOUT
+from harness.regression.night.parts import Part
+from harness.regression.night.results import Failure, PartTable
+
+_MOST_FAILURES = 60
+"""Failures of a part that its result lists. The document of the part has all of them."""
+
+NO_CELL = "no Cell ran"
+
+
+@dataclass
+class Reading:
+    """What a document says."""
+
+    summary: str = ""
+    table: PartTable | None = None
+    failures: list[Failure] = field(default_factory=list)
+    is_missing: bool = False
+    """True if there is no document, or none that can be read."""
+
+
+def read(part: Part, folder: Path, line: str) -> Reading:
+    """Read what a part has left in its folder.
+
+    line: the part's command, which is the reproduction of a failure that has no shorter one.
+    """
+    try:
+        if part.kind == "run":
+            return _run(folder / "run", line)
+        document = _document(folder / STDOUT)
+        if document is None and part.kind == "bench":  # the bench was killed: its rows are in files
+            document = {"benchmarks": [_document(file) for file in sorted(folder.glob("[0-9]*-vs-*.json"))]}
+        if document is not None:
+            return _READERS[part.kind](document, line)
+    except (KeyError, TypeError, ValueError, HarnessError) as error:  # the other parts must go on
+        return Reading(f"its document cannot be read: {error!r}", is_missing=True)
+    return Reading(is_missing=True)
+
+
+def _document(file: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _check(document: Mapping[str, Any], line: str) -> Reading:
+    checks = document["checks"]
+    counts = Counter(one["standing"] for one in checks)
+    by_target: dict[str, Counter[str]] = {}
+    for one in checks:
+        by_target.setdefault(one["target"], Counter())[one["standing"]] += 1
+    words = list(counts)
+    rows = [[target, *(str(found[word]) for word in words)] for target, found in by_target.items()]
+    failures = [
+        Failure(
+            where=f"{one['target']}: {one['result']['check']} ({one['case']})", what=_what(one["result"]),
+            traceback=one.get("traceback", ""), reproduce=_check_command(one, line),
+        )
+        for one in checks
+        if one["standing"] == "fail"
+    ]  # fmt: skip
+    skipped = f"; {len(document['skipped'])} targets not checked" if document["skipped"] else ""
+    summary = ", ".join(f"{count} {word}" for word, count in counts.most_common()) + skipped
+    return Reading(summary, PartTable(columns=["target", *words], rows=rows), failures[:_MOST_FAILURES])
+
+
+def _what(result: Mapping[str, Any]) -> str:
+    numbers = f"error {result['error']}, allowed {result['allowed']}" if result.get("error") is not None else ""
+    nan = f"{result['nonfinite']} numbers are not finite" if result.get("nonfinite") else ""
+    return "; ".join(filter(None, [str(result.get("detail") or ""), nan, numbers, str(result.get("worst") or "")]))
+
+
+def _check_command(one: Mapping[str, Any], line: str) -> str:
+    option = "--op" if one["kind"] == "operation" else "--method"
+    device = " --device cuda" if "--device cuda" in line else ""
+    variables = "TRITON_INTERPRET=1 " if line.startswith("TRITON_INTERPRET=1") else ""
+    dtype = f" --dtype {one['dtype']}" if one["dtype"] != "-" else ""
+    return f"{variables}peft-harness check {one['implementation']} {option} {one['target']}{dtype}{device}"
+
+
+def _bench(document: Mapping[str, Any], line: str) -> Reading:
+    known = BenchRow.model_fields.keys()
+    rows = [
+        BenchRow.model_validate_json(json.dumps({key: value for key, value in one.items() if key in known}))
+        for one in document["benchmarks"]
+        if one is not None
+    ]
+    counts = Counter(row.outcome for row in rows)
+    columns = [
+        "benchmark",
+        "shape",
+        "dtype",
+        "ours",
+        "other",
+        "its time",
+        "other / ours",
+        "of the ceiling",
+        "memory",
+        "parity",
+    ]
+    shown = [bench_table.fields(row) for row in rows]
+    table = [[f[0], f[1], f[2], f[4], f[5], f[6], f[7], f[8], f[9], f[10]] for f in (_padded(one) for one in shown)]
+    failures = [
+        Failure(where=f"{row.name} {row.shape} {row.dtype} vs {row.other}", what=row.because, reproduce=line)
+        for row in rows
+        if row.outcome == "failed" or row.red
+    ]
+    summary = ", ".join(f"{count} {word}" for word, count in counts.most_common())
+    return Reading(summary, PartTable(columns=columns, rows=table), failures[:_MOST_FAILURES])
+
+
+def _padded(fields: tuple[str, ...]) -> list[str]:
+    """Return the fields of a row with a dash for each that is missing. The last is the parity or the reason."""
+    return [*fields[:-1], *["-"] * (11 - len(fields)), fields[-1]]
+
+
+def _card(document: Mapping[str, Any], line: str) -> Reading:
+    rows = document["rows"]
+    failures = []
+    if document["failed"]:
+        failures = [
+            Failure(where=document["what"], what=document["failed"], traceback=document["traceback"], reproduce=line)
+        ]
+    if document["what"] == "ceilings":
+        rates = [[row["name"], rate(row["value"], row["unit"])] for row in rows]
+        return Reading(
+            ", ".join(f"{name} {value}" for name, value in rates), PartTable(columns=["", "rate"], rows=rates), failures
+        )
+    table = [
+        [
+            f"{row['E']} x {row['D']}",
+            str(row["tokens"]),
+            f"{1e6 * row['fused_s']:,.1f}",
+            f"{1e6 * row['decoded_s']:,.1f}",
+        ]
+        for row in rows
+    ]
+    columns = ["weight", "tokens", "fused kernel, us", "decode, then multiply, us"]
+    return Reading(f"{len(rows)} sizes", PartTable(columns=columns, rows=table), failures)
+
+
+def _run(folder: Path, line: str) -> Reading:
+    if not (folder / "run.json").is_file():
+        return Reading(is_missing=True)
+    run = store.read_run(folder)
+    latest = run.latest()
+    counts = Counter(record.status.value for record in latest.values())
+    rows, failures = [], []
+    for record in latest.values():
+        step = record.measurements.training.step_seconds if record.measurements and record.measurements.training else []
+        usual = sorted(step)[len(step) // 2] if step else None
+        peak = max((phase.peak_memory_B or 0 for phase in record.phases), default=0)
+        rows.append([
+            record.cell.label, record.status.value, f"{1e3 * usual:,.1f}" if usual is not None else "-",
+            f"{peak / 2**30:,.2f}" if peak else "-", record.because,
+        ])  # fmt: skip
+        if record.status is not Status.OK and record.status is not Status.SKIPPED:
+            trace = record.failure.traceback if record.failure is not None else ""
+            again = f"peft-harness run {run.manifest.suite} --only {record.cell_id} --device {record.device}"
+            failures.append(
+                Failure(
+                    where=f"{record.cell.label}: {record.status.value}",
+                    what=record.because,
+                    traceback=trace,
+                    reproduce=again,
+                )
+            )
+    missing = len(run.missing())
+    parts = [f"{count} {word}" for word, count in counts.most_common()] + [f"{missing} not finished"] * (missing > 0)
+    summary = ", ".join(parts)
+    if latest and not failures and not counts[Status.OK.value]:
+        first = next(iter(latest.values()))
+        failures = [Failure(where=NO_CELL, what=first.because, reproduce=line)]
+    return Reading(
+        summary, PartTable(columns=["Cell", "status", "step, ms", "peak, GiB", "because"], rows=rows), failures
+    )
+
+
+def _claims(document: Mapping[str, Any], line: str) -> Reading:
+    claims = document["claims"]
+    counts = Counter(one["verdict"] for one in claims)
+    tried = [one for one in claims if one["verdict"] != ClaimVerdict.NOT_RUN]
+    rows = [
+        [one["verdict"], one["id"], one["sentence"], str(one.get("printed", "")), str(one.get("ours") or "-")]
+        for one in tried
+    ]
+    summary = ", ".join(f"{count} {word}" for word, count in counts.most_common())
+    return Reading(summary, PartTable(columns=["verdict", "claim", "statement", "printed", "ours"], rows=rows), [])
+
+
+def _pairs(document: Mapping[str, Any], line: str) -> Reading:
+    rows = []
+    for cell in document["cells"]:
+        verdict = cell["verdict"] or {}
+        rows.append([
+            cell["name"], _ms(cell["old_s"]), _ms(cell["new_s"]), str(verdict.get("word", cell["because"] or "-")),
+        ])  # fmt: skip
+    found = document["verdict"]
+    return Reading(
+        f"{found['word']}: {found['reason']}",
+        PartTable(columns=["Cell", "first, ms", "second, ms", "verdict"], rows=rows),
+    )
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:,.1f}"
+
+
+def _baseline(document: Mapping[str, Any], line: str) -> Reading:
+    judged = [row for row in document["rows"] if row["judged"] and row["word"] == VerdictKind.FAIL]
+    failures = [
+        Failure(
+            where=f"{row['name']}: {row['what']}",
+            what=f"{row['reason']} ({row['base']} -> {row['new']})",
+            reproduce=line,
+        )
+        for row in judged
+    ]
+    summary = f"{document['verdict']}: {document['reason']} ({document['compared']} Cells compared)"
+    return Reading(summary, None, failures[:_MOST_FAILURES])
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any], str], Reading]] = {
+    "check": _check, "bench": _bench, "card": _card, "claims": _claims, "pairs": _pairs, "baseline": _baseline,
+}  # fmt: skip

@@ -1,0 +1,115 @@
+"""The page of a night: verdict, next steps, parts, failures and numbers, in the style of the other pages."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from harness.regression.night.results import Failure, PartResult, PartTable, PlannedPart
+from harness.report import html
+from harness.report.formatting import field, unmeasured
+from harness.report.formatting import seconds as duration
+from harness.report.table_model import column, grouped
+from harness.report.tones import badge
+
+if TYPE_CHECKING:
+    from harness.regression.night.run import Night
+
+TEMPLATE = "night.html.j2"
+_TONES = {"ok": "good", "finding": "bad", "failed": "bad", "cut": "open", "not-run": "quiet", "waiting": "quiet"}
+_LONG = 40
+"""Characters of a text above which it is broken into lines."""
+_PAGES = {"check.html": "checks", "claims.html": "claims", "report.html": "report", "log.txt": "log"}
+
+
+def render(night: Night, waiting: Sequence[PlannedPart]) -> str:
+    """Return the page as HTML. waiting: the parts that have not ended yet."""
+    return html.fill(TEMPLATE, build(night, waiting))
+
+
+def build(night: Night, waiting: Sequence[PlannedPart]) -> dict[str, Any]:
+    """Return the content of the page as one dict of plain values."""
+    manifest, counts = night.manifest, Counter(one.status for one in night.results)
+    here = manifest.environment
+    word, tone = _verdict(night, bool(waiting))
+    return {
+        "place": manifest.card or here.machine.get("cpu", "a CPU"), "is_rehearsal": manifest.device == "cpu",
+        "night": manifest.night, "started": manifest.started, "budget": duration(manifest.budget_s),
+        "verdict": badge(word, tone) | {"exit": f"exit code {int(night.exit)}"}, "reason": night.verdict,
+        "counts": [badge(status, _TONES[status]) | {"count": count} for status, count in counts.items()],
+        "next": night.next_steps, "parts": _parts(night.results, waiting),
+        "failed": [_failed(one) for one in night.results if one.failures],
+        "numbers": [_numbers(one, one.table) for one in night.results if one.table is not None and one.table.rows],
+        "environment": {**here.machine, **here.software, "code": here.code_version},
+    }  # fmt: skip
+
+
+def _verdict(night: Night, is_running: bool) -> tuple[str, str]:
+    """Return the verdict in one word or two, and its colour."""
+    words = {
+        0: ("good night", "good"),
+        1: ("findings", "bad"),
+        4: ("incomplete", "open"),
+        5: ("nothing measured", "quiet"),
+    }
+    return ("running", "open") if is_running and not night.interrupted else words[int(night.exit)]
+
+
+def _parts(results: Sequence[PartResult], waiting: Sequence[PlannedPart]) -> dict[str, Any]:
+    columns = [
+        column("Status", number=False), column("Took"), column("Estimate", "time planned for the part"),
+        column("Result", number=False), column("Command", number=False),
+    ]  # fmt: skip
+    rows = [
+        _row(
+            one.name, one.status, one.title, "; ".join(filter(None, [one.summary, one.because])), one.seconds,
+            one.estimate_s, one.command, f"#{one.name}" if one.table is not None and one.table.rows else "#parts",
+        )
+        for one in results
+    ]  # fmt: skip
+    rows += [_row(one.name, "waiting", one.title, "", None, one.estimate_s, one.command, "#parts") for one in waiting]
+    return grouped("parts-table", "Parts of the night", columns, [("", rows)], file="night-parts", first="Part", by="")
+
+
+def _row(
+    name: str, status: str, title: str, result: str, took_s: float | None, estimate_s: float, command: str, href: str
+) -> dict[str, Any]:
+    mark = badge(status, _TONES[status])
+    return {
+        "name": name, "title": title, "anchor": "", "record": "", "href": href,
+        "fields": [
+            field(f"{mark['icon']} {status}", status, tone=mark["tone"]),
+            unmeasured("not started") if took_s is None else field(duration(took_s), took_s),
+            field(duration(estimate_s), estimate_s), field(result, result, tone="wrap"),
+            field(command, command, tone="code"),
+        ],
+    }  # fmt: skip
+
+
+def _failed(result: PartResult) -> dict[str, Any]:
+    return {"name": result.name, "failures": [_failure(one) for one in result.failures]}
+
+
+def _failure(one: Failure) -> Mapping[str, str]:
+    return one.model_dump()
+
+
+def _numbers(result: PartResult, table: PartTable) -> dict[str, Any]:
+    rows = [
+        {
+            "name": row[0] or "-", "title": row[0], "anchor": f"{result.name}-{number}", "record": "", "href": "",
+            "fields": [field(text, text, tone="wrap" if len(text) > _LONG else "") for text in row[1:]],
+        }
+        for number, row in enumerate(table.rows)
+    ]  # fmt: skip
+    columns = [column(label, number=False) for label in table.columns[1:]]
+    made = grouped(
+        f"{result.name}-table", result.title, columns, [("", rows)], file=f"night-{result.name}",
+        first=table.columns[0] or "Rate", by="",
+    )  # fmt: skip
+    links = [{"href": file, "text": _PAGES.get(file.rpartition("/")[2], file)} for file in result.files]
+    return {
+        "name": result.name, "title": result.title, "summary": result.summary, "table": made, "links": links,
+        "command": result.command, "badge": badge(result.status, _TONES[result.status]),
+    }  # fmt: skip

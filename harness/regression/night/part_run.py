@@ -1,0 +1,105 @@
+"""Run one part of a night in a process of its own, within a time limit. No process remains. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from harness.process import lifeline
+from harness.process.supervisor import Subprocess, signal_name
+from harness.process.worker_pool import marked
+
+GRACE_S = 20.0
+"""Seconds in which a command whose time is over can save and print what it has measured."""
+STDOUT = "stdout.json"
+"""File with the stdout of a part."""
+_MARK = "PEFT_HARNESS_NIGHT"
+_TAIL_B = 4000
+COMMAND = (sys.executable, "-P", "-m", "harness.cli")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The end of a command."""
+
+    code: int | None
+    """Its exit code, negative for a signal; None if it had to be killed."""
+    seconds: float
+    cut: bool
+    """Whether its time was over."""
+    tail: str
+    """The end of what it wrote to stderr."""
+    left: list[str]
+    """Names of processes that it left behind. They were killed."""
+
+    @property
+    def died(self) -> str:
+        """How the command died, in words. Empty if it ended by itself."""
+        if self.code is None:
+            return "killed: it did not end after its time was over"
+        return f"died of {name}" if (name := signal_name(self.code)) else ""
+
+
+def run(
+    words: Sequence[str], variables: Mapping[str, str], folder: Path, limit_s: float, command: Sequence[str] = COMMAND
+) -> Ended:
+    """Run peft-harness with these arguments. Its stdout is the file `STDOUT` in `folder`, and its stderr is `log.txt`.
+
+    After `limit_s` seconds it is told to end, and gets `GRACE_S` seconds for this. If this process is told to end, so is
+    the command. If this process is killed, the command is killed too. Raises OSError if the command cannot be started.
+    """
+    token = uuid.uuid4().hex
+    script = [sys.executable, "-I", "-S", lifeline.__file__]
+    environment = {**os.environ, **variables, _MARK: token}
+    began = time.monotonic()
+    log = folder / "log.txt"
+    with (folder / STDOUT).open("wb") as stdout, log.open("wb") as stderr:
+        child = Subprocess(
+            script, [*command, *words], environment=environment, lifeline=True, stdout=stdout, stderr=stderr
+        )
+        try:
+            code = child.wait(max(0.0, limit_s))
+            cut = code is None
+            if cut:
+                child.terminate(GRACE_S)
+                code = child.exit_code
+        except BaseException:
+            child.terminate(GRACE_S)
+            raise
+        finally:
+            child.close()
+            left = _kill(token)
+    return Ended(code, time.monotonic() - began, cut, _tail(log), left)
+
+
+def _kill(token: str) -> list[str]:
+    """Kill the processes that a command has left behind, and return their names.
+
+    Its workers have groups of their own, and end when they notice the end of the command. Only what still runs then
+    counts as left behind.
+    """
+    deadline = time.monotonic() + 2.0
+    while (found := list(marked(_MARK, token))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    names = []
+    for one in found:
+        with contextlib.suppress(psutil.Error):
+            names.append(one.name())
+            one.kill()
+    psutil.wait_procs(found, timeout=5)
+    return names
+
+
+def _tail(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - _TAIL_B))
+        return file.read().decode(errors="replace").strip()

@@ -1,0 +1,204 @@
+"""The parts of a night, most valuable first. Each part is one command of peft-harness. Imports no torch."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["check", "bench", "card", "run", "claims", "pairs", "baseline"]
+"""Kind of the document that a part leaves."""
+Device = Literal["cpu", "cuda"]
+OUT = "{out}"
+"""Stands for the part's own folder in its arguments."""
+RUNS = "{runs}"
+"""Stands for `--run FOLDER` of each finished run of this night."""
+MATRIX = "{matrix}"
+"""Stands for the folder of the run of the part `matrix`."""
+CARD = "{card}"
+"""Stands for the name of the card's baseline."""
+REAL, REAL_SOURCES = "matrix-real", ("minilm-l6", "movie-reviews")
+"""The part that needs a pretrained model, and its model and data in suites/sources.yaml."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command of a night."""
+
+    name: str
+    title: str
+    """The question that the part answers."""
+    kind: Kind
+    words: tuple[str, ...]
+    """Arguments of peft-harness. They may have the placeholders of this module."""
+    estimate_s: float
+    """Seconds that the part needs. No GPU has confirmed the estimates for a GPU yet."""
+    variables: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the command."""
+
+    def line(self, words: Sequence[str] | None = None) -> str:
+        """Return the command as a line for a shell. words: its arguments; by default with their placeholders."""
+        given = (f"{name}={value}" for name, value in self.variables.items())
+        return shlex.join([*given, "peft-harness", *(self.words if words is None else words)])
+
+
+_OPERATIONS: dict[str, tuple[str, ...]] = {
+    "nf4_dequantize": ("bitsandbytes",),
+    "lora_linear": ("reference",),
+    "nf4_linear": ("bitsandbytes",),
+    "nf4_lora_linear": ("reference",),
+    "adamw8bit_step": ("bitsandbytes",),
+    "galore_step": ("galore-torch", "reference"),
+    "dora_linear": ("reference",),
+    "nf4_quantize": ("bitsandbytes", "torchao"),
+    "multi_lora_linear": ("hf-peft",),
+    "vera_linear": ("reference",),
+    "adalora_importance": ("reference",),
+    "lora_mlp": ("reference",),
+    "lora_qkv": ("reference",),
+    "dynamic_quantize": ("bitsandbytes",),
+    "double_dequantize": ("bitsandbytes",),
+    "paged_adamw": ("bitsandbytes",),
+}
+"""Operation -> the implementations beside which it is timed. The reference is plain torch."""
+_FIRST = 4
+"""Number of operations, and `_FIRST_STEPS` of steps, that are timed before the papers' claims."""
+_STEPS: dict[str, tuple[str, ...]] = {
+    "lora": ("hf-peft",),
+    "lora on nf4": ("hf-peft",),
+    "dora": ("hf-peft",),
+    "galore": ("galore-torch", "reference"),
+    "adalora": ("hf-peft",),
+    "vera": ("hf-peft",),
+}
+_FIRST_STEPS = 2
+_HEADLINES = (
+    ("65b", "Does a 65B model train within 48 GB?", ("qlora-65b",), 120),
+    ("33b", "Does a 33B model train within 24 GB?", ("qlora-33b",), 80),
+    ("7b", "What do full fine-tuning, LoRA and GaLore of 7B need?", ("full-7b", "lora-7b", "galore-7b"), 240),
+    ("latency", "What does an adapter cost: unmerged, merged, several in a batch?", ("rank-4",), 90),
+    (
+        "gpt2", "Do LoRA's latencies of GPT-2 hold?",
+        ("latency-gpt2-32x512", "latency-gpt2-16x256", "latency-gpt2-1x128"), 90,
+    ),
+)  # fmt: skip
+"""Name, question, entries of the suite headline-gpu and estimate of each part of the headline claims."""
+
+
+def on_gpu() -> list[Part]:
+    """Return the parts of a night on a GPU."""
+    gpu = ("--device", "cuda")
+    saved = ("--json", "--out", OUT)
+    parity = [
+        _parity(dtype, ("check", "fused", *gpu, "--dtype", dtype, "--patience", "90"), 60)
+        for dtype in ("bfloat16", "float16", "float32")
+    ]
+    timed = (*gpu, "--patience", "90", *saved)
+    operations = [_operation(name, ("--shapes", "8b", *timed), 30 * len(_OPERATIONS[name])) for name in _OPERATIONS]
+    steps = [_step(name, timed, 45 * len(_STEPS[name])) for name in _STEPS]
+    headlines = [
+        _run(f"headline-{name}", title, "headline-gpu", ids, (*gpu, "--timeout", "240"), estimate)
+        for name, title, ids, estimate in _HEADLINES
+    ]
+    return [
+        *parity,
+        Part("ceilings", "How fast is the card?", "card", ("bench", "--ceilings", *gpu, "--patience", "60", *saved), 20),
+        *operations[:_FIRST],
+        *steps[:_FIRST_STEPS],
+        *headlines,
+        _claims(30),
+        _run("matrix", "Do all methods train, on a tiny model?", "night", (), (*gpu, "--timeout", "90"), 180),
+        _BASELINE,
+        _run(REAL, "Do they train a real model?", "sentinels", (), (*gpu, "--timeout", "90"), 120),
+        Part(
+            "crossovers", "From which size on is decoding first faster?", "card",
+            ("bench", "--crossovers", *gpu, "--patience", "60", *saved), 60,
+        ),
+        *steps[_FIRST_STEPS:],
+        *operations[_FIRST:],
+        _canary(gpu, 240),
+    ]  # fmt: skip
+
+
+def on_cpu() -> list[Part]:
+    """Return a rehearsal of the parts on a CPU, at reduced shapes. Triton's interpreter runs the kernels."""
+    cpu = ("--device", "cpu")
+    saved = ("--json", "--out", OUT)
+    few = ("nf4_dequantize", "nf4_linear", "lora_linear", "adamw8bit_step", "galore_step")
+    parity = [
+        _parity(dtype, ("check", "fused", "--dtype", dtype, *_repeated("--op", names)), estimate, interpreted=True)
+        for dtype, names, estimate in (("bfloat16", few[:1], 15), ("float16", few[:2], 20), ("float32", few, 60))
+    ]
+    timed = (*cpu, "--pairs", "5", *saved)
+    return [
+        *parity,
+        Part("ceilings", "How fast is the machine?", "card", ("bench", "--ceilings", *cpu, *saved), 15),
+        *(_operation(name, timed, 25) for name in ("nf4_dequantize", "lora_linear")),
+        _step("lora", timed, 40),
+        _run("headline-65b", _HEADLINES[0][1], "headline-rehearsal", ("qlora-65b-1", "qlora-65b-2"), cpu, 30),
+        _run("headline-7b", _HEADLINES[2][1], "headline-rehearsal", ("full-7b-1", "lora-7b-1", "galore-7b-1"), cpu, 40),
+        _claims(30),
+        _run("matrix", "Do all methods train, on a tiny model?", "night", (), cpu, 90),
+        _BASELINE,
+        Part(
+            "crossovers", "From which size on is decoding first faster?", "card",
+            ("bench", "--crossovers", *cpu, *saved), 15,
+        ),
+        _canary(cpu, 70),
+    ]  # fmt: skip
+
+
+_BASELINE = Part(
+    "baseline", "Is anything larger, worse or wrong than before?", "baseline",
+    ("gate", MATRIX, "--baseline", CARD, "--json"), 10,
+)  # fmt: skip
+
+
+def _repeated(option: str, values: Sequence[str]) -> list[str]:
+    return [word for value in values for word in (option, value)]
+
+
+def _parity(dtype: str, words: Sequence[str], estimate_s: float, *, interpreted: bool = False) -> Part:
+    title = f"Do our GPU kernels compute what the papers say, in {dtype}?"
+    more = ("--json", "--html", f"{OUT}/check.html")
+    variables = {"TRITON_INTERPRET": "1"} if interpreted else {}
+    return Part(f"parity-{dtype}", title, "check", (*words, *more), estimate_s, variables)
+
+
+def _operation(name: str, options: Sequence[str], estimate_s: float) -> Part:
+    title = f"How fast is {name}, beside other libraries and the ceiling?"
+    return Part(
+        f"operation-{name}",
+        title,
+        "bench",
+        ("bench", "--op", name, *_repeated("--vs", _OPERATIONS[name]), *options),
+        estimate_s,
+    )
+
+
+def _step(name: str, options: Sequence[str], estimate_s: float) -> Part:
+    title = f"How fast is a training step of {name}?"
+    return Part(
+        f"step-{name.replace(' ', '-')}",
+        title,
+        "bench",
+        ("bench", "--step", name, *_repeated("--vs", _STEPS[name]), *options),
+        estimate_s,
+    )
+
+
+def _run(name: str, title: str, suite: str, ids: Sequence[str], options: Sequence[str], estimate_s: float) -> Part:
+    only = ("--only", ",".join(f"id={one}" for one in ids)) if ids else ()
+    return Part(name, title, "run", ("run", suite, *only, *options, "--out", f"{OUT}/run"), estimate_s)
+
+
+def _claims(estimate_s: float) -> Part:
+    words = ("claims", "--headlines", "--tier", "gpu-synthetic", RUNS, "--json", "--html", f"{OUT}/claims.html")
+    return Part("claims", "Do the papers' claims about hardware hold?", "claims", words, estimate_s)
+
+
+def _canary(device: Sequence[str], estimate_s: float) -> Part:
+    cells = ("--suite", "night", "--only", "id=lora", "--no-canary")
+    words = ("gate", "--pairs", "fused", "fused", *cells, *device, "--json", "--out", f"{OUT}/pairs")
+    return Part("canary", "Do equal runs look equal?", "pairs", words, estimate_s)

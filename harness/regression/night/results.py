@@ -1,0 +1,98 @@
+"""What a night leaves on disk: `night.json` first, `parts/<name>.json` as soon as a part ends, `footer.json` last."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from harness.records.base_model import FrozenModel
+from harness.records.record import Environment, Seconds
+
+SCHEMA = 1
+Status = Literal["ok", "finding", "failed", "cut", "not-run"]
+"""`ok`: measured. `finding`: measured, and something is wrong or slower. `failed`: the command ended early. `cut`: its time
+was over, and what it had measured is kept. `not-run`: it was not started."""
+
+
+class PlannedPart(FrozenModel):
+    """A part in the plan of a night."""
+
+    name: str
+    title: str
+    command: str
+    estimate_s: Seconds
+
+
+class NightManifest(FrozenModel):
+    """night.json: written before anything runs."""
+
+    schema_: int = Field(default=SCHEMA, alias="schema")
+    night: str
+    """Id of the night."""
+    device: Literal["cpu", "cuda"]
+    card: str
+    """Name of the GPU; empty for a CPU."""
+    budget_s: Seconds
+    parts: list[PlannedPart]
+    environment: Environment
+    argv: list[str]
+    started: str
+    """Start in UTC, ISO 8601."""
+
+
+class Failure(FrozenModel):
+    """One thing that is wrong."""
+
+    where: str
+    """The check, benchmark or Cell."""
+    what: str
+    """The failure in one line. For a kernel that raised an exception, its name, its arguments and its compile options."""
+    traceback: str = ""
+    reproduce: str = ""
+    """A command that shows the failure again."""
+
+
+class PartTable(FrozenModel):
+    """Numbers of a part as a table of texts."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+
+class PartResult(FrozenModel):
+    """parts/<name>.json: how a part ended."""
+
+    schema_: int = Field(default=SCHEMA, alias="schema")
+    name: str
+    title: str
+    status: Status
+    because: str = ""
+    """Why it has no result, or how it ended. Empty if it is ok."""
+    command: str
+    """The command as a line for a shell."""
+    estimate_s: Seconds
+    seconds: Seconds | None = None
+    """Duration; None if it was not started."""
+    exit_code: int | None = None
+    summary: str = ""
+    table: PartTable | None = None
+    failures: list[Failure] = Field(default=[])
+    files: list[str] = Field(default=[])
+    """Pages and logs of the part, relative to the night's folder."""
+
+
+class NightFooter(FrozenModel):
+    """footer.json: written last. A night without it is incomplete."""
+
+    schema_: int = Field(default=SCHEMA, alias="schema")
+    night: str
+    ended: str
+    how: Literal["finished", "interrupted"]
+    exit: int
+    verdict: str
+    seconds: Seconds
+    counts: dict[str, int]
+    """Status -> number of parts."""
+    sha256: dict[str, str]
+    """File of a part -> its hash."""

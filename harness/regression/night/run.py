@@ -1,0 +1,342 @@
+"""Run a night: plan within the budget, run each part, and write footer, page and verdict. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from harness import resources
+from harness.assets import fetch
+from harness.assets.table import load_table
+from harness.bench.run import no_gpu
+from harness.console import align_columns, print_json, print_lines, print_note
+from harness.errors import Exit, UsageError, did_you_mean
+from harness.kernels import crossover
+from harness.process.termination import handle_termination
+from harness.records import environment, store
+from harness.records.files import sha256, write_atomic
+from harness.regression.baseline import store as baselines
+from harness.regression.night import documents, page, part_run, parts
+from harness.regression.night.parts import Device, Part
+from harness.regression.night.results import Failure, NightFooter, NightManifest, PartResult, PlannedPart
+from harness.report.formatting import seconds as duration
+
+PAGE = "index.html"
+_LAST_S = 5.0
+"""Seconds of the budget that are kept for the footer and the page."""
+_LIMIT_FACTOR = {"cuda": 4.0, "cpu": 12.0}
+"""Device -> how many times its estimate a part may take, because the estimates are rough. A part that hangs ends there.
+A rehearsal often shares its cores."""
+_LEAST_LIMIT_S = 120.0
+
+
+@dataclass(frozen=True)
+class NightRequest:
+    """The options of a night."""
+
+    budget_s: float
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    out: Path | None = None
+    only: tuple[str, ...] = ()
+    """Names, or beginnings of names, of the parts to run. Empty for all."""
+    command: Sequence[str] = part_run.COMMAND
+    """Command that the arguments of a part are appended to."""
+
+
+@dataclass
+class Night:
+    """A night that runs, or has ended."""
+
+    manifest: NightManifest
+    folder: Path
+    results: list[PartResult] = field(default_factory=list)
+    interrupted: bool = False
+    missing: str = ""
+    """Why there is no GPU, if one was wanted. Otherwise empty."""
+
+    @property
+    def exit(self) -> Exit:
+        """The exit code. The first of these rules that applies decides.
+
+        1: a check, a benchmark's check, the baseline or the canary has a finding. 4: the night was interrupted, a part
+        failed, or a GPU was wanted and there is none. 5: nothing was measured. 0: otherwise, also if the time did not
+        suffice for all parts.
+        """
+        statuses = Counter(one.status for one in self.results)
+        if statuses["finding"]:
+            return Exit.FAIL
+        if self.interrupted or self.missing or statuses["failed"]:
+            return Exit.INFRASTRUCTURE
+        return Exit.PASS if statuses["ok"] or statuses["cut"] else Exit.NOTHING_COMPARED
+
+    @property
+    def baseline(self) -> str:
+        """Name of the card's baseline."""
+        return baseline_name(self.manifest.card)
+
+    @property
+    def next_steps(self) -> list[str]:
+        """Commands that a reader runs next, each with its purpose."""
+        steps = [f"{one.reproduce}  # {one.where}" for result in self.results for one in result.failures[:1]]
+        run = self.folder / "parts" / "matrix" / "run"
+        ok = any(one.name == "matrix" and one.status == "ok" for one in self.results)
+        if ok and not (baselines.BASELINES / self.baseline / "run.json").is_file():
+            steps.append(
+                f"peft-harness baseline promote {run} {self.baseline} --reason 'first night'  # the first baseline"
+            )
+        tables = (self.folder / "parts" / "crossovers").glob("*.json")
+        steps += [
+            f"cp {table} harness/kernels/crossovers/  # use the measured crossovers of this card"
+            for table in tables
+            if table.name not in ("crossovers.json", part_run.STDOUT)
+        ]
+        left = [
+            one.name
+            for one in self.results
+            if one.status in ("not-run", "cut") and one.because.startswith("the budget")
+        ]
+        if left:
+            only = " ".join(f"--only {name}" for name in left)
+            steps.append(f"peft-harness night --device {self.manifest.device} {only}  # what the budget left out")
+        return steps
+
+    @property
+    def verdict(self) -> str:
+        """The verdict as one sentence."""
+        counts = Counter(one.status for one in self.results)
+        shown = ", ".join(f"{count} {status}" for status, count in counts.items())
+        without = (
+            "" if any(one.name == "baseline" and one.status == "ok" for one in self.results) else "; no baseline yet"
+        )
+        return f"{shown}{without}"
+
+
+def baseline_name(card: str) -> str:
+    """Return the name of a card's baseline."""
+    return f"night-{Path(crossover.file_name(card or 'cpu')).stem}"
+
+
+def night(request: NightRequest, as_json: bool) -> Exit:
+    """Run the parts of a night, write its files, print the verdict, and return the exit code.
+
+    Raises UsageError for a part that does not exist, and for a folder that is not empty.
+    """
+    began = time.monotonic()
+    why = no_gpu() if request.device != "cpu" else "a CPU was requested"
+    device: Device = "cuda" if not why or request.device in ("cuda", "auto") else "cpu"
+    plan = _chosen(parts.on_gpu() if device == "cuda" else parts.on_cpu(), request.only)
+    cards = environment.gpus() if device == "cuda" else ()
+    manifest = NightManifest(
+        night=f"{store.now().replace(':', '').replace('-', '')}-night-{secrets.token_hex(3)}", device=device,
+        card=cards[0].split(",")[1].strip() if cards else "", budget_s=request.budget_s,
+        parts=[PlannedPart(name=p.name, title=p.title, command=p.line(), estimate_s=p.estimate_s) for p in plan],
+        environment=environment.describe(environment.threads()), argv=["peft-harness", *sys.argv[1:]], started=store.now(),
+    )  # fmt: skip
+    folder = _folder(request.out or store.RUNS / manifest.night)
+    store.write(folder / "night.json", manifest, new=True)
+    missing = (
+        f"no GPU: {why.removeprefix('no GPU').lstrip(': ') or 'none was found'}" if device == "cuda" and why else ""
+    )
+    run = Night(manifest, folder, missing=missing)
+    print_note(f"night {manifest.night}: {len(plan)} parts within {duration(request.budget_s)}, into {folder}")
+    with handle_termination():
+        try:
+            for part in plan:
+                left = request.budget_s - (time.monotonic() - began) - _LAST_S
+                _add(run, _run_part(run, part, left, request.command))
+        except KeyboardInterrupt:
+            run.interrupted = True
+            for part in plan[len(run.results) :]:
+                _add(run, _not_run(part, "interrupted"))
+    _finish(run, time.monotonic() - began)
+    if as_json:
+        print_json(
+            {
+                **run.manifest.model_dump(mode="json", by_alias=True),
+                "exit": int(run.exit),
+                "verdict": run.verdict,
+                "results": [one.model_dump(mode="json", by_alias=True) for one in run.results],
+            }
+        )
+    else:
+        print_lines(_lines(run))
+    return run.exit
+
+
+def _chosen(plan: list[Part], only: Sequence[str]) -> list[Part]:
+    names = [part.name for part in plan]
+    for one in only:
+        if not any(name.startswith(one) for name in names):
+            raise UsageError(f"no part `{one}`: {did_you_mean(one, names, 'there are')}", where="--only")
+    return [part for part in plan if not only or any(part.name.startswith(one) for one in only)]
+
+
+def _folder(folder: Path) -> Path:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError("is not empty", where=f"--out {folder}", hint="name a new folder")
+    (folder / "parts").mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _run_part(run: Night, part: Part, left_s: float, command: Sequence[str]) -> PartResult:
+    """Run a part if its estimate fits into the time that is left, and return its result."""
+    if run.missing:
+        return _not_run(part, run.missing)
+    if part.estimate_s > left_s:
+        return _not_run(
+            part, f"the budget has {duration(max(0.0, left_s))} left, and it needs about {duration(part.estimate_s)}"
+        )
+    if why := _no_baseline(run) if part.kind == "baseline" else _no_model() if part.name == parts.REAL else "":
+        return _not_run(part, why)
+    folder = run.folder / "parts" / part.name
+    folder.mkdir()
+    words = _filled(run, part, folder)
+    line = part.line(words)
+    limit = min(left_s, max(_LEAST_LIMIT_S, _LIMIT_FACTOR[run.manifest.device] * part.estimate_s))
+    print_note(f"{part.name}: {part.title}")
+    ended = part_run.run(words, part.variables, folder, limit, command)
+    reading = documents.read(part, folder, line)
+    status, because = _judged(part, ended, reading, limit, left_s)
+    failures = reading.failures
+    if status == "failed" and not failures:
+        failures = [Failure(where=part.name, what=because, traceback=ended.tail, reproduce=line)]
+    if ended.left:
+        because = "; ".join(
+            filter(None, [because, f"left processes behind, which were killed: {', '.join(ended.left)}"])
+        )
+    return PartResult(
+        name=part.name, title=part.title, status=status, because=because, command=line, estimate_s=part.estimate_s,
+        seconds=ended.seconds, exit_code=ended.code, summary=reading.summary, table=reading.table, failures=failures,
+        files=_files(run.folder, folder),
+    )  # fmt: skip
+
+
+def _judged(
+    part: Part, ended: part_run.Ended, reading: documents.Reading, limit_s: float, left_s: float
+) -> tuple[Literal["ok", "finding", "failed", "cut"], str]:
+    """Return the status of a part and the reason."""
+    if part.kind == "check" and reading.failures:
+        return "finding", f"{len(reading.failures)} checks fail"
+    if ended.cut:
+        what = (
+            "the budget was over" if limit_s >= left_s else f"it took too long, and was ended after {duration(limit_s)}"
+        )
+        return ("cut" if limit_s >= left_s else "failed"), f"{what}; what it had measured is kept"
+    if ended.died:
+        return "failed", ended.died
+    if reading.is_missing and ended.code in (Exit.PASS, Exit.FAIL, Exit.INCONCLUSIVE):
+        return "failed", reading.summary or "its document cannot be read"
+    if ended.code == Exit.FAIL and part.kind in ("claims", "run"):
+        bad = [one for one in reading.failures if "nonconforming" in one.where]
+        return ("finding", "a Cell computes something else") if bad else ("ok", "")
+    if part.kind == "run" and any(one.where == documents.NO_CELL for one in reading.failures):
+        return "failed", documents.NO_CELL
+    if ended.code in (Exit.PASS, Exit.INCONCLUSIVE):
+        return "ok", ""
+    if ended.code == Exit.FAIL:
+        return "finding", reading.summary
+    if ended.code == Exit.NOTHING_COMPARED:
+        return "ok", "nothing was compared"
+    return "failed", f"exit code {ended.code}: {_last_line(ended.tail)}"
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")
+
+
+def _filled(run: Night, part: Part, folder: Path) -> list[str]:
+    """Return the arguments of a part with its placeholders replaced."""
+    made = sorted(path.parent for path in run.folder.glob("parts/*/run/footer.json"))
+    runs = [word for path in made for word in ("--run", str(path))]
+    single = {parts.MATRIX: str(run.folder / "parts" / "matrix" / "run"), parts.CARD: run.baseline}
+    words: list[str] = []
+    for word in part.words:
+        words += runs if word == parts.RUNS else [single.get(word, word).replace(parts.OUT, str(folder))]
+    return words
+
+
+def _no_baseline(run: Night) -> str:
+    """Return why the matrix cannot be compared with a baseline. If it can, return an empty string."""
+    if not (run.folder / "parts" / "matrix" / "run" / "footer.json").is_file():
+        return "the part `matrix` has left no finished run"
+    if not (baselines.BASELINES / run.baseline / "run.json").is_file():
+        return f"there is no baseline `{run.baseline}` yet"
+    return ""
+
+
+def _no_model() -> str:
+    """Return which asset of the real model is not on this machine. A night downloads nothing."""
+    table = load_table(resources.data_folder("suites") / "sources.yaml")
+    missing = [name for name in parts.REAL_SOURCES if not fetch.is_local(table[name])]
+    return f"not on this machine: {', '.join(missing)}" if missing else ""
+
+
+def _files(top: Path, folder: Path) -> list[str]:
+    found = [folder / "check.html", folder / "claims.html", folder / "run" / "report.html", folder / "log.txt"]
+    return [path.relative_to(top).as_posix() for path in found if path.is_file()]
+
+
+def _not_run(part: Part, because: str) -> PartResult:
+    return PartResult(
+        name=part.name,
+        title=part.title,
+        status="not-run",
+        because=because,
+        command=part.line(),
+        estimate_s=part.estimate_s,
+    )
+
+
+def _add(run: Night, result: PartResult) -> None:
+    """Keep a result, write it at once, and refresh the page, so that a night that is killed has one."""
+    run.results.append(result)
+    store.write(run.folder / "parts" / f"{result.name}.json", result)
+    took = f" in {duration(result.seconds)}" if result.seconds is not None else ""
+    print_note(f"{result.name}: {result.status}{took}{f': {result.because}' if result.because else ''}")
+    with contextlib.suppress(OSError):
+        _write_page(run)
+
+
+def _write_page(run: Night) -> None:
+    planned = {one.name for one in run.results}
+    waiting = [one for one in run.manifest.parts if one.name not in planned]
+    write_atomic(run.folder / PAGE, page.render(run, waiting).encode(errors="backslashreplace"))
+
+
+def _finish(run: Night, took_s: float) -> None:
+    files = sorted((run.folder / "parts").glob("*.json"))
+    footer = NightFooter(
+        night=run.manifest.night, ended=store.now(), how="interrupted" if run.interrupted else "finished",
+        exit=int(run.exit), verdict=run.verdict, seconds=took_s, counts=dict(Counter(one.status for one in run.results)),
+        sha256={file.name: sha256(file) for file in [run.folder / "night.json", *files]},
+    )  # fmt: skip
+    store.write(run.folder / "footer.json", footer)
+    _write_page(run)
+
+
+def _lines(run: Night) -> list[str]:
+    rows = [
+        [
+            one.status,
+            one.name,
+            duration(one.seconds) if one.seconds is not None else "-",
+            duration(one.estimate_s),
+            one.summary or one.because,
+        ]
+        for one in run.results
+    ]
+    failures = [f"{one.where}: {one.what}" for result in run.results for one in result.failures[:3]]
+    return [
+        *align_columns([["status", "part", "took", "estimate", "result"], *rows], indent=""),
+        *(["", "failures:", *(f"  {line}" for line in failures)] if failures else []),
+        *(["", "next:", *(f"  {step}" for step in run.next_steps)] if run.next_steps else []),
+        "",
+        f"{run.verdict}: {run.folder / PAGE}",
+    ]

@@ -1,0 +1,86 @@
+"""`kit`: what fits is in it, what does not is told, and its script runs without the checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from harness.assets.kit import contents, make
+from harness.cli import main
+from harness.errors import Exit
+
+MIB = 2**20
+
+
+@pytest.fixture
+def index(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Return the wheels that pip finds: distribution -> bytes. Others do not exist."""
+    sizes = dict.fromkeys(contents.NEEDED, 1000) | {"bitsandbytes": 3 * MIB, "scipy": 200 * MIB, "acme": 10}
+
+    def download(name: str, _: str, target: Path) -> str:
+        if name not in sizes:
+            return "pip cannot get it: no matching distribution"
+        wheel = target / f"{name.replace('-', '_')}-1.0-py3-none-any.whl"
+        with wheel.open("wb") as file:
+            file.truncate(sizes[name])
+        return ""
+
+    monkeypatch.setattr(make, "_download", download)
+    monkeypatch.setattr(contents, "SOURCES", ())
+    return sizes
+
+
+def test_what_fits_is_in_the_kit_and_what_does_not_is_told(
+    index: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["kit", str(tmp_path / "kit"), "--size", "20MiB"]) == Exit.PASS
+    document = json.loads((tmp_path / "kit" / "kit.json").read_text())
+    assert document["items"]["bitsandbytes"] == 3 * MIB
+    assert document["left_out"]["scipy"] == "200.0 MiB do not fit"
+    assert document["left_out"]["torchao"].startswith("pip cannot get it")
+    files = [path for path in (tmp_path / "kit").rglob("*") if path.is_file() and path.name != "kit.json"]
+    assert sum(path.stat().st_size for path in files) == document["bytes"] <= 20 * MIB
+    assert {path.relative_to(tmp_path / "kit").as_posix() for path in files} == document["sha256"].keys()
+    assert "scipy" in capsys.readouterr().out
+
+
+def test_a_missing_wheel_without_which_nothing_starts_is_an_error(index: dict[str, int], tmp_path: Path) -> None:
+    del index["pydantic"]
+    assert main(["kit", str(tmp_path / "kit"), "--size", "20MiB"]) == Exit.INFRASTRUCTURE
+
+
+def test_a_size_that_the_source_exceeds_is_refused(
+    index: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["kit", str(tmp_path / "kit"), "--size", "1MiB"]) == Exit.USAGE
+    assert "the source alone takes" in capsys.readouterr().err
+
+
+def test_a_wheel_is_unpacked_only_where_its_distribution_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "wheels").mkdir()
+    for name in ("acme", "click"):
+        with zipfile.ZipFile(tmp_path / "wheels" / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}_of_kit.py", "")
+    script = Path(make.__file__).with_name("unpack.py")
+    command = [sys.executable, "-I", str(script), str(tmp_path / "wheels"), str(tmp_path / "site")]
+    subprocess.run(command, check=True)
+    assert [path.name for path in (tmp_path / "site").iterdir()] == ["acme_of_kit.py"]
+
+
+@pytest.mark.e2e
+def test_the_script_runs_the_harness_of_the_kit(index: dict[str, int], tmp_path: Path) -> None:
+    kit = tmp_path / "kit"
+    assert main(["kit", str(kit), "--size", "20MiB"]) == Exit.PASS
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", str(kit / "run.sh"), "list", "implementations", "--json"], cwd=tmp_path, env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "fused" in done.stdout

@@ -1,0 +1,237 @@
+"""`night`: what fits into the budget runs, what fails leaves a usable page, and the rest goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.cli import main
+from harness.errors import Exit
+from harness.process.worker_pool import marked
+from harness.regression.night import part_run, parts
+from harness.regression.night import run as nights
+from harness.regression.night.parts import Part
+from harness.regression.night.run import NightRequest, night
+
+STUB = """
+import json, os, signal, subprocess, sys, time
+what = sys.argv[1]
+check = {"implementation": "fused", "kind": "operation", "target": "nf4_dequantize", "dtype": "bfloat16", "case": "64x64",
+         "traceback": "", "result": {"check": "outputs", "error": None, "allowed": None, "detail": "", "nonfinite": 0}}
+def document(**changed):
+    result = check["result"] | changed.pop("result", {})
+    row = check | {"standing": "fail"} | changed | {"result": result}
+    print(json.dumps({"checks": [check | {"standing": "pass"}, row], "skipped": {}}), flush=True)
+if what == "good":
+    print(json.dumps({"checks": [check | {"standing": "pass"}], "skipped": {}}))
+elif what == "raises":
+    told = "raised Boom: in kernel _dequantize, grid (4,), num_warps=4"
+    document(traceback="Traceback: in _dequantize", result={"detail": told})
+    sys.exit(1)
+elif what == "nan":
+    document(result={"detail": "y", "nonfinite": 7})
+    sys.exit(1)
+elif what == "hangs":
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("about to hang", file=sys.stderr, flush=True)
+    time.sleep(600)
+elif what == "saves":
+    def end(*_):
+        print(json.dumps({"checks": [check | {"standing": "pass"}], "skipped": {}}), flush=True)
+        os._exit(4)
+    signal.signal(signal.SIGTERM, end)
+    time.sleep(600)
+elif what == "crashes":
+    print("last words", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGSEGV)
+elif what == "full":
+    print("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB", file=sys.stderr)
+    sys.exit(4)
+elif what == "garbage":
+    print('{"checks": [')
+    sys.exit(0)
+"""
+
+
+def part(word: str, estimate_s: float = 1.0, name: str = "") -> Part:
+    return Part(name or word, f"What if it {word}?", "check", (word,), estimate_s)
+
+
+def run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    plan: list[Part],
+    budget_s: float = 600.0,
+    only: tuple[str, ...] = (),
+) -> tuple[Exit, dict[str, dict[str, Any]], str]:
+    """Run these parts with a command that plays them. Return exit code, results by part, and the page."""
+    stub = tmp_path / "stub.py"
+    stub.write_text(STUB, encoding="utf-8")
+    monkeypatch.setattr(parts, "on_cpu", lambda: plan)
+    out = tmp_path / "night"
+    request = NightRequest(budget_s, "cpu", out, only, (sys.executable, str(stub)))
+    code = night(request, as_json=True)
+    results = {file.stem: json.loads(file.read_text()) for file in (out / "parts").glob("*.json")}
+    footer = json.loads((out / "footer.json").read_text())
+    assert footer["exit"] == code
+    assert footer["counts"] == {s: [r["status"] for r in results.values()].count(s) for s in footer["counts"]}
+    return code, results, (out / "index.html").read_text()
+
+
+def test_parts_that_pass_make_a_good_night(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, results, page = run(tmp_path, monkeypatch, [part("good"), part("good", name="better")])
+    assert code == Exit.PASS
+    assert {one["status"] for one in results.values()} == {"ok"}
+    assert results["good"]["summary"] == "1 pass"
+    assert "good night" in page
+
+
+@pytest.mark.parametrize(
+    ("word", "status", "told"),
+    [
+        ("raises", "finding", "in kernel _dequantize, grid (4,), num_warps=4"),
+        ("nan", "finding", "7 numbers are not finite"),
+        ("crashes", "failed", "died of SIGSEGV"),
+        ("full", "failed", "CUDA out of memory. Tried to allocate 20.00 GiB"),
+    ],
+)
+def test_a_part_that_fails_is_told_with_its_reproduction_and_the_next_part_runs(
+    word: str, status: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, results, page = run(tmp_path, monkeypatch, [part(word), part("good")])
+    assert code == (Exit.FAIL if status == "finding" else Exit.INFRASTRUCTURE)
+    assert results[word]["status"] == status
+    (failure,) = results[word]["failures"]
+    assert told in failure["what"] + results[word]["because"]
+    assert failure["reproduce"].startswith("peft-harness ")
+    assert results["good"]["status"] == "ok"
+    assert told.partition(",")[0] in page
+    assert failure["reproduce"] in page
+
+
+def test_the_reproduction_of_a_check_names_its_operation_and_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, results, page = run(tmp_path, monkeypatch, [part("raises")])
+    (failure,) = results["raises"]["failures"]
+    assert failure["reproduce"] == "peft-harness check fused --op nf4_dequantize --dtype bfloat16"
+    assert "Traceback: in _dequantize" in page
+
+
+def test_a_part_that_hangs_is_killed_with_all_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nights, "_LEAST_LIMIT_S", 2.0)
+    monkeypatch.setattr(part_run, "GRACE_S", 1.0)
+    monkeypatch.setenv("OF_THIS_TEST", str(tmp_path))
+    code, results, page = run(tmp_path, monkeypatch, [part("hangs", 0.1), part("good")])
+    assert code == Exit.INFRASTRUCTURE
+    assert results["hangs"]["status"] == "failed"
+    assert "it took too long" in results["hangs"]["because"]
+    assert "about to hang" in page
+    assert results["good"]["status"] == "ok"
+    assert [one for one in marked("OF_THIS_TEST", str(tmp_path)) if one.pid != os.getpid()] == []
+
+
+def test_a_part_that_does_not_fit_is_not_run_and_a_smaller_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, results, page = run(tmp_path, monkeypatch, [part("good", 900.0, "large"), part("good")], budget_s=60.0)
+    assert code == Exit.PASS
+    assert results["large"]["status"] == "not-run"
+    assert "it needs about 15 min 00 s" in results["large"]["because"]
+    assert results["large"]["seconds"] is None
+    assert results["good"]["status"] == "ok"
+    assert "peft-harness night --device cpu --only large" in page
+
+
+def test_a_budget_that_ends_inside_a_part_keeps_what_it_has_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, results, page = run(tmp_path, monkeypatch, [part("saves", 0.1), part("good", 30.0)], budget_s=8.0)
+    assert code == Exit.PASS
+    assert results["saves"]["status"] == "cut"
+    assert results["saves"]["summary"] == "1 pass"
+    assert results["good"]["status"] == "not-run"
+    assert "what it had measured is kept" in page
+
+
+def test_a_damaged_document_is_no_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, results, _ = run(tmp_path, monkeypatch, [part("garbage"), part("good")])
+    assert code == Exit.INFRASTRUCTURE
+    assert results["garbage"]["status"] == "failed"
+    assert results["garbage"]["because"] == "its document cannot be read"
+    assert results["good"]["status"] == "ok"
+
+
+def test_only_chooses_parts_and_refuses_unknown_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, results, _ = run(tmp_path, monkeypatch, [part("good"), part("raises")], only=("go",))
+    assert list(results) == ["good"]
+    assert main(["night", "--device", "cpu", "--only", "nothing", "--out", str(tmp_path / "other")]) == Exit.USAGE
+    assert "no part `nothing`" in capsys.readouterr().err
+
+
+def test_without_a_gpu_every_part_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(nights, "no_gpu", lambda: "no GPU")
+    out = tmp_path / "night"
+    assert main(["night", "--out", str(out), "--json"]) == Exit.INFRASTRUCTURE
+    document = json.loads(capsys.readouterr().out)
+    assert {one["status"] for one in document["results"]} == {"not-run"}
+    assert len(document["results"]) == len(parts.on_gpu())
+    assert document["exit"] == json.loads((out / "footer.json").read_text())["exit"] == Exit.INFRASTRUCTURE
+    assert "no GPU" in (out / "index.html").read_text()
+
+
+def test_ctrl_c_leaves_a_footer_and_a_page(tmp_path: Path) -> None:
+    """The night of a real process, ended in its first part."""
+    stub = tmp_path / "stub.py"
+    stub.write_text(STUB, encoding="utf-8")
+    out = tmp_path / "night"
+    code = (
+        "import sys; from pathlib import Path; from harness.regression.night import parts, run\n"
+        "plan = [parts.Part(n, n, 'check', (n,), 1.0) for n in ('saves', 'good')]\n"
+        "parts.on_cpu = lambda: plan\n"
+        f"sys.exit(run.night(run.NightRequest(600, 'cpu', Path({str(out)!r}), (), (sys.executable, {str(stub)!r})), True))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = out / "parts" / "saves" / "log.txt"
+    while not log.is_file():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1.0)  # the part has set its handler
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == Exit.INFRASTRUCTURE
+    footer = json.loads((out / "footer.json").read_text())
+    assert footer["how"] == "interrupted"
+    assert footer["counts"] == {"not-run": 2}
+    assert "interrupted" in (out / "index.html").read_text()
+
+
+def test_every_command_of_the_plans_is_one_that_the_command_line_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    import click
+
+    from harness.cli.app import commands
+
+    for planned in (*parts.on_gpu(), *parts.on_cpu()):
+        words = [w.replace(parts.OUT, "x") for w in planned.words if w != parts.RUNS]
+        command = commands.get_command(click.Context(commands), words[0])
+        assert command is not None, planned.name
+        command.make_context(words[0], words[1:])  # raises for an option that it does not have
+
+
+def test_the_names_of_parts_are_distinct() -> None:
+    for plan in (parts.on_gpu(), parts.on_cpu()):
+        names = [one.name for one in plan]
+        assert len(names) == len(set(names))
+        assert names[0].startswith("parity")  # correctness comes first
