@@ -84,11 +84,11 @@ def reference(
     return gated_experts(x, chosen, weights, gate_up + update_up, down + update_down, transposed)
 
 
+# No `inputs`: the output grows with the square of x, so large inputs overflow.
 OPERATION = Operation(
     name="lora_experts",
     outputs=("y",),
     arguments=arguments,
     reference=reference,
     differentiable=("x", "weights", "gate_up_A", "gate_up_B", "down_A", "down_B"),
-    inputs=("x",),
 )
