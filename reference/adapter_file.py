@@ -366,8 +366,11 @@ def _saved(settings: AdapterSettings, model: nn.Module) -> list[str]:
 
 
 def _kind(module: nn.Module) -> str:
-    """Return the kind of a layer as `kind_of` does, or "" for a convolution in groups."""
-    return "" if getattr(module, "groups", 1) != 1 else kind_of(module)
+    """Return the kind of a layer as `kind_of` does, or "" for a convolution in groups and for stacked experts.
+
+    target_modules selects no stacked experts; target_parameters does.
+    """
+    return "" if getattr(module, "groups", 1) != 1 or (kind := kind_of(module)) == "experts" else kind
 
 
 def _path(key: str) -> str:

@@ -3,8 +3,8 @@
     h = W0 x + (alpha / r) B A x                                                      (paper, eq. 3 and section 4.1)
 
 A (R, D) is drawn at random, B (E, R) is zero at the start, and W0 (E, D) is frozen. With `rslora`, the scaling is alpha
-/ sqrt(r) (arXiv:2312.03732). Embeddings and convolutions are in `lora_layers.py`. Shape letters: T tokens, D input
-features, E output features, R rank.
+/ sqrt(r) (arXiv:2312.03732). Embeddings and convolutions are in `shared/lora_layers.py`, stacked experts in
+`lora_experts.py`. Shape letters: T tokens, D input features, E output features, R rank.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reference.lora_experts import adapted_experts
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers, LowRankLayer
 from reference.shared.layers import KINDS, floating_dtype, kind_of, replace, targets
 from reference.shared.lora_layers import LoraConv2d, LoraConv2dKernel, LoraEmbedding
@@ -75,6 +76,13 @@ SPEC = ReferenceSpec(
             why="HF peft does the same but cannot merge it: the update connects channels of different groups",
         ),
         Deviation(
+            topic="stacked experts",
+            paper="not treated",
+            here="every expert has an A and a B of its own, in the layout of HF peft's `target_parameters`; no dropout",
+            why="HF peft does the same and has no dropout there either; the name `experts` in `targets` selects them, "
+            "and `all-linear` does not, so that older results keep their meaning",
+        ),
+        Deviation(
             topic="merging",
             paper="W = W0 + B A is computed and stored when the model is deployed (section 4.1)",
             here="on request; the base layer stays unchanged, so that unmerging is exact",
@@ -101,7 +109,7 @@ class Config:
     alpha: float = field(default=16.0, metadata={"minimum": 1e-3, "maximum": 1e4})
     """Numerator of the scaling alpha / rank."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
+    """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`; `experts` adapts stacked experts."""
     dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
     """Probability that an input feature of the adapter branch is dropped in training; embeddings have none."""
     rslora: bool = False
@@ -165,6 +173,8 @@ def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLa
         A, B = initial_factors(config.init, rank, inputs, outputs, generator)
         return A.to(**like), B.to(**like)
 
+    if kind == "experts":
+        return adapted_experts(base, R, s, config.init, p, generator)
     if kind == "embedding":
         B = torch.randn(base.embedding_dim, R, dtype=torch.float64, generator=generator).to(**like)
         return LoraEmbedding(base, torch.zeros(R, base.num_embeddings, **like), B, s)

@@ -24,8 +24,8 @@ from harness.cell.training.head import adapted_layers, head_of, in_head
 from harness.cell.training.head import draw as draw_head
 from harness.cell.training.offloaded_weights import OffloadedWeights, unused
 from harness.conformance.cell_gate import parity_gate
-from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.observations import inference
+from harness.conformance.comparison.stacked_experts import one_by_one
 from harness.conformance.findings.summary import describe
 from harness.conformance.subject import Original, Subject, initial_tensors, load_start
 from harness.methods import experts
@@ -62,7 +62,6 @@ def measure(run: CellRun, predict: Predict) -> Measurements:
     cell = run.cell
     loaded = _load(run)
     model = loaded.model
-    whole_model.one_by_one(model, run.dtype)
     model_B = checkpoint_size.model_bytes(model)  # counted before it is packed
     with run.clock.phase("data"):
         data: Data = CellData(run.job, loaded, run.emit) if run.job.data else RandomData(run.job, loaded)
@@ -124,6 +123,7 @@ def _load(run: CellRun) -> models.Loaded:
             run.notes += loaded.notes
             return loaded
         model = random_model.build(path, run.dtype, kind, job.task.labels)
+        one_by_one(model, run.dtype)
         run.notes.append(random_model.NOTE)
         head = head_of(model, kind)
         if run.cell.base.quantization == "none":

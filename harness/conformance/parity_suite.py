@@ -23,7 +23,7 @@ from harness.records.record import FrozenModel
 from harness.resources import data_folder
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
-Kind = Literal["linear", "conv1d", "embedding", "conv2d", "conv2d-dilated", "conv2d-reflect"]
+Kind = Literal["linear", "conv1d", "embedding", "conv2d", "conv2d-dilated", "conv2d-reflect", "experts"]
 ModelForm = Literal["plain", "wide", "deep"]
 """Forms of the ParityModel. `plain` has two target layers. `wide` also has a larger layer that must not be adapted.
 `deep` has ten target layers.
@@ -117,7 +117,8 @@ class MethodSuite(FrozenModel):
             return
         if wanted.full:
             for config, kind, shape, dtype in itertools.product(self.configs, self.layers, self.shapes, there):
-                yield MethodCase(config, kind, shape, dtype)
+                if _fits(config, kind):
+                    yield MethodCase(config, kind, shape, dtype)
         else:
             yield from self._few(there)
 
@@ -133,7 +134,8 @@ class MethodSuite(FrozenModel):
             for number, kind in enumerate(self.layers[1:], start=1):
                 if every.step is not None and (number + shift) % every.step:
                     continue
-                config = self.configs[(number + shift) % len(self.configs)]
+                suitable = [config for config in self.configs if _fits(config, kind)]
+                config = suitable[(number + shift) % len(suitable)]
                 yield MethodCase(config, kind, self.shapes[(number + shift) % len(self.shapes)], dtype)
 
 
@@ -255,6 +257,11 @@ AnyCase = MethodCase | OperationCase | LoaderCase
 
 def _drops(config: Values) -> bool:
     return bool(config.get("dropout"))
+
+
+def _fits(config: Values, kind: Kind) -> bool:
+    """Return whether a layer of this kind accepts a config of the suite. Stacked experts have no dropout."""
+    return kind != "experts" or not _drops(config)
 
 
 def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tuple[int, slice]:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from harness.conformance.comparison.stacked_experts import fix_routing, one_by_one
 from harness.conformance.module_copy import copied
 from harness.methods import checksums
 from harness.methods.peft_config import UNREFERENCED, AdapterConfig
 from harness.methods.spec import Adapted, method_info
 from harness.records.record import ADAPTER_SHA256
 from reference.operations import nf4
-from reference.shared.layers import KINDS, dense_weight, targets
+from reference.shared.layers import KINDS, dense_weight, kind_of, targets
 
 if TYPE_CHECKING:
     from harness.conformance.comparison.tolerance_policies import Judgement
@@ -142,6 +143,14 @@ class Subject:
     With this cache, W is decomposed or quantised only once.
     """
 
+    def __post_init__(self) -> None:
+        """Let checks call stacked experts with an input alone."""
+        for path, base in self.bases.items():
+            if kind_of(base) == "experts":
+                adapted = self.adapted.layers.get(path)
+                for one in (base, self.original_base(path), *(() if adapted is None else (adapted,))):
+                    fix_routing(one)
+
     def tensors_of(self, path: str) -> dict[str, Tensor]:
         """Map names, relative to `path`, to the trainable tensors of the layer at `path`."""
         return _select(path, self.adapted.tensors())
@@ -174,7 +183,9 @@ class Subject:
         """Return a plain copy of the base layer at `path` in `dtype`. The reference decodes a weight that is packed."""
         base: Any = self.original_base(path)
         if path not in self.packed:
-            return copied(base).to(dtype)  # type: ignore[no-any-return]
+            dense: nn.Module = copied(base).to(dtype)
+            one_by_one(dense, dtype)
+            return dense
         form, shape = self.packed[path], (base.out_features, base.in_features)
         codes = nf4.unpack(form.data, shape[0] * shape[1])
         dense = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")

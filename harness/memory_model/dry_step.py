@@ -24,7 +24,7 @@ from harness.cell.training.batches import Batch, Example, collate
 from harness.cell.training.head import adapted_layers, head_of
 from harness.cell.training.offloaded_weights import release, unused
 from harness.cell.training.random_model import outermost_lists
-from harness.conformance.comparison import whole_model
+from harness.conformance.comparison.stacked_experts import one_by_one
 from harness.conformance.subject import DTYPES
 from harness.errors import UsageError
 from harness.kernels.nf4_format import BLOCK2
@@ -145,7 +145,7 @@ def _stages(step: DryStep, parts: Sequence[Batch], uniform: bool = False) -> dic
     """
     cell = step.cell
     model = structure.build(step.config, step.kind, DTYPES[cell.dtype])
-    whole_model.one_by_one(model, DTYPES[cell.dtype])
+    one_by_one(model, DTYPES[cell.dtype])
     packed_weight.forget()  # drop the buffer of decoded weights, which is not part of this step
     with MemoryTracker() as tracker, _few_chunks(), _decoded_at_once():
         _fill(model)

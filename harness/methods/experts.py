@@ -1,6 +1,6 @@
 """Expert weights that are stacked in one parameter, in mixture-of-experts models. Imports no torch.
 
-They are no linear layers, so `all-linear` and a 4-bit base do not reach them.
+They are no linear layers, so `all-linear` and a 4-bit base do not reach them. LoRA's target `experts` does.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from harness.records.record import Cell
 
 ALL_LINEAR = "all-linear"
+_ADAPTED = {"base", "base_layer"}
+"""Names of the module of experts inside an adapted layer: of the reference and `fused`, and of HF peft."""
 
 
 def untouched(model: nn.Module) -> int:
-    """Return the number of expert weights that do not train and have no adapter of HF peft.
+    """Return the number of expert weights that do not train and have no adapter.
 
     `model` must be ready to train, so that `requires_grad` is final. Experts are modules with `Expert` in their class
     name, as in transformers. The parameters of such a module are the stacked matrices of all experts in a block.
@@ -26,7 +28,7 @@ def untouched(model: nn.Module) -> int:
     return sum(
         p.numel()
         for path, module in model.named_modules()
-        if "Expert" in type(module).__name__ and "base_layer" not in path
+        if "Expert" in type(module).__name__ and not _ADAPTED & {*path.split(".")}
         for p in module.parameters(recurse=False)
         if p.dim() > 1 and not p.requires_grad
     )
@@ -50,7 +52,7 @@ def note(number: int, weights: int) -> str:
     return (
         f"the experts are stacked weights and no linear layers: {number:,} of {weights:,} weights "
         f"({number / weights:.0%}) are neither adapted nor packed into 4 bits; "
-        "`method: peft` adapts them by `target_parameters`"
+        "LoRA adapts them by `targets: [all-linear, experts]`"
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 LINEAR = ("linear",)
-KINDS = ("linear", "Conv1D", "embedding", "Conv2d")
+KINDS = ("linear", "Conv1D", "embedding", "Conv2d", "experts")
 """Kinds of layers that a Method may adapt. Every Method adapts the first kind, `linear`."""
 
 
@@ -19,8 +19,8 @@ def kind_of(module: nn.Module) -> str:
 
     linear: nn.Linear or a quantised subclass. Conv1D: transformers' linear layer with the weight stored as (in, out).
     embedding, Conv2d: nn.Embedding, nn.Conv2d, and subclasses with the same forward pass; an embedding may also
-    multiply by its `embed_scale`. Other subclasses are excluded: they transform their weight, e.g. by a norm, and would
-    have to transform the update of a Method too.
+    multiply by its `embed_scale`. experts: a module of `stacked_weights`. Other subclasses are excluded: they transform
+    their weight, e.g. by a norm, and would have to transform the update of a Method too.
     """
     layer: Any = module
     if isinstance(module, nn.Linear):
@@ -33,7 +33,17 @@ def kind_of(module: nn.Module) -> str:
     if isinstance(module, nn.Conv2d):
         convolves = (type(module).forward, type(module)._conv_forward)
         return "Conv2d" if convolves == (nn.Conv2d.forward, nn.Conv2d._conv_forward) else ""
-    return ""
+    return "experts" if stacked_weights(module) else ""
+
+
+def stacked_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Map names to the parameters that stack the matrices of all experts of a block, (experts, ..., ...).
+
+    A module of experts has a class named `...Experts`, as in transformers. For any other module the result is empty.
+    """
+    if not type(module).__name__.endswith("Experts"):
+        return {}
+    return {name: p for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
 
 
 @overload

@@ -1,4 +1,4 @@
-"""The kernels of optimizer steps, of AdaLoRA's importance and of mixed adapters, run by Triton's interpreter on the CPU.
+"""The kernels of optimizer steps, of AdaLoRA's importance, of mixed adapters and of experts, run by Triton's interpreter.
 
 The conformance engine judges, as it does every implementation; here the cases are small, since the interpreter is slow.
 """
@@ -15,6 +15,7 @@ import torch
 from harness.conformance import operations, parity_suite
 from harness.conformance.execution import suite_run
 from harness.conformance.parity_suite import OperationCase
+from harness.kernels.torch import lora_experts
 from harness.kernels.triton import adalora_importance, adamw8bit_step, dynamic_quantize, galore_step, multi_lora_linear
 from harness.methods.registry import implements
 from harness.records.record import Outcome
@@ -36,6 +37,9 @@ CASES: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (galore_step.galore_step, {"shape": [70, 33], "rank": 3, "step": 2}),
     (galore_step.galore_step, {"shape": [24, 16], "rank": 4, "side": "full"}),
     (multi_lora_linear.multi_lora_linear, {"ids": [1, -1, 1], "ranks": [3, 17], "shape": [35, 20], "tokens": 2}),
+    (lora_experts.lora_experts, {"shape": [16, 16], "experts": 4, "rank": 4, "used": 2}),
+    (lora_experts.lora_experts, {"shape": [18, 12], "experts": 2, "rank": 17, "transposed": True, "tokens": 3}),
+    (lora_experts.lora_experts, {"shape": [24, 20], "experts": 3, "rank": 3, "tokens": 5}),
 ]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from harness.assets import conv1d
 from harness.cell.training import head
+from harness.conformance.comparison.stacked_experts import one_by_one
 from harness.conformance.tolerance_constants import FORESIGHT
 from harness.errors import AssetError, UsageError
 from harness.process.out_of_memory import shortage
@@ -58,7 +59,7 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
         what = f"the weights do not match its config.json: {wrong[0]} has the shape {saved}, and {wanted} in the config"
         raise AssetError(what, where=str(path), hint="copy or fetch its folder again, or correct config.json")
     written = conv1d.as_linear(model)
-    model.to(device)
+    one_by_one(model.to(device), dtype)
     if kind == "causal" and (share := foresight(model)) > FORESIGHT:
         raise AssetError(
             f"{type(model).__name__} is configured as no causal model: its output depends on later tokens too "

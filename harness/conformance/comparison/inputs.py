@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from harness.conformance.comparison.magnitudes import vary
 from harness.conformance.subject import DTYPES
+from reference.shared.layers import kind_of
 
 HALF = 0.5
 """Factor by which checks change an adapter or an argument. It is a power of two, so that nothing is rounded."""
@@ -29,8 +30,8 @@ def inputs(
     """Return an input x and an incoming gradient dy for the layer `base`.
 
     Both are drawn in float64, so that every dtype sees the same numbers. A linear layer gets x (T, D) and dy (T, E). An
-    embedding gets token numbers (T,) and dy (T, dim). A Conv2d gets at most `images` images (N, C, H, W). magnitude:
-    magnitude of x, see `magnitudes.vary`.
+    embedding gets token numbers (T,) and dy (T, dim). A Conv2d gets at most `images` images (N, C, H, W). Stacked
+    experts get x and dy (T, D); see `stacked_experts`. magnitude: magnitude of x, see `magnitudes.vary`.
     """
     layer: Any = base
     if isinstance(base, nn.Embedding):
@@ -58,14 +59,16 @@ def cast(x: Tensor, dtype: str) -> Tensor:
 def features(base: nn.Module) -> tuple[int, int]:
     """Return the numbers of input features and output features of a linear layer.
 
-    The layer may also be transformers' Conv1D, which stores the transposed weight.
+    The layer may also be transformers' Conv1D, which stores the transposed weight, or a module of stacked experts.
     """
     layer: Any = base
     if isinstance(base, nn.Linear):
         return layer.in_features, layer.out_features
+    if kind_of(base) == "experts":
+        return (layer.down_proj.shape[2 if layer.is_transposed else 1],) * 2
     return layer.weight.shape[0], layer.weight.shape[1]
 
 
 def takes_rows(base: nn.Module) -> bool:
-    """Return whether the layer maps rows of features to rows of features. There may be any leading dimensions."""
-    return not isinstance(base, nn.Embedding | nn.Conv2d)
+    """Return whether the layer maps rows of features to rows of features, each by itself, with any leading dimensions."""
+    return not isinstance(base, nn.Embedding | nn.Conv2d) and kind_of(base) != "experts"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harness.conformance import module_copy
+from harness.conformance.comparison.stacked_experts import one_by_one
 from harness.conformance.subject import DTYPES, Subject, attach_reference
 from reference.shared.layers import replace
 
@@ -18,15 +18,6 @@ def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     made: nn.Module = module_copy.copied(model).to(dtype)
     one_by_one(made, dtype)
     return made
-
-
-def one_by_one(model: Any, dtype: torch.dtype) -> None:
-    """Let a mixture-of-experts model multiply its experts one by one, if `dtype` is float64.
-
-    torch has no grouped products in float64.
-    """
-    if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from harness.conformance.comparison.inputs import SIDE
 from harness.conformance.comparison.observations import inference
+from harness.conformance.comparison.stacked_experts import fixed_choice
 from harness.conformance.parity_suite import CaseShape, Kind, ModelForm, WeightSize
 
 _PAIRS = 4
 """A `deep` model has this number of pairs of targets in addition to `first` and `second`."""
+EXPERTS = 3
+"""Number of stacked experts in one module. One of them is chosen by no token."""
 _WEIGHT_SIZES: dict[WeightSize, float] = {"normal": 1.0, "large": 256.0, "small": 1 / 256}
 _GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv2d": {"padding": 1},
@@ -29,6 +32,7 @@ class ParityModel(nn.Module):
     `first` and `second` are the targets, which a Method adapts. `other` is never adapted. `second` has no bias if its
     kind of layer allows that. The form `wide` adds the layer `wide` (D + E to D + E features), which is never adapted,
     and which is larger than every target in both dimensions. The form `deep` adds the targets `more.0` to `more.7`.
+    Stacked experts map D to D features, with E features in between.
     Weights are normal with standard deviation 1/sqrt(inputs), drawn in float64. weights: size of the weights of all
     layers but `other`.
     """
@@ -53,6 +57,7 @@ class ParityModel(nn.Module):
         for name, parameter in self.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             fan_in = D if kind == "embedding" else max(1, parameter.numel() // max(parameter.shape[0], 1))
+            fan_in = parameter.shape[-1] if parameter.dim() == 3 else fan_in
             size = 1.0 if name.startswith("other.") else _WEIGHT_SIZES[weights]
             parameter.data = (drawn * (size * fan_in**-0.5)).to(dtype)
         self.x = _input(kind, D, generator, dtype)
@@ -62,6 +67,10 @@ class ParityModel(nn.Module):
         y: Tensor
         if self.kind == "embedding":
             y = self.other(self.first(x) + self.second(x))
+        elif self.kind == "experts":
+            rows = x.flatten(0, 1)
+            choice = fixed_choice(EXPERTS, rows)
+            y = self.second(torch.tanh(self.other(self.first(rows, *choice))), *choice).view_as(x)
         else:
             h = torch.tanh(self.first(x))
             y = self.second(torch.tanh(self.other(h)))
@@ -86,6 +95,8 @@ def _layers(kind: Kind, D: int, E: int, *, swapped: bool = False) -> tuple[nn.Mo
         return nn.Linear(D, E, bias=not swapped), nn.Linear(E, E), nn.Linear(E, D, bias=swapped)
     if kind == "embedding":
         return nn.Embedding(D, E), nn.Linear(E, E), nn.Embedding(D, E)
+    if kind == "experts":
+        return _experts(D, E), nn.Linear(D, D), _experts(D, E)
     if kind.startswith("conv2d"):
         geometry = _GEOMETRIES[kind]
         D, E = _channels(D), _channels(E)
@@ -93,6 +104,16 @@ def _layers(kind: Kind, D: int, E: int, *, swapped: bool = False) -> tuple[nn.Mo
     from transformers.pytorch_utils import Conv1D
 
     return Conv1D(E, D), Conv1D(E, E), Conv1D(D, E)
+
+
+def _experts(D: int, E: int) -> nn.Module:
+    """Return Mixtral's stacked experts, which map D to D features, with E features in between."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    config = MixtralConfig(hidden_size=D, intermediate_size=E, num_local_experts=EXPERTS)
+    config._experts_implementation = "eager"
+    return MixtralExperts(config)  # type: ignore[no-any-return]
 
 
 def _channels(features: int) -> int:

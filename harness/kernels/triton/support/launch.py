@@ -15,7 +15,9 @@ from torch import Tensor
 
 from harness.kernels.compile.specimen import Kind, Specimen
 
-_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"}
+_POINTERS = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int64: "*i64",
+}  # fmt: skip
 
 
 def launch(kernel: Any, grid: tuple[int, ...], /, *positional: Any, **named: Any) -> None:

@@ -11,8 +11,8 @@ from harness.methods.registry import DTYPES, Implementation, implements
 if TYPE_CHECKING:
     from torch import Tensor
 _ALONE = (
-    "adalora_importance", "adamw8bit_step", "dora_linear", "dynamic_quantize", "galore_step", "lora_linear", "lora_mlp",
-    "lora_qkv", "multi_lora_linear", "nf4_linear", "nf4_lora_linear", "vera_linear",
+    "adalora_importance", "adamw8bit_step", "dora_linear", "dynamic_quantize", "galore_step", "lora_experts", "lora_linear",
+    "lora_mlp", "lora_qkv", "multi_lora_linear", "nf4_linear", "nf4_lora_linear", "vera_linear",
 )  # fmt: skip
 """Operations whose function and module have the Operation's name."""
 _FUNCTIONS = {name: f"{name}.{name}" for name in _ALONE} | {

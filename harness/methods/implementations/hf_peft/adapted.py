@@ -61,6 +61,12 @@ def second(model: nn.Module, peft_config: Any, generator: Generator) -> None:
     wrapper.set_adapter(ADAPTER)
 
 
+def wrappers(layer: Any) -> list[Any]:
+    """Return the layers of peft at one path, from the inside out: several for stacked experts, otherwise one."""
+    inside = layer.base_layer
+    return [*(wrappers(inside) if hasattr(inside, "base_layer") else ()), layer]
+
+
 class PeftAdapted:
     """An Adapted with peft's layers. Tensors are named `<path>.<letter of the paper>`.
 
@@ -79,7 +85,7 @@ class PeftAdapted:
 
         self.model, self.trains, self.frozen = model, trains, frozen
         layers = {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-        self.layers: dict[str, Any] = layers
+        self.layers: dict[str, Any] = {path: one for path, one in layers.items() if not path.endswith(".base_layer")}
 
     def tensors(self) -> dict[str, Tensor]:
         """Map canonical names to the trainable tensors, which are peft's own parameters."""
@@ -106,16 +112,18 @@ class PeftAdapted:
     def merge(self) -> None:
         """Merge as peft does: into the base weight, in place. A 4-bit base is packed again, which adds a rounding error."""
         for layer in self.layers.values():
-            layer.merge()
+            for one in wrappers(layer):
+                one.merge()
 
     def unmerge(self) -> None:
         """Unmerge as peft does, by subtraction."""
         for layer in self.layers.values():
-            layer.unmerge()
+            for one in wrappers(layer):
+                one.unmerge()
 
     def bases(self) -> dict[str, nn.Module]:
         """Map the paths of the adapted layers to their base layers."""
-        return {path: layer.base_layer for path, layer in self.layers.items()}
+        return {path: layer.get_base_layer() for path, layer in self.layers.items()}
 
     def detach(self) -> None:
         """Restore the base layers with their current weights, as peft's `unload` does."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import Unsupported
-from harness.methods.implementations.hf_peft.adapted import ADAPTER, PeftAdapted, peft_model, tuner
+from harness.methods.implementations.hf_peft.adapted import ADAPTER, PeftAdapted, peft_model, tuner, wrappers
 from harness.methods.registry import DTYPES, implements
 
 if TYPE_CHECKING:
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 @implements("lora", name="hf-peft", dtypes=DTYPES, requires=["peft"])
 def lora(model: nn.Module, config: reference_lora.Config, generator: Generator) -> PeftAdapted:
-    """Attach peft's LoRA to linear layers, Conv1D, embeddings and convolutions.
+    """Attach peft's LoRA to linear layers, Conv1D, embeddings, convolutions and stacked experts.
 
-    Raises Unsupported for a convolution with conv=loralib or init=orthogonal, and for init=orthogonal in float64.
+    Raises Unsupported for a convolution with conv=loralib, for init=orthogonal with a convolution or with experts, and
+    for init=orthogonal in float64.
     """
-    from reference.shared.layers import KINDS, floating_dtype, kind_of, targets
+    from reference.shared.layers import KINDS, floating_dtype, kind_of, stacked_weights, targets
 
     found = targets(model, config.targets, KINDS)
     kinds = {path: kind_of(layer) for path, layer in found.items()}
@@ -36,9 +37,15 @@ def lora(model: nn.Module, config: reference_lora.Config, generator: Generator) 
             raise Unsupported(f"{path}: peft's LoRA of a convolution is conv=peft, not conv={config.conv}")
         if config.init == "orthogonal":
             raise Unsupported(f"{path}: peft supports init=orthogonal for linear layers only")
+    stacks = [f"{path}.{name}" for path, layer in found.items() for name in stacked_weights(layer)]
+    if stacks and config.init == "orthogonal":
+        raise Unsupported(f"{stacks[0]}: peft supports init=orthogonal for linear layers only")
+    if stacks and config.dropout:
+        raise Unsupported(f"{stacks[0]}: peft's LoRA of stacked experts has no dropout")
     peft_config = lora_config(
         config,
-        kinds,
+        [path for path, kind in kinds.items() if kind != "experts"],
+        target_parameters=stacks or None,
         use_rslora=config.rslora,
         init_lora_weights=True if config.init == "kaiming" else config.init,
         # Users of GPT-2 set this too. Otherwise peft sets it layer by layer and warns.
@@ -170,7 +177,11 @@ def lora_tensors(layer: Any, name: str = ADAPTER) -> dict[str, Tensor]:
     Linear and Conv1D: A (R, D), B (E, R).
     Embedding: A (R, num), B (dim, R).
     Conv2d: A (R, in, k, k), B (out, R/groups, 1, 1).
+    Stacked experts: A (K R, D) and B (E, R K) of each parameter, see `reference/lora_experts.py`.
     """
+    if hasattr(layer, "parameter_name"):
+        pairs = {one.parameter_name: (one.lora_A[name].weight, one.lora_B[name].weight) for one in wrappers(layer)}
+        return {f"{own}.{letter}": t for own, pair in pairs.items() for letter, t in zip("AB", pair, strict=True)}
     if name in layer.lora_embedding_A:
         return {"A": layer.lora_embedding_A[name], "B": layer.lora_embedding_B[name]}
     return {"A": layer.lora_A[name].weight, "B": layer.lora_B[name].weight}

@@ -10,7 +10,9 @@ from harness.kernels.torch.lora_linear import lora_linear_over
 from harness.kernels.torch.lora_linears import LoraFactors, factors_over
 from harness.kernels.torch.support.dropout import keep_mask
 from harness.kernels.torch.support.shared_input import SharedInputLayer, link
+from harness.methods.implementations.fused.experts import FusedLoraExperts, why_not
 from reference import lora
+from reference.lora_experts import LoraExperts
 from reference.shared.adapted import AdaptedLayers
 
 
@@ -49,13 +51,29 @@ class FusedLoraLinear(FusedLowRankLayer, lora.LoraLinear):
 
 
 def attach(model: nn.Module, config: lora.Config, generator: torch.Generator) -> AdaptedLayers:
-    """Attach layers that compute by `lora_linear` to `config.targets`. Raises Unsupported if a target is not linear."""
+    """Attach layers that compute by `lora_linear` or `routed_experts` to `config.targets`.
+
+    Raises Unsupported if a target is neither linear nor a module of experts that transformers can group.
+    """
     adapted = lora.attach(model, config, generator)
     for path, layer in adapted.layers.items():
-        if type(layer) is not lora.LoraLinear or not isinstance(layer.base, nn.Linear):
+        if problem := _why_not(layer):
             adapted.detach()
-            raise Unsupported(f"{path} is a {type(layer.base).__name__}; the fused LoRA supports linear layers only")
-    for layer in adapted.layers.values():
-        layer.__class__ = FusedLoraLinear  # the state stays the same; only the forward pass differs
-    link(adapted.layers)
+            raise Unsupported(f"{path} is a {type(layer.base).__name__}; {problem}")
+    linear = {}
+    for path, layer in adapted.layers.items():  # the state stays; only the forward pass differs
+        if isinstance(layer, LoraExperts):
+            layer.__class__ = FusedLoraExperts
+        else:
+            layer.__class__ = FusedLoraLinear
+            linear[path] = layer
+    link(linear)
     return adapted
+
+
+def _why_not(layer: nn.Module) -> str:
+    """Return why this package has no code for an adapted layer, or an empty string."""
+    if isinstance(layer, LoraExperts):
+        return why_not(layer.base)
+    plain = type(layer) is lora.LoraLinear and isinstance(layer.base, nn.Linear)
+    return "" if plain else "the fused LoRA supports linear layers and stacked experts only"

@@ -1,0 +1,181 @@
+"""The experts of a mixture-of-experts block with LoRA on every expert, grouped by expert.
+
+    y_t = sum_n w_tn down_k(silu(gate_k x_t) * up_k x_t)   with k = chosen_tn, and LoRA (arXiv:2106.09685) on each weight
+
+Pairs of a token and one of its experts are sorted by expert, so that the rows of an expert are adjacent. Then each
+expert multiplies a slice, and its low-rank term is added in place. No matrix of the size of the stack is written: the
+update B A is never computed. In shapes, T is the number of tokens, N the chosen experts per token, P = T N the pairs, K
+the experts, D and E the input and output features, H the features between up and down, R the rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from harness.kernels.device import frozen, multiplied_by_triton
+from harness.kernels.torch.support.autocast import outside_autocast
+
+
+@dataclass(frozen=True)
+class StackedLinear:
+    """One weight of all experts, and the factors of its update."""
+
+    weight: Tensor
+    """(K, E, D), or (K, D, E) if `transposed`."""
+    A: Tensor
+    """(K R, D): the R rows of an expert are adjacent."""
+    B: Tensor
+    """(E, R K): the K columns of a rank are adjacent."""
+    scaling: float
+    transposed: bool = False
+    bias: Tensor | None = None
+    """(K, E)."""
+
+    def __call__(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Return the output (P, E) for rows x (P, D), which are sorted by expert. counts: the rows of each expert."""
+        K = len(self.weight)
+        W = self.weight.transpose(1, 2) if self.transposed else self.weight
+        A, B = self.A.view(K, -1, self.A.shape[1]), self.B.view(len(self.B), -1, K).permute(2, 0, 1)
+        y = grouped_lora_linear(x, W, A, B, self.scaling, counts)
+        return y if self.bias is None else y + self.bias.repeat_interleave(counts, 0, output_size=len(x))
+
+
+class _GroupedLora(torch.autograd.Function):
+    """Computes x W_k^T + scaling x A_k^T B_k^T for the rows of each expert k."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float, counts: Sequence[int]) -> Tensor:
+        y, low, B = x.new_empty(len(x), W.shape[1]), x.new_empty(len(x), A.shape[1]), B.contiguous()
+        for k, rows in _slices(counts):
+            torch.mm(x[rows], A[k].T, out=low[rows])
+            torch.mm(x[rows], W[k].T, out=y[rows])
+            y[rows].addmm_(low[rows], B[k].T, alpha=scaling)
+        ctx.save_for_backward(x, W, A, B, low)
+        ctx.scaling, ctx.counts = scaling, counts
+        return y
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, A, B, low = ctx.saved_tensors
+        need_x, need_W, need_A, need_B = ctx.needs_input_grad[:4]
+        dx: list[Tensor] = []
+        dW, dA, dB = (
+            [torch.zeros_like(t[0])] * len(W) if need else [] for t, need in ((W, need_W), (A, need_A), (B, need_B))
+        )
+        for k, rows in _slices(ctx.counts):
+            own = dy[rows]
+            # For a second derivative, the low-rank product needs its graph.
+            S = x[rows] @ A[k].T if torch.is_grad_enabled() else low[rows]
+            dS = (own @ B[k]).mul_(ctx.scaling)
+            if need_x:
+                dx.append((own @ W[k]).addmm_(dS, A[k]))
+            if need_W:
+                dW[k] = own.T @ x[rows]
+            if need_A:
+                dA[k] = dS.T @ x[rows]
+            if need_B:
+                dB[k] = (own.T @ S).mul_(ctx.scaling)
+        return (
+            (torch.cat(dx) if dx else torch.zeros_like(x)) if need_x else None,
+            *(torch.stack(one) if one else None for one in (dW, dA, dB)),
+            None,
+            None,
+        )
+
+
+def _slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Yield each expert that has rows, and the slice of its rows."""
+    begin = 0
+    for k, count in enumerate(counts):
+        if count:
+            yield k, slice(begin, begin + count)
+        begin += count
+
+
+def grouped_lora_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float, counts: Tensor) -> Tensor:
+    """Return x_p W_k^T + scaling x_p A_k^T B_k^T for each row p of expert k, shape (P, E).
+
+    Shapes: x (P, D) sorted by expert, W (K, E, D), A (K, R, D), B (K, E, R), counts (K,) with the rows of each expert.
+    The tensors have one floating dtype, and any strides. The result is differentiable in x, W, A and B: twice in torch;
+    in Triton once, and W must be frozen. Raises ValueError if the counts do not add up to P. On a GPU, Triton does not
+    look at the counts.
+    """
+    if multiplied_by_triton(x, W, A, B) and frozen(W):
+        from harness.kernels.triton import lora_experts as gpu
+
+        return gpu.grouped_lora_linear(x, W, A, B, scaling, counts)
+    numbers = counts.tolist()
+    if len(numbers) != len(W) or sum(numbers) != len(x):
+        raise ValueError(f"counts must be {len(W)} numbers with the sum {len(x)}, one per expert; got {numbers}")
+    y: Tensor = _GroupedLora.apply(x, W, A, B, scaling, numbers)
+    return y
+
+
+class _Reordered(torch.autograd.Function):
+    """Returns row order[p] // copies of t for each p. Backward sums the gradients of the copies in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        ctx.copies = copies
+        return t.index_select(0, order // copies)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        order, inverse = ctx.saved_tensors
+        each = _Reordered.apply(dy, inverse, order, 1)
+        return each.view(-1, ctx.copies, dy.shape[-1]).sum(1) if ctx.copies > 1 else each, None, None, None
+
+
+def routed_experts(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: StackedLinear,
+    down: StackedLinear,
+    activate: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return sum_n weights[t, n] down_k(activate(up_k(x_t))) with k = chosen[t, n], shape (T, D).
+
+    Shapes: x (T, D), chosen and weights (T, N). activate: maps the output of `up` to the input of `down`, row by row.
+    Two calls return the same bits. Raises ValueError for the number of an expert that does not exist; on a GPU, only
+    without Triton.
+    """
+    K, N, flat = len(up.weight), chosen.shape[1], chosen.reshape(-1)
+    order = flat.argsort(stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    counts = torch.zeros(K, dtype=torch.int64, device=x.device)
+    if flat.device.type == "cpu" and len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < K:
+        raise ValueError(f"chosen has a number from {int(flat.min())} to {int(flat.max())}; experts are 0 to {K - 1}")
+    counts.scatter_add_(0, flat.long(), torch.ones_like(flat, dtype=torch.int64))
+    rows: Tensor = _Reordered.apply(x, order, inverse, N)
+    out: Tensor = _Reordered.apply(down(activate(up(rows, counts)), counts), inverse, order, 1)
+    y: Tensor = weights.unsqueeze(1).to(out.dtype) @ out.view(*chosen.shape, out.shape[-1])
+    return y.squeeze(1)
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up (P, H) for rows (P, 2 H) with the gate before up."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return silu(gate) * up
+
+
+def lora_experts(
+    x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_A: Tensor, gate_up_B: Tensor,
+    down_A: Tensor, down_B: Tensor, scaling: float, transposed: bool,
+) -> Tensor:  # fmt: skip
+    """Return the output (T, D) of gated experts with LoRA on both weights.
+
+    Shapes: x (T, D), chosen and weights (T, N), gate_up (K, 2 H, D), down (K, D, H); if `transposed`, gate_up (K, D, 2 H)
+    and down (K, H, D). A and B are packed: gate_up_A (K R, D), gate_up_B (2 H, R K), down_A (K R, H), down_B (D, R K);
+    see `StackedLinear`. The tensors have one floating dtype. Differentiable in all of them, as `grouped_lora_linear`.
+    """
+    up = StackedLinear(gate_up, gate_up_A, gate_up_B, scaling, transposed)
+    return routed_experts(x, chosen, weights, up, StackedLinear(down, down_A, down_B, scaling, transposed), gated)

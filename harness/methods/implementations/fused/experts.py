@@ -1,0 +1,42 @@
+"""LoRA's layer for stacked experts, computed expert by expert without the matrices B A."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.kernels.torch.lora_experts import StackedLinear, routed_experts
+from reference.lora_experts import LoraExperts
+
+
+class FusedLoraExperts(LoraExperts):
+    """Stacked experts of transformers with LoRA. Under autocast and torch.compile, the reference's code runs."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        """Return the output (T, D) of the experts for x (T, D), the chosen experts (T, N) and their weights (T, N)."""
+        device = arguments[0].device.type
+        if named or torch.is_autocast_enabled(device) or torch.compiler.is_compiling():
+            return super().forward(*arguments, **named)
+        x, chosen, weights = arguments
+        base: Any = self.base
+        first = "gate_up_proj" if base.has_gate else "up_proj"
+        activate: Callable[[Tensor], Tensor] = base._apply_gate if base.has_gate else base.act_fn
+        up, down = self._stacked(first), self._stacked("down_proj")
+        return routed_experts(x, chosen, weights, up, down, activate).to(x.dtype)
+
+    def _stacked(self, name: str) -> StackedLinear:
+        bias = getattr(self.base, f"{name}_bias") if getattr(self.base, "has_bias", False) else None
+        weight = self.base.get_parameter(name)
+        return StackedLinear(weight, self.A[name], self.B[name], self.scaling, self.transposed, bias)
+
+
+def why_not(base: nn.Module) -> str:
+    """Return why a module of experts cannot be computed here, or an empty string."""
+    if not hasattr(base, "has_gate") or not hasattr(base, "_apply_gate"):
+        return "its class does not use transformers' interface for experts"
+    if getattr(base, "has_post_expert_norm", False):
+        return "it has a norm after every expert"
+    return ""
