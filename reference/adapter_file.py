@@ -64,11 +64,8 @@ class AdapterSettings:
     @property
     def saved(self) -> tuple[str, ...]:
         """Names of the modules that the file replaces: modules_to_save, and the head of its task."""
-        heads = {
-            "SEQ_CLS": ("classifier", "score"),
-            "TOKEN_CLS": ("classifier", "score"),
-            "QUESTION_ANS": ("qa_outputs",),
-        }
+        scored = ("classifier", "score")
+        heads = {"SEQ_CLS": scored, "TOKEN_CLS": scored, "QUESTION_ANS": ("qa_outputs",)}
         return (*(self.modules_to_save or ()), *heads.get(self.task_type or "", ()))
 
     def rank(self, name: str) -> int:

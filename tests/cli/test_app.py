@@ -263,9 +263,10 @@ def test_run_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = {"suite": "smoke", "out": Path("x"), "only": "lora", "resume": "r", "device": "cpu", "timeout": 5.0}
     assert isinstance(local := seen.pop("executor"), Local)
     assert local.jobs == 1
-    assert seen == {**expected, "strict": True}
+    assert seen == {**expected, "strict": True, "own_gates": False}
     seen.clear()
-    main(["run", "smoke", "--jobs", "3"])
+    main(["run", "smoke", "--jobs", "3", "--own-gates"])
+    assert seen["own_gates"] is True
     assert (seen["timeout"], seen["strict"], seen["executor"].jobs) == (runner.DEFAULT_TIMEOUT_S, False, 3)
 
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from harness.assets import fetch, table
-from harness.cell.job import Job
+from harness.cell.job import Job, KnownGate
 from harness.cli import main
 from harness.errors import Exit
 from harness.records import store
@@ -24,6 +24,7 @@ from harness.report import html
 from harness.runner import attempt, worker, worker_start
 from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
+from harness.runner.shared_gates import SharedGates
 from support import recorded_run
 from support.run_records import one_message, source
 from support.sandbox import Sandbox, make_sandbox
@@ -47,15 +48,15 @@ QUICK = "{implementation: [missing, leaves]}"
 def test_ctrl_c_between_cells(
     inside: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real, calls = store.RunFolder.next_attempt, []
+    real, calls = SharedGates.known, []
 
-    def next_attempt(self: store.RunFolder, cell_id: str) -> int:
-        calls.append(cell_id)
+    def known(self: SharedGates, job: Job) -> KnownGate | None:
+        calls.append(job)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(self, cell_id)
+        return real(self, job)
 
-    monkeypatch.setattr(store.RunFolder, "next_attempt", next_attempt)
+    monkeypatch.setattr(SharedGates, "known", known)
     code = main(["run", inside.suite(QUICK), "--out", "run"])
     run = inside.read()
     assert code == Exit.INFRASTRUCTURE
