@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from harness import yaml_lines
+from harness import yaml_validation
 from harness.assets import hub
 from harness.assets.carrier import Progress
 from harness.assets.table import Source
@@ -135,7 +135,7 @@ def _files(folder: Path) -> tuple[Path, ...]:
 
 
 def _read(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
-    own = dict(yaml_lines.load(path, tags=True).data)
+    own = dict(yaml_validation.load(path, tags=True).data)
     included = own.pop("include", [])
     merged: dict[str, Any] = {}
     for name in included if isinstance(included, list) else [included]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from harness import resources, yaml_lines
+from harness import resources, yaml_validation
 from harness.errors import UsageError, did_you_mean
 
 PREFIX = "shape:"
@@ -41,7 +41,7 @@ class Preset:
 @functools.cache
 def presets() -> dict[str, Preset]:
     """Return all shapes of `shapes.yaml` by name."""
-    rows = yaml_lines.load(_PRESETS).data["shapes"]
+    rows = yaml_validation.load(_PRESETS).data["shapes"]
     return {row["name"]: Preset(row["name"], row["kind"], row["config"], row["source"]) for row in rows}
 
 

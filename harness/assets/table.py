@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from harness import resources, yaml_lines
+from harness import resources, yaml_validation
 from harness.assets import generated, shapes
 from harness.errors import Problem, SuiteError, UsageError, closest_match
 from harness.records.record import Bytes, FrozenModel
@@ -172,7 +172,7 @@ class _Table(FrozenModel):
 
 def load_table(path: Path) -> dict[str, Source]:
     """Read a table of sources, and return the sources by name. Raises one SuiteError that lists all mistakes."""
-    document, table = yaml_lines.load_model(path, _Table)
+    document, table = yaml_validation.load_model(path, _Table)
     sources: dict[str, Source] = {}
     problems: list[Problem] = []
     for index, source in enumerate(table.sources):

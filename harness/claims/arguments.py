@@ -14,7 +14,7 @@ from harness.claims.printed_number import Dimension, exact, shortly
 from harness.errors import Problem, closest_match, did_you_mean
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.spec import methods
-from harness.yaml_lines import Document, KeyPath
+from harness.yaml_validation import Document, KeyPath
 
 
 class Arguments:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from harness import yaml_lines
+from harness import yaml_validation
 from harness.claims.arguments import Arguments
 from harness.claims.claim import Claim, Reading, Tier
 from harness.claims.measure import Measure
@@ -21,7 +21,7 @@ from harness.claims.printed_number import Printed, Rounding, parse
 from harness.errors import Problem, SuiteError, UsageError, did_you_mean, sort_problems
 from harness.resources import data_folder
 from harness.suites.schema import Id, Keys, Word
-from harness.yaml_lines import Document, KeyPath
+from harness.yaml_validation import Document, KeyPath
 
 
 def _text(written: Any) -> Any:
@@ -115,8 +115,8 @@ def load(paths: Iterable[Path]) -> list[Claim]:
     for path in paths:
         try:
             start = "`paper: NAME`; `peft-harness explain claims` shows a file"
-            document = yaml_lines.read(path, texts=True, start=start)
-            keys = yaml_lines.validate(document, FileKeys)
+            document = yaml_validation.read(path, texts=True, start=start)
+            keys = yaml_validation.validate(document, FileKeys)
         except SuiteError as error:
             problems += error.problems
             continue

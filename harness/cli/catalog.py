@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from harness import yaml_lines
+from harness import yaml_validation
 from harness.assets import shapes
 from harness.assets.table import Source, load_table
 from harness.conformance import checks
@@ -97,7 +97,7 @@ def _implementations(registry: Registry) -> list[ListRow]:
 
 
 def _suites(_: Registry) -> list[ListRow]:
-    files = {name: yaml_lines.load(loader.find(name)).data for name in loader.names()}
+    files = {name: yaml_validation.load(loader.find(name)).data for name in loader.names()}
     return [
         {"name": name, "title": str(data.get("title", "")), "about": str(data.get("about", "")).strip()}
         for name, data in files.items()

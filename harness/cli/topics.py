@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from harness import errors, yaml_lines
+from harness import errors, yaml_validation
 from harness.analysis import contention
 from harness.analysis.comparison.baseline_rows import MEANING
 from harness.conformance import checks
@@ -76,7 +76,7 @@ def _hint(wanted: str, known: set[str]) -> str:
 
 def glossary() -> dict[str, dict[str, str]]:
     """Return the definitions in glossary.yaml: kind -> name -> text."""
-    data: dict[str, dict[str, str]] = yaml_lines.load(Path(__file__).with_name("glossary.yaml")).data
+    data: dict[str, dict[str, str]] = yaml_validation.load(Path(__file__).with_name("glossary.yaml")).data
     data["term"]["busy"] = f"{contention.RULE}. {contention.SERVER_RULE}"
     return data
 
@@ -179,7 +179,7 @@ def _example(check: str) -> tuple[str, str] | None:
     for file in sorted(
         (data_folder("suites") / "parity").glob("*.yaml"), key=lambda file: (file.stem != "lora", file.stem)
     ):
-        data = yaml_lines.load(file).data
+        data = yaml_validation.load(file).data
         if isinstance(data, dict) and check in data.get("checks", ()):
             option = "--op" if "operation" in data else "--method"
             who = "" if data.get("base") else "reference "

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 from pydantic import Field
 
-from harness import yaml_lines
+from harness import yaml_validation
 from harness.conformance import checks
 from harness.conformance.adapter_files import corpus
 from harness.conformance.case_selection import CaseSelection, Values
@@ -289,7 +289,7 @@ def names() -> list[str]:
 
 def kind_of(name: str) -> TargetKind:
     """Return what the parity suite of this name judges."""
-    data = yaml_lines.load(_existing(name)).data
+    data = yaml_validation.load(_existing(name)).data
     kinds: tuple[TargetKind, ...] = ("operation", "loader", "base")
     return next((kind for kind in kinds if isinstance(data, dict) and data.get(kind)), "method")
 
@@ -314,7 +314,7 @@ def load(method: str) -> MethodSuite:
 
     Raises UsageError if there is no such suite. Raises SuiteError, which lists all mistakes, if the suite has any.
     """
-    document, plan = yaml_lines.load_model(_existing(method), MethodSuite)
+    document, plan = yaml_validation.load_model(_existing(method), MethodSuite)
     problems: list[Problem] = []
     if (plan.base or plan.method) != method:
         what = "base" if plan.base else "method"
@@ -334,7 +334,7 @@ def load_operation(name: str) -> OperationSuite:
 
 
 def _load_plain(name: str, kind: type[_PlainSuite]) -> _PlainSuite:
-    document, plan = yaml_lines.load_model(_existing(name), kind)
+    document, plan = yaml_validation.load_model(_existing(name), kind)
     if problems := list(_of_checks(document, plan)):
         raise SuiteError(problems)
     return plan
@@ -349,7 +349,7 @@ def _existing(name: str) -> Path:
     return path
 
 
-def _of_checks(document: yaml_lines.Document, plan: ParitySuite) -> Iterator[Problem]:
+def _of_checks(document: yaml_validation.Document, plan: ParitySuite) -> Iterator[Problem]:
     known = checks.docstrings()
     for index, name in enumerate(plan.checks):
         if name not in known:
@@ -364,14 +364,14 @@ def _of_checks(document: yaml_lines.Document, plan: ParitySuite) -> Iterator[Pro
             )  # fmt: skip
 
 
-def _of_settings(document: yaml_lines.Document, plan: MethodSuite) -> Iterator[Problem]:
+def _of_settings(document: yaml_validation.Document, plan: MethodSuite) -> Iterator[Problem]:
     fields = methods()[plan.method].fields if plan.method in methods() else {}
     for name in plan.settings.keys() - fields.keys():
         where = document.where("settings", name)
         yield Problem(where, f"{plan.method} has no setting {name!r}", did_you_mean(name, fields, "settings"))
 
 
-def _of_configs(document: yaml_lines.Document, plan: MethodSuite) -> Iterator[Problem]:
+def _of_configs(document: yaml_validation.Document, plan: MethodSuite) -> Iterator[Problem]:
     fields = methods()[plan.method].fields if plan.method in methods() else {}
     for index, config in enumerate(plan.configs):
         for key, value in config.items():

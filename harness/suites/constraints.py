@@ -11,7 +11,7 @@ from harness.methods.peft_config import IN_THE_CACHE, KEY, UNREFERENCED
 from harness.methods.spec import FieldProblem, MethodInfo
 from harness.records.record import Base
 from harness.suites.schema import BaseKeys, CellKeys
-from harness.yaml_lines import shortened
+from harness.yaml_validation import shortened
 
 _AXES = ("model", "task", "method", "implementation", "environment", "serve", "base", "optimizer", "dtype", "seed")
 

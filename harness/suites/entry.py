@@ -22,7 +22,7 @@ from harness.suites.constraints import combination_problems, duplicate_problems,
 from harness.suites.schema import BaseKeys, CellKeys, Timed, TuneKeys
 from harness.suites.tasks import Task
 from harness.suites.tuning import Tune
-from harness.yaml_lines import Document, KeyPath
+from harness.yaml_validation import Document, KeyPath
 
 MAX_CELLS = 10_000
 """Maximum number of Cells of a suite. More would take longer than a week at a minute each, so a mistake is likely."""

@@ -12,7 +12,7 @@ from harness.assets import lm_eval_files
 from harness.errors import Problem, did_you_mean
 from harness.methods.peft_config import virtual_tokens
 from harness.records.record import Cell
-from harness.yaml_lines import Document, KeyPath
+from harness.yaml_validation import Document, KeyPath
 
 LABELLED = ("id", "text", "label")
 ANSWERED = ("id", "prompt", "answer")

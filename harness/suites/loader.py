@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from harness import yaml_lines
+from harness import yaml_validation
 from harness.assets.table import Source, load_table, with_absolute_path
 from harness.errors import Problem, SuiteError, UsageError, did_you_mean, sort_problems
 from harness.methods.peft_config import UNREFERENCED
@@ -22,7 +22,7 @@ from harness.suites import expand
 from harness.suites.entry import MAX_CELLS, SuiteContext, SuiteEntry, check_entry
 from harness.suites.schema import SYNTHETIC, CellKeys, ComparisonKeys, SuiteKeys
 from harness.suites.suite import Suite
-from harness.yaml_lines import KeyPath
+from harness.yaml_validation import KeyPath
 
 
 def names() -> list[str]:
@@ -47,7 +47,7 @@ def load(name_or_path: str | Path, *, registry: Registry | None = None) -> Suite
 
     Raises SuiteError with all mistakes of the first stage or, if there are none, with all mistakes of the second stage.
     """
-    document, keys = yaml_lines.load_model(find(name_or_path), SuiteKeys)
+    document, keys = yaml_validation.load_model(find(name_or_path), SuiteKeys)
     context = SuiteContext(document, registry or discover(), methods() | UNREFERENCED)
     context.sources = _sources(context, keys)
     entries = [entry for paths in _entry_paths(keys) if (entry := check_entry(context, *paths)) is not None]

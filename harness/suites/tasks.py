@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from harness import yaml_lines
+from harness import yaml_validation
 from harness.assets import fetch, lm_eval_files, rows
 from harness.assets.table import Rows, Source, resolve
 from harness.errors import HarnessError, Problem, SuiteError, UsageError, did_you_mean, plural, sort_problems
@@ -16,7 +16,7 @@ from harness.records.record import FrozenModel
 from harness.resources import data_folder, user_path
 from harness.suites import lm_eval_keys
 from harness.suites.schema import SYNTHETIC
-from harness.yaml_lines import Document
+from harness.yaml_validation import Document
 
 Role = Literal["data", "train"]
 """Use of a source by a task: `data` for scoring, `train` for training. One source may have both roles."""
@@ -133,14 +133,14 @@ def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
         return Task(name=name, path=Path(name), spec={}, data=None, labels=2, test=0, shuffle_seed=0)
     if name.startswith(lm_eval_files.PREFIX):
         return _upstream(name)
-    document = yaml_lines.read(_find(name, base))
+    document = yaml_validation.read(_find(name, base))
     if document.data.get("output_type") == "generate_until":
         return _answered(name, document, sources)
     return _labelled(name, document, sources)
 
 
 def _labelled(name: str, document: Document, sources: Mapping[str, Source]) -> Task:
-    metadata = yaml_lines.validate(document, LabelledFile).metadata
+    metadata = yaml_validation.validate(document, LabelledFile).metadata
     problems = lm_eval_keys.problems(document, metadata.labels)
     if metadata.text != "text":
         what = f"`text` is `{metadata.text}`, but rows have {', '.join(lm_eval_keys.LABELLED)}"
@@ -150,7 +150,7 @@ def _labelled(name: str, document: Document, sources: Mapping[str, Source]) -> T
 
 
 def _answered(name: str, document: Document, sources: Mapping[str, Source]) -> Task:
-    metadata = yaml_lines.validate(document, AnsweredFile).metadata
+    metadata = yaml_validation.validate(document, AnsweredFile).metadata
     problems = lm_eval_keys.problems(document, None)
     filters = lm_eval_keys.filters(document.data)
     chosen = metadata.filter or (filters[0] if len(filters) == 1 else "")

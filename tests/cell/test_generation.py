@@ -23,7 +23,7 @@ from harness.methods.registry import discover
 from harness.records.record import Accuracy, Record, Status, TrainingMeasured
 from harness.suites import loader
 from harness.suites.tasks import Answers
-from harness.yaml_lines import load as read_yaml
+from harness.yaml_validation import load as read_yaml
 from support import digit_task
 from support.sandbox import ForkSandbox
 

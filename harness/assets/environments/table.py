@@ -10,7 +10,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from pydantic import Field, field_validator
 
-from harness import yaml_lines
+from harness import yaml_validation
 from harness.errors import Problem, SuiteError, UsageError, did_you_mean
 from harness.records.base_model import FrozenModel
 from harness.resources import data_folder
@@ -76,7 +76,7 @@ def load(file: Path | None = None) -> dict[str, EnvironmentSpec]:
 
     Raises one SuiteError that lists all mistakes, or UsageError if the file cannot be read.
     """
-    document, table = yaml_lines.load_model(file or path(), _Table)
+    document, table = yaml_validation.load_model(file or path(), _Table)
     found: dict[str, EnvironmentSpec] = {}
     problems = []
     for index, spec in enumerate(table.environments):

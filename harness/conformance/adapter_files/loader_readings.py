@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness import yaml_lines
+from harness import yaml_validation
 from harness.conformance.adapter_files.adapter_file import AdapterFile
 from harness.conformance.adapter_files.findings import Finding, is_saved_embedding
 from harness.methods.unsupported_adapters import unsupported
@@ -62,7 +62,7 @@ class LoaderVerdict:
 
 @cache
 def _read() -> _File:
-    return yaml_lines.load_model(Path(__file__).with_suffix(".yaml"), _File)[1]
+    return yaml_validation.load_model(Path(__file__).with_suffix(".yaml"), _File)[1]
 
 
 def features(adapter: AdapterFile, findings: Sequence[Finding] = (), base: nn.Module | None = None) -> list[str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from pydantic import Field, field_validator
 
-from harness import yaml_lines
+from harness import yaml_validation
 from harness.conformance import checks
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
 from harness.errors import Problem, SuiteError, did_you_mean
@@ -141,7 +141,7 @@ def known() -> tuple[Defect, ...]:
     Raises one SuiteError that names every unknown check, duplicate id and missing reproduction.
     """
     file = path()
-    document, keys = yaml_lines.load_model(file, _File)
+    document, keys = yaml_validation.load_model(file, _File)
     problems, seen = [], set()
     for index, defect in enumerate(keys.defects):
         where = document.where("defects", index)

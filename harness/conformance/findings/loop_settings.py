@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from harness import yaml_lines
+from harness import yaml_validation
 from harness.conformance.findings.outcomes import CheckOutcome
 from harness.errors import UsageError, did_you_mean
 from harness.records.base_model import FrozenModel, Json
@@ -115,7 +115,7 @@ def load(loop: str) -> list[LoopSetting]:
         raise UsageError(what, where="--loop", hint=f"write one of {', '.join(loops())}")
     if loop not in loops():
         raise UsageError(f"unknown loop `{loop}`", where="--loop", hint=did_you_mean(loop, loops(), "there are"))
-    return yaml_lines.load_model(_folder() / f"{loop}.yaml", _Table)[1].settings
+    return yaml_validation.load_model(_folder() / f"{loop}.yaml", _Table)[1].settings
 
 
 def _folder() -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from harness import yaml_lines
+from harness import yaml_validation
 from harness.conformance import checks, operations, self_test
 from harness.conformance.mutants import difference, trial
 from harness.conformance.mutants.mutant import Mutant, mutants
@@ -316,7 +316,7 @@ def equivalent() -> dict[str, str]:
     module.
     """
     file = data_folder("suites") / "equivalent_mutants.yaml"
-    listed = yaml_lines.load(file).data
+    listed = yaml_validation.load(file).data
     return {name: reason for reason, names in listed.items() for name in names}
 
 
