@@ -49,6 +49,7 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "wheels"
 
 
+@pytest.mark.nightly
 @pytest.mark.e2e
 def test_check_shows_in_which_release_a_defect_came_and_went(alone: Sandbox, wheels: Path, tmp_path: Path) -> None:
     versions = [f"--with=tiny-op=={one}" for one in ("1.0", "1.1", "1.2")]

@@ -38,7 +38,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_no_check_lets_a_tensor_of_the_cpu_meet_one_of_the_device() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOP), str(TESTS)])}
     command = [sys.executable, "-c", _ON_PRETENDED]

@@ -83,6 +83,7 @@ def test_a_short_rehearsal(sandbox: Sandbox) -> None:
     assert "Rehearsal of a night" in (folder / "index.html").read_text()
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 def test_every_planted_failure_is_told_and_the_last_part_runs(sandbox: Sandbox) -> None:
     site = Path(sandbox.environment["PYTHONPATH"].split(os.pathsep)[0])
