@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from harness.bench import ceilings, timed_call, timing
+from harness.bench import ceilings, timing
 from harness.bench import operations as timed_operations
 from harness.bench.costs import Cost
-from harness.bench.results import BenchRow
+from harness.bench.results import TIMED_CALL, BenchRow
 from harness.bench.sizes import TINY, BenchSize
 from harness.bench.timed_call import TimedCall
 from harness.bench.verdict import judge_parity
@@ -153,7 +153,7 @@ class OperationBenchmark:
         """After timing, check the timed calls with new values. Yield the outcomes."""
         fresh, words = self._arguments(size, suite_run.SEED + 2), parity_suite.in_words(self.timed.case(size))
         case = Case("call", seed=suite_run.SEED, factors=self.plan.factors())
-        check = CheckId(self.operation, timed_call.NAME, self.dtype, case.state)
+        check = CheckId(self.operation, TIMED_CALL, self.dtype, case.state)
         for it, call in zip((self.ours, self.other), calls, strict=True):
             found = suite_run.CaseRunner(it, words, self.dtype).attempt(
                 check, partial(call.check, self.dtype, fresh, case)

@@ -18,6 +18,8 @@ from harness.records.record import FrozenModel, Json, Seconds
 
 Outcome = Literal["measured", "refused", "not-run", "failed"]
 Cause = Literal["no-gpu", "interrupted"]
+TIMED_CALL = "timed_call"
+"""Name of the check of the timed call itself; see `harness.bench.timed_call`."""
 MOSTLY_CALL = 0.2
 """Largest share of a time that may be call overhead. Above it, a ratio of times compares overheads rather than work."""
 TIMER_SHARE, TIMER_SLACK_S = 2.0, 0.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from harness.bench.results import FEWEST, BenchRow, Ceilings
+from harness.bench.results import FEWEST, TIMED_CALL, BenchRow, Ceilings
 from harness.bench.steps import PRODUCTS
 from harness.conformance.findings.outcomes import CheckStatus
 from harness.console import align_columns
@@ -62,10 +62,10 @@ def _memory(row: BenchRow) -> str:
 def _parity(row: BenchRow) -> str:
     """Return the text of the column `parity`.
 
-    It names the last passed check and the number of other passed checks. Then come the largest error, as a share of its
-    tolerance, and the known defects.
+    It names the last check that passed before timing, and the number of other such checks. Then come the largest error, as a
+    share of its tolerance, and the known defects.
     """
-    passed = [one for one in row.parity if one.status is CheckStatus.PASS]
+    passed = [one for one in row.parity if one.status is CheckStatus.PASS and one.check != TIMED_CALL]
     in_order = sorted(passed, key=lambda one: one.implementation == row.ours)
     ids = list(dict.fromkeys(one.result.check for one in in_order))
     shown = ids[-1] + (f" +{len(ids) - 1}" if len(ids) > 1 else "")

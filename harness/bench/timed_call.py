@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from harness.bench.results import TIMED_CALL
 from harness.conformance.case import Case
 from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.check_results import judged, listed
@@ -19,9 +20,6 @@ from harness.conformance.comparison.tolerance_policies import Judgement, exact, 
 from harness.conformance.operation import Arguments, Operation, OperationSubject, cloned
 from harness.conformance.subject import DTYPES
 from harness.records.check import CheckResult
-
-NAME = "timed_call"
-"""Name of the check in results."""
 
 
 class TimedCall:
@@ -83,7 +81,7 @@ class TimedCall:
         if odd := [
             f"{name} is a {type(t).__name__}, no Tensor" for name, t in returned.items() if type(t) is not Tensor
         ]:
-            return listed(subject, case, NAME, odd)
+            return listed(subject, case, TIMED_CALL, odd)
         elsewhere = self._with(self.function, fresh).results()
         verdict = exact(operation_call.finite(copies), operation_call.finite(elsewhere))
         if not verdict.passed:
@@ -92,8 +90,8 @@ class TimedCall:
             any(t.numel() for t in copies.values())
             and exact(operation_call.finite(copies), operation_call.finite(old)).passed
         ):
-            return listed(subject, case, NAME, ["with other values in the arguments, it returns the same result"])
-        return judged(subject, case, NAME, verdict)
+            return listed(subject, case, TIMED_CALL, ["with other values in the arguments, it returns the same result"])
+        return judged(subject, case, TIMED_CALL, verdict)
 
     def _with(self, function: Callable[..., object], arguments: Arguments) -> TimedCall:
         return TimedCall(self.operation, function, arguments, backward=bool(self.leaves))
