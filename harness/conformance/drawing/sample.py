@@ -60,7 +60,7 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
 
     The sample has four parts. In the first part, optional factors have their plainest level, and every pair of levels
     of two other factors occurs. In the second part, every other level of each optional factor occurs. With
-    `wanted.full`, every pair of settings, kinds of layers and dtypes occurs, too. In the third part, each of these
+    `wanted.full`, every pair of two factors occurs, optional ones too. In the third part, each of these
     levels occurs without another option. Otherwise an implementation that lacks one option would miss the options that
     share its cases. In the fourth part, each extreme value occurs once, beside plain values.
     """
@@ -79,7 +79,7 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
         return is_accepted(plan, case_of(plan, chosen))
 
     first = covering(plain, every_pair(plain), valid)
-    settings = {name: levels[name] if name not in _SIZES else levels[name][:1] for name in levels}
+    settings = {name: levels[name] if wanted.full or name not in _SIZES else levels[name][:1] for name in levels}
     further = every_pair(settings) if wanted.full else every_level(settings, beside="dtype")
     optional = [name for name, factor in there.items() if factor.optional]
     alone = [row for row in one_at_a_time(levels, optional) if valid(values(row, levels))]
