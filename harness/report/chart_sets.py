@@ -273,8 +273,10 @@ def errors(f: RunFacts, judgement: QuestionVerdict) -> ChartSet | None:
     # Two losses may agree to many digits by chance; such a dip must not flatten the other curves.
     lowest = min((v for v in allowed if v > 0), default=1.0) / 1e3
     cells = {cell.cell_id: cell for cell in f.run.manifest.cells}
+    # One comparison may cover several models, whose Cells may have equal short names.
+    names = f.titles if len({_place(cells[s.cell_id]) for s in compared}) > 1 else f.names
     series = [
-        *_coloured(f, {f.names[s.cell_id]: cells[s.cell_id] for s in compared}),
+        *_coloured(f, {names[s.cell_id]: cells[s.cell_id] for s in compared}),
         Series("allowed" if by_noise else "allowed growth", charts.REST, kind="bound"),
     ]
     values = [*(s.errors for s in compared), allowed]

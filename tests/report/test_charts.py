@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from harness.report import html
+from harness.records.record import Cell, Evaluation, Training
+from harness.report import chart_sets, html
 from harness.report.svg import charts
 from harness.report.svg.charts import Point, Series
 from harness.report.svg.scales import Axis
@@ -177,3 +179,21 @@ def test_series_of_equal_colours_have_other_symbols() -> None:
     looks = {(Series("s", k).look, Series("s", k).shape) for k in range(4 * charts.HUES)}
     assert len(looks) == 4 * charts.HUES
     assert len({Series("s", 3, variant=k).shape for k in range(4)}) == 4
+
+
+def test_one_comparison_over_two_models_has_a_line_for_each_cell() -> None:
+    lora: dict[str, Any] = {"task": "t", "method": "lora", "implementation": "reference"}
+    lora |= {"training": Training(steps=2), "evaluation": Evaluation(items=1)}
+    both = [Cell(model=model, **lora) for model in ("small", "large")]
+    ids = [cell.cell_id for cell in both]
+    facts: Any = SimpleNamespace(
+        run=SimpleNamespace(manifest=SimpleNamespace(cells=both)),
+        names=dict.fromkeys(ids, "lora"),
+        titles=dict(zip(ids, ("small lora", "large lora"), strict=True)),
+    )
+    compared = [SimpleNamespace(cell_id=one, errors=[1e-6, 2e-6], by="noise", allowed=[1e-5, 1e-5]) for one in ids]
+    judgement: Any = SimpleNamespace(trajectories=compared, comparison=SimpleNamespace(says="the same run"))
+    found = chart_sets.errors(facts, judgement)
+    assert found is not None
+    text = str(found)
+    assert all(title in text for title in facts.titles.values())
