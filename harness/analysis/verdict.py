@@ -101,6 +101,14 @@ def judge(run: Run) -> RunVerdict:
 
 def _parity(latest: dict[str, Record]) -> Parity:
     found = [check for record in latest.values() for check in parity.own(record) if not parity.of_serving(check)]
+    # A gate counts once, also if the Record that took it is no longer the newest of its Cell.
+    newest = {record.id for record in latest.values()}
+    older = {
+        r.gate.record: r.checks[: r.gate.checks]
+        for r in latest.values()
+        if r.gate and r.gate.record and r.gate.record not in newest
+    }
+    found += [check for results in older.values() for check in results]
     outcomes = Counter(check.outcome for check in found)
     unchecked = tuple(
         r.id for r in latest.values() if r.status is Status.OK and not any(c.outcome is Outcome.PASS for c in r.checks)

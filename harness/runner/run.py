@@ -101,10 +101,7 @@ def run_suite(
         times.lap("fetch")
         gates = SharedGates(own=own_gates)
         if old:
-            folder, run_id, done, earlier = _reopen(
-                old, here, homes, assets, chosen, progress, is_remote=entered.is_remote
-            )
-            gates.add_passed((_gate_key(assets, record, chosen), record) for record in earlier)
+            folder, run_id, done = _reopen(old, here, homes, assets, chosen, progress, is_remote=entered.is_remote)
         else:
             folder, run_id, done = _open(suite, plan, here, out, progress, stack)
         times.lap("scheduling")
@@ -268,8 +265,8 @@ def _find_old(plan: Plan, out: Path | None, resume: str | None, stack: contextli
 def _reopen(
     path: Path, here: Environment, homes: Mapping[str, CellEnvironment], assets: CellAssets, device: str,
     progress: Progress, *, is_remote: bool,
-) -> tuple[store.RunFolder, str, set[str], tuple[Record, ...]]:  # fmt: skip
-    """Return the folder of an old run, its id, the ids of the Cells that need not run again, and the Records.
+) -> tuple[store.RunFolder, str, set[str]]:  # fmt: skip
+    """Return the folder of an old run, its id, and the ids of the Cells that need not run again.
 
     A Cell need not run again if its newest Record is `ok` and was made under the same conditions: machine, code,
     device, data and plug-in. is_remote: whether the Cells run on other machines. If so, the software must be the same,
@@ -293,7 +290,7 @@ def _reopen(
         and (record.provider is None or name or _is_installed(record.provider))
         and record.assets == used(*assets[record.cell_id])
     }
-    return folder, old.manifest.run, done, old.records
+    return folder, old.manifest.run, done
 
 
 def _is_of(record: Record, here: Environment, *, is_remote: bool) -> bool:

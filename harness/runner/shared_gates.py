@@ -1,11 +1,10 @@
 """The parity gates that the Cells of a run have taken, and that later Cells may rest on.
 
-No Cell waits for a gate: a Cell that starts before a gate with its key has ended takes its own.
+No Cell waits for a gate: a Cell that starts before a gate with its key has ended takes its own. A resumed run takes its
+gates anew, because the code of a plug-in may have changed in between.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 from harness.cell import gate_key
 from harness.cell.job import Job, KnownGate
@@ -22,22 +21,20 @@ class SharedGates:
         self._own = own
         self._gates: dict[str, KnownGate] = {}
 
-    def add_passed(self, earlier: Iterable[tuple[str, Record]]) -> None:
-        """Add gates that passed before the run was resumed. Gates that failed are taken again.
-
-        earlier: pairs of a key from `gate_key.of_cell` and a Record.
-        """
-        for key, record in earlier:
-            if not _why_failed(record):
-                self.add(key, record)
-
     def add(self, key: str, record: Record) -> None:
         """Add the gate of a Record, if its attempt took one. key: from `gate_key.of_cell`.
 
-        An attempt that ended before its gate did adds nothing.
+        An attempt that ended before its gate did adds nothing. If Cells that ran at the same time took gates with one key, a
+        failure is kept.
         """
-        if key and record.gate and not record.gate.record and not self._own:
-            self._gates[key] = KnownGate(key=record.gate.key, record=record.id, because=_why_failed(record))
+        if not key or not record.gate or record.gate.record or self._own:
+            return
+        made, before = (
+            KnownGate(key=record.gate.key, record=record.id, because=_why_failed(record)),
+            self._gates.get(key),
+        )
+        if before is None or before.key != made.key or not before.because:
+            self._gates[key] = made
 
     def known(self, job: Job) -> KnownGate | None:
         """Return the gate that a job may rest on. None if it must take its own."""

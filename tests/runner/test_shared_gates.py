@@ -145,18 +145,17 @@ def test_a_failed_gate_is_shared_and_an_interrupted_one_is_not(fork_sandbox: For
     assert [(r.attempt, rests_on(r)) for r in again] == [(2, ""), (2, again[0].id)]
 
 
-def test_a_resumed_run_knows_the_gates_and_takes_a_lost_one_anew(fork_sandbox: ForkSandbox) -> None:
+def test_a_resumed_run_takes_its_own_gates_and_measures_what_rests_on_a_lost_one(fork_sandbox: ForkSandbox) -> None:
     suite = fork_sandbox.suite("{implementation: reference, seed: [0, 1, 2]}")
     assert fork_sandbox.command("run", suite, "--out", "run").code == Exit.PASS
     first, second, _ = (record.id for record in by_seed(fork_sandbox).values())
     cells = fork_sandbox.run_folder / "cells"
     (cells / f"{second}.json").unlink()
     assert fork_sandbox.command("run", suite, "--resume", "run").code == Exit.PASS
-    kept = {0: (1, ""), 1: (2, first), 2: (1, first)}
+    kept = {0: (1, ""), 1: (2, ""), 2: (1, first)}
     assert {seed: (r.attempt, rests_on(r)) for seed, r in by_seed(fork_sandbox).items()} == kept
     (cells / f"{first}.json").unlink()
     finished = fork_sandbox.command("run", suite, "--resume", "run")
-    assert finished.err.count(f"rests on the parity gate of Record {first}, which is missing or was changed") == 2
+    assert finished.err.count(f"rests on the parity gate of Record {first}, which is missing or was changed") == 1
     found = by_seed(fork_sandbox)
-    again = found[0].id
-    assert {seed: (r.attempt, rests_on(r)) for seed, r in found.items()} == {0: (2, ""), 1: (3, again), 2: (2, again)}
+    assert {s: (r.attempt, rests_on(r)) for s, r in found.items()} == {0: (2, ""), 1: (2, ""), 2: (2, found[0].id)}

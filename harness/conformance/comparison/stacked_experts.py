@@ -34,7 +34,11 @@ def fixed_choice(experts: int, x: Tensor) -> tuple[Tensor, Tensor]:
     The choice depends only on T. No token chooses expert 0, unless it is the only one.
     """
     generator, used = torch.Generator().manual_seed(len(x)), max(1, experts - 1)
-    chosen = torch.rand(len(x), used, generator=generator).topk(min(_CHOSEN, used)).indices + experts - used
+    chosen = (
+        torch.rand(len(x), used, generator=generator, dtype=torch.float32).topk(min(_CHOSEN, used)).indices
+        + experts
+        - used
+    )
     weights = torch.randint(1, _EIGHTHS, chosen.shape, generator=generator) / _EIGHTHS
     return chosen.to(x.device), weights.to(x.device, x.dtype)
 

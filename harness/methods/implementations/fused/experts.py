@@ -17,8 +17,7 @@ class FusedLoraExperts(LoraExperts):
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """Return the output (T, D) of the experts for x (T, D), the chosen experts (T, N) and their weights (T, N)."""
-        device = arguments[0].device.type
-        if named or torch.is_autocast_enabled(device) or torch.compiler.is_compiling():
+        if named or torch.compiler.is_compiling() or torch.is_autocast_enabled(arguments[0].device.type):
             return super().forward(*arguments, **named)
         x, chosen, weights = arguments
         base: Any = self.base
