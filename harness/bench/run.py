@@ -148,7 +148,7 @@ def no_gpu() -> str:
     torch may be built without CUDA although the driver shows a GPU, and a container may have a GPU but no nvidia-smi. A
     separate process therefore asks torch.
     """
-    if not gpus() and not Path("/proc/driver/nvidia").exists():
+    if not gpus() and not any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/nvidiactl")):
         return _NO_GPU
     first, *_ = WorkerPool().events("harness.bench.gpu_probe", {}, _PROBE_S)
     why = first.get("unusable", first.get("died"))

@@ -17,6 +17,8 @@ from harness.process import lifeline
 from harness.process.supervisor import Subprocess, signal_name
 from harness.process.worker_pool import marked
 
+_NOT_INHERITED = ("TRITON_INTERPRET", "CUDA_LAUNCH_BLOCKING")
+"""Environment variables that would make the times of a GPU meaningless. A part sets those that it needs."""
 GRACE_S = 20.0
 """Seconds in which a command whose time is over can save and print what it has measured."""
 STDOUT = "stdout.json"
@@ -58,7 +60,8 @@ def run(
     """
     token = uuid.uuid4().hex
     script = [sys.executable, "-I", "-S", lifeline.__file__]
-    environment = {**os.environ, **variables, _MARK: token}
+    own = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+    environment = {**own, **variables, _MARK: token}
     began = time.monotonic()
     log = folder / "log.txt"
     with (folder / STDOUT).open("wb") as stdout, log.open("wb") as stderr:

@@ -29,8 +29,9 @@ from harness.regression.night.results import Failure, NightFooter, NightManifest
 from harness.report.formatting import seconds as duration
 
 PAGE = "index.html"
-_LAST_S = 5.0
-"""Seconds of the budget that are kept for the footer and the page."""
+_LAST_S = {"cuda": 5.0 + part_run.GRACE_S + 7.0, "cpu": 5.0}
+"""Device -> seconds of the budget that are kept for the footer and the page. On a GPU, whose time may end sharply, they also
+cover the end of a part that is cut."""
 _LIMIT_FACTOR = {"cuda": 4.0, "cpu": 12.0}
 """Device -> how many times its estimate a part may take, because the estimates are rough. A part that hangs ends there.
 A rehearsal often shares its cores."""
@@ -149,7 +150,7 @@ def night(request: NightRequest, as_json: bool) -> Exit:
     with handle_termination():
         try:
             for part in plan:
-                left = request.budget_s - (time.monotonic() - began) - _LAST_S
+                left = request.budget_s - (time.monotonic() - began) - _LAST_S[run.manifest.device]
                 _add(run, _run_part(run, part, left, request.command))
         except KeyboardInterrupt:
             run.interrupted = True
@@ -220,7 +221,7 @@ def _run_part(run: Night, part: Part, left_s: float, command: Sequence[str]) -> 
 
 def _judged(
     part: Part, ended: part_run.Ended, reading: documents.Reading, limit_s: float, left_s: float
-) -> tuple[Literal["ok", "finding", "failed", "cut"], str]:
+) -> tuple[Literal["ok", "finding", "failed", "cut", "not-run"], str]:
     """Return the status of a part and the reason."""
     if part.kind == "check" and reading.failures:
         return "finding", f"{len(reading.failures)} checks fail"
@@ -243,7 +244,7 @@ def _judged(
     if ended.code == Exit.FAIL:
         return "finding", reading.summary
     if ended.code == Exit.NOTHING_COMPARED:
-        return "ok", "nothing was compared"
+        return "not-run", reading.summary or "nothing was compared"
     return "failed", f"exit code {ended.code}: {_last_line(ended.tail)}"
 
 
