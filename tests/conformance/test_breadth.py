@@ -126,6 +126,7 @@ def test_an_operation_that_is_wrong_beyond_130_tokens_only_fails() -> None:
     assert tokens == {"tokens=515", "tokens=1030", "tokens=2060"}
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("forks")
 @pytest.mark.slow
 def test_a_seed_draws_the_same_cases_and_another_seed_others(

@@ -54,6 +54,7 @@ class _Nobody:
     def tick(self) -> None: ...
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_each_cell_costs_the_runner_the_same_and_leaves_nothing_in_memory(tmp_path: Path) -> None:
     sys.addaudithook(_hook)
