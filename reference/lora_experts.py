@@ -18,6 +18,7 @@ up and down, R rank.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,7 +94,9 @@ class LoraExperts(AdaptedLayer):
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """Return what `base` returns for these arguments, with the updated weights."""
         weights = {name: self.base.get_parameter(name) + self.update(name) for name in self.A}
-        return torch.func.functional_call(self.base, weights, arguments, named)
+        called = copy.copy(self.base)  # of its own, since threads may call the layer at the same time
+        vars(called)["_parameters"] = {**called._parameters, **weights}
+        return called(*arguments, **named)
 
     def merged(self) -> nn.Module:
         """Return a copy of `base` with the updates added to its weights."""

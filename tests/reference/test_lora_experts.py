@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from harness.conformance.comparison.stacked_experts import fixed_choice
+from harness.kernels.torch.lora_experts import grouped_lora_linear
 from harness.methods.implementations.hf_peft.adapted import wrappers
 from reference import lora
 from reference.lora_experts import LoraExperts, packed, unpacked
@@ -119,6 +121,26 @@ def test_an_expert_without_tokens_has_a_gradient_of_zero() -> None:
     grads = {name: t.grad for name, t in adapted.tensors().items()}
     A, B = unpacked(grads["experts.gate_up_proj.A"], grads["experts.gate_up_proj.B"], 4)
     assert [bool(one.any()) for one in A] == [bool(one.any()) for one in B] == [False, True, True, True]
+
+
+def test_threads_that_call_one_layer_do_not_disturb_each_other() -> None:
+    model, x = attached("mixtral", R).model, rows()
+    with torch.no_grad():
+        alone = model(x)
+    with ThreadPoolExecutor(4) as threads:  # each thread records gradients: no_grad holds for one thread only
+        for y in threads.map(lambda _: model(x), range(64)):
+            assert torch.equal(y, alone)
+
+
+def test_the_grouped_product_has_second_derivatives_with_strided_factors() -> None:
+    K, P, D, E = 2, 4, 3, 5
+    x, W, A = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((P, D), (K, E, D), (K, R, D)))
+    B = torch.randn(E, R, K, dtype=torch.float64, requires_grad=True)
+
+    def product(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return grouped_lora_linear(x, W, A, B.permute(2, 0, 1), 0.5, torch.tensor([3, 1]))
+
+    assert torch.autograd.gradgradcheck(product, (x, W, A, B))
 
 
 def test_a_dropout_is_rejected_and_the_model_stays() -> None:

@@ -15,7 +15,7 @@ _READ_B = "B.reshape(len(B), -1, experts).permute(2, 0, 1)"
 _ADDED = "return update_KED.transpose(1, 2) if transposed else update_KED"
 _WEIGHTED = "weights[token, n, None]"
 _UPDATED = "self.base.get_parameter(name) + self.update(name) for name in self.A}"
-_CALLED = "return torch.func.functional_call(self.base, weights, arguments, named)"
+_CALLED = 'vars(called)["_parameters"] = {**called._parameters, **weights}'
 
 _block = partial(line_fault, "lora_experts", file="lora_experts", values=_CASE)
 _layer = partial(
@@ -65,7 +65,7 @@ FAULTS = [
     _layer("merges_all_experts_but_the_last", ["merge"], ".add_(self.update(name))", "[:-1].add_(self.update(name)[:-1])"),
     _layer("keeps_the_update_of_its_first_call", ["forward", "save"], _CALLED,
         "self.kept = getattr(self, 'kept', {n: w.detach() for n, w in weights.items()})\n"
-        "        return torch.func.functional_call(self.base, self.kept, arguments, named)"),
+        '        vars(called)["_parameters"] = {**called._parameters, **self.kept}'),
     _layer("ignores_rslora_of_experts", ["forward"],
         "adapted_experts(base, R, s,", "adapted_experts(base, R, config.alpha / R,",
         file="", values={"rank": 3, "alpha": 8.0, "rslora": True}),

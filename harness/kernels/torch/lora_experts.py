@@ -51,11 +51,11 @@ class _GroupedLora(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float, counts: Sequence[int]) -> Tensor:
-        y, low, B = x.new_empty(len(x), W.shape[1]), x.new_empty(len(x), A.shape[1]), B.contiguous()
+        y, low, columns = x.new_empty(len(x), W.shape[1]), x.new_empty(len(x), A.shape[1]), B.contiguous()
         for k, rows in _slices(counts):
             torch.mm(x[rows], A[k].T, out=low[rows])
             torch.mm(x[rows], W[k].T, out=y[rows])
-            y[rows].addmm_(low[rows], B[k].T, alpha=scaling)
+            y[rows].addmm_(low[rows], columns[k].T, alpha=scaling)
         ctx.save_for_backward(x, W, A, B, low)
         ctx.scaling, ctx.counts = scaling, counts
         return y
@@ -64,6 +64,7 @@ class _GroupedLora(torch.autograd.Function):
     @outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, low = ctx.saved_tensors
+        B = B.contiguous()  # here, since a copy that the forward pass saved would have no second derivative
         need_x, need_W, need_A, need_B = ctx.needs_input_grad[:4]
         dx: list[Tensor] = []
         dW, dA, dB = (
