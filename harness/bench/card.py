@@ -36,7 +36,7 @@ class CardReport:
     card: str = ""
     """Name of the card; empty for a CPU."""
     failed: str = ""
-    """Why the worker ended early; empty if it did not."""
+    """Reason why the worker ended early; empty if it did not."""
     traceback: str = ""
 
     @property

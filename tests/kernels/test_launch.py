@@ -1,4 +1,4 @@
-"""What a launch says when its kernel fails, and which table of crossovers a card has."""
+"""Launches: the error of a kernel that fails, and the table of crossovers of a card."""
 
 from __future__ import annotations
 

@@ -50,6 +50,15 @@ elif what == "saves":
         os._exit(4)
     signal.signal(signal.SIGTERM, end)
     time.sleep(600)
+elif what == "wrong, then slow":
+    row = {"name": "nf4", "shape": "8x8", "dtype": "float32", "device": "cpu", "ours": "fused", "other": "acme",
+           "outcome": "refused", "because": "no parity: fused fails outputs", "parity": [
+               {"implementation": "fused", "kind": "operation", "target": "nf4", "dtype": "float32", "case": "8x8",
+                "result": {"check": "nf4/outputs/float32/call", "outcome": "fail"}}]}
+    print(json.dumps({"benchmarks": [row]}), flush=True)
+    time.sleep(600)
+elif what == "slow":
+    time.sleep(600)
 elif what == "crashes":
     print("last words", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGSEGV)
@@ -62,8 +71,8 @@ elif what == "garbage":
 """
 
 
-def part(word: str, estimate_s: float = 1.0, name: str = "") -> Part:
-    return Part(name or word, f"What if it {word}?", "check", (word,), estimate_s)
+def part(word: str, estimate_s: float = 1.0, name: str = "", kind: Any = "check") -> Part:
+    return Part(name or word, f"What if it {word}?", kind, (word,), estimate_s)
 
 
 def run(
@@ -161,6 +170,29 @@ def test_a_budget_that_ends_inside_a_part_keeps_what_it_has_measured(
     assert results["saves"]["summary"] == "1 pass"
     assert results["good"]["status"] == "not-run"
     assert "what it had measured is kept" in page
+
+
+def test_a_wrong_result_is_a_finding_also_in_a_part_that_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part_run, "GRACE_S", 1.0)
+    wrong = part("wrong, then slow", 0.1, "wrong", kind="bench")
+    code, results, _ = run(tmp_path, monkeypatch, [wrong], budget_s=8.0)
+    assert code == Exit.FAIL
+    assert (results["wrong"]["status"], results["wrong"]["because"]) == (
+        "finding",
+        "nf4: no parity: fused fails outputs",
+    )
+
+
+def test_a_night_that_is_cut_before_it_measured_anything_is_not_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part_run, "GRACE_S", 1.0)
+    code, results, _ = run(tmp_path, monkeypatch, [part("slow", 0.1)], budget_s=8.0)
+    assert code == Exit.NOTHING_COMPARED
+    assert results["slow"]["status"] == "cut"
+    assert "nothing was measured" in results["slow"]["because"]
 
 
 def test_a_damaged_document_is_no_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

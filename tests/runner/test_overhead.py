@@ -1,4 +1,4 @@
-"""What the harness does for each Cell beyond the method's own work: counted, for many Cells of a stub worker."""
+"""Work of the harness for each Cell beyond the method's own, counted over many Cells of a stub worker."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 class _Module(backend_registration._DummyBackendModule):
-    """What torch asks a kind of device about its random numbers."""
+    """Functions that torch calls for the random numbers of a kind of device."""
 
     def get_rng_state(self, *_: Any) -> Tensor:
         return torch.get_rng_state()

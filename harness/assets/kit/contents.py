@@ -1,4 +1,4 @@
-"""What a kit can hold, most valuable first. The other machine has torch, triton, transformers and peft."""
+"""Contents of a kit, most valuable first. The other machine has torch, triton, transformers and peft."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _WORST_FIRST: tuple[Verdict, ...] = ("wrong", "refused", "not known", "ok")
 
 
 class Reading(FrozenModel):
-    """What a loader does with one feature of an adapter file."""
+    """Result of a loader for one feature of an adapter file."""
 
     reading: Literal["wrong", "refused", "ok"]
     because: str = ""

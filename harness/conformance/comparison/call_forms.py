@@ -75,7 +75,7 @@ class Form:
     run: Callable[[Call], dict[str, Tensor] | None]
     """Function that calls the layer and returns the output and the gradients; None if the form does not apply."""
     leaves_out: Literal["", "all gradients", "grad x", "the tensors' gradients"] = ""
-    """What the observation lacks, because it does not exist in this form."""
+    """Part of an observation that does not exist in this form."""
 
     def shown(self, names: Iterable[str]) -> list[str]:
         """Return those names of a full observation that this form shows."""

@@ -14,7 +14,7 @@ from harness.bench import table as bench_table
 from harness.bench.card import rate
 from harness.bench.results import BenchRow
 from harness.claims.judge import ClaimVerdict
-from harness.errors import HarnessError
+from harness.errors import HarnessError, plural
 from harness.records import store
 from harness.records.record import Status
 from harness.regression.night.part_run import STDOUT
@@ -29,13 +29,15 @@ NO_CELL = "no Cell ran"
 
 @dataclass
 class Reading:
-    """What a document says."""
+    """Content of a document."""
 
     summary: str = ""
     table: PartTable | None = None
     failures: list[Failure] = field(default_factory=list)
     is_missing: bool = False
     """True if there is no document, or none that can be read."""
+    wrong: str = ""
+    """Description of the first wrong result. Empty if there is none."""
 
 
 def read(part: Part, folder: Path, line: str) -> Reading:
@@ -82,7 +84,8 @@ def _check(document: Mapping[str, Any], line: str) -> Reading:
     ]  # fmt: skip
     skipped = f"; {len(document['skipped'])} targets not checked" if document["skipped"] else ""
     summary = ", ".join(f"{count} {word}" for word, count in counts.most_common()) + skipped
-    return Reading(summary, PartTable(columns=["target", *words], rows=rows), failures[:_MOST_FAILURES])
+    wrong = plural(len(failures), "failed check") if failures else ""
+    return Reading(summary, PartTable(columns=["target", *words], rows=rows), failures[:_MOST_FAILURES], wrong=wrong)
 
 
 def _what(result: Mapping[str, Any]) -> str:
@@ -127,7 +130,8 @@ def _bench(document: Mapping[str, Any], line: str) -> Reading:
         if row.outcome == "failed" or row.red
     ]
     summary = ", ".join(f"{count} {word}" for word, count in counts.most_common())
-    return Reading(summary, PartTable(columns=columns, rows=table), failures[:_MOST_FAILURES])
+    wrong = next((f"{row.name}: {row.because}" for row in rows if row.red), "")
+    return Reading(summary, PartTable(columns=columns, rows=table), failures[:_MOST_FAILURES], wrong=wrong)
 
 
 def _padded(fields: tuple[str, ...]) -> list[str]:
@@ -192,9 +196,9 @@ def _run(folder: Path, line: str) -> Reading:
     if latest and not failures and not counts[Status.OK.value]:
         first = next(iter(latest.values()))
         failures = [Failure(where=NO_CELL, what=first.because, reproduce=line)]
-    return Reading(
-        summary, PartTable(columns=["Cell", "status", "step, ms", "peak, GiB", "because"], rows=rows), failures
-    )
+    table = PartTable(columns=["Cell", "status", "step, ms", "peak, GiB", "because"], rows=rows)
+    wrong = "a Cell computes something else" if counts[Status.NONCONFORMING.value] else ""
+    return Reading(summary, table, failures, wrong=wrong)
 
 
 def _claims(document: Mapping[str, Any], line: str) -> Reading:

@@ -33,18 +33,18 @@ class Ended:
     """The end of a command."""
 
     code: int | None
-    """Its exit code, negative for a signal; None if it had to be killed."""
+    """Exit code of the command, negative for a signal; None if it had to be killed."""
     seconds: float
     cut: bool
-    """Whether its time was over."""
+    """True if it was ended because its time was over."""
     tail: str
-    """The end of what it wrote to stderr."""
+    """Last lines that it wrote to stderr."""
     left: list[str]
     """Names of processes that it left behind. They were killed."""
 
     @property
     def died(self) -> str:
-        """How the command died, in words. Empty if it ended by itself."""
+        """The end of a command that did not end by itself, in words. Otherwise empty."""
         if self.code is None:
             return "killed: it did not end after its time was over"
         return f"died of {name}" if (name := signal_name(self.code)) else ""

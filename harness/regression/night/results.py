@@ -1,4 +1,4 @@
-"""What a night leaves on disk: `night.json` first, `parts/<name>.json` as soon as a part ends, `footer.json` last."""
+"""Files of a night: `night.json` first, `parts/<name>.json` as soon as a part ends, `footer.json` last."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ class PartTable(FrozenModel):
 
 
 class PartResult(FrozenModel):
-    """parts/<name>.json: how a part ended."""
+    """parts/<name>.json: status and results of a part."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")
     name: str
     title: str
     status: Status
     because: str = ""
-    """Why it has no result, or how it ended. Empty if it is ok."""
+    """Reason for the status. Empty if it is ok."""
     command: str
     """The command as a line for a shell."""
     estimate_s: Seconds

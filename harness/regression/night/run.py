@@ -60,7 +60,7 @@ class Night:
     results: list[PartResult] = field(default_factory=list)
     interrupted: bool = False
     missing: str = ""
-    """Why there is no GPU, if one was wanted. Otherwise empty."""
+    """Reason why there is no GPU, if one was wanted. Otherwise empty."""
 
     @property
     def exit(self) -> Exit:
@@ -75,7 +75,8 @@ class Night:
             return Exit.FAIL
         if self.interrupted or self.missing or statuses["failed"]:
             return Exit.INFRASTRUCTURE
-        return Exit.PASS if statuses["ok"] or statuses["cut"] else Exit.NOTHING_COMPARED
+        measured = any(one.status == "ok" or (one.status == "cut" and one.summary) for one in self.results)
+        return Exit.PASS if measured else Exit.NOTHING_COMPARED
 
     @property
     def baseline(self) -> str:
@@ -223,20 +224,20 @@ def _judged(
     part: Part, ended: part_run.Ended, reading: documents.Reading, limit_s: float, left_s: float
 ) -> tuple[Literal["ok", "finding", "failed", "cut", "not-run"], str]:
     """Return the status of a part and the reason."""
-    if part.kind == "check" and reading.failures:
-        return "finding", f"{len(reading.failures)} checks fail"
+    if reading.wrong:  # also in what a part has measured before it was cut
+        return "finding", reading.wrong
     if ended.cut:
         what = (
             "the budget was over" if limit_s >= left_s else f"it took too long, and was ended after {duration(limit_s)}"
         )
-        return ("cut" if limit_s >= left_s else "failed"), f"{what}; what it had measured is kept"
+        kept = "what it had measured is kept" if reading.summary and not reading.is_missing else "nothing was measured"
+        return ("cut" if limit_s >= left_s else "failed"), f"{what}; {kept}"
     if ended.died:
         return "failed", ended.died
     if reading.is_missing and ended.code in (Exit.PASS, Exit.FAIL, Exit.INCONCLUSIVE):
         return "failed", reading.summary or "its document cannot be read"
     if ended.code == Exit.FAIL and part.kind in ("claims", "run"):
-        bad = [one for one in reading.failures if "nonconforming" in one.where]
-        return ("finding", "a Cell computes something else") if bad else ("ok", "")
+        return "ok", ""
     if part.kind == "run" and any(one.where == documents.NO_CELL for one in reading.failures):
         return "failed", documents.NO_CELL
     if ended.code in (Exit.PASS, Exit.INCONCLUSIVE):
