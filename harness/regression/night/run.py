@@ -176,7 +176,7 @@ def _chosen(plan: list[Part], only: Sequence[str]) -> list[Part]:
     names = [part.name for part in plan]
     for one in only:
         if not any(name.startswith(one) for name in names):
-            raise UsageError(f"no part `{one}`: {did_you_mean(one, names, 'there are')}", where="--only")
+            raise UsageError(f"no part `{one}`", where="--only", hint=did_you_mean(one, names, "parts"))
     return [part for part in plan if not only or any(part.name.startswith(one) for one in only)]
 
 
