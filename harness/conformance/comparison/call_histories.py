@@ -160,8 +160,10 @@ def _after(restore: Restore) -> Run:
             made(leaf_of(call.x))
             with torch.no_grad():
                 made(call.x)
-        halved = {id(t) for t in call.numbers}
-        restore(made, {n: t.detach() * HALF if id(t) in halved else t.detach() for n, t in _named(call.layer).items()})
+        # By storage: an adapter may hand out its state as a transposed view of a parameter.
+        halved = {t.untyped_storage().data_ptr() for t in call.numbers}
+        values = {n: t.detach() for n, t in _named(call.layer).items()}
+        restore(made, {n: t * HALF if t.untyped_storage().data_ptr() in halved else t for n, t in values.items()})
         return call.observe(call.x, call.dy, layer=made)
 
     return run
