@@ -24,6 +24,7 @@ from harness.methods.base_model import logits as logits_of
 from harness.methods.implementations.hf_peft.loader import PeftLoader
 from harness.process import worker_pool
 
+pytestmark = pytest.mark.usefixtures("forks")
 BASES = corpus.folder() / "bases"
 
 
@@ -60,7 +61,6 @@ def test_the_text_names_findings_and_loaders(plain: Path, capsys: pytest.Capture
     assert "vLLM" in out
 
 
-@pytest.mark.usefixtures("forks")
 def test_the_logits_of_hf_peft_are_compared_with_the_reference(
     plain: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -78,7 +78,6 @@ def test_the_logits_of_hf_peft_are_compared_with_the_reference(
     assert "reference  agrees" in capfd.readouterr().out
 
 
-@pytest.mark.usefixtures("forks")
 def test_a_loader_that_computes_other_logits_fails(
     plain: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -128,7 +127,6 @@ def loaders():
 """
 
 
-@pytest.mark.usefixtures("forks")
 def test_a_loader_that_hangs_crashes_or_prints_costs_only_its_own_row(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,7 +153,6 @@ def test_a_loader_that_hangs_crashes_or_prints_costs_only_its_own_row(
     assert "left a process behind: sleep" in found["leave_a_process"]["detail"]
 
 
-@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize(
     ("name", "verdict", "defect"),
     [
@@ -184,7 +181,6 @@ def test_a_known_defect_of_the_loader_is_named(
     assert f"known defect {defect} (`peft-harness explain {defect}`)" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("forks")
 def test_logits_that_cannot_be_compared_have_a_reason(
     plain: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -243,7 +239,6 @@ def test_a_folder_without_the_right_to_read_it_is_one_message(
     ],
     ids=str,
 )
-@pytest.mark.usefixtures("forks")
 def test_a_config_that_gives_nothing_to_compare_is_no_pass(
     plain: Path, change: dict[str, Any], kind: str, code: Exit, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,8 +32,12 @@ from support.sandbox import Sandbox, make_sandbox
 
 @pytest.fixture
 def inside(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
-    """A sandbox for runs inside this process, which is quicker than the command; workers are started as ever."""
+    """A sandbox for runs inside this process, which is quicker than the command.
+
+    Each worker is a new process: Cells that end before torch is imported need no fork server, which would import it.
+    """
     sandbox = make_sandbox(tmp_path, cache)
+    monkeypatch.setenv(worker_start.COLD_START, "1")
     for name, value in sandbox.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.syspath_prepend(sandbox.folder / "plugin")

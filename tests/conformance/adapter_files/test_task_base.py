@@ -19,6 +19,7 @@ from harness.conformance.adapter_files.reference_logits import reference_logits
 from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.errors import Exit, Unsupported, UsageError
 
+pytestmark = pytest.mark.usefixtures("forks")
 QV = ["q_proj", "v_proj"]
 PROMPT = [5, 6, 7, 8]
 
