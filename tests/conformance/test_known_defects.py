@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness.conformance import parity_suite
+from harness.conformance import checks, parity_suite
 from harness.conformance.case_selection import FEW
 from harness.conformance.execution import suite_run
 from harness.conformance.findings import defects
@@ -133,3 +135,18 @@ def test_what_a_library_does_otherwise_is_what_is_known_of_it(kind: str, target:
     assert [one for one in marked if one.result.outcome is Outcome.FAIL and not one.defect] == []
     assert any(one.defect for one in marked)
     assert complaints == []
+
+
+def test_each_source_of_a_check_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed, parse = list[str](), ast.parse
+
+    def counted(source: str, *arguments: Any, **options: Any) -> ast.AST:
+        parsed.append(source)
+        return parse(source, *arguments, **options)
+
+    monkeypatch.setattr(ast, "parse", counted)
+    for once in (defects.known, checks._docstrings_in):
+        once.cache_clear()
+    assert sum(len(one.checks) for one in defects.known()) > len(list(Path(*checks.__path__).glob("*.py")))
+    assert parsed
+    assert len(parsed) == len(set(parsed))

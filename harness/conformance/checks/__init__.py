@@ -147,9 +147,15 @@ def docstrings() -> dict[str, str]:
     The docstrings are read from the source, without importing torch.
     """
     return {
+        name: text for folder in __path__ for file in sorted(Path(folder).glob("*.py"))
+        for name, text in _docstrings_in(file).items()
+    }  # fmt: skip
+
+
+@cache  # each pattern of a known defect asks for all names
+def _docstrings_in(file: Path) -> dict[str, str]:
+    return {
         node.name.removeprefix(_PREFIX): ast.get_docstring(node) or ""
-        for folder in __path__
-        for file in sorted(Path(folder).glob("*.py"))
         for node in ast.parse(file.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef) and any(_is_declaration(one) for one in node.decorator_list)
     }
