@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from harness.analysis import ranking, verdict
+from harness.analysis import ranking, run_verdict
 from harness.analysis.ranking import Group, RankingEntry
-from harness.analysis.verdict import RunVerdict
+from harness.analysis.run_verdict import RunVerdict
 from harness.records import naming
 from harness.records.record import Cell, Record
 from harness.records.store import Run
@@ -42,7 +42,7 @@ class RunFacts:
     @cached_property
     def verdict(self) -> RunVerdict:
         """The verdict on the run and on each question of its suite."""
-        return verdict.judge(self.run)
+        return run_verdict.judge(self.run)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:

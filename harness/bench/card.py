@@ -14,7 +14,7 @@ from harness.bench import files
 from harness.bench.run import no_gpu
 from harness.console import align_columns, print_json, print_lines, print_note
 from harness.errors import Exit, HarnessError
-from harness.process.termination import handle_termination
+from harness.process.signals import handle_termination
 from harness.process.worker_pool import WorkerPool
 from harness.records.environment import describe, threads
 

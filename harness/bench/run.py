@@ -20,7 +20,7 @@ from harness.bench.verdict import with_own_clock
 from harness.conformance.execution import worker_processes
 from harness.console import print_json, print_lines, print_note
 from harness.errors import Exit, HarnessError, UsageError
-from harness.process.termination import handle_termination
+from harness.process.signals import handle_termination
 from harness.process.worker_pool import WorkerPool
 from harness.records.environment import describe, gpus
 from harness.records.environment import threads as usable

@@ -29,7 +29,7 @@ from harness.console import print_json, print_lines, print_note
 from harness.errors import Exit, HarnessError, Problem, SuiteError, UsageError, did_you_mean
 from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
 from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
-from harness.process.termination import handle_termination
+from harness.process.signals import handle_termination
 from harness.records.check import CheckId
 from harness.records.environment import code_version, describe
 from harness.records.files import refuse_unwritable

@@ -18,7 +18,7 @@ from harness.conformance.findings.outcomes import CheckOutcome, Execution
 from harness.conformance.findings.report import CheckReport
 from harness.console import print_note
 from harness.errors import Exit
-from harness.process.termination import handle_termination
+from harness.process.signals import handle_termination
 from harness.process.worker_pool import WorkerPool
 from harness.records.environment import describe
 from harness.records.files import refuse_unwritable

@@ -15,7 +15,7 @@ from harness.conformance.served.report import ServedReport, SubjectResult, Verdi
 from harness.conformance.served.session import BASE, ROUNDS, Session
 from harness.console import print_json, print_lines, print_note
 from harness.errors import Exit, HarnessError, UsageError, did_you_mean
-from harness.process.termination import handle_termination
+from harness.process.signals import handle_termination
 from harness.records.environment import describe
 from harness.report import served_terminal
 

@@ -63,7 +63,7 @@ def claims(
       5  no claim was computed
     """
     from harness.claims import claim_file, compute, document, selection, table
-    from harness.process.termination import handle_termination
+    from harness.process.signals import handle_termination
     from harness.records import environment, store
     from harness.report import claims_page
     from harness.report.html import page_path

@@ -13,7 +13,7 @@ from harness.assets.environments.packages import IndexOptions
 from harness.cli import options
 from harness.console import align_columns, print_lines, print_note, without_code_marks
 from harness.errors import Exit, UsageError, did_you_mean, plural
-from harness.process.termination import handle_termination
+from harness.process.signals import handle_termination
 
 
 def create(name: str | None, requirement: str | None, file: Path | None, dry_run: bool, index: IndexOptions) -> Exit:

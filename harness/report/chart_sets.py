@@ -16,7 +16,7 @@ from harness.analysis.grouping import group
 from harness.analysis.metrics import Metric
 from harness.analysis.ranking import Group, RankingEntry, Score
 from harness.analysis.run_facts import RunFacts
-from harness.analysis.verdict import QuestionVerdict
+from harness.analysis.run_verdict import QuestionVerdict
 from harness.errors import plural
 from harness.records import naming
 from harness.records.imported import LoggedLoss

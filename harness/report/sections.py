@@ -12,8 +12,8 @@ from harness.analysis import failed_checks
 from harness.analysis.comparison.reproducibility import strangers, usual_environment
 from harness.analysis.grouping import group
 from harness.analysis.run_facts import RunFacts
+from harness.analysis.run_verdict import QuestionVerdict
 from harness.analysis.trajectories import JudgedTrajectory
-from harness.analysis.verdict import QuestionVerdict
 from harness.analysis.verdict_kind import VerdictKind
 from harness.conformance.findings.summary import describe
 from harness.errors import plural

@@ -10,8 +10,8 @@ from harness.analysis.comparison import reproducibility
 from harness.analysis.comparison.reproducibility import Rerun
 from harness.analysis.ranking import Group, RankingEntry
 from harness.analysis.run_facts import RunFacts
+from harness.analysis.run_verdict import QuestionVerdict
 from harness.analysis.statistics.over_seeds import MODERATED
-from harness.analysis.verdict import QuestionVerdict
 from harness.errors import plural
 from harness.records.record import Status
 from harness.report import (

@@ -15,7 +15,7 @@ from harness.cell.job import ImportedAdapter
 from harness.console import foreign_output, print_lines
 from harness.errors import Exit, SuiteError, UsageError
 from harness.methods.peft_config import KEY
-from harness.process.termination import handle_termination
+from harness.process.signals import handle_termination
 from harness.records.imported import Imported
 from harness.records.record import ADAPTER_SHA256, Base, Cell, Dtype, Training
 from harness.resources import data_folder

@@ -23,7 +23,7 @@ from harness.cell import gate_key
 from harness.cell.job import Asset, ImportedAdapter, Job, JobTask, used
 from harness.console import print_lines
 from harness.errors import Exit, HarnessError, Problem, StoreError, SuiteError, UsageError
-from harness.process import termination
+from harness.process import signals
 from harness.records import environment, naming, store
 from harness.records.manifest import Footer, Manifest
 from harness.records.record import ADAPTER_SHA256, Environment, Provider, Record, Status
@@ -63,7 +63,7 @@ class _Times:
         self._lap = now
 
 
-@termination.handle_termination()
+@signals.handle_termination()
 def run_suite(
     suite_name: str | Suite,
     *,
@@ -173,7 +173,7 @@ def _measure(session: _Session, executor: Executor, context: RunContext) -> stor
                 session.times.lap("scheduling")
     except KeyboardInterrupt as error:
         how = "interrupted"
-        by = f" by {error}" if isinstance(error, termination.Terminated) else ""
+        by = f" by {error}" if isinstance(error, signals.Terminated) else ""
         progress.print(f"interrupted{by}: finished Cells are saved, and the report shows them")
     except BaseException:
         with contextlib.suppress(StoreError):  # the user must read the error that ended the run

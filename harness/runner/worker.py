@@ -26,7 +26,7 @@ from harness.errors import HarnessError, Unsupported
 from harness.methods.registry import Registry, discover
 from harness.process.lifeline import die_with_parent
 from harness.process.out_of_memory import shortage
-from harness.process.termination import TERMINATION_SIGNALS
+from harness.process.signals import TERMINATION_SIGNALS
 from harness.records import environment, store
 from harness.records.record import Failure, Json, Phase, Provider, Record, Status
 from harness.records.training import LOOP_MODULES

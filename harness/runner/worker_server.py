@@ -15,7 +15,7 @@ from importlib import import_module
 
 from harness.process.fork_server import serve
 from harness.process.lifeline import die_with_parent
-from harness.process.termination import TERMINATION_SIGNALS
+from harness.process.signals import TERMINATION_SIGNALS
 from harness.records import environment
 from harness.runner import worker
 

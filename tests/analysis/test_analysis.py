@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from harness.analysis import ranking, trajectories, verdict
+from harness.analysis import ranking, run_verdict, trajectories
 from harness.analysis.statistics import intervals
 from harness.analysis.verdict_kind import Verdict, VerdictKind, joint
 from harness.errors import Exit
@@ -324,7 +324,7 @@ def _better(left: str, right: str) -> list[Comparison]:
 )
 def test_better(tmp_path: Path, left: str, right: str, word: VerdictKind, reason: str) -> None:
     run = recorded_run.write_run(tmp_path / "r", asked=lambda _: _better(left, right))
-    (judged,) = verdict.judge(run).judgements
+    (judged,) = run_verdict.judge(run).judgements
     assert judged.verdict.word is word
     assert reason in judged.verdict.reason
     assert {recorded_run.cells()[n].cell_id + ".1" for n in (left, right)} == set(judged.verdict.records)
@@ -335,7 +335,7 @@ def test_one_reversed_pair_refutes_all_of_them(tmp_path: Path) -> None:
     comparison = Comparison(
         kind="better", left=[c["reference"].cell_id, c["head"].cell_id], right=[c["lora-r1"].cell_id], says="both"
     )
-    (judged,) = verdict.judge(recorded_run.write_run(tmp_path / "r", asked=lambda _: [comparison])).judgements
+    (judged,) = run_verdict.judge(recorded_run.write_run(tmp_path / "r", asked=lambda _: [comparison])).judgements
     assert judged.verdict.word is VerdictKind.FAIL
     assert "1 of 2 pairs" in judged.verdict.reason
 
@@ -347,7 +347,7 @@ def test_better_is_not_judged_without_both_records(tmp_path: Path, how: str) -> 
             return r
         return None if how == "missing" else recorded_run.failed(r, Status.OOM)
 
-    (judged, *_) = verdict.judge(recorded_run.write_run(tmp_path / "r", change=change)).judgements
+    (judged, *_) = run_verdict.judge(recorded_run.write_run(tmp_path / "r", change=change)).judgements
     assert judged.verdict.word is VerdictKind.NOT_RUN
     assert f"is {how}" in judged.verdict.reason
 
@@ -358,7 +358,7 @@ def _whole(tmp_path: Path, **kwargs: object) -> Run:
 
 def test_a_whole_run_passes(tmp_path: Path) -> None:
     run = _whole(tmp_path)
-    v = verdict.judge(run)
+    v = run_verdict.judge(run)
     assert (v.verdict.word, v.exit_code(strict=True), v.counts, run.how) == (
         VerdictKind.PASS,
         Exit.PASS,
@@ -371,20 +371,20 @@ def test_a_whole_run_passes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", [Status.OOM, Status.TIMEOUT, Status.ERROR, Status.LOST])
 def test_an_unmeasured_cell_is_infrastructure(tmp_path: Path, status: Status) -> None:
-    v = verdict.judge(_whole(tmp_path, change=lambda n, r: recorded_run.failed(r, status) if n == "nf4" else r))
+    v = run_verdict.judge(_whole(tmp_path, change=lambda n, r: recorded_run.failed(r, status) if n == "nf4" else r))
     assert (v.verdict.word, v.exit) == (VerdictKind.INCONCLUSIVE, Exit.INFRASTRUCTURE)
     assert f"1 {status.value}" in v.verdict.reason
 
 
 def test_a_skipped_cell_is_no_fault(tmp_path: Path) -> None:
     skip = lambda n, r: recorded_run.failed(r, Status.SKIPPED, because="no GPU", failure=None) if n == "nf4" else r  # noqa: E731
-    assert verdict.judge(_whole(tmp_path, change=skip)).exit is Exit.PASS
+    assert run_verdict.judge(_whole(tmp_path, change=skip)).exit is Exit.PASS
 
 
 def test_a_cell_that_found_no_place_to_run_is_infrastructure(tmp_path: Path) -> None:
     busy = Failure(kind="busy GPU", message="")
     skip = lambda n, r: recorded_run.failed(r, Status.SKIPPED, because="in use", failure=busy) if n == "nf4" else r  # noqa: E731
-    assert verdict.judge(_whole(tmp_path, change=skip)).exit is Exit.INFRASTRUCTURE
+    assert run_verdict.judge(_whole(tmp_path, change=skip)).exit is Exit.INFRASTRUCTURE
 
 
 def test_a_missing_cell_a_torn_file_and_a_lacking_footer_are_infrastructure(tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_a_missing_cell_a_torn_file_and_a_lacking_footer_are_infrastructure(tmp_
     unfinished = recorded_run.write_run(tmp_path / "unfinished", footer=False)
     torn = Run(missing.path, unfinished.manifest, unfinished.records, missing.footer, {"x.1.json": "torn"})
     for run, words in ((missing, "without any Record"), (unfinished, "incomplete"), (torn, "unreadable")):
-        v = verdict.judge(run)
+        v = run_verdict.judge(run)
         assert v.exit is Exit.INFRASTRUCTURE
         assert words in v.verdict.reason
 
@@ -401,7 +401,7 @@ def test_a_nonconforming_cell_fails_before_anything_else(tmp_path: Path) -> None
     def change(name: str, r: Record) -> Record | None:
         return recorded_run.failed(r, Status.NONCONFORMING) if name == "fused" else recorded_run.failed(r)
 
-    v = verdict.judge(_whole(tmp_path, change=change, footer=False))
+    v = run_verdict.judge(_whole(tmp_path, change=change, footer=False))
     assert (v.verdict.word, v.exit) == (VerdictKind.FAIL, Exit.FAIL)
     assert v.nonconforming == (recorded_run.cells()["fused"].cell_id + ".1",)
 
@@ -417,7 +417,7 @@ def test_divergence_is_not_called_another_method(tmp_path: Path) -> None:
         kind = "Diverged" if name == "fused" else "Untrained"
         return red.model_copy(update={"failure": red.failure.model_copy(update={"kind": kind})})
 
-    v = verdict.judge(_whole(tmp_path, change=change))
+    v = run_verdict.judge(_whole(tmp_path, change=change))
     names = naming.full(recorded_run.cells().values())
     assert (v.exit, len(v.nonconforming)) == (Exit.FAIL, 2)
     assert v.verdict.reason.startswith(
@@ -428,27 +428,27 @@ def test_divergence_is_not_called_another_method(tmp_path: Path) -> None:
 
 def test_a_failed_check_in_an_ok_record_fails(tmp_path: Path) -> None:
     red = CheckResult(check="lora/forward/float32/warm", outcome=Outcome.FAIL, error=1.0, allowed=0.1)
-    v = verdict.judge(_whole(tmp_path, change=lambda n, r: r.model_copy(update={"checks": [red]})))
+    v = run_verdict.judge(_whole(tmp_path, change=lambda n, r: r.model_copy(update={"checks": [red]})))
     assert v.exit is Exit.FAIL
 
 
 def test_a_refuted_comparison_fails(tmp_path: Path) -> None:
-    v = verdict.judge(_whole(tmp_path, asked=lambda _: _better("head", "full")))
+    v = run_verdict.judge(_whole(tmp_path, asked=lambda _: _better("head", "full")))
     assert (v.verdict.word, v.exit) == (VerdictKind.FAIL, Exit.FAIL)
 
 
 def test_nothing_measured_is_nothing_compared(tmp_path: Path) -> None:
-    v = verdict.judge(_whole(tmp_path, change=lambda _, r: recorded_run.failed(r, Status.SKIPPED, failure=None)))
+    v = run_verdict.judge(_whole(tmp_path, change=lambda _, r: recorded_run.failed(r, Status.SKIPPED, failure=None)))
     assert (v.verdict.word, v.exit) == (VerdictKind.NOT_RUN, Exit.NOTHING_COMPARED)
 
 
 def test_a_run_in_which_every_cell_broke_is_infrastructure(tmp_path: Path) -> None:
-    v = verdict.judge(_whole(tmp_path, change=lambda _, r: recorded_run.failed(r)))
+    v = run_verdict.judge(_whole(tmp_path, change=lambda _, r: recorded_run.failed(r)))
     assert (v.verdict.word, v.exit) == (VerdictKind.INCONCLUSIVE, Exit.INFRASTRUCTURE)
 
 
 def test_an_open_question_counts_only_when_strict(tmp_path: Path) -> None:
     run = _whole(tmp_path, asked=lambda _: _better("reference", "full"))
-    assert verdict.judge(run).exit is Exit.PASS
-    assert verdict.judge(run).verdict.word is VerdictKind.INCONCLUSIVE
-    assert verdict.judge(run).exit_code(strict=True) is Exit.INCONCLUSIVE
+    assert run_verdict.judge(run).exit is Exit.PASS
+    assert run_verdict.judge(run).verdict.word is VerdictKind.INCONCLUSIVE
+    assert run_verdict.judge(run).exit_code(strict=True) is Exit.INCONCLUSIVE

@@ -10,7 +10,7 @@ from statistics import fmean, variance
 
 import pytest
 
-from harness.analysis import ranking, verdict
+from harness.analysis import ranking, run_verdict
 from harness.analysis.run_facts import analyse
 from harness.analysis.statistics import intervals, over_seeds, seed_spread
 from harness.analysis.verdict_kind import VerdictKind
@@ -223,11 +223,11 @@ def test_better_over_seeds_is_judged_by_the_interval_of_the_difference(tmp_path:
     run = _run(
         tmp_path / "r", cells, comparisons=[better("full", "head"), better("head", "full"), better("full", "reference")]
     )
-    words = [j.verdict.word for j in verdict.judge(run).judgements]
+    words = [j.verdict.word for j in run_verdict.judge(run).judgements]
     assert words == [VerdictKind.PASS, VerdictKind.FAIL, VerdictKind.INCONCLUSIVE]
-    assert "over 3 seeds" in verdict.judge(run).judgements[0].verdict.reason
+    assert "over 3 seeds" in run_verdict.judge(run).judgements[0].verdict.reason
     fewer = Comparison(kind="better", left=ids["full"][:2], right=ids["head"], says="two seeds against three")
-    (judged,) = verdict.judge(_run(tmp_path / "f", cells, comparisons=[fewer])).judgements
+    (judged,) = run_verdict.judge(_run(tmp_path / "f", cells, comparisons=[fewer])).judgements
     assert judged.verdict.word is VerdictKind.NOT_RUN
     assert "seeds are not the same" in judged.verdict.reason
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from harness.errors import Exit
-from harness.process import termination
+from harness.process import signals
 from support.processes import PATIENCE_S, eventually, gone
 from support.sandbox import COMMAND, Sandbox
 
@@ -23,20 +23,20 @@ pytestmark = pytest.mark.e2e
 @pytest.fixture
 def heard() -> Iterator[None]:
     """Whoever runs the tests under nohup has SIGHUP ignored, and so have its children."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in termination.TERMINATION_SIGNALS}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in signals.TERMINATION_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("heard")
-@pytest.mark.parametrize("asked", termination.TERMINATION_SIGNALS)
+@pytest.mark.parametrize("asked", signals.TERMINATION_SIGNALS)
 def test_a_signal_is_heard_only_while_a_run_goes_on(asked: signal.Signals) -> None:
     before = signal.getsignal(asked)
-    with termination.handle_termination():
-        with pytest.raises(termination.Terminated, match=asked.name):
+    with signals.handle_termination():
+        with pytest.raises(signals.Terminated, match=asked.name):
             os.kill(os.getpid(), asked)
-        for number in termination.TERMINATION_SIGNALS:
+        for number in signals.TERMINATION_SIGNALS:
             os.kill(os.getpid(), number)  # nothing cuts the clean end short
     assert signal.getsignal(asked) is before
 
@@ -44,7 +44,7 @@ def test_a_signal_is_heard_only_while_a_run_goes_on(asked: signal.Signals) -> No
 def test_what_nohup_ignores_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with termination.handle_termination():
+        with signals.handle_termination():
             os.kill(os.getpid(), signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from harness.analysis import verdict
+from harness.analysis import run_verdict
 from harness.analysis.run_facts import analyse
 from harness.analysis.verdict_kind import VerdictKind
 from harness.errors import Exit
@@ -103,7 +103,7 @@ def test_optimizers_of_a_suite(fork_sandbox: ForkSandbox) -> None:
 def test_a_batch_in_parts_and_a_compiled_step_are_the_same_run(clean: Sandbox) -> None:
     records = finished(clean, "exact", "whole", "parts", "fused", "compiled")
     run = clean.read()
-    (judgement,) = verdict.judge(run).judgements
+    (judgement,) = run_verdict.judge(run).judgements
     assert (judgement.verdict.word, len(judgement.verdict.records)) == (VerdictKind.PASS, 5)
     assert [r.cell.evaluation.latency for r in run.records].count(False) == 1
     compiled = records["compiled"]

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from harness.analysis import verdict
+from harness.analysis import run_verdict
 from harness.analysis.run_facts import analyse
 from harness.analysis.verdict_kind import VerdictKind
 from harness.errors import Exit
@@ -66,7 +66,7 @@ def test_a_cell_trained_by_sfttrainer_has_the_losses_of_the_harness(sandbox: San
     assert record.measurements.memory.counted_peak_B
     assert "trl" in record.environment.software
     assert any(note.startswith("trained by trl; it spent") for note in record.notes)
-    assert [judged.verdict.word for judged in verdict.judge(run).judgements] == [VerdictKind.PASS]
+    assert [judged.verdict.word for judged in run_verdict.judge(run).judgements] == [VerdictKind.PASS]
     text = Page(html.render([analyse(run)])).text
     assert "loop=trl" in text
     assert "SFTTrainer trains as the harness does" in text

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.analysis import verdict
+from harness.analysis import run_verdict
 from harness.analysis.run_facts import analyse
 from harness.cli import main
 from harness.errors import Exit
@@ -95,11 +95,11 @@ def test_a_record_that_was_put_there_does_not_count(run: store.Run) -> None:
 def test_an_older_attempt_does_not_stand_in_for_one_that_was_removed(tmp_path: Path) -> None:
     worse = recorded_run.failed(recorded_run.record("fused", FUSED), Status.NONCONFORMING, attempt=2)
     run = recorded_run.write_run(tmp_path / "run", extra=[worse])
-    assert verdict.judge(run).exit is Exit.FAIL
+    assert run_verdict.judge(run).exit is Exit.FAIL
     record_path(run, attempt=2).unlink()
     again = store.read_run(run.path)
     assert FUSED.cell_id not in again.latest()
-    assert verdict.judge(again).exit is Exit.FAIL
+    assert run_verdict.judge(again).exit is Exit.FAIL
 
 
 def test_a_cell_cannot_be_taken_out_of_the_manifest(run: store.Run) -> None:
@@ -108,7 +108,7 @@ def test_a_cell_cannot_be_taken_out_of_the_manifest(run: store.Run) -> None:
     (run.path / "run.json").write_text(json.dumps(manifest))
     again = store.read_run(run.path)
     assert again.changed == {"run.json": "was changed after the run"}
-    assert verdict.judge(again).exit is Exit.FAIL
+    assert run_verdict.judge(again).exit is Exit.FAIL
     assert "changed: run.json was changed after the run, and does not count" in terminal.summary(analyse(again))
 
 
@@ -128,7 +128,7 @@ def test_going_on_with_a_run_hides_no_change(run: store.Run) -> None:
     again = close(folder, run)
     assert again.latest()[FUSED.cell_id].attempt == 2  # measured again, and the change is still told
     assert list(again.changed) == [f"cells/{FUSED.cell_id}.1.json"]
-    assert verdict.judge(again).exit is Exit.FAIL
+    assert run_verdict.judge(again).exit is Exit.FAIL
     assert sorted(path.name for path in run.path.iterdir()) == ["cells", "footer.json", "lock", "logs", "run.json"]
 
 
@@ -140,7 +140,7 @@ def test_a_record_that_was_moved_away_is_measured_again_and_forgotten(run: store
     folder.write_record(recorded_run.record("fused", FUSED, attempt=2))
     again = close(folder, run)
     assert (again.changed, len(again.latest())) == ({}, 10)
-    assert verdict.judge(again).exit is Exit.PASS
+    assert run_verdict.judge(again).exit is Exit.PASS
 
 
 def test_a_record_that_is_written_while_the_run_is_closed_counts(run: store.Run) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.analysis import verdict
+from harness.analysis import run_verdict
 from harness.errors import UsageError
 from harness.records import naming
 from harness.records.record import Cell, Status
@@ -106,7 +106,7 @@ def test_a_verdict_names_the_cell_it_means(tmp_path: Path) -> None:
     run = recorded_run.write_run(
         tmp_path / "r", cells=[one, two], change=lambda *_: None, extra=[recorded_run.record("fused", one), red]
     )
-    reason = verdict.judge(run).verdict.reason
+    reason = run_verdict.judge(run).verdict.reason
     assert "seed=1" in reason
     assert "seed=0" not in reason
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from harness import cli
-from harness.analysis import ranking, verdict
+from harness.analysis import ranking, run_verdict
 from harness.analysis.comparison import reproducibility
 from harness.errors import Exit
 from harness.records import store
@@ -35,7 +35,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         monkeypatch.setattr(module, name, counted)
 
     for module, name in (
-        (store, "read_record"), (verdict, "judge"), (ranking, "groups"), (reproducibility, "reruns"),
+        (store, "read_record"), (run_verdict, "judge"), (ranking, "groups"), (reproducibility, "reruns"),
     ):  # fmt: skip
         count(module, name)
     return found

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.analysis import verdict
+from harness.analysis import run_verdict
 from harness.errors import Exit, HarnessError
 from harness.records import environment, store
 from harness.records.manifest import Footer
@@ -190,7 +190,7 @@ def test_a_gpu_that_stays_busy_is_said_and_is_no_success(tmp_path: Path) -> None
         run="stubbed", ended=store.now(), how="finished", counts={"skipped": 1}, missing=[], seconds_total=1.0,
         seconds_in_cells=1.0, seconds_outside={},
     ))  # fmt: skip
-    assert verdict.judge(store.read_run(run.folder.path)).exit is Exit.INFRASTRUCTURE
+    assert run_verdict.judge(store.read_run(run.folder.path)).exit is Exit.INFRASTRUCTURE
 
 
 def test_more_cells_at_a_time_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from harness.bench.run import no_gpu
 from harness.console import align_columns, print_json, print_lines, print_note
 from harness.errors import Exit, UsageError, did_you_mean
 from harness.kernels import crossover
-from harness.process.termination import handle_termination
+from harness.process.signals import handle_termination
 from harness.records import environment, store
 from harness.records.files import sha256, write_atomic
 from harness.regression.baseline import store as baselines

@@ -15,7 +15,7 @@ from harness.analysis.tracked_metrics import STEP
 from harness.cell.measure import cores
 from harness.console import print_json, print_lines, print_note
 from harness.errors import Exit, HarnessError, StoreError, UsageError
-from harness.process.termination import handle_termination
+from harness.process.signals import handle_termination
 from harness.records import environment, naming, store
 from harness.records.files import write_atomic
 from harness.regression.pairs import canary_file, findings, table
