@@ -152,7 +152,7 @@ class QloraLinear(LowRankLayer):
         return y_TE
 
     def state(self) -> dict[str, Tensor]:
-        """Map names to the tensors of the 4-bit weight: codes and absmax. Double quantisation adds absmax2 and offset."""
+        """Return the tensors of the 4-bit weight by name: codes and absmax. Double quantisation adds absmax2 and offset."""
         names = ("codes", "absmax", "absmax2", "offset") if self.two_levels else ("codes", "absmax")
         return {name: getattr(self, name) for name in names}
 

@@ -1,8 +1,8 @@
 """The call of an Operation that a benchmark times, and a check of this very call after it was timed.
 
-The parity of an implementation is judged on other tensors than those of the timed call. So an answer may be right there and
-wrong in the timed call: a result that was cached for the same tensors, zeros after some calls, a tensor that is computed
-when it is read, or one that another thread or stream is still writing. Public leaderboards of kernels met all of these.
+The parity checks use other tensors than the timed call. So an implementation may pass them and still return a wrong
+result in the timed call. Public leaderboards of kernels met four such results: one cached for the same tensors, zeros
+after some calls, a tensor computed only when it is read, and one that another thread or stream is still writing.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def _own(job: Job, data: Asset) -> tuple[Any, list[Any], list[Any]]:
 class _Tokenised(Sequence[Example]):
     """The examples of some rows. Each row is tokenised when its example is first read.
 
-    A short training reads few rows, so that most rows are never tokenised.
+    A short training reads few rows, so most rows are never tokenised.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ def of_cell(cell: Cell, model: Asset, task: JobTask, device: str) -> str:
     The result is empty for a Cell that never shares its gate. An imported adapter is compared with its own tensors. With
     `compile`, the gate also compiles the model, which would otherwise happen in measured steps.
 
-    Long texts reach other code than short ones, so that `max_tokens` counts. The labels give the model's last layer.
+    Long texts reach other code than short ones, so `max_tokens` counts. The labels give the model's last layer.
     """
     if cell.training.compile or ADAPTER_SHA256 in cell.config:
         return ""

@@ -177,9 +177,9 @@ def _open(claim: Claim, found: MeasureResult) -> bool:
 
 
 def _allowed(claim: Claim, found: MeasureResult) -> str:
-    """Return the range of results that rounded figures allow, as text, if only a part of it agrees with the claim.
+    """Return, as text, the range of results that the rounding of the paper's figures allows.
 
-    Otherwise, return an empty string.
+    If the claim agrees with the whole range, or with no part of it, return an empty string.
     """
     if claim.figure is None or found.within is None:
         return ""

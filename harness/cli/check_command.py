@@ -79,7 +79,8 @@ from harness.resources import user_path
 )  # fmt: skip
 @click.option(
     "--mutants", type=click.IntRange(0), is_flag=False, flag_value=0, metavar="[N]",
-    help="With --self-test: try N random changes of the reference and of our kernels instead, or all of them without N.",
+    help="With --self-test: instead of planted faults, try N random changes of the reference and of our kernels; without N, "
+    "try all changes.",
 )  # fmt: skip
 @click.option(
     "--power", is_flag=True,

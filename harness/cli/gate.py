@@ -59,12 +59,12 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
 @click.option("--baseline", metavar="NAME", help="Compare RUN with this baseline (see `peft-harness baseline list`).")
 @_option(
     "--baseline", "--memory-bytes", callback=_bytes, metavar="SIZE",
-    help="Growth of a training peak that is allowed, e.g. 4096 or 64MiB.  [default: 64KiB if tensors are counted on a CPU, "
+    help="Allowed growth of the peak of training, e.g. 4096 or 64MiB.  [default: 64KiB if tensors are counted on a CPU, "
     "16MiB for a process, 0 on a GPU]",
 )  # fmt: skip
 @_option(
     "--baseline", "--accuracy-points", type=click.FloatRange(0, 100), default=2.0, show_default=True, metavar="P",
-    help="Drop of the accuracy that is allowed, in percentage points.",
+    help="Allowed drop of the accuracy, in percentage points.",
 )  # fmt: skip
 @_option("--baseline", "--all", "all_rows", is_flag=True, help="Also print rows that are equal in both runs.")
 @options.junit

@@ -378,7 +378,7 @@ def load_start(adapted: Adapted, start: Mapping[str, Tensor]) -> None:
 def warm(tensors: dict[str, Tensor], generator: torch.Generator) -> None:
     """Fill every tensor with noise, scaled so that the update is about as large as the weight.
 
-    At LoRA's own start B is zero. The gradient of A is then zero even in wrong code, so that a check would see nothing.
+    At LoRA's own start B is zero. The gradient of A is then zero even in wrong code, so a check would see nothing.
     """
     for tensor in tensors.values():
         tensor.copy_(noise_for(tensor, generator))

@@ -61,7 +61,7 @@ def compare(saved_runs: Sequence[Saved], session: Session, margin: float = MARGI
         runs = [saved for saved in saved_runs if name in saved.rounds]
         here = [saved.rounds[name] for saved in runs if not differences[saved.path]]
         if name in session.failed:
-            reason = "failed, so that its time is not shown"
+            reason = "failed, so its time is not shown"
             rows.append(_row(FindingKind.OUTCOME, VerdictKind.FAIL, name, "test", reason))
         elif name not in session.rounds:
             if name in session.absent:

@@ -188,7 +188,7 @@ def _budget(g: Group) -> str:
     b = g.budget
     training = f"{b.steps} steps × {b.batch} examples" if b.steps else "no training"
     items = f"{b.items:,} test items" + (f" after the first {b.skip:,}" if b.skip else "")
-    # Older Records did not count the cut items, so that the number is None.
+    # Older Records did not count the cut items, so the number is None.
     cut = max((r.accuracy.cut_items or 0 for e in g.entries for r in e.records if r.accuracy), default=0)
     items += f" ({cut:,} of them cut)" if cut else ""
     seeds = f", seeds {', '.join(map(str, g.seeds))}" if len(g.seeds) > 1 else ""

@@ -310,7 +310,7 @@ def test_each_reason_for_not_comparing_is_named(project, pytester: pytest.Pytest
     code, output = project(f"--harness-gate={base}", "test_odd.py", "-k", "not left_out")
     assert code == pytest.ExitCode.TESTS_FAILED
     assert "its test was skipped" in line_of(names[1], output)
-    assert "failed, so that its time is not shown" in line_of(names[2], output)
+    assert "failed, so its time is not shown" in line_of(names[2], output)
     assert "this session has no such test" in line_of(names[3], output)
     assert names[0] not in output  # by -k
     assert "elsewhere" not in output  # not among the files given to pytest

@@ -97,10 +97,9 @@ def judge(cells: Sequence[CellComparison], canaries: Canaries, *, strict: bool =
     - PASS: otherwise.
 
     Each time (a step or a latency) is judged separately. The level of the Design is strict enough for a comparison with
-    500 such times. The adjusted p values are shown, but decide nothing: ten or twenty pairs are too few for them. This
-    was simulated with
-    gates in which one Cell is 3 % slower. With 8 Cells, 99 % of the gates find this Cell, but only 83 % would find it
-    by adjusted p values. With 50 Cells, only 53 % would.
+    500 such times. The adjusted p values are shown, but decide nothing: ten or twenty pairs are too few for them. In
+    simulated gates with 8 Cells, of which one is 3 % slower, 99 % of the gates find this Cell; adjusted p values would
+    find it in 83 %. With 50 Cells, they would find it in 53 %.
     """
     rows = [row for cell in cells for row in _rows(cell)]
     verdicts = {cell.title(metric): timed for cell in cells for metric, timed in cell.timed.items()}

@@ -22,7 +22,7 @@ def head_of(model: nn.Module, kind: str, lacks: Collection[str] = ()) -> dict[st
 
     The head consists of the parameters outside the encoder itself, and of the parameters in `lacks`. lacks: names of
     the parameters that the checkpoint lacks, such as those of the pooler of a masked language model. These parameters
-    start at random, so that they must train.
+    start at random, so they must train.
     """
     if kind != "encoder":
         return {}

@@ -59,7 +59,7 @@ _NAMED = re.compile(r"\.lora_[AB]\.(?!weight$|bias$)|\.lora_embedding_[AB]\.|\.l
 _EMBEDDING = re.compile(r".*\.(embed_tokens|lm_head|wte|embed_in|embed_out|word_embeddings|shared)\.(weight|bias)")
 """A key of a whole embedding or head."""
 _WRAPPER = re.compile(r"\.(modules_to_save|original_module)\.")
-"""Part of a key that peft's `bias="all"` adds to a copy of the bias of a saved module."""
+"""Part of the key under which peft saves the bias of a module of modules_to_save a second time, with `bias="all"`."""
 
 
 @dataclass(frozen=True)

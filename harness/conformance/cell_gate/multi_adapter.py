@@ -62,7 +62,7 @@ def _observe_layers(subject: Subject, forward: Callable[[], object]) -> dict[str
 
     def hook(path: str, _: nn.Module, arguments: tuple[Tensor, ...], y: Tensor) -> None:
         if not arguments:
-            raise Unsupported(f"{path} is called by keyword, so that its input cannot be observed")
+            raise Unsupported(f"{path} is called by keyword, so its input cannot be observed")
         calls[path] = arguments[0].detach().clone(), y.detach().clone()
 
     with torch.no_grad(), ExitStack() as hooks:

@@ -145,7 +145,7 @@ def _with_new_values(subject: Subject, case: Case, path: str, call: Call) -> Ite
 
 
 def _with_other_rows(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
-    """Yield judgements of calls whose input holds other numbers: one row expanded, and no rows of three dimensions."""
+    """Yield judgements of calls with other rows: one row expanded to several, and an input (2, 0, D) without rows."""
     D, E = call.x.shape[-1], call.dy.shape[-1]
     for name, x, dy in (
         ("one row expanded", call.x[:1].expand(ROWS, D), call.dy[:1].expand(ROWS, E)),
@@ -159,7 +159,7 @@ def _with_other_rows(subject: Subject, case: Case, path: str, call: Call) -> Ite
 def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
     """Yield judgements of outputs and gradients under autocast in both 16-bit dtypes, also after the tensors change.
 
-    Autocast rounds to 16 bits, so that the errors may be those of this dtype.
+    Autocast rounds to 16 bits, so the errors may be as large as those of this dtype.
     """
     wide, own = (subject.reference(path, dtype) for dtype in ("float64", "float32"))
     mine, x, dy, factor = call.tensors, call.x, call.dy, case.factor("calls")

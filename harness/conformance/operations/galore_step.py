@@ -37,8 +37,7 @@ def arguments(
     """Draw a weight (m, n), its gradient, its moments, and orthonormal bases: P (m, r), Q (n, r) or both.
 
     The moments have the shape of the projected gradient. side: decides which of P and Q exist. step: number of this
-    step, at least 2. By default lr is so large that the step is as
-    large as the weight.
+    step, at least 2. By default lr is so large that the step is as large as the weight.
     """
     m, n = shape
     left, right = galore.sides(m, n, side)

@@ -142,7 +142,7 @@ def _unfit(run: Run) -> Iterator[Problem]:
     elif run.footer.how != "finished":
         yield Problem("footer.json", f"the run was {run.footer.how}", "finish it with --resume")
     elif not run.footer.sha256:
-        what = "holds no hashes, so that a changed Record would not be detected"
+        what = "holds no hashes, so a changed Record would not be detected"
         yield Problem("footer.json", what, "run the suite again")
     if missing := run.missing():
         what = f"{plural(len(missing), 'Cell')} without any Record: {first_names([names[i] for i in missing])}"

@@ -129,7 +129,7 @@ def _note_problems(run: Run, added: Added) -> None:
     added.left_out += [f"left out: {run.path}: {problem}" for problem in problems]
     unsealed = run.footer is not None and not run.footer.sha256
     if unsealed:
-        what = "its footer has no hashes, so that a changed Record would not be detected"
+        what = "its footer has no hashes, so a changed Record would not be detected"
         added.left_out.append(f"{run.path}: {what}")
     if run.changed:
         added.findings.add(Exit.FAIL)

@@ -36,11 +36,11 @@ class Ended:
     """Exit code of the command, negative for a signal; None if it had to be killed."""
     seconds: float
     cut: bool
-    """True if it was ended because its time was over."""
+    """True if the command was ended because its time was over."""
     tail: str
-    """Last lines that it wrote to stderr."""
+    """Last lines that the command wrote to stderr."""
     left: list[str]
-    """Names of processes that it left behind. They were killed."""
+    """Names of processes that the command left behind. They were killed."""
 
     @property
     def died(self) -> str:
@@ -55,8 +55,9 @@ def run(
 ) -> Ended:
     """Run peft-harness with these arguments. Its stdout is the file `STDOUT` in `folder`, and its stderr is `log.txt`.
 
-    After `limit_s` seconds it is told to end, and gets `GRACE_S` seconds for this. If this process is told to end, so is
-    the command. If this process is killed, the command is killed too. Raises OSError if the command cannot be started.
+    After `limit_s` seconds, the command gets SIGTERM and then `GRACE_S` seconds to end. If a signal requests the end of
+    this process, the command gets SIGTERM too. If this process is killed, the command is killed. Raises OSError if the
+    command cannot be started.
     """
     token = uuid.uuid4().hex
     script = [sys.executable, "-I", "-S", lifeline.__file__]

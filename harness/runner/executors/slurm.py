@@ -31,7 +31,7 @@ LOCAL = "PEFT_HARNESS_SLURM"
 _EXCHANGE = "slurm"
 """Name of the folder for submitit's files. It is in the run's folder."""
 _PERMIT = "wanted-"
-"""Start of the name of a file next to submitit's files. If the file is deleted, the elements end."""
+"""Prefix of the name of a file next to submitit's files. The elements run only while this file exists."""
 _MOST_ELEMENTS = 1000
 """Maximum number of elements. Slurm's own limit, MaxArraySize, is 1001 unless an administrator has changed it."""
 _START_MIN = 5

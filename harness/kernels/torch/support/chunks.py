@@ -20,7 +20,7 @@ _LARGE = 1 << 21
 _THREADS = 4
 """Largest number of threads.
 
-Each thread holds Python's lock for a third of the time, so that further threads would wait for the lock.
+Each thread holds Python's lock for a third of the time, so further threads would wait for it.
 """
 
 

@@ -1,8 +1,8 @@
 """Functions of CPU tensors compiled by torch.compile: when to compile, when to run, and what to do on failure.
 
-Compilation takes seconds, so that it waits for the first large call. It happens once per `Compiled`. Later calls with
-other sizes, threads or modes (inference, autocast, default device) do not compile again. One thread compiles. Calls of
-other threads run uncompiled meanwhile.
+Compilation takes seconds, so a function is compiled at its first large call, once per `Compiled`. Later calls with
+other sizes, threads or modes (inference, autocast, default device) do not compile again. While one thread compiles,
+calls of other threads run uncompiled.
 
 Times for NF4 on two cores: with an empty inductor cache on disk, 11 s for the first function and 1.6 s for each further
 function; with a warm cache, 3.5 s (the import of inductor) and 0.2 s. PEFT_HARNESS_COMPILE=0 in the environment
@@ -27,7 +27,7 @@ from torch import Tensor
 LARGE = 1 << 21
 """Smallest number of values for which a function is compiled.
 
-A model with one such tensor has several, so that compilation pays. For smaller tensors, a call gains less than the time
+A model with one such tensor has several, so compilation pays. For smaller tensors, a call gains less than the time
 that threads wait for each other on a busy machine.
 """
 _SMALL = 1 << 16
