@@ -12,7 +12,7 @@ from types import ModuleType
 
 
 class Exit(IntEnum):
-    """Exit codes of the command. They are a contract; see README, "Exit codes"."""
+    """Exit codes of the command. They are a contract; see harness/cli/README.md."""
 
     PASS = 0
     FAIL = 1
@@ -27,7 +27,7 @@ EXITS = {
     "`plan`, `explain`)",
     Exit.FAIL: "a finding: an implementation computes wrong results, a claim of a paper is not reproduced, a comparison of "
     "the suite is refuted, nothing that `fit --batch` asks about fits, a rerun differs without a known cause, a Record was "
-    "changed after its run, or a history holds a change for the worse that is counted or confirmed",
+    "changed after its run, or a history shows more parameters or counted bytes, or a confirmed change for the worse",
     Exit.USAGE: "wrong use: an option, a name, a path, or a mistake in a suite; nothing was run",
     Exit.INCONCLUSIVE: "a question could not be decided either way; only with --strict, or because an adapter is too weak "
     "for `check --served`",

@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=float,
         default=10.0,
         metavar="PERCENT",
-        help="Slow-down that is tolerated.  [10]",
+        help="Allowed slow-down in percent.  [10]",
     )
     group.addoption(
         "--harness-gate-strict", action="store_true",

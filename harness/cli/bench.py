@@ -42,7 +42,7 @@ from harness.errors import Exit, UsageError
 @click.option("--ceilings", is_flag=True, help="Measure the highest rates instead: copy, read and matrix products.")
 @click.option(
     "--crossovers", is_flag=True,
-    help="Measure the table of crossovers instead: from which sizes on decoding first is faster than a fused kernel.",
+    help="Measure the crossovers instead: from how many tokens on it is faster to decode a packed weight first.",
 )  # fmt: skip
 @options.device
 @click.option("--out", type=options.FOLDER, metavar="DIR", help="Also write one JSON file per benchmark.")

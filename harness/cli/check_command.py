@@ -55,7 +55,7 @@ from harness.resources import user_path
 )  # fmt: skip
 @click.option(
     "--concurrency", type=click.IntRange(1, 256), metavar="N",
-    help="With --served: most requests at the same time.  [default: 8]",
+    help="With --served: largest number of requests at the same time.  [default: 8]",
 )  # fmt: skip
 @click.option(
     "--echo", is_flag=True, help="With --served: also compare the log-probabilities of the prompts' own tokens."
@@ -110,7 +110,8 @@ def check(
     if device == "cuda" and (served or loop or self_test or any(map(_is_adapter_path, implementations))):
         raise UsageError("applies to implementations only", where="--device", hint="leave it out")
     if (offline or find_links) and not environments:
-        raise UsageError("has no effect without --with", where="--offline" if offline else "--find-links")
+        option = "--offline" if offline else "--find-links"
+        raise UsageError("has no effect without --with", where=option, hint="add --with LIBRARY==VERSION")
     if loop is not None:
         names = (implementations, methods, operations, dtypes, served, adapters, base_model)
         if any(
@@ -163,10 +164,10 @@ def check(
         )
     for option, value in (("--adapter", adapters), ("--concurrency", concurrency), ("--echo", echo)):
         if value:
-            raise UsageError("changes nothing without --served", where=option, hint="add --served URL")
+            raise UsageError("has no effect without --served", where=option, hint="add --served URL")
     for option, given in (("--mutants", mutants is not None), ("--power", power)):
         if given and not self_test:
-            raise UsageError("changes nothing without --self-test", where=option, hint="add --self-test")
+            raise UsageError("has no effect without --self-test", where=option, hint="add --self-test")
     if self_test:
         if implementations or dtypes or full or wide or drawn or junit or html or environments:
             raise UsageError(

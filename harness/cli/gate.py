@@ -68,7 +68,9 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
 )  # fmt: skip
 @_option("--baseline", "--all", "all_rows", is_flag=True, help="Also print rows that are equal in both runs.")
 @options.junit
-@click.option("--markdown", type=options.FILE, metavar="FILE", help="Also write a summary for a CI job, below 1 MiB.")
+@click.option(
+    "--markdown", type=options.FILE, metavar="FILE", help="Also write a Markdown summary for a CI job, below 1 MiB."
+)
 @click.option(
     "--annotations", is_flag=True, help="Also print GitHub annotations.  [default: only if GITHUB_ACTIONS is true]"
 )

@@ -24,7 +24,7 @@ def _bytes(_: click.Context, __: click.Parameter, value: str) -> int:
 @click.command()
 @click.argument("folder", type=options.FOLDER, metavar="DIR")
 @click.option(
-    "--size", callback=_bytes, default="60MiB", show_default=True, metavar="SIZE", help="Most bytes of the kit."
+    "--size", callback=_bytes, default="60MiB", show_default=True, metavar="SIZE", help="Maximum size of the kit."
 )
 @click.option(
     "--python",

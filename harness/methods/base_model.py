@@ -54,7 +54,9 @@ def _model_class(folder: Path) -> tuple[Any, Any]:
     found = model_class(names[0]) if names else None
     if found is None:
         named = f"`architectures` in config.json is {names}"
-        raise UsageError(f"{named}, which is no class of a model in this transformers", where=str(folder), hint=_HINT)
+        raise UsageError(
+            f"{named}, which is not a model class of the installed transformers", where=str(folder), hint=_HINT
+        )
     return config, found
 
 

@@ -58,7 +58,7 @@ def _read(path: Path, kind: type[_Model]) -> _Model:
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise StoreError(f"cannot read: {error.strerror}", where=str(path)) from error
+        raise StoreError(f"cannot read: {error.strerror}", where=str(path), hint="make the file readable") from error
     try:
         found, problem = kind.model_validate_json(text), None
     except ValidationError as error:
@@ -101,8 +101,8 @@ class Run:
     """Paths of files that were changed, removed or added after the run, each with what happened to it. Records in such
     files do not count."""
     ungated: dict[str, str] = field(default_factory=dict)
-    """Paths of Records that rest on the parity gate of a Record that is missing, unreadable or changed, each with the name
-    of that Record. They do not count."""
+    """Records that do not count, because the Record with their parity gate is missing, unreadable or changed: path ->
+    name of the Record with the gate."""
 
     @property
     def how(self) -> str:
@@ -239,7 +239,8 @@ class RunFolder:
                     path.replace(self.path / _REOPENED)
             path.unlink(missing_ok=True)
         except OSError as error:
-            raise StoreError(f"cannot write to this run: {error.strerror}", where=str(path)) from error
+            hint = "make the folder writable, or free some space"
+            raise StoreError(f"cannot write to this run: {error.strerror}", where=str(path), hint=hint) from error
 
     def close(self, run: Run, footer: Footer) -> Run:
         """Write footer.json with the hashes of run.json and of all Records, and return the complete run.

@@ -174,7 +174,7 @@ def test_who_does_not_offer_it_says_why() -> None:
         return why
 
     assert because(measure(subject_of("loralib", llama()), "loralib")) == (
-        "loralib offers no multi_lora_linear, nor `mixed`"
+        "loralib offers neither multi_lora_linear nor `mixed`"
     )
     for method in ("full", "dora"):
         said = because(measure(subject_of("reference", llama(), method), "reference"))

@@ -90,7 +90,8 @@ class LmEvalTask:
         # Each sample occurs once per filter.
         scored = [s for s in outcome["samples"][self.name] if s["filter"] == self._judge]
         if len(scored) != len(self.ids):
-            raise UsageError(f"lm-eval scored {len(scored)} of {len(self.ids)} items by the filter `{self._judge}`")
+            what = f"lm-eval scored {len(scored)} of {len(self.ids)} items by the filter `{self._judge}`"
+            raise UsageError(what, hint="name another filter of the task, or another task")
         scored.sort(key=lambda sample: sample["doc_id"])
         return [Item(id=self.ids[self._places.index(s["doc_id"])], correct=int(s[key])) for s in scored]
 

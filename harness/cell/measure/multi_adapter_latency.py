@@ -108,7 +108,7 @@ def _mixer(subject: Subject, cell: Cell, registry: Registry) -> Mixed:
     try:
         call = registry.find("operation", OPERATION, cell.implementation)
     except ImplementationError as error:
-        raise Unsupported(f"{cell.implementation} offers no {OPERATION}, nor `mixed`") from error
+        raise Unsupported(f"{cell.implementation} offers neither {OPERATION} nor `mixed`") from error
     for path, base in subject.bases.items():
         if type(base) is not nn.Linear:
             kind = type(base).__name__

@@ -142,7 +142,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             pass
     except OSError as error:
         raise UsageError(
-            f"cannot be read ({error.strerror})", where=str(path), hint="give yourself the right to read it"
+            f"cannot be read ({error.strerror})", where=str(path), hint="make the file readable"
         ) from error
     try:
         with safe_open(path, framework="pt") as file:

@@ -230,7 +230,9 @@ class Session:
         if echo:
             if tuple(one.token for one in answer.positions[: len(prompt)]) != prompt:
                 raise ServerError(
-                    "incomplete answer: it does not begin with the prompt's tokens", where=self.client.url
+                    "incomplete answer: it does not begin with the prompt's tokens",
+                    where=self.client.url,
+                    hint="leave out --echo",
                 )
             return Observation(request, prompt[:1], answer.positions[1 : len(prompt)], greedy=False)
         return Observation(request, prompt, answer.positions, greedy=True)

@@ -32,7 +32,7 @@ def _require_interpreter(blocks: int, values: Tensor | None = None) -> None:
     if blocks > MAX_BLOCKS:
         raise Unsupported(f"{blocks} blocks would take the interpreter too long")
     if values is not None and values.isnan().any():
-        raise Unsupported("the interpreter's maximum treats NaN differently from a device")
+        raise Unsupported("the interpreter's maximum treats NaN differently than a GPU does")
 
 
 def _quantize(form: str) -> Implementation:

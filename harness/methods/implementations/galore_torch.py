@@ -88,7 +88,7 @@ def galore_step_8bit(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple
     from galore_torch import GaLoreAdamW8bit
 
     if M.numel() >= 4096:
-        raise Unsupported("GaLoreAdamW8bit stores moments of 4096 elements or more in 8 bits")
+        raise Unsupported("GaLoreAdamW8bit has float32 moments below 4096 elements only")
     p, optimizer, state = _optimizer(GaLoreAdamW8bit, **arguments)
     weight, p.data = p.data, torch.zeros_like(M)  # the optimizer's step does the same for a new state
     optimizer.init_state(optimizer.param_groups[0], p, 0, 0)

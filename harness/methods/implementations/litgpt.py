@@ -27,7 +27,7 @@ def lora_qkv(
 
     rank, (E, shared) = len(As[0]), (len(Ws[0]), len(Ws[1]))
     if ms is not None or any(len(A) != rank for A in As):
-        raise Unsupported("LoRAQKVLinear has no DoRA, and one rank for q, k and v")
+        raise Unsupported("LoRAQKVLinear has no DoRA, and only one rank for q, k and v")
     if not scalings[0]:
         raise Unsupported("the scaling of q is 0, and those of k and v must be divided by it")
     head = math.gcd(E, shared)

@@ -91,7 +91,7 @@ def adamw8bit_step(p: Tensor, g: Tensor, step: int, **options: Any) -> tuple[Ten
 
     moments = {name: options.pop(name) for name in ("m", "m_absmax", "v", "v_absmax")}
     if p.numel() < 4096 or p.numel() % 256:
-        raise Unsupported("torchao keeps 32-bit states for fewer than 4096 elements and for no multiple of 256")
+        raise Unsupported("torchao keeps 32-bit states if a tensor has fewer than 4096 elements or no multiple of 256")
     p = torch.nn.Parameter(p.clone())
     p.grad = g.clone()
     optimizer = AdamW8bit([p], **options)

@@ -60,7 +60,9 @@ def _adapters(
 ) -> list[Any]:  # fmt: skip
     """Return weight, quant_state, A, B and scale of each layer. Raises Unsupported for biases and magnitudes."""
     if biases is not None or ms is not None:
-        raise Unsupported("Unsloth's kernels have neither a bias of the base nor DoRA; it calls peft's layers then")
+        raise Unsupported(
+            "Unsloth's kernels support neither a bias of the base nor DoRA; Unsloth then calls peft's layers"
+        )
     return [one for W, A, B, s in zip(Ws, As, Bs, scalings, strict=True) for one in (W, None, A, B, s)]
 
 
