@@ -1,7 +1,7 @@
-"""axolotl: DoRA's kernels multiply W x by the gain without dropout on x; peft and the authors drop x there too.
+"""axolotl: DoRA's kernels apply the gain to W x without dropout on x; peft and the authors apply the dropout there too.
 
-The kernel replaces a layer of peft. peft and the paper's authors compute W x + (g - 1) W d(x) + g s B A d(x) + bias with one
-mask d. The kernel computes g (W x + s B A d(x)) + bias. Without dropout the two are the same. Seen in 0.19.0.
+The kernel replaces a layer of peft. peft and the paper's authors compute W x + (g - 1) W d(x) + g s B A d(x) + bias with
+one mask d. The kernel computes g (W x + s B A d(x)) + bias. Without dropout the two are the same. Seen in 0.19.0.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""axolotl: LoRA_Embedding computes its gradients in float32, also those of float64 tensors. Seen in 0.19.0."""
+"""axolotl: LoRA_Embedding computes its gradients in float32, even for float64 tensors. Seen in 0.19.0."""
 
 import torch
 from axolotl.kernels.lora import LoRA_Embedding

@@ -1,4 +1,4 @@
-"""axolotl: the backward pass of LoRA_MLP overwrites the outputs of gate and up, so that a second pass raises.
+"""axolotl: the backward pass of LoRA_MLP overwrites the outputs of gate and up, so a second pass raises.
 
 torch's and peft's layers allow a second pass with retain_graph=True. Run with TRITON_INTERPRET=1 on a CPU. Seen in 0.19.0.
 """

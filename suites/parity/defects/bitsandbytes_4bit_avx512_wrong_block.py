@@ -1,8 +1,9 @@
-"""With AVX-512 bitsandbytes' CPU decoder takes the absmax of another block where a row is no whole number of blocks.
+"""With AVX-512 bitsandbytes' CPU decoder uses the absmax of another block if a row does not consist of whole blocks.
 
 For rows of n elements, n a multiple of 16, it reads absmax[row * (n // block) + column // block]: n // block loses the
-remainder, so that every row but the first uses constants of rows before it. Other n, and blocks from 2048, take another
-path and are right. Linear4bit reads its weight so, in forward and backward. Seen in 0.50.2, on CPUs with AVX-512 only.
+remainder, so every row but the first uses constants of earlier rows. For other n, and for blocks of 2048 or more, another
+path is used, which is right. Linear4bit decodes its weight in this way, forward and backward. Seen in 0.50.2, on CPUs with
+AVX-512 only.
 """
 
 import torch

@@ -1,6 +1,7 @@
-"""bitsandbytes takes a packed weight of one byte for a transposed one, and gives a column of two back as a row.
+"""bitsandbytes mistakes a packed weight of one byte for a transposed one, and decodes a (2, 1) weight to (1, 2).
 
-dequantize_4bit turns its result round wherever the packed tensor has one row; (2, 1) packs into (1, 1). Seen in 0.50.2.
+dequantize_4bit transposes its result whenever the packed tensor has one row, and (2, 1) is packed into (1, 1). Seen in
+0.50.2.
 """
 
 import torch

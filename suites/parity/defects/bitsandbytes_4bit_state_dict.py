@@ -1,8 +1,8 @@
 """bitsandbytes: a Linear4bit cannot load the state_dict that it saved.
 
-It saves the constants of its weight beside the weight (weight.absmax, weight.quant_map, ...) and has nothing that loads
-them: load_state_dict raises because of unexpected keys. With strict=False it loads the codes and keeps its own constants, so
-that the layer computes another weight. Only Params4bit.from_prequantized reads them, as transformers does. Seen in 0.50.2.
+It saves the constants of its weight beside the weight (weight.absmax, weight.quant_map, ...), but no code loads them, so
+load_state_dict raises because of unexpected keys. With strict=False it loads the codes and keeps its own constants, so the
+layer gets another weight. Only Params4bit.from_prequantized reads them, as transformers does. Seen in 0.50.2.
 """
 
 import bitsandbytes

@@ -1,6 +1,6 @@
-"""bitsandbytes' CPU 4-bit quantiser divides by at least 1e-38: a block of smaller numbers loses its largest ones too.
+"""bitsandbytes' CPU 4-bit quantiser divides by at least 1e-38, so a block of smaller numbers gets codes that are too small.
 
-The stored absmax is the true one, so that the block decodes to something several times too small. Seen in 0.50.2.
+The stored absmax is right, so the decoded numbers are several times too small. Seen in 0.50.2.
 """
 
 import torch

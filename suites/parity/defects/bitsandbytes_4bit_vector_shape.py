@@ -1,4 +1,4 @@
-"""bitsandbytes' CPU decoder gives a vector of even length back as a matrix of one row; an odd one stays a vector.
+"""bitsandbytes' CPU decoder returns a vector of even length as a matrix of one row, and one of odd length as a vector.
 
 Seen in 0.50.2.
 """

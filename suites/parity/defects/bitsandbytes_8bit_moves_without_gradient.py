@@ -1,7 +1,7 @@
-"""With bitsandbytes' AdamW8bit on the CPU a weight without any gradient moves, if its block of 256 has one that has some.
+"""bitsandbytes' AdamW8bit on the CPU moves a weight without a gradient if others in its block of 256 have gradients.
 
-A zero moment is stored as the code of about 2e-5 absmax, and the quotient of two such moments is not small.
-Seen in 0.50.2. torch's AdamW leaves the weight where it is.
+A moment of zero is stored as the code of about 2e-5 absmax, and the quotient of two such moments is not small. Seen in
+0.50.2. torch's AdamW does not move the weight.
 """
 
 import bitsandbytes

@@ -1,6 +1,6 @@
-"""bitsandbytes' CPU 8-bit quantiser makes a finite number of NaN: -0.993 of its block's absmax, which ignores the NaN.
+"""bitsandbytes' CPU 8-bit quantiser turns NaN into -0.993 of its block's absmax, which ignores the NaN.
 
-Seen in 0.50.2. A NaN in a gradient so disappears in the moments of an 8-bit optimizer.
+So a NaN in a gradient disappears in the moments of an 8-bit optimizer. Seen in 0.50.2.
 """
 
 import torch

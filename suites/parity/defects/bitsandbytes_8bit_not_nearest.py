@@ -1,7 +1,7 @@
-"""bitsandbytes' CPU 8-bit quantiser looks x / absmax up in 65,536 bins of [-1, 1], and so misses the nearest code.
+"""bitsandbytes' CPU 8-bit quantiser looks x / absmax up in 65,536 bins of [-1, 1], so it misses the nearest code.
 
-Several of the 256 codes cannot be reached at all. Double quantisation and the states of 8-bit optimizers go through it.
-Seen in 0.50.2; on CUDA the search is exact.
+No number gets some of the 256 codes. Double quantisation and 8-bit optimizers use this quantiser. Seen in 0.50.2; on CUDA
+the search is exact.
 """
 
 import torch

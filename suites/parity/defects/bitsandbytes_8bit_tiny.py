@@ -1,6 +1,6 @@
 """bitsandbytes' CPU 8-bit quantiser multiplies by 1 / absmax, which is infinite for absmax below 2.9e-39.
 
-Zeros then come back as -0.993 absmax, and everything else as the largest or smallest value. Seen in 0.50.2.
+Zeros are then decoded to -0.993 absmax, and all other numbers to the largest or smallest value. Seen in 0.50.2.
 """
 
 import torch

@@ -1,6 +1,7 @@
-"""bitsandbytes' FP4 off CUDA rounds a tie to the smaller magnitude if it is positive, to the larger if it is negative.
+"""bitsandbytes' FP4 on a CPU rounds a positive tie to the smaller magnitude, and a negative tie to the larger.
 
-Its CUDA and Triton kernels code sign and magnitude apart: there both take the smaller. Seen in 0.50.2.
+Its CUDA and Triton kernels encode sign and magnitude separately, and round both ties to the smaller magnitude. Seen in
+0.50.2.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""On CPUs with AVX512-BF16 Linear4bit in eval mode computes in bfloat16, whatever compute_dtype says; in training not.
+"""On CPUs with AVX512-BF16 Linear4bit in eval mode ignores compute_dtype and computes in bfloat16.
 
-The weight is repacked for it, for good: back in training, a backward pass silently leaves the input without a gradient.
-Seen in 0.50.2.
+For this it repacks the weight permanently. If the layer trains again later, a backward pass gives the input no gradient,
+and no error. Seen in 0.50.2.
 """
 
 import bitsandbytes

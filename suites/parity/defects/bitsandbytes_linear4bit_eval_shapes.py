@@ -1,7 +1,7 @@
 """On CPUs with AVX512-BF16 Linear4bit raises in eval mode unless out_features is a multiple of 32 and rows are whole blocks.
 
-Its repacking (_convert_weight_packed_for_cpu) asserts the one and reshapes by the other. In training the same layer works.
-Seen in 0.50.2.
+_convert_weight_packed_for_cpu repacks the weight. It asserts the first condition, and its reshape requires the second. In
+training the same layer works. Seen in 0.50.2.
 """
 
 import bitsandbytes

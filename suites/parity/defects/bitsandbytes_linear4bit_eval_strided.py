@@ -1,7 +1,7 @@
 """bitsandbytes' Linear4bit in eval mode reads its input as if it were contiguous, whatever its strides: the output is wrong.
 
-Only on CPUs with AVX512-BF16, for which it repacks the weight and multiplies by a kernel of its own; in training mode and on
-other CPUs the two are equal. Seen in 0.50.2.
+This happens only on CPUs with AVX512-BF16, where a separate kernel multiplies by the repacked weight. In training mode, and
+on other CPUs, the output is right. Seen in 0.50.2.
 """
 
 import torch

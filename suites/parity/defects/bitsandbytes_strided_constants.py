@@ -1,7 +1,7 @@
 """bitsandbytes' CPU dequantisers read the constants as if they were contiguous, whatever their strides.
 
-The tensor to quantise is made contiguous; absmax is not, and is not refused either: every second element of a larger tensor
-decodes with what lies between, silently. Seen in 0.50.2.
+An absmax that is not contiguous is neither copied nor refused. If absmax is every second element of a larger tensor, the
+decoder silently uses the elements in between. Seen in 0.50.2.
 """
 
 import torch

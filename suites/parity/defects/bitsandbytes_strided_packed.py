@@ -1,6 +1,6 @@
 """bitsandbytes' CPU dequantiser reads the packed codes as if they were contiguous, whatever their strides.
 
-The same bytes as every second element of a larger tensor decode to other values, silently. Seen in 0.50.2.
+If the codes are every second element of a larger tensor, the decoder silently uses the elements in between. Seen in 0.50.2.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """bitsandbytes' Triton dequantiser reads the constants as if they were contiguous, whatever their strides.
 
-Neither the operator (backends/triton/ops.py) nor the kernel looks: constants that are every second element of a larger
-tensor decode with what lies between. Needs Triton, whose interpreter it runs in. Seen in 0.50.2.
+Neither the operator (backends/triton/ops.py) nor the kernel checks the strides. If the constants are every second element
+of a larger tensor, the kernel uses the elements in between. The script runs in Triton's interpreter. Seen in 0.50.2.
 """
 
 import os

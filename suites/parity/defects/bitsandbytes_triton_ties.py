@@ -1,8 +1,7 @@
-"""bitsandbytes' Triton kernels: a tie of the 8-bit quantiser goes up, where its other back ends go down; FP4's midpoints are
-typed decimals.
+"""bitsandbytes' Triton kernels round ties of the 8-bit quantiser up, not down, and round FP4's midpoints to six decimals.
 
-0.583333 for 0.5833334 and the like, so that an element between the two takes the other code. Needs Triton, whose interpreter
-it runs in. Seen in 0.50.2.
+Its other back ends round ties down. A midpoint is 0.583333 instead of 0.5833334, so a number between the two gets the wrong
+code. The script runs in Triton's interpreter. Seen in 0.50.2.
 """
 
 import os

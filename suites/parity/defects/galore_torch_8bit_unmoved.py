@@ -1,9 +1,10 @@
 """galore-torch: GaLoreAdamW8bit never moves a weight whose projected gradient has fewer than 4096 elements.
 
-It hands percentile_clipping=100 and block_wise=True by position to an optimizer of bitsandbytes that has neither any more:
-they are taken for max_unorm and skip_zeros. max_unorm clips an update to 100 times the norm of the parameter, for which
-GaLore puts zeros in; so the clipped update is zero. (8-bit moments, those of larger gradients, are not clipped.) Here with
-galore-torch 1.0 and bitsandbytes 0.50.2. Without CUDA the step raises besides, after it has replaced the weight.
+It passes percentile_clipping=100 and block_wise=True by position to an optimizer of bitsandbytes that no longer has these
+arguments. The optimizer takes them for max_unorm and skip_zeros. max_unorm clips an update to 100 times the norm of the
+parameter. During the step GaLore replaces the parameter by zeros, so the clipped update is zero. (Moments of larger
+gradients have 8 bits, and their updates are not clipped.) Without CUDA the step also raises, after it has replaced the
+weight. Seen with galore-torch 1.0 and bitsandbytes 0.50.2.
 """
 
 from unittest.mock import patch

@@ -1,4 +1,4 @@
-"""galore-torch finds the singular vectors of a float64 gradient in float32: its projector is orthonormal to 1e-7 only.
+"""galore-torch computes the singular vectors of a float64 gradient in float32, so its projector is orthonormal only to 1e-7.
 
 Seen in 1.0.
 """

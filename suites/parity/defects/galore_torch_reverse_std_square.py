@@ -1,6 +1,7 @@
-"""galore-torch with proj_type=reverse_std raises where m < n and the rank is m.
+"""galore-torch with proj_type=reverse_std raises if m < n and the rank is m.
 
-project_back guesses the side from the shape of the projected gradient, which is (m, rank): square there. Seen in 1.0.
+project_back guesses the side from the shape of the projected gradient, which is (m, rank) and therefore square. Seen in
+1.0.
 """
 
 import torch

@@ -1,8 +1,8 @@
-"""loralib: eval() adds the update to the weight and train() takes it out again, so eval mode is another model.
+"""loralib: eval() adds the update to the weight and train() subtracts it, so in eval mode the output ignores A and B.
 
-merge_weights=True is the default. In eval mode A and B have no part in the output: what is loaded into them there has no
-effect and gets no gradient, and the next train() subtracts what was never added, which spoils the frozen weight for good.
-Since loralib has merging; here on 0.1.2.
+merge_weights=True is the default. Values that are loaded into A and B in eval mode have no effect, and A and B get no
+gradient. The next train() subtracts the update of the new values, which was never added, so the frozen weight stays wrong.
+The defect is as old as merging in loralib. Seen in 0.1.2.
 """
 
 import loralib

@@ -1,7 +1,7 @@
 """loralib: `eval()` adds the update to the weight in place and `train()` subtracts it, which leaves a rounding error.
 
-The frozen weight that comes back is another one, by about the rounding error of the larger of W and the update. Each
-further round trip may add to it. Since loralib has merging; here on 0.1.2.
+The restored weight differs from the frozen one by about the rounding error of the larger of W and the update. Each further
+round trip may add an error. The defect is as old as merging in loralib. Seen in 0.1.2.
 """
 
 import loralib

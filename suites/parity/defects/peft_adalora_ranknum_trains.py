@@ -1,7 +1,8 @@
-"""peft: AdaLoRA's rank, by which its update is divided, is a parameter that trains, unless the model is in float32.
+"""peft: AdaLoRA divides its update by the parameter `ranknum`, which trains unless the model is in float32.
 
-`ranknum` is made with requires_grad=False; moving it to another dtype makes a new parameter, which trains. An optimizer over
-all that requires a gradient then changes the scaling alpha / ranknum, which is not saved with the adapter. Came with 0.21.0.
+`ranknum` is made with requires_grad=False, but moving it to another dtype makes a new parameter, which trains. An optimizer
+over all parameters that require a gradient then changes the scaling alpha / ranknum, which is not saved with the adapter.
+Came with 0.21.0.
 """
 
 import torch

@@ -1,6 +1,6 @@
-"""peft: AdaLoRA with target_r >= init_r is accepted, and fails at the first pruning: torch.kthvalue is asked for the 0th.
+"""peft: AdaLoRA accepts target_r >= init_r, but its first pruning raises: it asks torch.kthvalue for the 0th value.
 
-As in the authors' code. Here on 0.21.2.
+The authors' code does the same. Seen in 0.21.2.
 """
 
 import torch

@@ -1,8 +1,9 @@
-"""peft: AdaLoRA prunes every triplet whose score equals the threshold, so of equal scores none is left.
+"""peft: AdaLoRA prunes every triplet whose score equals the threshold, so of several equal scores none stays.
 
-The threshold is the k-th smallest score and the mask is score <= threshold. Scores are equal, and zero, where no gradient
-arrives: an expert that no token reached, or an average that forgets at once, as here. The budget is then undercut: down to
-rank 0 everywhere, from which the update cannot come back once the mask is final. As in the authors' code. Here on 0.21.2.
+The threshold is the k-th smallest score and the mask is score <= threshold. Scores are zero, and so equal, without a
+gradient: for an expert that no token reached, or if an average forgets at once, as here. Then fewer triplets stay than the
+budget allows, possibly none. Once the mask is final, an update of rank 0 stays 0. The authors' code does the same. Seen in
+0.21.2.
 """
 
 import torch

@@ -1,9 +1,9 @@
 """peft: `add_weighted_adapter` copies use_rslora, use_dora and lora_bias, but computes as if the new adapter had none.
 
-The updates of the adapters, with their scalings, go into the new A and B, and the new adapter gets alpha = r, so that its
-scaling is 1. With use_rslora the scaling is then sqrt(r). With lora_bias the new bias is what it starts with, and with
-use_dora so is the new magnitude. Even one adapter with the weight 1 becomes another one. On a base in 16 bits, the new A
-and B are float32 and the bias is not, so that the forward pass raises. peft#3761. Here on 0.21.2.
+The updates of the adapters, with their scalings, go into the new A and B, and the new adapter gets alpha = r, so its
+scaling is 1. With use_rslora the scaling is then sqrt(r). The new bias of lora_bias and the new magnitude of use_dora keep
+their initial values. Even the combination of one adapter with the weight 1 differs from the adapter. On a base in 16 bits,
+the new A and B are float32 and the bias is not, so the forward pass raises. peft#3761. Seen in 0.21.2.
 """
 
 import torch

@@ -2,7 +2,7 @@
 
 The decomposition of a (6, 12) update has 6 values. The new B gets 6 columns, but A gets 12 rows, because it is cut from the
 full matrix. The forward pass then raises. For a (20, 12) update, or for a convolution, the call itself raises. A layer with
-few outputs, such as v_proj with grouped heads, is enough; the other layers may need this rank. Here on 0.21.2.
+few outputs, such as v_proj with grouped heads, is enough; the other layers may need this rank. Seen in 0.21.2.
 """
 
 from peft import LoraConfig, get_peft_model

@@ -1,7 +1,8 @@
 """peft: LoRA on a dilated Conv2d builds lora_A without the dilation.
 
-With the padding that keeps the size of the image the two outputs do not fit together and forward raises; with
-padding="same" it runs, and computes something else than the merged layer. Since LoRA has convolutions; here on 0.21.2.
+With a number as padding that keeps the size of the image, the two outputs have different sizes and forward raises. With
+padding="same" forward runs, but its output differs from that of the merged layer. The defect is as old as LoRA's
+convolutions. Seen in 0.21.2.
 """
 
 import torch

@@ -1,6 +1,7 @@
-"""peft: LoRA on a Conv2d whose padding_mode is not zeros pads the adapter's input with zeros all the same.
+"""peft: LoRA on a Conv2d whose padding_mode is not zeros still pads the adapter's input with zeros.
 
-So the merged layer is another function than the one that was trained. Since LoRA has convolutions; here on 0.21.2.
+So the output of the merged layer differs from that of the trained layer. The defect is as old as LoRA's convolutions. Seen
+in 0.21.2.
 """
 
 import torch

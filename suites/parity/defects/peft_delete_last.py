@@ -1,6 +1,6 @@
 """peft: after `delete_adapter` of the only adapter, the model and `disable_adapter` raise KeyError.
 
-PeftModel keeps the name of the deleted adapter as the active one, and looks its config up. Here on 0.21.2.
+PeftModel keeps the name of the deleted adapter as the active one, and looks its config up. Seen in 0.21.2.
 """
 
 import torch

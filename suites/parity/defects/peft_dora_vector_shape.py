@@ -1,6 +1,6 @@
 """peft: DoRA adds a dimension to the output for a single vector: (D,) gives (1, E), where nn.Linear and LoRA give (E,).
 
-It multiplies by m / norm as a matrix of one row. Here on 0.21.2.
+It multiplies by m / norm as a matrix of one row. Seen in 0.21.2.
 """
 
 import torch

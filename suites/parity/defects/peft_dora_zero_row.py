@@ -1,6 +1,6 @@
-"""peft: DoRA divides m by the norm of each row, so a row of zeros in the base weight gives NaN (0 / 0) at once.
+"""peft: DoRA divides m by the norm of each row, so a row of zeros in the base weight gives NaN (0 / 0).
 
-arXiv:2402.09353, eq. 5, does not say what such a row becomes. Since DoRA is in peft (0.9); here on 0.21.2.
+arXiv:2402.09353, eq. 5, does not define such a row. The defect is as old as DoRA in peft (0.9). Seen in 0.21.2.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """peft: an adapter of Mixtral's experts from before transformers 5 is converted to stacked experts with other updates.
 
 w1 and w3 become one update of twice the rank, and alpha is doubled, which is right for alpha / r and sqrt(2) too much for
-rsLoRA. alpha_pattern and rank_pattern keep the old names, which fit nothing. Without w2, the tensors get a name for a second
-wrapper that does not exist, and are dropped. Here on 0.21.2 with transformers 5.24.
+rsLoRA. alpha_pattern and rank_pattern keep the old names, which fit nothing. Without w2, the tensors get a name for a
+second wrapper that does not exist, and are dropped. Seen in 0.21.2 with transformers 5.24.
 """
 
 import json

@@ -1,7 +1,7 @@
 """peft: `hotswap_adapter` raises KeyError for a file that has more than lora_A and lora_B.
 
 DoRA's magnitude, modules_to_save, biases and the saved weight of an adapted embedding have keys that the search for missing
-keys does not know. For modules_to_save see peft#3581. Here on 0.21.2.
+keys does not know. For modules_to_save see peft#3581. Seen in 0.21.2.
 """
 
 import tempfile

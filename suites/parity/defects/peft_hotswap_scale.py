@@ -1,7 +1,7 @@
-"""peft: after `hotswap_adapter`, `set_scale` and `unscale_layer` compute from the alpha of the old adapter.
+"""peft: after `hotswap_adapter`, `set_scale` and `unscale_layer` use the alpha of the old adapter.
 
-The swap changes the scaling of a layer, but not its lora_alpha and r, from which both functions compute. The config of the
-model is the old one too, so that saving gives a wrong file (peft#3581). Here on 0.21.2.
+The swap changes the scaling of a layer, but not its lora_alpha and r, which both functions use. The model also keeps the
+old config, so saving gives a wrong file (peft#3581). Seen in 0.21.2.
 """
 
 import tempfile

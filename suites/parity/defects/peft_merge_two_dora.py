@@ -1,8 +1,8 @@
-"""peft: two DoRA adapters on one layer are applied in turn, so that the result depends on their order.
+"""peft: two DoRA adapters on one layer are applied in turn, so the result depends on their order.
 
-The second adapter multiplies what the first one has made of the weight by its own m / ||W + s B A||. The sum of the two
-changes of the weight would not depend on the order. Merged and unmerged agree since 0.21 (peft#3608), for one order. In
-training mode with dropout the unmerged layer adds the changes up, so that it computes something else. Here on 0.21.2.
+The second adapter multiplies the weight, as the first has changed it, by its own m / ||W + s B A||. A sum of the two
+changes would not depend on the order. Since 0.21, merged and unmerged outputs agree for one order (peft#3608). In training
+mode with dropout, the unmerged layer does add the changes, so its output differs. Seen in 0.21.2.
 """
 
 import copy

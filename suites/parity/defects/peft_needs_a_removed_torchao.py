@@ -1,4 +1,4 @@
-"""peft 0.20 with VeRA: where torchao is installed, it imports a class that torchao 0.18 no longer has, so attaching raises.
+"""peft 0.20: if torchao is installed, VeRA imports a class that torchao 0.18 no longer has, so attaching raises.
 
 The layer has nothing to do with torchao. Seen in 0.20.0 beside torchao 0.18.0; absent in 0.19.1 and in 0.21.
 """

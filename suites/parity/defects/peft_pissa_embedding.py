@@ -1,7 +1,7 @@
-"""peft: init_lora_weights="pissa" on an nn.Embedding starts as plain LoRA does, without a word.
+"""peft: init_lora_weights="pissa" on an nn.Embedding starts as plain LoRA, without a warning.
 
-A is zero, B random, and the table as it was: nothing of the principal part trains. On a Conv2d the same raises. Here on
-0.21.2.
+A is zero, B is random, and the table is unchanged, so the principal part does not train. On a Conv2d the same setting
+raises. Seen in 0.21.2.
 """
 
 import warnings

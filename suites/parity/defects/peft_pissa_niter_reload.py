@@ -1,8 +1,8 @@
-"""peft: an adapter that began with pissa_niter_N is, saved and loaded again, another model, without a word.
+"""peft: after saving and loading, a model with pissa_niter_N gives other outputs, without a warning.
 
-Loading splits the base weight anew, by a sketch from torch's global generator, and then puts the saved A and B beside a
-residual that they do not belong to. The exact SVD ("pissa") gives the same residual again. How far off it is depends on the
-spectrum: most on a flat one, as here, where nothing has trained yet. Here on 0.21.2.
+Loading splits the base weight again, with a sketch drawn from torch's global generator. So the residual does not belong to
+the saved A and B. The exact SVD ("pissa") gives the same residual again. The error depends on the spectrum, and is largest
+for a flat one, as here. Seen in 0.21.2.
 """
 
 import copy

@@ -1,6 +1,6 @@
-"""peft: after PiSSA, `unload` and `disable_adapter` give a base model without its principal part, not the one there was.
+"""peft: after PiSSA, `unload` and `disable_adapter` give a base model without its principal part, instead of the original.
 
-The residual is written into the base weight, and no copy is kept. Here on 0.21.2.
+peft writes the residual into the base weight, and keeps no copy. Seen in 0.21.2.
 """
 
 import torch

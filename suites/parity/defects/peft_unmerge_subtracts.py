@@ -1,8 +1,8 @@
 """peft: `merge_adapter` adds the update to the weight in place and `unmerge_adapter` subtracts it, which leaves an error.
 
-The sum is rounded, so the base weight that comes back is another one: in 16 bits easily a fifth of its elements. The error
-grows with the size of the update, which decides how many digits of W are lost, and with every further round trip. peft
-keeps no copy of the weight. LoRA, DoRA, PiSSA, VeRA and AdaLoRA all do so. Here on 0.21.2.
+The sum is rounded, so the restored base weight differs: in 16 bits often in a fifth of its elements. The larger the update,
+the more digits of W are lost, and every further round trip adds an error. peft keeps no copy of the weight. This holds for
+LoRA, DoRA, PiSSA, VeRA and AdaLoRA. Seen in 0.21.2.
 """
 
 import torch

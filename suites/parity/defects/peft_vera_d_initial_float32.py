@@ -1,6 +1,6 @@
-"""peft: VeRA's d starts as the float32 number next to d_initial, also in a float64 model: 1.5e-8 off.
+"""peft: VeRA's d starts as d_initial rounded to float32, even in a float64 model: an error of 1.5e-8.
 
-It is filled in torch's default dtype and cast afterwards. Here on 0.21.2.
+It is filled in torch's default dtype and cast afterwards. Seen in 0.21.2.
 """
 
 import torch

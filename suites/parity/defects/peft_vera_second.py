@@ -1,7 +1,7 @@
 """peft: VeRA beside another VeRA adapter of larger rank raises in its forward pass; with rank 1 it computes something else.
 
-The adapters share the first one's A and B, and the layers slice them to their own sizes but not to the adapter's rank. That
-a smaller rank is meant to be possible peft's own message says, which refuses only a larger one. Here on 0.21.2.
+The adapters share the first one's A and B, and the layers slice them to their own sizes, but not to the adapter's rank.
+peft intends to support a smaller rank: its own check refuses only a larger one. Seen in 0.21.2.
 """
 
 import torch

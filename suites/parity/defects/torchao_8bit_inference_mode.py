@@ -1,4 +1,4 @@
-"""torchao: AdamW8bit raises under torch.inference_mode, where torch's own AdamW takes its step.
+"""torchao: AdamW8bit raises under torch.inference_mode, where torch's own AdamW can step.
 
 There `Tensor.to` reaches the 8-bit state's dispatch as an operator of its own, for which OptimState8bit has no
 implementation. Under no_grad the same step works. Seen in 0.18.0.

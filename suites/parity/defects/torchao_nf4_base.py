@@ -1,8 +1,8 @@
-"""torchao: NF4 with double quantisation as torchao has it is not QLoRA's, and not bitsandbytes'.
+"""torchao: NF4 with double quantisation differs from that of QLoRA and bitsandbytes.
 
-Its levels have four decimals, and the weight's dtype; the absmax of each block is kept as int8 on a linear grid, whose
-largest value it cannot hold (128 becomes 127), where QLoRA has 8-bit floats. So the bytes of the one library decode to
-another weight in the other. Here on 0.18.0.
+torchao's levels have four decimals, and the weight's dtype. It stores the absmax of each block as int8 on a linear grid,
+where QLoRA has 8-bit floats; the largest value, 128, becomes 127. So the same bytes are decoded to different weights by
+torchao and by bitsandbytes. Seen in 0.18.0.
 """
 
 import torch

@@ -1,6 +1,6 @@
-"""torchao's NF4 has levels of four decimals, in the weight's dtype: codes near a midpoint are not the published table's.
+"""torchao's NF4 has levels of four decimals in the weight's dtype: numbers near a midpoint get other codes than in QLoRA.
 
-In bfloat16 levels and quotients have eight bits, and every two hundredth code or so differs. Seen in 0.18.0.
+In bfloat16 levels and quotients have eight bits, and about one code in two hundred differs. Seen in 0.18.0.
 """
 
 import torch

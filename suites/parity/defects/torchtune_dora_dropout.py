@@ -1,4 +1,4 @@
-"""torchtune: DoRALinear multiplies W x by (gain - 1) without dropout on x; peft and the authors drop x there too.
+"""torchtune: DoRALinear computes (gain - 1) W x without dropout on x; peft and the authors apply the dropout there too.
 
 peft and the paper's authors compute W x + (g - 1) W d(x) + g s B A d(x) with one mask d. Without dropout the two are the
 same. Seen in 0.6.1.

@@ -1,4 +1,4 @@
-"""torchtune: the output of DoRALinear for a single vector has a dimension too many, as in peft. Seen in 0.6.1."""
+"""torchtune: the output of DoRALinear for a single vector has one dimension too many, as in peft. Seen in 0.6.1."""
 
 import torch
 from torchtune.modules.peft import DoRALinear, LoRALinear
