@@ -61,7 +61,7 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
     b(t) = target + (start - target) (1 - (t - t_i) / (T - t_f - t_i))^3, rounded down  (eq. 12): at the end target_rank
     per layer on average. Between two prunings lambdas may grow back, as they do here at each step. In float32 and
     float64 the same lambdas are left as in the reference, by the scores of eq. 7. In half precision two lambdas with close
-    scores may change places. Twice a fresh model continues from `tensors()` and `state()`, as after an
+    scores may change places. Twice, the check continues with a fresh model that gets `tensors()` and `state()`, as after an
     interruption.
     """
     if sum(t.numel() for t in subject.added().values()) > _LARGEST:
@@ -98,7 +98,7 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
 def check_pruned(subject: Subject, case: Case) -> CheckResult:
     """While some lambdas are pruned, outputs and gradients still equal the reference's.
 
-    A pruned lambda gets a gradient, so that it may grow again until the next pruning. The scaling does not depend on the
+    A pruned lambda gets a gradient, so it may grow again until the next pruning. The scaling does not depend on the
     number of triplets that are left.
     """
     fresh = case.attach_again(**_SHORT)

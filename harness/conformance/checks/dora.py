@@ -19,9 +19,9 @@ from reference.shared.layers import floating_dtype
 
 @check()
 def check_norm(subject: Subject, case: Case) -> CheckResult:
-    """Every row of DoRA's merged weight is as long as its |m|, and m starts as the row lengths of the base weight.
+    """Every row of DoRA's merged weight has the norm |m|, and m starts as the row norms of the base weight.
 
-    W' = m (W0 + s B A) / ||W0 + s B A||  (DoRA, eq. 5). With one magnitude per input, columns instead of rows.
+    W' = m (W0 + s B A) / ||W0 + s B A||  (DoRA, eq. 5). With one magnitude per input, this holds for columns.
     """
     fresh = case.attach_again()
     if fresh is None or not fresh.adapted.can_merge:
@@ -49,7 +49,7 @@ def check_zero_rows(subject: Subject, case: Case) -> CheckResult:
     """A row of zeros in DoRA's base weight gives finite outputs and gradients.
 
     Pruned models have such rows (columns, with one magnitude per input). A row of zeros has no direction: at the
-    start its length and its m are 0.
+    start its norm and its m are 0.
     """
     fresh = case.attach_again()
     if fresh is None:

@@ -50,10 +50,10 @@ class _Step:
 def check_refresh(subject: Subject, case: Case) -> CheckResult:
     """GaLore's own optimizer moves the weights as the reference does, also across a refresh of the subspace.
 
-    Five steps on random gradients, with a new subspace at the third and the fifth, seven steps with a new subspace at
-    the fourth and the seventh, and three steps with a new subspace at each: M and V are carried over from the old
-    subspace, and weight decay is not projected  (GaLore, algorithm 2). Before each step the weights are restored, so
-    that no step inherits the rounding of another.
+    At a refresh, M and V are carried over from the old subspace, and weight decay is not projected  (GaLore,
+    algorithm 2). The check takes five steps on random gradients with a new subspace at the third and the fifth, seven
+    steps with a new subspace at the fourth and the seventh, and three steps with a new subspace at each. Before each
+    step the weights are restored, so that no step inherits the rounding of another.
 
     The sign of a singular vector is arbitrary. It shows after a refresh, since M is carried over, and any choice of
     signs is right.
@@ -71,12 +71,17 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
 
 @check(of_sizes=False)
 def check_optimizer(subject: Subject, case: Case) -> CheckResult:
-    """GaLore's own optimizer obeys a training program as the optimizers of torch do.
+    """GaLore's own optimizer does what a training program expects of an optimizer of torch.
 
-    Twelve steps in one subspace, 270 if the layers are small. The learning rate and the weight decay are changed in
-    `param_groups`, also to 0; one step has no gradient, and one has one for the first tensor only; every third gradient
-    is transposed in memory; in one step a closure computes the gradients; between two steps the optimizer's state_dict
-    is loaded into a new optimizer. No step changes the gradients.
+    The check takes twelve steps in one subspace, or 270 if the layers are small:
+
+    - It changes the learning rate and the weight decay in `param_groups`, also to 0.
+    - One step has no gradient, and another step has a gradient for the first tensor only.
+    - Every third gradient is transposed in memory.
+    - In one step a closure computes the gradients.
+    - Between two steps, a new optimizer loads the state_dict of the old one.
+
+    No step changes the gradients.
     """
     fresh = case.attach_again(rank=2, update_gap=1000)
     if fresh is None:

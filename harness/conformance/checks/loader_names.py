@@ -35,7 +35,7 @@ def check_switch(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_renamed(subject: LoaderSubject, case: Case) -> CheckResult:
-    """A file gives the same logits under a second name, and after a deletion and a new load under this name."""
+    """A file gives the same logits under a second name, also if this name is deleted and loaded again."""
     loader, prompts = subject.loaded(), subject.prompts
     loader.load(subject.adapter.folder, _RENAMED)
     have = {name: loader.logits(prompts, name) for name in (_RENAMED, FIRST)}
@@ -89,7 +89,10 @@ def check_hotswap_scale(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_hotswap_merged(subject: LoaderSubject, case: Case) -> CheckResult:
-    """A loader refuses to replace a merged adapter, or is right after unmerging. The base is unchanged either way."""
+    """A loader refuses to replace a merged adapter, or gives the right logits after unmerging.
+
+    The base is unchanged either way.
+    """
     loader, prompts = subject.fresh(), subject.prompts
     loader.load(subject.another, FIRST)
     loader.merge([FIRST])

@@ -30,7 +30,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     """Merged layers, and layers that are unmerged again, compute what the float64 reference computes.
 
     A merged layer no longer depends on its adapter; an unmerged layer follows its adapter again, and trains as before.
-    So it is when another adapter is merged, in training mode and while gradients are recorded.
+    This also holds when another adapter is merged, in training mode and while gradients are recorded.
     """
     if not subject.adapted.can_merge:
         return skipped(subject, case, "merge", "this Method has nothing to merge")
@@ -138,9 +138,9 @@ def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Te
 def check_detach(subject: Subject, case: Case) -> CheckResult:
     """Detaching restores the base layers themselves and their outputs, and every parameter and buffer of the model.
 
-    So it is after the layers were used. A parameter that the Method froze may stay frozen; detaching freezes no other.
-    An adapter that is then attached to the same model computes what one on a fresh copy of the model computes. A quantised
-    base is not tried again, because its layers cannot be packed twice.
+    This also holds after the layers were used. A parameter that the Method froze may stay frozen; detaching freezes no
+    other. An adapter that is then attached to the same model computes what one on a fresh copy of the model computes. A
+    quantised base is not tried again, because its layers cannot be packed twice.
     """
     fresh = case.attach_again()
     if fresh is None or fresh.original.model is None:

@@ -132,7 +132,7 @@ def check_written(subject: OperationSubject, case: Case) -> CheckResult:
     """No output and no gradient contains memory that was never written.
 
     Every fresh buffer is filled with NaN or the largest integer
-    (`torch.utils.deterministic.fill_uninitialized_memory`), and none may show.
+    (`torch.utils.deterministic.fill_uninitialized_memory`), and no result may contain these values.
     """
     dtype, differentiable = DTYPES[subject.dtype], bool(subject.operation.differentiable)
 

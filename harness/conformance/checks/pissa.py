@@ -25,8 +25,8 @@ from reference.pissa import exact_svd
 def check_residual(subject: Subject, case: Case) -> CheckResult:
     """At PiSSA's start W_res + s B A is the original weight.
 
-    Within the error of the reference's own split in this dtype: W_res contains the rounding errors of A and B  (PiSSA,
-    eqs. 2 to 5).
+    The allowed error is that of the reference's own split in this dtype: W_res contains the rounding errors of A and
+    B  (PiSSA, eqs. 2 to 5).
     """
     fresh = case.attach_again()
     if fresh is None or not all(f"{path}.residual" in fresh.state() for path in fresh.bases):

@@ -109,7 +109,7 @@ def _unpacked(subject: Subject, model: nn.Module) -> dict[str, Tensor]:
 def check_inputs(subject: Subject, case: Case) -> CheckResult:
     """Forward and backward change neither the input, nor the incoming gradient, nor any weight, the base's included.
 
-    In training mode with dropout too, for an input that needs no gradient, and without gradients.
+    The check also covers training mode with dropout, an input that needs no gradient, and calls without gradients.
     """
     found = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
@@ -142,7 +142,8 @@ def check_deterministic(subject: Subject, case: Case) -> CheckResult:
 def check_poison(subject: Subject, case: Case) -> CheckResult:
     """No output and no gradient contains memory that was never written.
 
-    Every fresh buffer is filled with NaN (`torch.utils.deterministic.fill_uninitialized_memory`), and none may show.
+    Every fresh buffer is filled with NaN (`torch.utils.deterministic.fill_uninitialized_memory`), and no result may contain
+    one.
     """
     odd: list[str] = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):

@@ -65,7 +65,7 @@ def check_reference(subject: Subject, case: Case) -> CheckResult:
 def check_start(subject: Subject, case: Case) -> CheckResult:
     """At its start the adapted model computes what the base model computes, if its library promises that.
 
-    To the last bit, or within twice the rounding error of the base model in its dtype.
+    The outputs are equal to the last bit, or differ by at most twice the rounding error of the base model in its dtype.
     """
     adapted = cast("Unreferenced", subject.adapted)
     if not adapted.starts_as_base:
@@ -148,10 +148,10 @@ def check_reload(subject: Subject, case: Case) -> CheckResult:
 
 @check(in_cell=[CellStage.WARM, CellStage.TRAINED], reference=Reference.ABSENT)
 def check_merge_itself(subject: Subject, case: Case) -> CheckResult:
-    """The merged model computes what the unmerged model computed, and the model unmerged again follows its adapter.
+    """Merging does not change the outputs of the model, and after unmerging they depend on the adapter again.
 
-    Within twice the rounding error of the model in its dtype, or of weights that are rounded once more. The merged
-    model no longer depends on the adapter. The check works on a copy.
+    The allowed error is twice the rounding error of the model in its dtype, or that of weights that are rounded once
+    more. The merged model no longer depends on the adapter. The check works on a copy.
     """
     if not is_small(subject.model):
         return skipped(subject, case, "merge_itself", _TOO_LARGE)
