@@ -15,7 +15,7 @@ from harness.assets import cache, fetch
 from harness.assets.environments.table import home_of
 from harness.cli import options
 from harness.console import align_columns
-from harness.errors import Exit
+from harness.errors import Exit, plural
 from harness.methods.registry import discover
 from harness.records import environment, store
 from harness.suites import loader
@@ -92,7 +92,8 @@ def _sentence(members: Sequence[Diagnosis]) -> str:
 def _machine() -> list[Diagnosis]:
     here = environment.describe(environment.threads())
     gpus = environment.gpus()
-    processor = f"{here.machine['cpu']}, {here.threads} cores used, {here.machine['architecture']}"
+    used = plural(here.threads or 1, "core")
+    processor = f"{here.machine['cpu']}, {used} used, {here.machine['architecture']}"
     no_gpu = "no NVIDIA GPU: --device auto takes the CPU; what needs a GPU is not run"
     exact_peaks = Path("/proc/self/clear_refs").exists()
     peaks = "per phase from the kernel (VmHWM)" if exact_peaks else "sampled every 20 ms: short peaks are missed"
@@ -120,7 +121,7 @@ def _implementations() -> list[Diagnosis]:
             home = home_of(one.name)
             way = f"; `peft-harness env create {home}` makes an environment that has it" if home else ""
             why = f"not installed: {', '.join(missing)}; its Cells are skipped{way}"
-            summary = f"{one.kind}s cannot run, {', '.join(missing)} not installed"
+            summary = f"cannot run without {', '.join(missing)}"
             found.append(Diagnosis("implementations", str(one), "note", why, summary, f"{one.target} by {one.name}"))
         else:
             found.append(Diagnosis("implementations", str(one), "ok", one.distribution, "can run"))

@@ -44,7 +44,7 @@ def kit(folder: Path, size: int, python_version: str) -> Exit:
       peft-harness kit kit --size 60MiB
       bash kit/run.sh --budget 9m --out OUT        # there
 
-    The exit code is 4 if the kit lacks a wheel without which no command starts.
+    The exit code is 4 if the kit lacks a wheel that every command needs.
     """
     from harness.assets.kit import make
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from harness.conformance.findings import summary
 from harness.conformance.findings.outcomes import CheckStatus
 from harness.console import align_columns
+from harness.errors import plural
 from harness.report import check_settings, check_versions
 
 if TYPE_CHECKING:
@@ -37,7 +38,10 @@ def lines(report: CheckReport) -> list[str]:
     if more := len(failures) - len(found):
         found.append(f"... and {more} more lines of failures; --json, --html and --junit list all")
     defects = Counter(one.defect for one in report.tried if one.status is CheckStatus.KNOWN_DEFECT)
-    found += [f"known defect {name}: {count} checks (`peft-harness explain {name}`)" for name, count in defects.items()]
+    found += [
+        f"known defect {name}: {plural(count, 'check')} (`peft-harness explain {name}`)"
+        for name, count in defects.items()
+    ]
     found += [f"FAIL {complaint}" for complaint in report.complaints]
     found += [f"BROKEN plug-in {name}: {why}" for name, why in report.broken.items()]
     found += [f"not checked: {name}: {why}" for name, why in report.skipped.items()]

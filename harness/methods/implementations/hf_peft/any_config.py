@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import ImplementationError, Unsupported
+from harness.errors import ImplementationError, Unsupported, plural
 from harness.methods.implementations.hf_peft import prompts
 from harness.methods.implementations.hf_peft.adalora import orthogonality
 from harness.methods.implementations.hf_peft.adapted import ADAPTER, PeftAdapted
@@ -148,7 +148,7 @@ class AnyPeft(PeftAdapted):
         tensors = load_file(path)
         result = set_peft_model_state_dict(self.wrapper, tensors, adapter_name=ADAPTER)
         if strange := list(result.unexpected_keys):
-            what = f"peft has no place for {len(strange)} tensors of the file, e.g. {strange[0]}"
+            what = f"peft has no place for {plural(len(strange), 'tensor')} of the file, e.g. {strange[0]}"
             hint = "`import` loads adapters only, without modules_to_save or trained biases"
             raise ImplementationError(what, where=str(path), hint=hint)
 
