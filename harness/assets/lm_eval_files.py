@@ -120,7 +120,7 @@ def _path(folder: Path, name: str) -> tuple[Path | None, set[str]]:
 
 
 def _named(files: Iterable[Path]) -> dict[str, Path]:
-    """Map the name of each task that the files define to the first file that defines it."""
+    """Return, for each task that the files define, the first file that defines it, by the name of the task."""
     found: dict[str, Path] = {}
     for path in files:
         for name in _TASK.findall(path.read_bytes()):

@@ -198,7 +198,7 @@ def run_steps(requests: list[StepRequest]) -> list[StepAnswer]:
 
 
 def tried_sizes(row: Row, found: StepAnswer) -> dict[int, int]:
-    """Map each batch or length that was tried to its peak in device memory, in bytes.
+    """Return the peak in device memory, in bytes, of each batch or length that was tried, by this batch or length.
 
     The keys in `found` are strings, because it comes from JSON.
     """

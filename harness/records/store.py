@@ -135,7 +135,7 @@ class Run:
 
     @cached_property
     def _not_counted(self) -> dict[str, str]:
-        """Map the cell_id of each Cell whose newest Record does not count to the path of this Record."""
+        """Return the paths of newest Records that do not count, by cell_id."""
         newest, found = self._newest, dict[str, str]()
         for name in (*self.changed, *self.ungated):
             cell_id, _, attempt = Path(name).stem.partition(".")

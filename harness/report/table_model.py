@@ -87,7 +87,7 @@ def grouped(
 
 
 def facets(rows: Iterable[Table]) -> dict[str, list[str]]:
-    """Map each property by which a reader can filter the rows to its values, in natural order.
+    """Return the properties by which a reader can filter the rows: name -> values in natural order.
 
     A property with only one value is left out.
     """

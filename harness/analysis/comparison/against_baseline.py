@@ -117,7 +117,7 @@ def _status(record: Record | None) -> str | None:
 
 
 def _torn(side: RunFacts) -> dict[str, str]:
-    """Map the cell_id of each Cell whose newest attempt is unreadable to a text: the name of the file and the reason.
+    """Return the Cells whose newest attempt is unreadable: cell_id -> name of the file and reason, as text.
 
     Such a Cell is not compared, because an older attempt must not replace the newest.
     """

@@ -11,8 +11,8 @@ from pathlib import Path
 from harness.cell.measure.gpu import NvmlGpu
 
 LEAST_S = 2.0
-"""Shortest window of time that is measured, in seconds. NVML updates its counter only every 20 to 100 ms, so that the
-energy of a shorter window may be wrong by many per cent."""
+"""Shortest window of time that is measured, in seconds. NVML updates its counter only every 20 to 100 ms, so the energy
+of a shorter window may be wrong by many per cent."""
 RAPL = Path("/sys/class/powercap")
 _MOST_W = 1000.0
 """Upper bound of the power of a CPU package, in watts. RAPL's counter starts again at zero after about 262 kJ. A window

@@ -30,7 +30,7 @@ class PeakMeter:
 
     On a GPU, the peak is that of the bytes that torch has allocated. On a CPU under Linux, it is VmHWM, the peak of the
     process, which the kernel can reset. (ru_maxrss would include the peak of the parent process.) On other systems, a
-    thread samples the resident size, so that short peaks are missed.
+    thread samples the resident size, so short peaks are missed.
     """
 
     def __init__(self, device: torch.device) -> None:

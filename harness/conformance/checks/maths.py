@@ -197,7 +197,7 @@ def _carried(subject: Subject, case: Case) -> Iterator[Mapping[str, Tensor]]:
     The first result is that of the reference in the subject's dtype. For each other result, every weight is moved at
     random, at most to a neighbouring number of the dtype. This stands for the rounding of intermediate results, where a
     model loses most accuracy. Several results are needed because a sensitive model carries all roundings into one
-    direction, so that one result may have almost no error in any tensor.
+    direction, so one result may have almost no error in any tensor.
     """
     forward = case.forward
     if forward is None:

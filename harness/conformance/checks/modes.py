@@ -51,12 +51,18 @@ LAYERS = 2
 def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Every way to call an implementation gives what the reference gives for the same numbers.
 
-    A layer: sequences of one token, one sequence, four dimensions, transposed, sliced and expanded inputs, no tokens,
-    images with channels last, each with and without gradients; inference_mode, autocast, both kinds of checkpointing,
-    another default dtype, deterministic algorithms; an input, the adapter, or all but one of its tensors without
-    gradients; micro-batches, outputs and inputs that are changed in place, hooks; copies, and new values of all
-    tensors in every way that torch has; derivatives of derivatives, forward-mode derivatives, vmap; torch.compile;
-    many calls, calls in threads, and no growing memory. An Operation: the same, as far as it applies.
+    For a layer, the check tries:
+
+    - inputs: sequences of one token, one sequence, four dimensions, no tokens, transposed, sliced and expanded inputs,
+      and images with channels last, each with and without gradients,
+    - modes: inference_mode, autocast, both kinds of checkpointing, another default dtype, deterministic algorithms,
+    - gradients: none for the input, for the adapter, or for all but one of its tensors; micro-batches; derivatives of
+      derivatives, forward-mode derivatives, vmap,
+    - changes: outputs and inputs changed in place, hooks, copies, and new values of all tensors in every way that
+      torch has,
+    - torch.compile, many calls, calls in threads, and whether memory grows.
+
+    For an Operation, it tries the same, as far as it applies.
     """
     found = list(of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:

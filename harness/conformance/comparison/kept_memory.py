@@ -17,7 +17,7 @@ CALLS = 4
 def kept_alive(act: Callable[[], object]) -> str:
     """Call `act` a few times, and describe the memory that every call has left behind. If there is none, return "".
 
-    A cache that keeps what the latest calls made does not grow.
+    A cache of the latest results does not grow, so it is not described.
     """
     with _Allocations() as made:
         counts = [_after(act, made) for _ in range(2)]

@@ -95,8 +95,8 @@ def _extremes(
 ) -> Iterator[dict[str, Any]]:
     """Yield a case for each extreme value of each factor. Magnitudes are tried in every dtype, other values in one.
 
-    The other factors have their plainest values or, if these cannot be tried together, the values of the first of the
-    given rows that can.
+    The other factors have their plainest values. If the extreme value is not valid with these, they have the values of
+    the first of `rows` with which it is valid.
     """
     plain = {name: factor.levels[0] for name, factor in there.items()}
     for name, factor in there.items():

@@ -312,8 +312,9 @@ def modules() -> list[str]:
 
 
 def equivalent() -> dict[str, str]:
-    """Map the name of each mutant that is no mistake to the reason. The name of a module stands for all mutants of the
-    module.
+    """Return the reasons why mutants are no mistakes, by name of the mutant.
+
+    The name of a module stands for all mutants of the module.
     """
     file = data_folder("suites") / "equivalent_mutants.yaml"
     listed = yaml_validation.load(file).data

@@ -41,8 +41,8 @@ def nf4_quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
 def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int, bool]]:
     """Replace the linear layers at `paths` by layers with an NF4Tensor, in place.
 
-    Map each path to its packed bytes, the decoded absmax of each block, the block size, and True, which marks double
-    quantisation. Raises Unsupported for sizes that torchao's blocks do not divide.
+    Return, for each path, the packed bytes, the decoded absmax of each block, the block size, and True, which marks
+    double quantisation. Raises Unsupported for sizes that torchao's blocks do not divide.
     """
     import torch
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def nf4(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int]]:
     """Replace the linear layers at `paths` by bitsandbytes' NF4 layers, in place.
 
-    Map each path to its packed bytes, the absmax of each block, and the block size. A block has 64 weights. There is no
-    double quantisation. Matrix products and biases are in `dtype`. Raises Unsupported if a layer is not linear.
+    Return, for each path, the packed bytes, the absmax of each block, and the block size. A block has 64 weights. There
+    is no double quantisation. Matrix products and biases are in `dtype`. Raises Unsupported if a layer is not linear.
     """
     return _pack(model, paths, dtype, double=False)
 
@@ -26,8 +26,8 @@ def nf4(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tup
 def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int, bool]]:
     """Replace layers as `nf4` does, but with double quantisation.
 
-    Map each path to its packed bytes, the decoded absmax of each block, the block size, and True, which marks double
-    quantisation.
+    Return, for each path, the packed bytes, the decoded absmax of each block, the block size, and True, which marks
+    double quantisation.
     """
     return {path: (*form, True) for path, form in _pack(model, paths, dtype, double=True).items()}
 
