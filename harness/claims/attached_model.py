@@ -102,7 +102,7 @@ def _tensors(name: str, split: str, method: str, config: str) -> tuple[Shapes, S
 
 
 def _peft_tensors(name: str, split: str, method: str, config: str) -> tuple[Shapes, Shapes]:
-    """As `_tensors`, for a Method without a reference: with peft's own layers, on a model that nothing else uses.
+    """Do the same as `_tensors` for a Method without a reference, with peft's own layers, on a model that nothing else uses.
 
     Raises ValueError with peft's message if peft refuses the config.
     """

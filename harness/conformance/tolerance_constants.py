@@ -6,7 +6,7 @@ EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloa
 """dtype -> distance from 1 to the next larger number."""
 
 # Largest error of a subject, as a multiple of the reference's own error in the same dtype. Two correct programs that sum in
-# different orders have independent rounding errors of similar size, so that with a factor of 1 half of them would fail.
+# different orders have independent rounding errors of similar size, so with a factor of 1 half of them would fail.
 NOISE_FACTOR = 2.0
 
 # For a tensor of n numbers, NOISE_FACTOR is multiplied by (1 + 4 / n): two draws of many roundings have similar norms, but a
