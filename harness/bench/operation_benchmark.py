@@ -20,7 +20,7 @@ from harness.bench.verdict import judge_parity
 from harness.conformance import operations, parity_suite
 from harness.conformance.case import Case
 from harness.conformance.execution import suite_run
-from harness.conformance.findings.outcomes import CheckOutcome
+from harness.conformance.findings.outcomes import CheckOutcome, DeviceLostError, Execution
 from harness.conformance.operation import OperationSubject, moved
 from harness.conformance.subject import DTYPES
 from harness.errors import Unsupported, plural
@@ -61,15 +61,28 @@ class OperationBenchmark:
     def rows(self, size: BenchSize) -> Iterator[BenchRow]:
         """Yield the rows of one size. The first row is for the forward pass alone.
 
-        If the Operation is differentiable, a second row is for the forward and the backward pass together.
+        If the Operation is differentiable, a second row is for the forward and the backward pass together. Raises
+        DeviceLostError if the GPU accepts no more work of this process. If a check caused this, its row comes first; no
+        later check blames it on the other side.
         """
-        arguments = self._arguments(size)
-        parity = [one for it in (self.ours, self.other) for one in self._parity(it, self._judged(size))]
+        arguments, parity = self._arguments(size), list[CheckOutcome]()
+        try:
+            for it in (self.ours, self.other):
+                suite_run.require_device(self.device)
+                for one in self._parity(it, self._judged(size)):
+                    parity.append(one)
+                    suite_run.require_device_after(one, self.device)
+        except DeviceLostError:
+            if parity and parity[-1].execution is Execution.RAISED:
+                yield self._row(self.operation, size, arguments, parity, [self.timed.forward])  # refused
+            raise
         forward = [one for one in parity if one.check != GRADIENT]
         yield self._row(self.operation, size, arguments, forward, [self.timed.forward])
+        suite_run.require_device(self.device)
         if self.timed.backward is not None:
             costs = [self.timed.forward, self.timed.backward]
             yield self._row(f"{self.operation}+backward", size, arguments, parity, costs)
+            suite_run.require_device(self.device)
 
     def _judged(self, size: BenchSize) -> BenchSize:
         return size.judged(self.device.type, self.timed.per_token)
@@ -150,7 +163,7 @@ class OperationBenchmark:
         return TimedCall(self.definition, implementation.function, arguments, backward=backward)
 
     def _after(self, size: BenchSize, calls: Sequence[TimedCall]) -> Iterator[CheckOutcome]:
-        """After timing, check the timed calls with new values. Yield the outcomes."""
+        """After timing, check the timed calls with new values. Yield the outcomes, up to one that loses the GPU."""
         fresh, words = self._arguments(size, suite_run.SEED + 2), parity_suite.in_words(self.timed.case(size))
         case = Case("call", seed=suite_run.SEED, factors=self.plan.factors())
         check = CheckId(self.operation, TIMED_CALL, self.dtype, case.state)
@@ -163,6 +176,10 @@ class OperationBenchmark:
                     implementation=it.name, kind=it.kind, target=it.target, dtype=self.dtype, case=words, result=found
                 )
             yield found
+            try:
+                suite_run.require_device_after(found, self.device)
+            except DeviceLostError:  # `rows` asks again
+                return
 
 
 def in_words(size: BenchSize, per_token: bool) -> str:

@@ -185,7 +185,7 @@ class TaskRunner:
     def _operation(self, task: BenchTask) -> Iterator[BenchRow]:
         """Yield the rows of an Operation, each as soon as it is measured.
 
-        If the process fails at one size, a new process continues with the next size.
+        If the process fails or loses the GPU at one size, a new process continues with the next size.
         """
         remaining = task.sizes
         while remaining and not self._workers(task).stopped:
@@ -194,6 +194,8 @@ class TaskRunner:
                 if kind == "begin":
                     at = found
                     continue
+                if kind == "lost":
+                    break
                 yield found
                 if found.outcome == "not-run" and found.shape == "-":
                     return
@@ -206,13 +208,15 @@ class TaskRunner:
     def _events(self, task: BenchTask) -> Iterator[tuple[str, Any]]:
         """Run a task in a process. Yield (`begin`, number), (`row`, BenchRow) and (`memory`, bytes by name).
 
-        The number is the position of a size in `task.sizes`. If the process fails, the last row reports the failure.
+        The number is the position of a size in `task.sizes`. If the process fails, the last row reports the failure. If it
+        loses the GPU, and the last row already has the check that caused it, (`lost`, reason) follows instead.
         """
-        at, error, complete, timed = 0, "", False, dict[str, float]()
+        at, error, lost, complete, timed = 0, "", "", False, dict[str, float]()
+        row: BenchRow | None = None
         document = task.document(self.request, self.threads)
         for event in self._workers(task).events("harness.bench.worker", document, self.request.patience):
             if "begin" in event:
-                at = event["begin"]
+                at, row = event["begin"], None
                 yield "begin", at
             elif "end" in event:
                 complete = event["end"] == max(len(task.sizes) - 1, 0)
@@ -220,7 +224,8 @@ class TaskRunner:
                 timed[event["timing"]] = monotonic()
             elif "row" in event:
                 row = BenchRow.model_validate_json(json.dumps(event["row"]))
-                yield "row", with_own_clock(row, timed.pop("end", 0.0) - timed.pop("begin", 0.0))
+                row = with_own_clock(row, timed.pop("end", 0.0) - timed.pop("begin", 0.0))
+                yield "row", row
             elif "memory" in event:
                 yield "memory", event["memory"]
             elif "missing" in event:
@@ -235,6 +240,10 @@ class TaskRunner:
                 complete = True
             elif "failed" in event:
                 error = event["failed"]
+            elif "lost" in event:
+                error = lost = event["lost"]
+            elif "died" in event and lost and row is not None and row.red:
+                yield "lost", lost
             elif "died" in event and complete:  # all rows were reported
                 print_note(f"{task.name}: after its last benchmark {event['died']}")
             elif "died" in event:

@@ -5,7 +5,7 @@ Both must first pass the parity gate of a Cell. Then the steps of the two altern
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -21,7 +21,7 @@ from harness.bench.verdict import judge_parity
 from harness.cell.measure.memory import PeakMeter
 from harness.conformance import parity_suite
 from harness.conformance.execution import suite_run
-from harness.conformance.findings.outcomes import CheckOutcome
+from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus, DeviceLostError
 from harness.conformance.subject import DTYPES, configure
 from harness.errors import Unsupported
 from harness.methods.registry import Implementation
@@ -47,13 +47,14 @@ def row(
     step, shape = setting.step, setting.shape
     trainees = [AdaptedLlama(it, setting, packer) for it, packer in zip(both, packers, strict=True)]
     case = f"{shape.layers} layers {shape.width}, {shape.batch}x{shape.tokens}"
-    parity = [
-        CheckOutcome(
-            implementation=it.name, kind="method", target=step.method, dtype=setting.dtype, case=case, result=result
-        )
-        for it, trainee in zip(both, trainees, strict=True)
-        for result in trainee.parity()
-    ]
+
+    def judged(it: Implementation, trainee: AdaptedLlama) -> Iterator[CheckOutcome]:
+        for result in trainee.parity():
+            yield CheckOutcome(
+                implementation=it.name, kind="method", target=step.method, dtype=setting.dtype, case=case, result=result
+            )
+
+    parity = _while_device_works(map(judged, both, trainees), setting.device)
     checks, outcome, because = judge_parity(parity)
     samples = products = None
     losses: dict[str, list[float]] = {}
@@ -75,6 +76,23 @@ def row(
         other=both[1].name, outcome=outcome, because=because, parity=checks, samples=samples, products=products,
         losses=losses, facts=facts | {"packed by": list(packers)} if step.base else facts,
     )  # fmt: skip
+
+
+def _while_device_works(sides: Iterable[Iterable[CheckOutcome]], device: torch.device) -> list[CheckOutcome]:
+    """Return the outcomes of both sides. If the first side loses the GPU by a failed check, those of the second are missing.
+
+    Raises DeviceLostError if the GPU is lost and no check has failed.
+    """
+    found: list[CheckOutcome] = []
+    for outcomes in sides:
+        found += outcomes
+        try:
+            suite_run.require_device(device)
+        except DeviceLostError:
+            if not any(one.status is CheckStatus.FAIL for one in found):
+                raise
+            break
+    return found
 
 
 def memory(setting: StepSetting, implementation: Implementation, packer: str = "") -> dict[str, int]:
@@ -169,16 +187,18 @@ def _galore(setting: StepSetting, both: Sequence[Implementation], pairs: int, fa
     small = parity_suite.CaseShape.model_validate({"tokens": 16, "in": JUDGED_FEATURES, "out": JUDGED_FEATURES})
     weight = torch.randn(features, features, generator=torch.Generator().manual_seed(SEED))
     runs = [_Galore(setting, it, weight.to(setting.device, DTYPES[setting.dtype])) for it in both]
-    parity: list[CheckOutcome] = []
-    for it, run in zip(both, runs, strict=True):
+
+    def judged(it: Implementation, run: _Galore) -> Iterator[CheckOutcome]:
         config = {**run.config, "rank": JUDGED_RANK}
         case = parity_suite.MethodCase(config, "linear", small, setting.dtype)  # type: ignore[arg-type]
-        parity += suite_run.run_case(it, plan, case, setting.device)
+        return suite_run.run_case(it, plan, case, setting.device)
+
+    parity = _while_device_works(map(judged, both, runs), setting.device)
     checks, outcome, because = judge_parity(parity)
     return BenchRow(
         name=f"step:{setting.name}", shape=f"{features}x{features}, rank {setting.step.config['rank']}",
         dtype=setting.dtype, device=setting.device.type, ours=both[0].name, other=both[1].name, outcome=outcome,
-        because=because, differs=_differs(both, runs),
+        because=because, differs=_differs(both, runs) if outcome == "measured" else "",
         judged=f"{JUDGED_FEATURES}x{JUDGED_FEATURES}, rank {JUDGED_RANK}, the whole suite of galore", parity=checks,
         samples=_cycles(runs, pairs, setting.device) if outcome == "measured" else None, limit=PRODUCTS,
         facts=facts | {"a refresh every": GALORE_GAP, "timed in cycles of": CYCLE},

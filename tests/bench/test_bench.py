@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import MagicMock
 
 import pytest
@@ -38,7 +38,7 @@ from harness.bench.sizes import MOST_PRODUCTS, MOST_WEIGHTS, SHAPES, BenchSize, 
 from harness.bench.steps import STEPS, Backbone
 from harness.cli import main
 from harness.conformance import operations, parity_suite
-from harness.conformance.findings.outcomes import CheckOutcome
+from harness.conformance.findings.outcomes import CheckOutcome, DeviceLostError
 from harness.errors import Exit, StoreError, UsageError
 from harness.methods.registry import Implementation, Registry, discover, implements
 from harness.records.environment import describe
@@ -921,6 +921,61 @@ def test_a_dead_process_is_one_row_and_the_other_sizes_continue(monkeypatch: pyt
     assert [one.outcome for one in found] == ["measured", "failed", "measured"]
     assert "out of memory" in found[1].because
     assert found[1].shape.startswith("two")
+
+
+def test_a_side_that_loses_the_gpu_is_not_followed_by_the_other(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an illegal access every call fails, so a check of the other side would blame it wrongly."""
+    faulted = []
+
+    def faults(**_: Any) -> torch.Tensor:
+        faulted.append(True)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def require(_: torch.device) -> None:
+        if faulted:
+            raise DeviceLostError("the GPU accepts no more work of this process")
+
+    monkeypatch.setattr(operation_benchmark.suite_run, "require_device", require)
+    bench = benchmark_of(registry.find("operation", "lora_linear", "reference"), registry)
+    bench.ours = offered("acme", "lora_linear", faults)
+    rows_of = bench.rows(SMALL)
+    refused = next(rows_of)
+    assert refused.outcome == "refused"
+    assert {one.implementation for one in refused.parity} == {"acme"}
+    with pytest.raises(DeviceLostError):
+        next(rows_of)
+
+
+@pytest.mark.parametrize("blamed", [True, False])
+def test_after_a_lost_gpu_a_new_process_takes_the_next_size(blamed: bool) -> None:
+    wanted = tuple(BenchSize(name, 8, 8) for name in ("one", "two"))
+    task = BenchTask("galore_step", "operation", "galore_step", ("fused", "acme"), (), "float32", "cuda", wanted)
+    failed = row().parity[0].model_copy(
+        update={"result": CheckResult(check="lora_linear/outputs/float32/call", outcome=Outcome.FAIL)}
+    )
+    red = row(outcome="refused", samples=None, parity=[failed])
+
+    class Workers:
+        stopped = False
+        started: ClassVar[list[int]] = []
+
+        def events(self, module: str, words: dict[str, Any], patience: float) -> Any:
+            Workers.started.append(len(words["sizes"]))
+            yield {"begin": 0}
+            if words["sizes"][0]["layer"] == "one":
+                if blamed:
+                    yield {"row": red.model_dump(mode="json")}
+                yield {"lost": "DeviceLostError: the GPU accepts no more work"}
+                yield {"died": "the process ended with exit code 1"}
+                return
+            yield {"row": row().model_dump(mode="json")}
+            yield {"end": 0}
+
+    found = list(command.TaskRunner(BenchRequest(), 1, Workers()).rows(task))  # type: ignore[arg-type]
+    assert [one.outcome for one in found] == ["refused" if blamed else "failed", "measured"]
+    assert Workers.started == [2, 1]
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from harness.cli import main
+from harness.conformance.case_selection import CaseSelection
 from harness.conformance.execution import suite_run
 from harness.conformance.findings.outcomes import CheckOutcome, DeviceLostError
 from harness.errors import Exit
@@ -90,6 +92,21 @@ def test_a_lost_gpu_ends_the_checks_of_the_process(monkeypatch: pytest.MonkeyPat
     found: list[CheckOutcome] = []
     with pytest.raises(DeviceLostError, match="accepts no more work"):
         suite_run.stream(_raising(), found.append, dtypes=("float32",), device=torch.device("cuda"))
+    assert len(found) == 1
+
+
+def test_a_gpu_that_a_drawn_case_loses_ends_the_checks_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def lost(_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.setattr(suite_run, "call", _call_on_cpu(suite_run.call))
+    monkeypatch.setattr(suite_run.sample, "fixed", lambda *_: [])
+    found: list[CheckOutcome] = []
+    drawn = CaseSelection(drawn=20)
+    with pytest.raises(DeviceLostError, match="accepts no more work"):
+        suite_run.stream(_raising(), found.append, breadth=drawn, dtypes=("float32",), device=torch.device("cuda"))
     assert len(found) == 1
 
 

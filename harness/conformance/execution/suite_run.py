@@ -83,20 +83,32 @@ def stream(
     wanted = [dtype for dtype in implementation.dtypes if dtype in (dtypes or implementation.dtypes)]
     plan = parity_suite.load_plan(implementation.target)
 
+    lost: list[DeviceLostError] = []
+
     def tried(case: AnyCase) -> Iterator[CheckOutcome]:
+        if lost:  # the search draws on, and repeats a case that failed
+            return
         if begin is not None:
             begin(f"{case} {case.dtype}")
-        yield from run_case(implementation, plan, case, device, wide=breadth.is_wide, seed=breadth.seed)
+        for outcome in run_case(implementation, plan, case, device, wide=breadth.is_wide, seed=breadth.seed):
+            yield outcome
+            try:
+                require_device_after(outcome, device)
+            except DeviceLostError as error:
+                lost.append(error)
+                return
 
     for case in sample.fixed(plan, breadth, wanted):
         for outcome in tried(case):
             report(outcome)
-            if outcome.execution is Execution.RAISED and device.type == "cuda":
-                _require_device(device)
+        if lost:
+            raise lost[0]
     if breadth.drawn:
         from harness.conformance.drawing.search import search  # imports Hypothesis
 
         search(plan, breadth, wanted, tried, report, f"{implementation.name}-{implementation.target}")
+        if lost:
+            raise lost[0]
 
 
 def run_case(
@@ -301,12 +313,23 @@ def _adaptable(model: ParityModel, config: Any) -> dict[str, nn.Module]:
     return adaptable_layers(model, config)
 
 
-def _require_device(device: torch.device) -> None:
-    """Raise DeviceLostError if the GPU has ended its work for this process. Most exceptions leave it usable."""
+def require_device(device: torch.device) -> None:
+    """Raise DeviceLostError if the GPU has ended its work for this process. Most exceptions leave it usable.
+
+    Nothing is asked of a CPU.
+    """
+    if device.type != "cuda":
+        return
     try:
         torch.cuda.synchronize(device)
     except RuntimeError as error:
         raise DeviceLostError(f"the GPU accepts no more work of this process: {error}") from error
+
+
+def require_device_after(outcome: CheckOutcome, device: torch.device) -> None:
+    """Ask the device as `require_device` does, if the check ended by an exception."""
+    if outcome.execution is Execution.RAISED:
+        require_device(device)
 
 
 def _raised(error: BaseException) -> str:
