@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.bench import files
-from harness.bench.run import no_gpu
+from harness.bench.gpu import no_gpu, refuse_interpreter
 from harness.console import align_columns, print_json, print_lines, print_note
 from harness.errors import Exit, HarnessError
 from harness.process.signals import handle_termination
@@ -40,6 +40,11 @@ class CardReport:
     traceback: str = ""
 
     @property
+    def is_rehearsal(self) -> bool:
+        """True if Triton's interpreter ran the kernels, so that the times say nothing about a card."""
+        return self.what == "crossovers" and self.device == "cpu"
+
+    @property
     def exit(self) -> Exit:
         """The exit code: 4 if the worker failed, 5 if nothing was measured, else 0."""
         if self.failed:
@@ -48,7 +53,8 @@ class CardReport:
 
     def document(self) -> dict[str, Any]:
         """Return the document that `--json` prints."""
-        return {"schema": files.SCHEMA, "kind": self.what, "exit": int(self.exit), **vars(self)}
+        start = {"schema": files.SCHEMA, "kind": self.what, "exit": int(self.exit)}
+        return {**start, **vars(self), "is_rehearsal": self.is_rehearsal}
 
     def lines(self) -> list[str]:
         """Return the numbers as a table of text."""
@@ -64,7 +70,8 @@ class CardReport:
             ]
             for row in self.rows
         ]  # fmt: skip
-        return [f"two ways to multiply by a packed weight, on {place}:", *align_columns([head, *table])]
+        note = ["a rehearsal: Triton's interpreter ran the kernels, and these times mean nothing"] * self.is_rehearsal
+        return [f"two ways to multiply by a packed weight, on {place}:", *align_columns([head, *table]), *note]
 
 
 def rate(value: float, unit: str) -> str:
@@ -78,8 +85,9 @@ def measure(
     """Measure the card, print the numbers, and return the exit code.
 
     out: folder for the document and, for a GPU, the table of crossovers under the name that `harness.kernels` reads.
-    Raises HarnessError if a GPU was requested and there is none.
+    Raises HarnessError if a GPU was requested and there is none, and UsageError under Triton's interpreter.
     """
+    refuse_interpreter()
     why = no_gpu() if device != "cpu" else "a CPU was requested"
     if device == "cuda" and why:
         raise HarnessError(why, where="--device cuda", hint="without it, the CPU is measured")

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 
 import torch
 
+from harness.bench import random_numbers
 from harness.bench.results import Ceilings
 from harness.bench.timing import Clock, Run
 
 REPEATS = 5
 """Number of samples per rate. The fastest sample counts."""
+WARM_S = 0.5
+"""Seconds of load on a GPU before the samples of a rate: so long its clock frequencies may rise."""
 COPIED_B = {"cpu": 2**28, "cuda": 2**30}
 """Device -> number of bytes to copy. It is more than any cache holds."""
 SIDE = {"cpu": 1536, "cuda": 8192}
@@ -49,13 +52,13 @@ def _copy(clock: Clock) -> float:
 
 
 def _product(clock: Clock, dtype: torch.dtype) -> float:
-    generator = torch.Generator().manual_seed(0)
-    side = SIDE[clock.device.type]
-    a, b = (torch.randn(side, side, generator=generator).to(clock.device, dtype) for _ in range(2))
+    generator, side = random_numbers.generator(clock.device, 0), SIDE[clock.device.type]
+    a, b = (random_numbers.normal((side, side), generator, clock.device, dtype) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * side**3 / _best(clock, lambda: torch.mm(a, b, out=out))
 
 
 def _best(clock: Clock, run: Run) -> float:
     clock.sample(run)
+    clock.warm_up(run, WARM_S)
     return min(clock.sample(run) for _ in range(REPEATS))

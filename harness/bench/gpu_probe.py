@@ -8,15 +8,17 @@ from harness.process.event_pipe import event_writer
 
 
 def main(fd: int, line: int) -> None:
-    """Emit the event `unusable` with the reason why torch cannot use a GPU.
+    """Emit an event: `unusable` is the reason why torch cannot use a GPU, and `card` the name of the GPU.
 
-    If torch can use one, the reason is an empty string.
+    If torch can use one, the reason is an empty string. Otherwise the name is one.
     """
     with event_writer(fd, line) as emit:
         import torch
 
         why = "is built without CUDA" if torch.version.cuda is None else "cannot use it"
-        emit(unusable="" if torch.cuda.is_available() else f"torch {torch.__version__} {why}")
+        usable = torch.cuda.is_available()
+        card = torch.cuda.get_device_name() if usable else ""
+        emit(unusable="" if usable else f"torch {torch.__version__} {why}", card=card)
 
 
 if __name__ == "__main__":

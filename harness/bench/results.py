@@ -22,6 +22,8 @@ TIMED_CALL = "timed_call"
 """Name of the check of the timed call itself; see `harness.bench.timed_call`."""
 MOSTLY_CALL = 0.2
 """Largest share of a time that may be call overhead. Above it, a ratio of times compares overheads rather than work."""
+MOSTLY_LAUNCH = 0.8
+"""Smallest share of a time on a GPU, used by the host to launch the call, from which on the host decides about the speed."""
 TIMER_SHARE, TIMER_SLACK_S = 2.0, 0.5
 """Longest time that may pass in another process while samples are taken on a CPU: TIMER_SHARE times the sum of the samples,
 plus TIMER_SLACK_S seconds for messages that are late on a busy machine. If more time passes, the timer of the measured
@@ -45,6 +47,8 @@ class Samples(FrozenModel):
     """Side -> number of calls per sample. A sample is the mean time of these calls."""
     overhead: dict[str, Seconds] = Field(default={})
     """Side -> time of a call of tiny size, which does hardly any work."""
+    launch: dict[str, Seconds] = Field(default={})
+    """Side -> median time in which the host launches a call on a GPU. Empty on a CPU."""
     parts: dict[str, list[list[Seconds]]] = Field(default={})
     """Side -> for each sample, the times from which it was computed. Empty if the samples were timed directly."""
 
@@ -173,6 +177,14 @@ class BenchRow(FrozenModel):
         return [side for side, s in times.items() if overhead.get(side, 0.0) > MOSTLY_CALL * median(s)]
 
     @property
+    def host_bound(self) -> list[str]:
+        """Sides (`ours`, `other`) whose calls the host launches in `MOSTLY_LAUNCH` of their median time, or more slowly."""
+        if self.samples is None:
+            return []
+        times, launch = {"ours": self.samples.ours, "other": self.samples.other}, self.samples.launch
+        return [side for side, s in times.items() if launch.get(side, 0.0) >= MOSTLY_LAUNCH * median(s)]
+
+    @property
     def memory_ratio(self) -> float | None:
         """`step_memory` of the other implementation divided by that of ours. None if one of them is unknown."""
         ours, other = self.step_memory(self.ours), self.step_memory(self.other)
@@ -196,6 +208,6 @@ class BenchRow(FrozenModel):
                 "ratio": None if ratio is None else {"value": ratio.value, "low": ratio.low, "high": ratio.high},
                 "share_ours": self.share(self.samples.ours), "share_other": self.share(self.samples.other),
                 "limit_ratio": self.limit_ratio, "products_ratio": self.products_ratio, "memory_ratio": self.memory_ratio,
-                "mostly_call": self.mostly_call,
+                "mostly_call": self.mostly_call, "host_bound": self.host_bound,
             }  # fmt: skip
         return {**self.model_dump(mode="json"), "made": made}

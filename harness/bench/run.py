@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,21 +13,18 @@ from typing import Any
 from harness.assets.environments import homes
 from harness.assets.environments.folder import MadeEnvironment
 from harness.bench import files, planning, pytest_benchmark, table
+from harness.bench.gpu import NO_GPU, no_gpu, refuse_interpreter
 from harness.bench.planning import BenchRequest, BenchTask
 from harness.bench.results import BenchRow
 from harness.bench.verdict import with_own_clock
 from harness.conformance.execution import worker_processes
 from harness.console import print_json, print_lines, print_note
-from harness.errors import Exit, HarnessError, UsageError
+from harness.errors import Exit, HarnessError
 from harness.process.signals import handle_termination
 from harness.process.worker_pool import WorkerPool
-from harness.records.environment import describe, gpus
+from harness.records.environment import describe
 from harness.records.environment import threads as usable
 from harness.records.record import Environment
-
-_PROBE_S = 120.0
-"""The probe of the GPU is killed if it does not answer for this many seconds."""
-_NO_GPU = "no GPU"
 
 
 @dataclass
@@ -80,9 +76,7 @@ def bench(request: BenchRequest, as_json: bool, out: Path | None = None, export:
     Raises UsageError for an unusable request, and under Triton's interpreter. Raises StoreError if a file cannot be
     written, and HarnessError if only a GPU was requested and there is none.
     """
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        what = "Triton's interpreter is on: times would be meaningless"
-        raise UsageError(what, where="TRITON_INTERPRET", hint="unset it")
+    refuse_interpreter()
     files.check_writable(out, export)
     threads = usable()
     report = BenchReport(describe(threads))
@@ -120,7 +114,7 @@ def measure(request: BenchRequest, threads: int, report: BenchReport, save: Call
     report.broken = registry.broken
     for name, why in registry.broken.items():
         print_note(f"plug-in {name} could not be loaded: {why}")
-    tasks, not_run = planning.plan(request, registry, no_gpu() if request.device != "cpu" else _NO_GPU)
+    tasks, not_run = planning.plan(request, registry, no_gpu() if request.device != "cpu" else NO_GPU)
     processes, remaining, done = TaskRunner(request, threads, WorkerPool()), list(tasks), 0
     try:
         while remaining:
@@ -140,19 +134,6 @@ def measure(request: BenchRequest, threads: int, report: BenchReport, save: Call
             add(replace(task, sizes=()).row("not-run", because, cause="interrupted"))
     for row in not_run:
         add(row)
-
-
-def no_gpu() -> str:
-    """Return the reason why no GPU can be used, or an empty string if one can.
-
-    torch may be built without CUDA although the driver shows a GPU, and a container may have a GPU but no nvidia-smi. A
-    separate process therefore asks torch.
-    """
-    if not gpus() and not any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/nvidiactl")):
-        return _NO_GPU
-    first, *_ = WorkerPool().events("harness.bench.gpu_probe", {}, _PROBE_S)
-    why = first.get("unusable", first.get("died"))
-    return f"{_NO_GPU}: the driver is there, but {why}" if why else ""
 
 
 @dataclass

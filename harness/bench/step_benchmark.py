@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.bench import timing
+from harness.bench import random_numbers, timing
 from harness.bench.adapted_llama import LR, SEED, WEIGHT_DECAY, AdaptedLlama, StepSetting, frozen_pass
 from harness.bench.matrix_flops import flops
 from harness.bench.results import BenchRow, Products, Samples
@@ -138,7 +138,7 @@ class _Galore:
             self.config = step.fallback
             adapted = self._attach(model, step.method, implementation)
         self.weight, self.optimizer = layer.weight, adapted.optimizer(LR, WEIGHT_DECAY)
-        self.generator = torch.Generator().manual_seed(SEED)
+        self.generator = random_numbers.generator(weight.device, SEED)
 
     def _attach(self, model: nn.Module, method: str, implementation: Implementation) -> Any:
         config = configure(method, {**self.config, "targets": ["weighted"]})
@@ -146,8 +146,8 @@ class _Galore:
 
     def draw(self) -> None:
         """Draw the next gradient. The time of a step does not include this."""
-        shape = self.weight.shape
-        self.weight.grad = torch.randn(shape, generator=self.generator).to(self.weight.device, self.weight.dtype)
+        like = self.weight
+        like.grad = random_numbers.normal(like.shape, self.generator, like.device, like.dtype)
 
     def step(self) -> None:
         if self.weight.grad is None:
@@ -227,11 +227,13 @@ def _differs(both: Sequence[Implementation], runs: Sequence[_Galore]) -> str:
 def _cycles(both: Sequence[_Galore], pairs: int, device: torch.device) -> Samples:
     clock, runs, products = timing.Clock(device), dict(zip(timing.SIDES, both, strict=True)), _Products(both[0])
     parts: dict[str, list[list[float]]] = {side: [] for side in runs}
+    launches: dict[str, list[float]] = {side: [] for side in runs}
     limit: list[float] = []
     first: list[timing.Side] = []
 
     def cycle(run: _Galore | _Products) -> list[float]:
         times = []
+        clock.launch_s.clear()
         for _ in range(CYCLE):
             run.draw()
             times.append(clock.sample(run.step))
@@ -242,9 +244,11 @@ def _cycles(both: Sequence[_Galore], pairs: int, device: torch.device) -> Sample
         first.append(order[0])
         for side in order:
             parts[side].append(cycle(runs[side]))
+            launches[side] += clock.launch_s
         limit.append(median(cycle(products)))
     ours, other = ([_per_step(times) for times in parts[side]] for side in timing.SIDES)
-    return Samples(ours=ours, other=other, limit=limit, first=first, warmup=warmup, parts=parts)
+    launch = {side: median(times) for side, times in launches.items() if times}
+    return Samples(ours=ours, other=other, limit=limit, first=first, warmup=warmup, parts=parts, launch=launch)
 
 
 def _per_step(times: list[float]) -> float:

@@ -34,7 +34,7 @@ def fields(row: BenchRow) -> tuple[str, ...]:
 
 
 def _mark(row: BenchRow, side: str) -> str:
-    return " *" if side in row.mostly_call else ""
+    return (" *" if side in row.mostly_call else "") + (" h" if side in row.host_bound else "")
 
 
 def _ratio(row: BenchRow) -> str:
@@ -103,6 +103,11 @@ def _notes(rows: Sequence[BenchRow]) -> list[str]:
         notes.append(
             "*: a call of tiny size takes a fifth of this time or more, for example because the implementation makes an "
             "optimizer or a layer at each call. Use larger --shapes, or whole training steps (--step)"
+        )
+    if any(row.host_bound for row in measured):
+        notes.append(
+            "h: the host takes about as long to launch the call as the GPU to run it, or longer. A program then waits for "
+            "the host, and a faster kernel changes nothing"
         )
     if any(row.device == "cuda" for row in limited):
         notes.append(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from harness.bench import random_numbers
 from harness.bench.results import TIMED_CALL
 from harness.conformance.case import Case
 from harness.conformance.comparison import operation_call
@@ -40,9 +41,10 @@ class TimedCall:
             self.leaves = {n: t for n, t in named.items() if n.partition("[")[0] in operation.differentiable}
             for leaf in self.leaves.values():
                 leaf.requires_grad_(True)
-            generator = torch.Generator().manual_seed(0)
-            for y in operation.named(function(**self.arguments)).values():
-                self.dys.append(torch.randn(y.shape, generator=generator).to(y.device, y.dtype))
+            for number, y in enumerate(operation.named(function(**self.arguments)).values()):
+                self.dys.append(
+                    random_numbers.normal(y.shape, random_numbers.generator(y.device, number), y.device, y.dtype)
+                )
 
     def __call__(self) -> tuple[object, tuple[Tensor | None, ...]]:
         """Return the outputs, and the gradients of the leaves, which are the differentiable arguments."""

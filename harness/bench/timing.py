@@ -9,6 +9,7 @@ import gc
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
+from statistics import median
 from time import perf_counter  # bound here, so that a plug-in that replaces `time.perf_counter` changes no sample
 from typing import Any, Literal
 
@@ -30,7 +31,9 @@ time of these calls."""
 MOST_CALLS = 1000
 """Largest number of calls in a sample."""
 FLUSH_B = 256 * 2**20
-"""Bytes written to flush the L2 cache: more than any L2 cache holds."""
+"""Fewest bytes written to flush the L2 cache. If the cache is larger than half of this, twice its size is written."""
+WARM_S = 0.1
+"""Seconds of load on a GPU before pairs of samples, so that its clock frequencies have risen."""
 HEAD_START = 2_000_000
 """Number of clock cycles that the GPU waits before a timed call: about a millisecond. The host queues the call during
 this wait. Queueing takes up to half of the wait. Without the wait, the measured time of a small call would be the time
@@ -40,13 +43,22 @@ in which the host queues it."""
 class Clock:
     """A timer of calls. On a CPU, it reads the wall clock.
 
-    On a GPU, CUDA events measure each call, and the L2 cache is flushed before each call.
+    On a GPU, CUDA events measure each call, and the L2 cache is overwritten before each call.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.on_gpu = device.type == "cuda"
-        self._flush = torch.empty(FLUSH_B // 4, dtype=torch.int32, device=device) if self.on_gpu else None
+        self.launch_s: list[float] = []
+        """For each call on a GPU, the seconds in which the host launched it."""
+        self._flush = torch.empty(_flush_bytes(device) // 4, dtype=torch.int32, device=device) if self.on_gpu else None
+
+    def warm_up(self, run: Run, seconds: float) -> None:
+        """On a GPU, call `run` for this long without pause: the clock frequencies of an idle card are low."""
+        started = perf_counter()
+        while self.on_gpu and perf_counter() - started < seconds:
+            run()
+            torch.cuda.synchronize(self.device)
 
     def sample(self, run: Run, calls: int = 1) -> float:
         """Call `run` as many times as `calls` says. Return the mean seconds of a call."""
@@ -67,7 +79,9 @@ class Clock:
         flush.zero_()
         torch.cuda._sleep(HEAD_START)  # type: ignore[no-untyped-call]
         begin.record()
+        started = perf_counter()
         run()
+        self.launch_s.append(perf_counter() - started)
         end.record()
         torch.cuda.synchronize(self.device)
         return float(begin.elapsed_time(end)) / 1e3
@@ -99,18 +113,27 @@ def pairs(
     always one call, even a short one. announce: lets another process time all samples together.
     """
     runs = {"ours": ours, "other": other} | ({"limit": limit} if limit is not None else {})
+    clock.warm_up(other, WARM_S)
     warmup = {name: [clock.sample(run) for _ in range(WARMUP)] for name, run in runs.items()}
     calls = {name: 1 if single else clock.calls(min(times)) for name, times in warmup.items()}
     found: dict[str, list[float]] = {name: [] for name in runs}
+    launches: dict[str, list[float]] = {name: [] for name in runs}
     first: list[Side] = []
     for order in alternate(count):
         if not first:
             announce("begin")
         first.append(order[0])
         for name in (*order, *(["limit"] if limit is not None else [])):
+            clock.launch_s.clear()
             found[name].append(clock.sample(runs[name], calls[name]))
+            launches[name] += clock.launch_s
     announce("end")
     return Samples(
         ours=found["ours"], other=found["other"], limit=found.get("limit", []), first=first, warmup=warmup, calls=calls,
-        overhead=dict(overhead or {}),
+        overhead=dict(overhead or {}), launch={name: median(times) for name, times in launches.items() if times},
     )  # fmt: skip
+
+
+def _flush_bytes(device: torch.device) -> int:
+    """Return the bytes to write so that nothing of an earlier call is left in the card's L2 cache."""
+    return max(FLUSH_B, 2 * int(torch.cuda.get_device_properties(device).L2_cache_size))

@@ -4,8 +4,8 @@ FD is a file descriptor. The worker writes one JSON line per event to it. LINE i
 worker is killed when the other end of this pipe closes. TASK is a `BenchTask` in JSON. Output of plug-ins goes to stderr.
 
 The events `begin` and `end` have the number of a benchmark, `timing` says that its samples begin or end, `row` and `memory`
-have a result, `missing` has the reason why nothing was measured, `failed` has the error that ends the process, `lost` the one after which
-the GPU accepts no more work of the process, and `done` is the last event.
+have a result, `missing` has the reason why nothing was measured, `failed` has the error that ends the process, `lost` the
+error after which the GPU accepts no more work of the process, and `done` is the last event.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from harness.assets.environments import homes
 from harness.assets.environments.folder import MadeEnvironment
 from harness.assets.environments.packages import IndexOptions
-from harness.bench.run import no_gpu
+from harness.bench.gpu import no_gpu
 from harness.cli import environments
 from harness.conformance import parity_suite
 from harness.conformance.case_selection import FEW, CaseSelection

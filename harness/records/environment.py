@@ -80,18 +80,26 @@ def processor() -> dict[str, str]:
     return {"cpu": _cpu_model(), "architecture": platform.machine()}
 
 
-@functools.cache
 def gpus() -> tuple[str, ...]:
     """Return one line per NVIDIA GPU with its uuid, name, driver and memory.
 
-    There are no lines if there is no driver or all GPUs are hidden.
+    There are no lines if there is no driver or all GPUs are hidden. If nvidia-smi is missing or fails, the files of the
+    driver are read.
     """
-    if _hidden(os.environ.get("CUDA_VISIBLE_DEVICES")):
-        return ()
+    return () if _hidden(os.environ.get("CUDA_VISIBLE_DEVICES")) else _listed()[0] or _gpus_of_driver()
+
+
+def gpu_error() -> str:
+    """Return the error of nvidia-smi. If it works, or is not installed, return an empty string."""
+    return _listed()[1]
+
+
+@functools.cache
+def _listed() -> tuple[tuple[str, ...], str]:
     try:
-        return tuple(nvidia_smi.lines(_GPU_QUERY)) or _gpus_of_driver()
-    except HarnessError:
-        return ()
+        return tuple(nvidia_smi.lines(_GPU_QUERY)), ""
+    except HarnessError as error:
+        return (), error.what
 
 
 def _gpus_of_driver(driver: Path = Path("/proc/driver/nvidia")) -> tuple[str, ...]:

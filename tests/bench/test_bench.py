@@ -20,6 +20,8 @@ import torch
 
 from harness.assets.environments.folder import MadeEnvironment
 from harness.bench import (
+    card,
+    gpu,
     matrix_flops,
     operation_benchmark,
     planning,
@@ -486,6 +488,55 @@ def test_on_a_gpu_the_clock_starts_after_a_wait_while_the_host_queues_the_call(
     clock._flush = Flush()  # type: ignore[assignment]
     assert clock.sample(lambda: seen.append("call")) == pytest.approx(0.002)
     assert seen == ["flush", "wait", "event", "call", "event", "synchronize"]
+    assert len(clock.launch_s) == 1
+
+
+def test_a_gpu_is_under_load_before_its_rates_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    clock = timing.Clock(CPU)
+    clock.on_gpu, now = True, itertools.count()
+    monkeypatch.setattr(timing, "perf_counter", lambda: next(now) / 10)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append("synchronize"))
+    clock.warm_up(lambda: seen.append("call"), 0.35)
+    assert seen == ["call", "synchronize"] * 3
+
+
+@pytest.mark.parametrize(("MiB", "flushed"), [(50, 256), (192, 384)])
+def test_the_flush_writes_more_than_the_l2_cache_of_the_card(
+    MiB: int, flushed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = MagicMock(L2_cache_size=MiB * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert timing._flush_bytes(torch.device("cuda")) == flushed * 2**20
+
+
+@pytest.mark.parametrize(("launch", "bound"), [(0.0001, []), (0.0009, ["ours"]), (0.01, ["ours"])])
+def test_a_call_that_the_host_launches_as_slowly_as_it_runs_is_marked(launch: float, bound: list[str]) -> None:
+    samples = row().samples
+    assert samples is not None
+    one = row(device="cuda", samples=samples.model_copy(update={"launch": {"ours": launch, "other": 0.0001}}))
+    assert one.host_bound == bound
+    shown = "\n".join(table.lines([one]))
+    assert ("1 ms h" in shown) == ("a faster kernel changes nothing" in shown) == bool(bound)
+
+
+@pytest.mark.parametrize("option", ["--ceilings", "--crossovers"])
+def test_rates_are_not_measured_under_the_interpreter(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["bench", option, "--device", "cpu"]) == Exit.USAGE
+    assert "TRITON_INTERPRET: Triton's interpreter is on" in capsys.readouterr().err
+
+
+def test_crossovers_of_a_cpu_are_called_a_rehearsal() -> None:
+    described: dict[str, Any] = {}
+    rehearsed = card.CardReport("crossovers", "cpu", described)
+    assert rehearsed.document()["is_rehearsal"]
+    assert "these times mean nothing" in "\n".join(rehearsed.lines())
+    measured = card.CardReport("crossovers", "cuda", described, card="NVIDIA H100")
+    assert not measured.document()["is_rehearsal"]
+    assert "mean nothing" not in "\n".join(measured.lines())
 
 
 def test_a_step_on_a_gpu_has_a_note_about_launches() -> None:
@@ -887,7 +938,7 @@ def test_a_gpu_that_torch_cannot_use_is_not_used(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command.worker_processes, "discover", lambda: registry)
-    monkeypatch.setattr(command, "gpus", lambda: ("GPU-0, one that the driver shows",))
+    monkeypatch.setattr(gpu.environment, "gpus", lambda: ("GPU-0, one that the driver shows",))
     assert main(["bench", "--op", "nf4_quantize", "--device", "cuda"]) == Exit.INFRASTRUCTURE
     out, err = capsys.readouterr()
     why = f"the driver is there, but torch {torch.__version__} is built without CUDA"
@@ -896,7 +947,7 @@ def test_a_gpu_that_torch_cannot_use_is_not_used(
     assert main(["bench", "--op", "nf4_quantize", "--device", "cuda", "--json"]) == Exit.INFRASTRUCTURE
     assert {row["outcome"] for row in json.loads(capsys.readouterr().out)["benchmarks"]} == {"not-run"}
     requested = BenchRequest(["galore_step"], ["galore-torch"], ours="reference")
-    assert [task.device for task in planning.plan(requested, registry, command.no_gpu())[0]] == ["cpu"]
+    assert [task.device for task in planning.plan(requested, registry, gpu.no_gpu())[0]] == ["cpu"]
 
 
 def test_a_dead_process_is_one_row_and_the_other_sizes_continue(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -952,8 +1003,10 @@ def test_a_side_that_loses_the_gpu_is_not_followed_by_the_other(
 def test_after_a_lost_gpu_a_new_process_takes_the_next_size(blamed: bool) -> None:
     wanted = tuple(BenchSize(name, 8, 8) for name in ("one", "two"))
     task = BenchTask("galore_step", "operation", "galore_step", ("fused", "acme"), (), "float32", "cuda", wanted)
-    failed = row().parity[0].model_copy(
-        update={"result": CheckResult(check="lora_linear/outputs/float32/call", outcome=Outcome.FAIL)}
+    failed = (
+        row()
+        .parity[0]
+        .model_copy(update={"result": CheckResult(check="lora_linear/outputs/float32/call", outcome=Outcome.FAIL)})
     )
     red = row(outcome="refused", samples=None, parity=[failed])
 

@@ -104,7 +104,8 @@ def test_cards_that_are_hidden_are_none(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert len(environment.gpus.__wrapped__()) == seen
+    monkeypatch.setattr(environment, "_listed", environment._listed.__wrapped__)
+    assert len(environment.gpus()) == seen
 
 
 def test_a_driver_that_does_not_answer_shows_no_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +113,9 @@ def test_a_driver_that_does_not_answer_shows_no_card(tmp_path: Path, monkeypatch
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert environment.gpus.__wrapped__() == ()
+    monkeypatch.setattr(environment, "_listed", environment._listed.__wrapped__)
+    assert environment.gpus() == ()
+    assert "exit status 9" in environment.gpu_error()
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="wants git")

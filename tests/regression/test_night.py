@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
+from harness.bench.gpu import Gpu
 from harness.cli import main
 from harness.errors import Exit
 from harness.process.worker_pool import marked
-from harness.regression.night import part_run, parts
+from harness.regression.night import budget, part_run, parts
 from harness.regression.night import run as nights
 from harness.regression.night.parts import Part
 from harness.regression.night.run import NightRequest, night
@@ -71,8 +72,8 @@ elif what == "garbage":
 """
 
 
-def part(word: str, estimate_s: float = 1.0, name: str = "", kind: Any = "check") -> Part:
-    return Part(name or word, f"What if it {word}?", kind, (word,), estimate_s)
+def part(word: str, estimate_s: float = 1.0, name: str = "", kind: Any = "check", kept: bool = False) -> Part:
+    return Part(name or word, f"What if it {word}?", kind, (word,), estimate_s, kept=kept)
 
 
 def run(
@@ -92,6 +93,7 @@ def run(
     results = {file.stem: json.loads(file.read_text()) for file in (out / "parts").glob("*.json")}
     footer = json.loads((out / "footer.json").read_text())
     assert footer["exit"] == code
+    assert footer["left_out"] == {name: r["because"] for name, r in results.items() if r["left_out"]}
     assert footer["counts"] == {s: [r["status"] for r in results.values()].count(s) for s in footer["counts"]}
     return code, results, (out / "index.html").read_text()
 
@@ -137,7 +139,7 @@ def test_the_reproduction_of_a_check_names_its_operation_and_dtype(
 
 
 def test_a_part_that_hangs_is_killed_with_all_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nights, "_LEAST_LIMIT_S", 2.0)
+    monkeypatch.setattr(budget, "LEAST_S", 2.0)
     monkeypatch.setattr(part_run, "GRACE_S", 1.0)
     monkeypatch.setenv("OF_THIS_TEST", str(tmp_path))
     code, results, page = run(tmp_path, monkeypatch, [part("hangs", 0.1), part("good")])
@@ -170,6 +172,66 @@ def test_a_budget_that_ends_inside_a_part_keeps_what_it_has_measured(
     assert results["saves"]["summary"] == "1 pass"
     assert results["good"]["status"] == "not-run"
     assert "what it had measured is kept" in page
+
+
+def test_a_slow_part_is_cut_so_that_a_later_part_keeps_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = [part("saves", 0.1), part("good", 20.0, kept=True), part("good", 1.0, "last")]
+    code, results, page = run(tmp_path, monkeypatch, plan, budget_s=40.0)
+    assert code == Exit.PASS
+    assert results["saves"]["status"] == "cut"
+    assert "the rest is kept for later parts; what it had measured is kept" in results["saves"]["because"]
+    assert results["good"]["status"] == results["last"]["status"] == "ok"
+    assert "peft-harness night --device cpu --only saves" in page
+    night_json = json.loads((tmp_path / "night" / "night.json").read_text())
+    assert [one["limit_s"] for one in night_json["parts"]] == pytest.approx([5.0, 34.9, 14.9])
+
+
+def test_three_slow_parts_of_parity_leave_ten_minutes_for_ceilings_operations_and_steps() -> None:
+    """Each part before the headline claims takes all that it may, but a part that is not slow takes its estimate."""
+    for device, plan in (("cuda", parts.on_gpu()), ("cpu", parts.on_cpu())):
+        left, reached = 600.0 - budget.LAST_S[device], []
+        for number, one in enumerate(plan):
+            if one.estimate_s <= left:
+                reached.append(one.name)
+                most = budget.limit(one, plan[number + 1 :], left, device)  # type: ignore[arg-type]
+                assert most.seconds >= one.estimate_s
+                left -= most.seconds + 2.0 if one.name.startswith("parity") else one.estimate_s  # 2 s: its end
+        wanted = [one.name for one in plan if one.kept]
+        assert {name.partition("-")[0] for name in wanted} == {"parity", "ceilings", "operation", "step"}
+        assert set(wanted) <= set(reached)
+
+
+def test_a_part_that_takes_many_times_its_estimate_seems_to_hang() -> None:
+    assert budget.limit(part("good", 60.0), [], 10_000.0, "cuda").by == "estimate"
+    assert budget.limit(part("good", 60.0), [], 100.0, "cuda").by == "budget"
+    assert budget.limit(part("good", 60.0), [part("good", 50.0, kept=True)], 120.0, "cuda").by == "share"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "baseline"),
+    [
+        (Gpu(name="NVIDIA H100 80GB HBM3"), "night-nvidia-h100-80gb-hbm3"),
+        (Gpu(name="NVIDIA H100 80GB HBM3 MIG 1g.10gb"), "night-nvidia-h100-80gb-hbm3-mig-1g-10gb"),
+        (Gpu(name="NVIDIA H100", note="nvidia-smi does not answer: it hangs"), "night-nvidia-h100"),
+    ],
+)
+def test_the_card_has_the_name_that_torch_returns(
+    gpu: Gpu, baseline: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(nights, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(parts, "on_gpu", list)
+    night(NightRequest(600.0, "cuda", tmp_path / "night"), as_json=True)
+    manifest = json.loads((tmp_path / "night" / "night.json").read_text())
+    assert nights.baseline_name(manifest["card"], "cuda") == baseline
+    assert manifest["notes"] == ([gpu.note] if gpu.note else [])
+    assert (gpu.note in capsys.readouterr().err) or not gpu.note
+
+
+def test_a_gpu_without_a_name_is_not_called_a_cpu() -> None:
+    assert nights.baseline_name("", "cpu") == "night-cpu"
+    assert nights.baseline_name("", "cuda") == "night-unknown-gpu"
 
 
 def test_a_wrong_result_is_a_finding_also_in_a_part_that_is_cut(
@@ -215,7 +277,7 @@ def test_only_chooses_parts_and_refuses_unknown_ones(
 def test_without_a_gpu_every_part_is_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(nights, "no_gpu", lambda: "no GPU")
+    monkeypatch.setattr(nights, "find_gpu", lambda: Gpu("no GPU"))
     out = tmp_path / "night"
     assert main(["night", "--out", str(out), "--json"]) == Exit.INFRASTRUCTURE
     document = json.loads(capsys.readouterr().out)

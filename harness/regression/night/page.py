@@ -41,7 +41,8 @@ def build(night: Night, waiting: Sequence[PlannedPart]) -> dict[str, Any]:
         "next": night.next_steps, "parts": _parts(night.results, waiting),
         "failed": [_failed(one) for one in night.results if one.failures],
         "numbers": [_numbers(one, one.table) for one in night.results if one.table is not None and one.table.rows],
-        "environment": {**here.machine, **here.software, "code": here.code_version},
+        "environment": {**here.machine, **here.software, "code": here.code_version}, "notes": manifest.notes,
+        "left_out": list(night.left_out),
     }  # fmt: skip
 
 
@@ -59,21 +60,34 @@ def _verdict(night: Night, is_running: bool) -> tuple[str, str]:
 def _parts(results: Sequence[PartResult], waiting: Sequence[PlannedPart]) -> dict[str, Any]:
     columns = [
         column("Status", number=False), column("Took"), column("Estimate", "time planned for the part"),
+        column("At most", "time after which the part is cut, so that later parts are reached"),
         column("Result", number=False), column("Command", number=False),
     ]  # fmt: skip
     rows = [
         _row(
             one.name, one.status, one.title, "; ".join(filter(None, [one.summary, one.because])), one.seconds,
-            one.estimate_s, one.command, f"#{one.name}" if one.table is not None and one.table.rows else "#parts",
+            one.estimate_s, one.limit_s, one.command,
+            f"#{one.name}" if one.table is not None and one.table.rows else "#parts",
         )
         for one in results
     ]  # fmt: skip
-    rows += [_row(one.name, "waiting", one.title, "", None, one.estimate_s, one.command, "#parts") for one in waiting]
+    rows += [
+        _row(one.name, "waiting", one.title, "", None, one.estimate_s, one.limit_s or None, one.command, "#parts")
+        for one in waiting
+    ]
     return grouped("parts-table", "Parts of the night", columns, [("", rows)], file="night-parts", first="Part", by="")
 
 
 def _row(
-    name: str, status: str, title: str, result: str, took_s: float | None, estimate_s: float, command: str, href: str
+    name: str,
+    status: str,
+    title: str,
+    result: str,
+    took_s: float | None,
+    estimate_s: float,
+    limit_s: float | None,
+    command: str,
+    href: str,
 ) -> dict[str, Any]:
     mark = badge(status, _TONES[status])
     return {
@@ -81,7 +95,9 @@ def _row(
         "fields": [
             field(f"{mark['icon']} {status}", status, tone=mark["tone"]),
             unmeasured("not started") if took_s is None else field(duration(took_s), took_s),
-            field(duration(estimate_s), estimate_s), field(result, result, tone="wrap"),
+            field(duration(estimate_s), estimate_s),
+            unmeasured("not started") if limit_s is None else field(duration(limit_s), limit_s),
+            field(result, result, tone="wrap"),
             field(command, command, tone="code"),
         ],
     }  # fmt: skip

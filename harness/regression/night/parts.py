@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Kind = Literal["check", "bench", "card", "run", "claims", "pairs", "baseline"]
@@ -36,6 +36,8 @@ class Part:
     """Seconds that the part needs. No GPU has confirmed the estimates for a GPU yet."""
     variables: dict[str, str] = field(default_factory=dict)
     """Environment variables of the command."""
+    kept: bool = False
+    """True if the parts before it must leave it the time of its estimate."""
 
     def line(self, words: Sequence[str] | None = None) -> str:
         """Return the command as a line for a shell. words: its arguments; by default with their placeholders."""
@@ -101,11 +103,11 @@ def on_gpu() -> list[Part]:
         _run(f"headline-{name}", title, "headline-gpu", ids, (*gpu, "--timeout", "240"), estimate)
         for name, title, ids, estimate in _HEADLINES
     ]
+    ceilings = Part(
+        "ceilings", "How fast is the card?", "card", ("bench", "--ceilings", *gpu, "--patience", "60", *saved), 20
+    )
     return [
-        *parity,
-        Part("ceilings", "How fast is the card?", "card", ("bench", "--ceilings", *gpu, "--patience", "60", *saved), 20),
-        *operations[:_FIRST],
-        *steps[:_FIRST_STEPS],
+        *_kept(*parity, ceilings, *operations[:_FIRST], *steps[:_FIRST_STEPS]),
         *headlines,
         _claims(30),
         _run("matrix", "Do all methods train, on a tiny model?", "night", (), (*gpu, "--timeout", "90"), 180),
@@ -131,11 +133,10 @@ def on_cpu() -> list[Part]:
         for dtype, names, estimate in (("bfloat16", few[:1], 15), ("float16", few[:2], 20), ("float32", few, 60))
     ]
     timed = (*cpu, "--pairs", "5", *saved)
+    ceilings = Part("ceilings", "How fast is the machine?", "card", ("bench", "--ceilings", *cpu, *saved), 15)
+    operations = [_operation(name, timed, 25) for name in ("nf4_dequantize", "lora_linear")]
     return [
-        *parity,
-        Part("ceilings", "How fast is the machine?", "card", ("bench", "--ceilings", *cpu, *saved), 15),
-        *(_operation(name, timed, 25) for name in ("nf4_dequantize", "lora_linear")),
-        _step("lora", timed, 40),
+        *_kept(*parity, ceilings, *operations, _step("lora", timed, 40)),
         _run("headline-65b", _HEADLINES[0][1], "headline-rehearsal", ("qlora-65b-1", "qlora-65b-2"), cpu, 30),
         _run("headline-7b", _HEADLINES[2][1], "headline-rehearsal", ("full-7b-1", "lora-7b-1", "galore-7b-1"), cpu, 40),
         _claims(30),
@@ -153,6 +154,11 @@ _BASELINE = Part(
     "baseline", "Is anything larger, worse or wrong than before?", "baseline",
     ("gate", MATRIX, "--baseline", CARD, "--json"), 10,
 )  # fmt: skip
+
+
+def _kept(*given: Part) -> list[Part]:
+    """Return the parts for which earlier ones leave time: correctness, ceilings, and the first operations and steps."""
+    return [replace(part, kept=True) for part in given]
 
 
 def _repeated(option: str, values: Sequence[str]) -> list[str]:

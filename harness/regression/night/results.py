@@ -22,6 +22,8 @@ class PlannedPart(FrozenModel):
     title: str
     command: str
     estimate_s: Seconds
+    limit_s: Seconds = 0.0
+    """Longest duration, if the parts before it take what they are estimated at. 0 if it does not fit into the budget."""
 
 
 class NightManifest(FrozenModel):
@@ -32,10 +34,12 @@ class NightManifest(FrozenModel):
     """Id of the night."""
     device: Literal["cpu", "cuda"]
     card: str
-    """Name of the GPU; empty for a CPU."""
+    """Name of the GPU or of its MIG part, as torch returns it; empty for a CPU."""
     budget_s: Seconds
     parts: list[PlannedPart]
     environment: Environment
+    notes: list[str] = Field(default=[])
+    """What does not work on this machine, although the night needs it not, e.g. nvidia-smi."""
     argv: list[str]
     started: str
     """Start in UTC, ISO 8601."""
@@ -74,6 +78,10 @@ class PartResult(FrozenModel):
     estimate_s: Seconds
     seconds: Seconds | None = None
     """Duration; None if it was not started."""
+    limit_s: Seconds | None = None
+    """Time after which it would have been cut; None if it was not started."""
+    left_out: bool = False
+    """True if the budget did not suffice: the part was cut, or not run."""
     exit_code: int | None = None
     summary: str = ""
     table: PartTable | None = None
@@ -94,5 +102,7 @@ class NightFooter(FrozenModel):
     seconds: Seconds
     counts: dict[str, int]
     """Status -> number of parts."""
+    left_out: dict[str, str] = Field(default={})
+    """Part that was cut or not run because the budget did not suffice -> the reason."""
     sha256: dict[str, str]
     """File of a part -> its hash."""

@@ -15,7 +15,7 @@ from typing import Literal
 from harness import resources
 from harness.assets import fetch
 from harness.assets.table import load_table
-from harness.bench.run import no_gpu
+from harness.bench.gpu import Gpu, find_gpu
 from harness.console import align_columns, print_json, print_lines, print_note
 from harness.errors import Exit, UsageError, did_you_mean
 from harness.kernels import crossover
@@ -23,19 +23,19 @@ from harness.process.signals import handle_termination
 from harness.records import environment, store
 from harness.records.files import sha256, write_atomic
 from harness.regression.baseline import store as baselines
-from harness.regression.night import documents, page, part_run, parts
+from harness.regression.night import budget, documents, page, part_run, parts
+from harness.regression.night.budget import Limit
 from harness.regression.night.parts import Device, Part
 from harness.regression.night.results import Failure, NightFooter, NightManifest, PartResult, PlannedPart
 from harness.report.formatting import seconds as duration
 
 PAGE = "index.html"
-_LAST_S = {"cuda": 5.0 + part_run.GRACE_S + 7.0, "cpu": 5.0}
-"""Device -> seconds of the budget that are kept for the footer and the page. On a GPU, whose time may end sharply, they also
-cover the end of a part that is cut."""
-_LIMIT_FACTOR = {"cuda": 4.0, "cpu": 12.0}
-"""Device -> how many times its estimate a part may take, because the estimates are rough. A part that hangs ends there.
-A rehearsal often shares its cores."""
-_LEAST_LIMIT_S = 120.0
+_ENDED = {
+    "budget": "the budget was over",
+    "share": "its share of the budget, {}, was over, and the rest is kept for later parts",
+    "estimate": "it took too long, and was ended after {}",
+}
+"""What limited a part -> the reason why it was ended."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,12 @@ class Night:
     @property
     def baseline(self) -> str:
         """Name of the card's baseline."""
-        return baseline_name(self.manifest.card)
+        return baseline_name(self.manifest.card, self.manifest.device)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Part that was cut or not run because the budget did not suffice -> the reason."""
+        return {one.name: one.because for one in self.results if one.left_out}
 
     @property
     def next_steps(self) -> list[str]:
@@ -99,13 +104,8 @@ class Night:
             for table in tables
             if table.name not in ("crossovers.json", part_run.STDOUT)
         ]
-        left = [
-            one.name
-            for one in self.results
-            if one.status in ("not-run", "cut") and one.because.startswith("the budget")
-        ]
-        if left:
-            only = " ".join(f"--only {name}" for name in left)
+        if self.left_out:
+            only = " ".join(f"--only {name}" for name in self.left_out)
             steps.append(f"peft-harness night --device {self.manifest.device} {only}  # what the budget left out")
         return steps
 
@@ -120,9 +120,9 @@ class Night:
         return f"{shown}{without}"
 
 
-def baseline_name(card: str) -> str:
-    """Return the name of a card's baseline."""
-    return f"night-{Path(crossover.file_name(card or 'cpu')).stem}"
+def baseline_name(card: str, device: Device) -> str:
+    """Return the name of a card's baseline. A GPU without a name is never called a CPU."""
+    return f"night-{Path(crossover.file_name(card or ('cpu' if device == 'cpu' else 'unknown GPU'))).stem}"
 
 
 def night(request: NightRequest, as_json: bool) -> Exit:
@@ -131,28 +131,29 @@ def night(request: NightRequest, as_json: bool) -> Exit:
     Raises UsageError for a part that does not exist, and for a folder that is not empty.
     """
     began = time.monotonic()
-    why = no_gpu() if request.device != "cpu" else "a CPU was requested"
-    device: Device = "cuda" if not why or request.device in ("cuda", "auto") else "cpu"
+    device: Device = "cpu" if request.device == "cpu" else "cuda"
+    gpu = find_gpu() if device == "cuda" else Gpu()
     plan = _chosen(parts.on_gpu() if device == "cuda" else parts.on_cpu(), request.only)
-    cards = environment.gpus() if device == "cuda" else ()
     manifest = NightManifest(
         night=f"{store.now().replace(':', '').replace('-', '')}-night-{secrets.token_hex(3)}", device=device,
-        card=cards[0].split(",")[1].strip() if cards else "", budget_s=request.budget_s,
-        parts=[PlannedPart(name=p.name, title=p.title, command=p.line(), estimate_s=p.estimate_s) for p in plan],
-        environment=environment.describe(environment.threads()), argv=["peft-harness", *sys.argv[1:]], started=store.now(),
+        card=gpu.name, budget_s=request.budget_s, parts=_planned(plan, request.budget_s, device),
+        environment=environment.describe(environment.threads()), notes=[gpu.note] if gpu.note else [],
+        argv=["peft-harness", *sys.argv[1:]], started=store.now(),
     )  # fmt: skip
     folder = _folder(request.out or store.RUNS / manifest.night)
     store.write(folder / "night.json", manifest, new=True)
-    missing = (
-        f"no GPU: {why.removeprefix('no GPU').lstrip(': ') or 'none was found'}" if device == "cuda" and why else ""
-    )
-    run = Night(manifest, folder, missing=missing)
+    run = Night(manifest, folder, missing=gpu.missing)
+    for note in manifest.notes:
+        print_note(note)
     print_note(f"night {manifest.night}: {len(plan)} parts within {duration(request.budget_s)}, into {folder}")
     with handle_termination():
         try:
-            for part in plan:
-                left = request.budget_s - (time.monotonic() - began) - _LAST_S[run.manifest.device]
-                _add(run, _run_part(run, part, left, request.command))
+            for number, part in enumerate(plan):
+                left = request.budget_s - (time.monotonic() - began) - budget.LAST_S[device]
+                _add(
+                    run,
+                    _run_part(run, part, budget.limit(part, plan[number + 1 :], left, device), left, request.command),
+                )
         except KeyboardInterrupt:
             run.interrupted = True
             for part in plan[len(run.results) :]:
@@ -172,6 +173,13 @@ def night(request: NightRequest, as_json: bool) -> Exit:
     return run.exit
 
 
+def _planned(plan: Sequence[Part], budget_s: float, device: Device) -> list[PlannedPart]:
+    return [
+        PlannedPart(name=p.name, title=p.title, command=p.line(), estimate_s=p.estimate_s, limit_s=limit_s)
+        for p, limit_s in zip(plan, budget.planned(plan, budget_s, device), strict=True)
+    ]
+
+
 def _chosen(plan: list[Part], only: Sequence[str]) -> list[Part]:
     names = [part.name for part in plan]
     for one in only:
@@ -187,25 +195,23 @@ def _folder(folder: Path) -> Path:
     return folder
 
 
-def _run_part(run: Night, part: Part, left_s: float, command: Sequence[str]) -> PartResult:
-    """Run a part if its estimate fits into the time that is left, and return its result."""
+def _run_part(run: Night, part: Part, limit: Limit, left_s: float, command: Sequence[str]) -> PartResult:
+    """Run a part if its estimate fits into the `left_s` seconds that are left, and return its result."""
     if run.missing:
         return _not_run(part, run.missing)
     if part.estimate_s > left_s:
-        return _not_run(
-            part, f"the budget has {duration(max(0.0, left_s))} left, and it needs about {duration(part.estimate_s)}"
-        )
+        has = f"the budget has {duration(max(0.0, left_s))} left"
+        return _not_run(part, f"{has}, and it needs about {duration(part.estimate_s)}", left_out=True)
     if why := _no_baseline(run) if part.kind == "baseline" else _no_model() if part.name == parts.REAL else "":
         return _not_run(part, why)
     folder = run.folder / "parts" / part.name
     folder.mkdir()
     words = _filled(run, part, folder)
     line = part.line(words)
-    limit = min(left_s, max(_LEAST_LIMIT_S, _LIMIT_FACTOR[run.manifest.device] * part.estimate_s))
     print_note(f"{part.name}: {part.title}")
-    ended = part_run.run(words, part.variables, folder, limit, command)
+    ended = part_run.run(words, part.variables, folder, limit.seconds, command)
     reading = documents.read(part, folder, line)
-    status, because = _judged(part, ended, reading, limit, left_s)
+    status, because = _judged(part, ended, reading, limit)
     failures = reading.failures
     if status == "failed" and not failures:
         failures = [Failure(where=part.name, what=because, traceback=ended.tail, reproduce=line)]
@@ -215,23 +221,23 @@ def _run_part(run: Night, part: Part, left_s: float, command: Sequence[str]) -> 
         )
     return PartResult(
         name=part.name, title=part.title, status=status, because=because, command=line, estimate_s=part.estimate_s,
-        seconds=ended.seconds, exit_code=ended.code, summary=reading.summary, table=reading.table, failures=failures,
+        seconds=ended.seconds, limit_s=limit.seconds, left_out=ended.cut and limit.by != "estimate",
+        exit_code=ended.code, summary=reading.summary, table=reading.table, failures=failures,
         files=_files(run.folder, folder),
     )  # fmt: skip
 
 
 def _judged(
-    part: Part, ended: part_run.Ended, reading: documents.Reading, limit_s: float, left_s: float
+    part: Part, ended: part_run.Ended, reading: documents.Reading, limit: Limit
 ) -> tuple[Literal["ok", "finding", "failed", "cut", "not-run"], str]:
     """Return the status of a part and the reason."""
     if reading.wrong:  # also in what a part has measured before it was cut
         return "finding", reading.wrong
     if ended.cut:
-        what = (
-            "the budget was over" if limit_s >= left_s else f"it took too long, and was ended after {duration(limit_s)}"
-        )
         kept = "what it had measured is kept" if reading.summary and not reading.is_missing else "nothing was measured"
-        return ("cut" if limit_s >= left_s else "failed"), f"{what}; {kept}"
+        return (
+            "failed" if limit.by == "estimate" else "cut"
+        ), f"{_ENDED[limit.by].format(duration(limit.seconds))}; {kept}"
     if ended.died:
         return "failed", ended.died
     if reading.is_missing and ended.code in (Exit.PASS, Exit.FAIL, Exit.INCONCLUSIVE):
@@ -285,7 +291,7 @@ def _files(top: Path, folder: Path) -> list[str]:
     return [path.relative_to(top).as_posix() for path in found if path.is_file()]
 
 
-def _not_run(part: Part, because: str) -> PartResult:
+def _not_run(part: Part, because: str, *, left_out: bool = False) -> PartResult:
     return PartResult(
         name=part.name,
         title=part.title,
@@ -293,6 +299,7 @@ def _not_run(part: Part, because: str) -> PartResult:
         because=because,
         command=part.line(),
         estimate_s=part.estimate_s,
+        left_out=left_out,
     )
 
 
@@ -317,6 +324,7 @@ def _finish(run: Night, took_s: float) -> None:
     footer = NightFooter(
         night=run.manifest.night, ended=store.now(), how="interrupted" if run.interrupted else "finished",
         exit=int(run.exit), verdict=run.verdict, seconds=took_s, counts=dict(Counter(one.status for one in run.results)),
+        left_out=run.left_out,
         sha256={file.name: sha256(file) for file in [run.folder / "night.json", *files]},
     )  # fmt: skip
     store.write(run.folder / "footer.json", footer)

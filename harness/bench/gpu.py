@@ -1,0 +1,53 @@
+"""Find out whether a GPU can be used, and its name. A separate process asks torch; this module does not import it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.errors import UsageError
+from harness.process.worker_pool import WorkerPool
+from harness.records import environment
+
+_PROBE_S = 120.0
+"""The probe of the GPU is killed if it does not answer for this many seconds."""
+NO_GPU = "no GPU"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU that torch uses by default, or the reason why it uses none."""
+
+    missing: str = ""
+    """Reason why no GPU can be used. Empty if one can."""
+    name: str = ""
+    """Name of the GPU or of its MIG part, as torch returns it. Kernels and tables of crossovers use the same name."""
+    note: str = ""
+    """Error of nvidia-smi, without which torch works all the same. Empty if there is none."""
+
+
+def find_gpu() -> Gpu:
+    """Return the GPU that torch can use, or the reason why there is none.
+
+    torch may be built without CUDA although the driver shows a GPU, and a container may have a GPU but no nvidia-smi, or one
+    that fails. A separate process therefore asks torch.
+    """
+    found, note = environment.gpus(), environment.gpu_error()
+    if not found and not any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/nvidiactl")):
+        return Gpu(f"{NO_GPU}: {note}" if note else NO_GPU)
+    first, *_ = WorkerPool().events("harness.bench.gpu_probe", {}, _PROBE_S)
+    why = first.get("unusable", first.get("died"))
+    return Gpu(f"{NO_GPU}: the driver is there, but {why}") if why else Gpu(name=first["card"], note=note)
+
+
+def no_gpu() -> str:
+    """Return the reason why no GPU can be used, or an empty string if one can."""
+    return find_gpu().missing
+
+
+def refuse_interpreter() -> None:
+    """Raise UsageError if Triton's interpreter is on: kernels would run on the CPU, and times would mean nothing."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        what = "Triton's interpreter is on: times would be meaningless"
+        raise UsageError(what, where="TRITON_INTERPRET", hint="unset it")

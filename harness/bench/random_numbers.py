@@ -1,0 +1,18 @@
+"""Draw the random numbers of a benchmark: on a GPU itself, because drawing and copying gigabytes from a CPU takes long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def generator(device: torch.device, seed: int) -> torch.Generator:
+    """Return a generator of this device if it is a GPU, and otherwise of the CPU."""
+    return torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(seed)
+
+
+def normal(shape: Sequence[int], drawn_by: torch.Generator, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of standard normal numbers, which are drawn in float32."""
+    return torch.randn(*shape, generator=drawn_by, device=drawn_by.device).to(device, dtype)

@@ -1,0 +1,57 @@
+"""Decide how long a part of a night may take, so that the parts that matter most are all reached. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from harness.regression.night import part_run
+from harness.regression.night.parts import Device, Part
+
+LAST_S = {"cuda": 5.0 + part_run.GRACE_S + 7.0, "cpu": 5.0}
+"""Device -> seconds of the budget that are kept for the footer and the page. On a GPU, whose time may end sharply, they also
+cover the end of a part that is cut."""
+_FACTOR = {"cuda": 4.0, "cpu": 12.0}
+"""Device -> how many times its estimate a part may take, because the estimates are rough. A part that hangs ends there.
+A rehearsal often shares its cores."""
+_END_S = 5.0
+"""Seconds that are kept for the start and the end of a part, beside its estimate. A part that is cut prints its document."""
+LEAST_S = 120.0
+"""A part may take this long even if its estimate is short."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The time after which a part is ended."""
+
+    seconds: float
+    by: Literal["budget", "share", "estimate"]
+    """The reason: nothing of the budget is left; the rest of it is kept for later parts; or the part takes many times its
+    estimate, so that it seems to hang."""
+
+
+def limit(part: Part, later: Sequence[Part], left_s: float, device: Device) -> Limit:
+    """Return the limit of a part that starts now.
+
+    later: the parts after it. Each that is `kept` keeps its estimate of the time; a part always gets its own estimate.
+    left_s: seconds of the budget that are left.
+    """
+    kept_s = sum(one.estimate_s + _END_S for one in later if one.kept)
+    share_s = max(part.estimate_s, left_s - kept_s - (_END_S if kept_s else 0.0))
+    hang_s = max(LEAST_S, _FACTOR[device] * part.estimate_s)
+    least = min(left_s, share_s, hang_s)
+    return Limit(least, "estimate" if least == hang_s else "budget" if least == left_s else "share")
+
+
+def planned(plan: Sequence[Part], budget_s: float, device: Device) -> list[float]:
+    """Return the limit of each part in seconds, if the parts before it take what they are estimated at.
+
+    It is 0 if the part does not fit.
+    """
+    left_s, found = budget_s - LAST_S[device], []
+    for number, part in enumerate(plan):
+        fits = part.estimate_s <= left_s
+        found.append(limit(part, plan[number + 1 :], left_s, device).seconds if fits else 0.0)
+        left_s -= part.estimate_s if fits else 0.0
+    return found
