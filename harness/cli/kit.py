@@ -38,7 +38,8 @@ def kit(folder: Path, size: int, python_version: str) -> Exit:
     """Make a folder that runs `night` on a machine without network.
 
     The other machine has Python with torch, triton, transformers and peft, and a GPU; it needs no package index and no hub.
-    DIR gets the source, the wheels that the machine lacks, models and data as far as they fit, and run.sh:
+    DIR gets the source, the wheels that the machine lacks, a small model in float16, other models and data as far as they
+    fit, and run.sh:
 
     \b
       peft-harness kit kit --size 60MiB

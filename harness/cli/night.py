@@ -31,12 +31,18 @@ def _seconds(_: click.Context, __: click.Parameter, value: str) -> float:
 @click.option(
     "--only", multiple=True, metavar="PART", help=f"Run only parts whose names begin like this. {options.AGAIN}"
 )
+@click.option(
+    "--real", type=options.FILE, metavar="FILE",
+    help="Suite with a real model for the part matrix-real, instead of `sentinels`.",
+)  # fmt: skip
 @options.device
 @click.option(
     "--out", type=options.FOLDER, metavar="DIR", help="Folder for the results.  [default: results/runs/<night>]"
 )
 @options.as_json
-def night(budget: float, only: tuple[str, ...], device: Any, out: Path | None, as_json: bool) -> Exit:
+def night(
+    budget: float, only: tuple[str, ...], real: Path | None, device: Any, out: Path | None, as_json: bool
+) -> Exit:
     """Find out within minutes whether the harness is right and fast on a card.
 
     Runs, most valuable first: checks of all GPU kernels in every dtype, the ceilings of the card, operations and training
@@ -55,4 +61,4 @@ def night(budget: float, only: tuple[str, ...], device: Any, out: Path | None, a
     from harness.regression.night.run import NightRequest
     from harness.regression.night.run import night as run
 
-    return run(NightRequest(budget, device, out, only), as_json)
+    return run(NightRequest(budget, device, out, only, real=real), as_json)

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from harness.assets.kit import contents, make
 from harness.cli import main
@@ -33,6 +34,7 @@ def index(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     monkeypatch.setattr(make, "_download", download)
     monkeypatch.setattr(contents, "SOURCES", ())
+    monkeypatch.setattr(contents, "HALF", {})
     return sizes
 
 
@@ -71,6 +73,30 @@ def test_a_wheel_is_unpacked_only_where_its_distribution_is_missing(tmp_path: Pa
     command = [sys.executable, "-I", str(script), str(tmp_path / "wheels"), str(tmp_path / "site")]
     subprocess.run(command, check=True)
     assert [path.name for path in (tmp_path / "site").iterdir()] == ["acme_of_kit.py"]
+
+
+@pytest.mark.slow
+def test_a_kit_has_a_small_model_in_float16_and_a_suite_that_trains_it(
+    index: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import safe_open
+
+    large = tmp_path / "large"
+    large.mkdir()
+    (large / "config.json").write_text("{}")
+    (large / "notes.bin").write_bytes(bytes(30 * MIB))
+    real = make.fetch.ensure
+    monkeypatch.setattr(make.fetch, "ensure", lambda source: large if source.name == "minilm-l6" else real(source))
+    monkeypatch.setattr(contents, "HALF", {"minilm-l6": "sentinels", "tiny-llama": "night"})
+    monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path / "cache"))
+    kit = tmp_path / "kit"
+    assert main(["kit", str(kit), "--size", "20MiB"]) == Exit.PASS
+    document = json.loads((kit / "kit.json").read_text())
+    assert document["left_out"]["minilm-l6 in float16"] == "30.0 MiB do not fit"
+    assert document["items"]["tiny-llama in float16"] > 0
+    with safe_open(kit / "models" / "tiny-llama-half" / "model.safetensors", "pt") as weights:
+        assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.float16}  # noqa: SIM118
+    assert main(["plan", str(kit / "half.yaml")]) == Exit.PASS
 
 
 @pytest.mark.e2e

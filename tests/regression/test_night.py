@@ -88,7 +88,7 @@ def run(
     stub.write_text(STUB, encoding="utf-8")
     monkeypatch.setattr(parts, "on_cpu", lambda: plan)
     out = tmp_path / "night"
-    request = NightRequest(budget_s, "cpu", out, only, (sys.executable, str(stub)))
+    request = NightRequest(budget_s, "cpu", out, only, command=(sys.executable, str(stub)))
     code = night(request, as_json=True)
     results = {file.stem: json.loads(file.read_text()) for file in (out / "parts").glob("*.json")}
     footer = json.loads((out / "footer.json").read_text())
@@ -296,7 +296,8 @@ def test_ctrl_c_leaves_a_footer_and_a_page(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from harness.regression.night import parts, run\n"
         "plan = [parts.Part(n, n, 'check', (n,), 1.0) for n in ('saves', 'good')]\n"
         "parts.on_cpu = lambda: plan\n"
-        f"sys.exit(run.night(run.NightRequest(600, 'cpu', Path({str(out)!r}), (), (sys.executable, {str(stub)!r})), True))"
+        f"wanted = run.NightRequest(600, 'cpu', Path({str(out)!r}), command=(sys.executable, {str(stub)!r}))\n"
+        "sys.exit(run.night(wanted, True))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = out / "parts" / "saves" / "log.txt"
@@ -322,6 +323,23 @@ def test_every_command_of_the_plans_is_one_that_the_command_line_takes(monkeypat
         command = commands.get_command(click.Context(commands), words[0])
         assert command is not None, planned.name
         command.make_context(words[0], words[1:])  # raises for an option that it does not have
+
+
+def test_a_suite_of_ones_own_takes_the_place_of_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "half.yaml"
+    own.write_text("suite: half\n")
+    real = next(one for one in parts.on_gpu() if one.name == parts.REAL)
+    assert parts.REAL_SUITE in real.words
+    assert str(own) in parts.with_suite(real, own).words
+    monkeypatch.setattr(parts, "on_gpu", lambda: [real])
+    monkeypatch.setattr(nights, "find_gpu", lambda: Gpu(name="A card"))
+    stub = tmp_path / "stub.py"
+    stub.write_text("import sys; sys.exit(5)")
+    request = NightRequest(600.0, "cuda", tmp_path / "night", real=own, command=(sys.executable, str(stub)))
+    night(request, as_json=True)
+    result = json.loads((tmp_path / "night" / "parts" / "matrix-real.json").read_text())
+    assert result["command"].startswith(f"peft-harness run {own}")
+    assert result["seconds"] is not None  # it was started: whether the model is here is for the suite to say
 
 
 def test_the_names_of_parts_are_distinct() -> None:

@@ -14,7 +14,7 @@ from harness.assets import fetch
 from harness.assets.kit import contents
 from harness.assets.table import load_table
 from harness.errors import AssetError, HarnessError, UsageError
-from harness.process.supervisor import python
+from harness.process.supervisor import module_arguments, python
 from harness.records.files import sha256, write_atomic
 
 SCHEMA = 1
@@ -63,7 +63,13 @@ def make(folder: Path, limit_B: int, python_version: str, say: Say) -> Kit:
     if kit.bytes > limit_B:
         what = f"the source alone takes {kit.bytes / 2**20:.1f} MiB"
         raise UsageError(what, where="--size", hint="allow at least 20MiB")
-    for name in (*contents.NEEDED, *contents.USEFUL):
+    for name in contents.NEEDED:
+        say(f"wheel {name}")
+        _add_wheel(kit, name)
+    for name in contents.HALF:
+        if _add_half(kit, name, contents.HALF[name], say):
+            break
+    for name in contents.USEFUL:
         say(f"wheel {name}")
         _add_wheel(kit, name)
     for name in contents.SOURCES:
@@ -172,6 +178,35 @@ def _add_source(kit: Kit, name: str, say: Say) -> None:
         return
     shutil.copytree(place, kit.folder / "cache" / place.parent.name / place.name)
     kit.items[name] = size
+
+
+def _add_half(kit: Kit, name: str, suite: str, say: Say) -> bool:
+    """Add a model with its weights in float16, and `half.yaml`, which trains it. Return whether the model fits."""
+    source, item = load_table(resources.data_folder("suites") / "sources.yaml")[name], f"{name} in float16"
+    folder = kit.folder / "models" / f"{name}-half"
+    say(f"{source.kind} {item}")
+    try:
+        place = fetch.ensure(source)
+    except AssetError as error:
+        kit.left_out[item] = error.what
+        return False
+    with python([*module_arguments("harness.assets.kit.half"), str(place), str(folder)], {}) as child:
+        code = child.wait(_PIP_S)
+    size = _size(folder)
+    if code != 0:
+        kit.left_out[item] = next(reversed(child.output.split("\n")[:-1]), f"exit code {code}")
+    elif kit.bytes + size > kit.limit_B:
+        kit.left_out[item] = f"{size / 2**20:.1f} MiB do not fit"
+    else:
+        text = (resources.data_folder("suites") / f"{suite}.yaml").read_text(encoding="utf-8")
+        text = text.replace(f"suite: {suite}\n", "suite: half\n").replace(
+            f"model: {name}\n", f"model: ./models/{folder.name}\n"
+        )
+        (kit.folder / "half.yaml").write_text(text, encoding="utf-8")
+        kit.items[item] = size + len(text.encode())
+        return True
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
 
 
 def _size(folder: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 Kind = Literal["check", "bench", "card", "run", "claims", "pairs", "baseline"]
@@ -18,8 +19,8 @@ MATRIX = "{matrix}"
 """Stands for the folder of the run of the part `matrix`."""
 CARD = "{card}"
 """Stands for the name of the card's baseline."""
-REAL, REAL_SOURCES = "matrix-real", ("minilm-l6", "movie-reviews")
-"""The part that needs a pretrained model, and its model and data in suites/sources.yaml."""
+REAL, REAL_SUITE, REAL_SOURCES = "matrix-real", "sentinels", ("minilm-l6", "movie-reviews")
+"""The part that needs a pretrained model, its suite, and the suite's model and data in suites/sources.yaml."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def on_gpu() -> list[Part]:
         _claims(30),
         _run("matrix", "Do all methods train, on a tiny model?", "night", (), (*gpu, "--timeout", "90"), 180),
         _BASELINE,
-        _run(REAL, "Do they train a real model?", "sentinels", (), (*gpu, "--timeout", "90"), 120),
+        _run(REAL, "Do they train a real model?", REAL_SUITE, (), (*gpu, "--timeout", "90"), 120),
         Part(
             "crossovers", "From which size on is decoding first faster?", "card",
             ("bench", "--crossovers", *gpu, "--patience", "60", *saved), 60,
@@ -154,6 +155,11 @@ _BASELINE = Part(
     "baseline", "Is anything larger, worse or wrong than before?", "baseline",
     ("gate", MATRIX, "--baseline", CARD, "--json"), 10,
 )  # fmt: skip
+
+
+def with_suite(part: Part, suite: Path) -> Part:
+    """Return a part that runs another suite than `REAL_SUITE`."""
+    return replace(part, words=tuple(str(suite) if word == REAL_SUITE else word for word in part.words))
 
 
 def _kept(*given: Part) -> list[Part]:

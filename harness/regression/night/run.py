@@ -47,6 +47,8 @@ class NightRequest:
     out: Path | None = None
     only: tuple[str, ...] = ()
     """Names, or beginnings of names, of the parts to run. Empty for all."""
+    real: Path | None = None
+    """File of a suite for the part `matrix-real`. By default the suite is `sentinels`."""
     command: Sequence[str] = part_run.COMMAND
     """Command that the arguments of a part are appended to."""
 
@@ -133,7 +135,10 @@ def night(request: NightRequest, as_json: bool) -> Exit:
     began = time.monotonic()
     device: Device = "cpu" if request.device == "cpu" else "cuda"
     gpu = find_gpu() if device == "cuda" else Gpu()
-    plan = _chosen(parts.on_gpu() if device == "cuda" else parts.on_cpu(), request.only)
+    plan = parts.on_gpu() if device == "cuda" else parts.on_cpu()
+    if request.real is not None:
+        plan = [parts.with_suite(one, request.real.absolute()) if one.name == parts.REAL else one for one in plan]
+    plan = _chosen(plan, request.only)
     manifest = NightManifest(
         night=f"{store.now().replace(':', '').replace('-', '')}-night-{secrets.token_hex(3)}", device=device,
         card=gpu.name, budget_s=request.budget_s, parts=_planned(plan, request.budget_s, device),
@@ -202,7 +207,7 @@ def _run_part(run: Night, part: Part, limit: Limit, left_s: float, command: Sequ
     if part.estimate_s > left_s:
         has = f"the budget has {duration(max(0.0, left_s))} left"
         return _not_run(part, f"{has}, and it needs about {duration(part.estimate_s)}", left_out=True)
-    if why := _no_baseline(run) if part.kind == "baseline" else _no_model() if part.name == parts.REAL else "":
+    if why := _no_baseline(run) if part.kind == "baseline" else _no_model(part):
         return _not_run(part, why)
     folder = run.folder / "parts" / part.name
     folder.mkdir()
@@ -279,8 +284,13 @@ def _no_baseline(run: Night) -> str:
     return ""
 
 
-def _no_model() -> str:
-    """Return which asset of the real model is not on this machine. A night downloads nothing."""
+def _no_model(part: Part) -> str:
+    """Return which asset of the suite `sentinels` is not on this machine. A night downloads nothing.
+
+    For any other part or suite, return an empty string.
+    """
+    if parts.REAL_SUITE not in part.words:
+        return ""
     table = load_table(resources.data_folder("suites") / "sources.yaml")
     missing = [name for name in parts.REAL_SOURCES if not fetch.is_local(table[name])]
     return f"not on this machine: {', '.join(missing)}" if missing else ""
