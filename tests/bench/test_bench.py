@@ -41,7 +41,8 @@ from harness.bench.steps import STEPS, Backbone
 from harness.cli import main
 from harness.conformance import operations, parity_suite
 from harness.conformance.findings.outcomes import CheckOutcome, DeviceLostError
-from harness.errors import Exit, StoreError, UsageError
+from harness.errors import Exit, StoreError, Unsupported, UsageError
+from harness.methods.implementations import torch_compile
 from harness.methods.registry import Implementation, Registry, discover, implements
 from harness.records.environment import describe
 from harness.records.record import CheckResult, Outcome
@@ -997,6 +998,30 @@ def test_a_side_that_loses_the_gpu_is_not_followed_by_the_other(
     assert {one.implementation for one in refused.parity} == {"acme"}
     with pytest.raises(DeviceLostError):
         next(rows_of)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("target", ["lora_linear", "dora_linear", "nf4_dequantize"])
+def test_torch_compile_is_a_rival_that_is_judged_like_any_other(registry: Registry, target: str) -> None:
+    """It is offered for a GPU, where compilation pays. Here the same formulas are compiled for the CPU."""
+    found = rows(registry.find("operation", target, "torch-compile"), registry, target)
+    assert {one.outcome for one in found} == {"measured"}
+    assert all(any(check.implementation == "torch-compile" for check in one.parity) for one in found)
+
+
+def test_torch_compile_does_not_run_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_compile, "_no_compiler", lambda device: f"no compiler for {device}")
+    x, W = torch.zeros(2, 3), torch.zeros(4, 3)
+    with pytest.raises(Unsupported, match="no compiler for cpu"):
+        torch_compile.lora_linear(x=x, W=W, bias=None, A=torch.zeros(1, 3), B=torch.zeros(4, 1), scaling=1.0, mask=None)
+
+
+def test_torch_compile_on_a_cpu_is_not_run_with_its_reason(registry: Registry) -> None:
+    tasks, later = planning.plan(
+        BenchRequest(["lora_linear"], ["torch-compile"], device="cpu"), registry, no_gpu="no GPU"
+    )
+    assert tasks == []
+    assert "torch-compile does not run on cpu" in later[0].because
 
 
 @pytest.mark.parametrize("blamed", [True, False])

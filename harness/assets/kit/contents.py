@@ -19,8 +19,10 @@ USEFUL = (
 )
 """Distributions that parts of a night use. `scipy` judges pairs of runs."""
 HALF = {"minilm-l6": "sentinels", "tiny-llama": "night"}
-"""Name in suites/sources.yaml of each model that the kit may hold in float16, the best first -> the suite that trains it. The
-first that fits is taken. The kit's `half.yaml` is this suite with the smaller model."""
+"""Name in suites/sources.yaml of each model that the kit may hold in float16, the best first -> the suite that trains it.
+
+The first that fits is taken. The kit's `half.yaml` is this suite with the smaller model.
+"""
 SOURCES = ("tiny-llama", "toy-sentiment", "movie-reviews", "minilm-l6")
 """Models and data, by their names in suites/sources.yaml."""
 FOLDERS = ("harness", "reference", "suites", "report_templates", "results/baselines")

@@ -1,4 +1,7 @@
-"""`reference`: one Implementation for the reference of each Method and Operation, and one for adapter files."""
+"""`reference`: one Implementation for the reference of each Method and Operation, and one for adapter files.
+
+The entry point also offers `torch-compile`, which compiles plain formulas by torch.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import pkgutil
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from harness.methods.implementations import torch_compile
 from harness.methods.loader import ADAPTER_FILES
 from harness.methods.registry import DTYPES, Implementation, implements
 from harness.methods.spec import methods
@@ -26,7 +30,7 @@ def implementations() -> list[Implementation]:
     found = find_spec(OPERATIONS)
     folders = found.submodule_search_locations if found is not None else None
     operations = [module.name for module in pkgutil.iter_modules(folders)] if folders else []
-    return [*map(_method, methods()), *map(_operation, operations), _loader]
+    return [*map(_method, methods()), *map(_operation, operations), _loader, *torch_compile.implementations()]
 
 
 def _method(name: str) -> Implementation:

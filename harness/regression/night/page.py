@@ -59,48 +59,38 @@ def _verdict(night: Night, is_running: bool) -> tuple[str, str]:
 
 def _parts(results: Sequence[PartResult], waiting: Sequence[PlannedPart]) -> dict[str, Any]:
     columns = [
-        column("Status", number=False), column("Took"), column("Estimate", "time planned for the part"),
+        column("Status", number=False), column("Took"), column("CPU", "processor seconds of all its processes"),
+        column("Estimate", "time planned for the part"),
         column("At most", "time after which the part is cut, so that later parts are reached"),
         column("Result", number=False), column("Command", number=False),
     ]  # fmt: skip
-    rows = [
-        _row(
-            one.name, one.status, one.title, "; ".join(filter(None, [one.summary, one.because])), one.seconds,
-            one.estimate_s, one.limit_s, one.command,
-            f"#{one.name}" if one.table is not None and one.table.rows else "#parts",
-        )
-        for one in results
-    ]  # fmt: skip
-    rows += [
-        _row(one.name, "waiting", one.title, "", None, one.estimate_s, one.limit_s or None, one.command, "#parts")
-        for one in waiting
-    ]
+    rows = [*map(_ended, results), *(_row(one, "waiting", "", [None, None], one.limit_s or None) for one in waiting)]
     return grouped("parts-table", "Parts of the night", columns, [("", rows)], file="night-parts", first="Part", by="")
 
 
+def _ended(one: PartResult) -> dict[str, Any]:
+    result = "; ".join(filter(None, [one.summary, one.because]))
+    row = _row(one, one.status, result, [one.seconds, one.cpu_s], one.limit_s)
+    return row | ({"href": f"#{one.name}"} if one.table is not None and one.table.rows else {})
+
+
 def _row(
-    name: str,
-    status: str,
-    title: str,
-    result: str,
-    took_s: float | None,
-    estimate_s: float,
-    limit_s: float | None,
-    command: str,
-    href: str,
+    part: PartResult | PlannedPart, status: str, result: str, took_s: Sequence[float | None], limit_s: float | None
 ) -> dict[str, Any]:
+    """Return the row of a part. took_s: its wall time and its processor time."""
     mark = badge(status, _TONES[status])
     return {
-        "name": name, "title": title, "anchor": "", "record": "", "href": href,
+        "name": part.name, "title": part.title, "anchor": "", "record": "", "href": "#parts",
         "fields": [
-            field(f"{mark['icon']} {status}", status, tone=mark["tone"]),
-            unmeasured("not started") if took_s is None else field(duration(took_s), took_s),
-            field(duration(estimate_s), estimate_s),
-            unmeasured("not started") if limit_s is None else field(duration(limit_s), limit_s),
-            field(result, result, tone="wrap"),
-            field(command, command, tone="code"),
+            field(f"{mark['icon']} {status}", status, tone=mark["tone"]), *map(_time, took_s),
+            field(duration(part.estimate_s), part.estimate_s), _time(limit_s), field(result, result, tone="wrap"),
+            field(part.command, part.command, tone="code"),
         ],
     }  # fmt: skip
+
+
+def _time(seconds: float | None) -> Any:
+    return unmeasured("not started") if seconds is None else field(duration(seconds), seconds)
 
 
 def _failed(result: PartResult) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import sys
 import time
 import uuid
@@ -39,6 +40,8 @@ class Ended:
     """True if the command was ended because its time was over."""
     tail: str
     """Last lines that the command wrote to stderr."""
+    cpu_s: float
+    """Processor seconds of all processes of the command."""
     left: list[str]
     """Names of processes that the command left behind. They were killed."""
 
@@ -63,7 +66,7 @@ def run(
     script = [sys.executable, "-I", "-S", lifeline.__file__]
     own = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
     environment = {**own, **variables, _MARK: token}
-    began = time.monotonic()
+    began, cpu_s = time.monotonic(), _cpu_s()
     log = folder / "log.txt"
     with (folder / STDOUT).open("wb") as stdout, log.open("wb") as stderr:
         child = Subprocess(
@@ -81,7 +84,13 @@ def run(
         finally:
             child.close()
             left = _kill(token)
-    return Ended(code, time.monotonic() - began, cut, _tail(log), left)
+    return Ended(code, time.monotonic() - began, cut, _tail(log), _cpu_s() - cpu_s, left)
+
+
+def _cpu_s() -> float:
+    """Return the processor seconds of all processes that this one, or a process of them, has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _kill(token: str) -> list[str]:

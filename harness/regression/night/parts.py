@@ -47,13 +47,13 @@ class Part:
 
 
 _OPERATIONS: dict[str, tuple[str, ...]] = {
-    "nf4_dequantize": ("bitsandbytes",),
-    "lora_linear": ("reference",),
+    "nf4_dequantize": ("bitsandbytes", "torch-compile"),
+    "lora_linear": ("reference", "torch-compile"),
     "nf4_linear": ("bitsandbytes",),
     "nf4_lora_linear": ("reference",),
     "adamw8bit_step": ("bitsandbytes",),
     "galore_step": ("galore-torch", "reference"),
-    "dora_linear": ("reference",),
+    "dora_linear": ("reference", "torch-compile"),
     "nf4_quantize": ("bitsandbytes", "torchao"),
     "multi_lora_linear": ("hf-peft",),
     "vera_linear": ("reference",),

@@ -78,6 +78,8 @@ class PartResult(FrozenModel):
     estimate_s: Seconds
     seconds: Seconds | None = None
     """Duration; None if it was not started."""
+    cpu_s: Seconds | None = None
+    """Processor seconds of all its processes; None if it was not started. They tell a slow part from busy cores."""
     limit_s: Seconds | None = None
     """Time after which it would have been cut; None if it was not started."""
     left_out: bool = False

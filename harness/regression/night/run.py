@@ -226,7 +226,7 @@ def _run_part(run: Night, part: Part, limit: Limit, left_s: float, command: Sequ
         )
     return PartResult(
         name=part.name, title=part.title, status=status, because=because, command=line, estimate_s=part.estimate_s,
-        seconds=ended.seconds, limit_s=limit.seconds, left_out=ended.cut and limit.by != "estimate",
+        seconds=ended.seconds, cpu_s=ended.cpu_s, limit_s=limit.seconds, left_out=ended.cut and limit.by != "estimate",
         exit_code=ended.code, summary=reading.summary, table=reading.table, failures=failures,
         files=_files(run.folder, folder),
     )  # fmt: skip
