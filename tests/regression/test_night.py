@@ -310,6 +310,8 @@ def test_ctrl_c_leaves_a_footer_and_a_page(tmp_path: Path) -> None:
     footer = json.loads((out / "footer.json").read_text())
     assert footer["how"] == "interrupted"
     assert footer["counts"] == {"not-run": 2}
+    assert footer["left_out"] == {"saves": "interrupted", "good": "interrupted"}
+    assert "peft-harness night --device cpu --only saves --only good" in (out / "index.html").read_text()
     assert "interrupted" in (out / "index.html").read_text()
 
 

@@ -59,10 +59,10 @@ def _verdict(night: Night, is_running: bool) -> tuple[str, str]:
 
 def _parts(results: Sequence[PartResult], waiting: Sequence[PlannedPart]) -> dict[str, Any]:
     columns = [
-        column("Status", number=False), column("Took"), column("CPU", "processor seconds of all its processes"),
-        column("Estimate", "time planned for the part"),
+        column("Status", number=False), column("Result", number=False), column("Took"),
+        column("CPU", "processor seconds of all its processes"), column("Estimate", "time planned for the part"),
         column("At most", "time after which the part is cut, so that later parts are reached"),
-        column("Result", number=False), column("Command", number=False),
+        column("Command", number=False),
     ]  # fmt: skip
     rows = [*map(_ended, results), *(_row(one, "waiting", "", [None, None], one.limit_s or None) for one in waiting)]
     return grouped("parts-table", "Parts of the night", columns, [("", rows)], file="night-parts", first="Part", by="")
@@ -82,8 +82,8 @@ def _row(
     return {
         "name": part.name, "title": part.title, "anchor": "", "record": "", "href": "#parts",
         "fields": [
-            field(f"{mark['icon']} {status}", status, tone=mark["tone"]), *map(_time, took_s),
-            field(duration(part.estimate_s), part.estimate_s), _time(limit_s), field(result, result, tone="wrap"),
+            field(f"{mark['icon']} {status}", status, tone=mark["tone"]), field(result, result, tone="wrap"),
+            *map(_time, took_s), field(duration(part.estimate_s), part.estimate_s), _time(limit_s),
             field(part.command, part.command, tone="code"),
         ],
     }  # fmt: skip

@@ -83,7 +83,7 @@ class PartResult(FrozenModel):
     limit_s: Seconds | None = None
     """Time after which it would have been cut; None if it was not started."""
     left_out: bool = False
-    """True if the budget did not suffice: the part was cut, or not run."""
+    """True if the budget did not suffice or the night was interrupted: the part was cut, or not run."""
     exit_code: int | None = None
     summary: str = ""
     table: PartTable | None = None
@@ -105,6 +105,6 @@ class NightFooter(FrozenModel):
     counts: dict[str, int]
     """Status -> number of parts."""
     left_out: dict[str, str] = Field(default={})
-    """Part that was cut or not run because the budget did not suffice -> the reason."""
+    """Part that was cut or not run because the time did not suffice -> the reason."""
     sha256: dict[str, str]
     """File of a part -> its hash."""

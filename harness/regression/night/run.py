@@ -87,7 +87,7 @@ class Night:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Part that was cut or not run because the budget did not suffice -> the reason."""
+        """Part that was cut or not run because the time did not suffice -> the reason."""
         return {one.name: one.because for one in self.results if one.left_out}
 
     @property
@@ -108,7 +108,7 @@ class Night:
         ]
         if self.left_out:
             only = " ".join(f"--only {name}" for name in self.left_out)
-            steps.append(f"peft-harness night --device {self.manifest.device} {only}  # what the budget left out")
+            steps.append(f"peft-harness night --device {self.manifest.device} {only}  # what was left out")
         return steps
 
     @property
@@ -162,7 +162,7 @@ def night(request: NightRequest, as_json: bool) -> Exit:
         except KeyboardInterrupt:
             run.interrupted = True
             for part in plan[len(run.results) :]:
-                _add(run, _not_run(part, "interrupted"))
+                _add(run, _not_run(part, "interrupted", left_out=True))
     _finish(run, time.monotonic() - began)
     if as_json:
         print_json(
@@ -314,13 +314,17 @@ def _not_run(part: Part, because: str, *, left_out: bool = False) -> PartResult:
 
 
 def _add(run: Night, result: PartResult) -> None:
-    """Keep a result, write it at once, and refresh the page, so that a night that is killed has one."""
+    """Keep a result, and write it at once. After a part that was started, refresh the page.
+
+    So a night that is killed has one.
+    """
     run.results.append(result)
     store.write(run.folder / "parts" / f"{result.name}.json", result)
     took = f" in {duration(result.seconds)}" if result.seconds is not None else ""
     print_note(f"{result.name}: {result.status}{took}{f': {result.because}' if result.because else ''}")
-    with contextlib.suppress(OSError):
-        _write_page(run)
+    if result.seconds is not None:
+        with contextlib.suppress(OSError):
+            _write_page(run)
 
 
 def _write_page(run: Night) -> None:
