@@ -34,7 +34,7 @@ def index(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     monkeypatch.setattr(make, "_download", download)
     monkeypatch.setattr(contents, "SOURCES", ())
-    monkeypatch.setattr(contents, "HALF", {})
+    monkeypatch.setattr(contents, "HALF", ())
     return sizes
 
 
@@ -87,13 +87,16 @@ def test_a_kit_has_a_small_model_in_float16_and_a_suite_that_trains_it(
     (large / "notes.bin").write_bytes(bytes(30 * MIB))
     real = make.fetch.ensure
     monkeypatch.setattr(make.fetch, "ensure", lambda source: large if source.name == "minilm-l6" else real(source))
-    monkeypatch.setattr(contents, "HALF", {"minilm-l6": "sentinels", "tiny-llama": "night"})
+    halves = (contents.Half("minilm-l6", "sentinels"), contents.Half("tiny-llama", "night", ("toy-sentiment",)))
+    monkeypatch.setattr(contents, "HALF", halves)
     monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path / "cache"))
     kit = tmp_path / "kit"
     assert main(["kit", str(kit), "--size", "20MiB"]) == Exit.PASS
     document = json.loads((kit / "kit.json").read_text())
     assert document["left_out"]["minilm-l6 in float16"] == "30.0 MiB do not fit"
     assert document["items"]["tiny-llama in float16"] > 0
+    assert list((kit / "cache" / "data").glob("toy-sentiment-*"))  # the suite's data come with it
+    assert document["bytes"] == sum(f.stat().st_size for f in kit.rglob("*") if f.is_file() and f.name != "kit.json")
     with safe_open(kit / "models" / "tiny-llama-half" / "model.safetensors", "pt") as weights:
         assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.float16}  # noqa: SIM118
     assert main(["plan", str(kit / "half.yaml")]) == Exit.PASS

@@ -63,17 +63,16 @@ def make(folder: Path, limit_B: int, python_version: str, say: Say) -> Kit:
     if kit.bytes > limit_B:
         what = f"the source alone takes {kit.bytes / 2**20:.1f} MiB"
         raise UsageError(what, where="--size", hint="allow at least 20MiB")
-    for name in contents.NEEDED:
-        say(f"wheel {name}")
-        _add_wheel(kit, name)
-    for name in contents.HALF:
-        if _add_half(kit, name, contents.HALF[name], say):
+    for name in (*contents.NEEDED, *contents.USEFUL):
+        _add_wheel(kit, name, say)
+    for half in contents.HALF:
+        if _add_half(kit, half, say):
             break
-    for name in contents.USEFUL:
-        say(f"wheel {name}")
-        _add_wheel(kit, name)
+    for name in contents.LAST:
+        _add_wheel(kit, name, say)
     for name in contents.SOURCES:
-        _add_source(kit, name, say)
+        if name not in kit.items:
+            _add_source(kit, name, say)
     files = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     document = {
         "schema": SCHEMA, "python": python_version, "bytes": kit.bytes, "items": kit.items, "left_out": kit.left_out,
@@ -108,8 +107,9 @@ def _copy_source(folder: Path) -> int:
     return _size(folder)
 
 
-def _add_wheel(kit: Kit, name: str) -> None:
+def _add_wheel(kit: Kit, name: str, say: Say) -> None:
     """Download the wheel of a distribution, if possible in the version that is installed here. Keep it if it fits."""
+    say(f"wheel {name}")
     target = kit.folder / "wheels" / ".new"
     target.mkdir()
     try:
@@ -180,33 +180,39 @@ def _add_source(kit: Kit, name: str, say: Say) -> None:
     kit.items[name] = size
 
 
-def _add_half(kit: Kit, name: str, suite: str, say: Say) -> bool:
-    """Add a model with its weights in float16, and `half.yaml`, which trains it. Return whether the model fits."""
-    source, item = load_table(resources.data_folder("suites") / "sources.yaml")[name], f"{name} in float16"
-    folder = kit.folder / "models" / f"{name}-half"
-    say(f"{source.kind} {item}")
+def _add_half(kit: Kit, half: contents.Half, say: Say) -> bool:
+    """Add a model with its weights in float16, its data, and `half.yaml`, which trains it. Return whether all of it fits."""
+    table, item = load_table(resources.data_folder("suites") / "sources.yaml"), f"{half.model} in float16"
+    folder = kit.folder / "models" / f"{half.model}-half"
+    say(f"{table[half.model].kind} {item}")
     try:
-        place = fetch.ensure(source)
+        place, *data = (fetch.ensure(table[name]) for name in (half.model, *half.data))
     except AssetError as error:
         kit.left_out[item] = error.what
         return False
     with python([*module_arguments("harness.assets.kit.half"), str(place), str(folder)], {}) as child:
         code = child.wait(_PIP_S)
     size = _size(folder)
+    whole = size + sum(_size(one.parent) for one in data)
     if code != 0:
         kit.left_out[item] = next(reversed(child.output.split("\n")[:-1]), f"exit code {code}")
-    elif kit.bytes + size > kit.limit_B:
-        kit.left_out[item] = f"{size / 2**20:.1f} MiB do not fit"
+    elif kit.bytes + whole > kit.limit_B:
+        kit.left_out[item] = f"{whole / 2**20:.1f} MiB{' with its data' if data else ''} do not fit"
     else:
-        text = (resources.data_folder("suites") / f"{suite}.yaml").read_text(encoding="utf-8")
-        text = text.replace(f"suite: {suite}\n", "suite: half\n").replace(
-            f"model: {name}\n", f"model: ./models/{folder.name}\n"
-        )
-        (kit.folder / "half.yaml").write_text(text, encoding="utf-8")
-        kit.items[item] = size + len(text.encode())
+        _write_suite(kit.folder / "half.yaml", half, folder.name)
+        kit.items[item] = size + (kit.folder / "half.yaml").stat().st_size
+        for name in half.data:
+            _add_source(kit, name, say)
         return True
     shutil.rmtree(folder, ignore_errors=True)
     return False
+
+
+def _write_suite(file: Path, half: contents.Half, folder: str) -> None:
+    text = (resources.data_folder("suites") / f"{half.suite}.yaml").read_text(encoding="utf-8")
+    for old, new in ((f"suite: {half.suite}", "suite: half"), (f"model: {half.model}", f"model: ./models/{folder}")):
+        text = text.replace(f"{old}\n", f"{new}\n")
+    file.write_text(text, encoding="utf-8")
 
 
 def _size(folder: Path) -> int:
