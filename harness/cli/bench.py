@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from harness.bench.sizes import SHAPES
+from harness.bench.steps import FORMER_NAMES, Backbone
 from harness.cli import options
 from harness.console import print_note
 from harness.errors import Exit, UsageError
@@ -26,6 +27,10 @@ from harness.errors import Exit, UsageError
 @click.option(
     "--shapes", type=click.Choice(SHAPES), default="small", show_default=True,
     help="Sizes of the linear layers: small ones, or those of Llama-3-8B or Llama-3-70B.",
+)  # fmt: skip
+@click.option(
+    "--layers", type=click.IntRange(1, 100), default=Backbone.layers, show_default=True,
+    help="Layers of the model in a training step.",
 )  # fmt: skip
 @click.option(
     "--dtype", "dtypes", multiple=True, metavar="D",
@@ -52,8 +57,8 @@ from harness.errors import Exit, UsageError
 )  # fmt: skip
 @options.as_json
 def bench(
-    operations: tuple[str, ...], steps: tuple[str, ...], vs: tuple[str, ...], shapes: str, dtypes: tuple[str, ...],
-    pairs: int, patience: float, ceilings: bool, crossovers: bool, device: Any, out: Path | None, export: Path | None,
+    operations: tuple[str, ...], steps: tuple[str, ...], vs: tuple[str, ...], shapes: str, layers: int,
+    dtypes: tuple[str, ...], pairs: int, patience: float, ceilings: bool, crossovers: bool, device: Any, out: Path | None, export: Path | None,
     as_json: bool,
 ) -> Exit:  # fmt: skip
     """Compare the speed of `fused` with other implementations.
@@ -71,11 +76,10 @@ def bench(
         return card.measure("ceilings" if ceilings else "crossovers", device, patience, as_json, out)
     from harness.bench import run
     from harness.bench.planning import BenchRequest
-    from harness.bench.steps import FORMER_NAMES
 
     for former in FORMER_NAMES.keys() & steps:
         print_note(f"--step {former}: this step is now called `{FORMER_NAMES[former]}`")
     names = [FORMER_NAMES.get(step, step) for step in steps]
-    return run.bench(
-        BenchRequest(operations, vs, names, shapes, dtypes, pairs, device, patience=patience), as_json, out, export
-    )
+    backbone = Backbone(layers=layers)
+    wanted = BenchRequest(operations, vs, names, shapes, dtypes, pairs, device, backbone=backbone, patience=patience)
+    return run.bench(wanted, as_json, out, export)

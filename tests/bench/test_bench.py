@@ -1024,6 +1024,14 @@ def test_torch_compile_on_a_cpu_is_not_run_with_its_reason(registry: Registry) -
     assert "torch-compile does not run on cpu" in later[0].because
 
 
+def test_the_model_of_a_step_has_as_many_layers_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[BenchRequest] = []
+    monkeypatch.setattr(command, "bench", lambda request, *_: asked.append(request) or Exit.PASS)
+    assert main(["bench", "--step", "lora", "--layers", "2"]) == Exit.PASS
+    assert main(["bench", "--step", "lora"]) == Exit.PASS
+    assert [one.backbone for one in asked] == [Backbone(layers=2), Backbone()]
+
+
 @pytest.mark.parametrize("blamed", [True, False])
 def test_after_a_lost_gpu_a_new_process_takes_the_next_size(blamed: bool) -> None:
     wanted = tuple(BenchSize(name, 8, 8) for name in ("one", "two"))

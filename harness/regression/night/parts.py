@@ -137,7 +137,7 @@ def on_cpu() -> list[Part]:
     ceilings = Part("ceilings", "How fast is the machine?", "card", ("bench", "--ceilings", *cpu, *saved), 15)
     operations = [_operation(name, timed, 25) for name in ("nf4_dequantize", "lora_linear")]
     return [
-        *_kept(*parity, ceilings, *operations, _step("lora", timed, 40)),
+        *_kept(*parity, ceilings, *operations, _step("lora", (*timed, "--layers", "2"), 40)),
         _run("headline-65b", _HEADLINES[0][1], "headline-rehearsal", ("qlora-65b-1", "qlora-65b-2"), cpu, 30),
         _run("headline-7b", _HEADLINES[2][1], "headline-rehearsal", ("full-7b-1", "lora-7b-1", "galore-7b-1"), cpu, 40),
         _claims(30),
