@@ -58,8 +58,8 @@ from harness.errors import Exit, UsageError
 @options.as_json
 def bench(
     operations: tuple[str, ...], steps: tuple[str, ...], vs: tuple[str, ...], shapes: str, layers: int,
-    dtypes: tuple[str, ...], pairs: int, patience: float, ceilings: bool, crossovers: bool, device: Any, out: Path | None, export: Path | None,
-    as_json: bool,
+    dtypes: tuple[str, ...], pairs: int, patience: float, ceilings: bool, crossovers: bool, device: Any,
+    out: Path | None, export: Path | None, as_json: bool,
 ) -> Exit:  # fmt: skip
     """Compare the speed of `fused` with other implementations.
 
