@@ -38,6 +38,7 @@ from harness.conformance.comparison.operation_forms import of_operation
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed, worst_of
 from harness.conformance.operation import OperationSubject
 from harness.conformance.subject import DTYPES, Subject, load
+from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from harness.records.record import CheckResult
 from reference.shared.layers import kind_of
 
@@ -195,9 +196,11 @@ def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iter
 
     def rounded(dtype: str) -> Iterator[dict[str, Tensor]]:
         yield under(own.layer, own.tensors, dtype, x)
-        for seed in range(2):
-            generator = torch.Generator().manual_seed(seed)
-            yield under(own.layer, own.tensors, dtype, perturbed(x, dtype, generator))
+        for seed in range(PERTURBED_DRAWS):
+            generator, moved = torch.Generator().manual_seed(seed), copy.deepcopy(own)
+            for parameter in moved.layer.parameters():
+                parameter.data = perturbed(parameter.data, dtype, generator)
+            yield under(moved.layer, moved.tensors, dtype, perturbed(x, dtype, generator))
 
     def under(layer: nn.Module, tensors: Mapping[str, Tensor], dtype: str, x: Tensor) -> dict[str, Tensor]:
         with torch.autocast(x.device.type, DTYPES[dtype]):
