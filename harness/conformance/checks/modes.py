@@ -61,8 +61,8 @@ def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     - modes: inference_mode, autocast, both kinds of checkpointing, another default dtype, deterministic algorithms,
     - gradients: none for the input, for the adapter, or for all but one of its tensors; micro-batches; derivatives of
       derivatives, forward-mode derivatives, vmap,
-    - changes: outputs and inputs changed in place, hooks, copies, and new values of all tensors in every way that
-      torch has,
+    - changes: outputs and inputs changed in place, an output after a later call, hooks, copies, and new values of all
+      tensors in every way that torch has,
     - torch.compile, many calls, calls in threads, and whether memory grows.
 
     For an Operation, it tries the same, as far as it applies.
