@@ -22,6 +22,19 @@ FEW_NUMBERS = 4.0
 # cases.
 PERTURBED_DRAWS = 7
 
+# The same number where one layer or one Operation is judged, which is quick. With one token and rank 1, the error of the
+# gradient of A is one number times x, so that n in FEW_NUMBERS is large but the error is like a single normal number. It is
+# more than twice as far from zero as each of 8 others once in 121 cases, and as each of 32 others once in 6,500.
+LAYER_DRAWS = 31
+
+# No further draw is made after 1 + PERTURBED_DRAWS of them if the error is this many times as large as the allowance. With a
+# factor of 2, a normal number is that far from zero, compared with eight others, once in a million cases.
+HOPELESS = 4.0
+
+# Largest error of the reference in float32 from which its error in float64 is estimated. Rounding errors are proportional to
+# eps only as long as they are small.
+PROPORTIONAL = 2.0**-8
+
 # Number of draws, the first included, for checks that must make all draws before they see the subject's error.
 DRAWS_AT_ONCE = 3
 

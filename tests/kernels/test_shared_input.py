@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from harness.conformance.comparison.tolerance_policies import noise_floor
+from harness.conformance.comparison.tolerance_policies import noise_floor, perturbed
 from harness.conformance.subject import configure
+from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from harness.kernels.torch.nf4_linear import Nf4Linear
 from harness.kernels.torch.support import shared_input
 from harness.methods.registry import discover
@@ -343,16 +344,21 @@ def test_a_backward_pass_under_autocast_is_that_without(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa", "adalora", "vera", "qlora"])
 def test_a_forward_pass_under_autocast_is_the_references(method: str) -> None:
-    found = []
-    for name, dtype in (("fused", torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
-        adapted = attached(method, name, dtype)
+    def act(model: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.float32):
+            return model(x).to(x.dtype)  # type: ignore[no-any-return]
 
-        def act(model: Any, x: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.float32):
-                return model(x).to(x.dtype)  # type: ignore[no-any-return]
+    def seen(name: str, dtype: torch.dtype, seed: int | None = None) -> dict[str, Tensor]:
+        """Return what an implementation gives, with its numbers moved by half a bfloat16 unit if there is a seed."""
+        adapted, x = attached(method, name, dtype), given(dtype)
+        generator = torch.Generator().manual_seed(seed or 0)
+        for tensor in () if seed is None else (x, *adapted.model.parameters()):
+            tensor.data = perturbed(tensor.data, "bfloat16", generator)
+        return gradients(adapted, x, act)
 
-        found.append(gradients(adapted, given(dtype), act))
-    assert noise_floor(*found, "bfloat16").passed
+    # One draw of the reference's errors may happen to be small in one of the ten gradients.
+    rounded = (seen("reference", torch.float32, seed) for seed in (None, *range(PERTURBED_DRAWS)))
+    assert noise_floor(seen("fused", torch.float32), seen("reference", torch.float64), rounded, "bfloat16").passed
 
 
 @pytest.mark.parametrize("method", ["lora", "pissa", "adalora"])  # in DoRA the weight is a constant

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain, islice
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,9 @@ from harness.conformance.comparison.call_forms import (
     MODES,
     ROWS,
     Call,
+    Form,
+    forms_without_gradients,
     layouts_with_gradients,
-    outputs_without_gradients,
     owns,
     same,
     tensors_of_copy,
@@ -36,6 +38,7 @@ from harness.conformance.comparison.operation_forms import of_operation
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed, worst_of
 from harness.conformance.operation import OperationSubject
 from harness.conformance.subject import DTYPES, Subject, load
+from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from harness.records.record import CheckResult
 from reference.shared.layers import kind_of
 
@@ -58,8 +61,8 @@ def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     - modes: inference_mode, autocast, both kinds of checkpointing, another default dtype, deterministic algorithms,
     - gradients: none for the input, for the adapter, or for all but one of its tensors; micro-batches; derivatives of
       derivatives, forward-mode derivatives, vmap,
-    - changes: outputs and inputs changed in place, hooks, copies, and new values of all tensors in every way that
-      torch has,
+    - changes: outputs and inputs changed in place, an output after a later call, hooks, copies, and new values of all
+      tensors in every way that torch has,
     - torch.compile, many calls, calls in threads, and whether memory grows.
 
     For an Operation, it tries the same, as far as it applies.
@@ -82,13 +85,24 @@ class _LayerJudge:
     passed: list[dict[str, Tensor]] = field(default_factory=list)
     """Observations that passed. An observation that equals one of them to the last bit passes at once."""
 
-    def __call__(self, name: str, mine: dict[str, Tensor], wanted: Collection[str]) -> Judgement:
-        """Judge the observation of the form `name`. wanted: names of the tensors that it must have."""
+    def __call__(
+        self,
+        name: str,
+        mine: dict[str, Tensor],
+        wanted: Collection[str],
+        further: Iterable[Mapping[str, Tensor]] = (),
+    ) -> Judgement:
+        """Judge the observation of the form `name`.
+
+        wanted: names of the tensors that it must have. further: observations in this form that correct programs might
+        make.
+        """
         expected = {n: t for n, t in self.truth.items() if n in wanted}
         known = ({n: one[n] for n in expected} for one in self.passed if expected.keys() <= one.keys())
         if mine.keys() == expected.keys() and any(same(mine, one) for one in known):
             return _named(self.path, name, Judgement(True, 0.0, 0.0, "y", "", "noise-floor", 0))
-        own = ({n: t for n, t in draw.items() if n in expected} for draw in self.draws)
+        draws = iter(self.draws)
+        own = ({n: draw[n] for n in expected} for draw in chain(islice(draws, 1), further, draws))
         verdict = noise_floor(mine, expected, own, self.subject.dtype, self.case.factor("calls"))
         if verdict.passed and verdict.decided:
             self.passed.append(mine)
@@ -111,12 +125,11 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         long = LONG_FORMS if index == 0 and case.walks else {}
         # The fixed choice of stacked experts depends on the number of rows.
         apart = {"in micro-batches", "token by token"} if kind_of(base) == "experts" else set()
-        for name, form in (layouts_with_gradients(layouts) | MODES | HISTORIES | long).items():
+        forms = layouts_with_gradients(layouts) | MODES | HISTORIES | long | forms_without_gradients(layouts)
+        for name, form in forms.items():
             seen = None if name in apart else form.run(call)
             if seen is not None:
-                yield judge(name, seen, form.shown(judge.truth))
-        for name, seen in outputs_without_gradients(call, layouts):
-            yield judge(name, seen, ["y"])
+                yield judge(name, seen, form.shown(judge.truth), _by_reference(subject, path, call, form))
         for name in call.tensors if len(call.tensors) > 1 else ():
             with _only_trained(call.tensors, name):
                 seen = call.observe(call.x, call.dy)
@@ -132,20 +145,30 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
     yield from _in_other_precisions(subject, case)
 
 
+def _by_reference(subject: Subject, path: str, call: Call, form: Form) -> Iterator[dict[str, Tensor]]:
+    """Call the reference's layer in the same form and yield its observation, if the form rounds differently."""
+    if form.rounds_differently:
+        own = subject.reference(path, subject.dtype)
+        seen = form.run(replace(call, layer=own.layer, tensors=own.tensors, numbers=()))
+        if seen is not None:
+            yield seen
+
+
 def _with_new_values(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
     """Yield judgements of copies that got half of all numbers after they were called."""
     seen = {name: run(call) for name, run in NEW_VALUES.items()}
     found = {name: one for name, one in seen.items() if one is not None}
     if not found:
         return
-    wide, own = (subject.reference(path, dtype) for dtype in ("float64", subject.dtype))
+    wide, own, narrow = (subject.reference(path, dtype) for dtype in ("float64", subject.dtype, "float32"))
     with torch.no_grad():
-        for reference in (wide, own):
+        for reference in (wide, own, narrow):
             layer = reference.layer
             for tensor in {id(t): t for t in (*layer.parameters(), *layer.buffers())}.values():
                 if tensor.is_floating_point():
                     tensor.mul_(HALF)
-    judge = _LayerJudge(subject, case, path, *runs_of(wide, own, subject.dtype, call.x, call.dy))
+    runs = runs_of(wide, own, subject.dtype, call.x, call.dy, narrow=lambda: narrow)
+    judge = _LayerJudge(subject, case, path, *runs)
     for name, one in found.items():
         yield judge(name, one, list(judge.truth))
 
@@ -173,9 +196,11 @@ def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iter
 
     def rounded(dtype: str) -> Iterator[dict[str, Tensor]]:
         yield under(own.layer, own.tensors, dtype, x)
-        for seed in range(2):
-            generator = torch.Generator().manual_seed(seed)
-            yield under(own.layer, own.tensors, dtype, perturbed(x, dtype, generator))
+        for seed in range(PERTURBED_DRAWS):
+            generator, moved = torch.Generator().manual_seed(seed), copy.deepcopy(own)
+            for parameter in moved.layer.parameters():
+                parameter.data = perturbed(parameter.data, dtype, generator)
+            yield under(moved.layer, moved.tensors, dtype, perturbed(x, dtype, generator))
 
     def under(layer: nn.Module, tensors: Mapping[str, Tensor], dtype: str, x: Tensor) -> dict[str, Tensor]:
         with torch.autocast(x.device.type, DTYPES[dtype]):

@@ -97,9 +97,9 @@ def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
     """
     plain, found = subject.call(), []
     for name, change in (("every second element", _gapped), ("transposed", _transposed), ("slice", _sliced)):
-        given = operation_call.map_tensors(cloned(subject.arguments), change)
-        mine = subject.operation.named(subject.function(**given))
-        found.append(operation_call.judge_form(name, subject, mine, plain, case))
+        mine, again = (operation_call.map_tensors(cloned(subject.arguments), change) for _ in range(2))
+        seen = subject.operation.named(subject.function(**mine))
+        found.append(operation_call.judge_form(name, subject, seen, plain, case, again))
     return judged(subject, case, "layouts", worst_of(found, "exact"))
 
 

@@ -205,8 +205,8 @@ def _load_state_dict(*, assign: bool) -> Restore:
 
 
 HISTORIES: dict[str, Form] = {
-    "in micro-batches": Form(_micro_batches),
-    "token by token": Form(_token_by_token),
+    "in micro-batches": Form(_micro_batches, rounds_differently=True),
+    "token by token": Form(_token_by_token, rounds_differently=True),
     "after calls of other sizes": Form(_after_other_sizes),
     "after earlier outputs were overwritten": Form(_after_overwritten_outputs),
     "with tensors transposed in memory": Form(_with_strided_tensors),

@@ -6,15 +6,16 @@ The reference runs in float64. Further runs show how large the rounding errors o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from harness.conformance.comparison.inputs import cast
 from harness.conformance.comparison.observations import observe
-from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, perturbed
+from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, perturbed, with_error_of_float64
 from harness.conformance.subject import ReferenceLayer, Subject
-from harness.conformance.tolerance_constants import PERTURBED_DRAWS
+from harness.conformance.tolerance_constants import LAYER_DRAWS
 
 Look = Callable[..., dict[str, Tensor]]
 """Function that runs a layer and returns its output and gradients by name. It takes the parameters of `observe`."""
@@ -63,21 +64,29 @@ def reference_runs(
     `runs_of`.
     """
     wide, own = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
-    return runs_of(wide, own, subject.dtype, x, dy, look=look)
+    return runs_of(wide, own, subject.dtype, x, dy, look=look, narrow=partial(subject.reference, path, "float32"))
 
 
 def runs_of(
-    wide: ReferenceLayer, own: ReferenceLayer, dtype: str, x: Tensor, dy: Tensor, *, look: Look = observe
+    wide: ReferenceLayer,
+    own: ReferenceLayer,
+    dtype: str,
+    x: Tensor,
+    dy: Tensor,
+    *,
+    look: Look = observe,
+    narrow: Callable[[], ReferenceLayer] | None = None,
 ) -> tuple[dict[str, Tensor], Draws]:
     """Return an observation of the float64 reference, and observations that correct programs in `dtype` might make.
 
     wide: the reference in float64. own: the reference in `dtype`. look: function that observes a layer, and that may
-    change it.
+    change it. narrow: function that returns the reference in float32. It is called if `dtype` is float64.
 
     The first observation in `dtype` is that of `own`, which may happen to have almost no rounding error. For the
     others, every number in the input and in the layer is moved by up to half a unit in the last place of `dtype`, as
     rounding might move it. If `dtype` has 16 bits, these run in float64. Otherwise they run in `dtype`, so that each
-    also rounds its sums differently. Afterwards the layers hold moved numbers.
+    also rounds its sums differently. Afterwards the layers hold moved numbers. In float64, the second observation shows
+    the errors of the float64 reference itself, if `narrow` is given; see `with_error_of_float64`.
     """
     exactly = cast(x, "float64"), dy.double()
     truth = look(wide.layer, wide.tensors, *exactly)
@@ -85,9 +94,12 @@ def runs_of(
 
     def drawn() -> Iterator[dict[str, Tensor]]:
         yield look(own.layer, own.tensors, x, dy)
+        if narrow is not None and dtype == "float64":
+            rough = narrow()
+            yield with_error_of_float64(look(rough.layer, rough.tensors, cast(x, "float32"), dy.float()), truth)
         there = (*moved.layer.parameters(), *moved.layer.buffers())
         held = [(t, t.detach().clone()) for t in there if t.is_floating_point()]
-        for seed in range(PERTURBED_DRAWS):
+        for seed in range(LAYER_DRAWS):
             generator = torch.Generator().manual_seed(seed)
             with torch.no_grad():
                 for tensor, value in held:

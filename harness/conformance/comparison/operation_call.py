@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from itertools import chain
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -18,36 +17,45 @@ from harness.conformance.comparison.tolerance_policies import (
     exact,
     noise_floor,
     perturbed,
+    with_error_of_float64,
     worst_of,
 )
 from harness.conformance.operation import Arguments, OperationSubject, cloned, mapped
 from harness.conformance.subject import DTYPES
-from harness.conformance.tolerance_constants import PERTURBED_DRAWS
+from harness.conformance.tolerance_constants import LAYER_DRAWS
 
 _T = TypeVar("_T")
 Layout = Literal["plain", "expanded", "transposed"]
 """Layout of the gradient of an output: contiguous; one number expanded, as `y.sum()` sends it; or transposed in memory, as
 `y.T` sends it."""
+_NARROW = {torch.float64: torch.float32}
 
 
-def judge(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> tuple[Judgement, str]:
+def judge(
+    subject: OperationSubject, mine: dict[str, Tensor], case: Case, given: Arguments | None = None
+) -> tuple[Judgement, str]:
     """Judge the outputs `mine` of a call. Return the judgement, and a detail as text.
 
     First, dtype, shape and device must be those of the reference. Then the values are judged by the Operation's own
-    rule. If the Operation has no rule, they must be within the noise floor of the reference.
+    rule. If the Operation has no rule, they must be within the noise floor of the reference. given: the subject's
+    arguments in another memory layout, if the call got these. The reference's sums then have another order, too.
     """
     own = _reference(subject, subject.arguments)
     if (odd := ill_formed(mine, own)) is not None:
         return odd, ""
     if subject.operation.judge is not None:
         return subject.operation.judge(mine, subject.arguments)
-    exactly = cloned(subject.arguments, {DTYPES[subject.dtype]: torch.float64})
+    truth = _reference(subject, cloned(subject.arguments, {DTYPES[subject.dtype]: torch.float64}))
 
     def draws() -> Iterator[dict[str, Tensor]]:
         yield own
+        if given is not None:
+            yield subject.operation.named(subject.operation.reference(**given))
+        if subject.dtype == "float64":
+            yield with_error_of_float64(_reference(subject, cloned(subject.arguments, _NARROW)), truth)
         yield from (_reference(subject, near.arguments) for near, _ in perturbed_subjects(subject, case))
 
-    return noise_floor(mine, _reference(subject, exactly), draws(), subject.dtype, case.factor("outputs")), ""
+    return noise_floor(mine, truth, draws(), subject.dtype, case.factor("outputs")), ""
 
 
 def ill_formed(mine: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Judgement | None:
@@ -63,24 +71,32 @@ def ill_formed(mine: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Judgeme
     return None
 
 
-def judgements(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> Iterator[tuple[Judgement, str]]:
-    """Judge the outputs `mine` by each rule of the Operation. Yield each judgement with its detail."""
-    yield judge(subject, mine, case)
+def judgements(
+    subject: OperationSubject, mine: dict[str, Tensor], case: Case, given: Arguments | None = None
+) -> Iterator[tuple[Judgement, str]]:
+    """Judge the outputs `mine` by each rule of the Operation. Yield each judgement with its detail. given: see `judge`."""
+    yield judge(subject, mine, case, given)
     if subject.operation.codes is not None:
         yield subject.operation.codes(mine, subject.arguments)
 
 
 def judge_form(
-    form: str, subject: OperationSubject, mine: dict[str, Tensor], plain: dict[str, Tensor], case: Case
+    form: str,
+    subject: OperationSubject,
+    mine: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    case: Case,
+    given: Arguments | None = None,
 ) -> Judgement:
     """Judge the outputs `mine` of a call in another form, such as another memory layout; return the judgement.
 
     If they equal the outputs `plain` of the plain call to the last bit, they pass. Otherwise they must be as right as
-    the Operation demands, since the form may take another path through the code. form: name of the form.
+    the Operation demands, since the form may take another path through the code. form: name of the form. given: see
+    `judge`.
     """
     verdict = ill_formed(mine, plain) or exact(finite(mine), finite(plain))
     if not verdict.passed:
-        verdict = worst_of([one for one, _ in judgements(subject, mine, case)], "as outputs")
+        verdict = worst_of([one for one, _ in judgements(subject, mine, case, given)], "as outputs")
     return prefix_tensor(form, verdict)
 
 
@@ -169,8 +185,14 @@ def judge_gradients(
     reference, own = subject.operation.reference, DTYPES[subject.dtype]
     mine, truth = computed(subject, subject.function, own), computed(subject, reference, torch.float64)
     rounded = computed(subject, reference, own)
-    near = (computed(one, reference, dtype) for one, dtype in perturbed_subjects(subject, case))
-    return ill_formed(mine, rounded) or noise_floor(mine, truth, chain([rounded], near), subject.dtype, factor)
+
+    def draws() -> Iterator[dict[str, Tensor]]:
+        yield rounded
+        if subject.dtype == "float64":
+            yield with_error_of_float64(computed(subject, reference, torch.float32), truth)
+        yield from (computed(one, reference, dtype) for one, dtype in perturbed_subjects(subject, case))
+
+    return ill_formed(mine, rounded) or noise_floor(mine, truth, draws(), subject.dtype, factor)
 
 
 def map_tensors(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
@@ -210,7 +232,7 @@ def perturbed_subjects(subject: OperationSubject, case: Case) -> Iterator[tuple[
     own = DTYPES[subject.dtype]
     dtype = own if subject.dtype in ROUNDED_SUMS else torch.float64
     given = cloned(subject.arguments, {own: dtype})
-    for salt in range(PERTURBED_DRAWS):
+    for salt in range(LAYER_DRAWS):
         generator = case.generator(salt=70 + salt)
 
         def move(t: Tensor, generator: torch.Generator = generator) -> Tensor:

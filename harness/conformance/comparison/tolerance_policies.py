@@ -20,10 +20,13 @@ from harness.conformance.tolerance_constants import (
     DOUBLE_ROUNDED_SHARE,
     EPSILON,
     FEW_NUMBERS,
+    HOPELESS,
     LARGEST_EPS,
     LARGEST_FACTOR,
     NOISE_FACTOR,
     NOISE_FLOOR_EPS,
+    PERTURBED_DRAWS,
+    PROPORTIONAL,
 )
 
 _COMPARABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -94,14 +97,14 @@ def _by_draws(
     """Judge by the errors of more and more draws, and return the first judgement that passes.
 
     A draw is a result that a correct program with other rounding errors might give. Each judgement uses all draws so
-    far. If none passes, return the last.
+    far. If none passes, return the last. No further draws are made if they could hardly explain the error.
     """
     drawn: list[dict[str, _Error]] = []
     verdict = worst_of([], policy)
     for draw in [rounded] if isinstance(rounded, Mapping) else rounded:
         drawn.append({name: _Error.of(draw[name], expected) for name, expected in truth.items()})
         verdict = judge(drawn)
-        if verdict.passed:
+        if verdict.passed or (len(drawn) > PERTURBED_DRAWS and verdict.ratio > HOPELESS):
             break
     return verdict
 
@@ -268,6 +271,22 @@ def perturbed(value: Tensor, dtype: str, generator: torch.Generator) -> Tensor:
         return value
     moves = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device) - 0.5
     return (value.double() * (1 + EPSILON[dtype] * moves)).to(value.dtype)
+
+
+def with_error_of_float64(narrow: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `truth`, moved as far as rounding to float64 may have moved it.
+
+    truth: tensors of the reference in float64. Its own errors cannot be seen, because no wider dtype exists. narrow: the
+    same tensors of the reference in float32. Their errors are scaled by the ratio of the two eps, since rounding errors
+    are proportional to eps. A tensor with large errors in float32 is not moved.
+    """
+    scale = EPSILON["float64"] / EPSILON["float32"]
+    return {
+        name: wide + scale * (narrow[name].double() - wide)
+        if _Error.of(narrow[name], wide).norm < PROPORTIONAL
+        else wide
+        for name, wide in truth.items()
+    }
 
 
 def rows_within(value: Tensor, truth: Tensor, draws: Iterable[Tensor], dtype: str) -> Tensor:

@@ -120,6 +120,18 @@ def remembers_the_smallest_batch(copy: PatchedCopy) -> None:
     copy.replace_forward(forward)
 
 
+@planted_in_methods("calls", only=["lora", "dora"])
+def overwrites_the_output_of_its_last_call(copy: PatchedCopy) -> None:
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        y = right(x)
+        if y.requires_grad or y.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(y):
+            return y
+        kept: Tensor = vars(layer).setdefault("outputs", {}).setdefault((y.shape, y.dtype), y.clone())
+        return kept.copy_(y).detach()
+
+    copy.replace_forward(forward)
+
+
 @planted_in_methods("calls", only=["lora", "vera"])
 def remembers_all_its_inputs(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:

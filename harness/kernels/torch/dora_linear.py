@@ -17,10 +17,12 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """Return the norm of each row of W + scaling B A, shape (E,), without a gradient (arXiv:2402.09353, section 4.3).
 
     The function computes the sum itself, instead of combining the norms of W and B A. On a CPU this takes a third
-    longer, but is accurate where W and B A cancel each other.
+    longer, but is accurate where W and B A cancel each other. Autocast does not reduce its precision.
     """
-    with torch.no_grad():
-        norm: Tensor = torch.linalg.vector_norm(torch.addmm(W, B, A, alpha=scaling), dim=1)
+    dtype = torch.promote_types(W.dtype, B.dtype)  # under autocast, a base in 16 bits may have an adapter in float32
+    with torch.no_grad(), torch.autocast(W.device.type, enabled=False):
+        V = torch.addmm(W.to(dtype), B.to(dtype), A.to(dtype), alpha=scaling)
+        norm: Tensor = torch.linalg.vector_norm(V, dim=1)
     return norm
 
 
@@ -80,7 +82,8 @@ def dora_linear(
     This is eq. 5 of arXiv:2402.09353 with dropout. The gain g of a row is m / ||W + scaling B A||, or 0 where this norm
     is 0. Shapes: x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), m (E,). mask has the shape of x, or is None. All
     tensors have one dtype. The result is twice differentiable in all tensors but the mask. The norm counts as a
-    constant. In Triton, the result is differentiable only once, and a second derivative raises RuntimeError.
+    constant. In Triton, the result is differentiable only once, and a second derivative raises RuntimeError. Under
+    autocast, the products are in its dtype, and the norm, the gain and the result in that of m.
     """
     if multiplied_by_triton(x, W, A, B, m) and frozen(W, bias):
         from harness.kernels.triton import dora_linear as gpu

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from harness.kernels.device import frozen, multiplied_by_triton
-from harness.kernels.torch.support.autocast import outside_autocast
+from harness.kernels.torch.support.autocast import cast_by_autocast, outside_autocast
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,7 @@ def gated(gate_up: Tensor) -> Tensor:
     return silu(gate) * up
 
 
+@cast_by_autocast
 def lora_experts(
     x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_A: Tensor, gate_up_B: Tensor,
     down_A: Tensor, down_B: Tensor, scaling: float, transposed: bool,
@@ -176,7 +177,8 @@ def lora_experts(
 
     Shapes: x (T, D), chosen and weights (T, N), gate_up (K, 2 H, D), down (K, D, H); if `transposed`, gate_up (K, D, 2 H)
     and down (K, H, D). A and B are packed: gate_up_A (K R, D), gate_up_B (2 H, R K), down_A (K R, H), down_B (D, R K);
-    see `StackedLinear`. The tensors have one floating dtype. Differentiable in all of them, as `grouped_lora_linear`.
+    see `StackedLinear`. The tensors have one floating dtype, or get it from autocast. Differentiable in all of them, as
+    `grouped_lora_linear`.
     """
     up = StackedLinear(gate_up, gate_up_A, gate_up_B, scaling, transposed)
     return routed_experts(x, chosen, weights, up, StackedLinear(down, down_A, down_B, scaling, transposed), gated)

@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from harness.kernels.device import frozen, multiplied_by_triton
 from harness.kernels.torch.nf4_linear import Nf4Linear
 from harness.kernels.torch.nf4_lora_linear import packed_lora_linear
-from harness.kernels.torch.support.autocast import outside_autocast
+from harness.kernels.torch.support.autocast import cast_by_autocast, outside_autocast
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -60,14 +60,15 @@ class _LoraLinear(torch.autograd.Function):
         )
 
 
+@cast_by_autocast
 def lora_linear(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None = None
 ) -> Tensor:
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E) (arXiv:2106.09685, section 4.1).
 
     Shapes: x (..., D), W (E, D), bias (E,), A (R, D), B (E, R). mask has the shape of x, or is None. All tensors have
-    one dtype. The result is twice differentiable in all tensors but the mask. In Triton, the result is differentiable
-    only once, and a second derivative raises RuntimeError.
+    one dtype, or get it from autocast. The result is twice differentiable in all tensors but the mask. In Triton, the
+    result is differentiable only once, and a second derivative raises RuntimeError.
     """
     if multiplied_by_triton(x, W, A, B) and frozen(W, bias):
         from harness.kernels.triton import lora_linear as gpu
@@ -94,14 +95,15 @@ def lora_linear_over(
 
     If the base is an nn.Linear without hooks, `lora_linear` computes the result. If it is an `Nf4Linear` without hooks,
     `packed_lora_linear` does. Any other base is called. The base's output is then not modified, because it may be the
-    input or a tensor that the base holds. Under autocast and under torch.compile, every base is called. torch.compile
-    then fuses better.
+    input or a tensor that the base holds. Under torch.compile, which then fuses better, every base is called, and under
+    autocast an `Nf4Linear` is called.
     """
     inner: Any = base
-    if not (torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()):
+    if not torch.compiler.is_compiling():
         if is_plain(base):
             return lora_linear(x, inner.weight, inner.bias, A, B, scaling, mask)
-        if is_plain(base, Nf4Linear) and x.dtype == inner.compute_dtype:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if not autocast and is_plain(base, Nf4Linear) and x.dtype == inner.compute_dtype:
             bias = None if inner.bias is None else inner.bias.to(x.dtype)
             return packed_lora_linear(x, inner.packed_weight, bias, A, B, scaling, mask)
     out: Tensor = base(x)

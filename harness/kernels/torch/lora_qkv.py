@@ -8,6 +8,7 @@ from torch import Tensor
 
 from harness.kernels.torch.dora_linear import dora_linear
 from harness.kernels.torch.lora_linears import LoraFactors, lora_linears
+from harness.kernels.torch.support.autocast import cast_by_autocast
 
 
 def adapted_linears(
@@ -22,13 +23,20 @@ def adapted_linears(
     """Return x W^T + bias + scaling (x A^T) B^T, shape (..., E), for each layer, or DoRA's output if there are ms.
 
     With LoRA, all layers read x once, and one pass sums their gradients of x. Each list has one item per layer: W (E, D),
-    bias (E,), A (R, D), B (E, R), m (E,). All tensors have one dtype.
+    bias (E,), A (R, D), B (E, R), m (E,). All tensors have one dtype, or get it from autocast.
     """
     own: Sequence[Tensor | None] = [None] * len(Ws) if biases is None else biases
     if ms is None:
-        layers = [LoraFactors(*one) for one in zip(Ws, own, As, Bs, scalings, strict=True)]
-        return lora_linears(x, layers)
+        return _lora_linears(x, Ws, own, As, Bs, scalings)
     return [dora_linear(x, *one) for one in zip(Ws, own, As, Bs, ms, scalings, strict=True)]
+
+
+@cast_by_autocast
+def _lora_linears(
+    x: Tensor, Ws: Sequence[Tensor], biases: Sequence[Tensor | None], As: Sequence[Tensor], Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> list[Tensor]:  # fmt: skip
+    return lora_linears(x, [LoraFactors(*one) for one in zip(Ws, biases, As, Bs, scalings, strict=True)])
 
 
 def lora_qkv(

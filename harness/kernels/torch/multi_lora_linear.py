@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from harness.kernels.device import by_triton
-from harness.kernels.torch.support.autocast import outside_autocast
+from harness.kernels.torch.support.autocast import cast_by_autocast, outside_autocast
 
 Rows = slice | Tensor
 
@@ -105,6 +105,7 @@ class _MultiLora(torch.autograd.Function):
         return dx, dW, None, None, *dAs, *dBs
 
 
+@cast_by_autocast
 def multi_lora_linear(
     x: Tensor,
     W: Tensor,
@@ -116,9 +117,10 @@ def multi_lora_linear(
     """Return x W^T + s_i x A_i^T B_i^T for each of N sequences. The adapter of sequence n is i = ids[n].
 
     If ids[n] is -1, the sequence gets only x W^T. Shapes: x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i).
-    These tensors have one floating dtype. ids: N integers. The result is differentiable in x, W, and the As and Bs in
-    use: twice in torch, once in Triton. Raises ValueError if the lists differ in length, if the ids are not integers,
-    or if an id is neither -1 nor an adapter. Without Triton, the host waits for ids on an accelerator.
+    These tensors have one floating dtype, or get it from autocast. ids: N integers. The result is differentiable in x,
+    W, and the As and Bs in use: twice in torch, once in Triton. Raises ValueError if the lists differ in length, if the
+    ids are not integers, or if an id is neither -1 nor an adapter. Without Triton, the host waits for ids on an
+    accelerator.
     """
     if not len(As) == len(Bs) == len(scalings):
         raise ValueError(f"each adapter needs an A, a B and a scaling, got {len(As)}, {len(Bs)} and {len(scalings)}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from harness.kernels.device import frozen, multiplied_by_triton
-from harness.kernels.torch.support.autocast import outside_autocast
+from harness.kernels.torch.support.autocast import cast_by_autocast, outside_autocast
 
 
 class _Projection(torch.autograd.Function):
@@ -102,6 +102,7 @@ def _projection(x: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
     return u
 
 
+@cast_by_autocast
 def vera_linear(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, b: Tensor, d: Tensor, mask: Tensor | None = None,
     shared: SharedProjection | None = None,
@@ -109,8 +110,8 @@ def vera_linear(
     """Return x W^T + bias + b ((d ((x mask) A^T)) B^T), shape (..., E) (arXiv:2310.11454, eq. 2).
 
     Shapes: x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), b (E,), d (R,). mask has the shape of x, or is None.
-    All tensors have one dtype. The result is differentiable in x, bias, b and d. shared: a cache for the product of x
-    and A. The backward pass raises RuntimeError if W requires a gradient.
+    All tensors have one dtype, or get it from autocast. The result is differentiable in x, bias, b and d. shared: a
+    cache for the product of x and A. The backward pass raises RuntimeError if W requires a gradient.
     """
     if multiplied_by_triton(x, W, A, B, b, d) and frozen(W, bias):
         from harness.kernels.triton import vera_linear as gpu

@@ -1,14 +1,44 @@
-"""Run backward passes without autocast. Autocast should cast only the forward pass."""
+"""Operations under autocast: it casts their arguments, and does nothing within the Operation or its backward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+_T = TypeVar("_T", bound=Callable[..., Any])
+
+
+def cast_by_autocast(operation: _T) -> _T:
+    """Return an Operation, wrapped so that autocast casts its arguments as it casts those of torch's `linear`.
+
+    Under autocast, floating tensors of the arguments and of lists in them are cast to autocast's dtype. float64 stays, as
+    in torch. The Operation then runs without autocast, so that all its tensors have one dtype. Gradients have the dtypes
+    of the arguments that the caller gave.
+    """
+
+    @wraps(operation)
+    def cast(x: Tensor, *rest: Any, **named: Any) -> Any:
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return operation(x, *rest, **named)
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return operation(
+                *(_cast(one, dtype) for one in (x, *rest)), **{n: _cast(t, dtype) for n, t in named.items()}
+            )
+
+    return cast  # type: ignore[return-value]
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() and value.dtype != torch.float64 else value
+    return [_cast(one, dtype) for one in value] if isinstance(value, list | tuple) else value
 
 
 def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,144 @@
+"""Programs that the check `calls` and the noise of the reference must let pass, and programs that they must not."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.conformance import operations, parity_suite, self_test
+from harness.conformance.comparison.inputs import inputs
+from harness.conformance.comparison.layer_comparison import observe_with_reference
+from harness.conformance.comparison.tolerance_policies import noise_floor
+from harness.conformance.execution import suite_run
+from harness.conformance.faults.call_histories import overwrites_the_output_of_its_last_call
+from harness.conformance.faults.patched_copy import PatchedCopy
+from harness.conformance.parity_suite import CaseShape, MethodCase, OperationCase
+from harness.conformance.subject import warm
+from harness.methods.registry import DTYPES, Implementation
+from harness.records.record import CheckResult, Outcome
+from reference import lora
+
+pytestmark = pytest.mark.slow
+
+SHAPE = CaseShape.model_validate({"tokens": 9, "in": 24, "out": 40})
+
+
+def method_case(rank: int = 3, shape: CaseShape = SHAPE, dtype: Any = "float32", **sizes: Any) -> MethodCase:
+    return MethodCase({"rank": rank}, "linear", shape, dtype, sampled=True, **sizes)
+
+
+def results(mine: Implementation, case: MethodCase | OperationCase, *checks: str) -> list[CheckResult]:
+    """Run these checks in one case and return the results."""
+    plan = parity_suite.load_plan(mine.target).model_copy(update={"checks": list(checks)})
+    return [one.result for one in suite_run.run_case(mine, plan, case, wide=True)]
+
+
+def fused(method: str) -> Implementation:
+    attach = importlib.import_module(f"harness.methods.implementations.fused.methods.{method}").attach
+    return Implementation("mine", "method", method, attach, dtypes=DTYPES)
+
+
+def with_output(change: Callable[[Tensor], Tensor]) -> Implementation:
+    """Return LoRA's reference with `change` applied to the output of each layer."""
+
+    class Changed(lora.LoraLinear):
+        def forward(self, x: Tensor) -> Tensor:
+            return change(super().forward(x))
+
+    def attach(model: Any, config: Any, generator: Any) -> Any:
+        adapted = lora.attach(model, config, generator)
+        for layer in adapted.layers.values():
+            layer.__class__ = Changed
+        return adapted
+
+    return Implementation("mine", "method", "lora", attach, dtypes=DTYPES)
+
+
+class _SavesItsOutput(torch.autograd.Function):
+    """Passes x on, and keeps the output for the backward pass, as a sigmoid does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.clone()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return dy * (y == y)
+
+
+class _ForgetsItsOutput(_SavesItsOutput):
+    """Keeps the output where autograd does not notice that it changes. The gradient is wrong then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.clone()
+        ctx.y, ctx.sum = y.detach(), float(y.detach().sum())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy * (float(ctx.y.sum()) == ctx.sum)
+
+
+def test_a_layer_whose_backward_pass_needs_the_output_passes() -> None:
+    (result,) = results(with_output(_SavesItsOutput.apply), method_case(), "calls")
+    assert result.outcome is Outcome.PASS, result
+
+
+def test_a_wrong_gradient_after_the_output_changed_in_place_is_found() -> None:
+    (result,) = results(with_output(_ForgetsItsOutput.apply), method_case(), "calls")
+    assert result.outcome is Outcome.FAIL
+    assert "an output that is changed in place" in result.tensor or "overwritten" in result.tensor
+
+
+@pytest.mark.parametrize("target", ["lora", "dora"])
+def test_an_output_that_the_next_call_overwrites_is_found(target: str) -> None:
+    copy = PatchedCopy(self_test.source_module(target))
+    overwrites_the_output_of_its_last_call.spoil(copy)
+    (result,) = results(self_test.implementation(target, copy), method_case(), "calls")
+    assert result.outcome is Outcome.FAIL
+    assert "under no_grad" in result.tensor
+    assert "before a later call: y" in result.tensor
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradients_of_few_digits_may_be_added_up_token_by_token(dtype: str) -> None:
+    """Each of four additions of subnormal numbers rounds, which one call with four tokens does not."""
+    (result,) = results(fused("dora"), method_case(8, dtype=dtype, magnitude="tiny"), "calls")
+    assert result.outcome is Outcome.PASS, result
+
+
+def test_the_errors_of_the_float64_reference_accuse_nobody() -> None:
+    """DoRA's reference subtracts W0 x from (1 - g) W0 x. Where g is 0.003, it loses 8 bits in float64, too."""
+    every = results(fused("dora"), method_case(8, dtype="float64", weights="large"), "forward", "gradient", "calls")
+    assert [one for one in every if one.outcome is not Outcome.PASS] == []
+
+
+def test_one_number_with_an_unlucky_error_fails_nobody() -> None:
+    """With rank 1 and one token, the gradient of A is one number times x. Of 600 such gradients, 8 draws refuse 3."""
+    case = method_case(1, CaseShape.model_validate({"tokens": 1, "in": 260, "out": 270}), magnitude="small")
+    subject, of = suite_run.attach(fused("dora"), parity_suite.load("dora"), case)
+    warm(subject.added(), of.generator(salt=1))
+    for seed in (160, 190, 276, *range(20)):
+        for path, layer in subject.adapted.layers.items():
+            generator = torch.Generator().manual_seed(seed)
+            x, dy = inputs(subject.original_base(path), 1, torch.float32, generator, "small")
+            seen = observe_with_reference(subject, path, layer, x, dy, training=True)
+            assert noise_floor(*seen, "float32").passed, (seed, path)
+
+
+def test_sums_over_gaps_in_memory_may_round_as_the_reference_does_there() -> None:
+    """With gaps between its terms, torch adds up a sum of 16,000 terms one by one. Without gaps, it adds up blocks."""
+    right = operations.every()["dora_linear"].reference
+    mine = Implementation("mine", "operation", "dora_linear", right, dtypes=DTYPES)
+    case = OperationCase({"shape": [8, 16000], "rows": [1], "rank": 130, "scaling": 0.25}, "float32", sampled=True)
+    (result,) = results(mine, case, "layouts")
+    assert result.outcome is Outcome.PASS, result
