@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from harness.cli import adapter as adapter_command
 from harness.cli import main
-from harness.conformance.adapter_files import corpus, loader_logits
+from harness.conformance.adapter_files import corpus, loader_logits, loader_worker, subject
 from harness.conformance.adapter_files.loader_protocol import (
     Compared,
     LoaderBegun,
@@ -26,6 +26,7 @@ from harness.conformance.adapter_files.loader_protocol import (
     LoaderLogits,
     LoaderTask,
 )
+from harness.conformance.adapter_files.reference_logits import reference_logits
 from harness.conformance.adapter_files.subject import corpus_adapter
 from harness.conformance.execution.worker_protocol import Died
 from harness.errors import Exit
@@ -161,6 +162,28 @@ def test_a_loader_that_hangs_crashes_or_prints_costs_only_its_own_row(
     assert "logits returned str" in found["answer_nonsense"]["detail"]
     assert "after the logits of print_much, answer_nonsense, reference, leave_a_process were compared" in err
     assert "left a process behind: sleep" in err
+
+
+@pytest.mark.usefixtures("forks")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_an_unexpected_error_of_the_reference_is_no_fault_of_the_file_or_the_loader(
+    plain: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*given: Any) -> Any:
+        if dtype in given or dtype is torch.float64:
+            raise KeyError("no such layer")
+        return reference_logits(*given)
+
+    for module in (loader_worker, subject):
+        monkeypatch.setattr(module, "reference_logits", broken)
+    assert main(["check", str(plain), "reference", "--base-model", str(BASES / "llama"), "--json"]) == Exit.PASS
+    out, err = capfd.readouterr()
+    (logits,) = json.loads(out)["logits"]
+    assert logits["verdict"] == "not compared"
+    assert "raised KeyError: 'no such layer'; this is a defect of peft-harness" in logits["detail"]
+    assert "please report it with the traceback on stderr and adapter_config.json" in logits["detail"]
+    assert "patience" not in logits["detail"]
+    assert "in broken" in err
 
 
 def test_a_worker_that_dies_after_an_answer_costs_no_loader_its_result(

@@ -118,13 +118,12 @@ def _run(
                 case Died(died=how) if answered:
                     print_note(f"note: after the logits of {', '.join(answered)} were compared: {how}")
                 case Died(died=how):
-                    found |= {
-                        name: _not_compared(name, f"the reference: {how} (--patience SECONDS)") for name in remaining
-                    }
-                    remaining = {}
-                case NotComparable(reason=reason):
+                    reason = f"the reference: {how}; if it needs longer: --patience SECONDS"
                     found |= {name: _not_compared(name, reason) for name in remaining}
                     remaining = {}
+                case NotComparable(reason=reason):
+                    found |= {name: _not_compared(name, reason) for name in [current, *remaining] if name}
+                    current, remaining = "", {}
     return found
 
 
