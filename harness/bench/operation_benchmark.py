@@ -163,7 +163,7 @@ class OperationBenchmark:
         def checked(call: TimedCall) -> CheckResult:
             try:
                 return call.check(self.dtype, self._arguments(size, suite_run.SEED + 2), case)
-            except Exception as error:
+            except (MemoryError, RuntimeError) as error:
                 if shortage(error) is None:
                     raise
                 return CheckResult(check=str(check), outcome=Verdict.SKIPPED, detail=f"out of memory: {error}")
