@@ -134,15 +134,19 @@ def layouts_with_gradients(layouts: Mapping[str, Layout]) -> dict[str, Form]:
     return {name: form(layout) for name, layout in layouts.items()}
 
 
+WITHOUT_GRADIENTS: dict[str, tuple[Callable[[], Any], bool]] = {
+    "under no_grad": (torch.no_grad, False),
+    "under inference_mode": (torch.inference_mode, False),
+    "under no_grad in training mode": (torch.no_grad, True),
+}
+"""Name -> context without gradients, and whether the layer is in training mode."""
+
+
 def outputs_without_gradients(call: Call, layouts: Mapping[str, Layout]) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Call the layer without gradients in each mode and each layout of the input. Yield the name and the output."""
-    modes: dict[str, tuple[Callable[[], Any], bool]] = {
-        "under no_grad": (torch.no_grad, False),
-        "under inference_mode": (torch.inference_mode, False),
-    }
-    if call.training:
-        modes["under no_grad in training mode"] = torch.no_grad, True
-    for mode, (without, training) in modes.items():
+    for mode, (without, training) in WITHOUT_GRADIENTS.items():
+        if training and not call.training:
+            continue
         for name, layout in {"": lambda rows: rows, **layouts}.items():
             x, dy = layout(call.x), layout(call.dy)
             with preserved_state(call.layer, call.tensors, training), without():
