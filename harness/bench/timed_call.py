@@ -140,7 +140,7 @@ def _digests(named: Mapping[str, Tensor]) -> dict[str, bytes]:
     for name, tensor in named.items():
         digest = blake2b()
         for piece in _pieces(tensor):
-            digest.update((piece + 0).reshape(-1).view(torch.uint8).cpu().numpy())
+            digest.update((piece + 0).reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
         found[name] = digest.digest()
     return found
 

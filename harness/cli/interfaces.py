@@ -67,8 +67,8 @@ def _optimizer_state(adapted: Adapted) -> Iterator[str]:
     """Yield the state of the Method's own optimizer after a step, if it has one: each entry by name."""
     if (optimizer := adapted.optimizer(1e-3, 0.0)) is None:
         return
-    for tensor in adapted.parameters():
-        tensor.grad = torch.ones_like(tensor)
+    for parameter in adapted.parameters():
+        parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     for name, tensor in adapted.tensors().items():
         if name.startswith("first"):

@@ -164,7 +164,6 @@ def test_a_loader_that_hangs_crashes_or_prints_costs_only_its_own_row(
     assert "left a process behind: sleep" in err
 
 
-@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_an_unexpected_error_of_the_reference_is_no_fault_of_the_file_or_the_loader(
     plain: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
