@@ -27,8 +27,6 @@ EXITS = {
     "`plan`, `explain`)",
     Exit.FAIL: "a finding: an implementation computes wrong results or leaves a tensor untrained, a claim of a paper is "
     "not reproduced, a comparison of the suite is refuted, nothing that `fit --batch` asks about fits, a rerun differs "
-    Exit.FAIL: "a finding: an implementation computes wrong results or leaves a tensor untrained, a claim of a paper is "
-    "not reproduced, a comparison of the suite is refuted, nothing that `fit --batch` asks about fits, a rerun differs "
     "without a known cause, a Record was changed after its run, or a history shows more parameters or counted bytes, or a "
     "confirmed change for the worse",
     Exit.USAGE: "wrong use: an option, a name, a path, or a mistake in a suite; nothing was run",

@@ -410,7 +410,7 @@ def test_an_untrained_tensor_is_a_finding_with_its_name(tmp_path: Path) -> None:
     def change(name: str, r: Record) -> Record:
         return recorded_run.failed(r, Status.UNTRAINED, because="q.A never moved") if name == "fused" else r
 
-    v = verdict.judge(_whole(tmp_path, change=change))
+    v = run_verdict.judge(_whole(tmp_path, change=change))
     named = naming.full(recorded_run.cells().values())[recorded_run.cells()["fused"].cell_id]
     assert (v.exit, v.counts["untrained"], len(v.nonconforming)) == (Exit.FAIL, 1, 1)
     assert v.verdict.reason == f"training of 1 Cell left a tensor as it was ({named}: q.A never moved)"
