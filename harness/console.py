@@ -31,7 +31,7 @@ _PROSE = 20
 so it is never cut."""
 _COLOURS = {
     "green": ("✓", "ok", "pass", "reproduced"),
-    "red": ("✗", "FAIL", "fail", "BROKEN", "no", "error", "nonconforming", "lost", "not-reproduced"),
+    "red": ("✗", "FAIL", "fail", "BROKEN", "no", "error", "nonconforming", "untrained", "lost", "not-reproduced"),
     "yellow": ("?", "!", "defect", "oom", "timeout", "inconclusive", "note", "reproduced-under"),
 }
 """Colour -> signs and words of a status. A sign stands at the start of a line; a word stands there or in a table."""

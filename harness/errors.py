@@ -25,9 +25,10 @@ class Exit(IntEnum):
 EXITS = {
     Exit.PASS: "everything requested passed, or failed because of a known defect; or there was nothing to judge (`list`, "
     "`plan`, `explain`)",
-    Exit.FAIL: "a finding: an implementation computes wrong results, a claim of a paper is not reproduced, a comparison of "
-    "the suite is refuted, nothing that `fit --batch` asks about fits, a rerun differs without a known cause, a Record was "
-    "changed after its run, or a history shows more parameters or counted bytes, or a confirmed change for the worse",
+    Exit.FAIL: "a finding: an implementation computes wrong results or leaves a tensor untrained, a claim of a paper is "
+    "not reproduced, a comparison of the suite is refuted, nothing that `fit --batch` asks about fits, a rerun differs "
+    "without a known cause, a Record was changed after its run, or a history shows more parameters or counted bytes, or a "
+    "confirmed change for the worse",
     Exit.USAGE: "wrong use: an option, a name, a path, or a mistake in a suite; nothing was run",
     Exit.INCONCLUSIVE: "a question could not be decided either way; only with --strict, or because an adapter is too weak "
     "for `check --served`",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -166,6 +167,7 @@ def _decode(path: Path, raw: bytes) -> str:
         raise SuiteError([Problem(f"{path}:{line}", what, "save the file as UTF-8")]) from error
 
 
+@lru_cache(maxsize=256)  # some files are read hundreds of times, and ruamel.yaml takes about 50 ms for one
 def _compose(path: Path, text: str) -> Node | None:
     try:
         return YAML(typ="safe", pure=True).compose(text)  # type: ignore[no-any-return]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.records.record import CheckResult, Outcome, Record, Status
+from harness.records.record import CheckResult, Outcome, Record
 
 
 def failed(record: Record) -> list[CheckResult]:
@@ -20,7 +20,7 @@ def nonconforming(record: Record) -> bool:
 
     A server that departs from the adapter files counts too.
     """
-    return record.status is Status.NONCONFORMING or bool(failed(record))
+    return record.status.departs or bool(failed(record))
 
 
 def of_serving(check: CheckResult) -> bool:

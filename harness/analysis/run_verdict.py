@@ -78,8 +78,8 @@ def judge(run: Run) -> RunVerdict:
 
     The exit code is the first in this list whose condition holds:
 
-    - FAIL: a Cell is nonconforming, a comparison is refuted, or a file was changed after the run. No missing Cell can
-      undo such a finding.
+    - FAIL: a Cell is nonconforming or untrained, a comparison is refuted, or a file was changed after the run. No missing
+      Cell can undo such a finding.
     - NOTHING_COMPARED: no Cell was measured.
     - INFRASTRUCTURE: some Cells were not measured.
     - PASS: otherwise, even if questions are open (see `exit_code`).
@@ -231,16 +231,20 @@ def _whole(
         departed = [r for r in latest.values() if r.id in nonconforming]
         diverged = [names[r.cell_id] for r in departed if parity.diverged(r)]
         servers = [_failed_checks(names[r.cell_id], r) for r in departed if parity.only_of_serving(r)]
+        untrained = [f"{names[r.cell_id]}: {r.because}" for r in departed if r.status is Status.UNTRAINED]
         others = [
             _failed_checks(names[r.cell_id], r)
             for r in departed
-            if not parity.diverged(r) and not parity.only_of_serving(r)
+            if not parity.diverged(r) and not parity.only_of_serving(r) and r.status is not Status.UNTRAINED
         ]
         return verdict(
             VerdictKind.FAIL,
             (*nonconforming, *(i for j in refuted for i in j.verdict.records)),
             f"changed after the run: {', '.join(run.changed)}" if run.changed else "",
             f"{plural(len(others), 'Cell')} departing from the Method ({'; '.join(others)})" if others else "",
+            f"training of {plural(len(untrained), 'Cell')} left a tensor as it was ({'; '.join(untrained)})"
+            if untrained
+            else "",
             f"training of {plural(len(diverged), 'Cell')} diverged ({'; '.join(diverged)})" if diverged else "",
             f"the servers of {plural(len(servers), 'Cell')} gave wrong answers or none ({'; '.join(servers)})"
             if servers

@@ -38,6 +38,8 @@ class JudgedTrajectory:
     by: str = ""
     """Source of the allowed errors. `noise`: the errors of the reference run in the same dtype. `growth`: the growth of
     rounding errors from step to step, which limits float64 runs and the reference run itself."""
+    limited_by: str = ""
+    """Id of the Cell of the reference run."""
     errors: tuple[float, ...] = ()
     """Error of each step: the distance of its loss from the loss in float64."""
     allowed: tuple[float, ...] = ()
@@ -135,7 +137,9 @@ def _measure(subject: Record, exact: Record, noise: Record) -> JudgedTrajectory:
         growth = "within the growth of rounding errors at all {} steps; this run defines the noise of the others"
         reason = (growth if by == "growth" else "within the noise of the reference at all {} steps").format(len(errors))
     verdict = Verdict(word, reason, tuple(dict.fromkeys((subject.id, exact.id, noise.id))))
-    return JudgedTrajectory(subject.cell_id, verdict, by, tuple(errors), tuple(allowed), ratios[step], step)
+    return JudgedTrajectory(
+        subject.cell_id, verdict, by, noise.cell_id, tuple(errors), tuple(allowed), ratios[step], step
+    )
 
 
 def allowed_errors(true_losses: Sequence[float], own_errors: Sequence[float], dtype: str) -> list[float]:

@@ -25,7 +25,9 @@ from harness.conformance.operation import OperationSubject, moved
 from harness.conformance.subject import DTYPES
 from harness.errors import Unsupported, plural
 from harness.methods.registry import Implementation
+from harness.process.out_of_memory import shortage
 from harness.records.check import CheckId, CheckResult
+from harness.records.check import Outcome as Verdict
 
 CHECKS = ("outputs", "output_codes")
 """Names of the checks that a timed call must pass. A check is run only if the Operation's parity suite contains it."""
@@ -163,14 +165,24 @@ class OperationBenchmark:
         return TimedCall(self.definition, implementation.function, arguments, backward=backward)
 
     def _after(self, size: BenchSize, calls: Sequence[TimedCall]) -> Iterator[CheckOutcome]:
-        """After timing, check the timed calls with new values. Yield the outcomes, up to one that loses the GPU."""
-        fresh, words = self._arguments(size, suite_run.SEED + 2), parity_suite.in_words(self.timed.case(size))
+        """After timing, check the timed calls with new values. Yield the outcomes, up to one that loses the GPU.
+
+        If memory runs out, the check is skipped with this reason: the timed call itself had enough.
+        """
+        words = parity_suite.in_words(self.timed.case(size))
         case = Case("call", seed=suite_run.SEED, factors=self.plan.factors())
         check = CheckId(self.operation, TIMED_CALL, self.dtype, case.state)
+
+        def checked(call: TimedCall) -> CheckResult:
+            try:
+                return call.check(self.dtype, self._arguments(size, suite_run.SEED + 2), case)
+            except (MemoryError, RuntimeError) as error:
+                if shortage(error) is None:
+                    raise
+                return CheckResult(check=str(check), outcome=Verdict.SKIPPED, detail=f"out of memory: {error}")
+
         for it, call in zip((self.ours, self.other), calls, strict=True):
-            found = suite_run.CaseRunner(it, words, self.dtype).attempt(
-                check, partial(call.check, self.dtype, fresh, case)
-            )
+            found = suite_run.CaseRunner(it, words, self.dtype).attempt(check, partial(checked, call))
             if isinstance(found, CheckResult):
                 found = CheckOutcome(
                     implementation=it.name, kind=it.kind, target=it.target, dtype=self.dtype, case=words, result=found

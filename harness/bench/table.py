@@ -122,6 +122,13 @@ def _notes(rows: Sequence[BenchRow]) -> list[str]:
         notes += ["different computations, each judged against its own reference:", *differing]
     if judged := dict.fromkeys(f"  {row.name} {row.shape}: {row.judged}" for row in measured if row.judged):
         notes += ["parity judged on a smaller size than was timed:", *judged]
+    rechecks = [(row, one) for row in measured for one in row.parity if one.check == TIMED_CALL]
+    if unchecked := [
+        f"  {row.name} {row.shape}, {one.implementation}: {one.result.detail}"
+        for row, one in rechecks
+        if one.status is CheckStatus.SKIPPED
+    ]:
+        notes += ["timed, but the timed call was not checked once more:", *unchecked]
     if missing := sum(row.cause == "interrupted" for row in rows):
         notes.append(f"interrupted: {missing} of these did not finish, marked `not-run: interrupted`")
     return notes

@@ -15,8 +15,14 @@ from typing import Any
 from harness.cell.job import Asset, Job, JobTask
 from harness.records.record import ADAPTER_SHA256, Cell, Environment, Json, Provider
 
-_VARIABLES = ("ATEN_", "MKL_CBWR", "NVIDIA_TF32", "PEFT_HARNESS_COMPILE", "TORCH", "TRITON_")
-"""Starts of the names of environment variables that decide which code computes."""
+_VARIABLES = (
+    "ATEN_", "BLIS_", "BNB_", "CUBLAS", "CUDA_", "CUDNN_", "DNNL_", "GOMP_", "KMP_", "MKL_", "NVIDIA_", "OMP_", "ONEDNN_",
+    "OPENBLAS_", "PEFT_HARNESS_", "PYTORCH_", "TORCH", "TRITON_", "VECLIB_",
+)  # fmt: skip
+"""Starts of the names of environment variables that may change a number: those of the libraries that compute (matrix
+products, threads, compilers), and of this package."""
+_WHICH_GPU = "CUDA_VISIBLE_DEVICES"
+"""Variable that differs between the processes of one run with several GPUs. It chooses a device, not the code."""
 
 
 def of_cell(cell: Cell, model: Asset, task: JobTask, device: str) -> str:
@@ -42,7 +48,9 @@ def of_process(job: Job, provider: Provider, environment: Environment) -> str:
     known = of_cell(job.cell, job.model, job.task, job.device)
     if not known:
         return ""
-    variables = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
+    variables = {
+        name: value for name, value in os.environ.items() if name.startswith(_VARIABLES) and name != _WHICH_GPU
+    }
     code = [environment.id, environment.code_version, environment.threads, provider.model_dump(), variables]
     return _hash([known, *code])
 

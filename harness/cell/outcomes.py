@@ -27,6 +27,6 @@ class Diverged(CellOutcomeError):  # noqa: N818  # Records store this name
 
 
 class Untrained(CellOutcomeError):  # noqa: N818  # Records store this name
-    """Training gave gradients that are all exactly zero."""
+    """Training left a trainable tensor at its first value, or gave gradients that are all exactly zero."""
 
-    status = Status.NONCONFORMING
+    status = Status.UNTRAINED

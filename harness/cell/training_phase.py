@@ -12,12 +12,14 @@ from harness.cell import weight_changes
 from harness.cell.cell_run import CellRun
 from harness.cell.data import CellData, RandomData
 from harness.cell.measure.memory import tensor_bytes
+from harness.cell.outcomes import Untrained
 from harness.cell.training import loop, loops, optimizers
 from harness.cell.training import model as models
 from harness.cell.training.counted_step import copied_B, step_peak
 from harness.cell.weight_changes import UpdateTracker
 from harness.conformance.cell_gate.memory_headroom import free_B
 from harness.conformance.subject import Subject, sampled
+from harness.errors import first_names
 from harness.process.out_of_memory import shortage
 from harness.records.record import TrainingMeasured
 
@@ -48,8 +50,8 @@ def train(
     """Train adapter and head on the batches of `data`, and return the results.
 
     start: name of each trained tensor -> copy of its initial value. The function empties this dict, which frees the
-    copies. Raises NonconformingError if a frozen tensor changed, or if a trained tensor did not change. Also raises the
-    errors of `loop.train`.
+    copies. Raises NonconformingError if a frozen tensor changed, and Untrained, with the names, if a tensor of the adapter
+    or the head kept its first value in all steps. Also raises the errors of `loop.train`.
     """
     cell, model, batches, adapted = run.cell, subject.model, data.batches, subject.adapted
     parameters = list(head.values())
@@ -57,7 +59,7 @@ def train(
     frozen = weight_changes.fingerprints(model)
     # In a large model some trained tensors have no copy in `start`: samples of them show changes.
     tensors = weight_changes.base_weights(subject) | subject.added() if hasattr(subject.config, "targets") else {}
-    samples_of = {name: sampled(t) for name, t in tensors.items() if name not in start}
+    samples_of = {name: sampled(t) for name, t in (tensors | dict(head)).items() if name not in start}
     parts = UpdateTracker(samples_of, lambda t: sampled(optimizers.stored_value(t, optimizer)))
     whole = UpdateTracker(
         {name: start[name] for name in adapted.tensors() if name in start},
@@ -80,7 +82,7 @@ def train(
             graphs.append(models.graphs())
             compiling.append(step)
         for tracker in (whole, parts):
-            tracker.observe(adapted.tensors)
+            tracker.observe(lambda: adapted.tensors() | dict(head))
 
     layerwise = optimizers.layerwise(optimizer, cell.training)
     with run.clock.phase("train"):
@@ -93,10 +95,12 @@ def train(
     after = weight_changes.fingerprints(model)
     thawed = [name for name in frozen if frozen[name] != after.get(name)]
     # In the first step a tensor may have no gradient by design (LoRA's A, because B is zero); later it must have one.
-    now = adapted.tensors() if len(batches) > 1 else {}
+    now = adapted.tensors() | dict(head) if len(batches) > 1 else {}
     unchanged = whole.unchanged(now) + parts.unchanged(now)
-    of_frozen = weight_changes.check_of_names(cell, "frozen", thawed, "changed")
-    run.require([of_frozen, weight_changes.check_of_names(cell, "moved", unchanged, "never moved")])
+    run.require([weight_changes.check_of_names(cell, "frozen", thawed, "changed")])
+    run.checks.append(weight_changes.check_of_names(cell, "moved", unchanged, "never moved"))
+    if unchanged:
+        raise Untrained(f"{first_names(unchanged)} never moved from the first value in {len(batches)} steps")
     measured = TrainingMeasured(
         **vars(samples),
         timing_warmup=min(TIMING_WARMUP, len(samples.losses) - 1),

@@ -23,6 +23,7 @@ from harness.conformance.subject import DTYPES
 from harness.methods.registry import discover
 from harness.methods.spec import Adapted
 from reference.shared.adapted import AdaptedModel
+from reference.shared.layers import LINEAR, kind_of
 
 
 def of_operation(name: str) -> Iterator[str]:
@@ -55,8 +56,33 @@ def of_method(name: str) -> Iterator[str]:
         there = {key: value for key, value in named.items() if key.startswith("first")}
         yield from (f"  {key}: {_form(value)}, {_start(value)}; {title}" for key, value in there.items())
     yield from _work(adapted)
+    yield from _optimizer_state(adapted)
+    yield ""
+    yield from _layers(plan)
     yield ""
     yield from _settings(plan)
+
+
+def _optimizer_state(adapted: Adapted) -> Iterator[str]:
+    """Yield the state of the Method's own optimizer after a step, if it has one: each entry by name."""
+    if (optimizer := adapted.optimizer(1e-3, 0.0)) is None:
+        return
+    for parameter in adapted.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, tensor in adapted.tensors().items():
+        if name.startswith("first"):
+            yield f"  {name}: after a step, the state of its optimizer in the reference has"
+            yield from (f"    {key}: {_form(value)}" for key, value in optimizer.state[tensor].items())
+
+
+def _layers(plan: MethodSuite) -> Iterator[str]:
+    """Yield the kinds of layers in the cases, and what every implementation must allow."""
+    yield f"kinds of layers in its cases: {', '.join(plan.layers)}"
+    if set(plan.layers) - {*LINEAR}:
+        _, kinds, text = (inspect.getdoc(kind_of) or "").partition("linear:")
+        yield f"  {' '.join((kinds + text.partition('Other subclasses')[0]).split())}"
+    yield "the checks copy layers and models by copy.deepcopy, so an implementation must allow that; a copy shares no tensor"
 
 
 def _returned(operation: Operation, arguments: Arguments) -> Iterator[str]:

@@ -168,7 +168,16 @@ def _check(name: str, rule: str) -> str:
     """Return a text with the rule of a check, and a command that runs the check in few cases."""
     example = _example(name)
     command = [f"to see it at work, on {example[0]} in one dtype:", f"  {example[1]}"] if example else []
-    return _titled(f"check {name}", "\n".join([rule, *(["", *command] if command else [])]))
+    return _titled(f"check {name}", "\n".join([rule, *_forms(name), *(["", *command] if command else [])]))
+
+
+def _forms(check: str) -> Iterator[str]:
+    """Yield the ways to call an implementation that the check `calls` tries, as its own tables name them."""
+    if check == "calls":
+        from harness.conformance.checks.modes import forms  # imports torch
+
+        for what, names in forms().items():
+            yield from ("", f"{what}:", *(f"  {name.format('NAME') if '{}' in name else name}" for name in names))
 
 
 def _example(check: str) -> tuple[str, str] | None:

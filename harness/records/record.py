@@ -54,11 +54,17 @@ class Status(StrEnum):
 
     OK = "ok"
     NONCONFORMING = "nonconforming"
+    UNTRAINED = "untrained"
     OOM = "oom"
     TIMEOUT = "timeout"
     ERROR = "error"
     SKIPPED = "skipped"
     LOST = "lost"
+
+    @property
+    def departs(self) -> bool:
+        """True if the code of the Cell is at fault: it computes something else, or leaves a tensor untrained."""
+        return self in (Status.NONCONFORMING, Status.UNTRAINED)
 
 
 class Base(FrozenModel):

@@ -17,6 +17,7 @@ from harness.analysis.metrics import Metric
 from harness.analysis.ranking import Group, RankingEntry, Score
 from harness.analysis.run_facts import RunFacts
 from harness.analysis.run_verdict import QuestionVerdict
+from harness.analysis.trajectories import JudgedTrajectory
 from harness.errors import plural
 from harness.records import naming
 from harness.records.imported import LoggedLoss
@@ -261,25 +262,34 @@ def _curve(s: Series, values: Sequence[float], low: float = -math.inf, high: flo
 
 
 def errors(f: RunFacts, judgement: QuestionVerdict) -> ChartSet | None:
-    """Return the chart of a `same-losses` comparison: |loss - float64 loss| and the largest allowed error, by step.
+    """Return the chart of a `same-losses` comparison: |loss - float64 loss| and the largest allowed errors, by step.
 
-    For another comparison, and without losses to compare, return None.
+    Each reference run gives a limit, so several models, methods or dtypes have several. For another comparison, and without
+    losses to compare, return None.
     """
     compared = [s for s in judgement.trajectories or () if s.errors]
     if not compared:
         return None
-    by_noise = [s for s in compared if s.by == "noise"]
-    allowed = (by_noise or compared)[0].allowed
+    limits: dict[str, JudgedTrajectory] = {}
+    for one in sorted(compared, key=lambda s: s.by != "noise"):
+        limits.setdefault(one.limited_by, one)
     # Two losses may agree to many digits by chance; such a dip must not flatten the other curves.
-    lowest = min((v for v in allowed if v > 0), default=1.0) / 1e3
+    lowest = min((v for one in limits.values() for v in one.allowed if v > 0), default=1.0) / 1e3
     cells = {cell.cell_id: cell for cell in f.run.manifest.cells}
     # One comparison may cover several models, whose Cells may have equal short names.
     names = f.titles if len({_place(cells[s.cell_id]) for s in compared}) > 1 else f.names
     series = [
         *_coloured(f, {names[s.cell_id]: cells[s.cell_id] for s in compared}),
-        Series("allowed" if by_noise else "allowed growth", charts.REST, kind="bound"),
+        *(
+            Series(
+                ("allowed" if one.by == "noise" else "allowed growth") + (f" by {names[i]}" if len(limits) > 1 else ""),
+                charts.REST,
+                kind="bound",
+            )
+            for i, one in limits.items()
+        ),
     ]
-    values = [*(s.errors for s in compared), allowed]
+    values = [*(s.errors for s in compared), *(one.allowed for one in limits.values())]
     drawn = [_curve(s, errors, low=lowest) for s, errors in zip(series, values, strict=True)]
     chart = charts.xy(_STEPS, Axis("distance from the float64 loss", "{:.0e}".format), drawn)
     return _set(judgement.comparison.says, [_figure("Distance from the float64 losses", chart)], drawn)

@@ -12,6 +12,7 @@ TONES: dict[str, str] = {
     VerdictKind.FAIL: "bad",
     Status.OK: "good",
     Status.NONCONFORMING: "bad",
+    Status.UNTRAINED: "bad",
     Status.SKIPPED: "quiet",
     CheckStatus.UNSUPPORTED: "quiet",
     CHANGED: "bad",

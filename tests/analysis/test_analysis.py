@@ -406,6 +406,16 @@ def test_a_nonconforming_cell_fails_before_anything_else(tmp_path: Path) -> None
     assert v.nonconforming == (recorded_run.cells()["fused"].cell_id + ".1",)
 
 
+def test_an_untrained_tensor_is_a_finding_with_its_name(tmp_path: Path) -> None:
+    def change(name: str, r: Record) -> Record:
+        return recorded_run.failed(r, Status.UNTRAINED, because="q.A never moved") if name == "fused" else r
+
+    v = run_verdict.judge(_whole(tmp_path, change=change))
+    named = naming.full(recorded_run.cells().values())[recorded_run.cells()["fused"].cell_id]
+    assert (v.exit, v.counts["untrained"], len(v.nonconforming)) == (Exit.FAIL, 1, 1)
+    assert v.verdict.reason == f"training of 1 Cell left a tensor as it was ({named}: q.A never moved)"
+
+
 def test_divergence_is_not_called_another_method(tmp_path: Path) -> None:
     reference = recorded_run.cells()["reference"]
 

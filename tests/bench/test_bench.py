@@ -29,6 +29,7 @@ from harness.bench import (
     results,
     step_benchmark,
     table,
+    timed_call,
     timing,
 )
 from harness.bench import operations as timed_operations
@@ -40,6 +41,7 @@ from harness.bench.sizes import MOST_PRODUCTS, MOST_WEIGHTS, SHAPES, BenchSize, 
 from harness.bench.steps import STEPS, Backbone
 from harness.cli import main
 from harness.conformance import operations, parity_suite
+from harness.conformance.case import Case
 from harness.conformance.findings.outcomes import CheckOutcome, DeviceLostError
 from harness.errors import Exit, StoreError, Unsupported, UsageError
 from harness.methods.implementations import torch_compile
@@ -235,6 +237,59 @@ def test_a_call_that_is_right_only_outside_timing_gets_no_speed(
     assert (forward.outcome, forward.samples, forward.red) == ("refused", None, True)
     assert "acme fails lora_linear/timed_call/float32/call" in forward.because
     assert why in forward.because
+
+
+def test_memory_that_runs_out_in_the_check_after_timing_leaves_the_time(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check after timing needs more tensors than the timed call, so it may run out of memory where the call does not."""
+    timed, pairs = [], timing.pairs
+
+    def measured(*given: Any, **more: Any) -> results.Samples:
+        found = pairs(*given, **more)
+        timed.append(True)
+        return found
+
+    def scarce(**given: Any) -> Any:
+        if timed:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+        return reference("lora_linear")(**given)
+
+    monkeypatch.setattr(timing, "pairs", measured)
+    forward = next(iter(benchmark_of(offered("acme", "lora_linear", scarce), registry).rows(SMALL)))
+    assert (forward.outcome, forward.red) == ("measured", False), forward.because
+    assert forward.samples is not None
+    text = "\n".join(table.lines([forward]))
+    assert "the timed call was not checked once more" in text
+    assert "acme: out of memory: CUDA out of memory. Tried to allocate 9.00 GiB" in text
+
+
+def test_the_check_after_timing_frees_the_tensors_of_the_timed_call(registry: Registry) -> None:
+    seen: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def counting(**given: Any) -> Any:
+        seen.append(weakref.ref(given["W"]))
+        alive.append(len({id(one()) for one in seen if one() is not None}))
+        return reference("lora_linear")(**given)
+
+    bench = benchmark_of(offered("acme", "lora_linear", counting), registry)
+    call = bench._call(bench.other, bench._arguments(SMALL), False)
+    found = call.check("float32", bench._arguments(SMALL, 1), Case("call", seed=0))
+    assert found.outcome is Outcome.PASS
+    assert alive == [1] * len(alive)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 10**6])
+def test_a_comparison_in_pieces_sees_every_element(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    monkeypatch.setattr(timed_call, "PIECE", piece)
+    made = torch.arange(15.0).reshape(5, 3).T
+    for at in [(0, 0), (2, 4), (1, 2)]:
+        other = made.clone()
+        other[at] += 1
+        assert timed_call._equal({"y": made}, {"y": made.clone()})
+        assert not timed_call._equal({"y": made}, {"y": other})
+        assert timed_call._digests({"y": made}) != timed_call._digests({"y": other})
 
 
 def test_an_unsupported_case_is_not_run_and_no_failure(registry: Registry) -> None:

@@ -201,6 +201,11 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
         ("settle", "`history settle` confirms"),
         ("canary", "a comparison of a revision with itself"),
         ("LORA-10000X", "claim lora-10000x"),
+        ("untrained", "the reason names the tensor"),
+        ("calls", "by a pickled copy"),
+        ("lora", "copy.deepcopy"),
+        ("lora", "`embed_scale`"),
+        ("galore", "M: float32 [3, 128]"),
     ],
 )
 def test_explain(name: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -17,8 +18,17 @@ from safetensors.torch import load_file, save_file
 
 from harness.cli import adapter as adapter_command
 from harness.cli import main
-from harness.conformance.adapter_files import corpus
+from harness.conformance.adapter_files import corpus, loader_logits, loader_worker, subject
+from harness.conformance.adapter_files.loader_protocol import (
+    Compared,
+    LoaderBegun,
+    LoaderEvent,
+    LoaderLogits,
+    LoaderTask,
+)
+from harness.conformance.adapter_files.reference_logits import reference_logits
 from harness.conformance.adapter_files.subject import corpus_adapter
+from harness.conformance.execution.worker_protocol import Died
 from harness.errors import Exit
 from harness.methods.base_model import logits as logits_of
 from harness.methods.implementations.hf_peft.loader import PeftLoader
@@ -140,17 +150,61 @@ def test_a_loader_that_hangs_crashes_or_prints_costs_only_its_own_row(
     names = ["crash", "hang", "print_much", "answer_nonsense", "reference", "leave_a_process"]
     arguments = [str(plain), *names, "--base-model", str(BASES / "llama"), "--patience", "2", "--json"]
     assert main(["check", *arguments]) == Exit.FAIL
-    out, _ = capfd.readouterr()
+    out, err = capfd.readouterr()
     found = {one["loader"]: one for one in json.loads(out)["logits"]}
     assert list(found) == names
     assert {name: one["verdict"] for name, one in found.items()} == {
         "crash": "raises", "hang": "raises", "print_much": "agrees", "answer_nonsense": "raises", "reference": "agrees",
-        "leave_a_process": "raises",
+        "leave_a_process": "agrees",
     }  # fmt: skip
     assert "exit code 3" in found["crash"]["detail"]
     assert "no result for 2 s; killed" in found["hang"]["detail"]
     assert "logits returned str" in found["answer_nonsense"]["detail"]
-    assert "left a process behind: sleep" in found["leave_a_process"]["detail"]
+    assert "after the logits of print_much, answer_nonsense, reference, leave_a_process were compared" in err
+    assert "left a process behind: sleep" in err
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_an_unexpected_error_of_the_reference_is_no_fault_of_the_file_or_the_loader(
+    plain: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*given: Any) -> Any:
+        if dtype in given or dtype is torch.float64:
+            raise KeyError("no such layer")
+        return reference_logits(*given)
+
+    for module in (loader_worker, subject):
+        monkeypatch.setattr(module, "reference_logits", broken)
+    assert main(["check", str(plain), "reference", "--base-model", str(BASES / "llama"), "--json"]) == Exit.PASS
+    out, err = capfd.readouterr()
+    (logits,) = json.loads(out)["logits"]
+    assert logits["verdict"] == "not compared"
+    assert "raised KeyError: 'no such layer'; this is a defect of peft-harness" in logits["detail"]
+    assert "please report it with the traceback on stderr and adapter_config.json" in logits["detail"]
+    assert "patience" not in logits["detail"]
+    assert "in broken" in err
+
+
+def test_a_worker_that_dies_after_an_answer_costs_no_loader_its_result(
+    plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[list[str]] = []
+
+    def events(pool: object, task: LoaderTask, patience: float) -> Iterator[LoaderEvent]:
+        names = [name for name, _ in task.loaders]
+        asked.append(names)
+        yield LoaderBegun(begin=names[0])
+        yield Compared(result=LoaderLogits(loader=names[0], verdict="agrees"))
+        yield Died(died="the process died of SIGKILL")
+
+    monkeypatch.setattr(loader_logits, "loader_events", events)
+    loaders = ["reference", "hf-peft"]
+    assert main(["check", str(plain), *loaders, "--base-model", str(BASES / "llama"), "--json"]) == Exit.PASS
+    out, err = capsys.readouterr()
+    found = {one["loader"]: one["verdict"] for one in json.loads(out)["logits"]}
+    assert found == {"reference": "agrees", "hf-peft": "agrees"}
+    assert all(f"after the logits of {name} were compared: the process died of SIGKILL" in err for name in loaders)
+    assert asked == [["reference", "hf-peft"], ["hf-peft"]]
 
 
 @pytest.mark.parametrize(

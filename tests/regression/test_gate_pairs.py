@@ -436,7 +436,13 @@ def test_a_lower_gpu_clock_of_one_side_is_named(gated) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"), [(Status.NONCONFORMING, "parity"), (Status.OOM, "outcome"), (Status.ERROR, "outcome")]
+    ("status", "kind"),
+    [
+        (Status.NONCONFORMING, "parity"),
+        (Status.UNTRAINED, "parity"),
+        (Status.OOM, "outcome"),
+        (Status.ERROR, "outcome"),
+    ],
 )
 def test_a_failed_new_side_is_a_finding_and_gets_no_more_pairs(gated, status: Status, kind: str) -> None:
     fake = FakeRuns(new_status=status)

@@ -181,7 +181,7 @@ def test_series_of_equal_colours_have_other_symbols() -> None:
     assert len({Series("s", 3, variant=k).shape for k in range(4)}) == 4
 
 
-def test_one_comparison_over_two_models_has_a_line_for_each_cell() -> None:
+def test_one_comparison_over_two_models_has_a_line_and_a_limit_for_each() -> None:
     lora: dict[str, Any] = {"task": "t", "method": "lora", "implementation": "reference"}
     lora |= {"training": Training(steps=2), "evaluation": Evaluation(items=1)}
     both = [Cell(model=model, **lora) for model in ("small", "large")]
@@ -191,9 +191,15 @@ def test_one_comparison_over_two_models_has_a_line_for_each_cell() -> None:
         names=dict.fromkeys(ids, "lora"),
         titles=dict(zip(ids, ("small lora", "large lora"), strict=True)),
     )
-    compared = [SimpleNamespace(cell_id=one, errors=[1e-6, 2e-6], by="noise", allowed=[1e-5, 1e-5]) for one in ids]
+    compared = [
+        SimpleNamespace(cell_id=one, errors=[1e-6, 2e-6], by="noise", limited_by=one, allowed=[limit] * 2)
+        for one, limit in zip(ids, (1e-5, 4e-5), strict=True)
+    ]
     judgement: Any = SimpleNamespace(trajectories=compared, comparison=SimpleNamespace(says="the same run"))
     found = chart_sets.errors(facts, judgement)
     assert found is not None
-    text = str(found)
-    assert all(title in text for title in facts.titles.values())
+    assert [entry["name"] for entry in found["legend"]] == [
+        "small lora", "large lora", "allowed by small lora", "allowed by large lora",
+    ]  # fmt: skip
+    heights = [points(mark)[0][1] for mark in marks(found["figures"][0], "bound")]
+    assert len(heights) == len(set(heights)) == 2

@@ -18,7 +18,7 @@ import harness
 from harness.analysis.failed_checks import no_merged_speed
 from harness.errors import UsageError
 from harness.records import store
-from harness.records.record import Failure, Memory, Outcome, Predicted, Record, Status
+from harness.records.record import Failure, Gate, Memory, Outcome, Predicted, Record, Status
 from harness.report.export.columns import TABLES
 from harness.report.export.columns import declared as declared_columns
 from harness.report.export.frames import Numbers
@@ -354,3 +354,19 @@ def test_labels_distinguish_configurations_but_not_seeds(tmp_path: Path) -> None
     assert pd.isna(ia3["rank"])
     assert json.loads(biased["notes"]) == notes
     assert pd.isna(plain["notes"])
+
+
+def test_the_checks_of_a_shared_gate_are_marked_where_they_are_repeated(tmp_path: Path) -> None:
+    def gated(name: str, record: Record) -> Record:
+        own = record.checks[:1] if name == "fused" else []
+        gate = Gate(key="k", record="" if name == "fused" else f"{fused}.1", checks=len(own))
+        return record.model_copy(update={"checks": [*own, *record.checks[1:2]], "gate": gate})
+
+    fused = recorded_run.cells()["fused"].cell_id
+    run = recorded_run.write_run(tmp_path / "run", only=["fused", "hf-peft"], change=gated)
+    numbers = harness.load(run.path)
+    checks = numbers.checks
+    assert {len(own) for _, own in checks.groupby("cell_id")} == {2}
+    assert checks[checks["cell_id"] == fused]["shared"].tolist() == [False, False]
+    assert checks[checks["cell_id"] != fused]["shared"].tolist() == [True, False]
+    assert numbers.columns.query("table == 'checks'")["column"].tolist() == list(checks.columns)

@@ -76,7 +76,7 @@ def test_a_compiled_model_and_an_imported_adapter_never_share() -> None:
     assert key(changed(config={"adapter_sha256": "0" * 64})) == ""
 
 
-def test_software_threads_and_variables_are_part_of_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_software_and_threads_are_part_of_the_key(tmp_path: Path) -> None:
     from support.stub_attempts import Stubbed
 
     (job,) = Stubbed(tmp_path, 1).works()
@@ -88,9 +88,35 @@ def test_software_threads_and_variables_are_part_of_the_key(monkeypatch: pytest.
         for field, value in (("id", "other"), ("code_version", "other"), ("threads", 1))
     ]
     others.append(gate_key.of_process(job, by.model_copy(update={"version": "2"}), here))
-    monkeypatch.setenv("PEFT_HARNESS_COMPILE", "0")
-    others.append(gate_key.of_process(job, by, here))
-    assert len({usual, *others}) == 6
+    assert len({usual, *others}) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        *(
+            (name, True)
+            for name in (
+                "ATEN_CPU_CAPABILITY", "CUBLAS_WORKSPACE_CONFIG", "CUDA_LAUNCH_BLOCKING", "KMP_AFFINITY", "MKL_CBWR",
+                "MKL_ENABLE_INSTRUCTIONS", "NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA",
+                "OPENBLAS_CORETYPE", "PEFT_HARNESS_COMPILE", "PEFT_HARNESS_CROSSOVERS",
+                "PYTORCH_CUDA_ALLOC_CONF", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TRITON_INTERPRET",
+            )
+        ),
+        ("CUDA_VISIBLE_DEVICES", False), ("HOME", False),
+    ],
+)  # fmt: skip
+def test_variables_that_may_change_a_number_are_part_of_the_key(
+    name: str, counts: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from support.stub_attempts import Stubbed
+
+    (job,) = Stubbed(tmp_path, 1).works()
+    here, by = recorded_run.environment(), Provider(distribution="d", version="1")
+    monkeypatch.delenv(name, raising=False)
+    usual = gate_key.of_process(job, by, here)
+    monkeypatch.setenv(name, "7")
+    assert (gate_key.of_process(job, by, here) != usual) is counts
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------

@@ -63,13 +63,21 @@ def nan(model, config, generator):
     adapted.after_step = after_step
     return adapted
 
+@implements("lora", name="forgets")
+def forgets(model, config, generator):
+    # Computes LoRA, but freezes its first A in the first step, in which the gradient of A is zero.
+    adapted = plain(model, config, generator)
+    first = adapted.parameters()[0]
+    adapted.after_step = lambda step: first.requires_grad_(False)
+    return adapted
+
 BY_IMPORT = {
     name: implements("lora", name=name, requires=[f"misbehaving_{name}"])(plain)
     for name in ("killed", "crashes", "exits", "leaves", "starved", "missing", "hangs", "vandal")
 }
 
 def implementations():
-    return [raises, greedy, wrong, nan, *BY_IMPORT.values()]
+    return [raises, greedy, wrong, nan, forgets, *BY_IMPORT.values()]
 """
 
 # The start-up of a Cell imports these modules first, so that tests need not wait for torch.

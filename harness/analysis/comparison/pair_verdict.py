@@ -184,7 +184,7 @@ def _outcome(pair: CellPair) -> ComparisonRow | None:
     if old.status is not Status.OK:
         reason = f"the old side is {old.status.value}: {old.because}"
         return pair.row(FindingKind.OUTCOME, VerdictKind.NOT_RUN, "outcome", reason, *statuses)
-    kind = FindingKind.PARITY if new.status is Status.NONCONFORMING else FindingKind.OUTCOME
+    kind = FindingKind.PARITY if new.status.departs else FindingKind.OUTCOME
     return pair.row(kind, VerdictKind.FAIL, "outcome", new.because, *statuses)
 
 

@@ -159,9 +159,12 @@ class _Judge:
     def _selects_none(self) -> bool:
         """Return whether the config names layers, but none of those in the file."""
         settings, paths = self.adapter.settings, [_path(start) for start in self.pairs]
-        if not paths or not settings.target_modules or str(settings.target_modules).lower() == ALL_LINEAR:
+        if not paths or not settings.target_modules:
             return False
-        return not any(settings.targets(path) or self._is_stack(path) for path in paths)
+        every = str(settings.target_modules).lower() == ALL_LINEAR
+        return not any(
+            (not settings.excludes(path) if every else settings.targets(path)) or self._is_stack(path) for path in paths
+        )
 
     def _is_stack(self, path: str) -> bool:
         """Return whether this may be the path of a module with a parameter in target_parameters."""

@@ -27,6 +27,7 @@ from harness.conformance.execution import worker_processes
 from harness.conformance.execution.worker_processes import PATIENCE
 from harness.conformance.execution.worker_protocol import Died
 from harness.conformance.findings import defects
+from harness.console import print_note
 from harness.methods.loader import ADAPTER_FILES
 from harness.methods.registry import Implementation, Registry, discover
 from harness.process.worker_pool import WorkerPool
@@ -97,11 +98,12 @@ def _run(
 ) -> dict[str, LoaderLogits]:
     """Run loaders one after the other, and map their names to the results.
 
-    After a crash or a hang, a new process runs the loaders that had not begun.
+    After a crash or a hang, a new process runs the loaders that had not begun. A loader that has answered keeps its result:
+    if the process dies between two loaders or after the last one, a note on stderr says so.
     """
     remaining, found, pool = {one.name: one.point for one in loaders}, dict[str, LoaderLogits](), WorkerPool()
     while remaining:
-        current = ""
+        current, answered = "", list[str]()
         task = LoaderTask(adapter=str(adapter.weights), base=str(folder), loaders=list(remaining.items()))
         for event in loader_events(pool, task, patience):
             match event:
@@ -109,16 +111,19 @@ def _run(
                     del remaining[current]
                 case Compared(result=result):
                     found[result.loader] = result
+                    answered.append(current)
+                    current = ""
                 case Died(died=how) if current:
                     found[current] = LoaderLogits(loader=current, verdict="raises", detail=how)
+                case Died(died=how) if answered:
+                    print_note(f"note: after the logits of {', '.join(answered)} were compared: {how}")
                 case Died(died=how):
-                    found |= {
-                        name: _not_compared(name, f"the reference: {how} (--patience SECONDS)") for name in remaining
-                    }
-                    remaining = {}
-                case NotComparable(reason=reason):
+                    reason = f"the reference: {how}; if it needs longer: --patience SECONDS"
                     found |= {name: _not_compared(name, reason) for name in remaining}
                     remaining = {}
+                case NotComparable(reason=reason):
+                    found |= {name: _not_compared(name, reason) for name in [current, *remaining] if name}
+                    current, remaining = "", {}
     return found
 
 

@@ -58,7 +58,7 @@ class Compared(FrozenModel):
 
 
 class NotComparable(FrozenModel):
-    """The reference cannot compute the logits, so no loader is run."""
+    """The reference cannot compute the logits, so neither the loader that began nor a later one is compared."""
 
     reason: str
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from harness.errors import Unsupported, UsageError
 from harness.methods.loader import ADAPTER_FILES
 from harness.methods.registry import Implementation, discover
 from harness.process.event_pipe import Emit, event_writer
+from harness.process.out_of_memory import shortage
 from harness.records.check import CheckId
 
 PROMPTS = 4
@@ -46,15 +48,41 @@ def main(fd: int, line: int, task: LoaderTask) -> None:
     """Run the loaders of the task one after the other."""
     with event_writer(fd, line) as emit:
         try:
-            comparison = _Comparison.of(task, emit)
-        except (UsageError, Unsupported) as error:
-            reason = f"{error.where}: {error.what}" if isinstance(error, UsageError) else str(error)
-            send(emit, NotComparable(reason=reason))
-            return
-        for name, point in task.loaders:
-            send(emit, LoaderBegun(begin=name))
-            loader = discover(only=[point]).find("loader", ADAPTER_FILES, name)
-            send(emit, Compared(result=comparison.judge(loader)))
+            with _reference():
+                comparison = _Comparison.of(task, emit)
+            for name, point in task.loaders:
+                send(emit, LoaderBegun(begin=name))
+                loader = discover(only=[point]).find("loader", ADAPTER_FILES, name)
+                send(emit, Compared(result=comparison.judge(loader)))
+        except _ReferenceError as error:
+            send(emit, NotComparable(reason=error.reason))
+            if error.unexpected:
+                raise  # so that the traceback is printed
+
+
+class _ReferenceError(Exception):
+    """The reference cannot compute logits. unexpected: True for a defect of peft-harness."""
+
+    def __init__(self, reason: str, *, unexpected: bool = False) -> None:
+        super().__init__(reason)
+        self.reason, self.unexpected = reason, unexpected
+
+
+@contextmanager
+def _reference() -> Iterator[None]:
+    """Raise each error of the reference as a _ReferenceError, so that no loader is blamed for it."""
+    try:
+        yield
+    except UsageError as error:
+        raise _ReferenceError(f"{error.where}: {error.what}") from error
+    except Unsupported as error:
+        raise _ReferenceError(str(error)) from error
+    except Exception as error:
+        if shortage(error) is not None:
+            raise _ReferenceError(f"the reference ran out of memory: {error}") from error
+        what = f"the reference of peft-harness raised {type(error).__name__}: {error}"
+        advice = "this is a defect of peft-harness, not of the file; please report it with the traceback on stderr and"
+        raise _ReferenceError(f"{what}; {advice} adapter_config.json", unexpected=True) from error
 
 
 @dataclass(frozen=True)
@@ -102,9 +130,10 @@ class _Comparison:
         )
 
     def _rounded(self, subject: LoaderSubject) -> Iterator[dict[str, Tensor]]:
-        for runs, logits in enumerate(subject.rounded(), 1):
-            send(self.emit, ReferenceComputed(runs=runs))
-            yield logits
+        with _reference():
+            for runs, logits in enumerate(subject.rounded(), 1):
+                send(self.emit, ReferenceComputed(runs=runs))
+                yield logits
 
 
 def _largest(have: list[Tensor], want: list[Tensor]) -> float | None:

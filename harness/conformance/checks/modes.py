@@ -6,6 +6,7 @@ import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from functools import partial
 from itertools import chain, islice
 
@@ -34,7 +35,7 @@ from harness.conformance.comparison.inputs import HALF, cast, inputs
 from harness.conformance.comparison.kept_memory import kept_alive
 from harness.conformance.comparison.layer_comparison import reference_runs, runs_of
 from harness.conformance.comparison.observations import observe, preserved_state
-from harness.conformance.comparison.operation_forms import of_operation
+from harness.conformance.comparison.operation_forms import OperationForm, of_operation
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed, worst_of
 from harness.conformance.operation import OperationSubject
 from harness.conformance.subject import DTYPES, Subject, load
@@ -50,22 +51,36 @@ LAYERS = 2
 """Number of layers to try. More layers would show little, because all layers of a model are of one class."""
 
 
+class LayerForm(StrEnum):
+    """Ways to call a layer that are in none of the tables of forms. `{}` stands for a tensor or a dtype."""
+
+    ONE_TRAINED = "with only {} trained"
+    ONE_ROW = "one row expanded"
+    NO_TOKENS = "no tokens"
+    AUTOCAST = "under autocast to {}"
+    AUTOCAST_AFTER = "under autocast after a change to {}"
+    TINY = "with a tiny {}"
+    SECOND_ORDER = "the gradient of a gradient"
+    FUNCTORCH = "by torch.func"
+    OTHER_DTYPE = "by a copy in {}"
+
+
+def forms() -> dict[str, list[str]]:
+    """Return the names of all forms that `calls` tries, by what they apply to."""
+    return {
+        "a layer, in layouts of its input": [*LAYOUTS, *IMAGE_LAYOUTS],
+        "a layer": [*MODES, *HISTORIES, *NEW_VALUES, *LayerForm, *LONG_FORMS],
+        "a layer without gradients; also in each layout": [*forms_without_gradients({})],
+        "an Operation": [*OperationForm],
+    }
+
+
 @check(States.WARM, only_wide=True)
 def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Every way to call an implementation gives what the reference gives for the same numbers.
 
-    For a layer, the check tries:
-
-    - inputs: sequences of one token, one sequence, four dimensions, no tokens, transposed, sliced and expanded inputs,
-      and images with channels last, each with and without gradients,
-    - modes: inference_mode, autocast, both kinds of checkpointing, another default dtype, deterministic algorithms,
-    - gradients: none for the input, for the adapter, or for all but one of its tensors; micro-batches; derivatives of
-      derivatives, forward-mode derivatives, vmap,
-    - changes: outputs and inputs changed in place, an output after a later call, hooks, copies, and new values of all
-      tensors in every way that torch has,
-    - torch.compile, many calls, calls in threads, and whether memory grows.
-
-    For an Operation, it tries the same, as far as it applies.
+    A form is left out where it cannot apply, for example an input in place for token numbers. copy.deepcopy must copy a
+    layer. pickle may refuse it, but a pickled layer must compute the same. No call may make memory grow.
     """
     found = list(of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:
@@ -133,7 +148,7 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         for name in call.tensors if len(call.tensors) > 1 else ():
             with _only_trained(call.tensors, name):
                 seen = call.observe(call.x, call.dy)
-            yield judge(f"with only {name} trained", seen, ["y", "grad x", f"grad {name}"])
+            yield judge(LayerForm.ONE_TRAINED.format(name), seen, ["y", "grad x", f"grad {name}"])
         if kept := kept_alive(partial(call.observe, call.x, call.dy)):
             yield Judgement(False, None, None, path, f"memory grows with every call: {kept}", "exact", 0)
         yield from _with_new_values(subject, case, path, call)
@@ -177,8 +192,8 @@ def _with_other_rows(subject: Subject, case: Case, path: str, call: Call) -> Ite
     """Yield judgements of calls with other rows: one row expanded to several, and an input (2, 0, D) without rows."""
     D, E = call.x.shape[-1], call.dy.shape[-1]
     for name, x, dy in (
-        ("one row expanded", call.x[:1].expand(ROWS, D), call.dy[:1].expand(ROWS, E)),
-        ("no tokens", call.x[:0].view(2, 0, D), call.dy[:0].view(2, 0, E)),
+        (LayerForm.ONE_ROW, call.x[:1].expand(ROWS, D), call.dy[:1].expand(ROWS, E)),
+        (LayerForm.NO_TOKENS, call.x[:0].view(2, 0, D), call.dy[:0].view(2, 0, E)),
     ):
         mine = observe(call.layer, call.tensors, x, dy, training=call.training)
         truth, draws = reference_runs(subject, path, x, dy)
@@ -207,11 +222,11 @@ def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iter
             return observe(layer, tensors, x, dy, training=call.training)
 
     try:
-        for when in ("under autocast", "under autocast after a change"):
+        for when in (LayerForm.AUTOCAST, LayerForm.AUTOCAST_AFTER):
             truth = observe(wide.layer, wide.tensors, cast(x, "float64"), dy.double())
             for dtype in ("bfloat16", "float16"):
                 seen = under(call.layer, mine, dtype, x)
-                yield _named(path, f"{when} to {dtype}", noise_floor(seen, truth, rounded(dtype), dtype, factor))
+                yield _named(path, when.format(dtype), noise_floor(seen, truth, rounded(dtype), dtype, factor))
             with torch.no_grad():
                 for tensor in (*mine.values(), *wide.tensors.values(), *own.tensors.values()):
                     tensor.mul_(HALF)
@@ -229,7 +244,7 @@ def _untrained(subject: Subject, case: Case, path: str, call: Call) -> Iterator[
                 seen = call.output(training=False)
             truth, draws = reference_runs(subject, path, call.x, call.dy[:0])
             verdict = noise_floor(seen, truth, draws, subject.dtype, case.factor("calls"))
-            yield _named(path, f"with a tiny {name}", verdict)
+            yield _named(path, LayerForm.TINY.format(name), verdict)
         finally:
             load(subject.adapted, {f"{path}.{name}": held})
 
@@ -261,13 +276,13 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
     if x.is_floating_point() and _second(own.layer, own.tensors, x, dy):
         truth, draws = reference_runs(subject, path, x, dy, look=_second)
         verdict = noise_floor(_second(layer, tensors, x, dy), truth, draws, subject.dtype, factor)
-        yield _named(path, "the gradient of a gradient", verdict)
+        yield _named(path, LayerForm.SECOND_ORDER, verdict)
         own = subject.reference(path, subject.dtype)  # the draws may have moved its tensors
     if x.is_floating_point() and (seen := _by_functorch(layer, tensors, x, dy)):
         truth, draws = reference_runs(subject, path, x, dy, look=_by_functorch)
         known = ({n: t for n, t in draw.items() if n in seen} for draw in draws)
         expected = {n: t for n, t in truth.items() if n in seen}
-        yield _named(path, "by torch.func", noise_floor(seen, expected, known, subject.dtype, factor))
+        yield _named(path, LayerForm.FUNCTORCH, noise_floor(seen, expected, known, subject.dtype, factor))
     rounded_alike = {t.dtype for t in tensors.values()} <= {
         DTYPES[subject.dtype]
     }  # False if an adapter stays in float32
@@ -284,7 +299,9 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
 
     truth, rounded = (moved(own.layer, own.tensors, dtype) for dtype in ("float64", other))
     yield _named(
-        path, f"by a copy in {other}", noise_floor(moved(layer, tensors, other), truth, rounded, other, factor)
+        path,
+        LayerForm.OTHER_DTYPE.format(other),
+        noise_floor(moved(layer, tensors, other), truth, rounded, other, factor),
     )
 
 

@@ -140,16 +140,19 @@ def layouts_with_gradients(layouts: Mapping[str, Layout]) -> dict[str, Form]:
     return {name: form(layout) for name, layout in layouts.items()}
 
 
+WITHOUT_GRADIENTS: dict[str, tuple[Callable[[], Any], bool]] = {
+    "under no_grad": (torch.no_grad, False),
+    "under inference_mode": (torch.inference_mode, False),
+    "under no_grad in training mode": (torch.no_grad, True),
+}
+"""Name -> context without gradients, and whether the layer is in training mode."""
+
+
 def forms_without_gradients(layouts: Mapping[str, Layout]) -> dict[str, Form]:
     """Return forms that call the layer without gradients, in each mode and with the input in each of the layouts.
 
     In each mode, one more form returns an output as it is after a later call with another input.
     """
-    modes: dict[str, tuple[Callable[[], Any], bool]] = {
-        "under no_grad": (torch.no_grad, False),
-        "under inference_mode": (torch.inference_mode, False),
-        "under no_grad in training mode": (torch.no_grad, True),
-    }
 
     def form(without: Callable[[], Any], training: bool, layout: Layout, later: bool = False) -> Form:
         def run(call: Call) -> dict[str, Tensor] | None:
@@ -164,7 +167,7 @@ def forms_without_gradients(layouts: Mapping[str, Layout]) -> dict[str, Form]:
         return Form(run, "all gradients", rounds_differently=True)
 
     plain, found = _as_it_is, dict[str, Form]()
-    for mode, (without, training) in modes.items():
+    for mode, (without, training) in WITHOUT_GRADIENTS.items():
         found[mode] = form(without, training, plain)
         found[f"{mode} before a later call"] = form(without, training, plain, later=True)
         found |= {f"{mode} {name}": form(without, training, layout) for name, layout in layouts.items()}

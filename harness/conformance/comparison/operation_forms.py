@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from enum import StrEnum
 from threading import Barrier
 from typing import Any
 
@@ -27,6 +28,33 @@ SMALL = 20_000
 _Named = dict[str, Tensor]
 
 
+class OperationForm(StrEnum):
+    """Ways to call an Operation. `{}` stands for an argument, an output or a dtype."""
+
+    NO_GRAD = "under no_grad"
+    INFERENCE = "under inference_mode"
+    DEFAULT_BFLOAT16 = "while torch's default dtype is bfloat16"
+    DEFAULT_FLOAT64 = "while torch's default dtype is float64"
+    DETERMINISTIC = "with deterministic algorithms"
+    NO_AUTOCAST = "with autocast switched off again"
+    AUTOCAST = "under autocast to {}"
+    LEAVES = "with arguments that need a gradient"
+    OTHER_NUMBERS = "with other numbers"
+    CHANGED = "after its arguments changed"
+    OUTPUTS_OVERWRITTEN = "after its outputs were overwritten"
+    EARLIER_OVERWRITTEN = "after earlier outputs were overwritten"
+    ONE_GRADIENT = "with only {} needing a gradient"
+    EXPANDED = "with the gradient of a sum"
+    TRANSPOSED = "with a transposed gradient"
+    ONE_OUTPUT = "with only {} in use"
+    SECOND_BACKWARD = "in a second backward pass"
+    ZEROS = "with gradients that are zeros"
+    NO_LEAVES = "from arguments that are no leaves"
+    THREADS = f"in {THREADS} threads"
+    REPEATED = "{} times"
+    REPEATED_BACKWARD = f"backward {REPEATS} times"
+
+
 def of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     """Yield a judgement of the outputs or gradients for every way to call the Operation."""
     plain = {name: t.detach().clone() for name, t in subject.call().items()}
@@ -37,28 +65,28 @@ def of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     for form, seen in _in_modes(subject):
         yield judge(form, seen)
     yield from _under_autocast(subject, plain, case)
-    yield judge("with arguments that need a gradient", _detached(subject.call(**_leaves(subject.arguments))))
-    yield _judge_changed(subject, case, "with other numbers", _with_other_numbers(subject.arguments))
-    yield _judge_changed(subject, case, "after its arguments changed", subject.arguments, in_place=True)
+    yield judge(OperationForm.LEAVES, _detached(subject.call(**_leaves(subject.arguments))))
+    yield _judge_changed(subject, case, OperationForm.OTHER_NUMBERS, _with_other_numbers(subject.arguments))
+    yield _judge_changed(subject, case, OperationForm.CHANGED, subject.arguments, in_place=True)
     yield from _after_overwriting(subject, judge)
     if subject.operation.differentiable:
         yield from _gradients(subject, case)
     if kept := kept_alive(subject.call):
         yield Judgement(False, None, None, "", f"memory grows with every call: {kept}", "exact", 0)
-    yield judge(f"in {THREADS} threads", _in_threads(subject, _detached(subject.call())))
+    yield judge(OperationForm.THREADS, _in_threads(subject, _detached(subject.call())))
     yield from _repeated(subject, judge, case)
 
 
 def _in_modes(subject: OperationSubject) -> Iterator[tuple[str, _Named]]:
     """Call the Operation in modes of torch that change no number. Yield the name of each mode, and the outputs."""
     with torch.no_grad():
-        yield "under no_grad", subject.call()
+        yield OperationForm.NO_GRAD, subject.call()
     with torch.inference_mode():
-        yield "under inference_mode", subject.call()
+        yield OperationForm.INFERENCE, subject.call()
     changes: dict[str, Callable[[], object]] = {
-        "while torch's default dtype is bfloat16": lambda: torch.set_default_dtype(torch.bfloat16),
-        "while torch's default dtype is float64": lambda: torch.set_default_dtype(torch.float64),
-        "with deterministic algorithms": lambda: torch.use_deterministic_algorithms(True),
+        OperationForm.DEFAULT_BFLOAT16: lambda: torch.set_default_dtype(torch.bfloat16),
+        OperationForm.DEFAULT_FLOAT64: lambda: torch.set_default_dtype(torch.float64),
+        OperationForm.DETERMINISTIC: lambda: torch.use_deterministic_algorithms(True),
     }
     for form, change in changes.items():
         with process_settings.restored():
@@ -67,7 +95,7 @@ def _in_modes(subject: OperationSubject) -> Iterator[tuple[str, _Named]]:
         yield form, seen
     with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
         seen = subject.call()
-    yield "with autocast switched off again", seen
+    yield OperationForm.NO_AUTOCAST, seen
 
 
 def _under_autocast(subject: OperationSubject, plain: _Named, case: Case) -> Iterator[Judgement]:
@@ -89,7 +117,7 @@ def _under_autocast(subject: OperationSubject, plain: _Named, case: Case) -> Ite
             rounded = subject.operation.named(subject.operation.reference(**cloned(subject.arguments)))
         if not exact(operation_call.finite(seen), operation_call.finite(plain)).passed:
             verdict = noise_floor(seen, truth, rounded, dtype, case.factor("calls"))
-            yield prefix_tensor(f"under autocast to {dtype}", verdict)
+            yield prefix_tensor(OperationForm.AUTOCAST.format(dtype), verdict)
 
 
 def _after_overwriting(subject: OperationSubject, judge: Callable[[str, _Named], Judgement]) -> Iterator[Judgement]:
@@ -100,8 +128,8 @@ def _after_overwriting(subject: OperationSubject, judge: Callable[[str, _Named],
         for output in subject.operation.named(subject.function(**given)).values():
             output.zero_()
         now = operation_call.finite(operation_call.flatten(given))
-        yield prefix_tensor("after its outputs were overwritten", exact(now, operation_call.finite(before)))
-        yield judge("after earlier outputs were overwritten", subject.call())
+        yield prefix_tensor(OperationForm.OUTPUTS_OVERWRITTEN, exact(now, operation_call.finite(before)))
+        yield judge(OperationForm.EARLIER_OVERWRITTEN, subject.call())
 
 
 def _gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
@@ -117,18 +145,18 @@ def _gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     alone = [name for name in differentiable if name in there.values() and name not in items]
     alone += [name for group, name in items.items() if group in differentiable]
     for name in alone if len(alone) > 1 else ():
-        yield judge(f"with only {name} needing a gradient", of=[name])
+        yield judge(OperationForm.ONE_GRADIENT.format(name), of=[name])
     layouts: dict[operation_call.Layout, str] = {
-        "expanded": "the gradient of a sum",
-        "transposed": "a transposed gradient",
+        "expanded": OperationForm.EXPANDED,
+        "transposed": OperationForm.TRANSPOSED,
     }
     for layout, form in layouts.items():
-        yield judge(f"with {form}", layout=layout)
+        yield judge(form, layout=layout)
     for name in subject.operation.outputs if len(subject.operation.outputs) > 1 else ():
-        yield judge(f"with only {name} in use", used=[name])
-    yield judge("in a second backward pass", times=2)
-    yield judge("with gradients that are zeros", zeros=True)
-    yield judge("from arguments that are no leaves", leaves=False)
+        yield judge(OperationForm.ONE_OUTPUT.format(name), used=[name])
+    yield judge(OperationForm.SECOND_BACKWARD, times=2)
+    yield judge(OperationForm.ZEROS, zeros=True)
+    yield judge(OperationForm.NO_LEAVES, leaves=False)
 
 
 def _repeated(subject: OperationSubject, judge: Callable[[str, _Named], Judgement], case: Case) -> Iterator[Judgement]:
@@ -140,7 +168,7 @@ def _repeated(subject: OperationSubject, judge: Callable[[str, _Named], Judgemen
     changed_in_place = not _same(_called(subject, given), first)
     times = LONG_RUN if small and case.walks else REPEATS if small else 2
     calls = (subject.call() if changed_in_place else _called(subject, given) for _ in range(times))
-    yield judge(f"{times} times", next((one for one in calls if not _same(one, first)), first))
+    yield judge(OperationForm.REPEATED.format(times), next((one for one in calls if not _same(one, first)), first))
 
 
 def _repeated_gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
@@ -154,7 +182,7 @@ def _repeated_gradients(subject: OperationSubject, case: Case) -> Iterator[Judge
     if odd is not None:
         wide, rounded = gradients(reference, torch.float64), gradients(reference, own)
         verdict = noise_floor(odd, wide, rounded, subject.dtype, case.factor("calls"))
-        yield prefix_tensor(f"backward {REPEATS} times", verdict)
+        yield prefix_tensor(OperationForm.REPEATED_BACKWARD, verdict)
 
 
 def _called(subject: OperationSubject, given: dict[str, Any]) -> _Named:

@@ -171,7 +171,7 @@ def _unfit(run: Run) -> Iterator[Problem]:
 
 
 def _hint(status: Status) -> str:
-    if status in (Status.OK, Status.NONCONFORMING):
+    if status is Status.OK or status.departs:
         return "fix what the check found, and run the suite again"
     return "leave the Cell out (--only) and run again, or --resume where it can be measured"
 

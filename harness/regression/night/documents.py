@@ -197,7 +197,8 @@ def _run(folder: Path, line: str) -> Reading:
         first = next(iter(latest.values()))
         failures = [Failure(where=NO_CELL, what=first.because, reproduce=line)]
     table = PartTable(columns=["Cell", "status", "step, ms", "peak, GiB", "because"], rows=rows)
-    wrong = "a Cell computes something else" if counts[Status.NONCONFORMING.value] else ""
+    untrained = "a Cell left a tensor untrained" if counts[Status.UNTRAINED.value] else ""
+    wrong = "a Cell computes something else" if counts[Status.NONCONFORMING.value] else untrained
     return Reading(summary, table, failures, wrong=wrong)
 
 

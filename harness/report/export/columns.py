@@ -194,6 +194,13 @@ _SAMPLES = (
     Column("no_speed", TEXT, "", "Reason why this time may not be shown: a check failed, or there is no reference"),
 )  # fmt: skip
 
+_CHECKS = (
+    *_KEY,
+    *_fields("", CheckResult, CheckResult.model_fields),
+    Column("shared", BOOLEAN, "", "Whether it is a result of another Record's parity gate, on which this attempt rests "
+           "(gate_record in cells); that Record has it as a row of its own"),
+)  # fmt: skip
+
 _ITEMS = (
     *_KEY,
     _field("task", Cell, "task"),
@@ -207,11 +214,7 @@ def declared(table: str) -> tuple[Column, ...]:
     """Return the declared columns of a table; a declared name may end in `.*`."""
     if table == "cells":
         return _cells()
-    return {
-        "samples": _SAMPLES,
-        "items": _ITEMS,
-        "checks": (*_KEY, *_fields("", CheckResult, CheckResult.model_fields)),
-    }[table]
+    return {"samples": _SAMPLES, "items": _ITEMS, "checks": _CHECKS}[table]
 
 
 def columns(table: str, found: list[str]) -> list[Column]:

@@ -121,8 +121,9 @@ def items(record: Record) -> Iterator[ExportRow]:
 
 def checks(record: Record) -> Iterator[ExportRow]:
     """Yield one row per check."""
-    for check in record.checks:
-        yield {**key(record), **check.model_dump(mode="json")}
+    from_another = record.gate.checks if record.gate and record.gate.record else 0
+    for number, check in enumerate(record.checks):
+        yield {**key(record), **check.model_dump(mode="json"), "shared": number < from_another}
 
 
 def _plain(value: Json) -> Value:

@@ -83,6 +83,7 @@ BROKEN: list[tuple[str, str, Spoil]] = [
     ("null", "plain", lambda config, tensors: config.update(r=None)),
     ("no-target", "plain", lambda config, tensors: config.update(exclude_modules="model.*")),
     ("no-target", "plain", lambda config, tensors: config.update(target_modules=["qkv"])),
+    ("no-target", "plain", lambda config, tensors: config.update(target_modules="all-linear", exclude_modules=".*")),
     ("not-compared", "plain", lambda config, tensors: config.update(target_modules=None)),
     ("empty", "plain", lambda config, tensors: tensors.clear()),
     ("prefix", "plain", lambda config, tensors: tensors.update({Q[11:]: tensors.pop(f"{Q}.lora_A.weight")})),
