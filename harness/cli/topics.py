@@ -192,7 +192,8 @@ def _example(check: str) -> tuple[str, str] | None:
         if isinstance(data, dict) and check in data.get("checks", ()):
             option = "--op" if "operation" in data else "--method"
             who = "" if data.get("base") else "reference "
-            return file.stem, f"peft-harness check {who}{option} {file.stem} --dtype float32"
+            wide = " --wide" if check in checks.names_of_wide() else ""
+            return file.stem, f"peft-harness check {who}{option} {file.stem} --dtype float32{wide}"
     return None
 
 

@@ -145,8 +145,12 @@ def test_each_source_of_a_check_is_parsed_once(monkeypatch: pytest.MonkeyPatch) 
         return parse(source, *arguments, **options)
 
     monkeypatch.setattr(ast, "parse", counted)
-    for once in (defects.known, checks._docstrings_in):
+    for once in (defects.known, checks._declared_in):
         once.cache_clear()
     assert sum(len(one.checks) for one in defects.known()) > len(list(Path(*checks.__path__).glob("*.py")))
     assert parsed
     assert len(parsed) == len(set(parsed))
+
+
+def test_the_checks_of_wide_are_known_without_torch() -> None:
+    assert checks.names_of_wide() == {name for name, one in checks.every().items() if one.only_wide}

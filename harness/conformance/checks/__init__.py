@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeGuard, TypeVar
 
 from harness.records.check import CheckResult
 
@@ -146,22 +146,34 @@ def docstrings() -> dict[str, str]:
 
     The docstrings are read from the source, without importing torch.
     """
+    return {name: ast.get_docstring(function) or "" for name, function in _declared().items()}
+
+
+def names_of_wide() -> set[str]:
+    """Return the names of the checks that run only with `--wide`, without importing torch."""
     return {
-        name: text for folder in __path__ for file in sorted(Path(folder).glob("*.py"))
-        for name, text in _docstrings_in(file).items()
-    }  # fmt: skip
+        name
+        for name, function in _declared().items()
+        for decorator in function.decorator_list
+        if _is_declaration(decorator) and any(one.arg == "only_wide" for one in decorator.keywords)
+    }
+
+
+def _declared() -> dict[str, ast.FunctionDef]:
+    files = (file for folder in __path__ for file in sorted(Path(folder).glob("*.py")))
+    return {name: function for file in files for name, function in _declared_in(file).items()}
 
 
 @cache  # each pattern of a known defect asks for all names
-def _docstrings_in(file: Path) -> dict[str, str]:
+def _declared_in(file: Path) -> dict[str, ast.FunctionDef]:
     return {
-        node.name.removeprefix(_PREFIX): ast.get_docstring(node) or ""
+        node.name.removeprefix(_PREFIX): node
         for node in ast.parse(file.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef) and any(_is_declaration(one) for one in node.decorator_list)
     }
 
 
-def _is_declaration(decorator: ast.expr) -> bool:
+def _is_declaration(decorator: ast.expr) -> TypeGuard[ast.Call]:
     return (
         isinstance(decorator, ast.Call) and isinstance(decorator.func, ast.Name) and decorator.func.id == check.__name__
     )
