@@ -144,7 +144,8 @@ CORPUS = (
     Corpus("conv2d_dora", "nystromformer", ("query", "conv"), {"task_type": None, "use_dora": True}),
     # The numbers of the experts 0 and 2 are not in layers_to_transform, and no number of a layer but 1 is.
     Corpus("experts_by_name_some_layers", "mixtral", ("layers.1.self_attn.q_proj",),
-           {"target_modules": ["q_proj", *_NAMES], "layers_to_transform": [1]}, experts=_NAMES, stack="layers.1.mlp.experts"),
+           {"target_modules": ["q_proj", *_NAMES], "layers_to_transform": [1]}, experts=_NAMES,
+           stack="layers.1.mlp.experts"),
 )  # fmt: skip
 """The index of an adapter is part of its seed, so a new one comes last."""
 

@@ -106,7 +106,7 @@ class ModelServer:
                 seen = ids[-LONG:] if self.fault == "last 400 tokens only" else ids
                 hidden = model.model(input_ids=torch.tensor([seen])).last_hidden_state[0, -1]
                 row = (head if step == 0 and head is not None else model).lm_head(hidden).float()
-                if self.fault in ("NaN in long prompts", "null in long prompts") and len(ids) > LONG:
+                if self.fault == "NaN in long prompts" and len(ids) > LONG:
                     row = row * torch.nan
                 if step == 0 and self.fault == "prefix cache without adapter" and len(prompt) >= 16:
                     row = self._first_logits.setdefault(tuple(prompt), row)
