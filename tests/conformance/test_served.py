@@ -339,6 +339,7 @@ def test_an_odd_address_is_one_message(url, base, adapters, capsys) -> None:
     ("logprobs", "says"),
     [
         ({"tokens": ["token_id:5"], "token_logprobs": [10**400]}, "nan"),
+        ({"tokens": ["token_id:5"], "token_logprobs": [None], "top_logprobs": [{"token_id:6": None}]}, "nan"),
         ({"tokens": ["token_id:5"], "token_logprobs": ["-1"]}, "a log-probability is '-1'"),
         ({"tokens": [f"token_id:{'9' * 5000}"], "token_logprobs": [-1.0]}, "is unknown"),
     ],

@@ -145,7 +145,7 @@ class Comparison:
         else:
             text, request = _failures(failed[:1]), failed[0].request
         command = self._command(request)
-        phases = {one.request.phase for one in (*(row.observation for row in wrong), *failed)}
+        phases = {row.observation.request.phase for row in wrong} | {one.request.phase for one in failed}
         if company is not None and Phase.ALONE not in phases:
             command = f"{self._command(company.request, tokens=_LONG)} & sleep 1; {command}"  # wrong only beside others
         return Finding("; ".join(found), text, command)
@@ -170,7 +170,7 @@ def _failures(failed: Sequence[Failure]) -> str:
 
 def _lengths(every: Sequence[Observation], wrong: Sequence[Observation], failed: Sequence[Failure]) -> list[str]:
     """Return a sentence if the length of the prompt decides whether an answer is wrong. Otherwise return none."""
-    bad = {len(one.context) for one in (*wrong, *failed)}
+    bad = {len(one.context) for one in wrong} | {len(one.context) for one in failed}
     good = {len(one.context) for one in every} - bad
     if not good or max(good) > min(bad):
         return []
