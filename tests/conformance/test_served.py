@@ -224,6 +224,7 @@ def test_rows_of_a_head_that_get_adapters_of_other_requests_are_found(check, roo
         wrong = {phase["phase"]: phase["wrong"] for phase in one["phases"]}
         assert wrong["alone"] == 0, name
         assert bool(wrong["mixed"]) == (one["verdict"] == "nonconforming")
+        assert not wrong["mixed"] or "head" in one["finding"]["cause"]
 
 
 def test_a_server_that_answers_for_an_unloaded_adapter_fails(check, base, adapters) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ from harness.conformance.served.rows import Row
 from harness.conformance.served.scores import score
 
 _UNKNOWN = "no typical mistake explains them"
+_HEAD = "lm_head"
 _ROW_PARALLEL = ("o_proj", "out_proj", "c_proj", "down_proj", "fc2", "w2")
 """Layers whose inputs a server with tensor parallelism divides. It divides the outputs of the others."""
 
@@ -70,6 +72,8 @@ def _mistakes(
     """Yield typical mistakes of servers: a description, and the adapter that a server with this mistake applies."""
     for name, other in others.items():
         yield f"adapter {name}", other
+        if mixed := _with_head(adapter, other):
+            yield f"the {'base' if adapter is None else 'adapter'} with the head of adapter {name}", mixed
     if adapter is None:
         return
     yield "the base: the adapter is not applied", None
@@ -98,6 +102,43 @@ class _Changed(AdapterFile):
         """Return the tensors of the file, changed by `change`."""
         self.change(found := super().tensors())
         return found
+
+
+def _with_head(adapter: AdapterFile | None, other: AdapterFile) -> _Changed | None:
+    """Return an adapter, or the base if it is None, with the update of the head that another adapter has.
+
+    Return None if the other adapter has no such update, or if the settings of the two do not fit into one file.
+    """
+    if not any(map(_is_of_head, other.header)):
+        return None
+    if adapter is None:
+        return _Changed(**vars(other), change=_keep_head)
+    own, its = adapter.settings, other.settings
+    if isinstance(own.target_modules, str) or any(one.use_dora or one.lora_bias for one in (own, its)):
+        return None
+    rank = its.rank(_HEAD)
+    alpha = its.scaling(_HEAD) * (math.sqrt(rank) if own.use_rslora else rank)
+    config = {
+        **adapter.config, "target_modules": [*(own.target_modules or ()), _HEAD],
+        "rank_pattern": {_HEAD: rank} | {key: one for key, one in own.rank_pattern.items() if key != _HEAD},
+        "alpha_pattern": {_HEAD: alpha} | {key: one for key, one in own.alpha_pattern.items() if key != _HEAD},
+    }  # fmt: skip
+    return _Changed(adapter.weights, config, adapter.header, change=partial(_take_head, other))
+
+
+def _is_of_head(key: str) -> bool:
+    return f".{_HEAD}.lora_" in key
+
+
+def _keep_head(tensors: dict[str, Tensor]) -> None:
+    for key in [key for key in tensors if not _is_of_head(key)]:
+        del tensors[key]
+
+
+def _take_head(other: AdapterFile, tensors: dict[str, Tensor]) -> None:
+    for key in [key for key in tensors if _is_of_head(key)]:
+        del tensors[key]
+    tensors |= {key: tensor for key, tensor in other.tensors().items() if _is_of_head(key)}
 
 
 def _transpose(tensors: dict[str, Tensor]) -> None:
