@@ -64,14 +64,20 @@ def check(request: ServedRequest, as_json: bool) -> Exit:
         listed = client.models()
         base_name = _base_name(base_name, base, listed, folders)
         session = Session(client, base_name, folders, drawn, (), prompts.TOKENS, request.concurrency, request.seed)
-        _agree(client, session, prompts.Tokenizer.find(base))
+        session.skip_failed = True
+        tokenizer = prompts.Tokenizer.find(base)
+        _agree(client, session, tokenizer)
+        longest = next((one.longest for one in listed if one.name == base_name), None)
+        _add_long(session, base, tokenizer, longest)
         comparison = Comparison(client.url, base, files, session.again)
         stopped, code = "", Exit.PASS
         try:
             session.load_missing([one.name for one in listed])
             print_note(f"base: {len(session.prompts)} requests")
             session.alone(BASE)
-            floor = comparison.noise_floor(session.observations, dtypes)
+            # The long prompt is left out, so that an error in it is judged like any other one.
+            short = [one for one in session.observations if one.request.prompt != session.long]
+            floor = comparison.noise_floor(short, dtypes)
             try:
                 _send_all(session, request.echo)
             except HarnessError as error:
@@ -85,7 +91,7 @@ def check(request: ServedRequest, as_json: bool) -> Exit:
         report = ServedReport(
             url=client.url, dtype=floor.dtype, subjects=subjects,
             not_offered=session.not_offered, findings=session.findings, stopped=stopped, stopped_exit=code,
-            notes=[left] if left else [], software=describe().software,
+            notes=[*session.notes, *([left] if left else [])], software=describe().software,
         )  # fmt: skip
     if as_json:
         print_json(report.document())
@@ -96,7 +102,7 @@ def check(request: ServedRequest, as_json: bool) -> Exit:
 
 def _judge(comparison: Comparison, session: Session, name: str, floor: NoiseFloor) -> SubjectResult:
     try:
-        return comparison.judge(name, session.observations, floor)
+        return comparison.judge(name, session.observations, floor, session.failures)
     except UsageError as error:  # the file of this adapter does not fit the base
         folder = session.adapters.get(name, comparison.base)
         return SubjectResult(name, str(folder), Verdict.NOT_COMPARED, reason=str(error))
@@ -130,6 +136,21 @@ def _send_all(session: Session, echo: bool) -> None:
     if echo:
         print_note("log-probabilities of the prompts")
         session.echoes()
+
+
+def _add_long(session: Session, base: Path, tokenizer: prompts.Tokenizer | None, longest: int | None) -> None:
+    """Add the long prompt. longest: largest number of tokens of a prompt and its answer, as the server says."""
+    room = prompts.room(base, longest)
+    tokens = prompts.LONG + prompts.TOKENS if room is None else room
+    if session.texts and tokenizer is not None:
+        text = prompts.long_text(tokenizer, tokens)
+        prompt = tokenizer.encode(text) if text else []
+    else:
+        text, prompt = "", prompts.long_prompt(base, session.seed, tokens)
+    if prompt:
+        session.add_long(prompt, text)
+    else:
+        session.notes.append(f"long prompts not compared: prompt and answer may have at most {tokens} tokens")
 
 
 def _base_name(name: str, folder: Path, listed: Sequence[ServedModel], adapters: Mapping[str, Path]) -> str:

@@ -138,16 +138,17 @@ def _empty(folder: Path, config: Any, factory: Any) -> nn.Module:
     return model
 
 
-def logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+def logits(model: nn.Module, prompts: Sequence[Sequence[int]], starts: Sequence[int] = ()) -> list[Tensor]:
     """Return the logits of a model for each prompt, one prompt at a time, without a cache.
 
-    prompts: token ids. Each result is (tokens, vocabulary) for a causal model, and (labels,) for a classifier.
+    prompts: token ids. Each result is (tokens, vocabulary) for a causal model, and (labels,) for a classifier. starts:
+    first token of each prompt whose logits are returned, for a causal model; empty for all tokens.
     """
     import torch
 
     found = []
     with torch.no_grad():
-        for prompt in prompts:
-            out: Tensor = model(input_ids=torch.tensor([list(prompt)]), use_cache=False).logits
-            found.append(out[0])
+        for index, prompt in enumerate(prompts):
+            out: Tensor = model(input_ids=torch.tensor([list(prompt)]), use_cache=False).logits[0]
+            found.append(out[starts[index] :].clone() if starts else out)
     return found

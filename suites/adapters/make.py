@@ -75,6 +75,8 @@ class Corpus:
     dtype: torch.dtype = torch.float32
     experts: Iterable[str] = ()
     """Names of the layers of each expert, in a file that was made before transformers stacked the experts."""
+    stack: str = "mlp.experts"
+    """End of the paths of the stacks that have these experts."""
     missing: Iterable[str] = ()
     """Paths of adapted layers that the base does not have."""
 
@@ -140,6 +142,10 @@ CORPUS = (
     Corpus("experts_by_name_without_w2", "mixtral", (), {"target_modules": ["w1", "w3"]}, experts=("w1", "w3")),
     Corpus("conv2d", "nystromformer", ("query", "conv"), {"task_type": None}),
     Corpus("conv2d_dora", "nystromformer", ("query", "conv"), {"task_type": None, "use_dora": True}),
+    # The numbers of the experts 0 and 2 are not in layers_to_transform, and no number of a layer but 1 is.
+    Corpus("experts_by_name_some_layers", "mixtral", ("layers.1.self_attn.q_proj",),
+           {"target_modules": ["q_proj", *_NAMES], "layers_to_transform": [1]}, experts=_NAMES,
+           stack="layers.1.mlp.experts"),
 )  # fmt: skip
 """The index of an adapter is part of its seed, so a new one comes last."""
 
@@ -208,7 +214,7 @@ def _tensors(
                 R, start = _rank(adapter, f"{path}.{stack}", config["r"]), f"{PREFIX}{path}{between}"
                 found[f"{start}.lora_A.weight"] = _normal(generator, K * R, D) / D**0.5
                 found[f"{start}.lora_B.weight"] = _normal(generator, E, R * K) / 2
-        for name in adapter.experts if path.endswith("mlp.experts") else ():
+        for name in adapter.experts if path.endswith(adapter.stack) else ():
             for expert in range(module.num_experts):
                 start = f"{PREFIX}{path.replace('mlp', 'block_sparse_moe')}.{expert}.{name}"
                 R, (D, E) = _rank(adapter, start, config["r"]), (module.hidden_dim, module.intermediate_dim)

@@ -12,6 +12,7 @@ from harness.conformance.findings import defects
 
 TABLE = Path(harness.conformance.__file__).parent / "PUBLIC_BUGS.md"
 SERVER = Path(__file__).parents[1] / "support" / "model_server.py"
+SERVED_TESTS = Path(__file__).with_name("test_served.py")
 SERVED, FROM_SERVER = "check --served", "served: "
 FAULTS = {(fault.target, fault.name): fault for fault in faults.every()}
 
@@ -34,9 +35,10 @@ def test_every_named_check_and_fault_exists_and_the_fault_is_expected_of_the_che
     for bug, check, fault, state in tables:
         tried, _, target = check.partition(" of ")
         if SERVED in check:
-            made = SERVER.read_text(encoding="utf-8")
+            made, planted_in = SERVER.read_text(encoding="utf-8"), SERVED_TESTS.read_text(encoding="utf-8")
             assert not fault or fault.startswith(FROM_SERVER), bug
             assert all(f'fault == "{name}"' in made or f'fault != "{name}"' in made for name in names(fault)), bug
+            assert all(f'"{name}"' in planted_in for name in names(fault)), bug
         else:
             assert set(names(tried)) <= set(checks.every()), bug
             for name in names(fault):

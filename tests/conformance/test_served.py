@@ -33,7 +33,8 @@ PHASES = ["alone", "mixed", "loaded", "hot-swapped", "reloaded"]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return adapter_folders.base(tmp_path_factory.mktemp("served") / "tiny")
+    """Return a base with too few positions for long prompts, which would make each test slower; `roomy` has enough."""
+    return adapter_folders.base(tmp_path_factory.mktemp("served") / "tiny", max_position_embeddings=48)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,9 @@ def test_a_server_without_loading_is_compared_without_it(check, base, adapters) 
     code, out, _ = check(ModelServer(base, adapters), base, adapters, "--json")
     assert code == Exit.PASS, out
     assert "404" in str(json.loads(out)["served"]["not_offered"])
+    assert json.loads(out)["served"]["notes"] == [
+        "long prompts not compared: prompt and answer may have at most 48 tokens"
+    ]
     assert {phase["phase"] for one in subjects(out).values() for phase in one["phases"]} == {"alone", "mixed"}
     code, out, err = check(ModelServer(base, {}), base, adapters)
     assert (code, out) == (Exit.USAGE, "")
@@ -128,6 +132,9 @@ FAULTS = {
     "not greedy": ({"base", "rslora", "linear"}, PHASES, "not greedy"),
     "one adapter for all requests at a time": ({"base", "rslora", "linear"}, PHASES[1:], "adapter"),
     "drops a token under load": ({"base", "rslora", "linear"}, PHASES[1:], ""),
+    "row-parallel shard not added": ({"rslora", "linear"}, PHASES, "without the second of two shards of its row"),
+    "row-parallel shard added twice": ({"rslora", "linear"}, PHASES, "with twice the second of two shards of its row"),
+    "column-parallel shard not added": ({"rslora", "linear"}, PHASES, "without the second of two shards of its column"),
 }
 """Fault -> what does not conform, the phases in which it may show, and a word of the cause."""
 RACES = ("one adapter for all requests at a time", "drops a token under load")
@@ -150,6 +157,74 @@ def test_a_planted_fault_is_found_where_it_is(check, base, adapters, fault) -> N
         assert word in found[name]["finding"]["cause"]
         # What is wrong only in company is sent again in company.
         assert found[name]["finding"]["request"].count("curl ") == (1 if phases == PHASES else 2)
+
+
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    """Return a base with positions for long prompts, and two adapters that target its head."""
+    folder = adapter_folders.base(tmp_path_factory.mktemp("roomy") / "tiny", max_position_embeddings=1024)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head"]}
+    return folder, {name: adapter_folders.adapter(folder, folder.parent / name, **config) for name in ("one", "two")}
+
+
+@pytest.mark.parametrize(
+    ("fault", "word"),
+    [
+        ("NaN in long prompts", "at 32 of 32 wrong positions, a log-probability is NaN or null"),
+        pytest.param("null in long prompts", "NaN or null", marks=pytest.mark.slow),
+        pytest.param("fails on long prompts", "4 requests failed: HTTP 500", marks=pytest.mark.slow),
+        pytest.param("last 400 tokens only", "", marks=pytest.mark.slow),
+    ],
+)
+def test_a_fault_of_long_prompts_is_found_alone_and_in_mixed_batches(check, roomy, fault, word) -> None:
+    code, out, _ = check(ModelServer(*roomy, fault), *roomy, "--json")
+    assert (code, json.loads(out)["served"]["notes"]) == (Exit.FAIL, [])
+    assert json.loads(out, parse_constant=pytest.fail)  # NaN and Infinity are not JSON
+    for name, one in subjects(out).items():
+        assert one["verdict"] == "nonconforming", name
+        assert [(phase["phase"], phase["requests"], phase["wrong"]) for phase in one["phases"]] == [
+            ("alone", 7, 1), ("mixed", 21, 3),
+        ]  # fmt: skip
+        assert word in one["finding"]["cause"]
+        assert "prompts of at most 40 tokens have right answers, those of 600" in one["finding"]["cause"]
+        words = shlex.split(one["finding"]["request"])
+        assert len(json.loads(words[words.index("-d") + 1])["prompt"]) == 600
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "longest"), [({"longest": 500, "says_longest": True}, 492), ({"longest": 500}, 40), ({}, 600)]
+)
+def test_long_prompts_are_as_long_as_the_server_takes_them(check, roomy, options, longest) -> None:
+    base, adapters = roomy
+    seen: set[int] = set()
+
+    class Noting(ModelServer):
+        def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+            seen.add(len(body["prompt"]))
+            return super().complete(body)
+
+    code, out, _ = check(Noting(base, {"one": adapters["one"]}, **options), base, {"one": adapters["one"]}, "--json")
+    assert (code, max(seen)) == (Exit.PASS, longest), out
+    noted = "".join(json.loads(out)["served"]["notes"])
+    if longest > 40:
+        assert noted == ""
+    else:
+        assert "long prompts not compared: the server refuses 600 tokens (HTTP 400 " in noted
+        assert "608 tokens are more than 500" in noted
+
+
+def test_rows_of_a_head_that_get_adapters_of_other_requests_are_found(check, roomy) -> None:
+    base, adapters = roomy
+    models = ModelServer(base, adapters, "head with the segments of all rows", longest=128)
+    code, out, _ = check(models, base, adapters, "--json")
+    assert code == Exit.FAIL
+    assert "nonconforming" in verdicts(out).values()
+    for name, one in subjects(out).items():
+        wrong = {phase["phase"]: phase["wrong"] for phase in one["phases"]}
+        assert wrong["alone"] == 0, name
+        assert bool(wrong["mixed"]) == (one["verdict"] == "nonconforming")
+        assert not wrong["mixed"] or "head" in one["finding"]["cause"]
 
 
 def test_a_server_that_answers_for_an_unloaded_adapter_fails(check, base, adapters) -> None:
@@ -265,6 +340,7 @@ def test_an_odd_address_is_one_message(url, base, adapters, capsys) -> None:
     ("logprobs", "says"),
     [
         ({"tokens": ["token_id:5"], "token_logprobs": [10**400]}, "nan"),
+        ({"tokens": ["token_id:5"], "token_logprobs": [None], "top_logprobs": [{"token_id:6": None}]}, "nan"),
         ({"tokens": ["token_id:5"], "token_logprobs": ["-1"]}, "a log-probability is '-1'"),
         ({"tokens": [f"token_id:{'9' * 5000}"], "token_logprobs": [-1.0]}, "is unknown"),
     ],
@@ -378,6 +454,7 @@ def test_the_evidence_is_a_request_that_the_server_accepts(check, worded) -> Non
     assert code == Exit.FAIL
     words = shlex.split(subjects(out)["linear"]["finding"]["request"])
     body = json.loads(words[words.index("-d") + 1])
+    assert json.loads(out)["served"]["notes"] == []
     assert isinstance(body["prompt"], str)
     assert "ignore_eos" not in body
     assert models.complete(body)["choices"]

@@ -25,10 +25,13 @@ FOUR: dict[str, dict[str, Any]] = {
 def base(folder: Path, seed: int = 0, **facts: Any) -> Path:
     """Save a Llama of two layers with seeded random weights, and return the folder. facts: changes of its config."""
     torch.manual_seed(seed)
-    sizes = {"vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2} | facts
+    sizes = {
+        "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "max_position_embeddings": 128,
+    } | facts  # fmt: skip
     config = LlamaConfig(
-        **sizes, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1,
-        eos_token_id=2, initializer_range=0.2,
+        **sizes, num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

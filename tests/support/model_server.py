@@ -25,6 +25,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BASE = "tiny"
+LONG = 400
+"""Number of tokens above which a prompt is long for the faults."""
 START = (
     "dies", "hangs at its start", "port taken", "another server", "dies while it serves", "no loading", "another dtype",
 )  # fmt: skip
@@ -37,7 +39,7 @@ class ModelServer:
     def __init__(self, base: Path, adapters: dict[str, Path], fault: str = "", **options: Any) -> None:
         """Read the options: dtype, loading (offers load and unload), scale (of every adapter), token, stops_after (a number
         of requests), on_request (called with their number), tokenizer (a folder), texts_only (no token ids), name (of the
-        base).
+        base), longest (largest number of tokens of a prompt and its answer), says_longest (in the list of models).
         """
         self.base, self.fault, self.options = base, fault, options
         self.name = options.get("name", BASE)
@@ -48,6 +50,7 @@ class ModelServer:
         self.tokenizer = AutoTokenizer.from_pretrained(folder) if (folder := options.get("tokenizer")) else None
         self._lock, self._first_logits, self._last = threading.Lock(), {}, self.name
         self._kept: dict[str, Any] = {}
+        self._batch: list[tuple[str, int]] = []
         self.models = {self.name: AutoModelForCausalLM.from_pretrained(base, dtype=self.dtype).eval()}
         self.static = list(adapters)
         for name, folder in adapters.items():
@@ -72,6 +75,15 @@ class ModelServer:
         for key, A in tensors.items():
             if ".lora_A." in key:
                 update = s * tensors[key.replace(".lora_A.", ".lora_B.")] @ A
+                # Two processes compute a layer together: each has half of the inputs, or else half of the outputs.
+                in_rows = ".o_proj." in key or ".down_proj." in key
+                second = update.chunk(2, dim=1 if in_rows else 0)[1]
+                if self.fault == "row-parallel shard not added" and in_rows:
+                    second.zero_()
+                if self.fault == "row-parallel shard added twice" and in_rows:
+                    second.mul_(2)
+                if self.fault == "column-parallel shard not added" and not in_rows:
+                    second.zero_()
                 path = key.removeprefix("base_model.model.").replace(".lora_A", "")
                 if self.fault == "transposed" and update.shape[0] == update.shape[1]:
                     update = update.T
@@ -88,11 +100,14 @@ class ModelServer:
         model, prompt = self._model(body["model"]), self._ids(body["prompt"])
         if self.fault == "drops a token under load" and self._busy > 1:
             prompt = prompt[:-1] or prompt
-        ids, rows = list(prompt), []
+        ids, rows, head = list(prompt), [], self._head(body["model"], len(prompt))
         with torch.no_grad():
             for step in range(body["max_tokens"]):
-                logits = model(input_ids=torch.tensor([ids])).logits[0]
-                row = logits[-1].float()
+                seen = ids[-LONG:] if self.fault == "last 400 tokens only" else ids
+                hidden = model.model(input_ids=torch.tensor([seen])).last_hidden_state[0, -1]
+                row = (head if step == 0 and head is not None else model).lm_head(hidden).float()
+                if self.fault == "NaN in long prompts" and len(ids) > LONG:
+                    row = row * torch.nan
                 if step == 0 and self.fault == "prefix cache without adapter" and len(prompt) >= 16:
                     row = self._first_logits.setdefault(tuple(prompt), row)
                 rows.append(row.log_softmax(-1))
@@ -111,6 +126,9 @@ class ModelServer:
                 for _, row in entries
             ],
         }
+        if self.fault == "null in long prompts" and len(prompt) > LONG:
+            found["token_logprobs"] = [None] * len(entries)
+            found["top_logprobs"] = [dict.fromkeys(one) for one in found["top_logprobs"]]
         if body.get("echo"):
             found["tokens"].insert(0, self._name(ids[0]))
             found["token_logprobs"].insert(0, None)
@@ -124,6 +142,23 @@ class ModelServer:
             "choices": [{"index": 0, "text": "", "logprobs": found, "finish_reason": reason.get(self.fault, "length")}],
             "usage": {"prompt_tokens": len(prompt), "completion_tokens": body["max_tokens"]},
         }
+
+    def _head(self, name: str, tokens: int) -> Any:
+        """Return the model whose head gets the first row of a request, or None for the model of the request.
+
+        With the fault, requests that come in together are a batch. The head gets the last row of each prompt, and takes the
+        adapters from the segments of the batch with all rows.
+        """
+        if self.fault != "head with the segments of all rows":
+            return None
+        with self._lock:
+            batch, row = self._batch, len(self._batch)
+            batch.append((name, tokens))
+        time.sleep(0.05)  # other requests come in meanwhile
+        with self._lock:
+            if self._batch is batch:
+                self._batch = []
+        return self.models[[name for name, count in batch for _ in range(count)][row]]
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, list):
@@ -190,7 +225,9 @@ class _Handler(BaseHTTPRequestHandler):
         if models.fault == "web page":
             return self._send(200, b"<!doctype html><title>Welcome</title>", "text/html")
         if self.path == "/v1/models":
-            rows = [{"id": name, "parent": None if name == models.name else models.name} for name in models.models]
+            says = {"max_model_len": models.options["longest"]} if models.options.get("says_longest") else {}
+            parents = {name: None if name == models.name else models.name for name in models.models}
+            rows = [{"id": name, "parent": parent, **says} for name, parent in parents.items()]
             return self._answer(200, {"object": "list", "data": rows})
         if self.path == "/v1/completions":
             return self._completion(models, body)
@@ -211,6 +248,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(400, {"error": {"message": "no tokenizer"}})
         if models.options.get("texts_only") and (not isinstance(body["prompt"], str) or "ignore_eos" in body):
             return self._answer(422, {"detail": "Unexpected fields, or token ids"})
+        needed = len(body["prompt"]) + body["max_tokens"]
+        if needed > models.options.get("longest", needed):
+            return self._answer(
+                400, {"error": {"message": f"{needed} tokens are more than {models.options['longest']}"}}
+            )
+        if models.fault == "fails on long prompts" and needed > LONG:
+            return self._answer(500, {"error": {"message": "Out of range float values are not JSON compliant: nan"}})
         if models.fault == "hangs" and models.requests > 3:
             self.send_response(200)
             self.end_headers()

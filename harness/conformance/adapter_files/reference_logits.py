@@ -25,11 +25,13 @@ def reference_logits(
     prompts: Sequence[Sequence[int]],
     dtype: torch.dtype = torch.float64,
     perturbation: torch.Generator | None = None,
+    starts: Sequence[int] = (),
 ) -> list[Tensor]:
     """Return the logits of the base with the weights that the adapter file gives, one tensor per prompt, in `dtype`.
 
     adapter: None for the base alone. prompts: token ids. The shapes are (tokens, vocabulary), or (labels,) for a
-    classifier. A model computes some parts in float32 for every dtype; if `dtype` is float64, they are in float64 too.
+    classifier. starts: first token of each prompt whose logits are returned; empty for all tokens. A model computes some
+    parts in float32 for every dtype; if `dtype` is float64, they are in float64 too.
     perturbation: generator that moves each weight by up to half a unit in its last place, as correct rounding may do.
     The model is of the class that task_type names. Raises UsageError if the file does not fit the base, or if neither has
     the weights of a layer, and Unsupported for a config that the reference does not implement.
@@ -53,7 +55,7 @@ def reference_logits(
         what = f"has no weights for {first_names(sorted(missing))}, which each load would draw anew"
         hint = "save these layers with the adapter (modules_to_save), or give the base that was trained on"
         raise UsageError(what, where=str(base_folder), hint=hint)
-    return _logits(model, prompts, perturbation)
+    return _logits(model, prompts, perturbation, starts)
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,20 @@ def combined_logits(
     return _logits(model, prompts, perturbation)
 
 
-def _logits(model: nn.Module, prompts: Sequence[Sequence[int]], perturbation: torch.Generator | None) -> list[Tensor]:
+def _logits(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    perturbation: torch.Generator | None,
+    starts: Sequence[int] = (),
+) -> list[Tensor]:
     dtype = next(model.parameters()).dtype
     if perturbation is not None:
         for parameter in model.parameters():
             parameter.data = perturbed(parameter.data, str(dtype).removeprefix("torch."), perturbation)
     if dtype is not torch.float64:
-        return logits(model, prompts)
+        return logits(model, prompts, starts)
     with _Float64():
-        return logits(model, prompts)
+        return logits(model, prompts, starts)
 
 
 class _Float64(TorchFunctionMode):

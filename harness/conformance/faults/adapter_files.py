@@ -105,6 +105,9 @@ FAULTS = [
         "return matrix if self.half is None else matrix.chunk(2)[1 - self.half]", adapter="experts_by_name"),
     _logits("adapts_the_next_expert", "matrix = parameter[self.expert]", "matrix = parameter[self.expert - 1]",
         adapter="experts_by_name"),
+    # peft#3318
+    _logits("counts_experts_as_layers", 'or [r".*?\\.[^.]*\\.(?P<idx>\\d+)\\."]', 'or [r".*\\.[^.]*\\.(?P<idx>\\d+)\\."]',
+        adapter="experts_by_name_some_layers"),
     # peft 0.21.2, which turns w1 and w3 into one update of twice the rank and twice alpha
     _logits("doubles_rank_and_alpha_of_stacked_experts",
         "rank, scaling, expert = settings.rank(path), settings.scaling(path), int(found[\"expert\"])",

@@ -24,7 +24,7 @@ class Position:
     token: int
     """Id of the token at this position."""
     logprob: float | None
-    """Log-probability of this token in nats. None for the first token of a prompt."""
+    """Log-probability of this token in nats. NaN if the server returned none. None for the first token of a prompt."""
     others: Mapping[int, float]
     """Log-probabilities of the most likely other tokens, by id."""
 
@@ -122,8 +122,9 @@ _NAMES = (
 
 
 def _number(value: Any, needed: bool, half: Callable[[str], ServerError]) -> float | None:
-    if value is None and not needed:
-        return None
+    """Return a log-probability. null is NaN, which JSON cannot represent, except where no log-probability is needed."""
+    if value is None:
+        return math.nan if needed else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise half(f"a log-probability is {_short(value)}")
     try:

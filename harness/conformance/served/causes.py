@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -16,6 +18,9 @@ from harness.conformance.served.rows import Row
 from harness.conformance.served.scores import score
 
 _UNKNOWN = "no typical mistake explains them"
+_HEAD = "lm_head"
+_ROW_PARALLEL = ("o_proj", "out_proj", "c_proj", "down_proj", "fc2", "w2")
+"""Layers whose inputs a server with tensor parallelism divides. It divides the outputs of the others."""
 
 
 def cause(
@@ -35,9 +40,12 @@ def cause(
         return (
             f"the log-probabilities are right, but {count} tokens are not the most likely ones: decoding is not greedy"
         )
-    left = [set(several) for several in positions]
+    missing = [row.observation.missing for row in wrong]
+    left = [set(several) - none for several, none in zip(positions, missing, strict=True)]
     found = []
-    for text, other in _mistakes(adapter, others):
+    if count := sum(map(len, missing)):
+        found.append(f"at {count} of {total} wrong positions, a log-probability is NaN or null")
+    for text, other in _mistakes(adapter, others) if any(left) else ():
         scores = score(base, other, [row.observation for row in wrong])
         unexplained = [Row(row.observation, one).inaccurate(limit) for row, one in zip(wrong, scores, strict=True)]
         count = sum(map(len, left))
@@ -64,6 +72,8 @@ def _mistakes(
     """Yield typical mistakes of servers: a description, and the adapter that a server with this mistake applies."""
     for name, other in others.items():
         yield f"adapter {name}", other
+        if mixed := _with_head(adapter, other):
+            yield f"the {'base' if adapter is None else 'adapter'} with the head of adapter {name}", mixed
     if adapter is None:
         return
     yield "the base: the adapter is not applied", None
@@ -74,6 +84,9 @@ def _mistakes(
     for factor in (2.0, 0.5, float(adapter.settings.r), *([1 / alpha] if alpha else [])):
         yield f"the adapter with {factor:.3g} times its scaling", rescaled(adapter, factor)
     yield "the adapter with transposed updates of square layers", _Changed(**vars(adapter), change=_transpose)
+    for kind, half, (times, factor) in product(("row", "column"), (0, 1), (("without", 0.0), ("with twice", 2.0))):
+        text = f"the adapter {times} the {('first', 'second')[half]} of two shards of its {kind}-parallel layers"
+        yield text, _Changed(**vars(adapter), change=partial(_shard, kind, half, factor))
     for module in sorted({_module(key) for key in adapter.header if ".lora_B." in key}):
         yield f"the adapter without its {module}", _Changed(**vars(adapter), change=partial(_without, module))
 
@@ -91,11 +104,61 @@ class _Changed(AdapterFile):
         return found
 
 
+def _with_head(adapter: AdapterFile | None, other: AdapterFile) -> _Changed | None:
+    """Return an adapter, or the base if it is None, with the update of the head that another adapter has.
+
+    Return None if the other adapter has no such update, or if the settings of the two do not fit into one file.
+    """
+    if not any(map(_is_of_head, other.header)):
+        return None
+    if adapter is None:
+        return _Changed(**vars(other), change=_keep_head)
+    own, its = adapter.settings, other.settings
+    if isinstance(own.target_modules, str) or any(one.use_dora or one.lora_bias for one in (own, its)):
+        return None
+    rank = its.rank(_HEAD)
+    alpha = its.scaling(_HEAD) * (math.sqrt(rank) if own.use_rslora else rank)
+    config = {
+        **adapter.config, "target_modules": [*(own.target_modules or ()), _HEAD],
+        "rank_pattern": {_HEAD: rank} | {key: one for key, one in own.rank_pattern.items() if key != _HEAD},
+        "alpha_pattern": {_HEAD: alpha} | {key: one for key, one in own.alpha_pattern.items() if key != _HEAD},
+    }  # fmt: skip
+    return _Changed(adapter.weights, config, adapter.header, change=partial(_take_head, other))
+
+
+def _is_of_head(key: str) -> bool:
+    return f".{_HEAD}.lora_" in key
+
+
+def _keep_head(tensors: dict[str, Tensor]) -> None:
+    for key in [key for key in tensors if not _is_of_head(key)]:
+        del tensors[key]
+
+
+def _take_head(other: AdapterFile, tensors: dict[str, Tensor]) -> None:
+    for key in [key for key in tensors if _is_of_head(key)]:
+        del tensors[key]
+    tensors |= {key: tensor for key, tensor in other.tensors().items() if _is_of_head(key)}
+
+
 def _transpose(tensors: dict[str, Tensor]) -> None:
     for a in [key for key in tensors if ".lora_A." in key]:
         b = a.replace(".lora_A.", ".lora_B.")
         if b in tensors and tensors[a].dim() == 2 and tensors[a].shape[1] == tensors[b].shape[0]:
             tensors[a], tensors[b] = tensors[b].T.contiguous(), tensors[a].T.contiguous()
+
+
+def _shard(kind: str, half: int, factor: float, tensors: dict[str, Tensor]) -> None:
+    """Multiply one half of the updates of row-parallel layers (halves of A) or of the other layers (halves of B).
+
+    These are the halves that a server with tensor parallelism on two GPUs computes in different processes.
+    """
+    for key in tensors:
+        module, _, name = key.rpartition(".lora_")
+        in_rows = module.rpartition(".")[2] in _ROW_PARALLEL
+        if in_rows == (kind == "row") and name.startswith("A." if in_rows else "B."):
+            tensors[key] = tensors[key].clone()
+            tensors[key].chunk(2, dim=1 if in_rows else 0)[half].mul_(factor)
 
 
 def _without(module: str, tensors: dict[str, Tensor]) -> None:

@@ -47,6 +47,10 @@ class RequestRefusedError(UsageError):
         self.status = status
 
 
+class RequestFailedError(ServerError):
+    """The server answered a request with status 500: computing the answer failed."""
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """One model of the list `/v1/models`."""
@@ -54,6 +58,8 @@ class ServedModel:
     name: str
     parent: str
     """Name of the base model, if the server says that this is an adapter; otherwise empty."""
+    longest: int | None = None
+    """Largest number of tokens of a prompt and its answer together. None if the server does not say it."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +103,16 @@ class Client:
         rows = document.get("data") if isinstance(document, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
             raise self._not_this_api("/v1/models", "the answer is not a list of models")
-        return [ServedModel(str(row["id"]), str(row.get("parent") or "")) for row in rows]
+        return [
+            ServedModel(str(row["id"]), str(row.get("parent") or ""), _count(row.get("max_model_len"))) for row in rows
+        ]
 
     def complete(self, model: str, prompt: Sequence[int] | str, tokens: int, echo: bool = False) -> Answer:
         """Return the greedy continuation of a prompt with `tokens` tokens, and log-probabilities.
 
         echo: return the tokens of the prompt too. Raises ServerError for no answer or an incomplete answer,
-        RequestRefusedError for a refused request, and UsageError for an answer without log-probabilities.
+        RequestFailedError for status 500, RequestRefusedError for a refused request, and UsageError for an answer without
+        log-probabilities.
         """
         document = self._json("POST", "/v1/completions", self.body(model, prompt, tokens, echo))
         return answers.read(document, tokens, echo, self.names, f"{self.url}/v1/completions")
@@ -286,11 +295,16 @@ class Client:
         if 400 <= status < 500:
             hint = "the server refuses a request that the check needs; its log may have the reason"
             return RequestRefusedError(what, status=status, where=where, hint=hint)
-        return ServerError(what, where=where, hint="the server's log has the reason")
+        kind = RequestFailedError if status == http.client.INTERNAL_SERVER_ERROR else ServerError
+        return kind(what, where=where, hint="the server's log has the reason")
 
 
 _EXAMPLE = "e.g. http://127.0.0.1:8000"
 _AGAIN = "is the server running? its log has the reason if it stopped"
+
+
+def _count(value: Any) -> int | None:
+    return value if type(value) is int and value > 0 else None
 
 
 def _parsed(url: str) -> Any:

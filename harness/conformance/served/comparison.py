@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,9 @@ from harness.conformance.served.noise import Errors
 from harness.conformance.served.report import Finding, SubjectResult, Verdict
 from harness.conformance.served.rows import Row, distances, measure, of_phase
 from harness.conformance.served.scores import score
-from harness.conformance.served.session import BASE, Observation, Phase
+from harness.conformance.served.session import BASE, Failure, Observation, Phase, Request
 from harness.conformance.tolerance_constants import SERVED_WEAK
-from harness.errors import UsageError
+from harness.errors import UsageError, plural
 
 _LONG = 64
 """Number of tokens of a request that keeps the server busy while another one is sent."""
@@ -44,15 +45,19 @@ class Comparison:
     base: Path
     adapters: Mapping[str, AdapterFile]
     """Name on the server -> adapter."""
-    again: Callable[[Observation, int], dict[str, Any]]
-    """Function (answer, tokens) that returns the body of the request, to repeat it. tokens: 0 for as many as before."""
+    again: Callable[[Request, int], dict[str, Any]]
+    """Function (request, tokens) that returns the body of a request, to repeat it. tokens: 0 for as many as before."""
 
     def noise_floor(self, alone: Sequence[Observation], dtypes: Sequence[str]) -> NoiseFloor:
         """Return the noise floor of the server from its base rows.
 
-        dtypes: dtypes that the server may use, the one with the smallest errors first. Raises UsageError if the base
-        rows are neither those of the base nor those of one of the adapters.
+        Rows with NaN are left out, because no dtype explains them. dtypes: dtypes that the server may use, the one with
+        the smallest errors first. Raises UsageError if the base rows are neither those of the base nor those of one of the
+        adapters.
         """
+        alone = [one for one in alone if not one.missing]
+        if not alone:
+            return NoiseFloor(dtypes[-1], None)
         rows = self._rows(None, alone)
         measured = noise.errors([row.flat for row in rows])
         limits: dict[str, Errors] = {}
@@ -73,23 +78,36 @@ class Comparison:
             "an adapter is loaded, fail here too",
         )  # fmt: skip
 
-    def judge(self, name: str, every: Sequence[Observation], floor: NoiseFloor) -> SubjectResult:
-        """Return the result of one adapter, or of the base. every: the answers of all adapters and of the base."""
+    def judge(
+        self, name: str, every: Sequence[Observation], floor: NoiseFloor, failures: Sequence[Failure] = ()
+    ) -> SubjectResult:
+        """Return the result of one adapter, or of the base.
+
+        every: the answers of all adapters and of the base. failures: the requests that the server failed to answer.
+        """
         observed = [one for one in every if one.request.subject == name]
-        company = next((one for one in every if one.request.subject not in (BASE, name)), None)
+        failed = [one for one in failures if one.request.subject == name]
         adapter = self.adapters[name] if name != BASE else None
         folder = str(adapter.folder if adapter else self.base)
         if not observed:
-            return SubjectResult(name, folder, Verdict.NOT_COMPARED, reason="no request was answered")
+            verdict = Verdict.NONCONFORMING if failed else Verdict.NOT_COMPARED
+            return SubjectResult(name, folder, verdict, failed[0].what if failed else "no request was answered")
         rows = self._rows(adapter, observed)
         limit = self._allowed(adapter, rows, floor)
         notices = None if adapter is None else self._notices(adapter, rows, limit)
-        phases = tuple(measure(phase, some, limit) for phase in Phase if (some := of_phase(rows, phase)))
-        wrong = [row for row in rows if row.is_wrong(limit)]
-        if not wrong and not noise.errors([row.flat for row in rows]).at_most(limit):
-            wrong = rows  # no single answer shows it, but all of them together do
-        if wrong:
-            finding = self._finding(name, wrong, limit, company)
+        counts = Counter(one.request.phase for one in failed)
+        phases = tuple(
+            measure(phase, some, limit, counts[phase])
+            for phase in Phase
+            if (some := of_phase(rows, phase)) or counts[phase]
+        )
+        # If no single answer is wrong, all of them together may be.
+        if (
+            failed
+            or any(row.is_wrong(limit) for row in rows)
+            or not noise.errors([r.flat for r in rows]).at_most(limit)
+        ):
+            finding = self._finding(name, rows, failed, limit, every)
             return SubjectResult(name, folder, Verdict.NONCONFORMING, "", limit, notices, phases, finding)
         weak = notices is not None and notices > SERVED_WEAK
         return SubjectResult(
@@ -110,16 +128,29 @@ class Comparison:
         effect = noise.errors(distances(scaled, [row.score for row in rows]))
         return noise.smallest_noticed(effect, _EFFECT, limit)
 
-    def _finding(self, name: str, wrong: Sequence[Row], limit: Errors, company: Observation | None) -> Finding:
+    def _finding(
+        self, name: str, rows: Sequence[Row], failed: Sequence[Failure], limit: Errors, every: Sequence[Observation]
+    ) -> Finding:
+        """Return the evidence. rows: the answers; all of them are wrong together if none is wrong alone."""
+        company = next((one for one in every if one.request.subject not in (BASE, name)), None)
         others = {other: adapter for other, adapter in self.adapters.items() if other != name}
-        adapter = self.adapters.get(name)
-        worst = max(wrong, key=lambda row: (max(row.flat) > limit.largest, max(row.score.margins), max(row.flat)))
-        request = self._request(worst.observation)
-        if company is not None and not of_phase(wrong, Phase.ALONE):
-            request = f"{self._request(company, tokens=_LONG)} & sleep 1; {request}"  # wrong only beside others
-        return Finding(causes.cause(self.base, adapter, others, wrong, limit), _worst(worst, limit), request)
+        wrong = [row for row in rows if row.is_wrong(limit)] or ([] if failed else rows)
+        found = [_failures(failed)] if failed else []
+        if wrong:
+            found.append(causes.cause(self.base, self.adapters.get(name), others, wrong, limit))
+        found += _lengths([row.observation for row in rows], [row.observation for row in wrong], failed)
+        if wrong:
+            worst = max(wrong, key=lambda row: (max(row.flat) > limit.largest, max(row.score.margins), max(row.flat)))
+            text, request = _worst(worst, limit), worst.observation.request
+        else:
+            text, request = _failures(failed[:1]), failed[0].request
+        command = self._command(request)
+        phases = {row.observation.request.phase for row in wrong} | {one.request.phase for one in failed}
+        if company is not None and Phase.ALONE not in phases:
+            command = f"{self._command(company.request, tokens=_LONG)} & sleep 1; {command}"  # wrong only beside others
+        return Finding("; ".join(found), text, command)
 
-    def _request(self, one: Observation, tokens: int = 0) -> str:
+    def _command(self, one: Request, tokens: int = 0) -> str:
         """Return the command that sends a request again. tokens: number of tokens to generate; 0: as before."""
         body = self.again(one, tokens)
         headers = f"""-H "Authorization: Bearer ${TOKEN_VARIABLE}" -H 'Content-Type: application/json'"""
@@ -128,6 +159,22 @@ class Comparison:
 
 def _numbers(row: Row) -> list[float]:
     return [one for several in row.score.values for one in several]
+
+
+def _failures(failed: Sequence[Failure]) -> str:
+    """Return a text about requests that the server failed to answer."""
+    return (
+        f"{plural(len(failed), 'request')} failed: {failed[0].what}; many servers fail so if a log-probability is NaN"
+    )
+
+
+def _lengths(every: Sequence[Observation], wrong: Sequence[Observation], failed: Sequence[Failure]) -> list[str]:
+    """Return a sentence if the length of the prompt decides whether an answer is wrong. Otherwise return none."""
+    bad = {len(one.context) for one in wrong} | {len(one.context) for one in failed}
+    good = {len(one.context) for one in every} - bad
+    if not good or max(good) > min(bad):
+        return []
+    return [f"prompts of at most {max(good)} tokens have right answers, those of {min(bad)} tokens or more have not"]
 
 
 def _worst(row: Row, limit: Errors) -> str:

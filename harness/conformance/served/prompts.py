@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 LENGTHS = (1, 3, 7, 12, 20, 40)
 """Lengths of the prompts in tokens. All models get the same prompts, so that the check notices a prefix cache that mixes up
 adapters. 40 tokens fill two blocks of vLLM's cache."""
+LONG = 600
+"""Length of the long prompt in tokens, where the base has as many positions. Some mistakes show only in long prompts: vLLM
+returned NaN after some 400 tokens."""
 TOKENS = 8
 """Number of tokens that the server generates per request."""
 TEXTS = (
@@ -31,6 +34,7 @@ TEXTS = (
     "A harness compares what a server computes with what an adapter file says.",
 )
 """Texts that different tokenizers split differently. Servers that accept no token ids get them as prompts."""
+_BASE = "--base-model needs the folder of the base: config.json and model.safetensors"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -78,18 +82,50 @@ def drawn(folder: Path, seed: int) -> list[list[int]]:
     return [draw.choices(ids, k=length) for length in LENGTHS]
 
 
+def room(folder: Path, longest: int | None) -> int | None:
+    """Return the largest number of tokens of a prompt and its answer. Return None if nothing limits it.
+
+    folder: the folder of the base, whose positions are a limit. longest: the limit of the server, if it says one.
+    """
+    config = _config(folder)
+    inner = config.get("text_config")
+    found = [longest] if longest is not None else []
+    for one in (config, inner if isinstance(inner, dict) else {}):
+        found += [one[key] for key in ("max_position_embeddings", "n_positions") if type(one.get(key)) is int]
+    return min(found, default=None)
+
+
+def long_prompt(folder: Path, seed: int, tokens: int) -> list[int]:
+    """Return a prompt of LONG random token ids, or fewer, so that it and its answer have at most `tokens` tokens.
+
+    Return none if the prompt would not be longer than the others.
+    """
+    length = min(LONG, tokens - TOKENS)
+    draw = random.Random(f"{seed} long")  # noqa: S311  # a prompt, not a secret
+    return draw.choices(plain_ids(folder), k=length) if length > max(LENGTHS) else []
+
+
+def long_text(tokenizer: Tokenizer, tokens: int) -> str:
+    """Return a long prompt as text: one of TEXTS several times in a row. Return "" if it has no place twice."""
+    text = f"{TEXTS[2]} "
+    times = min(LONG, tokens - TOKENS) // len(tokenizer.encode(text))
+    return (text * times).strip() if times > 1 else ""
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    return read_json_object(folder / "config.json", _BASE)
+
+
 def plain_ids(folder: Path) -> list[int]:
     """Return the token ids of the base in a folder, without the special tokens that the config names.
 
     Raises UsageError if the folder has no vocabulary size.
     """
-    path = folder / "config.json"
-    hint = "--base-model needs the folder of the base: config.json and model.safetensors"
-    config = read_json_object(path, hint)
+    config = _config(folder)
     try:
         size = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError("has no vocabulary size", where=str(path), hint=hint) from error
+        raise UsageError("has no vocabulary size", where=str(folder / "config.json"), hint=_BASE) from error
     special = {one for key in ("bos", "eos", "pad") for one in _listed(config.get(f"{key}_token_id"))}
     return [one for one in range(size) if one not in special]
 

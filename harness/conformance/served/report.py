@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from harness.conformance.served.noise import Errors
 from harness.conformance.served.session import Phase
@@ -28,7 +30,8 @@ class PhaseResult:
     phase: Phase
     requests: int
     wrong: int
-    """Number of requests with an error above the allowed error, or with a token that is not the most likely one."""
+    """Number of requests with an error above the allowed error, with a token that is not the most likely one, or without an
+    answer because the server failed (status 500)."""
     largest: float
     """Largest difference of a log-probability from the reference, in nats."""
     mean: float
@@ -117,8 +120,17 @@ class ServedReport:
     def document(self) -> dict[str, object]:
         """Return the document that `--json` prints."""
         served = {
-            "url": self.url, "dtype": self.dtype, "subjects": [asdict(one) for one in self.subjects],
+            "url": self.url, "dtype": self.dtype, "subjects": [_finite(asdict(one)) for one in self.subjects],
             "not_offered": dict(self.not_offered), "findings": list(self.findings), "stopped": self.stopped,
             "notes": list(self.notes),
         }  # fmt: skip
         return {"schema": 2, "exit": int(self.exit), "software": dict(self.software), "served": served}
+
+
+def _finite(value: Any) -> Any:
+    """Return a JSON document with null for NaN and infinity, which JSON cannot represent."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

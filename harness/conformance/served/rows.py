@@ -11,6 +11,7 @@ from harness.conformance.served.report import PhaseResult
 from harness.conformance.served.session import Observation, Phase
 
 _LARGEST_EXPONENT = 700.0
+"""A larger one overflows."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def of_phase(rows: Iterable[Row], phase: Phase) -> list[Row]:
     return [row for row in rows if row.observation.request.phase is phase]
 
 
-def measure(phase: Phase, rows: Sequence[Row], limit: Errors) -> PhaseResult:
-    """Return the metrics of the rows of one phase."""
+def measure(phase: Phase, rows: Sequence[Row], limit: Errors, failed: int) -> PhaseResult:
+    """Return the metrics of the rows of one phase. failed: number of further requests that the server failed to answer."""
     flat = [one for row in rows for one in row.flat]
     own = [several[0] for row in rows for several in row.differences]
     margins = [
@@ -89,11 +90,11 @@ def measure(phase: Phase, rows: Sequence[Row], limit: Errors) -> PhaseResult:
     differ = sum(len(row.unlikely(limit)) for row in rows)
     return PhaseResult(
         phase=phase,
-        requests=len(rows),
-        wrong=sum(row.is_wrong(limit) for row in rows),
-        largest=max(flat),
-        mean=sum(flat) / len(flat),
-        mean_exp=sum(math.exp(min(one, _LARGEST_EXPONENT)) for one in own) / len(own),
+        requests=len(rows) + failed,
+        wrong=sum(row.is_wrong(limit) for row in rows) + failed,
+        largest=max(flat, default=0.0),
+        mean=sum(flat) / max(len(flat), 1),
+        mean_exp=sum(math.exp(one) if one < _LARGEST_EXPONENT else math.inf for one in own) / max(len(own), 1),
         tokens=len(own),
         differ=differ,
         ties=len(margins) - differ,

@@ -26,10 +26,14 @@ def score(
     So a tie that the server decides in another way changes one token, and not all that follow. Raises UsageError if the
     adapter does not fit the base, or if the base does not have the server's tokens.
     """
-    sequences = list(dict.fromkeys(one.context + one.tokens[:-1] for one in observations))
+    # Only the logits of the answers are kept: those of a long prompt would take a gigabyte.
+    starts: dict[tuple[int, ...], int] = {}
+    for one in observations:
+        sequence, start = one.context + one.tokens[:-1], len(one.context) - 1
+        starts[sequence] = min(start, starts.get(sequence, start))
     transformers.utils.logging.disable_progress_bar()
     with hold_output(), torch.no_grad():
-        logits = reference_logits(base, adapter, sequences, DTYPES[dtype])
+        logits = reference_logits(base, adapter, list(starts), DTYPES[dtype], starts=list(starts.values()))
     # The softmax is always computed in float64, so that it adds no error to those of the logits.
     largest = max(
         token for one in observations for position in one.positions for token in (position.token, *position.others)
@@ -37,12 +41,16 @@ def score(
     if largest >= (size := logits[0].shape[-1]):
         what = f"the server returned token {largest}, and the vocabulary of the base model has {size} tokens"
         raise UsageError(what, where=f"--base-model {base}", hint="give the folder that the server loads")
-    known = {sequence: torch.log_softmax(one.double(), -1) for sequence, one in zip(sequences, logits, strict=True)}
-    return [_score(one, known[one.context + one.tokens[:-1]]) for one in observations]
+    known = {sequence: torch.log_softmax(one.double(), -1) for sequence, one in zip(starts, logits, strict=True)}
+    found = []
+    for one in observations:
+        sequence = one.context + one.tokens[:-1]
+        found.append(_score(one, known[sequence][len(one.context) - 1 - starts[sequence] :]))
+    return found
 
 
-def _score(observation: Observation, table: Tensor) -> Score:
-    rows = table[len(observation.context) - 1 :]
+def _score(observation: Observation, rows: Tensor) -> Score:
+    """Score an answer. rows: log-probabilities (positions, vocabulary) of the reference."""
     values = tuple(tuple(rows[i, [one.token, *one.others]].tolist()) for i, one in enumerate(observation.positions))
     top, best = rows.max(-1)
     margins = tuple(float(top[i]) - several[0] for i, several in enumerate(values))

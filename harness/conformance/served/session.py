@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from harness.conformance.served.answers import Position
-from harness.conformance.served.client import Client, RequestRefusedError
+from harness.conformance.served.client import Client, RequestFailedError, RequestRefusedError
 from harness.errors import HarnessError, ServerError, UsageError
 
 BASE = ""
@@ -73,6 +74,25 @@ class Observation:
         """The token ids of the positions."""
         return tuple(one.token for one in self.positions)
 
+    @property
+    def missing(self) -> set[int]:
+        """Indices of the positions where the server returned NaN or null instead of a log-probability."""
+        return {i for i, one in enumerate(self.positions) if any(map(math.isnan, one.values))}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request whose answer the server could not compute."""
+
+    request: Request
+    context: tuple[int, ...]
+    """Token ids of the prompt."""
+    what: str
+    """Status and message of the server."""
+
+
+_Outcome = TypeVar("_Outcome", Observation, Failure)
+
 
 @dataclass
 class Session:
@@ -97,6 +117,13 @@ class Session:
     """Function -> reason why the server does not offer it."""
     findings: list[str] = field(default_factory=list)
     """Mistakes of the server that show without a comparison."""
+    notes: list[str] = field(default_factory=list)
+    """Messages beside the results."""
+    long: int = -1
+    """Index of the long prompt. -1 if there is none."""
+    skip_failed: bool = False
+    """True if a request that the server answers with status 500 becomes a Failure. Otherwise, it ends the requests."""
+    failures: list[Failure] = field(default_factory=list)
     _loaded: list[str] = field(default_factory=list)
 
     def load_missing(self, listed: Sequence[str]) -> None:
@@ -110,6 +137,21 @@ class Session:
                     hint = f"--adapter NAME=DIR names a listed one; vLLM loads others if {ALLOW} is set"
                     what = f"the server has no adapter {name}, and does not load it ({error.what}); {has}"
                     raise UsageError(what, where="--adapter", hint=hint) from error
+
+    def add_long(self, prompt: Sequence[int], text: str = "") -> None:
+        """Add a long prompt. Note that it is not compared if the server refuses it.
+
+        text: the prompt as text, if the server takes no token ids.
+        """
+        try:
+            self.client.complete(self.base, text or prompt, self.tokens)
+        except RequestRefusedError as error:
+            self.notes.append(f"long prompts not compared: the server refuses {len(prompt)} tokens ({error.what})")
+            return
+        except RequestFailedError:
+            pass  # the phases show for which models
+        self.long, self.prompts = len(self.prompts), [*self.prompts, prompt]
+        self.texts = [*self.texts, text] if text else self.texts
 
     def alone(self, subject: str) -> None:
         """Send every prompt to one model, one request at a time."""
@@ -131,10 +173,11 @@ class Session:
         Mixed requests run at the same time.
         """
         first, *others = self.adapters
-        before = len(self.observations)
+        before, failed = len(self.observations), len(self.failures)
         self.mixed(Phase.LOADED, lambda: self._load_if_offered(SWAPPED, self.adapters[first]))
         if SWAPPED not in self._loaded:
             self.observations[before:] = [_in_phase(Phase.MIXED, one) for one in self.observations[before:]]
+            self.failures[failed:] = [_in_phase(Phase.MIXED, one) for one in self.failures[failed:]]
             return
         self._swapped(Phase.LOADED, first)
         if others:
@@ -168,8 +211,12 @@ class Session:
         self._replace(SWAPPED, self.adapters[name])
 
     def echoes(self) -> None:
-        """Ask every model for the log-probabilities of the prompts' tokens. The first token of a prompt has none."""
-        self._send([one for one in self._of_all(Phase.ECHO) if len(self.prompts[one.prompt]) > 1], 1)
+        """Ask every model for the log-probabilities of the prompts' tokens, without the long prompt.
+
+        The first token of a prompt has none.
+        """
+        several = self._of_all(Phase.ECHO)
+        self._send([one for one in several if len(self.prompts[one.prompt]) > 1 and one.prompt != self.long], 1)
 
     def tidy(self) -> str:
         """Unload the adapters that this session loaded. Return a message about those that the server does not unload."""
@@ -199,7 +246,7 @@ class Session:
         """Send requests from `workers` threads. Keep the answers even if a request fails or the user interrupts."""
         try:
             with ThreadPoolExecutor(workers) as pool:
-                futures: list[Future[Observation]] = [pool.submit(self._observe, request) for request in requests]
+                futures: list[Future[Observation | None]] = [pool.submit(self._answer, one) for one in requests]
                 try:
                     if meanwhile is not None:
                         meanwhile()
@@ -211,18 +258,28 @@ class Session:
                     raise
                 finally:
                     done = (one for one in futures if one.done() and not one.cancelled() and one.exception() is None)
-                    self.observations += [one.result() for one in done]
+                    self.observations += [found for one in done if (found := one.result()) is not None]
         finally:
             self.client.reopen()  # all threads have ended; the adapters are still to be unloaded
 
-    def again(self, one: Observation, tokens: int = 0) -> dict[str, Any]:
-        """Return the body of the request to which `one` is the answer, in the dialect of the server.
+    def again(self, one: Request, tokens: int = 0) -> dict[str, Any]:
+        """Return the body of a request, in the dialect of the server.
 
         tokens: number of tokens to generate; 0: as before.
         """
-        echo = one.request.phase is Phase.ECHO
+        echo = one.phase is Phase.ECHO
         tokens = tokens or (1 if echo else self.tokens)
-        return self.client.body(one.request.served_as, self._sent(one.request.prompt), tokens, echo)
+        return self.client.body(one.served_as, self._sent(one.prompt), tokens, echo)
+
+    def _answer(self, request: Request) -> Observation | None:
+        """Return the answer, or None if the request becomes a Failure."""
+        try:
+            return self._observe(request)
+        except RequestFailedError as error:
+            if not self.skip_failed:
+                raise
+            self.failures.append(Failure(request, tuple(self.prompts[request.prompt]), error.what))
+            return None
 
     def _observe(self, request: Request) -> Observation:
         prompt, echo = tuple(self.prompts[request.prompt]), request.phase is Phase.ECHO
@@ -264,5 +321,5 @@ class Session:
         self._loaded.remove(name)
 
 
-def _in_phase(phase: Phase, one: Observation) -> Observation:
+def _in_phase(phase: Phase, one: _Outcome) -> _Outcome:
     return replace(one, request=replace(one.request, phase=phase))
