@@ -742,7 +742,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_bench_writes_a_file_per_benchmark_with_raw_samples(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "gpus", lambda: ())
+    monkeypatch.setattr(command, "no_gpu", lambda: gpu.NO_GPU)
     requested = BenchRequest(["galore_step"], ["galore-torch"], pairs=6, ours="reference")
     out, export = tmp_path / "out", tmp_path / "export.json"
     assert command.bench(requested, False, out, export) is Exit.PASS
@@ -766,7 +766,7 @@ def test_a_folder_that_holds_a_bench_is_refused(
     monkeypatch.setattr(command.worker_processes, "discover", lambda: registry)
     (tmp_path / "notes.json").touch()
     words = ["bench", "--op", "galore_step", "--device", "cuda", "--out", str(tmp_path)]
-    monkeypatch.setattr(command, "gpus", lambda: ())
+    monkeypatch.setattr(command, "no_gpu", lambda: gpu.NO_GPU)
     assert main(words) == Exit.INFRASTRUCTURE
     there = sorted(tmp_path.iterdir())
     capsys.readouterr()
@@ -912,7 +912,7 @@ def test_files_that_could_not_be_written_are_written_at_the_end(
 def test_a_step_without_a_supported_layer_is_not_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "gpus", lambda: ())
+    monkeypatch.setattr(command, "no_gpu", lambda: gpu.NO_GPU)
     requested = BenchRequest(steps=["lora on nf4"], vs=["loralib"], pairs=5, backbone=LITTLE)
     assert command.bench(requested, False, None, None) is Exit.NOTHING_COMPARED
     assert "not-run: model.layers.0.self_attn.q_proj: loralib has no layer" in capsys.readouterr().out
