@@ -59,8 +59,10 @@ def train(
     frozen = weight_changes.fingerprints(model)
     # In a large model some trained tensors have no copy in `start`: samples of them show changes.
     tensors = weight_changes.base_weights(subject) | subject.added() if hasattr(subject.config, "targets") else {}
-    samples_of = {name: sampled(t) for name, t in (tensors | dict(head)).items() if name not in start}
-    parts = UpdateTracker(samples_of, lambda t: sampled(optimizers.stored_value(t, optimizer)))
+    parts = UpdateTracker(
+        {name: sampled(t) for name, t in (tensors | dict(head)).items() if name not in start},
+        lambda t: sampled(optimizers.stored_value(t, optimizer)),
+    )
     whole = UpdateTracker(
         {name: start[name] for name in adapted.tensors() if name in start},
         lambda t: optimizers.stored_value(t, optimizer),
