@@ -21,8 +21,9 @@ _VARIABLES = (
 )  # fmt: skip
 """Starts of the names of environment variables that may change a number: those of the libraries that compute (matrix
 products, threads, compilers), and of this package."""
-_WHICH_GPU = "CUDA_VISIBLE_DEVICES"
-"""Variable that differs between the processes of one run with several GPUs. It chooses a device, not the code."""
+_LEFT_OUT = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+"""Variables that differ between processes of equal results. The first chooses a device. The number of threads is part of the
+key as torch reports it: Ray sets the second one, and a run on one machine may not."""
 
 
 def of_cell(cell: Cell, model: Asset, task: JobTask, device: str) -> str:
@@ -49,7 +50,7 @@ def of_process(job: Job, provider: Provider, environment: Environment) -> str:
     if not known:
         return ""
     variables = {
-        name: value for name, value in os.environ.items() if name.startswith(_VARIABLES) and name != _WHICH_GPU
+        name: value for name, value in os.environ.items() if name.startswith(_VARIABLES) and name not in _LEFT_OUT
     }
     code = [environment.id, environment.code_version, environment.threads, provider.model_dump(), variables]
     return _hash([known, *code])

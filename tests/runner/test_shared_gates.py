@@ -98,12 +98,12 @@ def test_software_and_threads_are_part_of_the_key(tmp_path: Path) -> None:
             (name, True)
             for name in (
                 "ATEN_CPU_CAPABILITY", "CUBLAS_WORKSPACE_CONFIG", "CUDA_LAUNCH_BLOCKING", "KMP_AFFINITY", "MKL_CBWR",
-                "MKL_ENABLE_INSTRUCTIONS", "NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA",
+                "MKL_ENABLE_INSTRUCTIONS", "NVIDIA_TF32_OVERRIDE", "OMP_DYNAMIC", "ONEDNN_MAX_CPU_ISA",
                 "OPENBLAS_CORETYPE", "PEFT_HARNESS_COMPILE", "PEFT_HARNESS_CROSSOVERS",
                 "PYTORCH_CUDA_ALLOC_CONF", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TRITON_INTERPRET",
             )
         ),
-        ("CUDA_VISIBLE_DEVICES", False), ("HOME", False),
+        ("CUDA_VISIBLE_DEVICES", False), ("HOME", False), ("OMP_NUM_THREADS", False),
     ],
 )  # fmt: skip
 def test_variables_that_may_change_a_number_are_part_of_the_key(
