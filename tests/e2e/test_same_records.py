@@ -31,7 +31,9 @@ def _but_for_times(record: Record) -> dict[str, Any]:
     """Return all of a Record that does not say when, how fast, in how much memory and under which variables."""
     found = record.model_dump(mode="json", exclude={"run", "started", "duration_s", "concurrent_cells"})
     assert found["measurements"] is not None, record.because
-    found["environment"]["extra"].pop("variables")  # Ray's number of threads is one of them, and means the same
+    found["environment"]["extra"].pop("variables")  # Ray's number of threads is one of them
+    found["environment"].pop("threads")  # two Cells at a time share the cores, if torch uses more than one
+    found["gate"].pop("key")  # has the number of threads in it
     found["phases"] = [phase["name"] for phase in found["phases"]]
     found["notes"] = [
         note for note in found["notes"] if "Cells ran at once" not in note
