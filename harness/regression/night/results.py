@@ -39,7 +39,7 @@ class NightManifest(FrozenModel):
     parts: list[PlannedPart]
     environment: Environment
     notes: list[str] = Field(default=[])
-    """What does not work on this machine, although the night needs it not, e.g. nvidia-smi."""
+    """Programs that fail on this machine, but that the night does not need, e.g. nvidia-smi."""
     argv: list[str]
     started: str
     """Start in UTC, ISO 8601."""

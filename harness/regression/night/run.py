@@ -35,7 +35,7 @@ _ENDED = {
     "share": "its share of the budget, {}, was over, and the rest is kept for later parts",
     "estimate": "it took too long, and was ended after {}",
 }
-"""What limited a part -> the reason why it was ended."""
+"""Limit that a part reached -> sentence that says why the part was ended."""
 
 
 @dataclass(frozen=True)
