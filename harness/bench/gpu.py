@@ -24,7 +24,7 @@ class Gpu:
     name: str = ""
     """Name of the GPU or of its MIG part, as torch returns it. Kernels and tables of crossovers use the same name."""
     note: str = ""
-    """Error of nvidia-smi, without which torch works all the same. Empty if there is none."""
+    """Error of nvidia-smi, empty if there is none. torch works without nvidia-smi."""
 
 
 def find_gpu() -> Gpu:

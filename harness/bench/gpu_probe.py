@@ -10,7 +10,7 @@ from harness.process.event_pipe import event_writer
 def main(fd: int, line: int) -> None:
     """Emit an event: `unusable` is the reason why torch cannot use a GPU, and `card` the name of the GPU.
 
-    If torch can use one, the reason is an empty string. Otherwise the name is one.
+    If torch can use a GPU, `unusable` is an empty string. Otherwise `card` is an empty string.
     """
     with event_writer(fd, line) as emit:
         import torch

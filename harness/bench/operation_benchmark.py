@@ -64,8 +64,8 @@ class OperationBenchmark:
         """Yield the rows of one size. The first row is for the forward pass alone.
 
         If the Operation is differentiable, a second row is for the forward and the backward pass together. Raises
-        DeviceLostError if the GPU accepts no more work of this process. If a check caused this, its row comes first; no
-        later check blames it on the other side.
+        DeviceLostError if the GPU accepts no more work of this process. If a check of one side caused this, the row
+        with this check comes first. The other side is then not blamed.
         """
         arguments, parity = self._arguments(size), list[CheckOutcome]()
         try:

@@ -1,4 +1,7 @@
-"""Draw the random numbers of a benchmark: on a GPU itself, because drawing and copying gigabytes from a CPU takes long."""
+"""Draw the random numbers of a benchmark.
+
+A GPU draws its own numbers, because drawing gigabytes on a CPU and copying them takes long.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ TIMED_CALL = "timed_call"
 MOSTLY_CALL = 0.2
 """Largest share of a time that may be call overhead. Above it, a ratio of times compares overheads rather than work."""
 MOSTLY_LAUNCH = 0.8
-"""Smallest share of a time on a GPU, used by the host to launch the call, from which on the host decides about the speed."""
+"""Share of a call's time on a GPU. A host that takes this share or more to launch the call limits the speed."""
 TIMER_SHARE, TIMER_SLACK_S = 2.0, 0.5
 """Longest time that may pass in another process while samples are taken on a CPU: TIMER_SHARE times the sum of the samples,
 plus TIMER_SLACK_S seconds for messages that are late on a busy machine. If more time passes, the timer of the measured
@@ -178,7 +178,7 @@ class BenchRow(FrozenModel):
 
     @property
     def host_bound(self) -> list[str]:
-        """Sides (`ours`, `other`) whose calls the host launches in `MOSTLY_LAUNCH` of their median time, or more slowly."""
+        """Sides (`ours`, `other`) whose launch by the host takes at least `MOSTLY_LAUNCH` of the median time."""
         if self.samples is None:
             return []
         times, launch = {"ours": self.samples.ours, "other": self.samples.other}, self.samples.launch

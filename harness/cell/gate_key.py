@@ -22,8 +22,8 @@ _VARIABLES = (
 """Starts of the names of environment variables that may change a number: those of the libraries that compute (matrix
 products, threads, compilers), and of this package."""
 _LEFT_OUT = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
-"""Variables that differ between processes of equal results. The first chooses a device. The number of threads is part of the
-key as torch reports it: Ray sets the second one, and a run on one machine may not."""
+"""Variables that may differ between processes with equal results. CUDA_VISIBLE_DEVICES chooses a device. Ray sets
+OMP_NUM_THREADS, and a run on one machine may not. The key has the number of threads that torch reports instead."""
 
 
 def of_cell(cell: Cell, model: Asset, task: JobTask, device: str) -> str:

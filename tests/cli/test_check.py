@@ -538,6 +538,14 @@ def test_explain_tells_a_known_defect(suites, capsys: pytest.CaptureFixture[str]
         assert part in said
 
 
+@pytest.mark.parametrize(("name", "wide"), [("nonfinite", True), ("gradient", False)])
+def test_the_example_of_a_check_runs_it(name: str, wide: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", name]) == Exit.PASS
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert command.lstrip().startswith("peft-harness check ")
+    assert command.endswith(" --wide") is wide
+
+
 def test_a_mistake_among_the_defects_does_not_silence_the_rest(suites) -> None:
     suites("defects/known.yaml", DEFECTS)
     assert main(["explain", "gradient"]) == Exit.PASS

@@ -181,7 +181,7 @@ def _add_source(kit: Kit, name: str, say: Say) -> None:
 
 
 def _add_half(kit: Kit, half: contents.Half, say: Say) -> bool:
-    """Add a model with its weights in float16, its data, and `half.yaml`, which trains it. Return whether all of it fits."""
+    """Add a model in float16, its data, and `half.yaml`, which trains it. Return whether all of it was added."""
     table, item = load_table(resources.data_folder("suites") / "sources.yaml"), f"{half.model} in float16"
     folder = kit.folder / "models" / f"{half.model}-half"
     say(f"{table[half.model].kind} {item}")

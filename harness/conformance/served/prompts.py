@@ -106,7 +106,7 @@ def long_prompt(folder: Path, seed: int, tokens: int) -> list[int]:
 
 
 def long_text(tokenizer: Tokenizer, tokens: int) -> str:
-    """Return a long prompt as text: one of TEXTS several times in a row. Return "" if it has no place twice."""
+    """Return a long prompt as text: one of TEXTS several times in a row. Return "" if the text does not fit twice."""
     text = f"{TEXTS[2]} "
     times = min(LONG, tokens - TOKENS) // len(tokenizer.encode(text))
     return (text * times).strip() if times > 1 else ""

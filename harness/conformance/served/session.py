@@ -139,7 +139,7 @@ class Session:
                     raise UsageError(what, where="--adapter", hint=hint) from error
 
     def add_long(self, prompt: Sequence[int], text: str = "") -> None:
-        """Add a long prompt. Note that it is not compared if the server refuses it.
+        """Add a long prompt. If the server refuses it, add a note that long prompts are not compared.
 
         text: the prompt as text, if the server takes no token ids.
         """

@@ -13,8 +13,8 @@ LAST_S = {"cuda": 5.0 + part_run.GRACE_S + 7.0, "cpu": 5.0}
 """Device -> seconds of the budget that are kept for the footer and the page. On a GPU, whose time may end sharply, they also
 cover the end of a part that is cut."""
 _FACTOR = {"cuda": 4.0, "cpu": 12.0}
-"""Device -> how many times its estimate a part may take, because the estimates are rough. A part that hangs ends there.
-A rehearsal often shares its cores."""
+"""Device -> largest multiple of its estimate that a part may take. The estimates are rough, and a rehearsal often
+shares its cores. The limit ends a part that hangs."""
 _END_S = 5.0
 """Seconds that are kept for the start and the end of a part, beside its estimate. A part that is cut prints its document."""
 LEAST_S = 120.0
@@ -34,7 +34,8 @@ class Limit:
 def limit(part: Part, later: Sequence[Part], left_s: float, device: Device) -> Limit:
     """Return the limit of a part that starts now.
 
-    later: the parts after it. Each that is `kept` keeps its estimate of the time; a part always gets its own estimate.
+    later: the parts after it. The limit leaves time for the estimates of those with `kept`. Even so, it is not below
+    the part's own estimate, if that much time is left.
     left_s: seconds of the budget that are left.
     """
     kept_s = sum(one.estimate_s + _END_S for one in later if one.kept)

@@ -61,7 +61,7 @@ def _parts(results: Sequence[PartResult], waiting: Sequence[PlannedPart]) -> dic
     columns = [
         column("Status", number=False), column("Result", number=False), column("Took"),
         column("CPU", "processor seconds of all its processes"), column("Estimate", "time planned for the part"),
-        column("At most", "time after which the part is cut, so that later parts are reached"),
+        column("At most", "time after which the part is ended, so that later parts are reached"),
         column("Command", number=False),
     ]  # fmt: skip
     rows = [*map(_ended, results), *(_row(one, "waiting", "", [None, None], one.limit_s or None) for one in waiting)]

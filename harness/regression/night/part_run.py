@@ -88,7 +88,7 @@ def run(
 
 
 def _cpu_s() -> float:
-    """Return the processor seconds of all processes that this one, or a process of them, has waited for."""
+    """Return the processor seconds of the descendants of this process that have ended and were waited for."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

@@ -23,7 +23,7 @@ class PlannedPart(FrozenModel):
     command: str
     estimate_s: Seconds
     limit_s: Seconds = 0.0
-    """Longest duration, if the parts before it take what they are estimated at. 0 if it does not fit into the budget."""
+    """Time limit in seconds, if earlier parts take their estimates. 0 if the part does not fit into the budget."""
 
 
 class NightManifest(FrozenModel):
@@ -105,6 +105,6 @@ class NightFooter(FrozenModel):
     counts: dict[str, int]
     """Status -> number of parts."""
     left_out: dict[str, str] = Field(default={})
-    """Part that was cut or not run because the time did not suffice -> the reason."""
+    """Part that was cut or not run for lack of time, or because of an interruption -> the reason."""
     sha256: dict[str, str]
     """File of a part -> its hash."""

@@ -87,7 +87,7 @@ class Night:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Part that was cut or not run because the time did not suffice -> the reason."""
+        """Part that was cut or not run for lack of time, or because of an interruption -> the reason."""
         return {one.name: one.because for one in self.results if one.left_out}
 
     @property
@@ -285,9 +285,9 @@ def _no_baseline(run: Night) -> str:
 
 
 def _no_model(part: Part) -> str:
-    """Return which asset of the suite `sentinels` is not on this machine. A night downloads nothing.
+    """Return the reason why a part with the suite `sentinels` cannot run: the assets that this machine lacks.
 
-    For any other part or suite, return an empty string.
+    A night downloads nothing. If no asset is missing, or the part has another suite, return an empty string.
     """
     if parts.REAL_SUITE not in part.words:
         return ""
@@ -314,9 +314,9 @@ def _not_run(part: Part, because: str, *, left_out: bool = False) -> PartResult:
 
 
 def _add(run: Night, result: PartResult) -> None:
-    """Keep a result, and write it at once. After a part that was started, refresh the page.
+    """Keep a result, and write it at once. If the part was started, refresh the page.
 
-    So a night that is killed has one.
+    A night that is killed later then has a page, too.
     """
     run.results.append(result)
     store.write(run.folder / "parts" / f"{result.name}.json", result)
