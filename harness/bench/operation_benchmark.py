@@ -26,8 +26,7 @@ from harness.conformance.subject import DTYPES
 from harness.errors import Unsupported, plural
 from harness.methods.registry import Implementation
 from harness.process.out_of_memory import shortage
-from harness.records.check import CheckId, CheckResult
-from harness.records.check import Outcome as Verdict
+from harness.records.check import CheckId, CheckResult, Outcome
 
 CHECKS = ("outputs", "output_codes")
 """Names of the checks that a timed call must pass. A check is run only if the Operation's parity suite contains it."""
@@ -179,7 +178,7 @@ class OperationBenchmark:
             except (MemoryError, RuntimeError) as error:
                 if shortage(error) is None:
                     raise
-                return CheckResult(check=str(check), outcome=Verdict.SKIPPED, detail=f"out of memory: {error}")
+                return CheckResult(check=str(check), outcome=Outcome.SKIPPED, detail=f"out of memory: {error}")
 
         for it, call in zip((self.ours, self.other), calls, strict=True):
             found = suite_run.CaseRunner(it, words, self.dtype).attempt(check, partial(checked, call))

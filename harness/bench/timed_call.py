@@ -124,7 +124,7 @@ class TimedCall:
 
 
 def _equal(ours: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    """Return whether two results are equal to the last bit. NaN equals NaN."""
+    """Return whether two results have the same names, shapes, dtypes and values. NaN equals NaN."""
     return ours.keys() == others.keys() and all(
         ours[name].shape == others[name].shape
         and ours[name].dtype == others[name].dtype

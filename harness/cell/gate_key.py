@@ -21,9 +21,13 @@ _VARIABLES = (
 )  # fmt: skip
 """Starts of the names of environment variables that may change a number: those of the libraries that compute (matrix
 products, threads, compilers), and of this package."""
-_LEFT_OUT = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+_LEFT_OUT = (
+    "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PEFT_HARNESS_API_KEY", "PEFT_HARNESS_CACHE", "PEFT_HARNESS_CHILD",
+    "PEFT_HARNESS_NIGHT",
+)  # fmt: skip
 """Variables that may differ between processes with equal results. CUDA_VISIBLE_DEVICES chooses a device. Ray sets
-OMP_NUM_THREADS, and a run on one machine may not. The key has the number of threads that torch reports instead."""
+OMP_NUM_THREADS, and a run on one machine may not. The key has the number of threads that torch reports instead. The
+others are a secret, a folder, and marks of processes."""
 
 
 def of_cell(cell: Cell, model: Asset, task: JobTask, device: str) -> str:

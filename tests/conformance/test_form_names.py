@@ -64,7 +64,7 @@ def test_every_form_has_its_name_in_explain(target: str, kind: str, tried: list[
         assert all(name.replace("{}", "NAME") in described for name in names)
     # and no name is listed that is never tried
     never = [n for k in (of_layers if kind == "method" else of_operations) for n in modes.forms()[k]]
-    never = [n for n in never if not any(re.match(re.escape(n).replace(r"\{\}", ".+"), form) for form in tried)]
+    never = [n for n in never if not any(re.fullmatch(re.escape(n).replace(r"\{\}", ".+"), form) for form in tried)]
     assert set(never) <= {"channels_last", *_NOT_OF_THIS_CASE}
 
 

@@ -16,6 +16,7 @@ from harness.conformance.parity_suite import OperationCase
 from harness.conformance.subject import DTYPES
 from harness.kernels.torch.dora_linear import dora_linear
 from harness.kernels.torch.lora_linear import lora_linear
+from harness.kernels.torch.vera_linear import SharedProjection, vera_linear
 from harness.methods.implementations.fused import operations as fused
 
 LAYER = {"shape": [40, 24], "rows": [2, 7], "rank": 4}
@@ -72,3 +73,16 @@ def test_autocast_that_is_switched_off_again_casts_nothing() -> None:
     x, W, A, B = torch.randn(7, 24), torch.randn(40, 24), torch.randn(4, 24), torch.randn(40, 4)
     with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
         assert lora_linear(x, W, None, A, B, 0.5).dtype == torch.float32
+
+
+def test_the_shared_product_of_vera_is_that_of_the_present_projection() -> None:
+    """Autocast copies A for each call, and a freed copy may leave its address to the next one."""
+    x, W = torch.randn(7, 24).bfloat16(), torch.randn(40, 24).bfloat16()
+    A, B, b, d = torch.randn(4, 24), torch.randn(40, 4), torch.randn(40), torch.ones(4, requires_grad=True)
+    shared = SharedProjection()
+    with torch.autocast("cpu", torch.bfloat16):
+        first = vera_linear(x, W, None, A, B, b, d, shared=shared)
+        A.mul_(0.5)
+        second = vera_linear(x, W, None, A, B, b, d, shared=shared)
+        assert torch.equal(second, vera_linear(x, W, None, A, B, b, d))
+    assert not torch.equal(first, second)

@@ -15,7 +15,7 @@ import pytest
 
 from harness.bench.gpu import Gpu
 from harness.cli import main
-from harness.errors import Exit
+from harness.errors import Exit, UsageError
 from harness.process.worker_pool import marked
 from harness.regression.night import budget, part_run, parts
 from harness.regression.night import run as nights
@@ -243,7 +243,7 @@ def test_a_wrong_result_is_a_finding_also_in_a_part_that_is_cut(
     assert code == Exit.FAIL
     assert (results["wrong"]["status"], results["wrong"]["because"]) == (
         "finding",
-        "nf4: no parity: fused fails outputs",
+        "nf4: no parity: fused fails outputs; the budget was over",
     )
 
 
@@ -349,3 +349,23 @@ def test_the_names_of_parts_are_distinct() -> None:
         names = [one.name for one in plan]
         assert len(names) == len(set(names))
         assert names[0].startswith("parity")  # correctness comes first
+
+
+def test_a_suite_that_is_not_there_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    out = tmp_path / "night"
+    with pytest.raises(UsageError, match="no such file") as raised:
+        night(NightRequest(60.0, "cpu", out, real=tmp_path / "none.yaml"), as_json=True)
+    assert "--real" in raised.value.where
+    assert not out.exists()
+
+
+def test_the_command_for_what_was_left_out_names_the_suite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, suite = [part("good", 30.0)], tmp_path / "my suite.yaml"
+    suite.touch()
+    monkeypatch.setattr(parts, "on_cpu", lambda: plan)
+    night(NightRequest(8.0, "cpu", tmp_path / "night", real=suite), as_json=False)
+    out, err = capsys.readouterr()
+    assert f"peft-harness night --device cpu --real '{suite}' --only good" in out
+    assert "--real is not used" in err

@@ -104,6 +104,7 @@ def test_software_and_threads_are_part_of_the_key(tmp_path: Path) -> None:
             )
         ),
         ("CUDA_VISIBLE_DEVICES", False), ("HOME", False), ("OMP_NUM_THREADS", False),
+        ("PEFT_HARNESS_API_KEY", False), ("PEFT_HARNESS_CHILD", False),
     ],
 )  # fmt: skip
 def test_variables_that_may_change_a_number_are_part_of_the_key(

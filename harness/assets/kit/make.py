@@ -147,9 +147,13 @@ def _download(name: str, python_version: str, target: Path) -> str:
             code = child.wait(_PIP_S)
         if code == 0 and len(list(target.glob("*.whl"))) == 1:
             return ""
-        lines = [line.strip() for line in child.output.splitlines() if line.strip()]
-        why = f"pip cannot get it: {lines[-1] if lines else f'exit code {code}'}"
+        why = f"pip cannot get it: {_last_line(child.output, code)}"
     return why
+
+
+def _last_line(output: str, code: int | None) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return lines[-1] if lines else f"exit code {code}"
 
 
 def _version(name: str) -> str:
@@ -192,19 +196,21 @@ def _add_half(kit: Kit, half: contents.Half, say: Say) -> bool:
         return False
     with python([*module_arguments("harness.assets.kit.half"), str(place), str(folder)], {}) as child:
         code = child.wait(_PIP_S)
-    size = _size(folder)
+    suite = kit.folder / "half.yaml"
+    _write_suite(suite, half, folder.name)
+    size = _size(folder) + suite.stat().st_size
     whole = size + sum(_size(one.parent) for one in data)
     if code != 0:
-        kit.left_out[item] = next(reversed(child.output.split("\n")[:-1]), f"exit code {code}")
+        kit.left_out[item] = _last_line(child.output, code)
     elif kit.bytes + whole > kit.limit_B:
         kit.left_out[item] = f"{whole / 2**20:.1f} MiB{' with its data' if data else ''} do not fit"
     else:
-        _write_suite(kit.folder / "half.yaml", half, folder.name)
-        kit.items[item] = size + (kit.folder / "half.yaml").stat().st_size
+        kit.items[item] = size
         for name in half.data:
             _add_source(kit, name, say)
         return True
     shutil.rmtree(folder, ignore_errors=True)
+    suite.unlink()
     return False
 
 

@@ -38,7 +38,7 @@ from harness.conformance.comparison.observations import observe, preserved_state
 from harness.conformance.comparison.operation_forms import OperationForm, of_operation
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed, worst_of
 from harness.conformance.operation import OperationSubject
-from harness.conformance.subject import DTYPES, Subject, load
+from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from harness.records.record import CheckResult
 from reference.shared.layers import kind_of
@@ -140,8 +140,8 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         long = LONG_FORMS if index == 0 and case.walks else {}
         # The fixed choice of stacked experts depends on the number of rows.
         apart = {"in micro-batches", "token by token"} if kind_of(base) == "experts" else set()
-        forms = layouts_with_gradients(layouts) | MODES | HISTORIES | long | forms_without_gradients(layouts)
-        for name, form in forms.items():
+        tried = layouts_with_gradients(layouts) | MODES | HISTORIES | long | forms_without_gradients(layouts)
+        for name, form in tried.items():
             seen = None if name in apart else form.run(call)
             if seen is not None:
                 yield judge(name, seen, form.shown(judge.truth), _by_reference(subject, path, call, form))
@@ -175,14 +175,18 @@ def _with_new_values(subject: Subject, case: Case, path: str, call: Call) -> Ite
     found = {name: one for name, one in seen.items() if one is not None}
     if not found:
         return
-    wide, own, narrow = (subject.reference(path, dtype) for dtype in ("float64", subject.dtype, "float32"))
-    with torch.no_grad():
-        for reference in (wide, own, narrow):
-            layer = reference.layer
+
+    def halved(dtype: str) -> ReferenceLayer:
+        reference = subject.reference(path, dtype)
+        layer = reference.layer
+        with torch.no_grad():
             for tensor in {id(t): t for t in (*layer.parameters(), *layer.buffers())}.values():
                 if tensor.is_floating_point():
                     tensor.mul_(HALF)
-    runs = runs_of(wide, own, subject.dtype, call.x, call.dy, narrow=lambda: narrow)
+        return reference
+
+    wide, own = halved("float64"), halved(subject.dtype)
+    runs = runs_of(wide, own, subject.dtype, call.x, call.dy, narrow=partial(halved, "float32"))
     judge = _LayerJudge(subject, case, path, *runs)
     for name, one in found.items():
         yield judge(name, one, list(judge.truth))

@@ -158,7 +158,9 @@ def _shard(kind: str, half: int, factor: float, tensors: dict[str, Tensor]) -> N
         in_rows = module.rpartition(".")[2] in _ROW_PARALLEL
         if in_rows == (kind == "row") and name.startswith("A." if in_rows else "B."):
             tensors[key] = tensors[key].clone()
-            tensors[key].chunk(2, dim=1 if in_rows else 0)[half].mul_(factor)
+            # One row or column gives one part only.
+            for part in tensors[key].chunk(2, dim=1 if in_rows else 0)[half : half + 1]:
+                part.mul_(factor)
 
 
 def _without(module: str, tensors: dict[str, Tensor]) -> None:

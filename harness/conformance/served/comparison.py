@@ -170,11 +170,14 @@ def _failures(failed: Sequence[Failure]) -> str:
 
 def _lengths(every: Sequence[Observation], wrong: Sequence[Observation], failed: Sequence[Failure]) -> list[str]:
     """Return a sentence if the length of the prompt decides whether an answer is wrong. Otherwise return none."""
-    bad = {len(one.context) for one in wrong} | {len(one.context) for one in failed}
-    good = {len(one.context) for one in every} - bad
-    if not good or max(good) > min(bad):
+    # An answer with `echo` begins after the first token, so its context is not the prompt.
+    asked: list[Observation | Failure] = [*every, *failed]
+    asked = [one for one in asked if one.request.phase is not Phase.ECHO]
+    bad = {len(one.context) for one in asked if one in wrong or one in failed}
+    right = {len(one.context) for one in asked if one not in wrong and one not in failed}
+    if not right or not bad or max(right) >= min(bad):
         return []
-    return [f"prompts of at most {max(good)} tokens have right answers, those of {min(bad)} tokens or more have not"]
+    return [f"prompts of at most {max(right)} tokens have right answers, those of {min(bad)} tokens or more have not"]
 
 
 def _worst(row: Row, limit: Errors) -> str:

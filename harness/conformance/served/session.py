@@ -246,7 +246,7 @@ class Session:
         """Send requests from `workers` threads. Keep the answers even if a request fails or the user interrupts."""
         try:
             with ThreadPoolExecutor(workers) as pool:
-                futures: list[Future[Observation | None]] = [pool.submit(self._answer, one) for one in requests]
+                futures: list[Future[Observation | Failure]] = [pool.submit(self._answer, one) for one in requests]
                 try:
                     if meanwhile is not None:
                         meanwhile()
@@ -258,7 +258,11 @@ class Session:
                     raise
                 finally:
                     done = (one for one in futures if one.done() and not one.cancelled() and one.exception() is None)
-                    self.observations += [found for one in done if (found := one.result()) is not None]
+                    for found in (one.result() for one in done):  # in the order of the requests
+                        if isinstance(found, Failure):
+                            self.failures.append(found)
+                        else:
+                            self.observations.append(found)
         finally:
             self.client.reopen()  # all threads have ended; the adapters are still to be unloaded
 
@@ -271,15 +275,14 @@ class Session:
         tokens = tokens or (1 if echo else self.tokens)
         return self.client.body(one.served_as, self._sent(one.prompt), tokens, echo)
 
-    def _answer(self, request: Request) -> Observation | None:
-        """Return the answer, or None if the request becomes a Failure."""
+    def _answer(self, request: Request) -> Observation | Failure:
+        """Return the answer, or the failure of a server that is to be judged by its failures, too."""
         try:
             return self._observe(request)
         except RequestFailedError as error:
             if not self.skip_failed:
                 raise
-            self.failures.append(Failure(request, tuple(self.prompts[request.prompt]), error.what))
-            return None
+            return Failure(request, tuple(self.prompts[request.prompt]), error.what)
 
     def _observe(self, request: Request) -> Observation:
         prompt, echo = tuple(self.prompts[request.prompt]), request.phase is Phase.ECHO

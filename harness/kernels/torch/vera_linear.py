@@ -17,7 +17,7 @@ class _Projection(torch.autograd.Function):
 
     A and the mask are attributes of the graph's node instead of saved tensors. A backward pass would free saved tensors,
     but several layers share this node, which must survive the backward pass of one of them. This takes no memory, because
-    A and the mask stay alive anyway.
+    A and the mask stay alive anyway. Only under autocast does each node keep a copy of A.
     """
 
     @staticmethod
@@ -77,7 +77,9 @@ class SharedProjection:
     """
 
     def __init__(self) -> None:
-        self._last: tuple[Any, tuple[Any, ...], Any] | None = None  # one tuple, so that threads see a consistent state
+        # One tuple, so that threads see a consistent state. It keeps A alive: a later A, such as the next copy that
+        # autocast makes, could otherwise have the same address.
+        self._last: tuple[Any, tuple[Any, ...], Any, Tensor] | None = None
 
     def __reduce__(self) -> Any:
         """Let a copy of the cache be empty."""
@@ -92,7 +94,7 @@ class SharedProjection:
         u: Tensor | None = last[2]() if last is not None and last[0]() is x and last[1] == key else None
         if u is None:
             u = _projection(x, A, None)
-            self._last = weakref.ref(x), key, weakref.ref(u)
+            self._last = weakref.ref(x), key, weakref.ref(u), A
         return u
 
 

@@ -42,11 +42,10 @@ def nf4_dequantize(packed: Tensor, absmax: Tensor, block: int, shape: Sequence[i
     """Look up the level of each code, and multiply it by the absmax of its block in float32."""
     from harness.kernels.nf4_format import levels
 
-    count = len(shape)
-    flat: Tensor = _compiled(_nf4, (packed.device, dtype, count, block))(
+    weight: Tensor = _compiled(_nf4, (packed.device, dtype, len(shape), block))(
         packed, absmax, levels().to(packed.device), block, tuple(shape), dtype
     )
-    return flat
+    return weight
 
 
 def _lora(
@@ -89,10 +88,14 @@ def _kind(x: Tensor, bias: Tensor | None, mask: Tensor | None) -> tuple[object, 
 
 @cache
 def _number(value: float) -> Tensor:
-    """Return a number as a tensor without dimensions: torch compiles anew for each other number."""
+    """Return a number as a tensor without dimensions: torch compiles anew for each other number.
+
+    The tensor is kept, so neither the default dtype nor inference mode may decide about it.
+    """
     import torch
 
-    return torch.tensor(value, device="cpu")
+    with torch.inference_mode(False):
+        return torch.tensor(value, device="cpu", dtype=torch.float32)
 
 
 @cache

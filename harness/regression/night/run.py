@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import shlex
 import sys
 import time
 from collections import Counter
@@ -63,6 +64,8 @@ class Night:
     interrupted: bool = False
     missing: str = ""
     """Reason why there is no GPU, if one was wanted. Otherwise empty."""
+    real: Path | None = None
+    """File of the suite for the part `matrix-real`. None for `sentinels`."""
 
     @property
     def exit(self) -> Exit:
@@ -108,7 +111,8 @@ class Night:
         ]
         if self.left_out:
             only = " ".join(f"--only {name}" for name in self.left_out)
-            steps.append(f"peft-harness night --device {self.manifest.device} {only}  # what was left out")
+            real = f" --real {shlex.quote(str(self.real))}" if self.real is not None else ""
+            steps.append(f"peft-harness night --device {self.manifest.device}{real} {only}  # what was left out")
         return steps
 
     @property
@@ -137,6 +141,8 @@ def night(request: NightRequest, as_json: bool) -> Exit:
     gpu = find_gpu() if device == "cuda" else Gpu()
     plan = parts.on_gpu() if device == "cuda" else parts.on_cpu()
     if request.real is not None:
+        if not request.real.is_file():
+            raise UsageError("there is no such file", where=f"--real {request.real}", hint="name the file of a suite")
         plan = [parts.with_suite(one, request.real.absolute()) if one.name == parts.REAL else one for one in plan]
     plan = _chosen(plan, request.only)
     manifest = NightManifest(
@@ -147,7 +153,9 @@ def night(request: NightRequest, as_json: bool) -> Exit:
     )  # fmt: skip
     folder = _folder(request.out or store.RUNS / manifest.night)
     store.write(folder / "night.json", manifest, new=True)
-    run = Night(manifest, folder, missing=gpu.missing)
+    run = Night(manifest, folder, missing=gpu.missing, real=request.real and request.real.absolute())
+    if request.real is not None and not any(part.name == parts.REAL for part in plan):
+        print_note(f"note: --real is not used: this night has no part {parts.REAL}")
     for note in manifest.notes:
         print_note(note)
     print_note(f"night {manifest.night}: {len(plan)} parts within {duration(request.budget_s)}, into {folder}")
@@ -220,6 +228,7 @@ def _run_part(run: Night, part: Part, limit: Limit, left_s: float, command: Sequ
     failures = reading.failures
     if status == "failed" and not failures:
         failures = [Failure(where=part.name, what=because, traceback=ended.tail, reproduce=line)]
+    summary = "" if ended.cut and reading.is_missing else reading.summary
     if ended.left:
         because = "; ".join(
             filter(None, [because, f"left processes behind, which were killed: {', '.join(ended.left)}"])
@@ -227,7 +236,7 @@ def _run_part(run: Night, part: Part, limit: Limit, left_s: float, command: Sequ
     return PartResult(
         name=part.name, title=part.title, status=status, because=because, command=line, estimate_s=part.estimate_s,
         seconds=ended.seconds, cpu_s=ended.cpu_s, limit_s=limit.seconds, left_out=ended.cut and limit.by != "estimate",
-        exit_code=ended.code, summary=reading.summary, table=reading.table, failures=failures,
+        exit_code=ended.code, summary=summary, table=reading.table, failures=failures,
         files=_files(run.folder, folder),
     )  # fmt: skip
 
@@ -236,13 +245,12 @@ def _judged(
     part: Part, ended: part_run.Ended, reading: documents.Reading, limit: Limit
 ) -> tuple[Literal["ok", "finding", "failed", "cut", "not-run"], str]:
     """Return the status of a part and the reason."""
+    cut = _ENDED[limit.by].format(duration(limit.seconds)) if ended.cut else ""
     if reading.wrong:  # also in what a part has measured before it was cut
-        return "finding", reading.wrong
-    if ended.cut:
+        return "finding", "; ".join(filter(None, [reading.wrong, cut]))
+    if cut:
         kept = "what it had measured is kept" if reading.summary and not reading.is_missing else "nothing was measured"
-        return (
-            "failed" if limit.by == "estimate" else "cut"
-        ), f"{_ENDED[limit.by].format(duration(limit.seconds))}; {kept}"
+        return "failed" if limit.by == "estimate" else "cut", f"{cut}; {kept}"
     if ended.died:
         return "failed", ended.died
     if reading.is_missing and ended.code in (Exit.PASS, Exit.FAIL, Exit.INCONCLUSIVE):
