@@ -51,6 +51,7 @@ class ModelServer:
         self._lock, self._first_logits, self._last = threading.Lock(), {}, self.name
         self._kept: dict[str, Any] = {}
         self._batch: list[tuple[str, int]] = []
+        self._hidden: dict[tuple[Any, ...], torch.Tensor] = {}
         self.models = {self.name: AutoModelForCausalLM.from_pretrained(base, dtype=self.dtype).eval()}
         self.static = list(adapters)
         for name, folder in adapters.items():
@@ -104,7 +105,7 @@ class ModelServer:
         with torch.no_grad():
             for step in range(body["max_tokens"]):
                 seen = ids[-LONG:] if self.fault == "last 400 tokens only" else ids
-                hidden = model.model(input_ids=torch.tensor([seen])).last_hidden_state[0, -1]
+                hidden = self._last_hidden(model, seen)
                 row = (head if step == 0 and head is not None else model).lm_head(hidden).float()
                 if self.fault == "NaN in long prompts" and len(ids) > LONG:
                     row = row * torch.nan
@@ -142,6 +143,13 @@ class ModelServer:
             "choices": [{"index": 0, "text": "", "logprobs": found, "finish_reason": reason.get(self.fault, "length")}],
             "usage": {"prompt_tokens": len(prompt), "completion_tokens": body["max_tokens"]},
         }
+
+    def _last_hidden(self, model: Any, ids: list[int]) -> torch.Tensor:
+        """Return the hidden state of the last token. A check sends each prompt in several phases; it is computed once."""
+        key = model, tuple(ids)
+        if (hidden := self._hidden.get(key)) is None:
+            hidden = self._hidden[key] = model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
+        return hidden
 
     def _head(self, name: str, tokens: int) -> Any:
         """Return the model whose head gets the first row of a request, or None for the model of the request.
