@@ -39,7 +39,11 @@ def at_least(count: int, of: int, sure: float = SURE) -> float:
     return float(betaincinv(count, of - count + 1, 1 - sure)) if count else 0.0
 
 
-@pytest.mark.parametrize(("noise", "seed", "price"), [(USUAL, 1, 16), (UNRULY, 2, 18)], ids=["usual", "disturbed"])
+@pytest.mark.parametrize(
+    ("noise", "seed", "price"),
+    [pytest.param(USUAL, 1, 16, marks=pytest.mark.nightly), (UNRULY, 2, 18)],
+    ids=["usual", "disturbed"],
+)
 def test_unchanged_cells_alarm_less_than_once_a_month_and_are_proven(
     noise: simulated_noise.Noise, seed: int, price: float
 ) -> None:

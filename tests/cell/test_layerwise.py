@@ -252,7 +252,7 @@ def test_a_cell_takes_less_by_what_was_predicted(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layerwise", [True, False])
+@pytest.mark.parametrize("layerwise", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_a_cell_that_has_room_for_one_gradient_warms_up_with_one(
     layerwise: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

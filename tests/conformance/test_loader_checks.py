@@ -73,7 +73,7 @@ def test_unmerging_says_whether_the_base_is_restored_to_the_last_bit(adapter: st
     assert found["merge_undone"].result.detail == "restored to the last bit"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_reference_passes_every_check_with_every_adapter() -> None:
     found = suite_run.run(discover(only=["reference"]).find("loader", ADAPTER_FILES, "reference"))
     assert {(one.case, one.dtype, one.check) for one in found if one.result.outcome is not Outcome.PASS} == set()

@@ -141,11 +141,15 @@ FAULTS = {
 RACES = ("one adapter for all requests at a time", "drops a token under load")
 """Faults that show only if requests meet, so perhaps not in every phase."""
 QUICK = ("rsLoRA ignored", "base rows keep the last adapter")
+SLOW = ("stale adapter", "prefix cache without adapter", "row-parallel shard added twice")
+"""Faults of the second tier; the others are planted at night."""
 
 
-@pytest.mark.parametrize(
-    "fault", [pytest.param(fault, marks=[] if fault in QUICK else pytest.mark.slow) for fault in FAULTS]
-)
+def _tier(fault: str) -> list[pytest.MarkDecorator]:
+    return [] if fault in QUICK else [pytest.mark.slow if fault in SLOW else pytest.mark.nightly]
+
+
+@pytest.mark.parametrize("fault", [pytest.param(fault, marks=_tier(fault)) for fault in FAULTS])
 def test_a_planted_fault_is_found_where_it_is(check, base, adapters, fault) -> None:
     wrong, phases, word = FAULTS[fault]
     code, out, _ = check(ModelServer(base, adapters, fault, loading=True), base, adapters, "--json")

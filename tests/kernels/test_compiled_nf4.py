@@ -102,7 +102,9 @@ def together(work: Callable[[Tensor], object], weights: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("block", [32, 64, 4096])
+@pytest.mark.parametrize(  # each block size is compiled anew
+    "block", [pytest.param(32, marks=pytest.mark.nightly), 64, pytest.param(4096, marks=pytest.mark.nightly)]
+)
 def test_codes_and_values_are_the_reference_s(block: int, dtype: torch.dtype, calls: list[bool]) -> None:
     agrees(special(dtype), block)
     assert len(calls) == (3 if dtype == torch.float32 else 1)
