@@ -106,6 +106,7 @@ def test_an_implementation_that_is_wrong_at_other_ranks_only_fails_a_drawn_case(
     assert drawn[-1].case == "rank=141 9x24x40"  # shrunk to the smallest
 
 
+@pytest.mark.slow
 def test_an_operation_that_is_wrong_beyond_130_tokens_only_fails() -> None:
     def tiled(x: torch.Tensor, W: torch.Tensor, **rest: Any) -> torch.Tensor:
         y = multi_lora.multi_lora_linear(x, torch.nn.functional.linear(x, W), **rest)

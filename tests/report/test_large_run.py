@@ -17,6 +17,7 @@ from harness.report import html, table_model, terminal
 from support import large_run
 from support.report_page import Page
 
+pytestmark = pytest.mark.slow
 Calls = Counter[tuple[str, int, str]]
 CELLS, RECIPES = 1000, 60
 LARGEST = 6 * 2**20
