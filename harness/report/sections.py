@@ -36,7 +36,7 @@ def losses(facts: RunFacts, judgement: QuestionVerdict) -> Section | None:
     if subjects is None:
         return None
     return {
-        "says": judgement.comparison.says,
+        "title": formatting.sentence(judgement.comparison.says),
         "word": judgement.verdict.word.value,
         "chart": chart_sets.errors(facts, judgement),
         "rows": [_subject(facts, s) for s in subjects],
