@@ -93,7 +93,7 @@ def _noted(made: Table) -> Table:
     rules = {"unsteady": contention.UNSTEADY_RULE, "busy": "busy: other programs used the CPU while the Cell trained"}
     counts = {rule: sum(flag in flags for flags in rows) for flag, rule in rules.items()}
     notes = [f"{rule}. This is so in {n} of {plural(len(rows), 'row')}." for rule, n in counts.items() if n]
-    return made | {"notes": [*made["notes"], *notes]}
+    return made | {"notes": [*made["notes"], *notes], "short_flags": True}
 
 
 def _mixed(found: Sequence[Latency]) -> list[Latency]:

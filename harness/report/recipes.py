@@ -40,7 +40,7 @@ def table(f: RunFacts, key: str, title: str, group: Group, names: Names, chosen:
     made = grouped(key, f"Recipes of {title}", columns, [("", rows)], file=file, first="Recipe")
     return made | {
         "facets": facets(rows), "scale": {"width": WIDTH, "height": HEIGHT, "best": scale(group.entries[0].score.value)},
-        "busy": any(map(busy, group.entries)), "disturbed": any(map(disturbed, group.entries)),
+        "busy": any(map(busy, group.entries)), "short_flags": True, "disturbed": any(map(disturbed, group.entries)),
         "hollow": any(e.standing == "below" for e in group.entries),
         "imported": any(e.record.imported for e in group.entries),
         "target": None if target is None else {"loss": target.loss, "window": target.window},

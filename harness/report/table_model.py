@@ -85,7 +85,7 @@ def grouped(
     shown = [{"title": title, "rows": rows} for title, rows in groups]
     return {
         "id": key, "caption": caption, "file": file, "first": first, "by": by, "columns": columns, "groups": shown,
-        "notes": list(notes), "remarks": [], "facets": {}, "stored": 0, "example": example,
+        "notes": list(notes), "remarks": [], "facets": {}, "stored": 0, "example": example, "short_flags": False,
     }  # fmt: skip
 
 
