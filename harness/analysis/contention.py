@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from harness.analysis.grouping import group
 from harness.analysis.measurements import TRAIN
 from harness.analysis.statistics.intervals import median_interval
 from harness.errors import plural
@@ -75,6 +76,14 @@ def disturbed(record: Record, latencies: Iterable[Latency]) -> tuple[str, str]:
         return "unsteady", f"95 % interval of the median: {', '.join(wide)}"
     evidence = busy(record)
     return ("busy", evidence) if evidence else ("", "")
+
+
+def unsteady(record: Record) -> str:
+    """Return evidence, as text, that some of a Record's latencies are unsteady. Empty without evidence."""
+    latencies = record.measurements.latency if record.measurements else []
+    passes = group(((x.kind, x.batch, x.tokens, x.adapters is None), x) for x in latencies)
+    found = [(kind, *disturbed(record, timed)) for (kind, *_), timed in passes.items()]
+    return "; ".join(f"{kind}: {why}" for kind, flag, why in found if flag == "unsteady")
 
 
 def server_busy(record: Record) -> str:

@@ -11,7 +11,7 @@ from harness.analysis.run_facts import analyse
 from harness.cli import main
 from harness.records import store
 from harness.records.record import CheckResult, Outcome, Record
-from harness.report import formatting, html, terminal, view
+from harness.report import formatting, html, terminal, text_formats, view
 from harness.report.formatting import DASH
 from support import recorded_run
 from support.report_page import Page, row
@@ -110,6 +110,10 @@ def test_unsteady_latencies_are_flagged_wherever_they_stand(good: store.Run, tmp
     recipe = row(built["answers"][0]["table"], record)
     assert [label for label, f in recipe.items() if f["flag"]] == ["Unmerged, ms", "Merged, ms"]
     assert recipe["Merged, ms"]["flag"] == "unsteady 1 of 1"
+    for form in ("csv", "json"):
+        assert text_formats.FORMATS[form]([analyse(run)]).count("unsteady 1 of 1") == 1
+    assert contention.unsteady(record).startswith("forward: 95 % interval of the median: merged 6.")
+    assert contention.unsteady(good.latest()[record.cell_id]) == ""
     figures = [figure for g in built["groups"] if g["chart"] for figure in g["chart"]["figures"]]
     tips = [m["tip"] for figure in figures if figure["choice"] == "latency" for m in figure["marks"]]
     assert len([tip for tip in tips if "unsteady 1 of 1" in tip]) == 1
