@@ -18,6 +18,7 @@ from harness.analysis.ranking import Group, RankingEntry, Score
 from harness.analysis.run_facts import RunFacts
 from harness.analysis.run_verdict import QuestionVerdict
 from harness.analysis.trajectories import JudgedTrajectory
+from harness.errors import plural
 from harness.records import naming
 from harness.records.imported import LoggedLoss
 from harness.records.record import ADAPTER_CONFIG, Cell, Record
@@ -146,9 +147,12 @@ def _at_cost(f: RunFacts, metric: Metric, e: RankingEntry, name: str) -> Point |
 
 def _disturbed(metric: Metric, e: RankingEntry) -> str:
     """Return a remark on a time that may be too high. Empty without evidence, and for other costs."""
-    flag = f"busy {count} of {len(e.records)}" if (count := recipes.busy(e)) else ""
-    flag = recipes.disturbed(e) if metric is metrics.LATENCY else flag if metric.kind == "timed" else ""
-    return f" (! may be too high: {flag})" if flag else ""
+    if metric is metrics.LATENCY:
+        why = recipes.disturbed(e)
+    else:
+        count = recipes.busy(e) if metric.kind == "timed" else 0
+        why = f"other programs used the CPU while {count} of {plural(len(e.records), 'run')} trained" if count else ""
+    return f" (! may be too high: {why})" if why else ""
 
 
 def _point(f: RunFacts, e: RankingEntry, name: str, x: float, text: str, *, busy: bool = False) -> Point:
