@@ -82,7 +82,7 @@ def _table(paper: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         [("", shown)],
         first="Claim",
         file=f"claims-{paper}",
-        example="reproduced Table 2",
+        example="Table 2",
     )
 
 

@@ -315,8 +315,8 @@ def test_the_same_losses_are_reported_step_by_step(good: store.Run) -> None:
 
 def test_time_outside_the_cells_has_its_share(good: store.Run) -> None:
     time = view.build([analyse(good)])["runs"][0]["time"]
-    assert time["tone"] == "good"
-    assert re.search(r"Outside the Cells: 9\.0 s of .*, 3\.\d %; the aim is under 10 %\.", time["sentence"])
+    assert time["tone"] == "quiet"  # a figure for developers, unless it is too high
+    assert re.search(r"Outside the Cells: 9\.0 s of .*, 3\.\d %\.", time["sentence"])
     assert [part["name"] for part in time["outside"]] == ["fetch", "startup", "scheduling", "report", "other"]
 
 
