@@ -17,6 +17,8 @@ Table = dict[str, Any]
 Column = dict[str, Any]
 _SCALES = {"MiB": 1 / MIB, "ms": 1e3, "MHz": 1e-6, "%": 100, "points": 100}
 """Unit of a column -> factor by which the values in base units are multiplied. Other units are base units."""
+_REASONS = 2
+"""Largest number of reasons for missing numbers that a remark below a table lists."""
 STATIC = 200
 """Largest number of Cells for which the page holds its tables of Cells as HTML. For a larger run, it stores the rows as
 data, and its script makes the rows of a table when a reader opens the table."""
@@ -117,7 +119,10 @@ def condensed(made: Table, fixed: int | None = None) -> Table:
 
 
 def _reasons(fields: Iterable[Field]) -> str:
-    return "; ".join(dict.fromkeys(f["why"] for f in fields if f["why"])) or "not measured"
+    """Return the first reasons for missing numbers, and how many others there are."""
+    every = list(dict.fromkeys(f["why"] for f in fields if f["why"]))
+    more = f"; and {plural(len(every) - _REASONS, 'other reason')}" if len(every) > _REASONS else ""
+    return "; ".join(every[:_REASONS]) + more or "not measured"
 
 
 def facets(rows: Iterable[Table]) -> dict[str, list[str]]:
