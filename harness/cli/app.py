@@ -76,7 +76,8 @@ def _command_path(error: click.UsageError, words: Sequence[str]) -> str:
     if error.ctx and error.ctx.parent:
         return error.ctx.command_path
     # If an option lacks its argument, click names the whole program in the place of the command.
-    path, command = ["peft-harness"], commands
+    path = ["peft-harness"]
+    command: click.Command = commands
     for word in words:
         if isinstance(command, click.Group) and word in command.commands:
             command = command.commands[word]
