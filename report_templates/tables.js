@@ -79,7 +79,7 @@ function filter(table) {
     body.hidden = shown === before;
   }
   const none = shown ? "" : words.length ? ". No row has words that begin like this." : ". No row has all these properties.";
-  toolsOf(table).querySelector("output").textContent = words.length || chosen.length ? `${count(shown)} of ${count(all)} rows${none}` : `${count(all)} rows`;
+  toolsOf(table).querySelector("output").textContent = words.length || chosen.length ? `${count(shown)} of ${count(all)} rows${none}` : `${count(all)} ${all === 1 ? "row" : "rows"}`;
 }
 
 function showColumns(table) {

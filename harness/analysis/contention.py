@@ -1,10 +1,14 @@
-"""Detection of training steps that waited for a CPU in use by other processes."""
+"""Detection of times that other processes disturbed: of training steps, of latencies and of a server."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from harness.analysis.grouping import group
 from harness.analysis.measurements import TRAIN
+from harness.analysis.statistics.intervals import median_interval
 from harness.errors import plural
-from harness.records.record import Record
+from harness.records.record import Latency, Record
 
 ONE_CORE = 0.9
 """Least CPU time, in seconds, that an undisturbed step uses per second of wall time. At every moment of such a step, at
@@ -15,14 +19,22 @@ only if the load average is above the limit LOAD_ABOVE, because a Cell may leave
 LOAD_ABOVE = 0.5
 """If the load average exceeds the number of cores by more than this, other processes compete for the cores."""
 
+SPREAD = 1.5
+"""Largest ratio of the ends of the 95 % interval of a median latency that counts as steady. In the published runs of one
+Cell at a time, 1 of 161 intervals is wider; in the one of two Cells at a time, 38 of 195."""
 OTHERS = 0.1
 """Most CPU time that other processes may use while a server is timed, in seconds per second and core."""
 
 RULE = (
-    "busy: the steps waited for a CPU, so their times are not those of the Method. Either the process got less than"
-    f" {ONE_CORE:g} s of CPU time per second of its steps; or it got less than {ALL_THREADS:g} s per second and thread,"
-    f" while the load average at the end of training was more than {LOAD_ABOVE:g} above the number of cores (or of threads,"
-    " if there are more threads than cores)"
+    "busy: other programs used the CPU while the Cell trained, so its times may be too high; its accuracy is not affected."
+    f" The process got less than {ONE_CORE:g} s of CPU time per second of its steps; or it got less than {ALL_THREADS:g} s"
+    f" per second and thread, while the load average at the end of training was more than {LOAD_ABOVE:g} above the number of"
+    " cores (or of threads, if there are more threads than cores)"
+)
+UNSTEADY_RULE = (
+    "unsteady: something slowed some of these passes and not others, so their times may be too high. The base, the unmerged"
+    " and the merged model are timed in turn; all of them are unsteady if the 95 % interval of one median ends above"
+    f" {SPREAD:g} times its start"
 )
 SERVER_RULE = (
     f"A server was busy if other processes used more than {OTHERS:g} s of CPU time per second and core while it was"
@@ -47,6 +59,31 @@ def busy(record: Record) -> str:
         return ""
     load_text = "" if load is None else f"; load average {load:.1f} at the end of training"
     return f"{used:.2f} s of CPU time per second for {plural(threads, 'thread')}{load_text}"
+
+
+def disturbed(record: Record, latencies: Iterable[Latency]) -> tuple[str, str]:
+    """Return the flag of latencies that were timed in turn, `unsteady` or `busy`, and the evidence for it as text.
+
+    Without evidence, return two empty strings. Too few passes for an interval are no evidence.
+    """
+    medians = [(one.variant, median_interval(one.seconds)) for one in latencies if one.seconds]
+    wide = [
+        f"{variant} {1000 * m.low:.3g} to {1000 * m.high:.3g} ms"
+        for variant, m in medians
+        if m.low is not None and m.high is not None and m.high > SPREAD * m.low
+    ]
+    if wide:
+        return "unsteady", f"95 % interval of the median: {', '.join(wide)}"
+    evidence = busy(record)
+    return ("busy", evidence) if evidence else ("", "")
+
+
+def unsteady(record: Record) -> str:
+    """Return evidence, as text, that some of a Record's latencies are unsteady. Empty without evidence."""
+    latencies = record.measurements.latency if record.measurements else []
+    passes = group(((x.kind, x.batch, x.tokens, x.adapters is None), x) for x in latencies)
+    found = [(kind, *disturbed(record, timed)) for (kind, *_), timed in passes.items()]
+    return "; ".join(f"{kind}: {why}" for kind, flag, why in found if flag == "unsteady")
 
 
 def server_busy(record: Record) -> str:

@@ -71,6 +71,20 @@ def commands() -> None:
     """
 
 
+def _command_path(error: click.UsageError, words: Sequence[str]) -> str:
+    """Return the command that was used wrongly, e.g. `peft-harness history add`. words: the arguments of the process."""
+    if error.ctx and error.ctx.parent:
+        return error.ctx.command_path
+    # If an option lacks its argument, click names the whole program in the place of the command.
+    path = ["peft-harness"]
+    command: click.Command = commands
+    for word in words:
+        if isinstance(command, click.Group) and word in command.commands:
+            command = command.commands[word]
+            path.append(word)
+    return " ".join(path)
+
+
 def launch(argv: Sequence[str] | None = None) -> int:
     """Run `peft-harness` with these arguments (by default those of the process) and return its exit code."""
     sys.excepthook = report_bug  # Python's default hook exits with 1, which means a finding
@@ -86,7 +100,7 @@ def launch(argv: Sequence[str] | None = None) -> int:
     except click.Abort:  # Ctrl-C
         code = report_error(HarnessError("interrupted", hint="finished results are saved"))
     except click.UsageError as error:
-        path = error.ctx.command_path if error.ctx and error.ctx.parent else "peft-harness"  # e.g. `history add`
+        path = _command_path(error, sys.argv[1:] if argv is None else argv)
         message = " ".join(error.format_message().split())  # click puts choices on separate lines
         where = path.removeprefix("peft-harness").strip()
         code = report_error(UsageError(message, where=where, hint=f"see `{path} --help`"))

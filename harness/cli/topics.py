@@ -77,7 +77,8 @@ def _hint(wanted: str, known: set[str]) -> str:
 def glossary() -> dict[str, dict[str, str]]:
     """Return the definitions in glossary.yaml: kind -> name -> text."""
     data: dict[str, dict[str, str]] = yaml_validation.load(Path(__file__).with_name("glossary.yaml")).data
-    data["term"]["busy"] = f"{contention.RULE}. {contention.SERVER_RULE}"
+    data["term"]["busy"] = f"{contention.RULE.removeprefix('busy: ')}. {contention.SERVER_RULE}"
+    data["term"]["unsteady"] = contention.UNSTEADY_RULE.removeprefix("unsteady: ")
     return data
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from harness.analysis import contention, measurements, metrics, tuning
+from harness.analysis import measurements, metrics, tuning
 from harness.analysis.grouping import group
 from harness.analysis.metrics import Metric
 from harness.analysis.ranking import Group, RankingEntry, Score
@@ -22,7 +22,7 @@ from harness.errors import plural
 from harness.records import naming
 from harness.records.imported import LoggedLoss
 from harness.records.record import ADAPTER_CONFIG, Cell, Record
-from harness.report import formatting, links
+from harness.report import formatting, links, recipes
 from harness.report.svg import charts
 from harness.report.svg.canvas import Drawing
 from harness.report.svg.charts import Point, Series
@@ -141,9 +141,18 @@ def _at_cost(f: RunFacts, metric: Metric, e: RankingEntry, name: str) -> Point |
     if cost is None:
         return None
     size, unit, write, _ = _UNITS[metric.unit]
-    busy = sum(bool(contention.busy(r)) for r in e.records) if metric.kind == "timed" else 0
-    flag = f" (! may be too high: other programs used the CPU while {busy} of {plural(len(e.records), 'run')} trained)"
-    return _point(f, e, name, cost / size, f"{metric.axis} {write(cost)}{unit}{flag if busy else ''}", busy=bool(busy))
+    flag = _disturbed(metric, e)
+    return _point(f, e, name, cost / size, f"{metric.axis} {write(cost)}{unit}{flag}", busy=bool(flag))
+
+
+def _disturbed(metric: Metric, e: RankingEntry) -> str:
+    """Return a remark on a time that may be too high. Empty without evidence, and for other costs."""
+    if metric is metrics.LATENCY:
+        why = recipes.disturbed(e)
+    else:
+        count = recipes.busy(e) if metric.kind == "timed" else 0
+        why = f"other programs used the CPU while {count} of {plural(len(e.records), 'run')} trained" if count else ""
+    return f" (! may be too high: {why})" if why else ""
 
 
 def _point(f: RunFacts, e: RankingEntry, name: str, x: float, text: str, *, busy: bool = False) -> Point:

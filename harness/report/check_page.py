@@ -113,6 +113,7 @@ def _matrix(report: CheckReport) -> dict[str, Any]:
         first="Implementation",
         by="Target",
         file="check-matrix",
+        example="lora fused",
     )
 
 
@@ -147,6 +148,7 @@ def _defect(defect: Defect, report: CheckReport) -> dict[str, Any]:
     reproduction = defects.path().parent / defect.reproduction
     return {
         **defect.model_dump(mode="json"), "count": len(shown), "source": reproduction.read_text(encoding="utf-8"),
+        "summary": formatting.sentence(defect.summary),
         "worst": {"check": worst.result.check, "case": worst.case, "result": summary.describe(worst.result)},
         "installed": ", ".join(_versions(defect, shown, report)),
     }  # fmt: skip

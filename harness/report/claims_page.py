@@ -76,7 +76,13 @@ def _table(paper: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         for row in rows
     ]
     return grouped(
-        f"table-{paper}", f"Claims of {paper}", columns, [("", shown)], first="Claim", file=f"claims-{paper}"
+        f"table-{paper}",
+        f"Claims of {paper}",
+        columns,
+        [("", shown)],
+        first="Claim",
+        file=f"claims-{paper}",
+        example="Table 2",
     )
 
 

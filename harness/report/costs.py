@@ -10,7 +10,7 @@ from harness.records.cost import Checkpoint, GpuState
 from harness.records.record import Cell, Measurements, Record
 from harness.report import formatting
 from harness.report.formatting import Field, field, unmeasured
-from harness.report.table_model import Table, column, measured, table
+from harness.report.table_model import Table, column, condensed, measured, table
 
 _OLD = "the Record is older than this measurement"
 _HARMLESS = ("idle",)
@@ -27,7 +27,7 @@ def costs(facts: RunFacts) -> Table:
         column("Per 1000 tokens, J", "energy per 1000 tokens without padding"),
     ]
     rows = ((record.cell, [*_sizes(m.checkpoint), *_energy(record, m)]) for record, m in measured(facts))
-    return table(facts, "costs", "Files and energy", columns, rows)
+    return condensed(table(facts, "costs", "Files and energy", columns, rows))
 
 
 def _sizes(c: Checkpoint | None) -> list[Field]:

@@ -129,12 +129,15 @@ def _cost(names: Names, chosen: Choice) -> dict[str, Any]:
 
 
 def _passes(entry: RankingEntry) -> list[str]:
-    """Return a list with one sentence: the latencies unmerged, merged and without an adapter. Empty if one is missing."""
+    """Return sentences about the latencies unmerged, merged and without an adapter. Empty if one is missing."""
     fields = [recipes.latency(entry, variant) for variant in ("unmerged", "merged", "base")]
     if any(one["value"] is None for one in fields):
         return []
     unmerged, merged, base = (one["text"] for one in fields)
-    return [f"A pass takes {unmerged} ms with the adapter, {merged} ms merged and {base} ms without an adapter."]
+    found = [f"A pass takes {unmerged} ms with the adapter, {merged} ms merged and {base} ms without an adapter."]
+    if flag := recipes.disturbed(entry):
+        found.append(f"! These times may be too high ({flag}).")
+    return found
 
 
 def _total(record: Record) -> float | None:

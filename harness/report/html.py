@@ -41,6 +41,7 @@ def fill(template: str, page: Mapping[str, Any], style: str = "") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["prose"] = _prose
     environment.policies["json.dumps_kwargs"] = {}  # keys stay in their order, which is faster
     return environment.get_template(template).render(
         page={**page, "generated": store.now()},
@@ -49,6 +50,16 @@ def fill(template: str, page: Mapping[str, Any], style: str = "") -> str:
         script=Markup(script),  # noqa: S704
         policy=policy(style, script),
     )
+
+
+def _prose(text: str) -> str:
+    """Return a text as HTML, escaped, with what stands between backticks as code."""
+    from markupsafe import Markup, escape
+
+    parts = text.split("`")
+    if not len(parts) % 2:
+        return escape(text)
+    return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))
 
 
 def template_text(*names: str) -> str:

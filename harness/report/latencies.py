@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 
-from harness.analysis import failed_checks
+from harness.analysis import contention, failed_checks
 from harness.analysis.run_facts import RunFacts
 from harness.analysis.statistics.intervals import SHARES, median_interval, percentile, samples_needed
-from harness.records.record import Cell, Latency
+from harness.errors import plural
+from harness.records.record import Cell, Latency, Record
 from harness.report import formatting
 from harness.report.formatting import Field, field, unmeasured
-from harness.report.table_model import Table, column, measured, table
+from harness.report.table_model import Table, column, condensed, measured, table
 
 _TITLE = "median with its 95 % interval, and the 95th percentile of 20 samples or more; the tooltip has all percentiles"
 _PASS = column("Pass", "kind of forward pass, batch x tokens", number=False)
@@ -25,7 +26,7 @@ def latency(facts: RunFacts) -> Table:
         column("Unmerged / base", "ratio of medians: the cost of an adapter at inference"),
         column("Merged / base", "ratio of medians: 1 if merging removes that cost"),
     ]
-    return table(facts, "latency", "Latency of inference", columns, _latency_rows(facts))
+    return _noted(table(facts, "latency", "Latency of inference", columns, _latency_rows(facts)))
 
 
 def _latency_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
@@ -36,17 +37,14 @@ def _latency_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
         for kind, batch, tokens in dict.fromkeys((x.kind, x.batch, x.tokens) for x in alone):
             found = {x.variant: x for x in alone if (x.kind, x.batch, x.tokens) == (kind, batch, tokens)}
             base, unmerged, merged = (found.get(v) for v in ("base", "unmerged", "merged"))
-            yield (
-                record.cell,
-                [
-                    _pass(kind, batch, tokens),
-                    _shown(base),
-                    _shown(unmerged, refused),
-                    _shown(merged, merged_refused),
-                    _ratio(unmerged, base, refused),
-                    _ratio(merged, base, merged_refused),
-                ],
-            )
+            times = [
+                _shown(base),
+                _shown(unmerged, refused),
+                _shown(merged, merged_refused),
+                _ratio(unmerged, base, refused),
+                _ratio(merged, base, merged_refused),
+            ]
+            yield record.cell, [_pass(kind, batch, tokens), *_flagged(record, times, found.values())]
 
 
 def several_adapters(facts: RunFacts) -> Table:
@@ -58,7 +56,9 @@ def several_adapters(facts: RunFacts) -> Table:
         column("One each, ms", _TITLE),
         column("Each / all", "ratio of medians: the cost of mixing adapters"),
     ]
-    return table(facts, "mixed", "Several adapters in one batch", columns, _adapter_rows(facts))
+    return _noted(
+        condensed(table(facts, "mixed", "Several adapters in one batch", columns, _adapter_rows(facts)), fixed=2)
+    )
 
 
 def _adapter_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
@@ -69,16 +69,31 @@ def _adapter_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
                 continue
             same = [y for y in _mixed(m.latency) if (y.kind, y.batch, y.tokens) == (x.kind, x.batch, x.tokens)]
             one = next((y for y in same if y.variant == "unmerged"), None)
-            yield (
-                record.cell,
-                [
-                    _pass(x.kind, x.batch, x.tokens),
-                    field(str(x.adapters), x.adapters),
-                    _shown(one, one_refused or ("" if one else x.because)),
-                    _shown(x, refused),
-                    _ratio(x, one, refused or x.because),
-                ],
-            )
+            times = [
+                _shown(one, one_refused or ("" if one else x.because)),
+                _shown(x, refused),
+                _ratio(x, one, refused or x.because),
+            ]
+            fixed = [_pass(x.kind, x.batch, x.tokens), field(str(x.adapters), x.adapters)]
+            yield record.cell, [*fixed, *_flagged(record, times, [x, *([one] if one else [])])]
+
+
+def _flagged(record: Record, fields: Sequence[Field], timed: Iterable[Latency]) -> list[Field]:
+    """Return the fields of latencies that were timed in turn, and of their ratios, flagged if something disturbed them."""
+    flag, why = contention.disturbed(record, timed)
+    return [
+        one | {"flag": flag, "why": "; ".join(filter(None, (one["why"], why)))} if one["value"] is not None else one
+        for one in fields
+    ]
+
+
+def _noted(made: Table) -> Table:
+    """Return a table with a note for each kind of flag in it."""
+    rows = [{one["flag"] for one in row["fields"]} for group in made["groups"] for row in group["rows"]]
+    rules = {"unsteady": contention.UNSTEADY_RULE, "busy": "busy: other programs used the CPU while the Cell trained"}
+    counts = {rule: sum(flag in flags for flags in rows) for flag, rule in rules.items()}
+    notes = [f"{rule}. This is so in {n} of {plural(len(rows), 'row')}." for rule, n in counts.items() if n]
+    return made | {"notes": [*made["notes"], *notes], "short_flags": True}
 
 
 def _mixed(found: Sequence[Latency]) -> list[Latency]:

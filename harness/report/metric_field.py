@@ -45,7 +45,7 @@ def _of_accuracy(record: Record) -> dict[str, Any]:
     more: dict[str, float | str] = {**formatting.ends(a)}
     if a.cut_items:
         limit = record.cell.training.max_tokens
-        why += f"; {a.cut_items:,} of {len(a.items):,} items were longer than {limit} tokens, and cut"
+        why += f"; {a.cut_items:,} of {len(a.items):,} items were truncated to {limit} tokens"
         more["truncated"] = f"{a.cut_items} of {len(a.items)} items"
     return {"small": formatting.interval(a), "why": why, "more": more}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median, stdev
 from typing import Any
@@ -13,14 +14,16 @@ from harness.analysis.ranking import Group, RankingEntry
 from harness.analysis.run_facts import RunFacts
 from harness.analysis.target_loss import TargetLoss
 from harness.errors import plural
-from harness.records.record import Record
+from harness.records.record import Latency, Record
 from harness.report import formatting, links
-from harness.report.formatting import DASH, Field, field, unmeasured
+from harness.report.formatting import Field, field, unmeasured
 from harness.report.table_model import Column, Table, column, facets, grouped
 
 Names = Mapping[int, str]
 """Map from the id() of a ranking entry to its name in its group."""
 Read = Callable[[Record], float | None]
+_RANKING = {"best": "highest", "tied": "cannot be told apart", "below": "lower", "untrained": "not trained"}
+"""Standing of a recipe -> words by which a reader filters."""
 WIDTH, HEIGHT = 240.0, 18.0
 """Size of the drawing of an interval, in SVG units."""
 
@@ -37,7 +40,8 @@ def table(f: RunFacts, key: str, title: str, group: Group, names: Names, chosen:
     made = grouped(key, f"Recipes of {title}", columns, [("", rows)], file=file, first="Recipe")
     return made | {
         "facets": facets(rows), "scale": {"width": WIDTH, "height": HEIGHT, "best": scale(group.entries[0].score.value)},
-        "busy": any(map(busy, group.entries)),
+        "busy": any(map(busy, group.entries)), "short_flags": True, "disturbed": any(map(disturbed, group.entries)),
+        "hollow": any(e.standing == "below" for e in group.entries),
         "imported": any(e.record.imported for e in group.entries),
         "target": None if target is None else {"loss": target.loss, "window": target.window},
     }  # fmt: skip
@@ -90,11 +94,11 @@ def _row(
         "record": e.record.id,
         "anchor": "",
         "href": f"#{links.anchor(f, e.record.cell_id)}",
-        "facets": {"method": cell.method, "rank": str(cell.config.get("rank", "")), "ranking": e.standing},
+        "facets": {"method": cell.method, "rank": str(cell.config.get("rank", "")), "ranking": _RANKING[e.standing]},
         "fields": [found[c["key"]] for c in columns],
         "recipe": {
             "accuracy": score.value, "low": score.low, "high": score.high, "difference": e.difference,
-            "standing": e.standing, "busy": busy(e), "imported": e.record.imported is not None,
+            "standing": e.standing, "busy": busy(e), "latency_flag": disturbed(e), "imported": e.record.imported is not None,
             "target_loss": target.loss if target else None, "reached": found["to_target_s"]["more"].get("reached"),
             **{key: found[key]["value"] for key in found.keys() - {"accuracy", "interval", "difference", "spread"}},
         },
@@ -108,7 +112,7 @@ def _fields(
     refused = next((why for r in e.records if (why := failed_checks.no_speed(r))), "")
     drawn = {
         "interval": [scale(score.low), scale(score.value), scale(score.high)],
-        "filled": e.standing == "best" and len(group.ranked) > 1,
+        "hollow": e.standing == "below",
     }
     untrained = measurements.why_untrained(e.record, "learning rate")
     untimed = refused or metrics.STEP.why_missing(e.record)
@@ -121,7 +125,7 @@ def _fields(
             flag="imported" if e.record.imported else "",
         ),
         "interval": field(formatting.interval(score), score.value) | drawn,
-        "difference": _gap(group, e),
+        "difference": gap(group, e),
         "trainable": over(e.records, metrics.TRAINABLE.read, lambda n: f"{n:,.0f}", "not trained"),
         "peak_B": over(e.records, metrics.PEAK_ABOVE_IMPORTS.read, formatting.mebibytes, no_peak),
         "step_s": _timed(e, over(e.records, metrics.STEP.value, formatting.milliseconds, untimed)),
@@ -138,10 +142,13 @@ def _fields(
     }  # fmt: skip
 
 
-def _gap(group: Group, e: RankingEntry) -> Field:
+def gap(group: Group, e: RankingEntry) -> Field:
+    """Return the field with the difference to the highest accuracy of a group, and whether a test tells the two apart."""
     if e is group.entries[0]:
-        return field(DASH, 0.0, why="the highest accuracy", more={"standing": e.standing})
-    p = "" if e.p is None else f" ({formatting.probability(e.p)})"
+        return field("highest", 0.0, tone="good", more={"standing": e.standing})
+    p = "; their test items differ, so only the intervals are compared"
+    if e.p is not None:
+        p = f" ({formatting.probability(e.p)}, Holm-adjusted)"
     words = {
         "best": "the highest accuracy",
         "tied": f"no test tells it apart from the highest{p}",
@@ -219,19 +226,28 @@ def latency(e: RankingEntry, variant: str, missing: str = "not measured") -> Fie
     """
     refusal = failed_checks.no_merged_speed if variant == "merged" else failed_checks.no_speed
     refused = next(filter(None, map(refusal, e.records)), "")
-    return over(e.records, _latency(variant), formatting.milliseconds, missing, refused=refused)
+    shown = over(e.records, _latency(variant), formatting.milliseconds, missing, refused=refused)
+    return shown if shown["value"] is None else shown | {"flag": disturbed(e)}
+
+
+def disturbed(entry: RankingEntry) -> str:
+    """Return the flag of the latencies of a recipe, e.g. `unsteady 1 of 3`. Empty if nothing disturbed them."""
+    flags = Counter(flag for r in entry.records if (flag := contention.disturbed(r, _last_pass(r))[0]))
+    return ", ".join(f"{flag} {count} of {len(entry.records)}" for flag, count in sorted(flags.items()))
 
 
 def _latency(variant: str) -> Read:
     def read(record: Record) -> float | None:
-        last = _passes(record)[-1:]
-        found = [
-            x for x in (record.measurements.latency if record.measurements else ())
-            if x.variant == variant and x.adapters is None and [(x.kind, x.batch, x.tokens)] == last
-        ]  # fmt: skip
-        return median(found[0].seconds) if found and found[0].seconds else None
+        found = next((x for x in _last_pass(record) if x.variant == variant), None)
+        return median(found.seconds) if found and found.seconds else None
 
     return read
+
+
+def _last_pass(record: Record) -> list[Latency]:
+    """Return the latencies of the last measured pass, with one adapter or none."""
+    measured, last = record.measurements.latency if record.measurements else [], _passes(record)[-1:]
+    return [x for x in measured if x.adapters is None and [(x.kind, x.batch, x.tokens)] == last]
 
 
 def _scale(group: Group) -> Callable[[float], float]:

@@ -36,7 +36,7 @@ def losses(facts: RunFacts, judgement: QuestionVerdict) -> Section | None:
     if subjects is None:
         return None
     return {
-        "says": judgement.comparison.says,
+        "title": formatting.sentence(judgement.comparison.says),
         "word": judgement.verdict.word.value,
         "chart": chart_sets.errors(facts, judgement),
         "rows": [_subject(facts, s) for s in subjects],
@@ -134,8 +134,9 @@ def time(facts: RunFacts) -> Section:
     parts = [*footer.seconds_outside.items(), *([("other", outside - named)] if outside - named > 0.05 else [])]
     return {
         "sentence": f"{where} the Cells: {formatting.seconds(outside)} of {formatting.seconds(footer.seconds_total)},"
-        f" {formatting.percent(share)}; the aim is under {100 * OUTSIDE_TARGET:.0f} %.",
-        "tone": "good" if share < OUTSIDE_TARGET else "bad",
+        f" {formatting.percent(share)}"
+        + ("." if share < OUTSIDE_TARGET else f"; the aim is under {OUTSIDE_TARGET:.0%}."),
+        "tone": "quiet" if share < OUTSIDE_TARGET else "bad",
         "outside": [{"name": name, "text": formatting.seconds(s)} for name, s in parts],
     }
 

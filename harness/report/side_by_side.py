@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
-from harness.analysis import failed_checks, metrics
+from harness.analysis import contention, failed_checks, metrics
 from harness.analysis.comparison import against_baseline
 from harness.analysis.comparison.against_baseline import Against
 from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind
@@ -14,10 +14,10 @@ from harness.analysis.run_facts import RunFacts
 from harness.analysis.verdict_kind import VerdictKind
 from harness.errors import plural
 from harness.records import naming
-from harness.records.record import Record
+from harness.records.record import Latency, Record
 from harness.report import formatting, links
 from harness.report.formatting import Field, field, unmeasured
-from harness.report.table_model import Column, Table, column, grouped
+from harness.report.table_model import Column, Table, column, condensed, grouped
 from harness.report.tones import badge
 
 _AROUND = (FindingKind.ENVIRONMENT, FindingKind.ASSETS)
@@ -104,7 +104,7 @@ def _table(base: RunFacts, new: RunFacts, number: int) -> Table | None:
     runs = base.run.manifest.run, new.run.manifest.run
     groups, file = [(" → ".join(runs), rows)], "-and-".join(runs)
     caption = "Two runs side by side"
-    return grouped(f"pair-{number}-table", caption, list(_columns()), groups, by="Runs", file=file)
+    return condensed(grouped(f"pair-{number}-table", caption, list(_columns()), groups, by="Runs", file=file))
 
 
 def _columns() -> Iterator[Column]:
@@ -121,15 +121,17 @@ def _columns() -> Iterator[Column]:
 
 
 def _fields(base: Record, new: Record) -> Iterator[Field]:
-    for read, write, change in (
-        (metrics.ACCURACY.read, lambda x: f"{100 * x:.1f}", lambda one, other: other - one),
-        (metrics.PEAK_ABOVE_IMPORTS.read, formatting.mebibytes, _relative),
-        (metrics.STEP.value, formatting.milliseconds, _relative),
+    busy = ["busy" if contention.busy(record) else "" for record in (base, new)]
+    for read, write, change, flags in (
+        (metrics.ACCURACY.read, lambda x: f"{100 * x:.1f}", lambda one, other: other - one, ["", ""]),
+        (metrics.PEAK_ABOVE_IMPORTS.read, formatting.mebibytes, _relative, ["", ""]),
+        (metrics.STEP.value, formatting.milliseconds, _relative, busy),
     ):
-        yield from _three(read(base), read(new), write, change)
+        yield from _three(read(base), read(new), write, change, flags)
     kinds = [pass_ for pass_ in _merged(base) if pass_ in _merged(new)]
     one, other = (_merged(record).get(kinds[0]) if kinds else None for record in (base, new))
-    yield from _three(one, other, formatting.milliseconds, _relative)
+    flags = [contention.disturbed(record, _pass(record, kinds[0]))[0] if kinds else "" for record in (base, new)]
+    yield from _three(one, other, formatting.milliseconds, _relative, flags)
 
 
 def _three(
@@ -137,18 +139,27 @@ def _three(
     other: float | None,
     write: Callable[[float], str],
     change: Callable[[float, float], float | None],
+    flags: Sequence[str],
 ) -> Iterator[Field]:
-    for value in (one, other):
-        yield unmeasured("not measured") if value is None else field(write(value), value)
+    """Yield the fields of both runs and of the change. flags: warning about the number of each run, or empty."""
+    for value, flag in zip((one, other), flags, strict=True):
+        yield unmeasured("not measured") if value is None else field(write(value), value, flag=flag)
     if one is None or other is None:
         yield unmeasured("not measured" if one == other else "only one run has it")
     else:
         changed = change(one, other)
-        yield unmeasured("the first is 0") if changed is None else field(formatting.percentage(changed), changed)
+        text = formatting.percentage(changed) if changed is not None else ""
+        yield unmeasured("the first is 0") if changed is None else field(text, changed, flag=max(flags))
 
 
 def _relative(one: float, other: float) -> float | None:
     return other / one - 1 if one else None
+
+
+def _pass(record: Record, kind: tuple[str, int, int]) -> list[Latency]:
+    """Return the latencies of one kind of pass, with one adapter or none."""
+    measured = record.measurements.latency if record.measurements else []
+    return [x for x in measured if (x.kind, x.batch, x.tokens) == kind and x.adapters is None]
 
 
 def _merged(record: Record) -> dict[tuple[str, int, int], float]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from harness.analysis.grouping import group
 from harness.analysis.run_facts import RunFacts
+from harness.errors import plural
 from harness.records.record import Cell, Measurements, Record
 from harness.report import links
 from harness.report.formatting import MIB, Field
@@ -16,6 +17,8 @@ Table = dict[str, Any]
 Column = dict[str, Any]
 _SCALES = {"MiB": 1 / MIB, "ms": 1e3, "MHz": 1e-6, "%": 100, "points": 100}
 """Unit of a column -> factor by which the values in base units are multiplied. Other units are base units."""
+_REASONS = 2
+"""Largest number of reasons for missing numbers that a remark below a table lists."""
 STATIC = 200
 """Largest number of Cells for which the page holds its tables of Cells as HTML. For a larger run, it stores the rows as
 data, and its script makes the rows of a table when a reader opens the table."""
@@ -73,17 +76,53 @@ def grouped(
     first: str = "Cell",
     by: str = "Model · task",
     notes: Sequence[str] = (),
+    example: str = "lora r=8",
 ) -> Table:
     """Return a table.
 
     groups: the title and the rows of each group; a group with an empty title has no row for its title. file: name of the
-    CSV file, without the suffix. first: heading of the first column. by: what the titles of the groups are.
+    CSV file, without the suffix. first: heading of the first column. by: what the titles of the groups are. example: what
+    a reader may write into the filter.
     """
     shown = [{"title": title, "rows": rows} for title, rows in groups]
     return {
         "id": key, "caption": caption, "file": file, "first": first, "by": by, "columns": columns, "groups": shown,
-        "notes": list(notes), "facets": {}, "stored": 0,
+        "notes": list(notes), "remarks": [], "facets": {}, "stored": 0, "example": example, "short_flags": False,
     }  # fmt: skip
+
+
+def condensed(made: Table, fixed: int | None = None) -> Table:
+    """Return a table without the columns, and without the rows, in which nothing was measured. Remarks give the reasons.
+
+    fixed: number of the first columns, which describe a row and do not count; if None, every row stays.
+    """
+    rows = [row for part in made["groups"] for row in part["rows"]]
+    kept = [i for i in range(len(made["columns"])) if any(row["fields"][i]["value"] is not None for row in rows)]
+    if not kept:
+        return made
+    empty = [i for i in range(len(made["columns"])) if i not in kept]
+    why = group((_reasons(row["fields"][i] for row in rows), made["columns"][i]["label"]) for i in empty)
+    remarks = [f"{', '.join(label.rpartition(', ')[0] for label in same)}: {reason}." for reason, same in why.items()]
+    left_out = [row for row in rows if fixed is not None and all(f["value"] is None for f in row["fields"][fixed:])]
+    if left_out:
+        reasons = _reasons([row["fields"][-1] for row in left_out])
+        remarks.append(f"Left out, as they have no numbers: {plural(len(left_out), 'row')} ({reasons}).")
+    groups = [
+        part
+        | {"rows": [row | {"fields": [row["fields"][i] for i in kept]} for row in part["rows"] if row not in left_out]}
+        for part in made["groups"]
+    ]
+    return made | {
+        "columns": [made["columns"][i] for i in kept], "groups": [part for part in groups if part["rows"]],
+        "remarks": remarks, "stored": made["stored"] and len(rows) - len(left_out),
+    }  # fmt: skip
+
+
+def _reasons(fields: Iterable[Field]) -> str:
+    """Return the first reasons for missing numbers, and how many others there are."""
+    every = list(dict.fromkeys(f["why"] for f in fields if f["why"]))
+    more = f"; and {plural(len(every) - _REASONS, 'other reason')}" if len(every) > _REASONS else ""
+    return "; ".join(every[:_REASONS]) + more or "not measured"
 
 
 def facets(rows: Iterable[Table]) -> dict[str, list[str]]:

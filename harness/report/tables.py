@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from harness.analysis import contention, failed_checks, measurements, metrics
-from harness.analysis.ranking import RankingEntry
 from harness.analysis.run_facts import RunFacts
 from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER, FOOTPRINT_SHOWN_B
 from harness.errors import first_names, plural
 from harness.records.record import Cell, Memory, Record
-from harness.report import formatting
+from harness.report import formatting, recipes
 from harness.report.formatting import Field, field, unmeasured
 from harness.report.metric_field import metric_field
 from harness.report.table_model import Table, column, measured, table
@@ -36,8 +35,8 @@ def comparison(facts: RunFacts, cells: Sequence[Cell] | None = None) -> Table:
     for metric in metrics.shown():
         columns.append(column(metric.heading, metric.meaning, key=metric.name))
         if metric is metrics.ACCURACY:
-            title = "among Cells with an equal budget; paired on the same items if there is a p value"
-            columns.append(column("Against the best, points", title))
+            title = "accuracy of the recipe minus the highest of its budget; ≈: no test tells the two apart"
+            columns.append(column("To the highest, points", title))
     columns.append(column("Record", number=False))
     rows = ((cell, list(_fields(facts, cell))) for cell in (facts.run.manifest.cells if cells is None else cells))
     notes = [*_unreferenced_note(facts), *_imported_notes(facts), *_busy_note(facts)]
@@ -131,22 +130,7 @@ def _standing(facts: RunFacts, cell: Cell) -> Field:
         return unmeasured("no other recipe has this budget, these seeds and this number of learning rates tried")
     if entry.standing == "best" and not group.is_ranking:
         return unmeasured("there is no other trained Cell to rank it with")
-    return standing_field(entry)
-
-
-def standing_field(entry: RankingEntry) -> Field:
-    """Return the field that shows whether an entry is the best, tied with the best, or below it."""
-    if entry.standing == "best":
-        return field("best", 0.0, tone="good", more={"standing": "best"})
-    why = "the test items are not the same, so only the intervals are compared"
-    more: dict[str, str] = {"standing": entry.standing}
-    if entry.p is not None:
-        seeds = len(entry.records)
-        test = f"t test of the means over {seeds} seeds" if seeds > 1 else "exact McNemar test of these two checkpoints"
-        why = f"{formatting.probability(entry.p)}, {test}, Holm-adjusted"
-        more["p"] = f"{entry.p:.3g}"
-    text = "imported" if entry.record.imported else entry.standing
-    return field(text, entry.difference, small=formatting.percentage(entry.difference), why=why, more=more)
+    return recipes.gap(group, entry)
 
 
 def memory(facts: RunFacts) -> Table:
@@ -157,19 +141,18 @@ def memory(facts: RunFacts) -> Table:
     phases = dict.fromkeys(p.name for r in facts.latest.values() for p in r.phases)
     names = sorted(phases, key=lambda name: name != "train")
     peaks = [
-        column(f"Peak: {name}, MiB", f"highest memory in the phase “{name}”; on a CPU, imports included")
+        column(f"Peak: {name}, MiB", f"highest memory in the phase “{name}”, minus that after imports")
         for name in names
     ]
     columns = [
         *peaks[:1],
-        column("After imports, MiB", "memory of the process before the model was loaded"),
         *(
             column(f"{name}, MiB", f"sum over tensors; {_EXPECTED}")
             for name in ("Weights", "Adapter", "Gradients", "Optimizer")
         ),
         column(
             "Other in training, MiB",
-            "training peak minus the five columns to the left: activations, buffers, overhead of the allocator; after ≈ the "
+            "training peak minus the four columns to the left: activations, buffers, overhead of the allocator; after ≈ the "
             "prediction for activations and logits of the longest texts, or for the optimizer step if it needs more",
         ),
         column(
@@ -179,6 +162,7 @@ def memory(facts: RunFacts) -> Table:
             f"flagged if they differ by more than {FOOTPRINT_LEDGER:.0%}",
         ),
         *peaks[1:],
+        column("After imports, MiB", "memory of the process before the model was loaded; no column includes it"),
         column("Source", "method of measuring the peaks", number=False),
     ]
     return table(facts, "memory", "Memory", columns, _memory_rows(facts, names))
@@ -186,18 +170,22 @@ def memory(facts: RunFacts) -> Table:
 
 def _memory_rows(facts: RunFacts, phases: list[str]) -> Iterator[tuple[Cell, list[Field]]]:
     for record, m in measured(facts):
-        peaks = {p.name: p.peak_memory_B for p in record.phases}
+        peaks = {
+            p.name: measurements.above_imports(record, p.peak_memory_B)
+            for p in record.phases
+            if p.peak_memory_B is not None
+        }
         shown = [_bytes(peaks.get(name), "no such phase, or no peak of it") for name in phases]
         yield (
             record.cell,
             [
                 *shown[:1],
-                _bytes(m.memory.baseline_B),
                 *(_with_prediction(m.memory, part) for part in ("weights", "adapter", "gradients")),
                 _with_host(m.memory),
                 _rest(record, m.memory),
                 _in_step(m.memory),
                 *shown[1:],
+                _bytes(m.memory.baseline_B),
                 field(m.memory.source, m.memory.source),
             ],
         )

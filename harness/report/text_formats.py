@@ -21,10 +21,12 @@ COLUMNS = {
     "to_target_s": ("time to the target loss, s", 1), "reached": ("seeds that reached it", None),
     "tokens_per_s": ("tokens/s", 1), "adapter_file_B": ("adapter file, MiB", 2**-20),
     "unmerged_s": ("unmerged latency, ms", 1000), "merged_s": ("merged latency, ms", 1000),
+    "latency_flag": ("flag of the latencies", None),
     "lr": ("learning rate", None), "seeds": ("seeds", None),
 }  # fmt: skip
 """Name of a number of a recipe -> heading in the CSV, with its unit, and factor from the base unit to this unit; None for
-values that stay as they are. `busy`: how many of the trainings were timed on a busy machine."""
+values that stay as they are. `busy`: how many of the trainings were timed on a busy machine.
+`latency_flag`: what disturbed the latencies, e.g. `unsteady 1 of 3`."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 

@@ -154,7 +154,11 @@ def _alerts(f: RunFacts) -> list[dict[str, Any]]:
 
 def _question(f: RunFacts, j: QuestionVerdict) -> dict[str, Any]:
     reason, sources = formatting.sentence(j.verdict.reason), links.sources(f, j.verdict.records)
-    return badge(j.verdict.word) | {"says": j.comparison.says, "reason": reason, "sources": sources}
+    return badge(j.verdict.word) | {
+        "says": formatting.sentence(j.comparison.says),
+        "reason": reason,
+        "sources": sources,
+    }
 
 
 def _parity_summary(f: RunFacts) -> dict[str, Any]:
@@ -190,7 +194,7 @@ def _budget(g: Group) -> str:
     items = f"{b.items:,} test items" + (f" after the first {b.skip:,}" if b.skip else "")
     # Older Records did not count the cut items, so the number is None.
     cut = max((r.accuracy.cut_items or 0 for e in g.entries for r in e.records if r.accuracy), default=0)
-    items += f" ({cut:,} of them cut)" if cut else ""
+    items += f" ({cut:,} of them truncated)" if cut else ""
     seeds = f", seeds {', '.join(map(str, g.seeds))}" if len(g.seeds) > 1 else ""
     tries = f", {g.tries} learning rates tried for each" if g.tries else ""
     return f"{training}, at most {b.max_tokens} tokens, {items}, {b.dtype}{seeds}{tries}"

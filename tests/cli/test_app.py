@@ -284,6 +284,22 @@ def test_a_time_out_that_no_clock_can_wait_for(timeout: str, capsys: pytest.Capt
     assert said.count("\n") == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (["gate", "--pairs", "main"], "gate"),
+        (["bench", "--op"], "bench"),
+        (["history", "add", "--nothing"], "history add"),
+        (["--nothing"], ""),
+    ],
+)
+def test_the_hint_of_wrong_use_names_the_help_of_the_command(
+    words: list[str], command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == Exit.USAGE
+    assert f"hint: see `{f'peft-harness {command}'.strip()} --help`" in capsys.readouterr().err
+
+
 _BUG = """
 import sys
 from harness.cli import topics

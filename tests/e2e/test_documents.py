@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,25 @@ def test_report_of_every_published_run(command: Command, tmp_path: Path, run: Pa
     for name in ("run.json", "footer.json", "cells"):
         (copy / name).symlink_to(run / name)
     command(f"report-{run.name}", "report", str(copy))
-    assert (copy / "report.html").stat().st_size > 0
+    made, published = (without_date(folder / "report.html") for folder in (copy, run))
+    # If a change of the page is meant, make the published page anew: peft-harness report results/published/RUN
+    assert made == published
+
+
+@pytest.mark.parametrize(("page", "option"), [("claims.html", []), ("headlines.html", ["--headlines"])])
+def test_published_pages_of_claims_are_made_of_the_published_ledger(
+    tmp_path: Path, page: str, option: list[str]
+) -> None:
+    folder, made = PUBLISHED / "2026-11-26-claims-cpu", tmp_path / page
+    assert (
+        main(["claims", "--show", str(folder / "claims.json"), *option, "--html", str(made)]) == 1
+    )  # not all reproduced
+    # If a change of the page is meant, make it anew by this command.
+    assert without_date(made) == without_date(folder / page)
+
+
+def without_date(page: Path) -> str:
+    return re.sub(r"Generated \S+Z", "Generated", page.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", [name for name in CODES if name.startswith("bad ")])

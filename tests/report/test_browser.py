@@ -132,7 +132,7 @@ def test_the_first_click_sorts_upwards_and_the_second_downwards(show: Open, repo
         assert down == sorted(up, reverse=True)
         assert shown.page.locator("#cells thead [aria-sort=descending]").inner_text() == "Trainable"
         # Missing values stay at the end.
-        assert shown.sort("cells", "Against the best, points")[group][-1].startswith(DASH)
+        assert shown.sort("cells", "To the highest, points")[group][-1].startswith(DASH)
 
 
 def test_numbers_with_units_sort_as_numbers_and_before_words(show: Open, claims: Path) -> None:
@@ -192,7 +192,7 @@ def test_the_csv_has_what_the_table_shows_in_the_units_of_its_heads(show: Open, 
     assert (row["Step, ms (flag)"], row["Tokens/s (flag)"]) == ("busy", "busy")
     assert row["Record"] == f"{NF4}.1"
     (below,) = [row for row in rows if row["Cell"] == "lora r=1 [reference]"]
-    assert (below["Against the best, points (standing)"], below["Against the best, points"]) == ("below", "-8")
+    assert (below["To the highest, points (standing)"], below["To the highest, points"]) == ("below", "-8")
     assert below["Step, ms (flag)"] == ""
 
 

@@ -11,7 +11,7 @@ from harness.analysis.run_facts import analyse
 from harness.cli import main
 from harness.records import store
 from harness.records.record import CheckResult, Outcome, Record
-from harness.report import formatting, html, terminal, view
+from harness.report import formatting, html, terminal, text_formats, view
 from harness.report.formatting import DASH
 from support import recorded_run
 from support.report_page import Page, row
@@ -72,8 +72,9 @@ def test_busy_cells_are_flagged_and_the_rule_is_shown(good: store.Run, tmp_path:
     assert contention.RULE in note
     assert "lora r=8 [fused], 0.50 s of CPU time per second for 2 threads; load average 9.0" in note
     words = Page(html.render([analyse(run)])).text
-    # Three times of its recipe (step, time to the target loss, tokens/s), two of its Cell, and the rule.
-    assert words.count("! busy") == 6
+    # Five times of its recipe (step, time to the target loss, tokens/s, two latencies), two of its Cell, three latencies
+    # with two ratios, and two notes.
+    assert words.count("! busy") == 14
     assert contention.RULE in words
     text = terminal.summary(analyse(run))
     assert [line for line in text if line.endswith("] !") and "lora r=8 [fused]" in line]
@@ -81,6 +82,42 @@ def test_busy_cells_are_flagged_and_the_rule_is_shown(good: store.Run, tmp_path:
     # Records from before there was CPU time to compare say nothing.
     assert not view.build([analyse(good)])["runs"][0]["comparison"]["notes"]
     assert "busy" not in "\n".join(terminal.summary(analyse(good)))
+
+
+def test_unsteady_latencies_are_flagged_wherever_they_stand(good: store.Run, tmp_path: Path) -> None:
+    def shaken(name: str, r: Record) -> Record:
+        """Slow half of the merged passes down to twice their time."""
+        if name != "fused" or r.measurements is None:
+            return r
+        latency = [
+            x.model_copy(update={"seconds": [s * (1 + i % 2) for i, s in enumerate(x.seconds)]})
+            if x.variant == "merged"
+            else x
+            for x in r.measurements.latency
+        ]
+        return r.model_copy(update={"measurements": r.measurements.model_copy(update={"latency": latency})})
+
+    run = recorded_run.write_run(tmp_path / "r", change=shaken)
+    built = view.build([analyse(run)])["runs"][0]
+    record = run.latest()[recorded_run.cells()["fused"].cell_id]
+    fused = row(built["latency"], record)
+    # The variants are timed in turn, so what slowed one slowed the others, too.
+    flagged = ["Base, ms", "Unmerged, ms", "Merged, ms", "Unmerged / base", "Merged / base"]
+    assert [label for label, f in fused.items() if f["flag"] == "unsteady"] == flagged
+    assert "merged 6." in fused["Base, ms"]["why"]
+    (note,) = built["latency"]["notes"]
+    assert note == f"{contention.UNSTEADY_RULE}. This is so in 1 of 12 rows."
+    recipe = row(built["answers"][0]["table"], record)
+    assert [label for label, f in recipe.items() if f["flag"]] == ["Unmerged, ms", "Merged, ms"]
+    assert recipe["Merged, ms"]["flag"] == "unsteady 1 of 1"
+    for form in ("csv", "json"):
+        assert text_formats.FORMATS[form]([analyse(run)]).count("unsteady 1 of 1") == 1
+    assert contention.unsteady(record).startswith("forward: 95 % interval of the median: merged 6.")
+    assert contention.unsteady(good.latest()[record.cell_id]) == ""
+    figures = [figure for g in built["groups"] if g["chart"] for figure in g["chart"]["figures"]]
+    tips = [m["tip"] for figure in figures if figure["choice"] == "latency" for m in figure["marks"]]
+    assert len([tip for tip in tips if "unsteady 1 of 1" in tip]) == 1
+    assert not view.build([analyse(good)])["runs"][0]["latency"]["notes"]
 
 
 def _red(check: str) -> CheckResult:

@@ -155,6 +155,7 @@ def _cells() -> tuple[Column, ...]:
     after = (
         Column("no_speed", TEXT, "", "Reason why no speed may be shown: a check failed, or there is no reference"),
         Column("busy", TEXT, "", "Evidence that the steps waited for a CPU in use by other programs"),
+        Column("unsteady", TEXT, "", "Evidence that something slowed some passes of the latencies and not others"),
         replace(
             _field("gate_record", Gate, "record"), meaning="Record whose parity gate this attempt rests on; NA: its own"
         ),

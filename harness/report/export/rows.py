@@ -150,6 +150,7 @@ def _measured(record: Record) -> ExportRow:
         "step_n": step.count if step else None,
         "no_speed": no_speed,
         "busy": contention.busy(record),
+        "unsteady": contention.unsteady(record),
     }
 
 

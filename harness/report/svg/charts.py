@@ -195,9 +195,10 @@ def bars(
 
 
 def fitted(text: str, width: float, letter: float = _LETTER) -> str:
-    """Return a name that is no wider than `width`. A long name loses its start, since names differ at their ends."""
+    """Return a name that is no wider than `width`. A long name loses its middle, since names differ at both ends."""
     room = int(width / letter)
-    return text if len(text) <= room else f"…{text[len(text) - room + 1 :]}"
+    half = (room - 1) // 2
+    return text if len(text) <= room else f"{text[: room - 1 - half]}…{text[len(text) - half :]}"
 
 
 def sample(s: Series) -> Drawing:
