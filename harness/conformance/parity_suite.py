@@ -233,6 +233,8 @@ class OperationCase:
     magnitude: Magnitude = "normal"
     sampled: bool = False
     """True if `harness.conformance.drawing.sample` made the case by varying sizes and settings."""
+    is_long: bool = False
+    """True if the tensors are so long that checks which call the Operation many times are left out."""
 
     def __str__(self) -> str:
         magnitude = "" if self.magnitude == "normal" else f"magnitude={self.magnitude}"

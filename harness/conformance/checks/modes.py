@@ -29,7 +29,12 @@ from harness.conformance.comparison.call_forms import (
     same,
     tensors_of_copy,
 )
-from harness.conformance.comparison.call_histories import HISTORIES, NEW_VALUES
+from harness.conformance.comparison.call_histories import (
+    HISTORIES,
+    NEW_VALUES,
+    NEW_VALUES_UNDER_AUTOCAST,
+    NEW_VALUES_WITHOUT_GRADIENTS,
+)
 from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import HALF, cast, inputs
 from harness.conformance.comparison.kept_memory import kept_alive
@@ -69,7 +74,15 @@ def forms() -> dict[str, list[str]]:
     """Return the names of all forms that `calls` tries, by what they apply to."""
     return {
         "a layer, in layouts of its input": [*LAYOUTS, *IMAGE_LAYOUTS],
-        "a layer": [*MODES, *HISTORIES, *NEW_VALUES, *LayerForm, *LONG_FORMS],
+        "a layer": [
+            *MODES,
+            *HISTORIES,
+            *NEW_VALUES,
+            *NEW_VALUES_WITHOUT_GRADIENTS,
+            *NEW_VALUES_UNDER_AUTOCAST,
+            *LayerForm,
+            *LONG_FORMS,
+        ],
         "a layer without gradients; also in each layout": [*forms_without_gradients({})],
         "an Operation": [*OperationForm],
     }
@@ -171,7 +184,8 @@ def _by_reference(subject: Subject, path: str, call: Call, form: Form) -> Iterat
 
 def _with_new_values(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
     """Yield judgements of copies that got half of all numbers after they were called."""
-    seen = {name: run(call) for name, run in NEW_VALUES.items()}
+    autocast = NEW_VALUES_UNDER_AUTOCAST if subject.dtype == "float32" else {}
+    seen = {name: run(call) for name, run in (NEW_VALUES | NEW_VALUES_WITHOUT_GRADIENTS | autocast).items()}
     found = {name: one for name, one in seen.items() if one is not None}
     if not found:
         return
@@ -189,7 +203,12 @@ def _with_new_values(subject: Subject, case: Case, path: str, call: Call) -> Ite
     runs = runs_of(wide, own, subject.dtype, call.x, call.dy, narrow=partial(halved, "float32"))
     judge = _LayerJudge(subject, case, path, *runs)
     for name, one in found.items():
-        yield judge(name, one, list(judge.truth))
+        if name in autocast:
+            rounded = ({"y": draw["y"]} for draw in _rounded_by_autocast(own, call, "bfloat16"))
+            verdict = noise_floor(one, {"y": judge.truth["y"]}, rounded, "bfloat16", case.factor("calls"))
+            yield _named(path, name, verdict)
+        else:
+            yield judge(name, one, list(judge.truth) if name in NEW_VALUES else ["y"])
 
 
 def _with_other_rows(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
@@ -213,29 +232,33 @@ def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iter
     mine, x, dy, factor = call.tensors, call.x, call.dy, case.factor("calls")
     held = {name: t.detach().clone() for name, t in mine.items()}
 
-    def rounded(dtype: str) -> Iterator[dict[str, Tensor]]:
-        yield under(own.layer, own.tensors, dtype, x)
-        for seed in range(PERTURBED_DRAWS):
-            generator, moved = torch.Generator().manual_seed(seed), copy.deepcopy(own)
-            for parameter in moved.layer.parameters():
-                parameter.data = perturbed(parameter.data, dtype, generator)
-            yield under(moved.layer, moved.tensors, dtype, perturbed(x, dtype, generator))
-
-    def under(layer: nn.Module, tensors: Mapping[str, Tensor], dtype: str, x: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(x.device.type, DTYPES[dtype]):
-            return observe(layer, tensors, x, dy, training=call.training)
-
     try:
         for when in (LayerForm.AUTOCAST, LayerForm.AUTOCAST_AFTER):
             truth = observe(wide.layer, wide.tensors, cast(x, "float64"), dy.double())
             for dtype in ("bfloat16", "float16"):
-                seen = under(call.layer, mine, dtype, x)
-                yield _named(path, when.format(dtype), noise_floor(seen, truth, rounded(dtype), dtype, factor))
+                seen = _autocast(call, call.layer, mine, dtype, x)
+                rounded = _rounded_by_autocast(own, call, dtype)
+                yield _named(path, when.format(dtype), noise_floor(seen, truth, rounded, dtype, factor))
             with torch.no_grad():
                 for tensor in (*mine.values(), *wide.tensors.values(), *own.tensors.values()):
                     tensor.mul_(HALF)
     finally:
         load(subject.adapted, {f"{path}.{name}": value for name, value in held.items()})
+
+
+def _autocast(call: Call, layer: nn.Module, tensors: Mapping[str, Tensor], dtype: str, x: Tensor) -> dict[str, Tensor]:
+    with torch.autocast(x.device.type, DTYPES[dtype]):
+        return observe(layer, tensors, x, call.dy, training=call.training)
+
+
+def _rounded_by_autocast(own: ReferenceLayer, call: Call, dtype: str) -> Iterator[dict[str, Tensor]]:
+    """Yield observations under autocast that correct programs might make. own: the reference's layer in float32."""
+    yield _autocast(call, own.layer, own.tensors, dtype, call.x)
+    for seed in range(PERTURBED_DRAWS):
+        generator, moved = torch.Generator().manual_seed(seed), copy.deepcopy(own)
+        for parameter in moved.layer.parameters():
+            parameter.data = perturbed(parameter.data, dtype, generator)
+        yield _autocast(call, moved.layer, moved.tensors, dtype, perturbed(call.x, dtype, generator))
 
 
 def _untrained(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
