@@ -23,7 +23,9 @@ from harness.records.record import FrozenModel
 from harness.resources import data_folder
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
-Kind = Literal["linear", "conv1d", "embedding", "conv2d", "conv2d-dilated", "conv2d-reflect", "experts"]
+Kind = Literal[
+    "linear", "conv1d", "embedding", "embedding-scaled", "conv2d", "conv2d-dilated", "conv2d-reflect", "experts"
+]
 ModelForm = Literal["plain", "wide", "deep"]
 """Forms of the ParityModel. `plain` has two target layers. `wide` also has a larger layer that must not be adapted.
 `deep` has ten target layers.

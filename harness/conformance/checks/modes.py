@@ -151,8 +151,9 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         rows, images = isinstance(base, nn.Linear), isinstance(base, nn.Conv2d)
         layouts = LAYOUTS if rows else IMAGE_LAYOUTS if images else {}
         long = LONG_FORMS if index == 0 and case.walks else {}
-        # The fixed choice of stacked experts depends on the number of rows.
-        apart = {"in micro-batches", "token by token"} if kind_of(base) == "experts" else set()
+        # The fixed choice of stacked experts depends on the number of rows, and so does the frequency of a token.
+        whole = kind_of(base) == "experts" or getattr(base, "scale_grad_by_freq", False)
+        apart = {"in micro-batches", "token by token"} if whole else set()
         tried = layouts_with_gradients(layouts) | MODES | HISTORIES | long | forms_without_gradients(layouts)
         for name, form in tried.items():
             seen = None if name in apart else form.run(call)
@@ -354,12 +355,12 @@ def _by_functorch(
 ) -> dict[str, Tensor]:
     """Return outputs by torch.func.vmap, and the derivative along dx = x by torch.func.jvp, as far as the layer has them.
 
-    torch refuses both for an autograd.Function without the rules for them.
+    vmap maps over inputs of one row each. torch refuses both for an autograd.Function without the rules for them.
     """
     seen: dict[str, Tensor] = {}
     with preserved_state(layer, tensors, training):
         for name, run in (
-            ("y by vmap", lambda: torch.func.vmap(layer)(x.detach())),
+            ("y by vmap", lambda: torch.func.vmap(layer)(x.detach().unsqueeze(1)).squeeze(1)),
             ("derivative by jvp", lambda: torch.func.jvp(layer, (x.detach(),), (x.detach(),))[1]),
         ):
             with suppress(RuntimeError, NotImplementedError):

@@ -36,12 +36,16 @@ def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
     """Yield values of some of the factors. The other factors of the case have their plainest values.
 
     - beta2 near 1, with a step shortly after 1 / (1 - beta2), where the bias correction is 0.8.
+    - In float16 a large gate before each activation. Without DoRA, which would divide by the norm of its weight.
     - Each kind of layer with as many outputs as inputs, where a transposed weight shows in no shape.
     """
     if "step" in factors and "beta2" in factors:
         for beta in (*factors["beta2"].levels, *factors["beta2"].extremes):
             if beta >= _SLOW_DECAY:
                 yield {"beta2": beta, "step": round(1 / (1 - beta)) + 1}
+    if "activation" in factors and "gate" in factors:
+        for activation in factors["activation"].levels if "float16" in factors["dtype"].levels else ():
+            yield {"activation": activation, "gate": "large", "dora": False, "dtype": "float16"}
     if "kind" in factors and "sides" in factors:
         square = next(sides for sides in factors["sides"].levels if sides[0] == sides[1])
         yield from ({"kind": kind, "sides": square} for kind in factors["kind"].levels[1:])
