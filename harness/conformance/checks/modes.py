@@ -29,16 +29,11 @@ from harness.conformance.comparison.call_forms import (
     same,
     tensors_of_copy,
 )
-from harness.conformance.comparison.call_histories import (
-    HISTORIES,
-    NEW_VALUES,
-    NEW_VALUES_UNDER_AUTOCAST,
-    NEW_VALUES_WITHOUT_GRADIENTS,
-)
+from harness.conformance.comparison.call_histories import HISTORIES, NEW_VALUES, NEW_VALUES_UNDER_AUTOCAST
 from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import HALF, cast, inputs
 from harness.conformance.comparison.kept_memory import kept_alive
-from harness.conformance.comparison.layer_comparison import reference_runs, runs_of
+from harness.conformance.comparison.layer_comparison import Draws, reference_runs, runs_of
 from harness.conformance.comparison.observations import observe, preserved_state
 from harness.conformance.comparison.operation_forms import OperationForm, of_operation
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed, worst_of
@@ -74,15 +69,7 @@ def forms() -> dict[str, list[str]]:
     """Return the names of all forms that `calls` tries, by what they apply to."""
     return {
         "a layer, in layouts of its input": [*LAYOUTS, *IMAGE_LAYOUTS],
-        "a layer": [
-            *MODES,
-            *HISTORIES,
-            *NEW_VALUES,
-            *NEW_VALUES_WITHOUT_GRADIENTS,
-            *NEW_VALUES_UNDER_AUTOCAST,
-            *LayerForm,
-            *LONG_FORMS,
-        ],
+        "a layer": [*MODES, *HISTORIES, *NEW_VALUES, *NEW_VALUES_UNDER_AUTOCAST, *LayerForm, *LONG_FORMS],
         "a layer without gradients; also in each layout": [*forms_without_gradients({})],
         "an Operation": [*OperationForm],
     }
@@ -186,7 +173,7 @@ def _by_reference(subject: Subject, path: str, call: Call, form: Form) -> Iterat
 def _with_new_values(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
     """Yield judgements of copies that got half of all numbers after they were called."""
     autocast = NEW_VALUES_UNDER_AUTOCAST if subject.dtype == "float32" else {}
-    seen = {name: run(call) for name, run in (NEW_VALUES | NEW_VALUES_WITHOUT_GRADIENTS | autocast).items()}
+    seen = {name: form.run(call) for name, form in (NEW_VALUES | autocast).items()}
     found = {name: one for name, one in seen.items() if one is not None}
     if not found:
         return
@@ -203,13 +190,13 @@ def _with_new_values(subject: Subject, case: Case, path: str, call: Call) -> Ite
     wide, own = halved("float64"), halved(subject.dtype)
     runs = runs_of(wide, own, subject.dtype, call.x, call.dy, narrow=partial(halved, "float32"))
     judge = _LayerJudge(subject, case, path, *runs)
+    rounded = Draws({"y": draw["y"]} for draw in _rounded_by_autocast(own, call, "bfloat16"))
     for name, one in found.items():
         if name in autocast:
-            rounded = ({"y": draw["y"]} for draw in _rounded_by_autocast(own, call, "bfloat16"))
             verdict = noise_floor(one, {"y": judge.truth["y"]}, rounded, "bfloat16", case.factor("calls"))
             yield _named(path, name, verdict)
         else:
-            yield judge(name, one, list(judge.truth) if name in NEW_VALUES else ["y"])
+            yield judge(name, one, NEW_VALUES[name].shown(judge.truth))
 
 
 def _with_other_rows(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:

@@ -16,7 +16,6 @@ from harness.conformance.comparison.observations import preserved_state
 
 Restore = Callable[[nn.Module, Mapping[str, Tensor]], object]
 """Function that gives a layer new values of its parameters and buffers, by name."""
-Run = Callable[[Call], dict[str, Tensor] | None]
 
 
 def _in_parts(call: Call, parts: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -149,7 +148,7 @@ def _functional(call: Call) -> dict[str, Tensor] | None:
     return seen | {f"grad {name}": t.grad for name, t in given.items() if t.grad is not None}
 
 
-def _after(restore: Restore) -> Run:
+def _after(restore: Restore) -> Form:
     """Return a form that calls a copy in three modes, then gives it half of all numbers, and calls it again."""
 
     def run(call: Call) -> dict[str, Tensor] | None:
@@ -164,7 +163,7 @@ def _after(restore: Restore) -> Run:
         restore(made, _halved(call))
         return call.observe(call.x, call.dy, layer=made)
 
-    return run
+    return Form(run)
 
 
 def _halved(call: Call) -> dict[str, Tensor]:
@@ -179,7 +178,7 @@ Mode = Callable[[str], AbstractContextManager[object]]
 """Function that takes the type of the device and returns a context without gradients."""
 
 
-def _in_mode_after(mode: Mode, restore: Restore) -> Run:
+def _in_mode_after(mode: Mode, restore: Restore) -> Form:
     """Return a form that calls a copy in eval mode within `mode`, halves its numbers outside, and calls it so again."""
 
     def run(call: Call) -> dict[str, Tensor] | None:
@@ -193,7 +192,7 @@ def _in_mode_after(mode: Mode, restore: Restore) -> Run:
             y = made(call.x)
         return {"y": y.detach().clone()}
 
-    return run
+    return Form(run, "all gradients")
 
 
 @contextmanager
@@ -266,15 +265,6 @@ HISTORIES: dict[str, Form] = {
     "by functional_call": Form(_functional),
 }
 """Name -> form that calls a layer after something happened to it."""
-NEW_VALUES: dict[str, Run] = {
-    "after .data.copy_()": _after(_copy_data),
-    "after .data = ...": _after(_set_data),
-    "after new Parameters": _after(_replace_parameters),
-    "after load_state_dict()": _after(_load_state_dict(assign=False)),
-    "after load_state_dict(assign=True)": _after(_load_state_dict(assign=True)),
-}
-"""Name -> function that calls a layer whose `numbers` were halved after it was called. It returns None if it does not
-apply."""
 _MODES: dict[str, Mode] = {
     "under no_grad": lambda _: torch.no_grad(),
     "under inference_mode": lambda _: torch.inference_mode(),
@@ -285,13 +275,19 @@ _WAYS: dict[str, Restore] = {
     "load_state_dict()": _load_state_dict(assign=False),
 }
 """Name -> way to give a layer new values between two calls in one mode."""
-NEW_VALUES_WITHOUT_GRADIENTS: dict[str, Run] = {
+NEW_VALUES: dict[str, Form] = {
+    "after .data.copy_()": _after(_copy_data),
+    "after .data = ...": _after(_set_data),
+    "after new Parameters": _after(_replace_parameters),
+    "after load_state_dict()": _after(_load_state_dict(assign=False)),
+    "after load_state_dict(assign=True)": _after(_load_state_dict(assign=True)),
+} | {
     f"{name} before and after {way}": _in_mode_after(mode, restore)
     for name, mode in _MODES.items()
     for way, restore in _WAYS.items()
 }
-"""Name -> function that calls a layer in one mode before and after its `numbers` were halved, and returns the output."""
-NEW_VALUES_UNDER_AUTOCAST: dict[str, Run] = {
+"""Name -> form that calls a layer whose `numbers` were halved after it was called."""
+NEW_VALUES_UNDER_AUTOCAST: dict[str, Form] = {
     f"under autocast before and after {way}": _in_mode_after(_autocast, restore) for way, restore in _WAYS.items()
 }
-"""The same under autocast to bfloat16."""
+"""The same before and after under autocast to bfloat16, without gradients."""
