@@ -200,7 +200,8 @@ def _judge_averages(
     subject: Subject, case: Case, name: str, mine: Adapted, truth: Adapted, rounded: Adapted
 ) -> Judgement:
     """Compare the averages of the subject with the reference's in float64 and in the subject's dtype."""
-    return noise_floor(*map(_averages, (mine, truth, rounded)), subject.dtype, case.factor(name))
+    averages = _averages(mine), _averages(truth), _averages(rounded)
+    return noise_floor(*averages, subject.dtype, case.factor(name))
 
 
 def _set_gradients(adapted: Adapted, generator: torch.Generator, rounded: torch.dtype | None = None) -> None:
