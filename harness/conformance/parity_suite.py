@@ -23,7 +23,9 @@ from harness.records.record import FrozenModel
 from harness.resources import data_folder
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
-Kind = Literal["linear", "conv1d", "embedding", "conv2d", "conv2d-dilated", "conv2d-reflect", "experts"]
+Kind = Literal[
+    "linear", "conv1d", "embedding", "embedding-scaled", "conv2d", "conv2d-dilated", "conv2d-reflect", "experts"
+]
 ModelForm = Literal["plain", "wide", "deep"]
 """Forms of the ParityModel. `plain` has two target layers. `wide` also has a larger layer that must not be adapted.
 `deep` has ten target layers.
@@ -233,6 +235,8 @@ class OperationCase:
     magnitude: Magnitude = "normal"
     sampled: bool = False
     """True if `harness.conformance.drawing.sample` made the case by varying sizes and settings."""
+    is_long: bool = False
+    """True if the tensors are so long that checks which call the Operation many times are left out."""
 
     def __str__(self) -> str:
         magnitude = "" if self.magnitude == "normal" else f"magnitude={self.magnitude}"

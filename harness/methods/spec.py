@@ -68,10 +68,10 @@ class Adapted(Protocol):
         """Do the Method's work after an optimizer step, such as pruning ranks. `step` counts from 1."""
 
     def merge(self) -> None:
-        """Fold the adapter into the weights."""
+        """Fold the adapter into the weights. If it is merged already, do nothing."""
 
     def unmerge(self) -> None:
-        """Undo `merge`."""
+        """Undo `merge`. If nothing is merged, do nothing."""
 
     def detach(self) -> None:
         """Restore the model as it was before `attach`."""

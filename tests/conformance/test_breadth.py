@@ -124,7 +124,42 @@ def test_an_operation_that_is_wrong_beyond_130_tokens_only_fails() -> None:
     assert not failures(FEW)
     assert {one.check for one in failed} >= {"outputs", "backward"}
     tokens = {word for one in failed for word in one.case.split() if word.startswith("tokens=")}
-    assert tokens == {"tokens=515", "tokens=1030", "tokens=2060"}
+    assert tokens == {"tokens=515", "tokens=1030", "tokens=2060", "tokens=65600"}
+
+
+@pytest.mark.parametrize(
+    ("target", "together"),
+    [
+        ("lora_linear", {"rows": [65_600]}),
+        ("nf4_dequantize", {"shape": [65_600, 32], "block": 32}),
+        ("multi_lora_linear", {"distinct": 33}),
+        ("galore_step", {"step": 1001, "beta2": 0.999}),
+        ("adamw8bit_step", {"step": 10_001, "beta2": 0.9999}),
+        ("lora_mlp", {"activation": "gelu-tanh", "gate": "large", "dora": False}),
+    ],
+)
+def test_the_wide_sample_has_values_that_show_a_fault_only_together(target: str, together: dict[str, Any]) -> None:
+    cases = sample.fixed(parity_suite.load_operation(target), WIDE, ["float32", "float16"])
+    assert any(
+        together.items() <= case.values.items() for case in cases if isinstance(case, parity_suite.OperationCase)
+    )
+
+
+@pytest.mark.slow
+def test_the_wide_sample_has_every_kind_of_layer_with_equal_sides() -> None:
+    plan = parity_suite.load("lora")
+    cases = [case for case in sample.fixed(plan, WIDE, ["float32"]) if isinstance(case, parity_suite.MethodCase)]
+    assert {case.kind for case in cases if case.sampled and case.shape.inputs == case.shape.outputs} == {*plan.layers}
+
+
+@pytest.mark.parametrize("distinct", [1, 2, 9, 33])
+def test_so_many_different_adapters_occur_in_a_batch(distinct: int) -> None:
+    arguments = operations.every()["multi_lora_linear"].arguments
+    given = arguments(
+        torch.float32, torch.Generator(), ids=(1, 0, -1, 1), ranks=(3, 16), shape=(4, 4), distinct=distinct
+    )
+    assert len(given["As"]) == distinct
+    assert set(given["ids"].tolist()) == {-1, *range(distinct)}
 
 
 @pytest.mark.nightly

@@ -13,7 +13,7 @@ from harness.conformance.checks import States, check
 from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import observe_with_reference
-from harness.conformance.comparison.tolerance_policies import exact, noise_floor, perturbed, worst_of
+from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, perturbed, worst_of
 from harness.conformance.subject import DTYPES, Subject, load
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from harness.methods.spec import Adapted
@@ -25,6 +25,8 @@ _FIRST_PRUNING = 6
 """The first step of this schedule that prunes."""
 _RESUMED = (13, 21)
 """Steps at which a fresh model continues: halfway between the first and the last pruning, and after the last."""
+_LOADED = 20
+"""Step at which other masks are loaded: after the last pruning, into the model that pruned."""
 _LARGEST = 20_000
 """Adapters with more elements than this are too large for the 24 steps of `check_budget`, which skips them."""
 
@@ -48,10 +50,31 @@ def check_importance(subject: Subject, case: Case) -> CheckResult:
         for adapted in (fresh.adapted, truth, rounded):
             _set_gradients(adapted, case.generator(salt=10 + step))
             adapted.after_step(step)
-        mine, exactly, roundly = (_averages(adapted) for adapted in (fresh.adapted, truth, rounded))
-        verdict = noise_floor(mine, exactly, roundly, subject.dtype, case.factor("importance"))
+        verdict = _judge_averages(subject, case, "importance", fresh.adapted, truth, rounded)
         found.append(prefix_tensor(f"step {step}", verdict))
     return judged(subject, case, "importance", worst_of(found, found[0].policy))
+
+
+@check(States.WARM, of_sizes=False)
+def check_unused(subject: Subject, case: Case) -> CheckResult:
+    """After a step in which a layer got no gradient, AdaLoRA's averages equal those after gradients of zero.
+
+    So the importance of a layer that takes no part in a step declines, as that of an expert that no token reaches. The
+    other layers' averages follow their gradients.
+    """
+    fresh = case.attach_again(**_SHORT)
+    if fresh is None or not any(".exp_avg_ipt_" in name for name in fresh.state()):
+        return skipped(subject, case, "unused", "the implementation does not show its averages in state()")
+    load(fresh.adapted, subject.adapted.tensors())
+    worlds = fresh.adapted, *(_reference(fresh, dtype) for dtype in ("float64", subject.dtype))
+    for step in (1, 2):
+        for adapted in worlds:
+            _set_gradients(adapted, case.generator(salt=20 + step))
+            for name, tensor in adapted.tensors().items() if step == 2 else ():
+                if name.startswith(f"{next(iter(fresh.adapted.layers))}."):
+                    tensor.grad = None if adapted is fresh.adapted else torch.zeros_like(tensor)
+            adapted.after_step(step)
+    return judged(subject, case, "unused", _judge_averages(subject, case, "unused", *worlds))
 
 
 @check()
@@ -62,7 +85,7 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
     per layer on average. Between two prunings lambdas may grow back, as they do here at each step. In float32 and
     float64 the same lambdas are left as in the reference, by the scores of eq. 7. In half precision two lambdas with close
     scores may change places. Twice, the check continues with a fresh model that gets `tensors()` and `state()`, as after an
-    interruption.
+    interruption. Once, the model itself gets other masks by `state()`, which must then apply.
     """
     if sum(t.numel() for t in subject.added().values()) > _LARGEST:
         return skipped(subject, case, "budget", "the schedule does not depend on the size of an adapter")
@@ -75,6 +98,10 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
         if step in _RESUMED and any(".exp_avg_ipt_" in name for name in fresh.state()):
             before, fresh = fresh, case.attach_again(**_SHORT) or fresh
             load(fresh.adapted, before.adapted.tensors(), before.state())
+        if step == _LOADED:
+            masks = {name: mask.roll(1, 0) for name, mask in truth.state().items() if name.endswith(".mask")}
+            for adapted in (fresh.adapted, truth):
+                load(adapted, {}, {name: masks[name] for name in masks.keys() & adapted.state().keys()})
         held = dict(fresh.adapted.tensors())
         for adapted in (fresh.adapted, truth):
             _set_tensors(adapted, DTYPES[subject.dtype], case.generator(salt=100 + step))
@@ -167,6 +194,14 @@ def _reference(subject: Subject, dtype: str) -> Adapted:
 
 def _averages(adapted: Adapted) -> dict[str, Tensor]:
     return {name: t.detach().clone() for name, t in adapted.state().items() if ".exp_avg_" in name}
+
+
+def _judge_averages(
+    subject: Subject, case: Case, name: str, mine: Adapted, truth: Adapted, rounded: Adapted
+) -> Judgement:
+    """Compare the averages of the subject with the reference's in float64 and in the subject's dtype."""
+    averages = _averages(mine), _averages(truth), _averages(rounded)
+    return noise_floor(*averages, subject.dtype, case.factor(name))
 
 
 def _set_gradients(adapted: Adapted, generator: torch.Generator, rounded: torch.dtype | None = None) -> None:

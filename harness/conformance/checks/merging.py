@@ -23,6 +23,7 @@ from harness.records.record import CheckResult
 
 _CHANGED = "unmerged, with another adapter"
 _AGAIN = "after merging again, in training mode"
+_TWICE = "after merging twice"
 
 
 @check(States.WARM, in_cell=[CellStage.TRAINED])
@@ -30,7 +31,8 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     """Merged layers, and layers that are unmerged again, compute what the float64 reference computes.
 
     A merged layer no longer depends on its adapter; an unmerged layer follows its adapter again, and trains as before.
-    This also holds when another adapter is merged, in training mode and while gradients are recorded.
+    This also holds when another adapter is merged, in training mode and while gradients are recorded. Merging a merged
+    adapter, or unmerging an unmerged one, changes nothing.
     """
     if not subject.adapted.can_merge:
         return skipped(subject, case, "merge", "this Method has nothing to merge")
@@ -52,10 +54,12 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         subject.adapted.merge()
         for tensor in added.values():
             tensor.mul_(-3).add_(1)  # a merged layer no longer depends on its adapter
-        for path in xs:
-            subject.model.get_submodule(path).eval()  # not chained: not every library's `eval` returns the module
-        outputs["after merging"] = _outputs(subject, xs)
+        outputs["after merging"] = _merged_outputs(subject, xs)
         load(subject.adapted, values)
+        if fresh is not None:
+            subject.adapted.merge()
+            outputs[_TWICE] = _merged_outputs(subject, xs)
+            subject.adapted.unmerge()
         subject.adapted.unmerge()
         outputs["after unmerging"] = _outputs(subject, xs)
         now = {name for name, tensor in subject.adapted.tensors().items() if tensor.requires_grad}
@@ -88,11 +92,16 @@ def _merged_in_training(subject: Subject, xs: dict[str, Tensor]) -> dict[str, Te
         layer.train()
     with torch.enable_grad():
         subject.adapted.merge()
-    for path in xs:
-        subject.model.get_submodule(path).eval()
-    outputs = _outputs(subject, xs)
+    outputs = _merged_outputs(subject, xs)
     subject.adapted.unmerge()
     return outputs
+
+
+def _merged_outputs(subject: Subject, xs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the outputs of the merged layers in eval mode."""
+    for path in xs:
+        subject.model.get_submodule(path).eval()  # not chained: not every library's `eval` returns the module
+    return _outputs(subject, xs)
 
 
 @check(States.WARM, of_sizes=False, only_wide=True)

@@ -29,11 +29,11 @@ from harness.conformance.comparison.call_forms import (
     same,
     tensors_of_copy,
 )
-from harness.conformance.comparison.call_histories import HISTORIES, NEW_VALUES
+from harness.conformance.comparison.call_histories import HISTORIES, NEW_VALUES, NEW_VALUES_UNDER_AUTOCAST
 from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import HALF, cast, inputs
 from harness.conformance.comparison.kept_memory import kept_alive
-from harness.conformance.comparison.layer_comparison import reference_runs, runs_of
+from harness.conformance.comparison.layer_comparison import Draws, reference_runs, runs_of
 from harness.conformance.comparison.observations import observe, preserved_state
 from harness.conformance.comparison.operation_forms import OperationForm, of_operation
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed, worst_of
@@ -69,7 +69,7 @@ def forms() -> dict[str, list[str]]:
     """Return the names of all forms that `calls` tries, by what they apply to."""
     return {
         "a layer, in layouts of its input": [*LAYOUTS, *IMAGE_LAYOUTS],
-        "a layer": [*MODES, *HISTORIES, *NEW_VALUES, *LayerForm, *LONG_FORMS],
+        "a layer": [*MODES, *HISTORIES, *NEW_VALUES, *NEW_VALUES_UNDER_AUTOCAST, *LayerForm, *LONG_FORMS],
         "a layer without gradients; also in each layout": [*forms_without_gradients({})],
         "an Operation": [*OperationForm],
     }
@@ -138,8 +138,9 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         rows, images = isinstance(base, nn.Linear), isinstance(base, nn.Conv2d)
         layouts = LAYOUTS if rows else IMAGE_LAYOUTS if images else {}
         long = LONG_FORMS if index == 0 and case.walks else {}
-        # The fixed choice of stacked experts depends on the number of rows.
-        apart = {"in micro-batches", "token by token"} if kind_of(base) == "experts" else set()
+        # The fixed choice of stacked experts depends on the number of rows, and so does the frequency of a token.
+        whole = kind_of(base) == "experts" or getattr(base, "scale_grad_by_freq", False)
+        apart = {"in micro-batches", "token by token"} if whole else set()
         tried = layouts_with_gradients(layouts) | MODES | HISTORIES | long | forms_without_gradients(layouts)
         for name, form in tried.items():
             seen = None if name in apart else form.run(call)
@@ -171,7 +172,8 @@ def _by_reference(subject: Subject, path: str, call: Call, form: Form) -> Iterat
 
 def _with_new_values(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
     """Yield judgements of copies that got half of all numbers after they were called."""
-    seen = {name: run(call) for name, run in NEW_VALUES.items()}
+    autocast = NEW_VALUES_UNDER_AUTOCAST if subject.dtype == "float32" else {}
+    seen = {name: form.run(call) for name, form in (NEW_VALUES | autocast).items()}
     found = {name: one for name, one in seen.items() if one is not None}
     if not found:
         return
@@ -188,8 +190,13 @@ def _with_new_values(subject: Subject, case: Case, path: str, call: Call) -> Ite
     wide, own = halved("float64"), halved(subject.dtype)
     runs = runs_of(wide, own, subject.dtype, call.x, call.dy, narrow=partial(halved, "float32"))
     judge = _LayerJudge(subject, case, path, *runs)
+    rounded = Draws({"y": draw["y"]} for draw in _rounded_by_autocast(own, call, "bfloat16"))
     for name, one in found.items():
-        yield judge(name, one, list(judge.truth))
+        if name in autocast:
+            verdict = noise_floor(one, {"y": judge.truth["y"]}, rounded, "bfloat16", case.factor("calls"))
+            yield _named(path, name, verdict)
+        else:
+            yield judge(name, one, NEW_VALUES[name].shown(judge.truth))
 
 
 def _with_other_rows(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
@@ -213,29 +220,33 @@ def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iter
     mine, x, dy, factor = call.tensors, call.x, call.dy, case.factor("calls")
     held = {name: t.detach().clone() for name, t in mine.items()}
 
-    def rounded(dtype: str) -> Iterator[dict[str, Tensor]]:
-        yield under(own.layer, own.tensors, dtype, x)
-        for seed in range(PERTURBED_DRAWS):
-            generator, moved = torch.Generator().manual_seed(seed), copy.deepcopy(own)
-            for parameter in moved.layer.parameters():
-                parameter.data = perturbed(parameter.data, dtype, generator)
-            yield under(moved.layer, moved.tensors, dtype, perturbed(x, dtype, generator))
-
-    def under(layer: nn.Module, tensors: Mapping[str, Tensor], dtype: str, x: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(x.device.type, DTYPES[dtype]):
-            return observe(layer, tensors, x, dy, training=call.training)
-
     try:
         for when in (LayerForm.AUTOCAST, LayerForm.AUTOCAST_AFTER):
             truth = observe(wide.layer, wide.tensors, cast(x, "float64"), dy.double())
             for dtype in ("bfloat16", "float16"):
-                seen = under(call.layer, mine, dtype, x)
-                yield _named(path, when.format(dtype), noise_floor(seen, truth, rounded(dtype), dtype, factor))
+                seen = _autocast(call, call.layer, mine, dtype, x)
+                rounded = _rounded_by_autocast(own, call, dtype)
+                yield _named(path, when.format(dtype), noise_floor(seen, truth, rounded, dtype, factor))
             with torch.no_grad():
                 for tensor in (*mine.values(), *wide.tensors.values(), *own.tensors.values()):
                     tensor.mul_(HALF)
     finally:
         load(subject.adapted, {f"{path}.{name}": value for name, value in held.items()})
+
+
+def _autocast(call: Call, layer: nn.Module, tensors: Mapping[str, Tensor], dtype: str, x: Tensor) -> dict[str, Tensor]:
+    with torch.autocast(x.device.type, DTYPES[dtype]):
+        return observe(layer, tensors, x, call.dy, training=call.training)
+
+
+def _rounded_by_autocast(own: ReferenceLayer, call: Call, dtype: str) -> Iterator[dict[str, Tensor]]:
+    """Yield observations under autocast that correct programs might make. own: the reference's layer in float32."""
+    yield _autocast(call, own.layer, own.tensors, dtype, call.x)
+    for seed in range(PERTURBED_DRAWS):
+        generator, moved = torch.Generator().manual_seed(seed), copy.deepcopy(own)
+        for parameter in moved.layer.parameters():
+            parameter.data = perturbed(parameter.data, dtype, generator)
+        yield _autocast(call, moved.layer, moved.tensors, dtype, perturbed(call.x, dtype, generator))
 
 
 def _untrained(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
@@ -331,12 +342,12 @@ def _by_functorch(
 ) -> dict[str, Tensor]:
     """Return outputs by torch.func.vmap, and the derivative along dx = x by torch.func.jvp, as far as the layer has them.
 
-    torch refuses both for an autograd.Function without the rules for them.
+    vmap maps over inputs of one row each. torch refuses both for an autograd.Function without the rules for them.
     """
     seen: dict[str, Tensor] = {}
     with preserved_state(layer, tensors, training):
         for name, run in (
-            ("y by vmap", lambda: torch.func.vmap(layer)(x.detach())),
+            ("y by vmap", lambda: torch.func.vmap(layer)(x.detach().unsqueeze(1)).squeeze(1)),
             ("derivative by jvp", lambda: torch.func.jvp(layer, (x.detach(),), (x.detach(),))[1]),
         ):
             with suppress(RuntimeError, NotImplementedError):

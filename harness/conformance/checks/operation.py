@@ -65,16 +65,22 @@ def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
 
 @check(of_sizes=False)
 def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
-    """A call and its backward pass do not change the arguments."""
+    """A call changes none of its arguments, and its backward pass changes neither these nor the incoming gradients."""
     given = cloned(subject.arguments)
     subject.function(**given)
-    seen = operation_call.flatten(given)
+    seen, before = operation_call.flatten(given), operation_call.flatten(subject.arguments)
     if subject.operation.differentiable:
-        outputs, leaves = operation_call.forward(subject, subject.function, DTYPES[subject.dtype])
-        operation_call.backward(outputs, leaves, case)
-        seen |= {f"{name} after the backward pass": leaf for name, leaf in leaves.items()}
-    own = operation_call.flatten(subject.arguments)
-    before = {name: own[name.removesuffix(" after the backward pass")] for name in seen}
+        given = cloned(subject.arguments)
+        operation_call.require_gradients(subject, given)
+        outputs = subject.operation.named(subject.function(**given))
+        incoming = operation_call.incoming_gradients(outputs, case)
+        kept = cloned(incoming)
+        operation_call.backward(outputs, {}, case, incoming=incoming)
+        after = operation_call.flatten(given)
+        seen |= {f"{name} after the backward pass": t.detach() for name, t in after.items()}
+        seen |= {f"the incoming gradient of {name}": dy for name, dy in incoming.items()}
+        before |= {f"{name} after the backward pass": before[name] for name in after}
+        before |= {f"the incoming gradient of {name}": dy for name, dy in kept.items()}
     return judged(subject, case, "arguments", exact(operation_call.finite(seen), operation_call.finite(before)))
 
 

@@ -11,14 +11,19 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.checks import check
-from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
+from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
 from harness.conformance.comparison.layer_comparison import Draws
 from harness.conformance.comparison.tolerance_policies import noise_floor, perturbed, worst_of
 from harness.conformance.subject import Subject
-from harness.conformance.tolerance_constants import PERTURBED_DRAWS
+from harness.conformance.tolerance_constants import EPSILON, NOISE_FLOOR_EPS, PERTURBED_DRAWS, RANDOMISED_SIGMAS
 from harness.methods.spec import Adapted
 from harness.records.record import CheckResult
-from reference.pissa import exact_svd
+from reference.pissa import exact_svd, fast_svd
+
+_STARTS = 4
+"""Number of times that an implementation with a randomised SVD is attached."""
+_REFERENCE_STARTS = 32
+"""Number of the reference's randomised SVDs, which give the mean and the standard error."""
 
 
 @check()
@@ -49,13 +54,14 @@ def check_residual(subject: Subject, case: Case) -> CheckResult:
 def check_principal(subject: Subject, case: Case) -> CheckResult:
     """At PiSSA's start, s B A equals U_r S_r V_r^T, the best rank-r approximation of the weight.
 
-    Each factor holds the square root of every singular value: A A^T = B^T B = S_r / s  (PiSSA, eqs. 2 and 3).
+    Each factor holds the square root of every singular value: A A^T = B^T B = S_r / s  (PiSSA, eqs. 2 and 3). A randomised
+    SVD only approximates it: over some starts, ||s B A||^2 must have the reference's mean. It grows with each iteration.
     """
     fresh = case.attach_again()
     if fresh is None:
         return skipped(subject, case, "principal", "the case cannot attach again")
     if fresh.config.niter:
-        return skipped(subject, case, "principal", "a randomised SVD only approximates it")
+        return listed(subject, case, "principal", [*_of_randomised_starts(subject, case)])
     reference, found = fresh.fresh_reference(fresh.dtype), []
     for path in fresh.bases:
         W = fresh.original_weight(path).double()
@@ -64,6 +70,25 @@ def check_principal(subject: Subject, case: Case) -> CheckResult:
         truth = _best(*exact_svd(W, fresh.config.rank), fresh.config)
         found.append(prefix_tensor(path, noise_floor(mine, truth, draws, subject.dtype, case.factor("principal"))))
     return judged(subject, case, "principal", worst_of(found, found[0].policy))
+
+
+def _of_randomised_starts(subject: Subject, case: Case) -> Iterator[str]:
+    """Yield the layers whose mean share of ||U_r S_r V_r^T||^2 is not the reference's, within the standard error."""
+    starts = [one for seed in range(_STARTS) if (one := case.attach_again(seed=seed)) is not None]
+    for path in subject.bases:
+        W, config = subject.original_weight(path).double(), subject.config
+        most = exact_svd(W, config.rank)[1].square().sum()
+        drawn = (fast_svd(W, config.rank, config.niter, case.generator(salt=40 + n)) for n in range(_REFERENCE_STARTS))
+        expected = torch.stack([S.square().sum() / most for _, S, _ in drawn])
+        products = [_principal(one, one.adapted, path)["s B A"] for one in starts]
+        mine = torch.stack([product.square().sum() / most for product in products])
+        error = float(expected.std()) * (1 / len(mine) + 1 / len(expected)) ** 0.5
+        bound = RANDOMISED_SIGMAS * error + NOISE_FLOOR_EPS[subject.dtype] * EPSILON[subject.dtype]
+        if abs(float(mine.mean() - expected.mean())) > bound:
+            yield (
+                f"{path}: s B A has {float(mine.mean()):.4f} of the largest possible ||s B A||^2, "
+                f"should be {float(expected.mean()):.4f} +- {bound:.2g}"
+            )
 
 
 def _best(U: Tensor, S: Tensor, Vt: Tensor, config: Any) -> dict[str, Tensor]:

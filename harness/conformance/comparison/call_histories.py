@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from harness.conformance.comparison.observations import preserved_state
 
 Restore = Callable[[nn.Module, Mapping[str, Tensor]], object]
 """Function that gives a layer new values of its parameters and buffers, by name."""
-Run = Callable[[Call], dict[str, Tensor] | None]
 
 
 def _in_parts(call: Call, parts: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -148,7 +148,7 @@ def _functional(call: Call) -> dict[str, Tensor] | None:
     return seen | {f"grad {name}": t.grad for name, t in given.items() if t.grad is not None}
 
 
-def _after(restore: Restore) -> Run:
+def _after(restore: Restore) -> Form:
     """Return a form that calls a copy in three modes, then gives it half of all numbers, and calls it again."""
 
     def run(call: Call) -> dict[str, Tensor] | None:
@@ -160,13 +160,46 @@ def _after(restore: Restore) -> Run:
             made(leaf_of(call.x))
             with torch.no_grad():
                 made(call.x)
-        # By storage: an adapter may hand out its state as a transposed view of a parameter.
-        halved = {t.untyped_storage().data_ptr() for t in call.numbers}
-        values = {n: t.detach() for n, t in _named(call.layer).items()}
-        restore(made, {n: t * HALF if t.untyped_storage().data_ptr() in halved else t for n, t in values.items()})
+        restore(made, _halved(call))
         return call.observe(call.x, call.dy, layer=made)
 
-    return run
+    return Form(run)
+
+
+def _halved(call: Call) -> dict[str, Tensor]:
+    """Return new values of the layer's floating-point parameters and buffers: half of `call.numbers`."""
+    # By storage: an adapter may hand out its state as a transposed view of a parameter.
+    halved = {t.untyped_storage().data_ptr() for t in call.numbers}
+    values = {n: t.detach() for n, t in _named(call.layer).items()}
+    return {n: t * HALF if t.untyped_storage().data_ptr() in halved else t for n, t in values.items()}
+
+
+Mode = Callable[[str], AbstractContextManager[object]]
+"""Function that takes the type of the device and returns a context without gradients."""
+
+
+def _in_mode_after(mode: Mode, restore: Restore) -> Form:
+    """Return a form that calls a copy in eval mode within `mode`, halves its numbers outside, and calls it so again."""
+
+    def run(call: Call) -> dict[str, Tensor] | None:
+        if not owns(call.layer, call.tensors) or _is_packed(call.layer):
+            return None
+        made = copy.deepcopy(call.layer).eval()
+        with mode(call.x.device.type):
+            made(call.x)
+        restore(made, _halved(call))
+        with mode(call.x.device.type):
+            y = made(call.x)
+        return {"y": y.detach().clone()}
+
+    return Form(run, "all gradients")
+
+
+@contextmanager
+def _autocast(device: str) -> Iterator[None]:
+    """Be within autocast to bfloat16, without gradients."""
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        yield
 
 
 def _named(layer: nn.Module) -> dict[str, Tensor]:
@@ -178,6 +211,21 @@ def _named(layer: nn.Module) -> dict[str, Tensor]:
 def _copy_data(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
     for name, tensor in _named(layer).items():
         tensor.data.copy_(values[name])
+
+
+def _fused_step(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Halve parameters by a step of torch's fused AdamW, which does not raise their version counters."""
+    parameters = dict(layer.named_parameters())
+    stepped = {name: p for name, p in parameters.items() if not torch.equal(p.detach(), values[name])}
+    for parameter in stepped.values():
+        parameter.grad = torch.zeros_like(parameter)
+    if stepped:
+        torch.optim.AdamW(stepped.values(), lr=HALF, weight_decay=1.0, fused=True).step()
+    for parameter in stepped.values():
+        parameter.grad = None
+    for name, buffer in _named(layer).items():
+        if name not in parameters:
+            buffer.data.copy_(values[name])
 
 
 def _set_data(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -217,12 +265,29 @@ HISTORIES: dict[str, Form] = {
     "by functional_call": Form(_functional),
 }
 """Name -> form that calls a layer after something happened to it."""
-NEW_VALUES: dict[str, Run] = {
+_MODES: dict[str, Mode] = {
+    "under no_grad": lambda _: torch.no_grad(),
+    "under inference_mode": lambda _: torch.inference_mode(),
+}
+_WAYS: dict[str, Restore] = {
+    "a fused step": _fused_step,
+    ".data.copy_()": _copy_data,
+    "load_state_dict()": _load_state_dict(assign=False),
+}
+"""Name -> way to give a layer new values between two calls in one mode."""
+NEW_VALUES: dict[str, Form] = {
     "after .data.copy_()": _after(_copy_data),
     "after .data = ...": _after(_set_data),
     "after new Parameters": _after(_replace_parameters),
     "after load_state_dict()": _after(_load_state_dict(assign=False)),
     "after load_state_dict(assign=True)": _after(_load_state_dict(assign=True)),
+} | {
+    f"{name} before and after {way}": _in_mode_after(mode, restore)
+    for name, mode in _MODES.items()
+    for way, restore in _WAYS.items()
 }
-"""Name -> function that calls a layer whose `numbers` were halved after it was called. It returns None if it does not
-apply."""
+"""Name -> form that calls a layer whose `numbers` were halved after it was called."""
+NEW_VALUES_UNDER_AUTOCAST: dict[str, Form] = {
+    f"under autocast before and after {way}": _in_mode_after(_autocast, restore) for way, restore in _WAYS.items()
+}
+"""The same before and after under autocast to bfloat16, without gradients."""

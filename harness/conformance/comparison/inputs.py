@@ -36,6 +36,8 @@ def inputs(
     layer: Any = base
     if isinstance(base, nn.Embedding):
         x = torch.randint(0, layer.num_embeddings, (tokens,), generator=generator)
+        if layer.scale_grad_by_freq:
+            x[1::2] = x[: len(x) // 2 * 2 : 2]  # an entry that occurs twice gets another gradient
         dy = torch.randn(tokens, layer.embedding_dim, generator=generator, dtype=torch.float64)
         return x.to(layer.weight.device), dy.to(layer.weight.device, dtype)
     if isinstance(base, nn.Conv2d):

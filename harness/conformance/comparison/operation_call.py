@@ -115,13 +115,33 @@ def forward(
     function gets results of other operators, as in the middle of a model.
     """
     given = cloned(subject.arguments, {DTYPES[subject.dtype]: dtype})
+    found = require_gradients(subject, given, of)
+    if not leaves:
+        given = mapped(given, lambda one: one * 1 if isinstance(one, Tensor) and one.requires_grad else one)
+    return subject.operation.named(function(**given)), found
+
+
+def require_gradients(
+    subject: OperationSubject, given: Arguments, of: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """Make arguments of a call require a gradient, and return them by name. of: see `forward`."""
     wanted = subject.operation.differentiable if of is None else of
     found = {n: t for n, t in flatten(given).items() if n in wanted or n.partition("[")[0] in wanted}
     for leaf in found.values():
         leaf.requires_grad_(True)
-    if not leaves:
-        given = mapped(given, lambda one: one * 1 if isinstance(one, Tensor) and one.requires_grad else one)
-    return subject.operation.named(function(**given)), found
+    return found
+
+
+def incoming_gradients(outputs: Mapping[str, Tensor], case: Case, layout: Layout = "plain") -> dict[str, Tensor]:
+    """Return a random gradient for each output, by the output's name. The same case gives the same numbers."""
+    generator, dys = case.generator(salt=3), dict[str, Tensor]()
+    for name, y in outputs.items():
+        drawn = (1,) * y.dim() if layout == "expanded" else y.shape
+        dy = torch.randn(drawn, generator=generator, dtype=torch.float64).to(y.device, y.dtype).expand(y.shape)
+        if layout == "transposed" and y.dim() > 1:
+            dy = dy.transpose(0, -1).contiguous().transpose(0, -1)
+        dys[name] = dy
+    return dys
 
 
 def backward(
@@ -133,22 +153,18 @@ def backward(
     used: Collection[str] | None = None,
     times: int = 1,
     zeros: bool = False,
+    incoming: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Run backward from the outputs with random gradients. Return the gradient of each leaf as `grad <name>`.
 
     A leaf that gets no gradient has zeros. layout: see Layout. used: names of the outputs that get a gradient; by
     default all. times: number of backward passes through the same graph. Only the last one is returned. zeros:
-    begin with gradients of zeros, as `zero_grad(set_to_none=False)` leaves them.
+    begin with gradients of zeros, as `zero_grad(set_to_none=False)` leaves them. incoming: the gradient of each output, in
+    place of a random one; the last pass gets these very tensors.
     """
-    generator, starts, dys = case.generator(salt=3), [], []
-    for name, y in outputs.items():
-        drawn = (1,) * y.dim() if layout == "expanded" else y.shape
-        dy = torch.randn(drawn, generator=generator, dtype=torch.float64).to(y.device, y.dtype).expand(y.shape)
-        if layout == "transposed" and y.dim() > 1:
-            dy = dy.transpose(0, -1).contiguous().transpose(0, -1)
-        if y.requires_grad and (used is None or name in used):
-            starts.append(y)
-            dys.append(dy)
+    incoming = incoming_gradients(outputs, case, layout) if incoming is None else incoming
+    given = [name for name, y in outputs.items() if y.requires_grad and (used is None or name in used)]
+    starts, dys = [outputs[name] for name in given], [incoming[name] for name in given]
     for left in reversed(range(times if starts else 0)):
         for leaf in leaves.values():
             leaf.grad = torch.zeros_like(leaf) if zeros else None

@@ -49,7 +49,8 @@ def judge_in_pieces(form: PackedLayer, layer: nn.Linear, bias: Tensor | None) ->
             absmax=form.absmax[start // _BLOCK : (start + PIECE) // _BLOCK],
         )
         differs = nf4.unpack(piece.data, len(W)) != want
-        if not differs.any() and (form.double or torch.equal(piece.absmax, scales)):
+        whole = len(W) % 2 == 0 or bool(piece.data[-1] == nf4.pack(want[-1:])[0])
+        if whole and not differs.any() and (form.double or torch.equal(piece.absmax, scales)):
             found.append(_SAME)
             continue
         have, expected, tied = _comparable(piece, ExpectedCodes(want, scales, _near_tie(W, differs), None))
@@ -82,13 +83,15 @@ def _comparable(form: PackedLayer, want: ExpectedCodes) -> tuple[dict[str, Tenso
     """Return the subject's tensors, the expected tensors, and the number of codes that differ only because of a tie.
 
     Allowed differences are removed, so that the tensors are equal if the codes are correct. An absmax that is itself
-    quantised is left out.
+    quantised is left out. If the number of elements is odd, the last byte also holds the code of zero.
     """
-    codes = nf4.unpack(form.data, want.codes.numel())
-    tied = want.near_tie & ((codes.int() - want.codes.int()).abs() == 1)
+    n = want.codes.numel()
+    codes, right = (nf4.unpack(data, n + n % 2) for data in (form.data, nf4.pack(want.codes)))
+    near_tie = torch.nn.functional.pad(want.near_tie, (0, n % 2))
+    tied = near_tie & ((codes.int() - right.int()).abs() == 1)
     zero = (want.absmax == 0) & (form.absmax.abs() <= torch.finfo(torch.float32).tiny)
     equivalent = tied | zero.repeat_interleave(form.block)[: codes.numel()]
-    have, expected = {"codes": torch.where(equivalent, want.codes, codes)}, {"codes": want.codes}
+    have, expected = {"codes": torch.where(equivalent, right, codes)}, {"codes": right}
     if not form.double:
         have["absmax"] = torch.where(zero, want.absmax, form.absmax)
         expected["absmax"] = want.absmax

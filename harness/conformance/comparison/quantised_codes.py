@@ -116,14 +116,19 @@ class FourBit:
         return self.form.pack(codes), absmax
 
     def judge(self, outputs: Mapping[str, Tensor], arguments: Arguments) -> tuple[Judgement, str]:
-        """Judge packed codes and absmax. Return the judgement, and text with the number of ties."""
+        """Judge every packed byte and absmax. Return the judgement, and text with the number of ties.
+
+        If the number of elements is odd, the last byte also holds the code of zero. It counts as an element of the last
+        block.
+        """
         W, block = arguments["W"], arguments["block"]
         packed, absmax = self.quantize(W, block)
         if outputs["packed"].shape != packed.shape:
             return exact(outputs, {"packed": packed, "absmax": absmax}), ""
-        codes = nf4.unpack(packed, W.numel())
-        mine = {"codes": nf4.unpack(outputs["packed"], W.numel()), "absmax": outputs["absmax"]}
-        near_tie = self.form.near_tie(W, block)
+        held = 2 * packed.numel()
+        codes = nf4.unpack(packed, held)
+        mine = {"codes": nf4.unpack(outputs["packed"], held), "absmax": outputs["absmax"]}
+        near_tie = torch.nn.functional.pad(self.form.near_tie(W, block), (0, held - W.numel()))
         return judge_codes(mine, (codes, absmax), near_tie, block, self.form.codebook())
 
     def packed_arguments(

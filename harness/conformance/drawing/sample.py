@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from harness.conformance import operations
 from harness.conformance.case_selection import CaseSelection
 from harness.conformance.drawing import strategies
+from harness.conformance.drawing.combinations import beyond_16_bits, combinations
 from harness.conformance.drawing.covering import covering, every_level, every_pair, one_at_a_time, values
 from harness.conformance.drawing.factors import Factor, of_config, of_signature
 from harness.conformance.execution.acceptance import is_accepted
@@ -58,11 +59,12 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     A factor is a setting of a case, and its levels are the values to try. A factor is optional if an implementation may
     lack it, such as an option of the Method or another kind of layer.
 
-    The sample has four parts. In the first part, optional factors have their plainest level, and every pair of levels
+    The sample has five parts. In the first part, optional factors have their plainest level, and every pair of levels
     of two other factors occurs. In the second part, every other level of each optional factor occurs. With
     `wanted.full`, every pair of two factors occurs, optional ones too. In the third part, each of these
     levels occurs without another option. Otherwise an implementation that lacks one option would miss the options that
-    share its cases. In the fourth part, each extreme value occurs once, beside plain values.
+    share its cases. In the fourth part, each extreme value occurs once, beside plain values. The fifth part has the
+    combinations of `drawing.combinations`, and for an Operation those beyond 16 bits.
     """
     # 16 bits first, so that what a first call caches in its dtype shows in the wider ones.
     examples: list[AnyCase] = [*plan.cases(wanted, dtypes)]
@@ -86,8 +88,15 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     rows = [*first, *covering(settings, further, valid, given=first)]
     rows += [row for row in alone if row not in rows]
     valued = [values(row, levels) for row in rows]
-    for chosen in [*valued, *_extremes(there, valued, valid)]:
+    plainest = {name: factor.levels[0] for name, factor in there.items()}
+    together = [one for one in (plainest | some for some in combinations(there)) if valid(one) and one not in valued]
+    for chosen in [*valued, *_extremes(there, valued, valid), *together]:
         yield replace(case_of(plan, chosen), sampled=True)
+    if isinstance(plan, OperationSuite):
+        for some in beyond_16_bits(there):
+            case = case_of(plan, plainest | some)
+            if isinstance(case, OperationCase):
+                yield replace(case, sampled=True, is_long=True)
 
 
 def _extremes(

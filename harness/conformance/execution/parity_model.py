@@ -18,6 +18,7 @@ _PAIRS = 4
 EXPERTS = 3
 """Number of stacked experts in one module. One of them is chosen by no token."""
 _WEIGHT_SIZES: dict[WeightSize, float] = {"normal": 1.0, "large": 256.0, "small": 1 / 256}
+_EMBED_SCALE = 4.0
 _GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv2d": {"padding": 1},
     "conv2d-dilated": {"padding": 2, "dilation": 2},
@@ -56,7 +57,7 @@ class ParityModel(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            fan_in = D if kind == "embedding" else max(1, parameter.numel() // max(parameter.shape[0], 1))
+            fan_in = D if kind.startswith("embedding") else max(1, parameter.numel() // max(parameter.shape[0], 1))
             fan_in = parameter.shape[-1] if parameter.dim() == 3 else fan_in
             size = 1.0 if name.startswith("other.") else _WEIGHT_SIZES[weights]
             parameter.data = (drawn * (size * fan_in**-0.5)).to(dtype)
@@ -65,7 +66,7 @@ class ParityModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the whole model for x."""
         y: Tensor
-        if self.kind == "embedding":
+        if self.kind.startswith("embedding"):
             y = self.other(self.first(x) + self.second(x))
         elif self.kind == "experts":
             rows = x.flatten(0, 1)
@@ -79,6 +80,15 @@ class ParityModel(nn.Module):
             for there, back in zip(self.more[::2], self.more[1::2], strict=True):
                 y = y + back(torch.tanh(there(x)))
         return y
+
+
+class _ScaledEmbedding(nn.Embedding):
+    """An embedding that multiplies its output, as the models of BART and Gemma do."""
+
+    embed_scale = _EMBED_SCALE
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embed_scale
 
 
 def is_built(kind: Kind, form: ModelForm) -> bool:
@@ -95,6 +105,8 @@ def _layers(kind: Kind, D: int, E: int, *, swapped: bool = False) -> tuple[nn.Mo
         return nn.Linear(D, E, bias=not swapped), nn.Linear(E, E), nn.Linear(E, D, bias=swapped)
     if kind == "embedding":
         return nn.Embedding(D, E), nn.Linear(E, E), nn.Embedding(D, E)
+    if kind == "embedding-scaled":
+        return _ScaledEmbedding(D, E, padding_idx=1), nn.Linear(E, E), nn.Embedding(D, E, scale_grad_by_freq=True)
     if kind == "experts":
         return _experts(D, E), nn.Linear(D, D), _experts(D, E)
     if kind.startswith("conv2d"):
@@ -122,7 +134,7 @@ def _channels(features: int) -> int:
 
 
 def _input(kind: Kind, D: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    if kind == "embedding":
+    if kind.startswith("embedding"):
         return torch.randint(0, D, (2, 5), generator=generator)
     shape = (2, _channels(D), SIDE, SIDE) if kind.startswith("conv2d") else (2, 5, D)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)

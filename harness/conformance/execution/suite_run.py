@@ -127,6 +127,7 @@ def run_case(
     """
     runner = CaseRunner(implementation, str(of), of.dtype)
     every = {name: checks.every()[name] for name in plan.checks}
+    wide = wide and not (isinstance(of, OperationCase) and of.is_long)
     tried = [name for name, one in every.items() if (wide or not one.only_wide) and (one.of_sizes or not of.sampled)]
     if isinstance(plan, OperationSuite) and isinstance(of, OperationCase):
         yield from _run_operation(runner, plan, of, device, tried)

@@ -63,6 +63,10 @@ FAULTS = [
     _mlp("has_one_kind_of_gelu", ["outputs", "backward"], '"gelu": gelu,', '"gelu": partial(gelu, approximate="tanh"),',
         values=_GELU),
     _mlp("takes_silu_for_gelu", ["outputs", "backward"], '"gelu": gelu,', '"gelu": silu,', values=_GELU),
+    # The derivative of the cube is infinite in float16, and that of tanh is 0.
+    _mlp("computes_the_cube_of_gelu_in_float16", ["backward"], '"gelu-tanh": partial(gelu, approximate="tanh"),',
+        '"gelu-tanh": lambda x: 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x * x * x))),',
+        values={**_PLAIN, "activation": "gelu-tanh", "gate": "large"}, dtype="float16"),
     _mlp("leaves_out_the_update_of_down", ["outputs", "backward"],
         _HIDDEN, "torch.nn.functional.linear(_FUNCTIONS[activation](gate) * up, Ws[2])"),
     _mlp("gives_up_the_adapter_of_gate", ["outputs", "backward"],

@@ -68,6 +68,32 @@ def keeps_its_product_until_a_version_rises(copy: PatchedCopy) -> None:
     copy.replace_forward(forward)
 
 
+@planted_in_methods("calls", only=["lora", "dora"])
+def keeps_its_product_without_gradients_until_a_version_rises(copy: PatchedCopy) -> None:
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        if layer.training or torch.is_grad_enabled():
+            return right(x)
+        key, product = (layer.A._version, layer.B._version), (layer.B @ layer.A).detach()
+        if vars(layer).get("kept_key") != key:
+            vars(layer).update(kept_key=key, kept=product)
+        y: Tensor = right(x) + x @ (vars(layer)["kept"] - product).to(x.dtype).T
+        return y
+
+    copy.replace_forward(forward)
+
+
+@planted_in_methods("calls", only=["lora"])
+def keeps_its_casts_under_autocast_without_gradients(copy: PatchedCopy) -> None:
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        if torch.is_grad_enabled() or not torch.is_autocast_enabled("cpu"):
+            return right(x)
+        A, B = vars(layer).setdefault("casts", (layer.A.detach().bfloat16(), layer.B.detach().bfloat16()))
+        y: Tensor = layer.base(x) + layer.scaling * (x @ A.T @ B.T)
+        return y
+
+    copy.replace_forward(forward)
+
+
 @planted_in_methods("calls", only=["lora"])
 def keeps_the_weight_of_its_base(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:

@@ -21,6 +21,7 @@ _lora_drop = partial(line_fault, "lora_linear", file="lora", values=_DROP)
 _packed = partial(line_fault, "nf4_lora_linear", values=_PACKED)
 _dora = partial(line_fault, "dora_linear", file="dora", values=_PLAIN)
 _vera = partial(line_fault, "vera_linear", file="vera", values=_PLAIN)
+_dora_large = partial(line_fault, "dora_linear", file="dora", values={**_PLAIN, "kind": "large-rows"}, dtype="float16")
 _importance = partial(line_fault, "adalora_importance", file="adalora", values=_SCORED)
 
 # fmt: off
@@ -60,6 +61,8 @@ FAULTS = [
         _NORM, "norms(W0_ED, self.per)\n        g = gain"),
     _dora("leaves_the_scaling_out_of_the_norm", ["outputs", "backward"],
         _NORM, "norms(W0_ED + self.B @ self.A, self.per)\n        g = gain"),
+    _dora_large("sums_the_squares_of_a_norm_in_float16", ["outputs", "backward"],
+        'torch.linalg.vector_norm(V_ED, dim=1 if per == "output" else 0)', "V_ED.square().sum(dim=1).sqrt()"),
     # Compute g (V x) with dropout on all of x; without dropout the result is the same.
     _dora("drops_from_all_of_the_weight", ["outputs", "backward"],
         "self.base(x_TD) + added_TE", "self.base(dropped_TD) + added_TE", values=_DROP),

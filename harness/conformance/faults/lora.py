@@ -244,6 +244,23 @@ def forgets_to_unmerge(copy: PatchedCopy) -> None:
     copy.change_adapted(lambda adapted: setattr(adapted, "unmerge", lambda: None))
 
 
+@planted("lora", "merge", values=_USUAL)
+def adds_its_update_again_when_it_is_merged(copy: PatchedCopy) -> None:
+    def change(adapted: Any) -> None:
+        merge = adapted.merge
+
+        def merged() -> None:
+            places = {path: adapted.model.get_submodule(path) for path in adapted.layers}
+            merge()
+            for path, layer in adapted.layers.items():
+                if places[path] is not layer:
+                    adapted.model.get_submodule(path).weight.data += layer.delta().data
+
+        adapted.merge = merged
+
+    copy.change_adapted(change)
+
+
 @planted("lora", "save", values=_USUAL)
 def has_state_that_is_not_saved(copy: PatchedCopy) -> None:
     """Leave out the update at the first call, unless B is zero.

@@ -15,6 +15,7 @@ from harness.conformance.faults.patched_copy import PatchedCopy, Right
 _LORA = {"rank": 3, "alpha": 8.0}
 _BLOCKS = {"shape": [5, 96], "block": 64}
 _DECODED = "code.to(codes.device)[codes.flatten().long()] * scale"
+_UPDATE = 'apply_layer(lora.LoraLinear(dense_linear(W, bias), A, B, scaling, dropout=0.0), x, mask, {"A": A, "B": B})'
 _RESULT = "multi_lora.multi_lora_linear(x, linear(x, W), As, Bs, scalings, ids)"
 
 # fmt: off
@@ -35,6 +36,13 @@ FAULTS = [
     line_fault("nf4_quantize", "allows_itself_lower_precision", ["settings"], "flat = x.detach().flatten().float()",
         "flat = x.detach().flatten().float(); torch.set_float32_matmul_precision('medium')",
         file="dynamic_map", values=_BLOCKS),
+    line_fault("lora_linear", "doubles_the_incoming_gradient_in_place", ["arguments"], f"return {_UPDATE}",
+        f"y = {_UPDATE}\n    if y.requires_grad:\n        y.register_hook(lambda dy: dy.mul_(2) / 2)\n    return y",
+        values={"shape": [48, 128], "rows": [9], "rank": 8}),
+    line_fault("lora_linear", "zeroes_the_bias_in_the_backward_pass", ["arguments"], f"return {_UPDATE}",
+        f"y = {_UPDATE}\n    if y.requires_grad:\n        y.register_hook(lambda dy: (bias.data.zero_(), None)[1])\n"
+        "    return y",
+        values={"shape": [48, 128], "rows": [9], "rank": 8}),
 ]
 # fmt: on
 

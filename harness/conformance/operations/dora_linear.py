@@ -18,13 +18,17 @@ from harness.conformance.drawing.factors import Dropout, Matrix, Rank, Rows, Sca
 from harness.conformance.operation import Arguments, Operation, draw
 from reference import dora
 
-Kind = Literal["normal", "zero-rows", "cancelled"]
+Kind = Literal["normal", "zero-rows", "cancelled", "large-rows"]
 _LEFT = 1 / 16
 """Share of the update that remains in V = W + scaling B A where W almost cancels the update.
 
 A smaller remainder would consist of rounding errors in 16 bits. With a larger remainder, a norm computed inaccurately
 from products of W, A and B would pass.
 """
+_LARGE = 2.0**8
+"""Factor of large rows. The norm of such a row of V exceeds 256, so that its square exceeds the largest float16."""
+_LARGE_M = 2.0**4
+"""Factor of the magnitudes of large rows. With a larger one, gradients of many rows of x would overflow in float16."""
 
 
 def arguments(
@@ -42,8 +46,8 @@ def arguments(
     """Draw the arguments of one call. shape: (E, D) of W. rows: leading dimensions of x. dropout: 0 gives no mask.
 
     kind: what every fourth row of V = W + scaling B A is like. `normal`: like the other rows. `zero-rows`: W and B are
-    zero there, as in published weights. `cancelled`: W cancels all but a sixteenth of the update. The magnitudes m are
-    noise of either sign, unlike the norms with which DoRA starts.
+    zero there, as in published weights. `cancelled`: W cancels all but a sixteenth of the update. `large-rows`: W and B
+    are 256 times as large. The magnitudes m are noise of either sign, unlike the norms with which DoRA starts.
     """
     W = draw(generator, torch.float64, *shape, spread=shape[1] ** -0.5)
     A, B = draw_low_rank(torch.float64, generator, shape, rank).values()
@@ -53,11 +57,14 @@ def arguments(
         W[fourth], B[fourth] = 0.0, 0.0
     elif kind == "cancelled":
         W[fourth] = (_LEFT - 1) * scaling * (B @ A)[fourth]
+    m = draw(generator, dtype, shape[0])
+    if kind == "large-rows":
+        W[fourth], B[fourth], m[fourth] = _LARGE * W[fourth], _LARGE * B[fourth], _LARGE_M * m[fourth]
     return {
         "W": W.to(dtype),
         "A": A.to(dtype),
         "B": B.to(dtype),
-        "m": draw(generator, dtype, shape[0]),
+        "m": m,
         **draw_inputs(dtype, generator, shape, rows, bias=bias, dropout=dropout),
         "scaling": scaling,
     }

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from harness.conformance.comparison.functional_layer import adapted_linear, draw_adapted_layers
-from harness.conformance.drawing.factors import Matrix, Rows, Scaling, ThreeRanks
+from harness.conformance.drawing.factors import Factor, Matrix, Rows, Scaling, ThreeRanks
 from harness.conformance.operation import Arguments, Operation, draw
 
 Activation = Literal["silu", "gelu", "gelu-tanh"]
+Gate = Annotated[str, Factor(("normal",), ("large",))]
+_LARGE = 2.0**11
+"""Factor of a large gate's weight. Many outputs of the gate then exceed 1,211, whose square times GELU's 0.0447 is beyond
+float16."""
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu,
     "gelu": gelu,
@@ -33,17 +37,20 @@ def arguments(
     scaling: Scaling = 1.75,
     bias: bool = False,
     dora: bool = False,
+    gate: Gate = "normal",
 ) -> Arguments:
     """Draw the arguments of a call.
 
     shape: (F, D) of the gate's and the up layer's W; the down layer's is (D, F). rows: the leading dimensions of x.
     ranks: of gate, up and down. scaling: that of gate; those of up and down are 0.5 and 3 times as large. dora: also draw
-    magnitudes; without them, every layer has plain LoRA.
+    magnitudes; without them, every layer has plain LoRA. gate: with `large`, the activation gets numbers of about 2,000.
     """
     F, D = shape
     layers = draw_adapted_layers(
         dtype, generator, [(F, D), (F, D), (D, F)], ranks=ranks, scaling=scaling, bias=bias, dora=dora
     )
+    if gate == "large":
+        layers["Ws"][0] = _LARGE * layers["Ws"][0]
     return {"x": draw(generator, dtype, *rows, D), **layers, "activation": activation}
 
 

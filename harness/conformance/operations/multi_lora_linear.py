@@ -33,6 +33,7 @@ Ranks = Annotated[
         dimensions=LENGTHS,
     ),
 ]
+Distinct = Annotated[int, Factor((0, 9), (1, 2, 33))]
 
 
 def arguments(
@@ -43,14 +44,19 @@ def arguments(
     ranks: Ranks,
     shape: Matrix,
     tokens: Tokens = 3,
+    distinct: Distinct = 0,
     index: Literal["int64", "int32"] = "int64",
 ) -> Arguments:
     """Draw the arguments of one call.
 
     ids: the adapter of each sequence, or -1 for none. Too large an id is taken modulo the number of adapters. ranks:
-    the rank of each adapter. shape: (D, E), the input and output features. index: the dtype of the ids.
+    the rank of each adapter. shape: (D, E), the input and output features. distinct: number of different adapters that
+    occur in the batch. There are so many adapters then, with the ranks in turn, and each gets a further sequence. 0:
+    whatever ids and ranks give. index: the dtype of the ids.
     """
     D, E = shape
+    if distinct:
+        ids, ranks = [*ids, *range(distinct)], [ranks[n % len(ranks)] for n in range(distinct)]
     return {
         "x": draw(generator, dtype, len(ids), tokens, D),
         "W": draw(generator, dtype, E, D, spread=D**-0.5),

@@ -1,0 +1,51 @@
+"""Combinations of values that the fixed sample tries once, because some faults show only where the values meet. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from harness.conformance.drawing.factors import Factor
+
+BEYOND_16_BITS = 65_600
+"""Number of rows or blocks that exceeds 65,535, the largest number of 16 bits and the largest second side of a CUDA grid."""
+_THIN = (4, 4)
+"""Sides of a weight that keep a case with so many rows small."""
+_SLOW_DECAY = 0.99
+"""Least beta2 for which the bias correction still differs from 1 after a hundred steps."""
+
+
+def beyond_16_bits(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
+    """Yield values with more rows of a thin weight, or with more blocks of the smallest size, than 16 bits can count.
+
+    The other factors of such a case have their plainest values, as in `combinations`. Stacked experts have no such case:
+    the rounding errors of their gradients, which are sums over all rows, exceed the tolerance.
+    """
+    shape = factors.get("shape")
+    if "experts" in factors:
+        return
+    if shape is not None and shape.dimensions == (2,):
+        for name in factors.keys() & {"rows", "tokens"}:
+            yield {name: (BEYOND_16_BITS,) if factors[name].dimensions else BEYOND_16_BITS, "shape": _THIN}
+    elif shape is not None and "block" in factors:
+        block = min(factors["block"].levels)
+        yield {"shape": (BEYOND_16_BITS, block), "block": block}
+
+
+def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
+    """Yield values of some of the factors. The other factors of the case have their plainest values.
+
+    - beta2 near 1, with a step shortly after 1 / (1 - beta2), where the bias correction is 0.8.
+    - In float16 a large gate before each activation. Without DoRA, which would divide by the norm of its weight.
+    - Each kind of layer with as many outputs as inputs, where a transposed weight shows in no shape.
+    """
+    if "step" in factors and "beta2" in factors:
+        for beta in (*factors["beta2"].levels, *factors["beta2"].extremes):
+            if beta >= _SLOW_DECAY:
+                yield {"beta2": beta, "step": round(1 / (1 - beta)) + 1}
+    if "activation" in factors and "gate" in factors:
+        for activation in factors["activation"].levels if "float16" in factors["dtype"].levels else ():
+            yield {"activation": activation, "gate": "large", "dora": False, "dtype": "float16"}
+    if "kind" in factors and "sides" in factors:
+        square = next(sides for sides in factors["sides"].levels if sides[0] == sides[1])
+        yield from ({"kind": kind, "sides": square} for kind in factors["kind"].levels[1:])
