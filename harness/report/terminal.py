@@ -40,7 +40,7 @@ def summary(f: RunFacts) -> list[str]:
     lines += [f"! {note}: {', '.join(names)}" for note, names in unreached.items()]
     p = f.verdict.parity
     shared = f"; {plural(p.shared, 'Cell')} with the gate of another" if p.shared else ""
-    lines.append(f"parity: {p.passed} checks passed, {p.failed} failed, {p.skipped} skipped{shared}")
+    lines.append(f"parity: {p.passed} checks of the computation passed, {p.failed} failed, {p.skipped} skipped{shared}")
     lines += [
         f"failed: {f.titles[r.cell_id]}: {sections.check_sentence(c)}"
         for r in f.latest.values()

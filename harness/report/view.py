@@ -163,7 +163,7 @@ def _question(f: RunFacts, j: QuestionVerdict) -> dict[str, Any]:
 
 def _parity_summary(f: RunFacts) -> dict[str, Any]:
     p = f.verdict.parity
-    text = f"{p.passed:,} checks passed, {p.failed:,} failed, {p.skipped:,} skipped."
+    text = f"{p.passed:,} checks of the computation passed, {p.failed:,} failed, {p.skipped:,} skipped."
     if n := len(p.unchecked):
         text += f" {plural(n, 'measured Cell')} passed no check."
     if p.shared:
