@@ -1,4 +1,4 @@
-"""A training by trl's SFTTrainer as a user writes it: `python sft_training.py BASE ROWS FOLDER`. The harness is not imported.
+"""Train by trl's SFTTrainer, as a user does: `python sft_training.py BASE ROWS FOLDER`. Nothing of the harness is imported.
 
 BASE: folder of a causal model. ROWS: a file with one JSON object {text, label} per line. FOLDER receives what SFTTrainer
 saves: the adapter, its checkpoints 20 and 40, and the log.

@@ -199,7 +199,9 @@ class _Judge:
         for key, value in self.adapter.config.items() if known else ():
             if key not in known and value is not None:  # releases write their new keys as null if they have no effect
                 close = closest_match(key, known)
-                hint = f"did you mean `{close}`?" if close else "install the peft that wrote the file, or remove the key"
+                hint = (
+                    f"did you mean `{close}`?" if close else "install the peft that wrote the file, or remove the key"
+                )
                 yield Finding("unknown-key", key, "the installed peft does not have it and ignores it", hint)
         if self._selects_none():
             what = (
