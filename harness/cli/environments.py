@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from harness.assets import cache
@@ -12,7 +13,7 @@ from harness.assets.environments.folder import MadeEnvironment
 from harness.assets.environments.packages import IndexOptions
 from harness.cli import options
 from harness.console import align_columns, print_lines, print_note, without_code_marks
-from harness.errors import Exit, UsageError, did_you_mean, plural
+from harness.errors import Exit, HarnessError, UsageError, did_you_mean, first_names, plural
 from harness.process.signals import handle_termination
 
 
@@ -23,7 +24,7 @@ def create(name: str | None, requirement: str | None, file: Path | None, dry_run
         raise UsageError("needs a NAME or --with", where="env create", hint=hint)
     known = table.load(file)
     spec = table.of_requirement(requirement) if requirement is not None else table.resolve(name or "", known)
-    with handle_termination():
+    with _interruption(f"environment {spec.name} was not made"):
         if dry_run:
             creation.announce(spec, index, print_note)
             return Exit.PASS
@@ -78,7 +79,7 @@ def _lines(made: Sequence[MadeEnvironment], possible: Sequence[table.Environment
     if possible:
         lines += [*([""] if lines else []), "can be made by `peft-harness env create NAME`:"]
         lines += align_columns(
-            [[one.name, ", ".join(one.requirements), without_code_marks(one.about)] for one in possible]
+            [[one.name, first_names(one.requirements, 1), without_code_marks(one.about)] for one in possible]
         )
     return lines
 
@@ -101,10 +102,20 @@ def repair(name: str, index: IndexOptions) -> Exit:
     if not environment.is_current:
         hint = f"`peft-harness env remove {name}` and `peft-harness env create`, or repair it with its own Python"
         raise UsageError(f"another Python or torch made the environment {name!r}", hint=hint)
-    with handle_termination():
+    with _interruption(f"environment {name} is as it was"):
         wrong = creation.repair(environment, index, print_note)
     print_lines([f"{name}: {one}" for one in wrong] + [f"{name}: {'repaired' if wrong else 'no damage found'}"])
     return Exit.PASS
+
+
+@contextmanager
+def _interruption(state: str) -> Iterator[None]:
+    """After Ctrl-C or SIGTERM, raise HarnessError. state: what it says about the environment."""
+    try:
+        with handle_termination():
+            yield
+    except KeyboardInterrupt:
+        raise HarnessError(f"interrupted: {state}", hint="nothing is left of it; repeat the command") from None
 
 
 def _named(name: str) -> list[MadeEnvironment]:

@@ -155,7 +155,8 @@ def _model(request: ImportRequest, adapter: AdapterFile) -> str:
         return str(adapter.local_base.resolve())
     named = adapter.config.get("base_model_name_or_path")
     hint = "name the base by --model: a folder, or a name of `peft-harness list models`"
-    raise UsageError(f"its base {named!r} is no folder on this machine", where=str(adapter.folder), hint=hint)
+    what = f"its base {named!r} is no folder on this machine" if named else "its config names no base"
+    raise UsageError(what, where=str(adapter.folder), hint=hint)
 
 
 def _absolute(name: str) -> str:

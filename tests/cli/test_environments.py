@@ -163,7 +163,7 @@ def test_a_mistake_in_a_suites_environment_has_its_line(
     [
         (["env", "create"], "needs a NAME or --with"),
         (["env", "create", "loralib", "--with", "peft==1"], "needs a NAME or --with"),
-        (["env", "create", "lorlib"], "did you mean `loralib`?"),
+        (["env", "create", "lorlib"], "did you mean `loralib`? Or write a requirement with a version"),
         (["env", "remove", "nothing"], "there is no environment 'nothing'"),
         (["env", "repair", "nothing"], "there is no environment 'nothing'"),
         (["check", "hf-peft", "--with", "pfet"], "unknown environment 'pfet'"),
@@ -188,6 +188,8 @@ def test_the_list_names_what_could_be_made(
     for spec in table.load().values():
         assert spec.requirements[0] in out
     assert not [line for line in out.splitlines() if line.startswith(" ") and "`" in line]
+    assert max(map(len, out.splitlines())) <= 140
+    assert "torchtune==0.6.1 and 6 more" in out
 
 
 @pytest.mark.parametrize("exists", [False, True])

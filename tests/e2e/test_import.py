@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -18,6 +23,7 @@ from support.sandbox import ForkSandbox
 
 pytestmark = pytest.mark.e2e
 
+SFT_TRAINING = Path(finished_runs.__file__).with_name("sft_training.py")
 SUITE = """
 suite: twin
 matrix:
@@ -100,6 +106,38 @@ def test_an_imported_cell_stands_in_one_table_with_a_trained_one(fork_sandbox: F
     assert "ok, imported" in text
     assert "not known of the imported training: the log does not have it" in text  # in the place of the peak
     assert "as its program logged it" in text  # the chart of losses
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="an optional dependency: pip install trl")
+def test_the_folder_of_a_real_sfttrainer_stands_beside_the_same_recipe(
+    fork_sandbox: ForkSandbox, tmp_path: Path
+) -> None:
+    generated.tiny_llama(base := tmp_path / "base")
+    generated.toy_sentiment(tmp_path)
+    folder = tmp_path / "sft"
+    script = [sys.executable, str(SFT_TRAINING), str(base), str(tmp_path / "rows.jsonl"), str(folder)]
+    trained = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert trained.returncode == 0, trained.stderr
+    (fork_sandbox.folder / "twin.yaml").write_text(SUITE.replace("steps: 4", "steps: 40"), encoding="utf-8")
+    done = fork_sandbox.command("import", str(folder), "--beside", "twin.yaml", "--out", "run")
+    assert done.code == Exit.PASS, done.err + done.out
+    assert "its loss is not that of its log" not in done.out
+    run = fork_sandbox.read()
+    mine, twin = imported(run), next(record for record in run.records if not record.imported)
+    assert mine.imported is not None
+    assert mine.imported.tool == "trl"
+    log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    assert [(one.step, one.loss) for one in mine.imported.logged] == [
+        (x["step"], x["loss"]) for x in log if "loss" in x
+    ]
+    assert mine.measurements is not None
+    assert twin.measurements is not None
+    assert mine.measurements.parameters.adapter == twin.measurements.parameters.adapter
+    assert twin.measurements.training is not None
+    assert mine.imported.loss is not None
+    last = fmean(twin.measurements.training.losses[-10:])
+    assert abs(last - mine.imported.logged[-1].loss) < mine.imported.loss.margin
 
 
 def test_without_a_reference_no_time_is_shown(fork_sandbox: ForkSandbox, finished: Path, tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ def _broken(name: str, folder: Path, base: Path) -> list[str]:
         (folder / "trainer_state.json").write_text(json.dumps({"log_history": 3}))
     if name == "base elsewhere":
         finished_runs.adapter(folder, base, base_model_name_or_path="/models/of/another/machine")
+    if name == "no base":
+        finished_runs.adapter(folder, base, base_model_name_or_path=None)
     if name == "replaced modules":
         finished_runs.adapter(folder, base, modules_to_save=["lm_head"])
     if name == "encoder":
@@ -111,6 +113,7 @@ def _broken(name: str, folder: Path, base: Path) -> list[str]:
         ("torn state", "trainer_state.json: is not JSON"),
         ("no log", "log_history is not a list"),
         ("base elsewhere", "'/models/of/another/machine' is no folder on this machine"),
+        ("no base", "its config names no base\n  hint: name the base by --model"),
         ("replaced modules", "also replaces modules or biases"),
         ("encoder", "minilm-l6 is an encoder"),
         ("unknown task", "unknown task `sst-3`"),

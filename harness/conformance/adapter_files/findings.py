@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from harness.conformance.adapter_files.adapter_config import CONFIG
 from harness.conformance.adapter_files.adapter_file import AdapterFile
-from harness.errors import first_names, plural
+from harness.errors import closest_match, first_names, plural
+from harness.methods import peft_schema
 from harness.methods.unsupported_adapters import unsupported
 from reference.adapter_file import ALL_LINEAR, PREFIX, AdapterReading, AdapterSettings, LayerUpdate, read
 
@@ -32,6 +33,7 @@ KINDS = {
     "lora-bias": "lora_bias and the lora_B.bias tensors contradict each other",
     "bias": "`bias` and the bias tensors contradict each other, or the file lacks a bias of the base",
     "unused-pattern": "an entry of rank_pattern or alpha_pattern fits no layer of the file",
+    "unknown-key": "the installed peft does not have a key of the config, and ignores it",
     "no-target": "the config selects no layer of the file, so loaders drop every tensor",
     "other-base": "no tensor of the file fits the base: the adapter belongs to another model",
     "unmatched-key": "a tensor has no place in the base: loaders drop it or refuse the file",
@@ -46,7 +48,7 @@ KINDS = {
     "unsupported": "the config gives the tensors a meaning that the reference does not have, so nothing else was judged",
 }
 """Name of a kind of finding -> its meaning."""
-_NOTES = ("unused-pattern", "missing-target", "resized", "not-judged", "not-compared", "unsupported")
+_NOTES = ("unused-pattern", "unknown-key", "missing-target", "resized", "not-judged", "not-compared", "unsupported")
 """Kinds of findings after which the file still conforms."""
 _LEAVE_ALL = ("not-compared", "unsupported")
 """Kinds of findings after which nothing was compared."""
@@ -193,6 +195,14 @@ class _Judge:
             if key in self.adapter.config and self.adapter.config[key] is None:
                 what = f"it is null; this check takes {getattr(settings, key) or 'none'}, peft raises an exception"
                 yield Finding("null", key, what, "write the value of the training run, or remove the key")
+        known = peft_schema.keys_of("LORA")
+        for key, value in self.adapter.config.items() if known else ():
+            if key not in known and value is not None:  # releases write their new keys as null if they have no effect
+                close = closest_match(key, known)
+                hint = (
+                    f"did you mean `{close}`?" if close else "install the peft that wrote the file, or remove the key"
+                )
+                yield Finding("unknown-key", key, "the installed peft does not have it and ignores it", hint)
         if self._selects_none():
             what = (
                 f"target_modules and exclude_modules select none of the {plural(len(self.pairs), 'layer')} of the file"

@@ -22,7 +22,7 @@ from harness.assets.environments.folder import MadeEnvironment
 from harness.assets.environments.packages import IndexOptions
 from harness.assets.environments.table import EnvironmentSpec
 from harness.cell.serving import server_process
-from harness.errors import AssetError, HarnessError, SuiteError, UsageError
+from harness.errors import AssetError, Exit, HarnessError, SuiteError, UsageError
 from harness.methods import servers
 from harness.methods.servers.kind import ServerKind
 from harness.records.training import Loop
@@ -305,6 +305,19 @@ def test_a_killed_creation_leaves_a_folder_that_the_next_command_removes(
     assert [path for path in left() if not path.endswith(".lock")] == []
     assert create.ensure(table.of_requirement("tiny-lib==1.0"), NO_OPTIONS, silent).label == "tiny-lib 1.0"
     assert not [path for path in left() if path.endswith(".lock")]
+
+
+def test_an_interrupted_creation_leaves_nothing_and_says_so(
+    wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = fake_pip(tmp_path, SLOW_PIP, monkeypatch)
+    with command("env", "create", "--with", "tiny-lib==1.0") as creation:
+        eventually(lambda: main.with_name("pid").is_file() and bool(main.with_name("pid").read_text()), "pip runs")
+        creation.send_signal(signal.SIGINT)
+        _, err = creation.communicate()
+    assert creation.returncode == Exit.INFRASTRUCTURE
+    assert "interrupted: environment tiny-lib-1.0 was not made\n  hint: nothing is left of it" in err
+    assert left() == []
 
 
 def test_of_two_creations_at_once_one_makes_it_and_both_succeed(wheels: Path) -> None:

@@ -107,6 +107,7 @@ BROKEN: list[tuple[str, str, Spoil]] = [
     ("lora-bias", "lora_bias", lambda config, tensors: config.update(lora_bias=False)),
     ("bias", "bias_all", lambda config, tensors: config.update(bias="none")),
     ("unused-pattern", "plain", lambda config, tensors: config.update(alpha_pattern={"k_proj": 16})),
+    ("unknown-key", "plain", lambda config, tensors: config.update(use_dorra=True)),
     ("other-base", "conv1d", no_change),
     ("unmatched-key", "unmatched_keys", no_change),
     (
@@ -146,6 +147,14 @@ def test_the_corpus_has_no_finding(name: str) -> None:
 def test_an_alpha_of_a_pattern_may_be_negative(tmp_path: Path) -> None:
     adapter = copied("plain", tmp_path, lambda config, _: config.update(alpha_pattern={"q_proj": -8}))
     assert judge(adapter, empty_base(corpus.folder() / "bases" / "llama")) == []
+
+
+def test_a_key_that_the_installed_peft_ignores_is_a_note_with_the_close_name(tmp_path: Path) -> None:
+    keys = {"use_dorra": True, "made_by": "another program", "of_a_later_release": None}
+    found = judge(copied("plain", tmp_path, lambda config, _: config.update(keys)))
+    assert [(one.kind, one.where) for one in found] == [("unknown-key", "use_dorra"), ("unknown-key", "made_by")]
+    assert found[0].hint == "did you mean `use_dora`?"
+    assert not any(one.nonconforming for one in found)
 
 
 def test_a_shape_is_reported_with_both_shapes(tmp_path: Path) -> None:
