@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from harness.assets import fetch
 from harness.assets.table import Source, load_table, resolve
 from harness.cell.job import ImportedAdapter
-from harness.console import foreign_output, print_lines
+from harness.console import hold_output, print_lines
 from harness.errors import Exit, SuiteError, UsageError
 from harness.methods.peft_config import KEY
 from harness.process.signals import handle_termination
@@ -101,7 +101,7 @@ def _judge(adapter: AdapterFile, base: Path) -> Exit:
     from harness.conformance.adapter_files.findings import judge
     from harness.methods.base_model import empty_base
 
-    with foreign_output():
+    with hold_output():
         if adapter.base(base) != base:
             hint = "give the base as it was trained on: saved with the class and the labels of the task"
             task = adapter.settings.task_type
