@@ -54,6 +54,18 @@ def _half_cumulative(n: int) -> Iterator[tuple[int, int]]:
         total += term
 
 
+@cache  # a report asks for the same few numbers of samples thousands of times
+def _rank(n: int, level: float) -> int:
+    """Return the index of the sample at which the interval of a median of n samples begins, or -1 if there is none."""
+    numerator, denominator = (1 - level).as_integer_ratio()  # exact: 2**n overflows a float beyond n = 1023
+    rank = -1
+    for i, cumulative in _half_cumulative(n):
+        if 2 * cumulative * denominator > numerator << n:
+            break
+        rank = i
+    return rank
+
+
 def median_interval(samples: Sequence[float], level: float = LEVEL) -> Median:
     """Return the median of the samples and its interval at `level`. Raises ValueError without samples.
 
@@ -64,12 +76,7 @@ def median_interval(samples: Sequence[float], level: float = LEVEL) -> Median:
     if not samples:
         raise ValueError("no samples")
     ordered, n = sorted(samples), len(samples)
-    numerator, denominator = (1 - level).as_integer_ratio()  # exact: 2**n overflows a float beyond n = 1023
-    rank = -1
-    for i, cumulative in _half_cumulative(n):
-        if 2 * cumulative * denominator > numerator << n:
-            break
-        rank = i
+    rank = _rank(n, level)
     if rank < 0:
         return Median(median(ordered), None, None, n)
     return Median(median(ordered), ordered[rank], ordered[n - 1 - rank], n)
