@@ -33,7 +33,7 @@ def config_and_kind(name: str) -> tuple[dict[str, Any], str]:
     return config, preset.kind if preset else model_shapes.model_kind(config)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)  # claims about a model are computed in one process, but not always in a row
 def model(name: str, split: str = "{}") -> Any:
     """Build a model on the meta device and return it.
 

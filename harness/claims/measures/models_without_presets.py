@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from harness.claims import attached_model
@@ -61,11 +62,16 @@ def _trainable(model: Any, method: str, config: Config) -> MeasureResult:
 
 
 def _bart(shape: Shape) -> Any:
+    return _built_bart(tuple(sorted(shape.items())))
+
+
+@cache
+def _built_bart(shape: tuple[tuple[str, int], ...]) -> Any:
     import torch
     from transformers import BartConfig, BartModel
 
     with torch.device("meta"):
-        return BartModel(BartConfig(**shape)).requires_grad_(False)
+        return BartModel(BartConfig(**dict(shape))).requires_grad_(False)
 
 
 def _vision(width: int, blocks: int, heads: int, mlp: int, patch: int, pixels: int) -> Any:
