@@ -94,6 +94,10 @@ def _vera(config: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _lycoris(config: Config) -> dict[str, Any]:
+    return {"r": config["rank"], "alpha": config["alpha"], "rank_dropout": config["rank_dropout"]}
+
+
 def _adalora(config: Config) -> dict[str, Any]:
     return {
         "peft_type": "ADALORA", "init_r": config["rank"], "target_r": config["target_rank"],
@@ -109,6 +113,7 @@ _EQUIVALENTS: dict[str, Callable[[Config], dict[str, Any]]] = {
     "dora": lambda config: {**_low_rank(config), "use_dora": True},
     "pissa": _pissa,
     "vera": _vera,
+    "loha": lambda config: {"peft_type": "LOHA", **_lycoris(config)},
     "adalora": _adalora,
 }
 """Method that peft has -> function from its config to peft's keys, without the targets."""
