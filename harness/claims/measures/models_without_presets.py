@@ -80,15 +80,15 @@ def random_update(inputs: int, outputs: int, method: str, config: Config) -> tup
     """
     import torch
 
-    from harness.conformance.subject import warm
+    from harness.conformance.subject import attach_reference, configure, warm
 
     model = _linear(inputs, outputs).to_empty(device="cpu").double()
     torch.nn.init.zeros_(model.layer.weight)
-    with attached_model.attached(model, method, {**config, "targets": ["layer"]}) as adapted:
-        warm(adapted.tensors(), torch.Generator().manual_seed(0))
-        adapted.merge()
-        tensors = {name.rpartition(".")[2]: t.detach() for name, t in adapted.tensors().items()}
-        return tensors, adapted.model.get_submodule("layer").weight.detach()
+    adapted = attach_reference(method, model, configure(method, config), ["layer"], torch.Generator().manual_seed(0))
+    warm(dict(adapted.tensors()), torch.Generator().manual_seed(0))
+    adapted.merge()
+    tensors = {name.rpartition(".")[2]: t.detach() for name, t in adapted.tensors().items()}
+    return tensors, adapted.model.get_submodule("layer").weight.detach()
 
 
 def _trainable(model: Any, method: str, config: Config) -> MeasureResult:
