@@ -1,4 +1,4 @@
-"""LoHa goes through Cells by the reference and by HF peft, and both compute one training run."""
+"""LoHa and LoKr go through Cells by the reference and by HF peft, and both compute one training run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from support.sandbox import ForkSandbox
 
 _SUITE = """
 suite: lycoris
-title: LoHa
+title: LoHa and LoKr
 about: For tests.
 matrix:
   - model: tiny-llama
@@ -33,6 +33,7 @@ comparisons:
     ("method", "config"),
     [
         ("loha", "{rank: 3, alpha: 40, targets: [q_proj]}"),
+        ("lokr", "{rank: 1, alpha: 8, factor: 4, targets: [q_proj]}"),
     ],
 )
 def test_reference_and_peft_have_the_losses_of_float64(method: str, config: str, fork_sandbox: ForkSandbox) -> None:
