@@ -162,7 +162,7 @@ class Subject:
     @property
     def trains_plainly(self) -> bool:
         """True if the config has no dropout. Outputs in training mode are then not random and can be compared."""
-        return not getattr(self.config, "dropout", 0.0)
+        return not any(value for name, value in vars(self.config).items() if name.endswith("dropout"))
 
     def added(self) -> dict[str, Tensor]:
         """Map canonical names to the trainable tensors that the Method added.

@@ -94,6 +94,18 @@ def _vera(config: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _lycoris(config: Config) -> dict[str, Any]:
+    return {"r": config["rank"], "alpha": config["alpha"], "rank_dropout": config["rank_dropout"]}
+
+
+def _lokr(config: Config) -> dict[str, Any]:
+    return {
+        "peft_type": "LOKR", **_lycoris(config), "rank_dropout_scale": True,
+        "decompose_factor": config["factor"] or -1,
+        "init_weights": True if config["init"] == "peft" else config["init"],
+    }  # fmt: skip
+
+
 def _adalora(config: Config) -> dict[str, Any]:
     return {
         "peft_type": "ADALORA", "init_r": config["rank"], "target_r": config["target_rank"],
@@ -109,6 +121,8 @@ _EQUIVALENTS: dict[str, Callable[[Config], dict[str, Any]]] = {
     "dora": lambda config: {**_low_rank(config), "use_dora": True},
     "pissa": _pissa,
     "vera": _vera,
+    "loha": lambda config: {"peft_type": "LOHA", **_lycoris(config)},
+    "lokr": _lokr,
     "adalora": _adalora,
 }
 """Method that peft has -> function from its config to peft's keys, without the targets."""

@@ -17,7 +17,7 @@ from harness.methods.spec import methods
 pytestmark = pytest.mark.e2e
 
 REPOSITORY = Path(harness.__file__).resolve().parents[1]
-LOHA = '''"""LoHa: low-rank Hadamard product. Hyeon-Woo et al., ICLR 2022, arXiv:2108.06098.
+FEDPARA = '''"""FedPara: low-rank Hadamard product. Hyeon-Woo et al., ICLR 2022, arXiv:2108.06098.
 
     h = W0 x + s ((B1 A1) * (B2 A2)) x
 """
@@ -43,7 +43,7 @@ SPEC = ReferenceSpec(
 
 @dataclass(frozen=True)
 class Config:
-    """Hyperparameters of LoHa."""
+    """Hyperparameters of FedPara."""
 
     rank: int = field(default=4, metadata={"minimum": 1, "maximum": 512})
     """Rank of both products."""
@@ -51,7 +51,7 @@ class Config:
     """Layers to adapt."""
 
 
-class LohaLinear(AdaptedLayer):
+class FedParaLinear(AdaptedLayer):
     def __init__(self, base: nn.Linear, factors: dict[str, Tensor]) -> None:
         super().__init__()
         self.base = base
@@ -83,14 +83,14 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
             name: torch.randn(shape, generator=generator, dtype=torch.float64).div(math.sqrt(shape[1])).to(**like)
             for name, shape in {"A1": (R, D), "B1": (E, R), "A2": (R, D)}.items()
         }
-        layers[path] = LohaLinear(base, factors | {"B2": torch.zeros(E, R, **like)})
+        layers[path] = FedParaLinear(base, factors | {"B2": torch.zeros(E, R, **like)})
     model.requires_grad_(False)
     for path, layer in layers.items():
         replace(model, path, layer.requires_grad_(True))
         layer.base.requires_grad_(False)
     return AdaptedLayers(model, layers)
 '''
-PARITY = """method: loha
+PARITY = """method: fedpara
 follows: the paper
 checks: [layers, parameters, base, identity, initial, forward, gradient, step, merge, detach]
 states: [init, warm]
@@ -99,7 +99,7 @@ shapes: [{tokens: 5, in: 24, out: 16}]
 dtypes: [float64, float32]
 """
 SUITE = """suite: mine
-title: LoHa
+title: FedPara
 about: A suite of a new Method.
 matrix:
   - model: tiny-llama
@@ -107,19 +107,19 @@ matrix:
     implementation: reference
     training: {steps: 2, batch: 4, max_tokens: 24, lr: 5e-3}
     evaluation: {items: 8, batch: 8}
-    method: loha
+    method: fedpara
     config: {rank: 2, targets: [q_proj]}
 """
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of the repository with the two files of LoHa."""
+    """Return a copy of the repository with the two files of FedPara."""
     top = tmp_path_factory.mktemp("checkout")
     for name in ("harness", "reference", "suites"):
         shutil.copytree(REPOSITORY / name, top / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (top / "reference" / "loha.py").write_text(LOHA, encoding="utf-8")
-    (top / "suites" / "parity" / "loha.yaml").write_text(PARITY, encoding="utf-8")
+    (top / "reference" / "fedpara.py").write_text(FEDPARA, encoding="utf-8")
+    (top / "suites" / "parity" / "fedpara.yaml").write_text(PARITY, encoding="utf-8")
     (top / "mine.yaml").write_text(SUITE, encoding="utf-8")
     return top
 
@@ -134,7 +134,7 @@ def run(top: Path, *arguments: str, code: int | None = 0) -> str:
 
 
 def test_spec_is_read_without_torch(checkout: Path) -> None:
-    info = methods(checkout / "reference")["loha"]
+    info = methods(checkout / "reference")["fedpara"]
     assert info.spec.factors == ("A1", "B1", "A2", "B2")
     assert info.spec.deviations[0].topic == "start"
     assert (info.fields["rank"].maximum, info.fields["rank"].about) == (512, "Rank of both products.")
@@ -142,25 +142,25 @@ def test_spec_is_read_without_torch(checkout: Path) -> None:
 
 def test_list_and_explain_show_it(checkout: Path) -> None:
     rows = json.loads(run(checkout, "list", "methods", "--json"))["methods"]
-    (row,) = (row for row in rows if row["name"] == "loha")
+    (row,) = (row for row in rows if row["name"] == "fedpara")
     assert (row["paper"], row["implementations"]) == ("arXiv:2108.06098v3", ["reference"])
-    text = run(checkout, "explain", "loha")
+    text = run(checkout, "explain", "fedpara")
     assert "rank: a whole number, default 4, at least 1, at most 512\n      Rank of both products." in text
 
 
 def test_suites_know_its_config(checkout: Path) -> None:
-    assert "loha" in run(checkout, "plan", "mine.yaml")
+    assert "fedpara" in run(checkout, "plan", "mine.yaml")
 
 
 def test_check_judges_it(checkout: Path) -> None:
-    command = ("check", "reference", "--method", "loha", "--json", "--patience", "120")
+    command = ("check", "reference", "--method", "fedpara", "--json", "--patience", "120")
     results = [one["result"] for one in json.loads(run(checkout, *command, code=None))["checks"]]
     # A slow machine may add a finding about the worker process itself.
-    assert {one["outcome"] for one in results if one["check"].startswith("loha/")} == {"pass"}
-    assert {"loha/gradient/float32/warm", "loha/merge/float64/warm"} <= {one["check"] for one in results}
+    assert {one["outcome"] for one in results if one["check"].startswith("fedpara/")} == {"pass"}
+    assert {"fedpara/gradient/float32/warm", "fedpara/merge/float64/warm"} <= {one["check"] for one in results}
 
 
 def test_malformed_spec_names_its_file(tmp_path: Path) -> None:
-    (tmp_path / "loha.py").write_text(LOHA.replace("factors=", "letters="), encoding="utf-8")
-    with pytest.raises(TypeError, match=r"loha\.py.*letters"):
+    (tmp_path / "fedpara.py").write_text(FEDPARA.replace("factors=", "letters="), encoding="utf-8")
+    with pytest.raises(TypeError, match=r"fedpara\.py.*letters"):
         methods(tmp_path)

@@ -48,7 +48,7 @@ def test_one_entry_point_has_all_implementations() -> None:
 
     found = {(i.kind, i.target) for i in discover(["hf-peft"]).implementations}
     assert found == {(i.kind, i.target) for i in hf_peft.implementations()}
-    assert {"lora", "dora", "adalora", "pissa", "vera", "qlora"} == METHODS.keys()
+    assert {"lora", "dora", "adalora", "pissa", "vera", "loha", "lokr", "qlora"} == METHODS.keys()
     assert ("operation", "multi_lora_linear") in found
 
 

@@ -46,6 +46,9 @@ def _given(method: str, config: Any, monkeypatch: pytest.MonkeyPatch) -> dict[st
         ("pissa", {"rank": 4}),
         ("pissa", {"rank": 4, "niter": 2}),
         ("vera", {"rank": 4, "projection_key": 5, "d_initial": 0.2}),
+        ("loha", {"rank": 4, "alpha": 6.0, "rank_dropout": 0.2}),
+        ("lokr", {"rank": 4, "alpha": 6.0, "rank_dropout": 0.2, "factor": 4}),
+        ("lokr", {"rank": 4, "init": "lycoris"}),
         ("adalora", {"rank": 6, "target_rank": 4, "total_steps": 40, "tinit": 8, "tfinal": 12, "delta_t": 4}),
     ],
 )

@@ -1,4 +1,4 @@
-"""Measures: parameters of BART and of vision transformers, for which there are no shape presets."""
+"""Measures: parameters of BART, of vision transformers and of single layers, for which there are no shape presets."""
 
 from __future__ import annotations
 
@@ -56,6 +56,42 @@ def vision_trainable(
     return _trainable(_vision(width, blocks, heads, mlp, patch, pixels), method, config)
 
 
+@measure("count")
+def linear_trainable(inputs: Positive, outputs: Positive, method: Method, config: Config = {}) -> MeasureResult:
+    """Trainable parameters of a Method attached to a single linear layer without a bias."""
+    return _trainable(_linear(inputs, outputs), method, {**config, "targets": ["layer"]})
+
+
+@measure("count")
+def largest_update_rank(inputs: Positive, outputs: Positive, method: Method, config: Config = {}) -> MeasureResult:
+    """Rank of a Method's update of a single linear layer, with random values in all of its trainable tensors.
+
+    Random values give the largest rank that the form of the update allows. The rank is computed in float64.
+    """
+    import torch
+
+    _, update = random_update(inputs, outputs, method, config)
+    return MeasureResult(int(torch.linalg.matrix_rank(update)), f"of a random update of {outputs} x {inputs}")
+
+
+def random_update(inputs: int, outputs: int, method: str, config: Config) -> tuple[dict[str, Any], Any]:
+    """Return a Method's tensors of a single layer by name, filled with random values, and the update (outputs, inputs).
+
+    All are float64. The update is what merging adds to a weight of zeros.
+    """
+    import torch
+
+    from harness.conformance.subject import attach_reference, configure, warm
+
+    model = _linear(inputs, outputs).to_empty(device="cpu").double()
+    torch.nn.init.zeros_(model.layer.weight)
+    adapted = attach_reference(method, model, configure(method, config), ["layer"], torch.Generator().manual_seed(0))
+    warm(dict(adapted.tensors()), torch.Generator().manual_seed(0))
+    adapted.merge()
+    tensors = {name.rpartition(".")[2]: t.detach() for name, t in adapted.tensors().items()}
+    return tensors, adapted.model.get_submodule("layer").weight.detach()
+
+
 def _trainable(model: Any, method: str, config: Config) -> MeasureResult:
     with attached_model.attached(model, method, config) as adapted:
         return summed(p.shape for p in adapted.parameters())
@@ -84,3 +120,11 @@ def _vision(width: int, blocks: int, heads: int, mlp: int, patch: int, pixels: i
     )  # fmt: skip
     with torch.device("meta"):
         return ViTModel(config, add_pooling_layer=False).requires_grad_(False)
+
+
+def _linear(inputs: int, outputs: int) -> Any:
+    from torch import nn
+
+    model = nn.Sequential()
+    model.add_module("layer", nn.Linear(inputs, outputs, bias=False, device="meta"))
+    return model.requires_grad_(False)

@@ -2,11 +2,11 @@
 
 The sum is rounded, so the restored base weight differs: in 16 bits often in a fifth of its elements. The larger the update,
 the more digits of W are lost, and every further round trip adds an error. peft keeps no copy of the weight. This holds for
-LoRA, DoRA, PiSSA, VeRA and AdaLoRA. Seen in 0.21.2.
+LoRA, DoRA, PiSSA, VeRA, AdaLoRA, LoHa and LoKr. Seen in 0.21.2.
 """
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, VeraConfig, get_peft_model
 from torch import nn
 
 lora = {"r": 4, "target_modules": ["0"]}
@@ -17,6 +17,8 @@ configs = {
     "PiSSA": lambda: LoraConfig(**lora, init_lora_weights="pissa"),
     "VeRA": lambda: VeraConfig(r=4, target_modules=["0"]),
     "AdaLoRA": lambda: AdaLoraConfig(init_r=4, target_modules=["0"], total_step=9),
+    "LoHa": lambda: LoHaConfig(r=4, target_modules=["0"]),
+    "LoKr": lambda: LoKrConfig(r=4, target_modules=["0"]),
 }
 for dtype in (torch.float32, torch.float16):
     for name, config in configs.items():

@@ -1,0 +1,112 @@
+"""Check of rank dropout, which drops rows of the update of LoHa and LoKr."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from harness.conformance.case import Case
+from harness.conformance.checks import States, check
+from harness.conformance.comparison.check_results import listed, skipped
+from harness.conformance.comparison.inputs import inputs
+from harness.conformance.comparison.layer_comparison import reference_runs
+from harness.conformance.comparison.observations import observe
+from harness.conformance.comparison.tolerance_policies import exact, noise_floor
+from harness.conformance.subject import DTYPES, Subject
+from harness.conformance.tolerance_constants import DROPOUT_SIGMAS
+from harness.records.record import CheckResult
+from reference.shared.row_dropout import RowDropout
+
+CALLS = 12
+"""Number of calls whose dropped rows are counted."""
+
+
+@check(States.WARM)
+def check_rank_dropout(subject: Subject, case: Case) -> CheckResult:
+    """Training mode drops rows of the update as the config states, for all tokens of a call alike.
+
+    A row is an output feature. The rows that remain are divided by their share of all rows, so that the mean of the
+    mask is 1; if none remains, the output is that of the base. Masks differ between calls, the same seed of torch gives
+    the same mask, and the backward pass uses the mask of the forward pass. Output and gradients must equal those of the
+    reference with this mask; the binomial distribution bounds the number of dropped rows. The checks `forward` and
+    `merge` show that eval mode and merging, in training mode too, drop no row.
+    """
+    p = getattr(subject.config, "rank_dropout", 0.0)
+    if not p:
+        return skipped(subject, case, "rank_dropout", "the config has no rank dropout")
+    problems: list[str] = []
+    rows, dropped = 0, 0
+    for index, (path, layer) in enumerate(subject.adapted.layers.items()):
+        x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
+        if not x.numel():
+            return skipped(subject, case, "rank_dropout", "there is no token")
+        masks = []
+        for _ in range(CALLS):
+            mine = observe(layer, subject.tensors_of(path), x, dy, training=True)
+            kept = _kept(subject, path, mine["y"], x, dy)
+            masks.append(kept)
+            mask = kept.double() / kept.double().mean().clamp(min=1 / len(kept))
+            truth, draws = reference_runs(subject, path, x, dy, look=partial(_masked, mask[:, None]))
+            verdict = noise_floor(mine, truth, draws, subject.dtype, case.factor("gradient"))
+            if verdict.decided and not verdict.passed:
+                off = verdict.worst if verdict.error is None else f"is off by {verdict.error:.3g}"
+                problems.append(f"{path}: with {int(kept.sum())} of {len(kept)} rows left {verdict.tensor} {off}")
+                break
+        rows += sum(map(len, masks))
+        dropped += sum(int((~kept).sum()) for kept in masks)
+        # Two right masks are equal with this probability, and so are all of them with its power.
+        alike = (p**2 + (1 - p) ** 2) ** (len(masks[0]) * (CALLS - 1))
+        if len(masks) == CALLS and alike < 2.0**-30 and all(torch.equal(masks[0], kept) for kept in masks):
+            problems.append(f"{path}: {CALLS} calls drop the same rows")
+        if not problems and _differs_with_one_seed(subject, path, layer, x, dy):
+            problems.append(f"{path}: two calls with one seed of torch differ; activation checkpointing needs the same")
+    spread = DROPOUT_SIGMAS * (rows * p * (1 - p)) ** 0.5
+    if not problems and abs(dropped - p * rows) > spread + 1:
+        problems.append(f"{dropped} of {rows} rows were dropped, should be {p * rows:.0f} +- {spread:.0f}")
+    return listed(subject, case, "rank_dropout", problems, f"{dropped} of {rows} rows dropped at p = {p:g}")
+
+
+def _differs_with_one_seed(subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: Tensor) -> bool:
+    """Return whether two calls in training mode, with the same seed of torch, differ in any bit."""
+    seen = []
+    with torch.random.fork_rng():
+        for _ in range(2):
+            torch.manual_seed(0)
+            seen.append(observe(layer, subject.tensors_of(path), x, dy, training=True))
+    return not exact(*seen).passed
+
+
+def _kept(subject: Subject, path: str, y: Tensor, x: Tensor, dy: Tensor) -> Tensor:
+    """Return a mask (E,) that is True for the output features whose update is nearer to a kept one than to none.
+
+    A kept row is multiplied by 1 or more, so that the projection on the whole update separates the two.
+    """
+    base, whole = (
+        reference_runs(subject, path, x, dy[:0], look=partial(_masked, x.new_full((), factor)))[0]["y"].double()
+        for factor in (0.0, 1.0)
+    )
+    update = (whole - base).flatten(0, -2)
+    return ((y.double() - base).flatten(0, -2) * update).sum(0) > update.square().sum(0) / 2
+
+
+def _masked(mask: Tensor, layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """Run the reference's layer in training mode, with its update multiplied by `mask` instead of RowDropout's."""
+    for name, child in list(layer.named_modules()):
+        if isinstance(child, RowDropout):
+            parent, _, last = name.rpartition(".")
+            setattr(layer.get_submodule(parent), last, _Times(mask))
+    return observe(layer, tensors, x, dy, training=True)
+
+
+class _Times(nn.Module):
+    """Layer that multiplies an update by a known mask. It stands in the place of RowDropout."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, delta: Tensor) -> Tensor:
+        return delta * self.mask.to(delta.dtype)

@@ -1,0 +1,48 @@
+"""LoHa and LoKr go through Cells by the reference and by HF peft, and both compute one training run."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.errors import Exit
+from harness.records.record import Outcome
+from support.sandbox import ForkSandbox
+
+_SUITE = """
+suite: lycoris
+title: LoHa and LoKr
+about: For tests.
+matrix:
+  - model: tiny-llama
+    task: toy-sentiment
+    training: {{steps: 6, batch: 4, max_tokens: 24, lr: 5e-3}}
+    evaluation: {{items: 8, batch: 8}}
+    method: {method}
+    config: {config}
+    cells:
+      - {{id: both, implementation: [reference, hf-peft]}}
+      - {{id: exact, implementation: reference, dtype: float64}}
+      - {{id: rows-dropped, implementation: [reference, hf-peft], config: {{rank_dropout: 0.25}}}}
+comparisons:
+  - {{same-losses: both, as: exact, says: both implementations compute one run}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [
+        ("loha", "{rank: 3, alpha: 40, targets: [q_proj]}"),
+        ("lokr", "{rank: 1, alpha: 8, factor: 4, targets: [q_proj]}"),
+    ],
+)
+def test_reference_and_peft_have_the_losses_of_float64(method: str, config: str, fork_sandbox: ForkSandbox) -> None:
+    (fork_sandbox.folder / "mine.yaml").write_text(_SUITE.format(method=method, config=config))
+    finished = fork_sandbox.command("run", "mine.yaml", "--out", "run")
+    assert finished.code == Exit.PASS, finished.out + finished.err
+    assert "pass: both implementations compute one run" in finished.out
+    records = fork_sandbox.read().records
+    assert len(records) == 5
+    for record in records:
+        judged = {check.check.split("/")[1]: check.outcome for check in record.checks}
+        assert {judged[name] for name in ("forward", "gradient", "merge", "moved", "frozen")} == {Outcome.PASS}
