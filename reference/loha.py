@@ -10,6 +10,7 @@ arXiv:2108.06098, proposition 1). Shape letters: T tokens, D input features, E o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
     layers = {}
     for path, base in targets(model, config.targets).items():
         E, D, R = base.out_features, base.in_features, config.rank
-        like = {"dtype": floating_dtype(base), "device": next(base.parameters()).device}
+        like: dict[str, Any] = {"dtype": floating_dtype(base), "device": next(base.parameters()).device}
         A1, B1, B2 = (_uniform(*shape, generator).to(**like) for shape in ((R, D), (E, R), (E, R)))
         A2 = torch.zeros(R, D, **like)
         layers[path] = LohaLinear(base, A1, B1, A2, B2, config.scaling, config.rank_dropout)

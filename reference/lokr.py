@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +146,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
         full = config.rank >= max(V_E, V_D) / 2
         shapes = {"W2": (V_E, V_D)} if full else {"B": (V_E, config.rank), "A": (config.rank, V_D)}
         zero = "C" if config.init == "peft" else "W2" if full else "A"
-        like = {"dtype": floating_dtype(base), "device": next(base.parameters()).device}
+        like: dict[str, Any] = {"dtype": floating_dtype(base), "device": next(base.parameters()).device}
         drawn = {
             name: torch.zeros(shape, **like) if name == zero else _uniform(*shape, generator).to(**like)
             for name, shape in {"C": (U_E, U_D), **shapes}.items()

@@ -89,7 +89,8 @@ def random_update(inputs: int, outputs: int, method: str, config: Config) -> tup
     warm(dict(adapted.tensors()), torch.Generator().manual_seed(0))
     adapted.merge()
     tensors = {name.rpartition(".")[2]: t.detach() for name, t in adapted.tensors().items()}
-    return tensors, adapted.model.get_submodule("layer").weight.detach()
+    layer: Any = adapted.model.get_submodule("layer")
+    return tensors, layer.weight.detach()
 
 
 def _trainable(model: Any, method: str, config: Config) -> MeasureResult:
