@@ -128,7 +128,7 @@ def test_a_busy_cell_without_latencies_has_no_flag_of_latencies(tmp_path: Path) 
 
     run = recorded_run.write_run(tmp_path / "r", change=untimed)
     built = view.build([analyse(run)])["runs"][0]
-    assert [answer["table"]["busy"] for answer in built["answers"]][0]
+    assert next(answer["table"]["busy"] for answer in built["answers"])
     assert not any(answer["table"]["disturbed"] for answer in built["answers"])
     assert "busy 1 of 1" not in text_formats.FORMATS["csv"]([analyse(run)])
 
