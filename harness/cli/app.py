@@ -79,9 +79,10 @@ def _command_path(error: click.UsageError, words: Sequence[str]) -> str:
     path = ["peft-harness"]
     command: click.Command = commands
     for word in words:
-        if isinstance(command, click.Group) and word in command.commands:
-            command = command.commands[word]
-            path.append(word)
+        if not isinstance(command, click.Group) or word not in command.commands:
+            break  # an option or a wrong name, after which a command may be anything
+        command = command.commands[word]
+        path.append(word)
     return " ".join(path)
 
 

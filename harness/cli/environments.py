@@ -115,7 +115,7 @@ def _interruption(state: str) -> Iterator[None]:
         with handle_termination():
             yield
     except KeyboardInterrupt:
-        raise HarnessError(f"interrupted: {state}", hint="nothing is left of it; repeat the command") from None
+        raise HarnessError(f"interrupted: {state}", hint="nothing new is left of it; repeat the command") from None
 
 
 def _named(name: str) -> list[MadeEnvironment]:

@@ -231,9 +231,10 @@ def latency(e: RankingEntry, variant: str, missing: str = "not measured") -> Fie
 
 
 def disturbed(entry: RankingEntry) -> str:
-    """Return the flag of the latencies of a recipe, e.g. `unsteady 1 of 3`. Empty if nothing disturbed them."""
-    flags = Counter(flag for r in entry.records if (flag := contention.disturbed(r, _last_pass(r))[0]))
-    return ", ".join(f"{flag} {count} of {len(entry.records)}" for flag, count in sorted(flags.items()))
+    """Return the flag of the latencies of a recipe, e.g. `unsteady 1 of 3` timed runs. Empty if nothing disturbed them."""
+    found = [contention.disturbed(r, timed)[0] for r in entry.records if (timed := _last_pass(r))]
+    flags = Counter(filter(None, found))
+    return ", ".join(f"{flag} {count} of {len(found)}" for flag, count in sorted(flags.items()))
 
 
 def _latency(variant: str) -> Read:

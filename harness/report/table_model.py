@@ -94,15 +94,16 @@ def grouped(
 def condensed(made: Table, fixed: int | None = None) -> Table:
     """Return a table without the columns, and without the rows, in which nothing was measured. Remarks give the reasons.
 
-    fixed: number of the first columns, which describe a row and do not count; if None, every row stays.
+    fixed: number of the first columns, which describe a row and do not count; if None, every row stays. A table without
+    any number stays as it is.
     """
     rows = [row for part in made["groups"] for row in part["rows"]]
     kept = [i for i in range(len(made["columns"])) if any(row["fields"][i]["value"] is not None for row in rows)]
-    if not kept:
+    if not kept or kept[-1] < (fixed or 0):
         return made
     empty = [i for i in range(len(made["columns"])) if i not in kept]
     why = group((_reasons(row["fields"][i] for row in rows), made["columns"][i]["label"]) for i in empty)
-    remarks = [f"{', '.join(label.rpartition(', ')[0] for label in same)}: {reason}." for reason, same in why.items()]
+    remarks = [f"{', '.join(label.rsplit(', ', 1)[0] for label in same)}: {reason}." for reason, same in why.items()]
     left_out = [row for row in rows if fixed is not None and all(f["value"] is None for f in row["fields"][fixed:])]
     if left_out:
         reasons = _reasons([row["fields"][-1] for row in left_out])

@@ -291,6 +291,8 @@ def test_a_time_out_that_no_clock_can_wait_for(timeout: str, capsys: pytest.Capt
         (["bench", "--op"], "bench"),
         (["history", "add", "--nothing"], "history add"),
         (["--nothing"], ""),
+        (["--nothing", "run"], ""),
+        (["no-command", "run"], ""),
     ],
 )
 def test_the_hint_of_wrong_use_names_the_help_of_the_command(

@@ -26,7 +26,7 @@ from harness.errors import Exit
 from harness.methods.registry import DTYPES, Implementation
 from harness.methods.spec import methods
 from harness.records.record import CheckResult, Outcome
-from reference import lora
+from reference import adalora, lora
 from reference.operations import multi_lora
 
 DRAWN = CaseSelection(drawn=60, seed=11)
@@ -150,6 +150,21 @@ def test_the_wide_sample_has_every_kind_of_layer_with_equal_sides() -> None:
     plan = parity_suite.load("lora")
     cases = [case for case in sample.fixed(plan, WIDE, ["float32"]) if isinstance(case, parity_suite.MethodCase)]
     assert {case.kind for case in cases if case.sampled and case.shape.inputs == case.shape.outputs} == {*plan.layers}
+
+
+def attach_without_state(model: Any, config: adalora.Config, generator: torch.Generator) -> Any:
+    adapted = adalora.attach(model, config, generator)
+    adapted.state = dict  # type: ignore[method-assign]
+    return adapted
+
+
+def test_an_adalora_whose_masks_are_not_in_its_state_is_not_accused() -> None:
+    plan = parity_suite.load("adalora").model_copy(update={"checks": ["budget"]})
+    cases = [one for one in plan.cases(FEW, ["float32"]) if isinstance(one, parity_suite.MethodCase)]
+    pruning = next(one for one in cases if one.config["rank"] > one.config["target_rank"])
+    mine = Implementation("mine", "method", "adalora", attach_without_state, dtypes=("float32",))
+    found = [*suite_run.run_case(mine, plan, pruning)]
+    assert {one.result.outcome for one in found} == {Outcome.PASS}, found[0].result.detail
 
 
 @pytest.mark.parametrize("distinct", [1, 2, 9, 33])

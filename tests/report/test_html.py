@@ -230,6 +230,10 @@ def test_columns_and_rows_without_a_number_are_left_out_with_the_reason(good: st
     ]
     assert [c["label"] for c in condensed(made)["columns"]] == ["Batch", "Step, ms"]
     assert len(condensed(made)["groups"][0]["rows"]) == 2
+    made = grouped("t", "T", [column("Batch"), column("One, ms"), column("Each / all")], [("", rows[1:])], file="t")
+    assert condensed(made, fixed=1) == made  # a table of reasons alone is not an empty table
+    each = [{"name": "a", "fields": [*fields(4, 1), unmeasured("no ratio")]}]
+    assert condensed(grouped("t", "T", made["columns"], [("", each)], file="t"))["remarks"] == ["Each / all: no ratio."]
     costs = view.build([analyse(good)])["runs"][0]["costs"]
     assert all(remark in Page(html.render([analyse(good)])).text for remark in costs["remarks"])
 

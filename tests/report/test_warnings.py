@@ -120,6 +120,19 @@ def test_unsteady_latencies_are_flagged_wherever_they_stand(good: store.Run, tmp
     assert not view.build([analyse(good)])["runs"][0]["latency"]["notes"]
 
 
+def test_a_busy_cell_without_latencies_has_no_flag_of_latencies(tmp_path: Path) -> None:
+    def untimed(name: str, r: Record) -> Record:
+        r = _timed(r, 0.5, 9.0) if name == "fused" else r
+        measured = r.measurements and r.measurements.model_copy(update={"latency": []})
+        return r.model_copy(update={"measurements": measured})
+
+    run = recorded_run.write_run(tmp_path / "r", change=untimed)
+    built = view.build([analyse(run)])["runs"][0]
+    assert next(answer["table"]["busy"] for answer in built["answers"])
+    assert not any(answer["table"]["disturbed"] for answer in built["answers"])
+    assert "busy 1 of 1" not in text_formats.FORMATS["csv"]([analyse(run)])
+
+
 def _red(check: str) -> CheckResult:
     return CheckResult(
         check=check,

@@ -316,7 +316,7 @@ def test_an_interrupted_creation_leaves_nothing_and_says_so(
         creation.send_signal(signal.SIGINT)
         _, err = creation.communicate()
     assert creation.returncode == Exit.INFRASTRUCTURE
-    assert "interrupted: environment tiny-lib-1.0 was not made\n  hint: nothing is left of it" in err
+    assert "interrupted: environment tiny-lib-1.0 was not made\n  hint: nothing new is left of it" in err
     assert left() == []
 
 
