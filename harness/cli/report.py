@@ -49,7 +49,7 @@ def report(runs: tuple[str, ...], out: Path | None, form: str, svg: Path | None,
     from harness.analysis.comparison import reproducibility
     from harness.analysis.run_facts import analyse_all
     from harness.records import files, store
-    from harness.report import chart_files, html, reruns, side_by_side, terminal, text_formats
+    from harness.report import alerts, chart_files, html, reruns, side_by_side, terminal, text_formats
 
     read = [store.read_run(store.find_run(name)) for name in runs]
     analysed, again = analyse_all(read), reproducibility.possible_reruns(read)
@@ -69,6 +69,8 @@ def report(runs: tuple[str, ...], out: Path | None, form: str, svg: Path | None,
     if form == "html":
         print_lines([f"report: {page}", *([] if svg is None else [f"charts: {plural(len(charts), 'file')} in {svg}"])])
     else:
+        for facts in analysed:
+            print_lines([f"! {alert}" for alert in alerts.lines(facts)], err=True)
         text = text_formats.FORMATS[form](analysed)
         if out is None:
             print_lines(text.rstrip("\n").split("\n"))

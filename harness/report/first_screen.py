@@ -37,7 +37,7 @@ def answers(f: RunFacts) -> list[dict[str, Any]]:
                 {
                     "id": key,
                     "title": title,
-                    "cards": [_which(names, group, chosen), _cost(names, chosen), _trust(f, group, chosen)],
+                    "cards": _cards(f, group, names, chosen),
                     "table": recipes.table(f, f"{key}-table", title, group, names, chosen),
                     "unscored": _unscored(f, group),
                     "items": item_differences.rows(group, names),
@@ -48,6 +48,11 @@ def answers(f: RunFacts) -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def _cards(f: RunFacts, group: Group, names: Names, chosen: Choice) -> list[dict[str, Any]]:
+    lost = _lost(f, group)
+    return [_which(names, group, chosen, lost), _cost(names, chosen), _trust(f, group, chosen, lost)]
 
 
 def _unscored(f: RunFacts, group: Group) -> dict[str, Any]:
@@ -82,9 +87,21 @@ def _card(question: str, headline: str, *details: str, tone: str = "") -> dict[s
     return {"question": question, "headline": first, "details": others, "tone": tone}
 
 
-def _which(names: Names, group: Group, chosen: Choice) -> dict[str, Any]:
+def _lost(f: RunFacts, group: Group) -> int:
+    """Return the number of Cells with a group's budget whose results are missing, or were changed after the run."""
+    gone = {*f.verdict.missing, *f.doubtful}
+    return sum(c.cell_id in gone and Budget.of(c) == group.budget for c in f.run.manifest.cells)
+
+
+def _which(names: Names, group: Group, chosen: Choice, lost: int) -> dict[str, Any]:
+    """Return the first card. lost: see `_lost`. With fewer results, fewer tests would seem to decide more."""
     question, pick, highest = "Which method?", names[id(chosen.pick)], names[id(chosen.highest)]
     score = formatting.percent(chosen.highest.score.value)
+    if lost:
+        have = f"{plural(lost, 'Cell')} of this comparison {'has' if lost == 1 else 'have'} no result that counts"
+        return _card(
+            question, f"Not decided. Highest so far: {highest}, {score}.", f"{have}; their recipes may be better."
+        )
     if len(group.ranked) == 1:
         return _card(question, f"Only one: {pick}, {score}.", "No other recipe has the same budget and seeds.")
     if chosen.winner:
@@ -148,7 +165,7 @@ def _share(share: float) -> str:
     return f"{100 * share:.2g} %" if share < 0.995 else "100 %"
 
 
-def _trust(f: RunFacts, group: Group, chosen: Choice) -> dict[str, Any]:
+def _trust(f: RunFacts, group: Group, chosen: Choice, lost: int) -> dict[str, Any]:
     parity, others = f.verdict.parity, len(group.ranked) - 1
     code = (
         "no"
@@ -159,8 +176,8 @@ def _trust(f: RunFacts, group: Group, chosen: Choice) -> dict[str, Any]:
         if parity.unchecked
         else "yes"
     )
-    ranking = "no" if 2 * chosen.undecided > others else "partly" if chosen.undecided else "yes"
-    headline = f"Code: {code}." + (f" Ranking: {ranking}." if others else "")
+    ranking = "no" if lost or 2 * chosen.undecided > others else "partly" if chosen.undecided else "yes"
+    headline = f"Code: {code}." + (f" Ranking: {ranking}." if others or lost else "")
     tone = "bad" if code == "no" else "good" if code == "yes" and ranking == "yes" else "open"
     return _card("Can I trust it?", headline, *_reasons(f, group, chosen), tone=tone)
 
@@ -191,6 +208,12 @@ def _reasons(f: RunFacts, group: Group, chosen: Choice) -> list[str]:
         )
     if busy := sum(bool(contention.busy(record)) for record in records):
         reasons.append(f"{busy} of {len(records)} trainings were timed on a busy machine; accuracies are not affected.")
-    if f.verdict.missing:
-        reasons.append(f"{plural(len(f.verdict.missing), 'planned Cell')} of this run are missing.")
+    missing, changed = len(f.verdict.missing), len(f.doubtful)
+    if missing or changed:
+        parts = [
+            f"{missing} without a readable Record" if missing else "",
+            f"{changed} changed or ungated" if changed else "",
+        ]
+        reasons.append(f"{plural(missing + changed, 'planned Cell')} of this run without a result that counts:"
+                       f" {' and '.join(filter(None, parts))}.")  # fmt: skip
     return reasons

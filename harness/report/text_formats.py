@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.analysis.run_facts import RunFacts
 from harness.console import json_text, visible
-from harness.report import first_screen, recipes
+from harness.report import alerts, first_screen, recipes
 from harness.report.formatting import escape_markdown
 from harness.report.table_model import Table
 
@@ -31,11 +31,12 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def markdown(analysed: Sequence[RunFacts]) -> str:
-    """Return the cards and the recipe tables as Markdown. Every name is escaped."""
+    """Return the alerts, the cards and the recipe tables as Markdown. Every name is escaped."""
     lines: list[str] = []
     for facts in analysed:
         manifest = facts.run.manifest
         lines += [f"# {escape_markdown(manifest.title or manifest.suite)}", "", f"Run `{manifest.run}`.", ""]
+        lines += [f"> **!** {escape_markdown(alert)}\n" for alert in alerts.lines(facts)]
         for answer in first_screen.answers(facts):
             lines += [f"## {escape_markdown(answer['title'])}", ""]
             for card in answer["cards"]:
@@ -76,11 +77,12 @@ def rows(analysed: Sequence[RunFacts]) -> str:
 
 
 def document(analysed: Sequence[RunFacts]) -> str:
-    """Return the cards and the recipes of all runs as one JSON document. Accuracies are shares; sizes are in bytes."""
+    """Return the alerts, cards and recipes of all runs as one JSON document. Accuracies are shares; sizes are in bytes."""
     runs = [
         {
             "run": facts.run.manifest.run,
             "suite": facts.run.manifest.suite,
+            "alerts": alerts.of_run(facts),
             "groups": [
                 {
                     "title": answer["title"],

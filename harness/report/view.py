@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from harness.analysis import divergence, failed_checks
-from harness.analysis.comparison import reproducibility
 from harness.analysis.comparison.reproducibility import Rerun
 from harness.analysis.ranking import Group, RankingEntry
 from harness.analysis.run_facts import RunFacts
@@ -15,6 +13,7 @@ from harness.analysis.statistics.over_seeds import MODERATED
 from harness.errors import plural
 from harness.records.record import Status
 from harness.report import (
+    alerts,
     chart_sets,
     costs,
     first_screen,
@@ -74,7 +73,7 @@ def _run(f: RunFacts) -> dict[str, Any]:
         "duration": sections.duration(f),
         "answers": first_screen.answers(f),
         "verdict": _verdict(f),
-        "alerts": _alerts(f),
+        "alerts": alerts.of_run(f),
         "counts": [
             {**badge(status), "count": count}
             for status, count in sorted(f.verdict.counts.items(), key=lambda pair: pair[0] != Status.OK)
@@ -107,49 +106,6 @@ def _verdict(f: RunFacts) -> dict[str, Any]:
     v, code = f.verdict.verdict, f.verdict.exit
     name = code.name.lower().replace("_", " ")
     return badge(v.word) | {"reason": formatting.sentence(v.reason), "exit": f"exit code {code.value} ({name})"}
-
-
-def _alerts(f: RunFacts) -> list[dict[str, Any]]:
-    """Return the alerts of a run, e.g. that it is unfinished, that Cells are missing, or that a file has changed."""
-    latest = f.latest.values()
-    missing, broken = len(f.verdict.missing), len(f.run.broken)
-    resume = f"peft-harness run SUITE --resume {f.run.manifest.run} measures the rest"
-    usual = reproducibility.usual_environment(f.run)
-    found = {
-        f"This run {f.unfinished()}. Its results so far are shown below.": [resume] if f.run.how != "finished" else [],
-        "Changed after the run, and not counted (move a Record out of cells/, and --resume measures its Cell again):": [
-            f"{name} {what}" for name, what in f.run.changed.items()
-        ],
-        "Without a parity gate, and not counted (--resume measures these Cells again):": [
-            f"{name} {what}" for name, what in f.run.ungated.items()
-        ],
-        "Measured, although a check failed; speeds of what failed are not shown:": [
-            f"{f.titles[r.cell_id]}: {sections.check_sentence(c)}"
-            for r in latest
-            if r.status is Status.OK
-            for c in failed_checks.failed(r)
-        ],
-        "Measured, although training diverged (a lower `lr`, a longer `warmup` or a wider dtype may help):": [
-            f"{f.titles[r.cell_id]}: {why}" for r in latest if (why := divergence.diverging(r))
-        ],
-        "Imported adapters whose loss is not that of their log:": [
-            f"{f.titles[r.cell_id]}: {r.imported.loss_contradiction}"
-            for r in latest
-            if r.imported and r.imported.loss_contradiction
-        ],
-        f"{plural(missing, 'expected Cell')} {'has' if missing == 1 else 'have'} no Record:": [
-            f"{f.titles[i]} ({i})" for i in f.verdict.missing
-        ],
-        f"{plural(broken, 'file')} could not be read, and {'is' if broken == 1 else 'are'} not counted:": [
-            f"{name}: {why}" for name, why in f.run.broken.items()
-        ],
-        "These Records are from another environment than most; do not compare their times and memory with the others:": [
-            f"{plural(n, 'Cell')}: {differences or 'only the id differs'}"
-            for differences, records in reproducibility.strangers(f.run).items()
-            if (n := sum(r.environment.id != usual.id for r in records))
-        ],
-    }
-    return [{"text": text, "items": items} for text, items in found.items() if items]
 
 
 def _question(f: RunFacts, j: QuestionVerdict) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def test_a_server_that_does_not_load_adapters_is_timed_without_a_swap(
         pytest.param("port taken", "small ended with exit code 1 before it answered", marks=pytest.mark.nightly),
         ("another server", "another server answers on port"),
         ("dies while it serves", "small ended with exit code 7"),
-        pytest.param("hangs", "no complete answer in 2 seconds", marks=pytest.mark.nightly),
+        ("hangs", "no complete answer in 2 seconds"),
         pytest.param("a token less in streams", "a stream with 15 of 16 tokens", marks=pytest.mark.nightly),
     ],
 )

@@ -13,6 +13,8 @@ import pytest
 
 from harness.analysis import choice, ranking, run_facts
 from harness.analysis.choice import Choice
+from harness.cli import main
+from harness.errors import Exit
 from harness.records.imported import Imported
 from harness.records.record import Outcome, Record, Status
 from harness.report import first_screen, html, terminal
@@ -57,6 +59,33 @@ def test_a_winner_is_named_only_if_every_other_recipe_is_told_apart(tmp_path: Pa
     assert not found.winner
     assert found.undecided == 1
     assert _card(answer, "Which method?")["headline"].startswith("No proven winner.")
+
+
+def test_a_comparison_with_lost_cells_has_no_winner(tmp_path: Path) -> None:
+    """With fewer results, fewer tests would be corrected for each other, and more recipes would be told apart."""
+    found, answer = _chosen(
+        tmp_path / "r", ["reference", "lora-r1", "full"], lambda name, record: None if name == "full" else record
+    )
+    assert found.winner
+    assert _card(answer, "Which method?")["headline"].startswith("Not decided. Highest so far: lora r=8, 81")
+    trust = _card(answer, "Can I trust it?")
+    assert trust["headline"] == "Code: yes. Ranking: no."
+    assert trust["details"][-1].endswith("1 without a readable Record.")
+
+
+@pytest.mark.parametrize("form", ["markdown", "json", "csv"])
+def test_every_format_says_which_records_do_not_count(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = recorded_run.write_run(tmp_path / "r", only=["reference", "lora-r1", "full"])
+    changed, unreadable, removed = sorted((run.path / "cells").glob("*.json"))
+    changed.write_text(changed.read_text(encoding="utf-8") + " ", encoding="utf-8")
+    unreadable.write_text("{", encoding="utf-8")
+    removed.unlink()
+    assert main(["report", str(run.path), "--format", form]) != Exit.PASS
+    out, err = capsys.readouterr()
+    for text in (err,) if form == "csv" else (out, err):
+        assert all(path.stem in text for path in (changed, unreadable, removed))
 
 
 def test_without_a_winner_the_cheapest_recipe_near_the_top_is_recommended(tmp_path: Path) -> None:
