@@ -127,7 +127,9 @@ class LokrLinear(AdaptedLayer):
     def delta(self) -> Tensor:
         """Return scaling C kron (B A), shape (E, D)."""
         block = self.right["W2"] if "W2" in self.right else self.right["B"] @ self.right["A"]
-        return self.scaling * torch.kron(self.C, block)
+        # torch.kron raises for some layouts, e.g. if values came as a transposed view.
+        C, block = self.C.contiguous(), block.contiguous()
+        return self.scaling * torch.kron(C, block)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """Map the names C, B and A, or C and W2, to the trainable parameters."""

@@ -34,7 +34,7 @@ PICTURES = (
     Picture(
         "report.png", PUBLISHED / "2026-11-26-compare-small-cpu" / "report.html", 1240, 840, "nav, .about",
     ),
-    Picture("check.png", PUBLISHED / "2026-11-28-check-cpu" / "check.html", 1180, 900, ".about"),
+    Picture("check.png", PUBLISHED / "2026-11-29-check-cpu" / "check.html", 1180, 900, ".about"),
 )  # fmt: skip
 
 

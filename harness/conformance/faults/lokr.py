@@ -13,7 +13,7 @@ _FULL = {"rank": 64, "alpha": 32.0}
 _LYCORIS = {**_USUAL, "init": "lycoris"}
 _DROP = {**_USUAL, "rank_dropout": 0.25}
 CASE = FaultCase(values=_USUAL)
-_UPDATE = "self.scaling * torch.kron(self.C, block)"
+_UPDATE = "self.scaling * torch.kron(C, block)"
 _ROOT = "most = root if factor < 1 else min(factor, root)"
 _ZERO = 'zero = "C" if config.init == "peft" else "W2" if full else "A"'
 
@@ -21,21 +21,21 @@ _lokr = partial(line_fault, "lokr", values=_USUAL)
 
 # fmt: off
 FAULTS = [
-    _lokr("forgets_the_scaling", ["forward", "gradient", "merge"], _UPDATE, "torch.kron(self.C, block)"),
+    _lokr("forgets_the_scaling", ["forward", "gradient", "merge"], _UPDATE, "torch.kron(C, block)"),
     # LyCORIS does not scale if both blocks are full.
     _lokr("does_not_scale_full_blocks", ["forward", "gradient", "merge"], _UPDATE,
-        '(1.0 if "W2" in self.right else self.scaling) * torch.kron(self.C, block)', values=_FULL),
+        '(1.0 if "W2" in self.right else self.scaling) * torch.kron(C, block)', values=_FULL),
     _lokr("divides_by_the_root_of_the_rank", ["forward", "merge"],
         "config.scaling, config.rank_dropout", "config.alpha / config.rank**0.5, config.rank_dropout"),
-    _lokr("swaps_the_blocks", ["forward", "gradient"], _UPDATE, "self.scaling * torch.kron(block, self.C)"),
+    _lokr("swaps_the_blocks", ["forward", "gradient"], _UPDATE, "self.scaling * torch.kron(block, C)"),
     # Order the rows by the position in the right block first.
     _lokr("interleaves_the_rows", ["forward", "gradient"], _UPDATE,
         "self.scaling * torch.einsum('ab,cd->cabd', self.C, block).reshape(-1, self.C.shape[1] * block.shape[1])"),
     _lokr("transposes_the_left_block", ["forward", "gradient"], _UPDATE,
-        "self.scaling * torch.kron(self.C.T.contiguous(), block)"),
+        "self.scaling * torch.kron(C.T.contiguous(), block)"),
     _lokr("transposes_the_update", ["forward", "gradient"],
         "x_TD @ self.rank_dropout(self.delta()).T", "x_TD @ self.rank_dropout(self.delta())", inputs=32, outputs=32),
-    _lokr("detaches_the_left_block", ["gradient", "step"], _UPDATE, "self.scaling * torch.kron(self.C.detach(), block)"),
+    _lokr("detaches_the_left_block", ["gradient", "step"], _UPDATE, "self.scaling * torch.kron(C.detach(), block)"),
     _lokr("ignores_the_factor", ["parameters"], _ROOT, "most = root"),
     _lokr("takes_the_factor_above_the_root", ["parameters"], "u = max(n for n in range(1, most + 1) if size % n == 0)",
         "u = factor if factor > 0 and size % factor == 0 else max(n for n in range(1, most + 1) if size % n == 0)",
