@@ -22,7 +22,7 @@ from harness.report.table_model import Column, Table, column, facets, grouped
 Names = Mapping[int, str]
 """Map from the id() of a ranking entry to its name in its group."""
 Read = Callable[[Record], float | None]
-_RANKING = {"best": "highest", "tied": "cannot be told apart", "below": "lower", "untrained": "not trained"}
+_RANKING = {"best": "highest", "tied": "cannot be told apart", "below": "lower", "untrained": "not trained here"}
 """Standing of a recipe -> words by which a reader filters."""
 WIDTH, HEIGHT = 240.0, 18.0
 """Size of the drawing of an interval, in SVG units."""
@@ -158,7 +158,9 @@ def gap(group: Group, e: RankingEntry) -> Field:
     tied = e.standing == "tied"
     text = formatting.percentage(e.difference) + (" ≈" if tied else "")
     more: dict[str, str] = {"standing": e.standing} | ({} if e.p is None else {"p": f"{e.p:.3g}"})
-    return field(text, e.difference, why=words[e.standing], tone="quiet" if tied else "", more=more)
+    # Without the remark, the gap of an untrained recipe would look as if a test had shown it.
+    small = "not tested" if e.standing == "untrained" else ""
+    return field(text, e.difference, small=small, why=words[e.standing], tone="quiet" if tied else "", more=more)
 
 
 def _to_target(e: RankingEntry, target: TargetLoss | None, untimed: str) -> Field:

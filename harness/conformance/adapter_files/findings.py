@@ -243,7 +243,8 @@ class _Judge:
         if self.pairs and all(misfits.values()) and not reading.not_implemented:
             name = getattr(getattr(base, "config", None), "model_type", "model")
             first = next(
-                (one.message for some in misfits.values() for one in some), f"{len(reading.unused)} keys have no layer"
+                (f"{one.where}: {one.message}" for some in misfits.values() for one in some),
+                f"{len(reading.unused)} keys have no layer",
             )
             hint = "give the base that the adapter was trained on by --base-model"
             yield Finding(
