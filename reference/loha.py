@@ -22,7 +22,6 @@ from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
     paper="arXiv:2309.14859v2, section 3.2",
-    factors=("A1", "B1", "A2", "B2"),
     deviations=(
         Deviation(
             topic="initialisation",

@@ -24,7 +24,6 @@ from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
     paper="arXiv:2309.14859v2, section 3.2",
-    factors=("C", "B", "A", "W2"),
     deviations=(
         Deviation(
             topic="decomposition of the right block",

@@ -81,7 +81,7 @@ def test_the_page_shows_everything_with_its_numbers(report: CheckReport) -> None
     text = Page(check_page.render(report)).text
     for part in (
         "✗ fail", "3 failed", "1 passed", "1 by known defects", "lora/gradient/float32/warm", "0.5", "first: y",
-        "[1, 2]: 3, should be 4", "acme-wrong", "merges into thin air", ">=1, here 1.4", "print('<b>wrong</b>')",
+        "[1, 2]: 3, should be 4", "acme-wrong", "Merges into thin air", ">=1, here 1.4", "print('<b>wrong</b>')",
         "https://example.org/1", "the process died of SIGSEGV", "torn: SyntaxError: oh", "acme-gone did not show",
         "absent lora", "needs absent", "unsupported: no Conv2d", "pass 0.20",
     ):  # fmt: skip

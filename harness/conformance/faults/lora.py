@@ -244,7 +244,7 @@ def forgets_to_unmerge(copy: PatchedCopy) -> None:
     copy.change_adapted(lambda adapted: setattr(adapted, "unmerge", lambda: None))
 
 
-@planted("lora", "merge", values=_USUAL)
+@planted("lora", "unmerge", values=_USUAL)
 def adds_its_update_again_when_it_is_merged(copy: PatchedCopy) -> None:
     def change(adapted: Any) -> None:
         merge = adapted.merge
