@@ -210,10 +210,8 @@ def _reasons(f: RunFacts, group: Group, chosen: Choice) -> list[str]:
         reasons.append(f"{busy} of {len(records)} trainings were timed on a busy machine; accuracies are not affected.")
     missing, changed = len(f.verdict.missing), len(f.doubtful)
     if missing or changed:
-        parts = [
-            f"{missing} without a readable Record" if missing else "",
-            f"{changed} changed or ungated" if changed else "",
-        ]
-        reasons.append(f"{plural(missing + changed, 'planned Cell')} of this run without a result that counts:"
-                       f" {' and '.join(filter(None, parts))}.")  # fmt: skip
+        count = missing + changed
+        lost = f"{plural(count, 'planned Cell')} {'has' if count == 1 else 'have'} no result that counts"
+        why = {"without a readable Record": missing, "changed after the run, or without a parity gate": changed}
+        reasons.append(f"{lost}: {', '.join(f'{n} {what}' for what, n in why.items() if n)}.")
     return reasons
