@@ -104,13 +104,17 @@ def condensed(made: Table, fixed: int | None = None) -> Table:
     empty = [i for i in range(len(made["columns"])) if i not in kept]
     why = group((_reasons(row["fields"][i] for row in rows), made["columns"][i]["label"]) for i in empty)
     remarks = [f"{', '.join(label.rsplit(', ', 1)[0] for label in same)}: {reason}." for reason, same in why.items()]
-    left_out = [row for row in rows if fixed is not None and all(f["value"] is None for f in row["fields"][fixed:])]
+
+    def is_left_out(row: dict[str, Any]) -> bool:
+        return fixed is not None and all(one["value"] is None for one in row["fields"][fixed:])
+
+    left_out = list(filter(is_left_out, rows))
     if left_out:
         reasons = _reasons([row["fields"][-1] for row in left_out])
         remarks.append(f"Left out, as they have no numbers: {plural(len(left_out), 'row')} ({reasons}).")
     groups = [
         part
-        | {"rows": [row | {"fields": [row["fields"][i] for i in kept]} for row in part["rows"] if row not in left_out]}
+        | {"rows": [row | {"fields": [row["fields"][i] for i in kept]} for row in part["rows"] if not is_left_out(row)]}
         for part in made["groups"]
     ]
     return made | {

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import Unsupported
+
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 ADAPTER = "default"
@@ -14,6 +16,23 @@ ADAPTER = "default"
 
 NamedTensors = Callable[[Any], dict[str, Any]]
 """A function that takes one of peft's layers, and maps letters of the paper to tensors of this layer."""
+
+
+def dense_targets(model: nn.Module, names: tuple[str, ...], method: str) -> dict[str, nn.Linear]:
+    """Return the targets by path, for a method of peft that adds its update to a dense weight.
+
+    Raises Unsupported for a quantised layer, and ValueError if a target is no linear layer.
+    """
+    from torch import nn
+
+    from reference.shared.layers import targets
+
+    found = targets(model, names)
+    for path, base in found.items():
+        if type(base) is not nn.Linear:
+            kind = type(base).__name__
+            raise Unsupported(f"{path}: peft's {method} adds to a dense weight, and that of {kind} is packed")
+    return found
 
 
 def tuner(model: nn.Module, peft_config: Any, generator: Generator) -> Any:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import Unsupported
-from harness.methods.implementations.hf_peft.adapted import ADAPTER, PeftAdapted, tuner
+from harness.methods.implementations.hf_peft.adapted import ADAPTER, PeftAdapted, dense_targets, tuner
 from harness.methods.registry import DTYPES, implements
 
 if TYPE_CHECKING:
@@ -18,18 +17,9 @@ if TYPE_CHECKING:
 def loha(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
     """Attach peft's LoHa to linear layers. Raises Unsupported for a quantised base."""
     from peft import LoHaConfig
-    from torch import nn
 
-    from reference.shared.layers import targets
-
-    found = targets(model, config.targets)
-    for path, base in found.items():
-        if type(base) is not nn.Linear:
-            kind = type(base).__name__
-            raise Unsupported(f"{path}: peft's LoHa adds to a dense weight, and that of {kind} is packed")
-    peft_config = LoHaConfig(
-        r=config.rank, alpha=config.alpha, rank_dropout=config.rank_dropout, target_modules=list(found)
-    )
+    names = list(dense_targets(model, config.targets, "LoHa"))
+    peft_config = LoHaConfig(r=config.rank, alpha=config.alpha, rank_dropout=config.rank_dropout, target_modules=names)
     tuner(model, peft_config, generator)
     return PeftAdapted(model, _factors)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import Unsupported
-from harness.methods.implementations.hf_peft.adapted import ADAPTER, PeftAdapted, tuner
+from harness.methods.implementations.hf_peft.adapted import ADAPTER, PeftAdapted, dense_targets, tuner
 from harness.methods.registry import DTYPES, implements
 
 if TYPE_CHECKING:
@@ -21,15 +21,9 @@ def lokr(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
     Raises Unsupported for a quantised base, and for a factor that divides a layer's size and is above its square root.
     """
     from peft import LoKrConfig
-    from torch import nn
 
-    from reference.shared.layers import targets
-
-    found = targets(model, config.targets)
+    found = dense_targets(model, config.targets, "LoKr")
     for path, base in found.items():
-        if type(base) is not nn.Linear:
-            kind = type(base).__name__
-            raise Unsupported(f"{path}: peft's LoKr adds to a dense weight, and that of {kind} is packed")
         for size in (base.in_features, base.out_features):
             if config.factor > 0 and size % config.factor == 0 and config.factor**2 > size:
                 why = f"peft takes the factor {config.factor} of {size} though it is above the square root"
