@@ -170,3 +170,13 @@ def test_merging_and_detaching_leave_every_bit_of_the_base() -> None:
     assert exact(adapted.model.state_dict(), before).passed
     adapted.detach()
     assert exact(adapted.model.state_dict(), Two(torch.bfloat16).state_dict()).passed
+
+
+def test_values_in_another_layout_change_nothing() -> None:
+    """torch.kron raises for some layouts, and so does HF peft."""
+    layer = warmed().layers["q_proj"]
+    x = draw(5, layer.base.in_features)
+    before = layer(x)
+    for tensor in layer.tensors().values():
+        tensor.data = tensor.data.T.contiguous().T
+    assert torch.equal(layer(x), before)
