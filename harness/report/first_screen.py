@@ -94,7 +94,10 @@ def _lost(f: RunFacts, group: Group) -> int:
 
 
 def _which(names: Names, group: Group, chosen: Choice, lost: int) -> dict[str, Any]:
-    """Return the first card. lost: see `_lost`. With fewer results, fewer tests would seem to decide more."""
+    """Return the first card. It names no winner if results are lost (`lost`, see `_lost`).
+
+    Fewer tests are then corrected for each other, so that more recipes would look told apart than if all results counted.
+    """
     question, pick, highest = "Which method?", names[id(chosen.pick)], names[id(chosen.highest)]
     score = formatting.percent(chosen.highest.score.value)
     if lost:
