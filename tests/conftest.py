@@ -18,6 +18,9 @@ from support import forked_modules
 from support.once import once, shared_folder
 from support.sandbox import Finished, ForkSandbox, Sandbox, make_fork_sandbox, make_sandbox
 
+# A process that may not write bytecode compiles this project, and assertions, at each start. Tests start many processes.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # With one thread per core, several workers would wait for each other in loops. This must precede the import of torch.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -97,10 +97,13 @@ class MethodsFault:
     adds_layers: bool | None
     values: Mapping[str, Any]
 
-    def planted(self, cases: Mapping[str, FaultCase]) -> Iterator[Fault]:
-        """Yield the fault for each Method to which it applies. cases: Method -> case in which the fault shows."""
+    def planted(self, cases: Mapping[str, FaultCase], checks_of: Mapping[str, Collection[str]]) -> Iterator[Fault]:
+        """Yield the fault for each Method to which it applies.
+
+        cases: Method -> case in which the fault shows. checks_of: Method -> checks of its parity suite.
+        """
         for method, case in cases.items():
-            checks = parity_suite.load_plan(method).checks
+            checks = checks_of[method]
             applies = not self.only or method in self.only
             if self.adds_layers is not None:  # only a Method that adds tensors has a start to check
                 applies &= self.adds_layers is ("initial" in checks)
@@ -156,6 +159,7 @@ def every() -> tuple[Fault, ...]:
     """Return all faults, file by file."""
     modules = {m.name: vars(importlib.import_module(f"{__name__}.{m.name}")) for m in pkgutil.iter_modules(__path__)}
     cases = {name: found["CASE"] for name, found in modules.items() if isinstance(found.get("CASE"), FaultCase)}
+    checks_of = {name: parity_suite.load_plan(name).checks for name in cases}
     faults: list[Fault] = []
     for found in modules.values():
         faults += found.get("FAULTS", [])
@@ -163,5 +167,5 @@ def every() -> tuple[Fault, ...]:
             if isinstance(one, Fault):
                 faults.append(one)
             elif isinstance(one, MethodsFault):
-                faults += one.planted(cases)
+                faults += one.planted(cases, checks_of)
     return tuple(faults)
