@@ -76,6 +76,8 @@ def _lines(made: Sequence[MadeEnvironment], possible: Sequence[table.Environment
         total = sum(one.file.size for one in made)
         free = f"{folder.free() / 1e9:,.1f} GB free at {folder.root()}"
         lines.append(f"{plural(len(made), 'environment')}, {total / 1e6:,.1f} MB, {free}")
+    else:
+        lines.append("no environment exists yet")
     if possible:
         lines += [*([""] if lines else []), "can be made by `peft-harness env create NAME`:"]
         lines += align_columns(

@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -385,9 +386,12 @@ def find_run(name: str, runs: Path = RUNS) -> Path:
     if matches:
         raise UsageError(f"{name!r} matches {len(matches)} runs", where=str(runs), hint="give more of its id")
     if folder := next((folder for folder in (Path(name), runs / name) if folder.is_dir()), None):
-        raise UsageError(
-            "is no run: it has no run.json", where=str(folder), hint="copy it from the machine that made the run"
-        )
+        hint = "copy it from the machine that made the run"
+        if any((folder / file).exists() for file in ("adapter_config.json", "trainer_state.json")):
+            hint = f"another program made this folder: `peft-harness import {shlex.quote(str(folder))}` makes a run of it"
+        raise UsageError("is no run: it has no run.json", where=str(folder), hint=hint)
+    if Path(name).is_absolute():
+        raise UsageError("no such folder", where=name, hint="name a run id or its folder")
     recent = ", ".join(p.name for p in known[-3:])
     raise UsageError(
         f"no run {name!r}", where=str(runs), hint=f"runs here: {recent}" if recent else "`peft-harness run quick` first"

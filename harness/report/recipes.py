@@ -88,6 +88,7 @@ def _row(
 ) -> Table:  # fmt: skip
     found = _fields(group, e, target, scale)
     cell, score = e.record.cell, e.score
+    flag = disturbed(e) if any(found[key]["value"] is not None for key in ("unmerged_s", "merged_s")) else ""
     return {
         "name": name,
         "title": f.entry_name(e),
@@ -98,7 +99,7 @@ def _row(
         "fields": [found[c["key"]] for c in columns],
         "recipe": {
             "accuracy": score.value, "low": score.low, "high": score.high, "difference": e.difference,
-            "standing": e.standing, "busy": busy(e), "latency_flag": disturbed(e), "imported": e.record.imported is not None,
+            "standing": e.standing, "busy": busy(e), "latency_flag": flag, "imported": e.record.imported is not None,
             "target_loss": target.loss if target else None, "reached": found["to_target_s"]["more"].get("reached"),
             **{key: found[key]["value"] for key in found.keys() - {"accuracy", "interval", "difference", "spread"}},
         },
