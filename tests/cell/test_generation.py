@@ -253,6 +253,7 @@ def test_prompts_that_were_cut_are_counted(model: Any, spec: dict[str, Any]) -> 
         assert len(scorer.cut) == sum(length > limit for length in lengths)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_taught_answers(folder: Path, spec: dict[str, Any], tmp_path: Path) -> None:
     source = Source.model_validate(
         {"name": "d", "kind": "data", "source": "file:d", "rows": {

@@ -91,6 +91,7 @@ def test_a_prompt_is_no_longer_than_the_model_can_read(
     assert {m.tokens for (_, kind), m in measured.items() if kind != "decode"} == {tokens}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("passes", "prefill", "decode"), [(None, 12, 28), (6, 8, 28), (100, 100, 112)])
 def test_as_many_prompts_and_passes_as_are_asked_for(passes: int | None, prefill: int, decode: int) -> None:
     """At least: in four blocks of equal size, and decoding eight tokens at a time of which the first warms up."""

@@ -102,6 +102,7 @@ def test_layerwise_updates_are_the_whole_steps_to_the_bit(
     assert stepping.most_B == 512 * 128 * (DTYPES[dtype].itemsize + 4 * masters)  # of the embedding
 
 
+@pytest.mark.slow
 def test_with_checkpointing_too() -> None:
     whole, _, _, _ = trained("galore", "float32", "adamw-8bit", checkpointing=True)
     each, _, _, _ = trained("galore", "float32", "adamw-8bit", checkpointing=True, layerwise=True)
@@ -159,6 +160,7 @@ def optimizer_order(weights: dict[str, Tensor], optimizer: torch.optim.Optimizer
     return [own[weight.data_ptr()] for weight in weights.values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "fused"])
 def test_narrowing_is_all_that_8_bits_change(implementation: str) -> None:
     """In the first step the moments are not narrowed yet, so it is that of 32 bits; later ones differ, and little."""

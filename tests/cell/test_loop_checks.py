@@ -50,6 +50,7 @@ def test_every_planted_fault_is_caught_by_its_check_and_no_right_loop_is_accused
     assert document["wrong"] == []
 
 
+@pytest.mark.slow
 def test_a_fault_that_no_check_catches_fails_the_self_test() -> None:
     class Harmless(FaultyLoop):
         caught_by = "order"

@@ -36,6 +36,7 @@ print(meter.source, *(p.peak_memory_B for p in clock.done), *(p.end_memory_B for
 """
 
 
+@pytest.mark.slow
 def test_each_phase_has_a_peak_of_its_own() -> None:
     done = subprocess.run([sys.executable, "-c", _PEAKS], capture_output=True, text=True, check=True)
     source, *figures = done.stdout.split()
@@ -65,6 +66,7 @@ print(*(p.peak_memory_B for p in clock.done))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not platform.libc_ver()[0].startswith("glibc"), reason="only glibc's heap can be asked to shrink")
 def test_the_freed_pieces_of_one_phase_are_not_in_the_next_ones_peak() -> None:
     done = subprocess.run([sys.executable, "-c", _PIECES], capture_output=True, text=True, check=True)

@@ -29,6 +29,7 @@ def registry() -> Registry:
     return discover()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "implementation", "names"),
     [

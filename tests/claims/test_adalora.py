@@ -135,6 +135,7 @@ def test_a_rank_is_not_fitted_where_nearly_any_figure_has_one() -> None:
         baselines.at_some_rank(Fraction(499), Fraction(2994), Fraction(100), fitted=True)
 
 
+@pytest.mark.slow
 def test_a_percentage_without_its_rank_is_right_under_a_fitted_one_or_wrong() -> None:
     found = verdicts(["adalora-bart-b013", "adalora-bart-b026", "adalora-bart-b110"])
     nearest = "the nearest whole rank, since the paper prints none"

@@ -505,6 +505,7 @@ def test_one_measure_that_cannot_be_taken_is_told_and_ends_nothing() -> None:
     assert worker.answer({"measure": "ratio", "with": {"of": 1, "to": 3}})["value"] == "1/3"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGTERM")
 def test_sigterm_ends_the_children_too(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "harness.cli", "claims", "--file", str(write(tmp_path, line(tmp_path, "112")))]
@@ -560,6 +561,7 @@ def test_what_a_paper_leaves_out_is_not_decided(tmp_path: Path) -> None:
     assert judge(claim, [MeasureResult(2 * TRAINED, "least", most=3 * TRAINED)]).verdict is ClaimVerdict.NOT_REPRODUCED
 
 
+@pytest.mark.slow
 def test_an_unknown_paper_and_an_unknown_id_are_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["claims", "lorra"]) == Exit.USAGE
     assert "did you mean `lora`?" in capsys.readouterr().err
@@ -595,6 +597,7 @@ def test_claims_of_the_papers_hold_no_result_of_ours(path: Path) -> None:
     assert all(claim.source and claim.version for claim in claim_file.load([path]))
 
 
+@pytest.mark.slow
 def test_a_method_that_fails_its_check_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     def attach(model: Any, config: Any, generator: Any) -> Any:
         adapted = lora.attach(model, config, generator)

@@ -122,6 +122,7 @@ def test_scores_of_one_task_count_once() -> None:
     assert found.within == (Fraction("72.5"), Fraction("72.6"))
 
 
+@pytest.mark.slow
 def test_printed_shares_come_out_under_the_convention_that_fits(tmp_path: Path) -> None:
     found = verdicts(tmp_path, ["dora-t15-lora-r8", "dora-t15-lora-r16", "dora-t15-dora-r4", "dora-t15-dora-r8"])
     assert found["dora-t15-lora-r8"].verdict is found["dora-t15-dora-r8"].verdict is ClaimVerdict.REPRODUCED

@@ -461,6 +461,7 @@ def own_claim(folder: Path, suite: str, entry: str) -> str:
     return str(file)
 
 
+@pytest.mark.slow
 def test_a_claim_of_ones_own_is_judged_by_a_suite_of_ones_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -582,6 +583,7 @@ def _requests(claim: Claim) -> list[MeasureRequest]:
     return found
 
 
+@pytest.mark.slow
 def test_every_cell_that_a_claim_names_is_in_its_suite() -> None:
     asked = {
         (one.arguments[suite], entry)
@@ -614,6 +616,7 @@ def test_what_is_measured_says_how_near_it_must_come() -> None:
     assert not loose
 
 
+@pytest.mark.slow
 def test_steps_that_are_compared_to_a_few_per_cent_have_enough_processes() -> None:
     """Of fewer, an interval is as wide as processes are taken to differ, which is more than these claims allow."""
     few = [
@@ -642,6 +645,7 @@ claims:
 """
 
 
+@pytest.mark.slow
 def test_a_named_run_decides_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = record_sources._read("claims-small").plan
     cells = [one for one in plan.cells if plan.ids[one.cell_id] == "vera"]

@@ -66,6 +66,7 @@ def test_a_block_that_is_computed_again_takes_its_forward_pass_once_more(tmp_pat
     assert counted(shape(tmp_path), "full", again=True) == counted(shape(tmp_path), "full") + again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "config", "again"),
     [("full", {}, False), ("lora", QV, True), ("dora", QV, False), ("vera", QV, True), ("adalora", ADALORA, False)],
@@ -79,6 +80,7 @@ def test_a_deep_model_is_counted_from_three_of_its_blocks(
     assert counted(shape(tmp_path), method, config, again=again) == of_few
 
 
+@pytest.mark.slow
 def test_what_a_method_adds_is_counted(tmp_path: Path) -> None:
     """DoRA takes the base's product again, forward and backward, and the norms of W + BA; VeRA trains no matrix."""
     of = {method: counted(shape(tmp_path), method, QV) for method in ("lora", "dora", "vera", "pissa", "qlora")}

@@ -72,6 +72,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("peft-harness 0.")
 
 
+@pytest.mark.slow
 def test_list_shows_every_kind(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == Exit.PASS
     printed = capsys.readouterr()
@@ -374,6 +375,7 @@ def test_a_report_is_not_written_over_what_is_no_page(
     assert (run.path / "run.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error() -> None:
     writer = subprocess.Popen([*COMMAND, "list", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert writer.stdout is not None
@@ -392,6 +394,7 @@ def test_a_reader_that_leaves_in_the_middle_is_no_finding() -> None:
     assert (done.returncode, done.stderr) == (Exit.INFRASTRUCTURE, "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_behind_stdout_is_one_message() -> None:
     with Path("/dev/full").open("wb") as full:
@@ -416,6 +419,7 @@ def test_an_empty_path_is_not_the_current_folder(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_ascii_terminal_is_no_error() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "NO_COLOR": "1"}
     done = subprocess.run([*COMMAND, "explain", "lora"], capture_output=True, env=environment, check=False)

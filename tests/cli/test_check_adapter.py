@@ -207,6 +207,7 @@ def test_a_worker_that_dies_after_an_answer_costs_no_loader_its_result(
     assert asked == [["reference", "hf-peft"], ["hf-peft"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "verdict", "defect"),
     [

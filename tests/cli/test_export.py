@@ -102,6 +102,7 @@ sys.exit(main(["export", sys.argv[1], "--format", sys.argv[2], "--out", sys.argv
 """
 
 
+@pytest.mark.slow
 def test_without_pyarrow_there_is_csv_alone_and_it_says_so_first(tmp_path: Path) -> None:
     def run(form: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", _WITHOUT_PYARROW, str(REAL), form, str(tmp_path / form)]

@@ -93,6 +93,7 @@ def _asked(cells: dict[str, Cell]) -> list:
 COMPARISONS = recorded_run.comparisons
 
 
+@pytest.mark.slow
 def test_report_and_export(hostile_run: Path, tmp_path: Path, printed: Printed) -> None:
     for runs in ([str(hostile_run)], [str(hostile_run), str(hostile_run)]):
         assert SHOWN in printed("report", *runs, "-o", str(tmp_path / "page.html"))
@@ -101,6 +102,7 @@ def test_report_and_export(hostile_run: Path, tmp_path: Path, printed: Printed) 
     assert SHOWN in printed("export", str(hostile_run), "--format", "csv")
 
 
+@pytest.mark.slow
 def test_gate_and_baseline(
     hostile_run: Path, tmp_path: Path, printed: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +114,7 @@ def test_gate_and_baseline(
     assert "\\u001b[2J" in printed("gate", str(hostile_run), "--baseline", "ok", "--json")
 
 
+@pytest.mark.slow
 def test_history(hostile_run: Path, tmp_path: Path, printed: Printed) -> None:
     folder = ["--dir", str(tmp_path / "history")]
     printed("history", "add", str(hostile_run), *folder)
@@ -264,6 +267,7 @@ def test_list_of_environments(tmp_path: Path, printed: Printed, monkeypatch: pyt
     assert "\\u001b[2J" in printed("env", "list", "--json", code=Exit.PASS)
 
 
+@pytest.mark.slow
 def test_fit_of_a_model(tmp_path: Path, printed: Printed) -> None:
     config = {"model_type": HOSTILE, "architectures": [HOSTILE]}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -314,6 +314,7 @@ def refuses_to_load(model: Any, config: lora.Config, generator: torch.Generator)
     return adapted
 
 
+@pytest.mark.slow
 def test_a_walk_names_the_exception_of_a_rule_and_the_rules_before_it() -> None:
     mine = Implementation("mine", "method", "lora", refuses_to_load, dtypes=("float32",))
     plan = parity_suite.load("lora").model_copy(update={"checks": ["walk"]})

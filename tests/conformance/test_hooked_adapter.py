@@ -109,6 +109,7 @@ def test_lora_by_hooks_conforms() -> None:
     assert failed(by_hooks(1.0), "float32") == set()
 
 
+@pytest.mark.slow
 def test_a_hook_with_a_slightly_wrong_scaling_does_not_conform_even_in_bfloat16() -> None:
     assert {"gradient", "strides"} <= failed(by_hooks(1.01), "bfloat16")
 

@@ -61,11 +61,13 @@ def test_operations_that_a_loader_does_not_offer_are_unsupported() -> None:
     assert all(one.outcome is Outcome.SKIPPED and one.detail.startswith("unsupported: ") for one in others)
 
 
+@pytest.mark.slow
 def test_a_way_of_adding_up_that_raises_hides_no_wrong_number_of_another_way() -> None:
     found = outcomes(SumsOneWay, "plain")["combine_two"].result
     assert (found.outcome, found.tensor.partition(",")[0]) == (Outcome.FAIL, "off sum")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["dora", "tied_head", "modules_to_save"])
 def test_unmerging_says_whether_the_base_is_restored_to_the_last_bit(adapter: str) -> None:
     found = outcomes(ReferenceLoader, adapter)

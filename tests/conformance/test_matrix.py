@@ -58,6 +58,7 @@ def test_the_implementations_of_lora_conform(name: str, dtype: str, monkeypatch:
     assert {t.check for t in tried if t.status is CheckStatus.PASS} == usual - by_its_nature
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wide", [False, pytest.param(True, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("target", ["frozen", "full"])
 def test_the_baselines_conform(target: str, wide: bool) -> None:
@@ -78,6 +79,7 @@ def test_observing_leaves_gradients_and_mode_as_they_were() -> None:
     assert layer.training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["init", "warm"])
 def test_checks_leave_the_subject_as_they_found_it(state: str, small: parity_suite.MethodSuite) -> None:
     subject, case = suite_run.attach(method("reference"), small, next(small.cases(FEW)))
@@ -100,6 +102,7 @@ def test_forward_and_gradient_share_one_pass_within_a_case_only() -> None:
     assert checks.every()["gradient"](subject, dataclasses.replace(case, state="warm")).outcome is Outcome.FAIL
 
 
+@pytest.mark.slow
 def test_tensors_that_cannot_be_listed_are_one_finding_in_each_case(small: parity_suite.MethodSuite) -> None:
     def attach(model: nn.Module, config: Any, generator: torch.Generator) -> Any:
         adapted = method("reference")(model, config, generator)

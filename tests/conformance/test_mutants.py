@@ -117,6 +117,7 @@ def test_a_mutant_that_could_not_be_tried_is_neither_caught_nor_a_survivor() -> 
     assert f"COULD NOT BE TRIED {one.name}: AlreadyImportedError: too late" in report.lines()
 
 
+@pytest.mark.slow
 def test_the_list_of_equivalent_mutants_names_what_exists() -> None:
     modules = run.modules()
     known = {*modules, *(one.name for module in modules for one in mutants(module))}

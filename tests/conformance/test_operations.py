@@ -33,6 +33,7 @@ def right(target: str) -> Function:
     return operations.every()[target].reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", operations.every())
 def test_the_reference_of_every_operation_passes(target: str) -> None:
     assert failing(target, right(target)) == {}
@@ -142,6 +143,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_implementation_is_caught_by_the_check_that_names_it(fault: str) -> None:
     target, function, check = FAULTS[fault]
@@ -159,6 +161,7 @@ def in_float64(target: str) -> Function:
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", operations.every())
 def test_a_right_value_of_a_wrong_dtype_fails_and_says_what_it_should_be(target: str) -> None:
     plan = parity_suite.load_operation(target)
@@ -170,6 +173,7 @@ def test_a_right_value_of_a_wrong_dtype_fails_and_says_what_it_should_be(target:
     assert found.tensor
 
 
+@pytest.mark.slow
 def test_a_gradient_of_a_wrong_dtype_fails() -> None:
     """By torch's own switch for it, which lets a leaf take a gradient of any dtype."""
 
@@ -229,6 +233,7 @@ def test_either_zero_of_fp4_is_right() -> None:
     assert failing("fp4_quantize", other_zero) == {}
 
 
+@pytest.mark.slow
 def test_a_block_of_zeros_may_have_any_code_if_it_comes_back_as_zeros() -> None:
     def marked(absmax_of_zero: float) -> Function:
         def quantize(W: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -243,6 +248,7 @@ def test_a_block_of_zeros_may_have_any_code_if_it_comes_back_as_zeros() -> None:
     assert "outputs" in failing("nf4_quantize", marked(1.0))
 
 
+@pytest.mark.slow
 def test_half_precision_does_not_excuse_what_float32_catches() -> None:
     for dtype in ("bfloat16", "float16"):
         assert "outputs" in failing("nf4_linear", changed("nf4_linear", bias=None), dtype)
@@ -258,6 +264,7 @@ def test_an_operation_that_returns_something_else_is_told_what_it_should_return(
     assert "nf4_quantize should return packed, absmax" in first.result.detail
 
 
+@pytest.mark.slow
 def test_a_fault_of_later_calls_is_reported_with_the_number_of_calls() -> None:
     plan = parity_suite.load_operation("lora_linear").model_copy(update={"checks": ["calls"]})
     for shape, times in (([8, 16], LONG_RUN), ([160, 128], 2)):
@@ -291,10 +298,12 @@ class _Bent(torch.autograd.Function):
         return 2 * dy
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_last_of_several_outputs_is_compared() -> None:
     assert set(failing("lora_qkv", on_output("lora_qkv", 2, _Bent.apply))) == {"backward"}
 
 
+@pytest.mark.slow
 def test_a_backward_pass_that_overwrites_an_argument_is_found() -> None:
     def call(x: torch.Tensor, **given: Any) -> Any:
         y = right("lora_mlp")(x=x, **given)

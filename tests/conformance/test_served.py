@@ -89,6 +89,7 @@ def test_adapters_that_the_server_does_not_list_are_loaded_and_unloaded(check, b
     assert (code, list(models.models)) == (Exit.PASS, ["tiny"]), out
 
 
+@pytest.mark.slow
 def test_a_server_without_loading_is_compared_without_it(check, base, adapters) -> None:
     code, out, _ = check(ModelServer(base, adapters), base, adapters, "--json")
     assert code == Exit.PASS, out
@@ -149,6 +150,7 @@ def _tier(fault: str) -> list[pytest.MarkDecorator]:
     return [] if fault in QUICK else [pytest.mark.slow if fault in SLOW else pytest.mark.nightly]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [pytest.param(fault, marks=_tier(fault)) for fault in FAULTS])
 def test_a_planted_fault_is_found_where_it_is(check, base, adapters, fault) -> None:
     wrong, phases, word = FAULTS[fault]
@@ -241,6 +243,7 @@ def test_a_shard_of_one_row_is_no_crash() -> None:
     assert torch.equal(tensors["layer.shared_expert_gate.lora_B.weight"], torch.ones(1, 3))
 
 
+@pytest.mark.slow
 def test_rows_of_a_head_that_get_adapters_of_other_requests_are_found(check, roomy) -> None:
     base, adapters = roomy
     models = ModelServer(base, adapters, "head with the segments of all rows", longest=128)
@@ -254,12 +257,14 @@ def test_rows_of_a_head_that_get_adapters_of_other_requests_are_found(check, roo
         assert not wrong["mixed"] or "head" in one["finding"]["cause"]
 
 
+@pytest.mark.slow
 def test_a_server_that_answers_for_an_unloaded_adapter_fails(check, base, adapters) -> None:
     code, out, _ = check(ModelServer(base, adapters, "unload ignored", loading=True), base, adapters)
     assert code == Exit.FAIL
     assert "peft-harness-swap" in out
 
 
+@pytest.mark.slow
 def test_the_text_shows_metrics_verdicts_and_a_reproduction(check, base, adapters) -> None:
     code, out, _ = check(ModelServer(base, adapters, "rsLoRA ignored"), base, adapters)
     assert code == Exit.FAIL
@@ -270,6 +275,7 @@ def test_the_text_shows_metrics_verdicts_and_a_reproduction(check, base, adapter
 # ---- servers that stop, and bad input
 
 
+@pytest.mark.slow
 def test_results_so_far_are_printed_if_the_server_stops(check, base, adapters) -> None:
     # The list of models, a trial, 6 requests each to the base and the first adapter, then some to the second.
     code, out, _ = check(ModelServer(base, adapters, stops_after=17), base, adapters, "--json")
@@ -282,6 +288,7 @@ def test_results_so_far_are_printed_if_the_server_stops(check, base, adapters) -
     }
 
 
+@pytest.mark.slow
 def test_results_so_far_are_printed_if_the_user_interrupts(check, base, adapters) -> None:
     def interrupt(number: int) -> None:
         if number == 24:
@@ -391,6 +398,7 @@ def test_another_base_or_no_such_model_is_wrong_use(check, base, adapters, tmp_p
     assert "did you mean `tiny`" in err
 
 
+@pytest.mark.slow
 def test_an_adapter_that_does_not_fit_the_base_leaves_the_others_their_results(check, base, adapters, tmp_path) -> None:
     wider = adapter_folders.base(tmp_path / "wider", hidden_size=128)
     misfit = adapter_folders.adapter(wider, tmp_path / "misfit", **adapter_folders.FOUR["narrow"])
@@ -435,6 +443,7 @@ def test_wrong_options_are_refused(wrong, base, adapters, capsys) -> None:
     assert "secret" not in err
 
 
+@pytest.mark.slow
 def test_the_token_is_sent_and_never_written(check, base, adapters, monkeypatch) -> None:
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
     models = ModelServer(base, adapters, "rsLoRA ignored", token=TOKEN)
@@ -475,6 +484,7 @@ def test_another_tokenizer_is_wrong_use(check, worded) -> None:
     assert "tokenizer" in err
 
 
+@pytest.mark.slow
 def test_the_evidence_is_a_request_that_the_server_accepts(check, worded) -> None:
     models = ModelServer(*worded, "multiplied by alpha", tokenizer=worded[0], texts_only=True)
     code, out, _ = check(models, *worded, "--json")
@@ -487,6 +497,7 @@ def test_the_evidence_is_a_request_that_the_server_accepts(check, worded) -> Non
     assert models.complete(body)["choices"]
 
 
+@pytest.mark.slow
 def test_an_alpha_of_zero_and_a_classifier_are_no_crash(check, base, adapters, tmp_path) -> None:
     models = ModelServer(base, adapters)
     for name, change in (("still", {"lora_alpha": 0}), ("classifier", {"task_type": "SEQ_CLS"})):
@@ -502,6 +513,7 @@ def test_an_alpha_of_zero_and_a_classifier_are_no_crash(check, base, adapters, t
             assert "task_type is SEQ_CLS" in err
 
 
+@pytest.mark.slow
 def test_a_server_that_takes_and_returns_texts_only_is_compared(check, worded) -> None:
     models = ModelServer(*worded, tokenizer=worded[0], texts_only=True)
     code, out, _ = check(models, *worded, "--json")

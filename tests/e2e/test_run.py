@@ -106,6 +106,7 @@ def test_a_report_that_fails_loses_no_result(
     assert (run.path / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_breaks(inside: Sandbox, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["run", inside.suite("{implementation: [missing, vandal, leaves]}"), "--out", "run"])
     assert code == Exit.INFRASTRUCTURE
@@ -195,6 +196,7 @@ def test_strict_does_not_pass_an_open_question(
     assert main(["run", "smoke", "--only", "method=lora,dtype=float32", "--out", "run", *options]) == code
 
 
+@pytest.mark.slow
 def test_signals_are_heard_only_while_a_run_goes_on(inside: Sandbox) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)
     main(["run", inside.suite("{implementation: missing}"), "--out", "run"])
@@ -222,6 +224,7 @@ def test_a_reader_of_the_progress_that_leaves(sandbox: Sandbox) -> None:
     assert (run.footer.how, len(run.records), process.returncode) == ("finished", 2, Exit.INFRASTRUCTURE)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_is_refused_before_anything_is_fetched(
     inside: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,6 +275,7 @@ def test_fetched_data_that_do_not_fit_are_refused_before_the_first_cell(
     assert not inside.run_folder.exists()
 
 
+@pytest.mark.slow
 def test_a_clock_that_is_set_back(inside: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     main(["run", inside.suite("{implementation: missing}"), "--out", "run"])
     run = inside.read()

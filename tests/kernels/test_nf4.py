@@ -215,6 +215,7 @@ def test_no_tensor_of_the_weights_size_is_saved_for_the_backward_pass() -> None:
     assert max(kept, default=0) <= 512 * 4
 
 
+@pytest.mark.slow
 def test_second_derivatives_are_correct() -> None:
     generator = torch.Generator().manual_seed(0)
     packed, absmax = nf4.quantize(torch.randn(6, 10, generator=generator), 32)

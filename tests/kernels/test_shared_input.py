@@ -102,6 +102,7 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa", "adalora"])
 def test_one_call_computes_all_layers(method: str, together: list[int]) -> None:
     adapted = attached(method)

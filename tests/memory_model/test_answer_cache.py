@@ -262,6 +262,7 @@ def _write_often() -> None:
         answer_cache.write([(request(), LARGE)])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the writers are forks")
 def test_a_reader_sees_whole_entries_while_others_write() -> None:
     answer_cache.write([(request(), LARGE)])

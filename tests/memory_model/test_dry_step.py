@@ -178,6 +178,7 @@ def test_what_only_changes_the_cost(method: str, training: dict[str, Any]) -> No
     agree(cell(method, training={"batch": 8} | training), LLAMA)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
 def test_layerwise_updates(optimizer: str) -> None:
     agree(cell("galore", optimizer=optimizer, training={"layerwise": True}), LLAMA)
@@ -199,6 +200,7 @@ def test_an_encoder(method: str) -> None:
     agree(cell(method, config=config), BERT, "encoder")
 
 
+@pytest.mark.slow
 def test_what_is_written_into_memory_that_is_there_is_no_tensor_more() -> None:
     """Torch says of a product into `out` that it made one: MiniLM's `fused` QLoRA was predicted 4 % too high."""
     wide = BERT | {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4}
@@ -208,6 +210,7 @@ def test_what_is_written_into_memory_that_is_there_is_no_tensor_more() -> None:
     agree(one, wide, "encoder")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["hf-peft", "fused"])
 def test_other_implementations_take_the_step_themselves(implementation: str) -> None:
     one = cell("lora", implementation)
@@ -233,6 +236,7 @@ def test_memory_that_is_kept_for_the_next_weight_is_counted_once() -> None:
     agree(one, BERT | {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8}, "encoder")
 
 
+@pytest.mark.slow
 def test_no_product_is_asked_about_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch takes long to say what an operation makes: a plan of large models took minutes when each block asked anew."""
     asked: list[Any] = []
@@ -258,6 +262,7 @@ def test_no_product_is_asked_about_twice(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not asked
 
 
+@pytest.mark.slow
 def test_chunks_are_not_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A 7B model has thousands in one tensor, which took longer than a step may."""
     one, decode = cell("galore", "fused", optimizer="adamw-8bit"), adamw8bit_step.decode

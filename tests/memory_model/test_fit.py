@@ -187,6 +187,7 @@ def test_the_answer_comes_from_a_child_process_and_the_command_imports_no_torch(
     assert re.search(r"^  dora +none +4 ", done.stdout, re.MULTILINE)  # whose layers are GPT-2's
 
 
+@pytest.mark.slow
 def test_a_shape_has_the_weights_of_the_model_that_it_is_named_after() -> None:
     counted = {n: count(one.config, one.kind, "bfloat16", {}, []) for n, one in shapes.presets().items()}
     found = {name: one["parameters"] for name, one in counted.items()}

@@ -172,6 +172,7 @@ for t in projections(*{sizes}):
 """
 
 
+@pytest.mark.slow
 def test_another_process_rebuilds_the_same_projections() -> None:
     sizes = (2**32 - 1, 5, 129, 67)
     expected = [f"{hashlib.sha256(t.numpy().tobytes()).hexdigest()} {t.dtype}" for t in vera.projections(*sizes)]

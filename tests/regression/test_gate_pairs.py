@@ -468,6 +468,7 @@ def test_a_canary_that_cannot_be_written_is_refused_first_and_loses_no_pairs(
     assert "slower" in output
 
 
+@pytest.mark.slow
 def test_too_many_alarms_of_canaries_close_the_gate(gated, tmp_path: Path) -> None:
     place = recorded_run.environment().id
     for number in range(40):

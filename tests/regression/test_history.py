@@ -225,6 +225,7 @@ COUNTED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_detect_calls_no_function_per_value(tmp_path: Path) -> None:
     """A thousand Cells over ninety nights are four million values; a call for each of them takes minutes."""
     cells = histories.many(50)

@@ -287,6 +287,7 @@ def test_without_a_gpu_every_part_is_not_run(
     assert "no GPU" in (out / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_footer_and_a_page(tmp_path: Path) -> None:
     """The night of a real process, ended in its first part."""
     stub = tmp_path / "stub.py"

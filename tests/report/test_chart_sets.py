@@ -186,6 +186,7 @@ def test_many_cells_share_the_bars_of_their_methods(tmp_path: Path, monkeypatch:
 # ---- files
 
 
+@pytest.mark.slow
 def test_every_chart_is_a_light_and_a_dark_file_without_variables(swept: RunFacts, tmp_path: Path) -> None:
     written = chart_files.write_charts([swept], tmp_path / "new" / "charts")
     names = {path.name for path in (tmp_path / "new" / "charts").iterdir()}
@@ -219,6 +220,7 @@ def test_hostile_names_make_no_other_file_and_no_broken_one(tmp_path: Path) -> N
         ET.fromstring(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_report_svg_says_where_the_files_are(
     swept: RunFacts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

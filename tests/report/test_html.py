@@ -94,6 +94,7 @@ def test_write_report_is_whole_or_absent(good: store.Run, tmp_path: Path) -> Non
         html.write_report([analyse(good)], tmp_path / "no such folder" / "report.html")
 
 
+@pytest.mark.slow
 def test_reports_are_made_without_torch(good: store.Run, tmp_path: Path) -> None:
     script = """
 import sys

@@ -42,6 +42,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_the_script_makes_the_committed_files(
     make: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +92,7 @@ def logits_outcomes(loader: Implementation, *dtypes: str) -> list[CheckOutcome]:
     return [one for case in cases for one in suite_run.run_case(loader, plan, case)]
 
 
+@pytest.mark.slow
 def test_hf_peft_agrees_with_every_file_or_has_a_known_defect() -> None:
     loader = discover(only=["hf-peft"]).find("loader", "adapter_files", "hf-peft")
     tried, complaints = defects.explained(
@@ -101,12 +103,14 @@ def test_hf_peft_agrees_with_every_file_or_has_a_known_defect() -> None:
     assert sorted({one.case for one in tried}) == corpus.names()
 
 
+@pytest.mark.slow
 def test_the_reference_agrees_with_every_file_in_every_dtype() -> None:
     loader = discover(only=["reference"]).find("loader", "adapter_files", "reference")
     wrong = [one for one in logits_outcomes(loader) if one.result.outcome is Outcome.FAIL]
     assert [f"{one.case} {one.dtype}: {one.result}" for one in wrong] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [one for one in FAULTS if one.expected == ("logits",)], ids=lambda one: one.name)
 def test_a_wrong_reading_is_far_from_the_logits(fault: faults.Fault) -> None:
     plan = parity_suite.load_plan("adapter_files").model_copy(update={"checks": ["logits"]})
