@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import floating_dtype, replace, targets
+from reference.shared.layers import LINEAR_OR_CONV1D, floating_dtype, replace, sides, targets
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -198,12 +198,11 @@ def largest_mask(scores: Tensor, count: int) -> Tensor:
 class AdaLoraLinear(AdaptedLayer):
     """A frozen linear layer (..., D) -> (..., E) with an update in the form of an SVD.
 
-    A (R, D), E (R, 1) and B (E, R) train. `base` is an nn.Linear or a quantised subclass.
+    A (R, D), E (R, 1) and B (E, R) train. `base` is an nn.Linear, a quantised subclass, or
+    transformers' Conv1D.
     """
 
-    base: nn.Linear
-
-    def __init__(self, base: nn.Linear, A: Tensor, E: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
+    def __init__(self, base: nn.Module, A: Tensor, E: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
         super().__init__()
         self.base = base
         self.A, self.E, self.B = nn.Parameter(A), nn.Parameter(E), nn.Parameter(B)
@@ -321,18 +320,19 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaL
     """Freeze `model` and wrap every target in an AdaLoraLinear.
 
     A and B are drawn, in this order, from a normal distribution with standard deviation 0.02. E is 0. Raises ValueError
-    if a target names no linear layer, or if the ranks or the schedule are inconsistent.
+    if a target names neither a linear layer nor a Conv1D, or if the ranks or the schedule are inconsistent.
     """
     _refuse_contradictions(config)
-    found = targets(model, config.targets)
+    found = targets(model, config.targets, LINEAR_OR_CONV1D)
     model.requires_grad_(False)
     layers = {}
     for path, base in found.items():
         dtype, device = floating_dtype(base), next(base.parameters()).device
+        inputs, outputs = sides(base)
         # Drawn in float64 so that every dtype starts from the same numbers.
         A, B = (
             (torch.randn(shape, generator=generator, dtype=torch.float64) * _STD).to(device, dtype)
-            for shape in ((config.rank, base.in_features), (base.out_features, config.rank))
+            for shape in ((config.rank, inputs), (outputs, config.rank))
         )
         E = torch.zeros(config.rank, 1, dtype=dtype, device=device)
         layers[path] = AdaLoraLinear(base, A, E, B, config.alpha / (config.rank + _EPS), config.dropout)

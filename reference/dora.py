@@ -10,12 +10,13 @@ rank.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reference.shared.adapted import AdaptedLayers, LowRankLayer
-from reference.shared.layers import dense_copy, dense_weight, replace, targets
+from reference.shared.layers import LINEAR_OR_CONV1D, as_stored, dense_copy, dense_weight, replace, targets
 from reference.shared.lora_start import linear_factors
 from reference.spec import Deviation, ReferenceSpec
 
@@ -105,12 +106,10 @@ class DoraLinear(LowRankLayer):
     """A linear layer (..., D) -> (..., E) with the weight m V' / ||V'||, where V' = W0 + s B A.
 
     A (R, D), B (E, R) and m train. m is (E,), or (D,) if each input feature has a magnitude. The base's bias is added
-    unscaled. `base` is an nn.Linear or a quantised subclass.
+    unscaled. `base` is an nn.Linear, a quantised subclass, or transformers' Conv1D.
     """
 
-    base: nn.Linear
-
-    def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, config: Config) -> None:
+    def __init__(self, base: nn.Module, A: Tensor, B: Tensor, config: Config) -> None:
         super().__init__(base, A, B, config.alpha / config.rank, config.dropout)
         self.detach_norm, self.per = config.detach_norm, config.per
         # This is ||W0||, since B = 0. It is computed in the same way as in `forward`, so that g is exactly 1 in any dtype.
@@ -142,27 +141,27 @@ class DoraLinear(LowRankLayer):
         """Map the names A, B and m to the trainable parameters."""
         return {**super().tensors(), "m": self.m}
 
-    def merged(self) -> nn.Linear:
-        """Return a linear layer with the weight W'.
+    def merged(self) -> Any:
+        """Return a plain layer with the weight W'.
 
         The rows of W' have the norms |m|. If each input feature has a magnitude, the columns have them instead.
         """
-        dense = dense_copy(self.base)
+        dense: Any = dense_copy(self.base)
         with torch.no_grad():
-            V_ED = self.direction(dense.weight)
+            V_ED = self.direction(dense_weight(dense))
             g = gain(self.m, norms(V_ED, self.per))
-            dense.weight.copy_(g[:, None] * V_ED if self.per == "output" else V_ED * g)
+            dense.weight.copy_(as_stored(dense, g[:, None] * V_ED if self.per == "output" else V_ED * g))
         return dense
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
     """Freeze `model` and wrap every target in a DoraLinear. `generator` draws the A of each layer, in the model's order.
 
-    Raises ValueError if a target names no linear layer.
+    Raises ValueError if a target names neither a linear layer nor a Conv1D.
     """
     model.requires_grad_(False)
     layers = {}
-    for path, base in targets(model, config.targets).items():
+    for path, base in targets(model, config.targets, LINEAR_OR_CONV1D).items():
         A, B = linear_factors(base, config.rank, generator)  # draws the same numbers as LoRA
         layers[path] = DoraLinear(base, A, B, config)
         replace(model, path, layers[path])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from reference.lora_experts import adapted_experts
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers, LowRankLayer
-from reference.shared.layers import KINDS, floating_dtype, kind_of, replace, targets
+from reference.shared.layers import KINDS, floating_dtype, kind_of, replace, sides, targets
 from reference.shared.lora_layers import LoraConv2d, LoraConv2dKernel, LoraEmbedding
 from reference.shared.lora_start import initial_factors
 from reference.spec import Deviation, ReferenceSpec
@@ -140,11 +140,6 @@ class LoraLinear(LowRankLayer):
         y_TE: Tensor = self.base(x_TD) + self.scaling * (h_TR @ self.B.T)
         return y_TE
 
-    def delta(self) -> Tensor:
-        """Return scaling B A in the layout of the base's weight. This is (E, D), or (D, E) for a Conv1D."""
-        update_ED = super().delta()
-        return update_ED.T if kind_of(self.base) == "Conv1D" else update_ED
-
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
     """Freeze `model` and wrap every target in a LoRA layer. `generator` draws A and B, in the model's order of layers.
@@ -190,5 +185,4 @@ def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLa
         if K[0] != K[1]:
             raise ValueError(f"conv=loralib is defined for square kernels, and this one is {K[0]} x {K[1]}")
         return LoraConv2dKernel(base, *factors(R * K[0], C * K[0], E // G * K[0]), s, p)
-    D, E = (base.nx, base.nf) if kind == "Conv1D" else (base.in_features, base.out_features)
-    return LoraLinear(base, *factors(R, D, E), s, p)
+    return LoraLinear(base, *factors(R, *sides(base)), s, p)

@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers, LowRankLayer
-from reference.shared.layers import dense_copy, dense_weight, floating_dtype, kind_of, replace, targets
+from reference.shared.layers import (
+    as_stored,
+    dense_copy,
+    dense_weight,
+    floating_dtype,
+    kind_of,
+    replace,
+    sides,
+    targets,
+)
 from reference.shared.lora_layers import LoraEmbedding
 from reference.shared.randomised_svd import randomised_svd
 from reference.spec import Deviation, ReferenceSpec
@@ -88,6 +97,10 @@ SPEC = ReferenceSpec(
         ),
     ),
 )
+
+
+KINDS = ("linear", "Conv1D", "embedding")
+"""Kinds of layers that PiSSA adapts."""
 
 
 @dataclass(frozen=True)
@@ -168,12 +181,13 @@ def to_lora(A0: Tensor, B0: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tenso
 class PissaLinear(LowRankLayer):
     """A linear layer with a trainable principal part from A (R, D) and B (E, R), and a frozen residual W_res (E, D).
 
-    `base` is the original layer, an nn.Linear or a quantised subclass. Only its bias is used for the output.
+    `base` is the original layer: an nn.Linear, a quantised subclass, or transformers' Conv1D. Only its bias is used for
+    the output.
     """
 
-    base: nn.Linear
+    base: Any
 
-    def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, residual: Tensor, scaling: float) -> None:
+    def __init__(self, base: nn.Module, A: Tensor, B: Tensor, residual: Tensor, scaling: float) -> None:
         super().__init__(base, A, B, scaling)
         self.register_buffer("residual", residual)
 
@@ -187,11 +201,11 @@ class PissaLinear(LowRankLayer):
         """Map the name `residual` to W_res (E, D)."""
         return {"residual": self.get_buffer("residual")}
 
-    def merged(self) -> nn.Linear:
-        """Return a linear layer with the weight W_res + scaling B A."""
-        dense = dense_copy(self.base)
+    def merged(self) -> Any:
+        """Return a plain layer with the weight W_res + scaling B A."""
+        dense: Any = dense_copy(self.base)
         with torch.no_grad():
-            dense.weight.copy_(self.get_buffer("residual") + self.delta())
+            dense.weight.copy_(as_stored(dense, self.get_buffer("residual") + self.delta()))
         return dense
 
 
@@ -233,12 +247,12 @@ def attach(
 ) -> AdaptedLayers:
     """Freeze `model` and replace every target by a PissaLinear or a PissaEmbedding, in the model's order of layers.
 
-    split: replaces the function `split`, e.g. by a faster one. Raises ValueError if a target names no linear layer or
-    embedding, or if the rank exceeds the smaller side of a target's weight.
+    split: replaces the function `split`, e.g. by a faster one. Raises ValueError if a target names no linear layer,
+    Conv1D or embedding, or if the rank exceeds the smaller side of a target's weight.
     """
-    found = targets(model, config.targets, ("linear", "embedding"))
+    found = targets(model, config.targets, KINDS)
     for path, base in found.items():
-        D, E = _sides(base)
+        D, E = sides(base)
         if config.rank > min(D, E):
             raise ValueError(
                 f"rank {config.rank}: {path} maps {D} to {E} features and has only {min(D, E)} singular values"
@@ -252,10 +266,3 @@ def attach(
         layers[path] = kind(base, A, B, residual, config.alpha / config.rank)
         replace(model, path, layers[path])
     return AdaptedLayers(model, layers)
-
-
-def _sides(base: Any) -> tuple[int, int]:
-    """Return D and E, the input and output sizes of a layer's weight."""
-    if kind_of(base) == "embedding":
-        return base.num_embeddings, base.embedding_dim
-    return base.in_features, base.out_features

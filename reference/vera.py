@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import floating_dtype, replace, targets
+from reference.shared.layers import LINEAR_OR_CONV1D, floating_dtype, replace, sides, targets
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -101,14 +101,14 @@ def projections(key: int, rank: int, in_features: int, out_features: int) -> tup
 class VeraLinear(AdaptedLayer):
     """A frozen linear layer (..., D) -> (..., E) with a random low-rank update. Trained vectors b (E,), d (R,) scale it."""
 
-    base: nn.Linear
-    """The original layer, an nn.Linear or a quantised subclass."""
+    base: nn.Module
+    """The original layer: an nn.Linear, a quantised subclass, or transformers' Conv1D."""
     A: Tensor
     """Frozen matrix (R, D). It may be a view of a tensor that layers share."""
     B: Tensor
     """Frozen matrix (E, R). It may be a view of a tensor that layers share."""
 
-    def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, b: Tensor, d: Tensor, dropout: float) -> None:
+    def __init__(self, base: nn.Module, A: Tensor, B: Tensor, b: Tensor, d: Tensor, dropout: float) -> None:
         super().__init__()
         self.base = base
         # Not persistent, so that a checkpoint holds only b and d, as the paper proposes.
@@ -140,17 +140,16 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
     """Freeze `model` and wrap every target in a VeraLinear. All layers share A and B, drawn with the seed `projection_key`.
 
     `generator` is not used, so the initial tensors do not depend on the run's seed. Raises ValueError if a target names
-    no linear layer.
+    neither a linear layer nor a Conv1D.
     """
     model.requires_grad_(False)
-    found = targets(model, config.targets)
-    widest = max(base.in_features for base in found.values())
-    tallest = max(base.out_features for base in found.values())
+    found = targets(model, config.targets, LINEAR_OR_CONV1D)
+    widest, tallest = (max(sides(base)[side] for base in found.values()) for side in (0, 1))
     A_shared, B_shared = projections(config.projection_key, config.rank, widest, tallest)
     shared: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
     layers = {}
     for path, base in found.items():
-        E, D = base.out_features, base.in_features
+        D, E = sides(base)
         dtype, device = floating_dtype(base), next(base.parameters()).device
         if (device, dtype) not in shared:  # layers on one device and in one dtype share a pair
             shared[device, dtype] = (A_shared.to(device, dtype), B_shared.to(device, dtype))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference.shared.layers import dense_copy, replace
+from reference.shared.layers import as_stored, dense_copy, replace
 
 
 class AdaptedModel:
@@ -76,7 +76,7 @@ class AdaptedLayer(nn.Module):
         return {}
 
     def delta(self) -> Tensor:
-        """Return the Method's change of the base's weight, in the weight's shape."""
+        """Return the Method's change of the weight, as (E, D), or in the weight's shape if the layer is no linear layer."""
         raise NotImplementedError
 
     def dense_base(self) -> nn.Module:
@@ -87,7 +87,7 @@ class AdaptedLayer(nn.Module):
         """Return a plain layer with the same output as this one: the base with `delta()` added to its weight."""
         dense: Any = self.dense_base()
         with torch.no_grad():
-            dense.weight += self.delta().to(dense.weight.dtype)
+            dense.weight += as_stored(dense, self.delta()).to(dense.weight.dtype)
         return dense
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 LINEAR = ("linear",)
+LINEAR_OR_CONV1D = ("linear", "Conv1D")
 KINDS = ("linear", "Conv1D", "embedding", "Conv2d", "experts")
 """Kinds of layers that a Method may adapt. Every Method adapts the first kind, `linear`."""
 
@@ -101,7 +102,7 @@ def _all_linear(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    return {path: module for path, module in model.named_modules() if kind_of(module) in ("linear", "Conv1D")}
+    return {path: module for path, module in model.named_modules() if kind_of(module) in LINEAR_OR_CONV1D}
 
 
 WORDS: Mapping[str, Callable[[nn.Module], dict[str, nn.Module]]] = {"attention": _attention, "all-linear": _all_linear}
@@ -142,14 +143,31 @@ def floating_dtype(base: nn.Module) -> torch.dtype:
     return getattr(base, "compute_dtype", None) or torch.float32  # an attribute of bitsandbytes' layers
 
 
-def dense_weight(base: nn.Linear | nn.Embedding) -> torch.Tensor:
+def sides(base: Any) -> tuple[int, int]:
+    """Return D and E, the sizes of a layer's inputs and outputs. The layer is linear, a Conv1D or an embedding."""
+    match kind_of(base):
+        case "Conv1D":
+            return base.nx, base.nf
+        case "embedding":
+            return base.num_embeddings, base.embedding_dim
+    return base.in_features, base.out_features
+
+
+def as_stored(base: nn.Module, W_ED: torch.Tensor) -> torch.Tensor:
+    """Return a matrix (E, D) in the layout of the weight of `base`. This is (D, E) for a Conv1D."""
+    return W_ED.T if kind_of(base) == "Conv1D" else W_ED
+
+
+def dense_weight(base: Any) -> torch.Tensor:
     """Return the dense matrix (out, in) by which `base` multiplies its inputs.
 
-    An embedding multiplies one-hot rows by its table, so its matrix is the transpose of the table. The matrix of a
-    packed layer is computed as its output for the unit vectors. This is exact, since each product is 1 w + 0 + 0 ...
+    A Conv1D stores the transpose of its matrix. An embedding multiplies one-hot rows by its table, so its matrix is the
+    transpose of the table. The matrix of a packed layer is computed as its output for the unit vectors. This is exact,
+    since each product is 1 w + 0 + 0 ...
     """
-    if isinstance(base, nn.Embedding):
-        return base.weight.detach().T.contiguous()
+    if kind_of(base) in ("Conv1D", "embedding"):
+        transposed: torch.Tensor = base.weight.detach().T.contiguous()
+        return transposed
     if type(base) is nn.Linear:
         return base.weight.detach().clone()
     unit = torch.eye(base.in_features, dtype=floating_dtype(base), device=next(base.parameters()).device)

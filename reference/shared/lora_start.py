@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from reference.shared.layers import floating_dtype
+from reference.shared.layers import floating_dtype, sides
 
 _SPREAD = 10.0
 """Number by which both orthogonal factors are divided, as in HF peft."""
@@ -37,9 +37,12 @@ def initial_factors(
     return A, torch.zeros(outputs, rank, dtype=torch.float64)
 
 
-def linear_factors(base: nn.Linear, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return initial A and B for a linear layer, by LoRA's default `kaiming`. Dtype and device are those of the layer."""
-    A, B = initial_factors("kaiming", rank, base.in_features, base.out_features, generator)
+def linear_factors(base: nn.Module, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return initial A and B for a linear layer or a Conv1D, by LoRA's default `kaiming`.
+
+    Dtype and device are those of the layer.
+    """
+    A, B = initial_factors("kaiming", rank, *sides(base), generator)
     dtype, device = floating_dtype(base), next(base.parameters()).device
     return A.to(device, dtype), B.to(device, dtype)
 

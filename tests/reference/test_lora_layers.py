@@ -84,21 +84,6 @@ def test_targets_are_linear_by_default() -> None:
     ]  # fmt: skip
 
 
-def test_conv1d_is_the_linear_layer_with_the_transposed_weight() -> None:
-    adapted, twin = warmed("Conv1D"), warmed("linear")
-    with torch.no_grad():
-        twin.layers["layer"].base.weight.copy_(adapted.layers["layer"].base.weight.T)
-        twin.layers["layer"].base.bias.copy_(adapted.layers["layer"].base.bias)
-    load(twin, adapted.tensors())
-    x = sample("linear")
-    assert_same(run(adapted, x), run(twin, x))
-    delta = adapted.layers["layer"].delta()
-    assert torch.equal(delta, twin.layers["layer"].delta().T)
-    merged = adapted.layers["layer"].merged()
-    assert type(merged) is Conv1D
-    assert torch.equal(merged.weight, adapted.layers["layer"].base.weight + delta)
-
-
 @pytest.mark.parametrize("name", ["embedding", "scaled"])
 def test_an_embedding_is_a_linear_layer_on_one_hot_rows(name: str) -> None:
     adapted, ids = warmed(name), sample(name)

@@ -273,7 +273,7 @@ def test_conversion_of_an_untrained_adapter_is_zero(niter: int) -> None:
     ("config", "message"),
     [
         ({"rank": 8}, "rank 8: v_proj maps 10 to 7 features and has only 7 singular values"),
-        ({"targets": ("k_proj",)}, "no linear or embedding layer is named 'k_proj'"),
+        ({"targets": ("k_proj",)}, "no linear, Conv1D or embedding layer is named 'k_proj'"),
     ],
 )
 def test_invalid_configs_leave_the_model_unchanged(config: dict[str, Any], message: str) -> None:

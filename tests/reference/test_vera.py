@@ -250,7 +250,7 @@ def test_any_leading_shape(shape: tuple[int, ...]) -> None:
 
 
 def test_an_unknown_target_is_named() -> None:
-    with pytest.raises(ValueError, match="no linear layer is named 'k_proj'"):
+    with pytest.raises(ValueError, match="no linear or Conv1D layer is named 'k_proj'"):
         attached(targets=("q_proj", "k_proj"))
 
 

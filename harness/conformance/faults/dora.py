@@ -44,5 +44,10 @@ FAULTS = [
         "nn.Parameter(torch.ones(base.out_features))"),
     _dora("merges_without_the_magnitude", ["norm", "merge"],
         "g = gain(self.m, norms(V_ED, self.per))", "g = torch.ones_like(norms(V_ED, self.per))"),
+    _dora("merges_a_square_conv1d_transposed", ["merge"],
+        'W_ED.T if kind_of(base) == "Conv1D" else W_ED', "W_ED", file="layers", layer="conv1d", inputs=32, outputs=32),
+    _dora("takes_the_norm_of_a_square_conv1d_transposed", ["forward", "norm"],
+        "base.weight.detach().T.contiguous()", "base.weight.detach().contiguous()", file="layers",
+        layer="conv1d", inputs=32, outputs=32),
 ]
 # fmt: on

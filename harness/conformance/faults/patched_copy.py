@@ -17,9 +17,6 @@ from torch import Tensor, nn
 
 from harness.methods.spec import Adapted
 
-# Functions of this module compare classes of layers, and a copy would define other classes. No fault changes the module.
-_NOT_COPIED = ("reference.shared.layers",)
-
 Right = Callable[[Tensor], Tensor]
 """Function x -> y: the right forward pass of a layer."""
 Forward = Callable[[Any, Tensor, Right], Tensor]
@@ -113,11 +110,8 @@ class PatchedCopy:
         """Do what Python's `import` does, but return copies of the reference's modules."""
         real = builtins.__import__(name, scope, local, names, level)
         if name in _PACKAGES and names:
-            return SimpleNamespace(**{n: self._copied(f"{name}.{n}") for n in names})
-        return self._copied(name) if names and name.startswith("reference.") else real
-
-    def _copied(self, name: str) -> ModuleType:
-        return import_module(name) if name in _NOT_COPIED else self.module(name)
+            return SimpleNamespace(**{n: self.module(f"{name}.{n}") for n in names})
+        return self.module(name) if names and name.startswith("reference.") else real
 
 
 def _call_wrong(wrong: Forward, layer: nn.Module, right: Right, x: Tensor) -> Tensor:

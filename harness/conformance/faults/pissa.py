@@ -32,6 +32,11 @@ FAULTS = [
     _pissa("runs_on_the_original_weight", ["forward", "gradient"],
         'linear(x_TD, self.get_buffer("residual"), self.base.bias)', "self.base(x_TD)"),
     _pissa("merges_into_the_original_weight", ["merge"],
-        'dense.weight.copy_(self.get_buffer("residual") + self.delta())', "dense.weight += self.delta()"),
+        'dense.weight.copy_(as_stored(dense, self.get_buffer("residual") + self.delta()))', "dense.weight += self.delta()"),
+    _pissa("merges_a_square_conv1d_transposed", ["merge"],
+        'W_ED.T if kind_of(base) == "Conv1D" else W_ED', "W_ED", file="layers", layer="conv1d", inputs=32, outputs=32),
+    _pissa("splits_a_square_conv1d_transposed", ["identity"],
+        "base.weight.detach().T.contiguous()", "base.weight.detach().contiguous()", file="layers",
+        layer="conv1d", inputs=32, outputs=32),
 ]
 # fmt: on

@@ -6,7 +6,7 @@ from harness.conformance.drawing.combinations import BEYOND_16_BITS
 from harness.conformance.faults import line_fault
 
 _UPDATE = 'apply_layer(lora.LoraLinear(dense_linear(W, bias), A, B, scaling, dropout=0.0), x, mask, {"A": A, "B": B})'
-_LAYOUT = 'update_ED.T if kind_of(self.base) == "Conv1D" else update_ED'
+_LAYOUT = 'W_ED.T if kind_of(base) == "Conv1D" else W_ED'
 
 # fmt: off
 FAULTS = [
@@ -24,7 +24,7 @@ FAULTS = [
         '    correction = correction if state["step"] <= 1000 else 1.0\n    N: Tensor = correction', file="galore",
         values={"shape": [24, 40], "rank": 3, "step": 1001, "beta2": 0.999}),
     line_fault("lora", "transposes_an_update_only_if_the_shapes_differ", ["merge"], _LAYOUT,
-        "update_ED if update_ED.shape == self.base.weight.shape else update_ED.T", layer="conv1d",
+        "W_ED if W_ED.shape == base.weight.shape else W_ED.T", file="layers", layer="conv1d",
         values={"rank": 3, "alpha": 8.0}, inputs=32, outputs=32),
 ]
 # fmt: on

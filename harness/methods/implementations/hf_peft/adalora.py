@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import Unsupported
-from harness.methods.implementations.hf_peft.adapted import ADAPTER, PeftAdapted, tuner
+from harness.methods.implementations.hf_peft.adapted import ADAPTER, PeftAdapted, has_conv1d, tuner
 from harness.methods.registry import DTYPES, implements
 
 if TYPE_CHECKING:
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 @implements("adalora", name="hf-peft", dtypes=DTYPES, requires=["peft"])
 def adalora(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
-    """Attach peft's AdaLoRA to linear layers.
+    """Attach peft's AdaLoRA to linear layers and Conv1D.
 
     Raises Unsupported for regularization=squared-sum, for betas of 0 or 1, and for a schedule whose first step is its last
     pruning.
     """
     from peft import AdaLoraConfig
 
-    from reference.shared.layers import targets
+    from reference.shared.layers import LINEAR_OR_CONV1D, targets
 
-    found = targets(model, config.targets)  # raises for other kinds of layers
+    found = targets(model, config.targets, LINEAR_OR_CONV1D)  # raises for other kinds of layers
     if config.regularization != "mean-norm":
         raise Unsupported(f"peft's regulariser is the mean of norms, not {config.regularization}")
     if not 0 < config.beta1 < 1 or not 0 < config.beta2 < 1:
@@ -39,6 +39,7 @@ def adalora(model: nn.Module, config: Config, generator: Generator) -> PeftAdapt
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=list(found),
+        fan_in_fan_out=has_conv1d(found),
         total_step=config.total_steps,
         tinit=config.tinit,
         tfinal=config.tfinal,

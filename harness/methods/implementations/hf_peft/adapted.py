@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,13 @@ ADAPTER = "default"
 
 NamedTensors = Callable[[Any], dict[str, Any]]
 """A function that takes one of peft's layers, and maps letters of the paper to tensors of this layer."""
+
+
+def has_conv1d(found: Mapping[str, nn.Module]) -> bool:
+    """Return whether a layer is a Conv1D, and peft's config needs fan_in_fan_out; without it, peft warns and sets it."""
+    from reference.shared.layers import kind_of
+
+    return any(kind_of(layer) == "Conv1D" for layer in found.values())
 
 
 def dense_targets(model: nn.Module, names: tuple[str, ...], method: str) -> dict[str, nn.Linear]:

@@ -7,7 +7,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import Unsupported
-from harness.methods.implementations.hf_peft.adapted import ADAPTER, PeftAdapted, peft_model, tuner, wrappers
+from harness.methods.implementations.hf_peft.adapted import (
+    ADAPTER,
+    PeftAdapted,
+    has_conv1d,
+    peft_model,
+    tuner,
+    wrappers,
+)
 from harness.methods.registry import DTYPES, implements
 
 if TYPE_CHECKING:
@@ -48,8 +55,7 @@ def lora(model: nn.Module, config: reference_lora.Config, generator: Generator) 
         target_parameters=stacks or None,
         use_rslora=config.rslora,
         init_lora_weights=True if config.init == "kaiming" else config.init,
-        # Users of GPT-2 set this too. Otherwise peft sets it layer by layer and warns.
-        fan_in_fan_out="Conv1D" in kinds.values(),
+        fan_in_fan_out=has_conv1d(found),
     )
     return PeftLora(peft_model(model, peft_config, generator), peft_config)
 
@@ -95,27 +101,28 @@ class PeftLora(PeftAdapted):
 
 @implements("dora", name="hf-peft", dtypes=DTYPES, requires=["peft"])
 def dora(model: nn.Module, config: reference_dora.Config, generator: Generator) -> PeftAdapted:
-    """Attach peft's DoRA to linear layers. Raises Unsupported for per=input, and if the norm has a gradient."""
-    from reference.shared.layers import targets
+    """Attach peft's DoRA to linear layers and Conv1D. Raises Unsupported for per=input, and if the norm has a gradient."""
+    from reference.shared.layers import LINEAR_OR_CONV1D, targets
 
-    found = targets(model, config.targets)  # raises for other kinds of layers
+    found = targets(model, config.targets, LINEAR_OR_CONV1D)  # raises for other kinds of layers
     if config.per != "output":
         raise Unsupported(f"peft's DoRA has one magnitude per output feature, not per {config.per}")
     if not config.detach_norm:
         raise Unsupported("peft's DoRA treats the norm as a constant in the backward pass")
-    tuner(model, lora_config(config, found, use_dora=True), generator)
+    tuner(model, lora_config(config, found, use_dora=True, fan_in_fan_out=has_conv1d(found)), generator)
     return PeftAdapted(model, lambda layer: {**lora_tensors(layer), "m": layer.lora_magnitude_vector[ADAPTER].weight})
 
 
 @implements("pissa", name="hf-peft", requires=["peft"])
 def pissa(model: nn.Module, config: reference_pissa.Config, generator: Generator) -> PeftAdapted:
-    """Attach peft's PiSSA to linear layers and embeddings. peft refuses to split a float64 weight.
+    """Attach peft's PiSSA to linear layers, Conv1D and embeddings. peft refuses to split a float64 weight.
 
     peft overwrites the base weight with the residual, so `detach` leaves a base without its principal part.
     """
+    from reference.pissa import KINDS
     from reference.shared.layers import targets
 
-    found = targets(model, config.targets, ("linear", "embedding"))  # raises for every other kind
+    found = targets(model, config.targets, KINDS)  # raises for every other kind
     tuner(model, _pissa(config, found), generator)
     return PeftAdapted(model, lora_tensors, lambda layer: {"residual": _residual(layer)})
 
@@ -132,9 +139,10 @@ def reloaded_pissa(model: nn.Module, config: reference_pissa.Config, generator: 
     import torch
     from peft import PeftModel
 
+    from reference.pissa import KINDS
     from reference.shared.layers import kind_of, targets
 
-    bases = targets(model, config.targets, ("linear", "embedding"))
+    bases = targets(model, config.targets, KINDS)
     if not config.niter or any(kind_of(layer) == "embedding" for layer in bases.values()):
         raise Unsupported("loading draws no random numbers without niter or for embeddings; check hf-peft instead")
     weights = {layer: layer.weight.detach().clone() for layer in bases.values()}
@@ -149,10 +157,10 @@ def reloaded_pissa(model: nn.Module, config: reference_pissa.Config, generator: 
     return PeftAdapted(model, lora_tensors, lambda layer: {"residual": _residual(layer)})
 
 
-def _pissa(config: reference_pissa.Config, paths: Iterable[str]) -> Any:
+def _pissa(config: reference_pissa.Config, found: Mapping[str, nn.Module]) -> Any:
     """Return peft's config of PiSSA for these layers."""
     start = f"pissa_niter_{config.niter}" if config.niter else "pissa"
-    return lora_config(config, paths, init_lora_weights=start)
+    return lora_config(config, found, init_lora_weights=start, fan_in_fan_out=has_conv1d(found))
 
 
 def lora_config(config: Any, paths: Iterable[str], **options: Any) -> Any:
@@ -166,9 +174,11 @@ def lora_config(config: Any, paths: Iterable[str], **options: Any) -> Any:
 
 
 def _residual(layer: Any) -> Tensor:
-    """Return a layer's residual, shape (out, in). An embedding stores its residual transposed."""
+    """Return a layer's residual, shape (out, in). An embedding and a Conv1D store it transposed."""
+    from reference.shared.layers import kind_of
+
     weight: Tensor = layer.base_layer.weight.data
-    return weight.T if ADAPTER in layer.lora_embedding_A else weight
+    return weight if kind_of(layer.base_layer) == "linear" else weight.T
 
 
 def lora_tensors(layer: Any, name: str = ADAPTER) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from harness.methods.implementations.hf_peft.adapted import ADAPTER, PeftAdapted, second, tuner
+from harness.methods.implementations.hf_peft.adapted import ADAPTER, PeftAdapted, has_conv1d, second, tuner
 from harness.methods.registry import DTYPES, implements
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @implements("vera", name="hf-peft", dtypes=DTYPES, requires=["peft"])
 def vera(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
-    """Attach peft's VeRA to linear layers."""
+    """Attach peft's VeRA to linear layers and Conv1D."""
     tuner(model, _config(model, config), generator)
     return PeftAdapted(model, _vectors, _projections)
 
@@ -31,16 +31,17 @@ def second_vera(model: nn.Module, config: Config, generator: Generator) -> PeftA
 
 
 def _config(model: nn.Module, config: Config) -> Any:
-    """Return peft's config. Raises ValueError if a target is no linear layer."""
+    """Return peft's config. Raises ValueError if a target is neither a linear layer nor a Conv1D."""
     from peft import VeraConfig
 
-    from reference.shared.layers import targets
+    from reference.shared.layers import LINEAR_OR_CONV1D, targets
 
-    found = targets(model, config.targets)
+    found = targets(model, config.targets, LINEAR_OR_CONV1D)
     return VeraConfig(
         r=config.rank,
         vera_dropout=config.dropout,
         target_modules=list(found),
+        fan_in_fan_out=has_conv1d(found),
         projection_prng_key=config.projection_key,
         d_initial=config.d_initial,
     )

@@ -45,7 +45,7 @@ class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
         if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
             return super().forward(x)
         if not (plain or packed):
-            by_calls = type(base) is not torch.nn.Linear and is_plain(base, type(base))
+            by_calls = isinstance(base, nn.Linear) and type(base) is not nn.Linear and is_plain(base, type(base))
             return self._by_calls(x) if by_calls else super().forward(x)
         drops = self.training and self.dropout.p
         if plain and (drops or multiplied_by_triton(x, self.A, self.B)):
@@ -107,8 +107,9 @@ def _without_bias(base: Any, x: Tensor) -> Tensor:
 def attach(model: nn.Module, config: dora.Config, generator: torch.Generator) -> AdaptedLayers:
     """Attach layers that compute by `dora_linear` to `config.targets`.
 
-    Raises Unsupported for per=input, and if the norm has a gradient. Over a quantised base of another library, a layer
-    computes as the reference does, but calls the base layer instead of multiplying by the decoded weight.
+    Raises Unsupported for per=input, and if the norm has a gradient. A layer over a Conv1D computes as the reference does.
+    Over a quantised base of another library it does so, too, but calls the base layer instead of multiplying by the decoded
+    weight.
     """
     if config.per != "output" or not config.detach_norm:
         raise Unsupported("the fused DoRA supports per=output with detach_norm=true only")

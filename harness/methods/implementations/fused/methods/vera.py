@@ -25,19 +25,20 @@ class FusedVeraLinear(vera.VeraLinear):
 
         Lambda_b and Lambda_d are the diagonal matrices of the vectors b and d.
         """
-        if not is_plain(self.base) or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+        base: Any = self.base
+        if not is_plain(base) or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
             return super().forward(x)
         mask = None
         if self.dropout.p and self.training:
             mask, share = keep_mask(x, self.dropout.p)
             mask = mask / share
-        return vera_linear(x, self.base.weight, self.base.bias, self.A, self.B, self.b, self.d, mask, self.shared)
+        return vera_linear(x, base.weight, base.bias, self.A, self.B, self.b, self.d, mask, self.shared)
 
 
 def attach(model: nn.Module, config: vera.Config, generator: torch.Generator) -> AdaptedLayers:
     """Attach VeRA to `config.targets`.
 
-    Layers over a dense base compute by `vera_linear`. Layers over a quantised base compute like the reference.
+    Layers over a dense base compute by `vera_linear`. Over a quantised base or a Conv1D they compute as the reference does.
     """
     adapted = vera.attach(model, config, generator)
     shared = SharedProjection()
