@@ -24,6 +24,8 @@ sys.dont_write_bytecode = False
 # With one thread per core, several workers would wait for each other in loops. This must precede the import of torch.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray gives its workers a low priority. Beside the tests of other workers they would hardly run.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # The tests in this folder need Triton's interpreter. A process has it from its first import of Triton on, or never. Without
 # the interpreter, the kernels would need a GPU. tests/kernels/test_ahead.py tests the compiled kernels.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
