@@ -154,7 +154,10 @@ def sides(base: Any) -> tuple[int, int]:
 
 
 def as_stored(base: nn.Module, W_ED: torch.Tensor) -> torch.Tensor:
-    """Return a matrix (E, D) in the layout of the weight of `base`. This is (D, E) for a Conv1D."""
+    """Return a view of a matrix (E, D) in the layout of the weight of `base`, or of such a weight as a matrix (E, D).
+
+    The layout is (D, E) for a Conv1D, and (E, D) for every other linear layer.
+    """
     return W_ED.T if kind_of(base) == "Conv1D" else W_ED
 
 

@@ -14,7 +14,7 @@ from harness.conformance.comparison.tolerance_policies import noise_floor, worst
 from harness.conformance.subject import DTYPES, Subject, load
 from harness.records.record import CheckResult
 from reference.dora import norms
-from reference.shared.layers import floating_dtype
+from reference.shared.layers import as_stored, floating_dtype
 
 
 @check()
@@ -57,7 +57,7 @@ def check_zero_rows(subject: Subject, case: Case) -> CheckResult:
     problems = []
     for index, (path, layer) in enumerate(fresh.adapted.layers.items()):
         with torch.no_grad():
-            weight: Tensor = fresh.bases[path].get_parameter("weight")
+            weight = as_stored(fresh.bases[path], fresh.bases[path].get_parameter("weight"))  # a view (E, D)
             weight.select(0 if fresh.config.per == "output" else 1, 0).zero_()
             fresh.tensors_of(path)["m"].flatten()[0] = 0
         x, dy = inputs(fresh.original_base(path), case.tokens, DTYPES[fresh.dtype], case.generator(index))
