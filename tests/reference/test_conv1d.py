@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from reference.shared.layers import dense_weight
+from support.two_layer_model import assert_same
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 3, "alpha": 8.0},
@@ -43,10 +44,11 @@ def twins(method: str, inputs: int, outputs: int) -> tuple[Any, Any]:
     return adapted(method, conv), adapted(method, linear)
 
 
-def run(made: Any, x: Tensor) -> list[Tensor]:
+def run(made: Any, x: Tensor) -> dict[str, Tensor]:
     """Return the output and the gradients of all trained tensors."""
     y = made.model(x)
-    return [y.detach(), *torch.autograd.grad(y.square().sum(), list(made.tensors().values()))]
+    gradients = torch.autograd.grad(y.square().sum(), list(made.tensors().values()))
+    return {"y": y.detach(), **dict(zip(made.tensors(), gradients, strict=True))}
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(12, 8), (8, 12), (10, 10)])
@@ -57,12 +59,11 @@ def test_it_computes_and_merges_as_the_linear_layer_with_the_transposed_weight(
     conv, linear = twins(method, inputs, outputs)
     x = torch.randn(5, inputs, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     assert {n: t.shape for n, t in conv.tensors().items()} == {n: t.shape for n, t in linear.tensors().items()}
-    for got, wanted in zip(run(conv, x), run(linear, x), strict=True):
-        torch.testing.assert_close(got, wanted)
+    assert_same(run(conv, x), run(linear, x))
     stored = conv.model.layer.base.weight.detach().clone()
     conv.merge()
     linear.merge()
     assert type(conv.model.layer) is Conv1D
-    torch.testing.assert_close(dense_weight(conv.model.layer), linear.model.layer.weight.data)
+    assert_same({"W": dense_weight(conv.model.layer)}, {"W": linear.model.layer.weight.data})
     conv.detach()
     assert torch.equal(conv.model.layer.weight, stored)
