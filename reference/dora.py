@@ -15,9 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference.shared.adapted import AdaptedLayers, LowRankLayer
-from reference.shared.layers import LINEAR_OR_CONV1D, as_stored, dense_copy, dense_weight, replace, targets
-from reference.shared.lora_start import linear_factors
+from reference.shared.adapted import AdaptedLayer, AdaptedLayers, LowRankLayer
+from reference.shared.layers import (
+    as_stored,
+    dense_copy,
+    dense_weight,
+    floating_dtype,
+    kind_of,
+    replace,
+    sides,
+    targets,
+)
+from reference.shared.lora_layers import LoraConv2d, LoraEmbedding, convolve
+from reference.shared.lora_start import initial_factors, linear_factors
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -60,6 +70,12 @@ SPEC = ReferenceSpec(
             "(LyCORIS). The authors' code and HF peft return NaN",
         ),
         Deviation(
+            topic="embeddings and convolutions",
+            paper="not treated",
+            here="A and B as in LoRA; one magnitude per output feature or output channel; convolutions without groups",
+            why="HF peft does the same; a row of V' has the N entries of a feature, or the kernel of a channel",
+        ),
+        Deviation(
             topic="initialisation of A",
             paper="as in LoRA: Kaiming uniform",
             here="uniform in +-1/sqrt(in)",
@@ -67,6 +83,9 @@ SPEC = ReferenceSpec(
         ),
     ),
 )
+
+KINDS = ("linear", "Conv1D", "embedding", "Conv2d")
+"""Kinds of layers that DoRA adapts."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +103,7 @@ class Config:
     detach_norm: bool = True
     """True to treat the norm as a constant in the backward pass (section 4.3)."""
     per: str = field(default="output", metadata={"choices": ("output", "input")})
-    """Magnitude per `output` feature or per `input` feature."""
+    """Magnitude per `output` feature or, for linear layers and Conv1D, per `input` feature."""
 
 
 def norms(V_ED: Tensor, per: str = "output") -> Tensor:
@@ -154,15 +173,117 @@ class DoraLinear(LowRankLayer):
         return dense
 
 
-def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
-    """Freeze `model` and wrap every target in a DoraLinear. `generator` draws the A of each layer, in the model's order.
+class DoraEmbedding(LoraEmbedding):
+    """An embedding table (N, E) with the weight m V' / ||V'||, where V' = W0 + s B A is the transposed table (E, N).
 
-    Raises ValueError if a target names neither a linear layer nor a Conv1D.
+    A (R, N), B (E, R) and m (E,) train. As in LoRA, the update has no dropout.
     """
+
+    def __init__(self, base: nn.Embedding, A: Tensor, B: Tensor, config: Config) -> None:
+        super().__init__(base, A, B, config.alpha / config.rank)
+        self.detach_norm = config.detach_norm
+        self.m = nn.Parameter(norms(self.direction()).detach())
+
+    def direction(self) -> Tensor:
+        """Return V' = W0 + s B A, shape (E, N)."""
+        return dense_weight(self.base) + self.delta()
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        """Return the entries `ids_T` of the table W', shape (..., E), as g (W0 + s B A)^T[ids] with g = m / ||V'||."""
+        return _gain(self.m, norms(self.direction()), self.detach_norm) * super().forward(ids_T)
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Map the names A, B and m to the trainable parameters."""
+        return {**super().tensors(), "m": self.m}
+
+    def merged(self) -> Any:
+        """Return an embedding with the table W'. Its columns have the norms |m|."""
+        dense: Any = dense_copy(self.base)
+        with torch.no_grad():
+            V_EN = self.direction()
+            dense.weight.copy_(as_stored(dense, gain(self.m, norms(V_EN))[:, None] * V_EN))
+        return dense
+
+
+class DoraConv2d(LoraConv2d):
+    """A convolution with the kernel m V' / ||V'||, where V' = W0 + s B A is a kernel (E, C, K, K).
+
+    A (R, C, K, K), B (E, R, 1, 1) and m (1, E, 1, 1) train. A norm is that of the kernel of an output channel. Raises
+    ValueError for a base with groups.
+    """
+
+    def __init__(self, base: nn.Conv2d, A: Tensor, B: Tensor, config: Config) -> None:
+        super().__init__(base, A, B, config.alpha / config.rank, config.dropout)
+        self.detach_norm = config.detach_norm
+        self.m = nn.Parameter(self.norms(self.direction()).detach())
+
+    def direction(self) -> Tensor:
+        """Return V' = W0 + s B A, shape (E, C, K, K)."""
+        return self.base.weight.detach() + self.delta()
+
+    @staticmethod
+    def norms(V: Tensor) -> Tensor:
+        """Return the norms of the kernels (C, K, K) of all output channels, shape (1, E, 1, 1)."""
+        return norms(V.flatten(1)).view(1, -1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W' * x + b, shape (..., E, H', W'), for x (..., C, H, W). A star is a convolution.
+
+        The terms are those of a linear layer: W0 * x + b + (g - 1) W0 * d + g s B * (A * d), where d is x after dropout.
+        """
+        g = _gain(self.m, self.norms(self.direction()), self.detach_norm)
+        dropped = self.dropout(x)
+        low = nn.functional.conv2d(convolve(self.base, dropped, self.A, groups=1), self.B)
+        y: Tensor = self.base(x) + (g - 1) * convolve(self.base, dropped, self.base.weight, groups=1)
+        return y + g * self.scaling * low
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Map the names A, B and m to the trainable parameters."""
+        return {**super().tensors(), "m": self.m}
+
+    def merged(self) -> Any:
+        """Return a convolution with the kernel W'. Its output channels have the norms |m|."""
+        dense: Any = dense_copy(self.base)
+        with torch.no_grad():
+            V = self.direction()
+            dense.weight.copy_(gain(self.m, self.norms(V)).view(-1, 1, 1, 1) * V)
+        return dense
+
+
+def _gain(m: Tensor, norm: Tensor, detach_norm: bool) -> Tensor:
+    """Return m / norm, through which the norm has a gradient unless `detach_norm` (section 4.3)."""
+    return gain(m, norm.detach()) if detach_norm else gain(m, norm)
+
+
+def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
+    """Freeze `model` and wrap every target in a DoRA layer. `generator` draws A and B, in the model's order of layers.
+
+    Raises ValueError if a target names no layer, or a layer that DoRA cannot adapt with this config. The model is then
+    unchanged.
+    """
+    layers: dict[str, AdaptedLayer] = {}
+    for path, base in targets(model, config.targets, KINDS).items():
+        if kind_of(base) in ("embedding", "Conv2d") and config.per == "input":
+            raise ValueError(f"{path}: per=input is defined for linear layers, not for {type(base).__name__}")
+        if getattr(base, "groups", 1) != 1:
+            raise ValueError(f"{path}: a convolution with {base.groups} groups has no DoRA")
+        layers[path] = _adapted(base, config, generator)
     model.requires_grad_(False)
-    layers = {}
-    for path, base in targets(model, config.targets, LINEAR_OR_CONV1D).items():
-        A, B = linear_factors(base, config.rank, generator)  # draws the same numbers as LoRA
-        layers[path] = DoraLinear(base, A, B, config)
-        replace(model, path, layers[path])
+    for path, layer in layers.items():
+        replace(model, path, layer)
     return AdaptedLayers(model, layers)
+
+
+def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLayer:
+    """Return a new DoRA layer around `base`. Its A and B are drawn as LoRA's."""
+    R, kind = config.rank, kind_of(base)
+    like: dict[str, Any] = {"dtype": floating_dtype(base), "device": next(base.parameters()).device}
+    if kind == "embedding":
+        N, E = sides(base)
+        B = torch.randn(E, R, dtype=torch.float64, generator=generator).to(**like)
+        return DoraEmbedding(base, torch.zeros(R, N, **like), B, config)
+    if kind == "Conv2d":
+        C, K = base.in_channels, base.kernel_size
+        A, B = initial_factors("kaiming", R, C * K[0] * K[1], base.out_channels, generator)
+        return DoraConv2d(base, A.to(**like).view(R, C, *K), B.to(**like)[..., None, None], config)
+    return DoraLinear(base, *linear_factors(base, R, generator), config)

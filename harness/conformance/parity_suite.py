@@ -264,7 +264,12 @@ def _drops(config: Values) -> bool:
 
 
 def _fits(config: Values, kind: Kind) -> bool:
-    """Return whether a layer of this kind accepts a config of the suite. Stacked experts have no dropout."""
+    """Return whether a layer of this kind accepts a config of the suite.
+
+    Stacked experts have no dropout. Only linear layers have a magnitude per input.
+    """
+    if config.get("per") == "input" and kind not in ("linear", "conv1d"):
+        return False
     return kind != "experts" or not _drops(config)
 
 

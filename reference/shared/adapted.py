@@ -76,7 +76,7 @@ class AdaptedLayer(nn.Module):
         return {}
 
     def delta(self) -> Tensor:
-        """Return the Method's change of the weight, as (E, D), or in the weight's shape if the layer is no linear layer."""
+        """Return the Method's change of the weight: a matrix (E, D), or in the shape of a kernel or of stacked experts."""
         raise NotImplementedError
 
     def dense_base(self) -> nn.Module:

@@ -156,9 +156,9 @@ def sides(base: Any) -> tuple[int, int]:
 def as_stored(base: nn.Module, W_ED: torch.Tensor) -> torch.Tensor:
     """Return a view of a matrix (E, D) in the layout of the weight of `base`, or of such a weight as a matrix (E, D).
 
-    The layout is (D, E) for a Conv1D, and (E, D) for every other linear layer.
+    The layout is (D, E) for a Conv1D and for an embedding. Every other weight, e.g. a kernel, is returned as it is.
     """
-    return W_ED.T if kind_of(base) == "Conv1D" else W_ED
+    return W_ED.T if kind_of(base) in ("Conv1D", "embedding") else W_ED
 
 
 def dense_weight(base: Any) -> torch.Tensor:

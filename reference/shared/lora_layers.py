@@ -40,10 +40,6 @@ class LoraEmbedding(LowRankLayer):
         y_TE: Tensor = self.base(ids_T) + self.scaling * (a_TR @ self.B.T) * scale
         return y_TE
 
-    def delta(self) -> Tensor:
-        """Return scaling (B A)^T, shape (N, E)."""
-        return super().delta().T
-
 
 class LoraConv2d(LowRankLayer):
     """A frozen convolution (E, C/G, K, K) with an update in two parts, as in HF peft: a convolution A, then a convolution B.

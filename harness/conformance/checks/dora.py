@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ from harness.conformance.comparison.tolerance_policies import noise_floor, worst
 from harness.conformance.subject import DTYPES, Subject, load
 from harness.records.record import CheckResult
 from reference.dora import norms
-from reference.shared.layers import as_stored, floating_dtype
+from reference.shared.layers import as_stored, floating_dtype, sides
 
 
 @check()
@@ -27,9 +29,10 @@ def check_norm(subject: Subject, case: Case) -> CheckResult:
     if fresh is None or not fresh.adapted.can_merge:
         return skipped(subject, case, "norm", "the case cannot attach again and merge")
     per, found = subject.config.per, []
-    for path in fresh.adapted.layers:
-        W0 = fresh.original_weight(path)
-        magnitudes = fresh.tensors_of(path)["m"].detach(), norms(W0.double(), per), norms(W0, per)
+    bases = {path: fresh.original_base(path) for path in fresh.adapted.layers}
+    for path, base in bases.items():
+        W0 = base.weight.flatten(1) if isinstance(base, nn.Conv2d) else fresh.original_weight(path)
+        magnitudes = fresh.tensors_of(path)["m"].detach().flatten(), norms(W0.double(), per), norms(W0, per)
         start, truth, rounded = ({"m at the start": m} for m in magnitudes)
         found.append(prefix_tensor(path, noise_floor(start, truth, rounded, subject.dtype, case.factor("norm"))))
     load(fresh.adapted, subject.adapted.tensors(), subject.state())
@@ -37,9 +40,12 @@ def check_norm(subject: Subject, case: Case) -> CheckResult:
     fresh.adapted.merge()
     for path, twin in twins.items():
         twin.adapted.merge()
-        mine = {"merged norm": norms(_matrix(fresh.model.get_submodule(path)).double(), per)}
-        rounded = {"merged norm": norms(_matrix(twin.adapted.model.get_submodule("layer")).double(), per)}
-        truth = {"merged norm": subject.tensors_of(path)["m"].detach().double().abs()}
+        merged, right = fresh.model.get_submodule(path), twin.adapted.model.get_submodule("layer")
+        have, want = _matrix(merged, bases[path]), _matrix(right, bases[path])
+        if have is None or want is None:
+            continue  # the check `merge` compares its outputs
+        mine, rounded = ({"merged norm": norms(W.double(), per)} for W in (have, want))
+        truth = {"merged norm": subject.tensors_of(path)["m"].detach().flatten().double().abs()}
         found.append(prefix_tensor(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("norm"))))
     return judged(subject, case, "norm", worst_of(found, found[0].policy))
 
@@ -67,13 +73,18 @@ def check_zero_rows(subject: Subject, case: Case) -> CheckResult:
 
 
 @torch.no_grad()
-def _matrix(layer: nn.Module) -> Tensor:
-    """Return the matrix (E, D) by which a linear layer of any class multiplies.
+def _matrix(layer: nn.Module, base: Any) -> Tensor | None:
+    """Return the matrix (E, D) of a layer of any class, which computes as `base` does: its outputs for the unit vectors.
 
-    Its columns are the outputs for the unit vectors, minus the output for the zero vector.
+    The matrix of a table is its transpose. That of a kernel has one row for each output channel. It is None for a
+    convolution of another class than nn.Conv2d, because a kernel is not read off outputs.
     """
     layer.eval()
-    features = getattr(layer, "in_features", None) or layer.get_parameter("weight").shape[0]
-    unit = torch.eye(int(features), dtype=floating_dtype(layer), device=next(layer.parameters()).device)
+    if isinstance(base, nn.Conv2d):
+        return layer.weight.detach().flatten(1) if isinstance(layer, nn.Conv2d) else None
+    if isinstance(base, nn.Embedding):
+        table: Tensor = layer(torch.arange(base.num_embeddings)) / getattr(base, "embed_scale", 1.0)
+        return table.T
+    unit = torch.eye(sides(base)[0], dtype=floating_dtype(layer), device=next(layer.parameters()).device)
     outputs: Tensor = layer(unit) - layer(torch.zeros_like(unit[:1]))
     return outputs.T

@@ -74,6 +74,7 @@ FAULTS = [
     _adalora("takes_the_mean_of_norms_for_the_sum_of_squares", ["regularizer"],
         'if form == "squared-sum":', 'if form == "":', values={**_USUAL, "regularization": "squared-sum"}),
     _adalora("merges_a_square_conv1d_transposed", ["merge"],
-        'W_ED.T if kind_of(base) == "Conv1D" else W_ED', "W_ED", file="layers", layer="conv1d", inputs=32, outputs=32),
+        'W_ED.T if kind_of(base) in ("Conv1D", "embedding") else W_ED',
+        "W_ED", file="layers", layer="conv1d", inputs=32, outputs=32),
 ]
 # fmt: on

@@ -59,9 +59,11 @@ FAULTS = [
     _lora("merges_twice", ["merge"],
         "as_stored(dense, self.delta())", "2 * as_stored(dense, self.delta())", file="adapted"),
     _lora("merges_the_transpose", ["merge"],
-        'W_ED.T if kind_of(base) == "Conv1D" else W_ED', "W_ED.T", file="layers", inputs=32, outputs=32),
+        'W_ED.T if kind_of(base) in ("Conv1D", "embedding") else W_ED',
+        "W_ED.T", file="layers", inputs=32, outputs=32),
     _lora("forgets_fan_in_fan_out", ["merge"],
-        'W_ED.T if kind_of(base) == "Conv1D" else W_ED', "W_ED", file="layers", layer="conv1d", inputs=32, outputs=32),
+        'W_ED.T if kind_of(base) in ("Conv1D", "embedding") else W_ED',
+        "W_ED", file="layers", layer="conv1d", inputs=32, outputs=32),
     _lora("starts_with_both_zero", ["initial"],
         "A.uniform_(-bound, bound, generator=generator)", "A.zero_()", file="lora_start"),
     # Draw A by Kaiming's rule with the gain of VeRA.

@@ -6,7 +6,7 @@ from harness.conformance.drawing.combinations import BEYOND_16_BITS
 from harness.conformance.faults import line_fault
 
 _UPDATE = 'apply_layer(lora.LoraLinear(dense_linear(W, bias), A, B, scaling, dropout=0.0), x, mask, {"A": A, "B": B})'
-_LAYOUT = 'W_ED.T if kind_of(base) == "Conv1D" else W_ED'
+_LAYOUT = 'W_ED.T if kind_of(base) in ("Conv1D", "embedding") else W_ED'
 
 # fmt: off
 FAULTS = [

@@ -34,7 +34,8 @@ FAULTS = [
     _vera("ignores_d_initial", ["initial"],
         "config.d_initial, dtype=dtype", "0.1, dtype=dtype", values={**_USUAL, "d_initial": 0.5}),
     _vera("merges_a_square_conv1d_transposed", ["merge"],
-        'W_ED.T if kind_of(base) == "Conv1D" else W_ED', "W_ED", file="layers", layer="conv1d", inputs=32, outputs=32),
+        'W_ED.T if kind_of(base) in ("Conv1D", "embedding") else W_ED',
+        "W_ED", file="layers", layer="conv1d", inputs=32, outputs=32),
 ]
 # fmt: on
 

@@ -101,10 +101,14 @@ class PeftLora(PeftAdapted):
 
 @implements("dora", name="hf-peft", dtypes=DTYPES, requires=["peft"])
 def dora(model: nn.Module, config: reference_dora.Config, generator: Generator) -> PeftAdapted:
-    """Attach peft's DoRA to linear layers and Conv1D. Raises Unsupported for per=input, and if the norm has a gradient."""
-    from reference.shared.layers import LINEAR_OR_CONV1D, targets
+    """Attach peft's DoRA to linear layers, Conv1D, embeddings and convolutions.
 
-    found = targets(model, config.targets, LINEAR_OR_CONV1D)  # raises for other kinds of layers
+    Raises Unsupported for per=input, and if the norm has a gradient.
+    """
+    from reference.dora import KINDS
+    from reference.shared.layers import targets
+
+    found = targets(model, config.targets, KINDS)  # raises for other kinds of layers
     if config.per != "output":
         raise Unsupported(f"peft's DoRA has one magnitude per output feature, not per {config.per}")
     if not config.detach_norm:

@@ -107,13 +107,17 @@ def _without_bias(base: Any, x: Tensor) -> Tensor:
 def attach(model: nn.Module, config: dora.Config, generator: torch.Generator) -> AdaptedLayers:
     """Attach layers that compute by `dora_linear` to `config.targets`.
 
-    Raises Unsupported for per=input, and if the norm has a gradient. A layer over a Conv1D computes as the reference does.
-    Over a quantised base of another library it does so, too, but calls the base layer instead of multiplying by the decoded
-    weight.
+    Raises Unsupported for per=input, for embeddings and convolutions, and if the norm has a gradient. A layer over a Conv1D
+    computes as the reference does. Over a quantised base of another library it does so, too, but calls the base layer
+    instead of multiplying by the decoded weight.
     """
     if config.per != "output" or not config.detach_norm:
         raise Unsupported("the fused DoRA supports per=output with detach_norm=true only")
     adapted = dora.attach(model, config, generator)
+    for path, layer in adapted.layers.items():
+        if type(layer) is not dora.DoraLinear:
+            adapted.detach()
+            raise Unsupported(f"{path} is a {type(layer.base).__name__}; the fused DoRA supports linear layers only")
     for layer in adapted.layers.values():
         layer.__class__ = FusedDoraLinear
     link(adapted.layers)
