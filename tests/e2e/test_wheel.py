@@ -45,7 +45,8 @@ def test_code_suites_and_templates_are_inside_and_nothing_else(wheel: Path) -> N
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     for top, inside in (("suites", "harness/_data/suites"), ("report_templates", "harness/_data/report_templates")):
-        want = {f"{inside}/{p.relative_to(TOP / top).as_posix()}" for p in (TOP / top).rglob("*") if p.is_file()}
+        files = [p for p in (TOP / top).rglob("*") if p.is_file() and p.parent.name != "__pycache__"]
+        want = {f"{inside}/{p.relative_to(TOP / top).as_posix()}" for p in files}
         assert len(want) > 3
         assert want == {n for n in names if n.startswith(f"{inside}/")}
     assert {"harness/cli/__init__.py", "harness/assets/shapes.yaml", "reference/lora.py"} <= names
