@@ -22,7 +22,6 @@ from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
     paper="arXiv:2506.19847v2, section 3; arXiv:2306.07280v3, section 3.3",
-    factors=("Q",),
     deviations=(
         Deviation(
             topic="direction of the rotation",
@@ -53,7 +52,7 @@ SPEC = ReferenceSpec(
             topic="further variants",
             paper="a bound on the deviation from the identity (COFT), one block shared by all, magnitudes",
             here="not offered",
-            why="HF peft has the first two, and a dropout of blocks; `method: peft` trains with them",
+            why="HF peft has the first two, and `method: peft` trains with them; its module_dropout changes nothing",
         ),
     ),
 )

@@ -63,6 +63,10 @@ def _refusal(config: Config) -> str:
         return "peft's LoRA of a convolution has other factors"
     if config.get("regularization", "mean-norm") != "mean-norm":
         return "peft's AdaLoRA has another regulariser"
+    if config.get("cayley", "neumann") == "exact":
+        return "peft's exact form of OFT turns the other way"
+    if config.get("terms", 4) < 4:
+        return "peft's OFT has another series for fewer than 4 terms"
     return ""
 
 
@@ -106,6 +110,13 @@ def _lokr(config: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _oft(config: Config) -> dict[str, Any]:
+    return {
+        "peft_type": "OFT", "r": 0, "oft_block_size": config["block_size"], "use_cayley_neumann": True,
+        "num_cayley_neumann_terms": config["terms"],
+    }  # fmt: skip
+
+
 def _adalora(config: Config) -> dict[str, Any]:
     return {
         "peft_type": "ADALORA", "init_r": config["rank"], "target_r": config["target_rank"],
@@ -123,6 +134,7 @@ _EQUIVALENTS: dict[str, Callable[[Config], dict[str, Any]]] = {
     "vera": _vera,
     "loha": lambda config: {"peft_type": "LOHA", **_lycoris(config)},
     "lokr": _lokr,
+    "oft": _oft,
     "adalora": _adalora,
 }
 """Method that peft has -> function from its config to peft's keys, without the targets."""

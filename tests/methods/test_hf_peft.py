@@ -21,7 +21,8 @@ METHODS = {
     if (one.kind, one.name) == ("method", "hf-peft") and one.target not in UNREFERENCED
 }
 CONFIGS: dict[str, dict[str, Any]] = {
-    "adalora": {"rank": 4, "target_rank": 2, "total_steps": 20, "tinit": 2, "tfinal": 5, "delta_t": 3}
+    "adalora": {"rank": 4, "target_rank": 2, "total_steps": 20, "tinit": 2, "tfinal": 5, "delta_t": 3},
+    "oft": {"block_size": 8},
 }
 
 
@@ -38,7 +39,7 @@ class Model(nn.Module):
 
 
 def attached(method: str, dtype: str = "float32", model: nn.Module | None = None, **values: Any) -> Any:
-    config = configure(method, {"targets": ["first", "second"], "rank": 4, **CONFIGS.get(method, {}), **values})
+    config = configure(method, {"targets": ["first", "second"], **CONFIGS.get(method, {"rank": 4}), **values})
     model = Model(dtype) if model is None else model
     return METHODS[method](model, config, torch.Generator().manual_seed(3))
 
@@ -48,7 +49,7 @@ def test_one_entry_point_has_all_implementations() -> None:
 
     found = {(i.kind, i.target) for i in discover(["hf-peft"]).implementations}
     assert found == {(i.kind, i.target) for i in hf_peft.implementations()}
-    assert {"lora", "dora", "adalora", "pissa", "vera", "loha", "lokr", "qlora"} == METHODS.keys()
+    assert {"lora", "dora", "adalora", "pissa", "vera", "loha", "lokr", "oft", "qlora"} == METHODS.keys()
     assert ("operation", "multi_lora_linear") in found
 
 
@@ -101,6 +102,7 @@ def test_a_second_adapter_after_detach_equals_a_first(method: str) -> None:
         ("dora", {"detach_norm": False}, "treats the norm as a constant"),
         ("adalora", {"regularization": "squared-sum"}, "the mean of norms, not squared-sum"),
         ("adalora", {"beta1": 1.0}, "refuses a beta of 0 or 1"),
+        ("oft", {"block_size": 24}, "takes the divisor of 64 that is nearest to 24"),
     ],
 )
 def test_unsupported_configs_leave_the_model_unchanged(method: str, values: dict[str, Any], says: str) -> None:

@@ -49,6 +49,7 @@ def _given(method: str, config: Any, monkeypatch: pytest.MonkeyPatch) -> dict[st
         ("loha", {"rank": 4, "alpha": 6.0, "rank_dropout": 0.2}),
         ("lokr", {"rank": 4, "alpha": 6.0, "rank_dropout": 0.2, "factor": 4}),
         ("lokr", {"rank": 4, "init": "lycoris"}),
+        ("oft", {"block_size": 16, "terms": 6}),
         ("adalora", {"rank": 6, "target_rank": 4, "total_steps": 40, "tinit": 8, "tfinal": 12, "delta_t": 4}),
     ],
 )
@@ -74,6 +75,8 @@ def test_the_config_is_the_one_that_hf_peft_trains(
         ("dora", {"rank": 4, "alpha": 1.0, "targets": ["query"], "per": "input"}, "one magnitude per output feature"),
         ("qlora", {"rank": 4, "alpha": 1.0, "targets": ["query"], "block": 128}, "blocks of 64 weights"),
         ("lora", {"rank": 4, "alpha": 1.0, "targets": ["query"], "conv": "loralib"}, "LoRA of a convolution"),
+        ("oft", {"block_size": 4, "targets": ["query"], "cayley": "exact", "terms": 5}, "turns the other way"),
+        ("oft", {"block_size": 4, "targets": ["query"], "cayley": "neumann", "terms": 3}, "fewer than 4 terms"),
     ],
 )
 def test_without_an_equivalent_one_sentence_says_why(method: str, config: dict[str, Any], why: str) -> None:

@@ -28,7 +28,7 @@ def oft(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
     found = targets(model, config.targets)
     for path, base in found.items():
         if type(base) is not nn.Linear:
-            raise Unsupported(f"{path}: this adapts dense layers only, and {type(base).__name__} is packed")
+            raise Unsupported(f"{path}: hf-peft offers OFT for dense layers only, and {type(base).__name__} is packed")
         if base.in_features % config.block_size:
             why = f"peft takes the divisor of {base.in_features} that is nearest to {config.block_size}, even a larger one"
             raise Unsupported(f"{path}: {why}")

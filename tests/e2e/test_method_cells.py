@@ -1,4 +1,4 @@
-"""LoHa and LoKr go through Cells by the reference and by HF peft, and both compute one training run."""
+"""LoHa, LoKr and OFT go through Cells by the reference and by HF peft, and both compute one training run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from harness.records.record import Outcome
 from support.sandbox import ForkSandbox
 
 _SUITE = """
-suite: lycoris
-title: LoHa and LoKr
+suite: two
+title: Two implementations
 about: For tests.
 matrix:
   - model: tiny-llama
@@ -22,7 +22,7 @@ matrix:
     cells:
       - {{id: both, implementation: [reference, hf-peft]}}
       - {{id: exact, implementation: reference, dtype: float64}}
-      - {{id: rows-dropped, implementation: [reference, hf-peft], config: {{rank_dropout: 0.25}}}}
+      - {{id: other, implementation: [reference, hf-peft], config: {other}}}
 comparisons:
   - {{same-losses: both, as: exact, says: both implementations compute one run}}
 """
@@ -30,14 +30,17 @@ comparisons:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "config"),
+    ("method", "config", "other"),
     [
-        ("loha", "{rank: 3, alpha: 40, targets: [q_proj]}"),
-        ("lokr", "{rank: 1, alpha: 8, factor: 4, targets: [q_proj]}"),
+        ("loha", "{rank: 3, alpha: 40, targets: [q_proj]}", "{rank_dropout: 0.25}"),
+        ("lokr", "{rank: 1, alpha: 8, factor: 4, targets: [q_proj]}", "{rank_dropout: 0.25}"),
+        ("oft", "{block_size: 8, targets: [q_proj]}", "{terms: 8}"),
     ],
 )
-def test_reference_and_peft_have_the_losses_of_float64(method: str, config: str, fork_sandbox: ForkSandbox) -> None:
-    (fork_sandbox.folder / "mine.yaml").write_text(_SUITE.format(method=method, config=config))
+def test_reference_and_peft_have_the_losses_of_float64(
+    method: str, config: str, other: str, fork_sandbox: ForkSandbox
+) -> None:
+    (fork_sandbox.folder / "mine.yaml").write_text(_SUITE.format(method=method, config=config, other=other))
     finished = fork_sandbox.command("run", "mine.yaml", "--out", "run")
     assert finished.code == Exit.PASS, finished.out + finished.err
     assert "pass: both implementations compute one run" in finished.out
