@@ -1,7 +1,8 @@
 """peft: OFT's series with fewer than 4 terms is not (I + Q) (I + Q + ... + Q^k), which the paper has.
 
-This product is I + 2 Q + ... + 2 Q^k + Q^(k+1), so that the factor of the last term is 1. peft's default of 5 terms has k = 3.
-With num_cayley_neumann_terms=2 the factor of the last term is 2, and 3 gives the same as 4. Seen in 0.21.2.
+This product is I + 2 Q + ... + 2 Q^k + Q^(k+1), so that the factor of the last term is 1. peft's default of
+5 terms has k = 3. With num_cayley_neumann_terms=2 the factor of the last term is 2, and 3 gives the same as 4. Seen in
+0.21.2.
 """
 
 import torch
