@@ -92,13 +92,19 @@ def attached(built: Any, method: str, config: Mapping[str, Any]) -> Iterator[Any
 def _tensors(name: str, split: str, method: str, config: str) -> tuple[Shapes, Shapes]:
     if method in UNREFERENCED:
         return _peft_tensors(name, split, method, config)
-    with attached(model(name, split), method, json.loads(config)) as adapted:
-        own = {id(p) for p in adapted.parameters()}
-        first_name = {id(t): key for key, t in reversed(adapted.tensors().items())}  # a tied tensor has several names
-        trained = {
-            key: tuple(t.shape) for key, t in adapted.tensors().items() if id(t) in own and first_name[id(t)] == key
-        }
-        return trained, _storages(adapted.state())
+    from harness.memory_model import equal_blocks
+
+    built = model(name, split)
+
+    def find() -> tuple[Shapes, Shapes]:
+        with attached(built, method, json.loads(config)) as adapted:
+            own, tensors = {id(p) for p in adapted.parameters()}, adapted.tensors()
+            first_name = {id(t): key for key, t in reversed(tensors.items())}  # a tied tensor has several names
+            trained = {key: tuple(t.shape) for key, t in tensors.items() if id(t) in own and first_name[id(t)] == key}
+            return trained, _storages(adapted.state())
+
+    trained, frozen = equal_blocks.named_facts(built, find)
+    return trained, frozen
 
 
 def _peft_tensors(name: str, split: str, method: str, config: str) -> tuple[Shapes, Shapes]:

@@ -65,16 +65,23 @@ def of(name: str, config: Mapping[str, Any]) -> Quantised:
 def _of(name: str, config: str) -> Quantised:
     from torch import nn
 
+    from harness.memory_model import equal_blocks
+
     model = attached_model.model(name)
-    linear = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    every = sum(p.numel() for p in model.parameters())
-    with attached_model.attached(model, "qlora", json.loads(config)) as adapted:
-        layers: Mapping[str, Any] = adapted.layers
-        weights = Counter(layer.base.weight.numel() for layer in layers.values())
-        return Quantised(
-            weights=weights,
-            adapters=sum(t.numel() for t in adapted.tensors().values()),
-            rest=every - sum(numel * number for numel, number in weights.items()),
-            inside=tuple(layers),
-            outside=tuple(path for path in linear if path not in layers),
-        )
+
+    def find() -> tuple[dict[str, int], dict[str, int]]:
+        with attached_model.attached(model, "qlora", json.loads(config)) as adapted:
+            layers: Mapping[str, Any] = adapted.layers
+            weights = {path: layer.base.weight.numel() for path, layer in layers.items()}
+            return weights, {key: t.numel() for key, t in adapted.tensors().items()}
+
+    weights, adapters = equal_blocks.named_facts(model, find)
+    return Quantised(
+        weights=Counter(weights.values()),
+        adapters=sum(adapters.values()),
+        rest=attached_model.parameter_count(name) - sum(weights.values()),
+        inside=tuple(weights),
+        outside=tuple(
+            path for path, layer in model.named_modules() if isinstance(layer, nn.Linear) and path not in weights
+        ),
+    )

@@ -1,18 +1,24 @@
 """Count a model of many equal blocks from copies with one block and with two blocks.
 
 Every count is a sum or a maximum over layers. So each block after the first adds the same number, and the two copies give
-the exact count of the whole model. Counting a Llama with 80 blocks takes no longer than counting one with 32.
+the exact count of the whole model. Counting a Llama with 80 blocks takes no longer than counting one with 32. In the same
+way, the facts about named parts of a model follow from a few blocks, because each further block has parts with the same
+names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 from torch import nn
 
 SMALL = (1, 2)
 """Numbers of blocks in the two copies."""
+Facts = tuple[Mapping[str, Any], ...]
+"""Dicts of facts about a model. Each dict maps the names of parts, such as layers or tensors, to values."""
 
 
 def find_blocks(model: nn.Module, head: Collection[str]) -> str:
@@ -57,6 +63,54 @@ def extrapolate(one: Any, two: Any, blocks: int) -> Any:
     if one == two:
         return one
     raise ValueError(f"one block counts as {one!r}, and two blocks count as {two!r}")
+
+
+def named_facts(model: nn.Module, find: Callable[[], Facts]) -> tuple[dict[str, Any], ...]:
+    """Return what `find()` returns for the whole model. Call it with only a few blocks in the model, if they are equal.
+
+    The facts about two blocks give those about any number of blocks, if they give those about three blocks. Otherwise
+    `find` is called with the whole model. find: function that adapts the model, reads facts about its parts, and detaches
+    the adapter. Raises what `find` raises for the whole model.
+    """
+    path = find_blocks(model, ())
+    if path:
+        blocks: Any = model.get_submodule(path)
+        two, three = (_found_in_first(model, path, number, find) for number in (2, 3))
+        if two and three and _repeated(two, path, 3) == [list(one.items()) for one in three]:
+            return tuple(map(dict, _repeated(two, path, len(blocks))))
+    return tuple(map(dict, find()))
+
+
+def _found_in_first(model: nn.Module, path: str, number: int, find: Callable[[], Facts]) -> Facts:
+    """Return what `find()` returns if the list at `path` has only its first `number` blocks. If it raises, return ()."""
+    parent, _, name = path.rpartition(".")
+    owner: nn.Module = model.get_submodule(parent)
+    blocks: Any = getattr(owner, name)
+    setattr(owner, name, nn.ModuleList(list(blocks)[:number]))
+    try:
+        return find()
+    except ValueError:  # for example, a target is a layer of another block
+        return ()
+    finally:
+        setattr(owner, name, blocks)
+
+
+def _repeated(facts: Facts, path: str, blocks: int) -> list[list[tuple[str, Any]]]:
+    """Return the items of facts about `blocks` blocks. They follow from the facts about the first two blocks at `path`."""
+    number = re.compile(rf"(?:^|(?<=\.)){re.escape(path)}\.(\d+)(?=\.|$)")
+
+    def block(item: tuple[str, Any]) -> str:
+        found = number.search(item[0])
+        return found[1] if found else ""
+
+    def copies(in_block: str, items: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        for n in range(1, blocks) if in_block == "1" else [0]:
+            for name, value in items:
+                yield (number.sub(f"{path}.{n}", name, count=1) if n > 1 else name), value
+
+    return [
+        [item for in_block, run in groupby(one.items(), block) for item in copies(in_block, list(run))] for one in facts
+    ]
 
 
 def _are_equal(blocks: nn.ModuleList) -> bool:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from harness.assets import structure
+from harness.conformance.subject import configure
 from harness.memory_model import counting, equal_blocks
+from reference.lora import LoraLinear
 from support.small_llama import METHODS, SMALL
 
 LAYERS = ("num_hidden_layers", "n_layer")
@@ -67,6 +69,41 @@ def test_blocks_that_differ_are_all_counted() -> None:
     assert equal_blocks.find_blocks(shared, {}) == ""
     model.model.layers[2].mlp.up_proj = torch.nn.Linear(128, 321, device="meta")
     assert equal_blocks.find_blocks(model, {}) == ""
+
+
+def test_facts_about_a_model_follow_from_a_few_of_its_equal_blocks() -> None:
+    model = structure.build(MODELS["llama"][1], "causal", torch.float32)
+    found_in: list[int] = []
+
+    def find() -> tuple[dict[str, Any], dict[str, int]]:
+        found_in.append(len(model.model.layers))
+        return {name: p.shape for name, p in model.named_parameters()}, {"model.norm": 1}
+
+    assert list(map(list, equal_blocks.named_facts(model, find))) == [
+        [n for n, _ in model.named_parameters()],
+        ["model.norm"],
+    ]
+    assert found_in == [2, 3]
+    assert equal_blocks.named_facts(model, find) == find()
+
+
+@pytest.mark.parametrize("target", ["layers.0.mlp.up_proj", "layers.1.mlp.up_proj", "layers.5.mlp.up_proj", "up_proj"])
+def test_facts_about_some_blocks_are_found_there_alone(target: str) -> None:
+    model = structure.build(MODELS["llama"][1], "causal", torch.float32)
+
+    def find() -> tuple[dict[str, Any]]:
+        config = configure("lora", {"rank": 4, "targets": [target, "q_proj"]})
+        with counting.attached(model, "lora", config) as adapted:
+            return ({name: t.shape for name, t in adapted.tensors().items()},)
+
+    found = equal_blocks.named_facts(model, find)
+    assert list(found[0].items()) == list(find()[0].items())
+    assert not any(isinstance(module, LoraLinear) for module in model.modules())
+
+
+def test_facts_that_depend_on_the_depth_are_found_in_the_whole_model() -> None:
+    model = structure.build(MODELS["llama"][1], "causal", torch.float32)
+    assert equal_blocks.named_facts(model, lambda: ({"blocks": len(model.model.layers)},)) == ({"blocks": 7},)
 
 
 def test_counts_of_different_forms_are_refused() -> None:

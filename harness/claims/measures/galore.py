@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Mapping
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, Literal
 
 from harness.claims import attached_model
@@ -189,26 +192,37 @@ def _states(model: str, method: str, config: Config, also: list[str] | None) -> 
 
     The result maps (shape, elements of both moments, elements of the projector) to the number of such tensors.
     """
+    return _counted(model, method, json.dumps(config), json.dumps(also or []))
+
+
+@lru_cache(maxsize=256)  # claims differ in the bytes per number more often than in the tensors
+def _counted(model: str, method: str, config: str, also: str) -> Counter[tuple[str, int, int]]:
+    from harness.memory_model import equal_blocks
     from reference.galore import sides, state_elements
 
     built = attached_model.model(model)
-    named = attached_model.parameters(model)
-    own = [named[name] for name in fitting(named, also or [])]
-    found: Counter[tuple[str, int, int]] = Counter()
-    with attached_model.attached(built, method, config) as adapted:
-        optimizer = adapted.optimizer(1e-3, 0.0)
-        groups = [{"params": adapted.parameters()}] if optimizer is None else optimizer.param_groups
-        trained = {id(p): (p, group) for group in [{"params": own}, *groups] for p in group["params"]}
-        for p, group in trained.values():
-            shape, rank = "x".join(map(str, p.shape)), group.get("rank", 0)
-            if not rank:
-                found[shape, 2 * p.numel(), 0] += 1
-                continue
-            m, n = p.shape
-            left, right = sides(m, n, group["side"])
-            projector = min(rank, m, n) * (m * left + n * right)
-            found[shape, state_elements(m, n, rank, group["side"]) - projector, projector] += 1
-    return found
+
+    def sizes(p: Any, group: Mapping[str, Any]) -> tuple[str, int, int]:
+        shape, rank = "x".join(map(str, p.shape)), group.get("rank", 0)
+        if not rank:
+            return shape, 2 * p.numel(), 0
+        m, n = p.shape
+        left, right = sides(m, n, group["side"])
+        projector = min(rank, m, n) * (m * left + n * right)
+        return shape, state_elements(m, n, rank, group["side"]) - projector, projector
+
+    def find() -> tuple[dict[str, tuple[str, int, int]]]:
+        named = dict(built.named_parameters())
+        own = [named[name] for name in fitting(named, json.loads(also))]
+        with attached_model.attached(built, method, json.loads(config)) as adapted:
+            optimizer = adapted.optimizer(1e-3, 0.0)
+            groups = [{"params": adapted.parameters()}] if optimizer is None else optimizer.param_groups
+            names = {id(p): name for name, p in (*built.named_parameters(), *adapted.tensors().items())}
+            trained = {id(p): (p, group) for group in [{"params": own}, *groups] for p in group["params"]}
+            return ({names[key]: sizes(p, group) for key, (p, group) in trained.items()},)
+
+    (of_names,) = equal_blocks.named_facts(built, find)
+    return Counter(of_names.values())
 
 
 def _gradient(rows: int, columns: int, seed: int) -> Any:
