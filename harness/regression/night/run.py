@@ -37,6 +37,7 @@ _ENDED = {
     "estimate": "it took too long, and was ended after {}",
 }
 """Limit that a part reached -> sentence that says why the part was ended."""
+_INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Night:
         steps = [f"{one.reproduce}  # {one.where}" for result in self.results for one in result.failures[:1]]
         run = self.folder / "parts" / "matrix" / "run"
         ok = any(one.name == "matrix" and one.status == "ok" for one in self.results)
-        if ok and not (baselines.BASELINES / self.baseline / "run.json").is_file():
+        if ok and self.lacks_baseline:
             steps.append(
                 f"peft-harness baseline promote {run} {self.baseline} --reason 'first night'  # the first baseline"
             )
@@ -120,10 +121,14 @@ class Night:
         """The verdict as one sentence."""
         counts = Counter(one.status for one in self.results)
         shown = ", ".join(f"{count} {status}" for status, count in counts.items())
-        without = (
-            "" if any(one.name == "baseline" and one.status == "ok" for one in self.results) else "; no baseline yet"
-        )
+        asked = any(one.name == "baseline" for one in self.results)
+        without = "; this card has no baseline yet" if asked and self.lacks_baseline else ""
         return f"{shown}{without}"
+
+    @property
+    def lacks_baseline(self) -> bool:
+        """True if the card has no baseline. A CPU, which only rehearses, needs none."""
+        return self.manifest.device == "cuda" and not (baselines.BASELINES / self.baseline / "run.json").is_file()
 
 
 def baseline_name(card: str, device: Device) -> str:
@@ -162,15 +167,18 @@ def night(request: NightRequest, as_json: bool) -> Exit:
     with handle_termination():
         try:
             for number, part in enumerate(plan):
+                if run.interrupted:
+                    _add(run, _not_run(part, _INTERRUPTED, left_out=True))
+                    continue
                 left = request.budget_s - (time.monotonic() - began) - budget.LAST_S[device]
                 _add(
                     run,
                     _run_part(run, part, budget.limit(part, plan[number + 1 :], left, device), left, request.command),
                 )
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # between two parts, or a second time
             run.interrupted = True
             for part in plan[len(run.results) :]:
-                _add(run, _not_run(part, "interrupted", left_out=True))
+                _add(run, _not_run(part, _INTERRUPTED, left_out=True))
     _finish(run, time.monotonic() - began)
     if as_json:
         print_json(
@@ -223,6 +231,7 @@ def _run_part(run: Night, part: Part, limit: Limit, left_s: float, command: Sequ
     line = part.line(words)
     print_note(f"{part.name}: {part.title}")
     ended = part_run.run(words, part.variables, folder, limit.seconds, command)
+    run.interrupted = ended.interrupted
     reading = documents.read(part, folder, line)
     status, because = _judged(part, ended, reading, limit)
     failures = reading.failures
@@ -235,7 +244,7 @@ def _run_part(run: Night, part: Part, limit: Limit, left_s: float, command: Sequ
         )
     return PartResult(
         name=part.name, title=part.title, status=status, because=because, command=line, estimate_s=part.estimate_s,
-        seconds=ended.seconds, cpu_s=ended.cpu_s, limit_s=limit.seconds, left_out=ended.cut and limit.by != "estimate",
+        seconds=ended.seconds, cpu_s=ended.cpu_s, limit_s=limit.seconds, left_out=ended.interrupted or (ended.cut and limit.by != "estimate"),
         exit_code=ended.code, summary=summary, table=reading.table, failures=failures,
         files=_files(run.folder, folder),
     )  # fmt: skip
@@ -246,11 +255,12 @@ def _judged(
 ) -> tuple[Literal["ok", "finding", "failed", "cut", "not-run"], str]:
     """Return the status of a part and the reason."""
     cut = _ENDED[limit.by].format(duration(limit.seconds)) if ended.cut else ""
+    cut = _INTERRUPTED if ended.interrupted else cut
     if reading.wrong:  # also in what a part has measured before it was cut
         return "finding", "; ".join(filter(None, [reading.wrong, cut]))
     if cut:
         kept = "what it had measured is kept" if reading.summary and not reading.is_missing else "nothing was measured"
-        return "failed" if limit.by == "estimate" else "cut", f"{cut}; {kept}"
+        return "failed" if limit.by == "estimate" and not ended.interrupted else "cut", f"{cut}; {kept}"
     if ended.died:
         return "failed", ended.died
     if reading.is_missing and ended.code in (Exit.PASS, Exit.FAIL, Exit.INCONCLUSIVE):
@@ -276,7 +286,9 @@ def _filled(run: Night, part: Part, folder: Path) -> list[str]:
     """Return the arguments of a part with its placeholders replaced."""
     made = sorted(path.parent for path in run.folder.glob("parts/*/run/footer.json"))
     runs = [word for path in made for word in ("--run", str(path))]
-    single = {parts.MATRIX: str(run.folder / "parts" / "matrix" / "run"), parts.CARD: run.baseline}
+    matrix = str(run.folder / "parts" / "matrix" / "run")
+    # A rehearsal compares its run with itself: only a card has a baseline.
+    single = {parts.MATRIX: matrix, parts.CARD: run.baseline if run.manifest.device == "cuda" else matrix}
     words: list[str] = []
     for word in part.words:
         words += runs if word == parts.RUNS else [single.get(word, word).replace(parts.OUT, str(folder))]
@@ -287,9 +299,7 @@ def _no_baseline(run: Night) -> str:
     """Return why the matrix cannot be compared with a baseline. If it can, return an empty string."""
     if not (run.folder / "parts" / "matrix" / "run" / "footer.json").is_file():
         return "the part `matrix` has left no finished run"
-    if not (baselines.BASELINES / run.baseline / "run.json").is_file():
-        return f"there is no baseline `{run.baseline}` yet"
-    return ""
+    return f"there is no baseline `{run.baseline}` yet" if run.lacks_baseline else ""
 
 
 def _no_model(part: Part) -> str:
