@@ -121,6 +121,7 @@ def test_parts_that_pass_make_a_good_night(tmp_path: Path, monkeypatch: pytest.M
     assert {one["status"] for one in results.values()} == {"ok"}
     assert results["good"]["summary"] == "1 pass"
     assert "good night" in page
+    assert "all 2 parts ran, and found nothing wrong" in page
 
 
 @pytest.mark.parametrize(
@@ -184,6 +185,8 @@ def test_a_part_that_does_not_fit_is_not_run_and_a_smaller_one_is(
     assert results["large"]["seconds"] is None
     assert results["good"]["status"] == "ok"
     assert "peft-harness night --device cpu --only large" in page
+    assert "good, but not whole" in page
+    assert "not-run: large" in page
 
 
 def test_a_budget_that_ends_inside_a_part_keeps_what_it_has_measured(
@@ -219,7 +222,7 @@ def test_three_slow_parts_of_parity_leave_ten_minutes_for_ceilings_operations_an
         for number, one in enumerate(plan):
             if one.estimate_s <= left:
                 reached.append(one.name)
-                most = budget.limit(one, plan[number + 1 :], left, device)  # type: ignore[arg-type]
+                most = budget.limit(one, plan[number + 1 :], left, device, 600.0)  # type: ignore[arg-type]
                 assert most.seconds >= one.estimate_s
                 left -= most.seconds + 2.0 if one.name.startswith("parity") else one.estimate_s  # 2 s: its end
         wanted = [one.name for one in plan if one.kept]
@@ -228,9 +231,14 @@ def test_three_slow_parts_of_parity_leave_ten_minutes_for_ceilings_operations_an
 
 
 def test_a_part_that_takes_many_times_its_estimate_seems_to_hang() -> None:
-    assert budget.limit(part("good", 60.0), [], 10_000.0, "cuda").by == "estimate"
-    assert budget.limit(part("good", 60.0), [], 100.0, "cuda").by == "budget"
-    assert budget.limit(part("good", 60.0), [part("good", 50.0, kept=True)], 120.0, "cuda").by == "share"
+    def limit(later: list[Part], left_s: float, device: parts.Device = "cuda", budget_s: float = 600.0) -> budget.Limit:
+        return budget.limit(part("good", 60.0), later, left_s, device, budget_s)
+
+    assert limit([], 10_000.0).by == "estimate"
+    assert limit([], 100.0).by == "budget"
+    assert limit([part("good", 50.0, kept=True)], 120.0).by == "share"
+    assert limit([], 10_000.0, "cpu", 1200.0).seconds == 2 * limit([], 10_000.0, "cpu").seconds  # a slower machine
+    assert limit([], 10_000.0, "cuda", 1200.0) == limit([], 10_000.0, "cuda")
 
 
 @pytest.mark.parametrize(
@@ -248,14 +256,13 @@ def test_the_card_has_the_name_that_torch_returns(
     monkeypatch.setattr(parts, "on_gpu", list)
     night(NightRequest(600.0, "cuda", tmp_path / "night"), as_json=True)
     manifest = json.loads((tmp_path / "night" / "night.json").read_text())
-    assert nights.baseline_name(manifest["card"], "cuda") == baseline
+    assert nights.baseline_name(manifest["card"]) == baseline
     assert manifest["notes"] == ([gpu.note] if gpu.note else [])
     assert (gpu.note in capsys.readouterr().err) or not gpu.note
 
 
 def test_a_gpu_without_a_name_is_not_called_a_cpu() -> None:
-    assert nights.baseline_name("", "cpu") == "night-cpu"
-    assert nights.baseline_name("", "cuda") == "night-unknown-gpu"
+    assert nights.baseline_name("") == "night-unknown-gpu"
 
 
 def test_a_wrong_result_is_a_finding_also_in_a_part_that_is_cut(

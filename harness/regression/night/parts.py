@@ -139,7 +139,7 @@ def on_cpu() -> list[Part]:
     few = ("nf4_dequantize", "nf4_linear", "lora_linear", "adamw8bit_step", "galore_step")
     parity = [
         _parity(dtype, ("check", "fused", "--dtype", dtype, *_repeated("--op", names)), estimate, interpreted=True)
-        for dtype, names, estimate in (("bfloat16", few[:1], 15), ("float16", few[1:2], 15), ("float32", few, 60))
+        for dtype, names, estimate in (("bfloat16", few[:1], 15), ("float16", few[1:2], 15), ("float32", few[2:], 30))
     ]
     timed = (*cpu, "--pairs", "5", *saved)
     ceilings = Part("ceilings", "How fast is the machine?", "card", ("bench", "--ceilings", *cpu, *saved), 15)
@@ -150,7 +150,7 @@ def on_cpu() -> list[Part]:
         for suite, ids, estimate in [_REHEARSED[name]]
     ]
     return [
-        *_kept(*parity, ceilings, *operations, _step("lora", (*timed, "--layers", "2"), 40)),
+        *_kept(*parity, ceilings, *operations, _step("lora", (*timed, "--layers", "1"), 40)),
         *headlines,
         _claims(30),
         _run("matrix", "Do all methods train, on a tiny model?", "night", (), cpu, 90),

@@ -62,6 +62,8 @@ class PartTable(FrozenModel):
 
     columns: list[str]
     rows: list[list[str]]
+    notes: list[str] = Field(default=[])
+    """Lines that explain the table. A line that continues a note is indented by two spaces."""
 
 
 class PartResult(FrozenModel):

@@ -86,8 +86,8 @@ class Night:
 
     @property
     def baseline(self) -> str:
-        """Name of the card's baseline."""
-        return baseline_name(self.manifest.card, self.manifest.device)
+        """Name of the card's baseline. Empty for a CPU, which only rehearses."""
+        return baseline_name(self.manifest.card) if self.manifest.device == "cuda" else ""
 
     @property
     def left_out(self) -> dict[str, str]:
@@ -127,13 +127,13 @@ class Night:
 
     @property
     def lacks_baseline(self) -> bool:
-        """True if the card has no baseline. A CPU, which only rehearses, needs none."""
-        return self.manifest.device == "cuda" and not (baselines.BASELINES / self.baseline / "run.json").is_file()
+        """True if a card has no baseline."""
+        return bool(self.baseline) and not (baselines.BASELINES / self.baseline / "run.json").is_file()
 
 
-def baseline_name(card: str, device: Device) -> str:
-    """Return the name of a card's baseline. A GPU without a name is never called a CPU."""
-    return f"night-{Path(crossover.file_name(card or ('cpu' if device == 'cpu' else 'unknown GPU'))).stem}"
+def baseline_name(card: str) -> str:
+    """Return the name of a card's baseline. card: name of the GPU; empty if it is unknown."""
+    return f"night-{Path(crossover.file_name(card or 'unknown GPU')).stem}"
 
 
 def night(request: NightRequest, as_json: bool) -> Exit:
@@ -150,13 +150,14 @@ def night(request: NightRequest, as_json: bool) -> Exit:
             raise UsageError("there is no such file", where=f"--real {request.real}", hint="name the file of a suite")
         plan = [parts.with_suite(one, request.real.absolute()) if one.name == parts.REAL else one for one in plan]
     plan = _chosen(plan, request.only)
+    name = f"{store.now().replace(':', '').replace('-', '')}-night-{secrets.token_hex(3)}"
+    folder = _folder(request.out or store.RUNS / name)
     manifest = NightManifest(
-        night=f"{store.now().replace(':', '').replace('-', '')}-night-{secrets.token_hex(3)}", device=device,
-        card=gpu.name, budget_s=request.budget_s, parts=_planned(plan, request.budget_s, device),
+        night=name, device=device, card=gpu.name, budget_s=request.budget_s,
+        parts=_planned(plan, request.budget_s, device, folder, baseline_name(gpu.name) if device == "cuda" else ""),
         environment=environment.describe(environment.threads()), notes=[gpu.note] if gpu.note else [],
         argv=["peft-harness", *sys.argv[1:]], started=store.now(),
     )  # fmt: skip
-    folder = _folder(request.out or store.RUNS / manifest.night)
     store.write(folder / "night.json", manifest, new=True)
     run = Night(manifest, folder, missing=gpu.missing, real=request.real and request.real.absolute())
     if request.real is not None and not any(part.name == parts.REAL for part in plan):
@@ -168,17 +169,15 @@ def night(request: NightRequest, as_json: bool) -> Exit:
         try:
             for number, part in enumerate(plan):
                 if run.interrupted:
-                    _add(run, _not_run(part, _INTERRUPTED, left_out=True))
+                    _add(run, _not_run(run, part, _INTERRUPTED, left_out=True))
                     continue
                 left = request.budget_s - (time.monotonic() - began) - budget.LAST_S[device]
-                _add(
-                    run,
-                    _run_part(run, part, budget.limit(part, plan[number + 1 :], left, device), left, request.command),
-                )
+                limit = budget.limit(part, plan[number + 1 :], left, device, request.budget_s)
+                _add(run, _run_part(run, part, limit, left, request.command))
         except KeyboardInterrupt:  # between two parts, or a second time
             run.interrupted = True
             for part in plan[len(run.results) :]:
-                _add(run, _not_run(part, _INTERRUPTED, left_out=True))
+                _add(run, _not_run(run, part, _INTERRUPTED, left_out=True))
     _finish(run, time.monotonic() - began)
     if as_json:
         print_json(
@@ -194,10 +193,11 @@ def night(request: NightRequest, as_json: bool) -> Exit:
     return run.exit
 
 
-def _planned(plan: Sequence[Part], budget_s: float, device: Device) -> list[PlannedPart]:
+def _planned(plan: Sequence[Part], budget_s: float, device: Device, top: Path, baseline: str) -> list[PlannedPart]:
+    lines = [p.line(_filled(top, baseline, p)) for p in plan]
     return [
-        PlannedPart(name=p.name, title=p.title, command=p.line(), estimate_s=p.estimate_s, limit_s=limit_s)
-        for p, limit_s in zip(plan, budget.planned(plan, budget_s, device), strict=True)
+        PlannedPart(name=p.name, title=p.title, command=line, estimate_s=p.estimate_s, limit_s=limit_s)
+        for p, line, limit_s in zip(plan, lines, budget.planned(plan, budget_s, device), strict=True)
     ]
 
 
@@ -219,15 +219,15 @@ def _folder(folder: Path) -> Path:
 def _run_part(run: Night, part: Part, limit: Limit, left_s: float, command: Sequence[str]) -> PartResult:
     """Run a part if its estimate fits into the `left_s` seconds that are left, and return its result."""
     if run.missing:
-        return _not_run(part, run.missing)
+        return _not_run(run, part, run.missing)
     if part.estimate_s > left_s:
         has = f"the budget has {duration(max(0.0, left_s))} left"
-        return _not_run(part, f"{has}, and it needs about {duration(part.estimate_s)}", left_out=True)
+        return _not_run(run, part, f"{has}, and it needs about {duration(part.estimate_s)}", left_out=True)
     if why := _no_baseline(run) if part.kind == "baseline" else _no_model(part):
-        return _not_run(part, why)
+        return _not_run(run, part, why)
     folder = run.folder / "parts" / part.name
     folder.mkdir()
-    words = _filled(run, part, folder)
+    words = _filled(run.folder, run.baseline, part)
     line = part.line(words)
     print_note(f"{part.name}: {part.title}")
     ended = part_run.run(words, part.variables, folder, limit.seconds, command)
@@ -282,16 +282,18 @@ def _last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")
 
 
-def _filled(run: Night, part: Part, folder: Path) -> list[str]:
-    """Return the arguments of a part with its placeholders replaced."""
-    made = sorted(path.parent for path in run.folder.glob("parts/*/run/footer.json"))
+def _filled(top: Path, baseline: str, part: Part) -> list[str]:
+    """Return the arguments of a part with its placeholders replaced.
+
+    top: folder of the night. baseline: name of the card's baseline; empty for a CPU, whose run is compared with itself.
+    """
+    made = sorted(path.parent for path in top.glob("parts/*/run/footer.json"))
     runs = [word for path in made for word in ("--run", str(path))]
-    matrix = str(run.folder / "parts" / "matrix" / "run")
-    # A rehearsal compares its run with itself: only a card has a baseline.
-    single = {parts.MATRIX: matrix, parts.CARD: run.baseline if run.manifest.device == "cuda" else matrix}
+    matrix = str(top / "parts" / "matrix" / "run")
+    single = {parts.MATRIX: matrix, parts.CARD: baseline or matrix}
     words: list[str] = []
     for word in part.words:
-        words += runs if word == parts.RUNS else [single.get(word, word).replace(parts.OUT, str(folder))]
+        words += runs if word == parts.RUNS else [single.get(word, word).replace(parts.OUT, str(top / "parts" / part.name))]
     return words
 
 
@@ -319,13 +321,13 @@ def _files(top: Path, folder: Path) -> list[str]:
     return [path.relative_to(top).as_posix() for path in found if path.is_file()]
 
 
-def _not_run(part: Part, because: str, *, left_out: bool = False) -> PartResult:
+def _not_run(run: Night, part: Part, because: str, *, left_out: bool = False) -> PartResult:
     return PartResult(
         name=part.name,
         title=part.title,
         status="not-run",
         because=because,
-        command=part.line(),
+        command=part.line(_filled(run.folder, run.baseline, part)),
         estimate_s=part.estimate_s,
         left_out=left_out,
     )
