@@ -56,7 +56,11 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
 
 @click.command()
 @click.argument("run", required=False)
-@click.option("--baseline", metavar="NAME", help="Compare RUN with this baseline (see `peft-harness baseline list`) or with the folder of another run.")
+@click.option(
+    "--baseline",
+    metavar="NAME",
+    help="Compare RUN with this baseline (see `peft-harness baseline list`) or with the folder of another run.",
+)
 @_option(
     "--baseline", "--memory-bytes", callback=_bytes, metavar="SIZE",
     help="Allowed growth of the peak of training, e.g. 4096 or 64MiB.  [default: 64KiB if tensors are counted on a CPU, "

@@ -169,7 +169,9 @@ def test_a_part_that_hangs_is_killed_with_all_its_children(tmp_path: Path, monke
 
 
 def test_a_part_is_ended_when_its_time_is_over(tmp_path: Path) -> None:
-    ended = part_run.run(["600"], {}, tmp_path, 0.5, (sys.executable, "-c", "import sys, time; time.sleep(int(sys.argv[1]))"))
+    ended = part_run.run(
+        ["600"], {}, tmp_path, 0.5, (sys.executable, "-c", "import sys, time; time.sleep(int(sys.argv[1]))")
+    )
     assert ended.cut
     assert not ended.interrupted
     assert ended.died == "died of SIGTERM"

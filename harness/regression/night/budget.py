@@ -16,8 +16,8 @@ _FACTOR = {"cuda": 4.0, "cpu": 12.0}
 """Device -> largest multiple of its estimate that a part may take. The estimates are rough, and a rehearsal often
 shares its cores. The limit ends a part that hangs."""
 REHEARSAL_S = 600.0
-"""Budget of a rehearsal on a machine like that of the estimates. With a larger budget the machine counts as slower, and a part
-may take more time in proportion."""
+"""Budget of a rehearsal on a machine like that of the estimates. With a larger budget the machine counts as slower, and a
+part may take more time in proportion."""
 _END_S = 5.0
 """Seconds that are kept for the start and the end of a part, beside its estimate. A part that is cut prints its document."""
 LEAST_S = 120.0

@@ -210,7 +210,7 @@ def _claims(document: Mapping[str, Any], line: str) -> Reading:
     counts = Counter(one["verdict"] for one in claims)
     tried = [one for one in claims if one["verdict"] != ClaimVerdict.NOT_RUN]
     rows = [
-        [one["verdict"], one["id"], one["sentence"], str(one.get("printed", "")), *(one.get(key) or "-" for key in _OURS)]
+        [one["verdict"], one["id"], one["sentence"], str(one["printed"]), *(one.get(key) or "-" for key in _OURS)]
         for one in tried
     ]
     summary = ", ".join(f"{count} {word}" for word, count in counts.most_common())

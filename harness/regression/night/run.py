@@ -244,7 +244,8 @@ def _run_part(run: Night, part: Part, limit: Limit, left_s: float, command: Sequ
         )
     return PartResult(
         name=part.name, title=part.title, status=status, because=because, command=line, estimate_s=part.estimate_s,
-        seconds=ended.seconds, cpu_s=ended.cpu_s, limit_s=limit.seconds, left_out=ended.interrupted or (ended.cut and limit.by != "estimate"),
+        seconds=ended.seconds, cpu_s=ended.cpu_s, limit_s=limit.seconds,
+        left_out=ended.interrupted or (ended.cut and limit.by != "estimate"),
         exit_code=ended.code, summary=summary, table=reading.table, failures=failures,
         files=_files(run.folder, folder),
     )  # fmt: skip
@@ -289,11 +290,11 @@ def _filled(top: Path, baseline: str, part: Part) -> list[str]:
     """
     made = sorted(path.parent for path in top.glob("parts/*/run/footer.json"))
     runs = [word for path in made for word in ("--run", str(path))]
-    matrix = str(top / "parts" / "matrix" / "run")
+    out, matrix = str(top / "parts" / part.name), str(top / "parts" / "matrix" / "run")
     single = {parts.MATRIX: matrix, parts.CARD: baseline or matrix}
     words: list[str] = []
     for word in part.words:
-        words += runs if word == parts.RUNS else [single.get(word, word).replace(parts.OUT, str(top / "parts" / part.name))]
+        words += runs if word == parts.RUNS else [single.get(word, word).replace(parts.OUT, out)]
     return words
 
 

@@ -130,8 +130,9 @@ def _measure(request: PairsRequest, design: Design) -> PairsResult:
         ):
             sides = old.with_variables(request.old_variables), new.with_variables(request.new_variables)
             matched = pair_sides.pairs(plan, naming.full(plan.cells), sides)
+            device = ("--device", request.device)
             runner = PairsRunner(
-                sides, path, folder, design, seed, ("--device", request.device), print_note, request.metric, request.fresh
+                sides, path, folder, design, seed, device, print_note, only=request.metric, fresh=request.fresh
             )
             where = f"on core {', '.join(map(str, held))}" if held else "on any core"
             fresh = f"up to {design.fresh[-1]} new ones where these do not decide" if request.fresh else "no new ones"
