@@ -59,7 +59,9 @@ def _verdict(night: Night, is_running: bool) -> tuple[str, str]:
 
 
 def _reason(night: Night, waiting: Sequence[PlannedPart]) -> str:
-    """Return what a reader must know first: the parts that are not ok, each with its status, and the missing baseline."""
+    """Return what a reader must know first: that there is no GPU, or which parts are not ok, and a missing baseline."""
+    if night.missing:
+        return f"nothing was run: {night.missing}"
     names: dict[str, list[str]] = {}
     for one in night.results:
         if one.status != "ok":
@@ -68,7 +70,7 @@ def _reason(night: Night, waiting: Sequence[PlannedPart]) -> str:
     said += [f"waiting: {plural(len(waiting), 'part')}"] if waiting else []
     ran = sum(one.status == "ok" for one in night.results)
     said = said or [f"all {ran} parts ran, and found nothing wrong"]
-    return "; ".join(said + (["this card has no baseline yet"] if night.lacks_baseline else []))
+    return "; ".join(filter(None, [*said, night.without_baseline]))
 
 
 def _parts(results: Sequence[PartResult], waiting: Sequence[PlannedPart]) -> dict[str, Any]:

@@ -121,14 +121,21 @@ class Night:
         """The verdict as one sentence."""
         counts = Counter(one.status for one in self.results)
         shown = ", ".join(f"{count} {status}" for status, count in counts.items())
+        return "; ".join(filter(None, [shown, self.without_baseline]))
+
+    @property
+    def without_baseline(self) -> str:
+        """A clause if the part `baseline` had nothing to compare with. Otherwise empty."""
         asked = any(one.name == "baseline" for one in self.results)
-        without = "; this card has no baseline yet" if asked and self.lacks_baseline else ""
-        return f"{shown}{without}"
+        return "this card has no baseline yet" if asked and self.lacks_baseline else ""
 
     @property
     def lacks_baseline(self) -> bool:
-        """True if a card has no baseline."""
-        return bool(self.baseline) and not (baselines.BASELINES / self.baseline / "run.json").is_file()
+        """True if there is a card, and it has no baseline."""
+        return (
+            bool(self.baseline and not self.missing)
+            and not (baselines.BASELINES / self.baseline / "run.json").is_file()
+        )
 
 
 def baseline_name(card: str) -> str:
