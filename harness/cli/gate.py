@@ -170,8 +170,8 @@ def gate(
         from harness.regression.pairs import gate as gate_pairs
         from harness.regression.pairs.request import PairsRequest
 
-        more = {"canary": not mine.pop("no_canary"), "fresh": not mine.pop("no_fresh")}
-        request = PairsRequest(*pairs, **mine, **more, strict=strict, outputs=outputs)
+        canary, fresh = not mine.pop("no_canary"), not mine.pop("no_fresh")
+        request = PairsRequest(*pairs, **mine, canary=canary, fresh=fresh, strict=strict, outputs=outputs)
         return gate_pairs.gate(request, as_json).exit
     if run is None or baseline is None:
         raise click.UsageError("give RUN and --baseline NAME, or --pairs OLD NEW")
