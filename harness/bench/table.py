@@ -17,8 +17,8 @@ def lines(rows: Sequence[BenchRow]) -> list[str]:
     """Return the table and the notes below it as lines of text."""
     ours = rows[0].ours if rows else "ours"
     table = [tuple(head.format(ours) for head in _HEAD), *(fields(row) for row in rows)]
-    notes = _notes(rows)
-    return [*align_columns(table, indent=""), *([""] if notes else []), *notes]
+    below = notes(rows)
+    return [*align_columns(table, indent=""), *([""] if below else []), *below]
 
 
 def fields(row: BenchRow) -> tuple[str, ...]:
@@ -75,63 +75,64 @@ def _parity(row: BenchRow) -> str:
     return shown + used + (f" (known defect {', '.join(defects)})" if defects else "")
 
 
-def _notes(rows: Sequence[BenchRow]) -> list[str]:
+def notes(rows: Sequence[BenchRow]) -> list[str]:
+    """Return the notes below the table as lines of text. A line that continues a note is indented by two spaces."""
     measured = [row for row in rows if row.outcome == "measured"]
-    notes = []
+    found = []
     if measured:
-        notes += [
+        found += [
             f"other/{measured[0].ours}: median over interleaved pairs with its 95 % interval, within one process; above 1 "
             f"{measured[0].ours} is faster",
             "parity: the last passed check, the number of others, and the largest error as a share of what is allowed",
         ]
     if any(row.ratio.low is None for row in measured if row.ratio is not None):
-        notes.append(f"[too few]: an interval needs at least {FEWEST} pairs (--pairs)")
+        found.append(f"[too few]: an interval needs at least {FEWEST} pairs (--pairs)")
     if counted := [(row, row.products) for row in measured if row.products is not None]:
-        notes.append(
+        found.append(
             "frozen pass: the dense model forward, and backward to its embeddings, without training. By FLOPs: the products "
             "of the step over those of the frozen pass; for the other implementation:"
         )
-        notes += [f"  {row.name} {row.other}: {products.other / products.frozen:.2f}" for row, products in counted]
+        found += [f"  {row.name} {row.other}: {products.other / products.frozen:.2f}" for row, products in counted]
     limited = [row for row in measured if row.samples is not None and row.samples.limit]
     if any(row.limit == PRODUCTS for row in limited):
         work = "the gradient into the subspace and the update out of it, without any other work or allocation"
-        notes.append(f"{PRODUCTS}: {work}")
+        found.append(f"{PRODUCTS}: {work}")
     if rates := {f"  {row.device} {row.dtype}: {_rates(row.ceilings)}" for row in measured if row.ceilings is not None}:
-        notes.append("roofline: by the copy and the matrix product measured in the same process as the row:")
-        notes += sorted(rates)
+        found.append("roofline: by the copy and the matrix product measured in the same process as the row:")
+        found += sorted(rates)
     if any(row.mostly_call for row in measured):
-        notes.append(
+        found.append(
             "*: a call of tiny size takes a fifth of this time or more, for example because the implementation makes an "
             "optimizer or a layer at each call. Use larger --shapes, or whole training steps (--step)"
         )
     if any(row.host_bound for row in measured):
-        notes.append(
+        found.append(
             "h: the host takes about as long to launch the call as the GPU to run it, or longer. A program then waits for "
             "the host, and a faster kernel changes nothing"
         )
     if any(row.device == "cuda" for row in limited):
-        notes.append(
+        found.append(
             "step: on a large GPU, kernel launches by the host may dominate a step of this small model and its frozen pass; "
             "the ratio need not hold for larger models"
         )
     if busy := [load for row in measured if _number(load := row.facts.get("load")) > _number(row.facts.get("threads"))]:
-        notes.append(
+        found.append(
             f"busy machine: load up to {max(map(_number, busy)):.1f} before a benchmark, which may affect these times"
         )
     if differing := dict.fromkeys(f"  {row.name} {row.shape}: {row.differs}" for row in measured if row.differs):
-        notes += ["different computations, each judged against its own reference:", *differing]
+        found += ["different computations, each judged against its own reference:", *differing]
     if judged := dict.fromkeys(f"  {row.name} {row.shape}: {row.judged}" for row in measured if row.judged):
-        notes += ["parity judged on a smaller size than was timed:", *judged]
+        found += ["parity judged on a smaller size than was timed:", *judged]
     rechecks = [(row, one) for row in measured for one in row.parity if one.check == TIMED_CALL]
     if unchecked := [
         f"  {row.name} {row.shape}, {one.implementation}: {one.result.detail}"
         for row, one in rechecks
         if one.status is CheckStatus.SKIPPED
     ]:
-        notes += ["timed, but the timed call was not checked once more:", *unchecked]
+        found += ["timed, but the timed call was not checked once more:", *unchecked]
     if missing := sum(row.cause == "interrupted" for row in rows):
-        notes.append(f"interrupted: {missing} of these did not finish, marked `not-run: interrupted`")
-    return notes
+        found.append(f"interrupted: {missing} of these did not finish, marked `not-run: interrupted`")
+    return found
 
 
 def _rates(ceilings: Ceilings) -> str:

@@ -56,7 +56,11 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
 
 @click.command()
 @click.argument("run", required=False)
-@click.option("--baseline", metavar="NAME", help="Compare RUN with this baseline (see `peft-harness baseline list`).")
+@click.option(
+    "--baseline",
+    metavar="NAME",
+    help="Compare RUN with this baseline (see `peft-harness baseline list`) or with the folder of another run.",
+)
 @_option(
     "--baseline", "--memory-bytes", callback=_bytes, metavar="SIZE",
     help="Allowed growth of the peak of training, e.g. 4096 or 64MiB.  [default: 64KiB if tensors are counted on a CPU, "
@@ -114,6 +118,10 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
     help=f"Environment variable of NEW's processes. {options.AGAIN}",
 )  # fmt: skip
 @_option("--pairs", "--no-canary", is_flag=True, help="Do not run a Cell of OLD against itself.")
+@_option(
+    "--pairs", "--no-fresh", is_flag=True,
+    help="Run no new pairs: a time that the first six do not prove unchanged stays inconclusive.",
+)  # fmt: skip
 @options.strict
 @options.as_json
 @click.pass_context
@@ -162,8 +170,8 @@ def gate(
         from harness.regression.pairs import gate as gate_pairs
         from harness.regression.pairs.request import PairsRequest
 
-        canary = not mine.pop("no_canary")
-        request = PairsRequest(*pairs, **mine, canary=canary, strict=strict, outputs=outputs)
+        canary, fresh = not mine.pop("no_canary"), not mine.pop("no_fresh")
+        request = PairsRequest(*pairs, **mine, canary=canary, fresh=fresh, strict=strict, outputs=outputs)
         return gate_pairs.gate(request, as_json).exit
     if run is None or baseline is None:
         raise click.UsageError("give RUN and --baseline NAME, or --pairs OLD NEW")

@@ -527,6 +527,16 @@ def test_a_promoted_run_is_listed_and_used(here: Path, capsys: pytest.CaptureFix
     assert "did you mean `quick`?" in capsys.readouterr().err
 
 
+def test_a_run_is_compared_with_the_folder_of_another_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new = recorded_run.write_run(here / "new", run="new", only=FEW, change=only("fused", red)).path
+    folder = str(Path("results", "runs", "base"))
+    assert main(["gate", str(new), "--baseline", folder]) == Exit.FAIL
+    assert capsys.readouterr().out.splitlines()[0] == "new against base: of unknown origin (it was not promoted)"
+    assert main(["gate", "base", "--baseline", folder]) == Exit.PASS
+    assert "which is the same run" in capsys.readouterr().out
+    assert main(["gate", "base", "--baseline", str(Path("results", "runs", "other"))]) == Exit.USAGE
+
+
 def test_a_baseline_is_replaced_only_with_the_option(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert promote() == Exit.PASS
     assert promote() == Exit.USAGE

@@ -197,6 +197,16 @@ def test_fresh_pairs_alone_find_a_slow_down(gated, slower: float) -> None:
     assert "is slower" in output
 
 
+def test_without_fresh_pairs_a_slow_down_stays_undecided(gated) -> None:
+    fake = FakeRuns(slower=1.2)
+    code, output, document = gated(fake, canary=False, fresh=False)
+    (cell,) = document["cells"]
+    assert (cell["verdict"]["word"], cell["verdict"]["stage"]) == ("inconclusive", "first")
+    assert len(fake.ran) == 2 * 6
+    assert code == Exit.PASS
+    assert "neither slower nor proven the same" in output
+
+
 def test_a_speed_up_is_listed_and_passes(gated) -> None:
     code, _, document = gated(FakeRuns(slower=0.5))
     assert code == Exit.PASS

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,23 @@ import pytest
 from harness.bench.gpu import Gpu
 from harness.cli import main
 from harness.errors import Exit, UsageError
+from harness.process.supervisor import Subprocess
 from harness.process.worker_pool import marked
 from harness.regression.night import budget, part_run, parts
 from harness.regression.night import run as nights
 from harness.regression.night.parts import Part
 from harness.regression.night.run import NightRequest, night
+from harness.suites import loader
+from harness.suites.expand import select
+from support.processes import PATIENCE_S, eventually
 
 STUB = """
 import json, os, signal, subprocess, sys, time
+from pathlib import Path
 what = sys.argv[1]
+def wait():
+    Path(__file__).with_name("ready").touch()
+    time.sleep(600)
 check = {"implementation": "fused", "kind": "operation", "target": "nf4_dequantize", "dtype": "bfloat16", "case": "64x64",
          "traceback": "", "result": {"check": "outputs", "error": None, "allowed": None, "detail": "", "nonfinite": 0}}
 def document(**changed):
@@ -44,22 +51,22 @@ elif what == "hangs":
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print("about to hang", file=sys.stderr, flush=True)
-    time.sleep(600)
+    wait()
 elif what == "saves":
     def end(*_):
         print(json.dumps({"checks": [check | {"standing": "pass"}], "skipped": {}}), flush=True)
         os._exit(4)
     signal.signal(signal.SIGTERM, end)
-    time.sleep(600)
+    wait()
 elif what == "wrong, then slow":
     row = {"name": "nf4", "shape": "8x8", "dtype": "float32", "device": "cpu", "ours": "fused", "other": "acme",
            "outcome": "refused", "because": "no parity: fused fails outputs", "parity": [
                {"implementation": "fused", "kind": "operation", "target": "nf4", "dtype": "float32", "case": "8x8",
                 "result": {"check": "nf4/outputs/float32/call", "outcome": "fail"}}]}
     print(json.dumps({"benchmarks": [row]}), flush=True)
-    time.sleep(600)
+    wait()
 elif what == "slow":
-    time.sleep(600)
+    wait()
 elif what == "crashes":
     print("last words", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGSEGV)
@@ -83,9 +90,19 @@ def run(
     budget_s: float = 600.0,
     only: tuple[str, ...] = (),
 ) -> tuple[Exit, dict[str, dict[str, Any]], str]:
-    """Run these parts with a command that plays them. Return exit code, results by part, and the page."""
-    stub = tmp_path / "stub.py"
+    """Run these parts with a command that plays them. Return exit code, results by part, and the page.
+
+    The time of a part is over as soon as it waits, however slow this machine is. A part that does not wait has no limit.
+    """
+    stub, ready, wait = tmp_path / "stub.py", tmp_path / "ready", part_run._wait
     stub.write_text(STUB, encoding="utf-8")
+
+    def until_it_waits(child: Subprocess, limit_s: float) -> tuple[int | None, bool]:
+        eventually(lambda: ready.exists() or child.wait(0) is not None, "the part waits or ends")
+        ready.unlink(missing_ok=True)
+        return wait(child, 0.0)
+
+    monkeypatch.setattr(part_run, "_wait", until_it_waits)
     monkeypatch.setattr(parts, "on_cpu", lambda: plan)
     out = tmp_path / "night"
     request = NightRequest(budget_s, "cpu", out, only, command=(sys.executable, str(stub)))
@@ -104,6 +121,7 @@ def test_parts_that_pass_make_a_good_night(tmp_path: Path, monkeypatch: pytest.M
     assert {one["status"] for one in results.values()} == {"ok"}
     assert results["good"]["summary"] == "1 pass"
     assert "good night" in page
+    assert "all 2 parts ran, and found nothing wrong" in page
 
 
 @pytest.mark.parametrize(
@@ -139,7 +157,6 @@ def test_the_reproduction_of_a_check_names_its_operation_and_dtype(
 
 
 def test_a_part_that_hangs_is_killed_with_all_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "LEAST_S", 2.0)
     monkeypatch.setattr(part_run, "GRACE_S", 1.0)
     monkeypatch.setenv("OF_THIS_TEST", str(tmp_path))
     code, results, page = run(tmp_path, monkeypatch, [part("hangs", 0.1), part("good")])
@@ -151,16 +168,27 @@ def test_a_part_that_hangs_is_killed_with_all_its_children(tmp_path: Path, monke
     assert [one for one in marked("OF_THIS_TEST", str(tmp_path)) if one.pid != os.getpid()] == []
 
 
+def test_a_part_is_ended_when_its_time_is_over(tmp_path: Path) -> None:
+    ended = part_run.run(
+        ["600"], {}, tmp_path, 0.5, (sys.executable, "-c", "import sys, time; time.sleep(int(sys.argv[1]))")
+    )
+    assert ended.cut
+    assert not ended.interrupted
+    assert ended.died == "died of SIGTERM"
+
+
 def test_a_part_that_does_not_fit_is_not_run_and_a_smaller_one_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, results, page = run(tmp_path, monkeypatch, [part("good", 900.0, "large"), part("good")], budget_s=60.0)
+    code, results, page = run(tmp_path, monkeypatch, [part("good", 900.0, "large"), part("good")])
     assert code == Exit.PASS
     assert results["large"]["status"] == "not-run"
     assert "it needs about 15 min 00 s" in results["large"]["because"]
     assert results["large"]["seconds"] is None
     assert results["good"]["status"] == "ok"
     assert "peft-harness night --device cpu --only large" in page
+    assert "good, but not whole" in page
+    assert "not-run: large" in page
 
 
 def test_a_budget_that_ends_inside_a_part_keeps_what_it_has_measured(
@@ -177,15 +205,16 @@ def test_a_budget_that_ends_inside_a_part_keeps_what_it_has_measured(
 def test_a_slow_part_is_cut_so_that_a_later_part_keeps_its_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = [part("saves", 0.125), part("good", 20.0, kept=True), part("good", 1.0, "last")]
-    code, results, page = run(tmp_path, monkeypatch, plan, budget_s=40.0)
+    monkeypatch.setattr(budget, "LEAST_S", 1000.0)
+    plan = [part("saves", 0.125), part("good", 200.0, kept=True), part("good", 1.0, "last")]
+    code, results, page = run(tmp_path, monkeypatch, plan, budget_s=400.0)
     assert code == Exit.PASS
     assert results["saves"]["status"] == "cut"
     assert "the rest is kept for later parts; what it had measured is kept" in results["saves"]["because"]
     assert results["good"]["status"] == results["last"]["status"] == "ok"
     assert "peft-harness night --device cpu --only saves" in page
     night_json = json.loads((tmp_path / "night" / "night.json").read_text())
-    assert [one["limit_s"] for one in night_json["parts"]] == [5.0, 34.875, 14.875]
+    assert [one["limit_s"] for one in night_json["parts"]] == [185.0, 394.875, 194.875]
 
 
 def test_three_slow_parts_of_parity_leave_ten_minutes_for_ceilings_operations_and_steps() -> None:
@@ -195,7 +224,7 @@ def test_three_slow_parts_of_parity_leave_ten_minutes_for_ceilings_operations_an
         for number, one in enumerate(plan):
             if one.estimate_s <= left:
                 reached.append(one.name)
-                most = budget.limit(one, plan[number + 1 :], left, device)  # type: ignore[arg-type]
+                most = budget.limit(one, plan[number + 1 :], left, device, 600.0)  # type: ignore[arg-type]
                 assert most.seconds >= one.estimate_s
                 left -= most.seconds + 2.0 if one.name.startswith("parity") else one.estimate_s  # 2 s: its end
         wanted = [one.name for one in plan if one.kept]
@@ -204,9 +233,14 @@ def test_three_slow_parts_of_parity_leave_ten_minutes_for_ceilings_operations_an
 
 
 def test_a_part_that_takes_many_times_its_estimate_seems_to_hang() -> None:
-    assert budget.limit(part("good", 60.0), [], 10_000.0, "cuda").by == "estimate"
-    assert budget.limit(part("good", 60.0), [], 100.0, "cuda").by == "budget"
-    assert budget.limit(part("good", 60.0), [part("good", 50.0, kept=True)], 120.0, "cuda").by == "share"
+    def limit(later: list[Part], left_s: float, device: parts.Device = "cuda", budget_s: float = 600.0) -> budget.Limit:
+        return budget.limit(part("good", 60.0), later, left_s, device, budget_s)
+
+    assert limit([], 10_000.0).by == "estimate"
+    assert limit([], 100.0).by == "budget"
+    assert limit([part("good", 50.0, kept=True)], 120.0).by == "share"
+    assert limit([], 10_000.0, "cpu", 1200.0).seconds == 2 * limit([], 10_000.0, "cpu").seconds  # a slower machine
+    assert limit([], 10_000.0, "cuda", 1200.0) == limit([], 10_000.0, "cuda")
 
 
 @pytest.mark.parametrize(
@@ -224,14 +258,13 @@ def test_the_card_has_the_name_that_torch_returns(
     monkeypatch.setattr(parts, "on_gpu", list)
     night(NightRequest(600.0, "cuda", tmp_path / "night"), as_json=True)
     manifest = json.loads((tmp_path / "night" / "night.json").read_text())
-    assert nights.baseline_name(manifest["card"], "cuda") == baseline
+    assert nights.baseline_name(manifest["card"]) == baseline
     assert manifest["notes"] == ([gpu.note] if gpu.note else [])
     assert (gpu.note in capsys.readouterr().err) or not gpu.note
 
 
 def test_a_gpu_without_a_name_is_not_called_a_cpu() -> None:
-    assert nights.baseline_name("", "cpu") == "night-cpu"
-    assert nights.baseline_name("", "cuda") == "night-unknown-gpu"
+    assert nights.baseline_name("") == "night-unknown-gpu"
 
 
 def test_a_wrong_result_is_a_finding_also_in_a_part_that_is_cut(
@@ -284,7 +317,9 @@ def test_without_a_gpu_every_part_is_not_run(
     assert {one["status"] for one in document["results"]} == {"not-run"}
     assert len(document["results"]) == len(parts.on_gpu())
     assert document["exit"] == json.loads((out / "footer.json").read_text())["exit"] == Exit.INFRASTRUCTURE
-    assert "no GPU" in (out / "index.html").read_text()
+    page = (out / "index.html").read_text()
+    assert "nothing was run: no GPU" in page
+    assert "baseline yet" not in page
 
 
 @pytest.mark.slow
@@ -301,19 +336,16 @@ def test_ctrl_c_leaves_a_footer_and_a_page(tmp_path: Path) -> None:
         "sys.exit(run.night(wanted, True))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = out / "parts" / "saves" / "log.txt"
-    while not log.is_file():
-        assert process.poll() is None
-        time.sleep(0.05)
-    time.sleep(1.0)  # the part has set its handler
+    eventually((tmp_path / "ready").exists, "the part has set its handler")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == Exit.INFRASTRUCTURE
+    assert process.wait(PATIENCE_S) == Exit.INFRASTRUCTURE
     footer = json.loads((out / "footer.json").read_text())
     assert footer["how"] == "interrupted"
-    assert footer["counts"] == {"not-run": 2}
-    assert footer["left_out"] == {"saves": "interrupted", "good": "interrupted"}
-    assert "peft-harness night --device cpu --only saves --only good" in (out / "index.html").read_text()
-    assert "interrupted" in (out / "index.html").read_text()
+    assert footer["counts"] == {"cut": 1, "not-run": 1}
+    assert footer["left_out"] == {"saves": "interrupted; what it had measured is kept", "good": "interrupted"}
+    page = (out / "index.html").read_text()
+    assert "peft-harness night --device cpu --only saves --only good" in page
+    assert "1 pass; interrupted; what it had measured is kept" in page
 
 
 def test_every_command_of_the_plans_is_one_that_the_command_line_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,6 +375,48 @@ def test_a_suite_of_ones_own_takes_the_place_of_the_real_model(tmp_path: Path, m
     result = json.loads((tmp_path / "night" / "parts" / "matrix-real.json").read_text())
     assert result["command"].startswith(f"peft-harness run {own}")
     assert result["seconds"] is not None  # it was started: whether the model is here is for the suite to say
+
+
+def test_a_rehearsal_has_the_parts_of_the_headlines_with_cells_of_the_same_kind() -> None:
+    def kinds(part: Part) -> set[tuple[object, ...]]:
+        """Return a tuple for each kind of Cell that the part runs."""
+        plan, only = loader.load(part.words[1]).plan, part.words[part.words.index("--only") + 1]
+        return {
+            (c.method, c.implementation, c.dtype, c.optimizer, str(c.base), c.training.checkpointing)
+            for c in select(plan, only).cells
+        }
+
+    on_gpu, on_cpu = (
+        {one.name: one for one in plan if one.name.startswith("headline-")} for plan in (parts.on_gpu(), parts.on_cpu())
+    )
+    assert list(on_gpu) == list(on_cpu)
+    for name, one in on_gpu.items():
+        assert one.title == on_cpu[name].title
+        assert kinds(one) == kinds(on_cpu[name]), name
+
+
+def test_a_rehearsal_compares_its_run_with_itself_and_suggests_no_baseline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = [one for one in parts.on_cpu() if one.name in ("matrix", "baseline")]
+    stub = tmp_path / "stub.py"
+    stub.write_text(
+        "import json, sys; from pathlib import Path; from support import recorded_run\n"
+        "word, folder = sys.argv[1], Path(sys.argv[-1])\n"
+        "if word == 'run': recorded_run.write_run(folder, only=('head', 'fused'))\n"
+        "else: from harness.cli import main; sys.exit(main(sys.argv[1:]))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setattr(parts, "on_cpu", lambda: plan)
+    night(NightRequest(600.0, "cpu", tmp_path / "night", command=(sys.executable, str(stub))), as_json=True)
+    result = json.loads((tmp_path / "night" / "parts" / "baseline.json").read_text())
+    run_folder = str(tmp_path / "night" / "parts" / "matrix" / "run")
+    assert result["status"] == "ok", result
+    assert result["summary"] == "pass: 2 Cells compared, no regression (2 Cells compared)"
+    assert result["command"] == f"peft-harness gate {run_folder} --baseline {run_folder} --json"
+    footer = json.loads((tmp_path / "night" / "footer.json").read_text())
+    assert footer["verdict"] == "2 ok"
+    assert "baseline promote" not in (tmp_path / "night" / "index.html").read_text()
 
 
 def test_the_names_of_parts_are_distinct() -> None:

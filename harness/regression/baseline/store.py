@@ -82,9 +82,15 @@ def known(baselines: Path = BASELINES) -> list[Baseline]:
 
 
 def find(name: str, baselines: Path = BASELINES) -> Baseline:
-    """Return a baseline by its name. Raises UsageError for an unknown name."""
+    """Return a baseline by its name, or a run as a baseline by its folder. Raises UsageError if there is none.
+
+    name: a folder has at least one slash.
+    """
     if _NAME.fullmatch(name) and (baselines / name / "run.json").is_file():
         return _read(baselines / name)
+    if len(Path(name).parts) > 1 and (Path(name) / "run.json").is_file():
+        is_promoted = (Path(name) / PROVENANCE).is_file()
+        return _read(Path(name)) if is_promoted else Baseline(Path(name).name, Path(name), None, "it was not promoted")
     names = [baseline.name for baseline in known(baselines)]
     hint = "`peft-harness baseline promote RUN NAME --reason ...` makes one"
     hint = did_you_mean(name, names, "there are") if names else hint

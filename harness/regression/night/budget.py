@@ -15,6 +15,9 @@ cover the end of a part that is cut."""
 _FACTOR = {"cuda": 4.0, "cpu": 12.0}
 """Device -> largest multiple of its estimate that a part may take. The estimates are rough, and a rehearsal often
 shares its cores. The limit ends a part that hangs."""
+REHEARSAL_S = 600.0
+"""Budget of a rehearsal on a machine like that of the estimates. With a larger budget the machine counts as slower, and a
+part may take more time in proportion."""
 _END_S = 5.0
 """Seconds that are kept for the start and the end of a part, beside its estimate. A part that is cut prints its document."""
 LEAST_S = 120.0
@@ -31,16 +34,18 @@ class Limit:
     estimate, so that it seems to hang."""
 
 
-def limit(part: Part, later: Sequence[Part], left_s: float, device: Device) -> Limit:
+def limit(part: Part, later: Sequence[Part], left_s: float, device: Device, budget_s: float) -> Limit:
     """Return the limit of a part that starts now.
 
     later: the parts after it. The limit leaves time for the estimates of those with `kept`. Even so, it is not below
     the part's own estimate, if that much time is left.
     left_s: seconds of the budget that are left.
+    budget_s: the whole budget in seconds.
     """
     kept_s = sum(one.estimate_s + _END_S for one in later if one.kept)
     share_s = max(part.estimate_s, left_s - kept_s - (_END_S if kept_s else 0.0))
-    hang_s = max(LEAST_S, _FACTOR[device] * part.estimate_s)
+    slower = max(1.0, budget_s / REHEARSAL_S) if device == "cpu" else 1.0
+    hang_s = slower * max(LEAST_S, _FACTOR[device] * part.estimate_s)
     least = min(left_s, share_s, hang_s)
     return Limit(least, "estimate" if least == hang_s else "budget" if least == left_s else "share")
 
@@ -53,6 +58,6 @@ def planned(plan: Sequence[Part], budget_s: float, device: Device) -> list[float
     left_s, found = budget_s - LAST_S[device], []
     for number, part in enumerate(plan):
         fits = part.estimate_s <= left_s
-        found.append(limit(part, plan[number + 1 :], left_s, device).seconds if fits else 0.0)
+        found.append(limit(part, plan[number + 1 :], left_s, device, budget_s).seconds if fits else 0.0)
         left_s -= part.estimate_s if fits else 0.0
     return found

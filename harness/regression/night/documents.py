@@ -25,6 +25,8 @@ _MOST_FAILURES = 60
 """Failures of a part that its result lists. The document of the part has all of them."""
 
 NO_CELL = "no Cell ran"
+_OURS = ("ours", "how")
+"""Keys of a claim with our value, and its computation with the machine and the run that it comes from."""
 
 
 @dataclass
@@ -122,8 +124,8 @@ def _bench(document: Mapping[str, Any], line: str) -> Reading:
         "memory",
         "parity",
     ]
-    shown = [bench_table.fields(row) for row in rows]
-    table = [[f[0], f[1], f[2], f[4], f[5], f[6], f[7], f[8], f[9], f[10]] for f in (_padded(one) for one in shown)]
+    fields = (_padded(bench_table.fields(row)) for row in rows)
+    table = [[f[0], f[1], f[2], f[4], f[5], f[6], f[7], f[8], f[9], f[10]] for f in fields]
     failures = [
         Failure(where=f"{row.name} {row.shape} {row.dtype} vs {row.other}", what=row.because, reproduce=line)
         for row in rows
@@ -131,7 +133,8 @@ def _bench(document: Mapping[str, Any], line: str) -> Reading:
     ]
     summary = ", ".join(f"{count} {word}" for word, count in counts.most_common())
     wrong = next((f"{row.name}: {row.because}" for row in rows if row.red), "")
-    return Reading(summary, PartTable(columns=columns, rows=table), failures[:_MOST_FAILURES], wrong=wrong)
+    shown = PartTable(columns=columns, rows=table, notes=bench_table.notes(rows))
+    return Reading(summary, shown, failures[:_MOST_FAILURES], wrong=wrong)
 
 
 def _padded(fields: tuple[str, ...]) -> list[str]:
@@ -207,11 +210,11 @@ def _claims(document: Mapping[str, Any], line: str) -> Reading:
     counts = Counter(one["verdict"] for one in claims)
     tried = [one for one in claims if one["verdict"] != ClaimVerdict.NOT_RUN]
     rows = [
-        [one["verdict"], one["id"], one["sentence"], str(one.get("printed", "")), str(one.get("ours") or "-")]
+        [one["verdict"], one["id"], one["sentence"], str(one["printed"]), *(one.get(key) or "-" for key in _OURS)]
         for one in tried
     ]
     summary = ", ".join(f"{count} {word}" for word, count in counts.most_common())
-    return Reading(summary, PartTable(columns=["verdict", "claim", "statement", "printed", "ours"], rows=rows), [])
+    return Reading(summary, PartTable(columns=["verdict", "claim", "statement", "printed", *_OURS], rows=rows), [])
 
 
 def _pairs(document: Mapping[str, Any], line: str) -> Reading:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import first_names, plural
 from harness.regression.night.results import Failure, PartResult, PartTable, PlannedPart
 from harness.report import html
 from harness.report.formatting import field, unmeasured
@@ -36,7 +37,7 @@ def build(night: Night, waiting: Sequence[PlannedPart]) -> dict[str, Any]:
     return {
         "place": manifest.card or here.machine.get("cpu", "a CPU"), "is_rehearsal": manifest.device == "cpu",
         "night": manifest.night, "started": manifest.started, "budget": duration(manifest.budget_s),
-        "verdict": badge(word, tone) | {"exit": f"exit code {int(night.exit)}"}, "reason": night.verdict,
+        "verdict": badge(word, tone) | {"exit": f"exit code {int(night.exit)}"}, "reason": _reason(night, waiting),
         "counts": [badge(status, _TONES[status]) | {"count": count} for status, count in counts.items()],
         "next": night.next_steps, "parts": _parts(night.results, waiting),
         "failed": [_failed(one) for one in night.results if one.failures],
@@ -49,12 +50,27 @@ def build(night: Night, waiting: Sequence[PlannedPart]) -> dict[str, Any]:
 def _verdict(night: Night, is_running: bool) -> tuple[str, str]:
     """Return the verdict in one word or two, and its colour."""
     words = {
-        0: ("good night", "good"),
+        0: ("good, but not whole", "open") if night.left_out else ("good night", "good"),
         1: ("findings", "bad"),
         4: ("incomplete", "open"),
         5: ("nothing measured", "quiet"),
     }
     return ("running", "open") if is_running and not night.interrupted else words[int(night.exit)]
+
+
+def _reason(night: Night, waiting: Sequence[PlannedPart]) -> str:
+    """Return what a reader must know first: that there is no GPU, or which parts are not ok, and a missing baseline."""
+    if night.missing:
+        return f"nothing was run: {night.missing}"
+    names: dict[str, list[str]] = {}
+    for one in night.results:
+        if one.status != "ok":
+            names.setdefault(one.status, []).append(one.name)
+    said = [f"{status}: {first_names(names[status])}" for status in _TONES if status in names]
+    said += [f"waiting: {plural(len(waiting), 'part')}"] if waiting else []
+    ran = sum(one.status == "ok" for one in night.results)
+    said = said or [f"all {ran} parts ran, and found nothing wrong"]
+    return "; ".join(filter(None, [*said, night.without_baseline]))
 
 
 def _parts(results: Sequence[PartResult], waiting: Sequence[PlannedPart]) -> dict[str, Any]:
@@ -71,7 +87,9 @@ def _parts(results: Sequence[PartResult], waiting: Sequence[PlannedPart]) -> dic
 def _ended(one: PartResult) -> dict[str, Any]:
     result = "; ".join(filter(None, [one.summary, one.because]))
     row = _row(one, one.status, result, [one.seconds, one.cpu_s], one.limit_s)
-    return row | ({"href": f"#{one.name}"} if one.table is not None and one.table.rows else {})
+    if one.table is not None and one.table.rows:
+        return row | {"anchor": "", "href": f"#{one.name}"}
+    return row | ({"anchor": "", "href": f"#failed-{one.name}"} if one.failures else {})
 
 
 def _row(
@@ -80,7 +98,7 @@ def _row(
     """Return the row of a part. took_s: its wall time and its processor time."""
     mark = badge(status, _TONES[status])
     return {
-        "name": part.name, "title": part.title, "anchor": "", "record": "", "href": "#parts",
+        "name": part.name, "title": part.title, "anchor": f"part-{part.name}", "record": "", "href": "",
         "fields": [
             field(f"{mark['icon']} {status}", status, tone=mark["tone"]), field(result, result, tone="wrap"),
             *map(_time, took_s), field(duration(part.estimate_s), part.estimate_s), _time(limit_s),
@@ -116,6 +134,7 @@ def _numbers(result: PartResult, table: PartTable) -> dict[str, Any]:
     )  # fmt: skip
     links = [{"href": file, "text": _PAGES.get(file.rpartition("/")[2], file)} for file in result.files]
     return {
-        "name": result.name, "title": result.title, "summary": result.summary, "table": made, "links": links,
+        "name": result.name, "title": result.title, "table": made, "links": links, "notes": table.notes,
+        "summary": "; ".join(filter(None, [result.summary, result.because])),
         "command": result.command, "badge": badge(result.status, _TONES[result.status]),
     }  # fmt: skip

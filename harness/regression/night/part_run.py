@@ -37,13 +37,15 @@ class Ended:
     """Exit code of the command, negative for a signal; None if it had to be killed."""
     seconds: float
     cut: bool
-    """True if the command was ended because its time was over."""
+    """True if the command was ended because its time was over, or because of an interruption."""
     tail: str
     """Last lines that the command wrote to stderr."""
     cpu_s: float
     """Processor seconds of all processes of the command."""
     left: list[str]
     """Names of processes that the command left behind. They were killed."""
+    interrupted: bool = False
+    """True if the command was ended because a signal requested the end of the night."""
 
     @property
     def died(self) -> str:
@@ -58,9 +60,8 @@ def run(
 ) -> Ended:
     """Run peft-harness with these arguments. Its stdout is the file `STDOUT` in `folder`, and its stderr is `log.txt`.
 
-    After `limit_s` seconds, the command gets SIGTERM and then `GRACE_S` seconds to end. If a signal requests the end of
-    this process, the command gets SIGTERM too. If this process is killed, the command is killed. Raises OSError if the
-    command cannot be started.
+    After `limit_s` seconds, or if a signal requests the end of this process, the command gets SIGTERM and then `GRACE_S`
+    seconds to end. If this process is killed, the command is killed. Raises OSError if the command cannot be started.
     """
     token = uuid.uuid4().hex
     script = [sys.executable, "-I", "-S", lifeline.__file__]
@@ -73,18 +74,23 @@ def run(
             script, [*command, *words], environment=environment, lifeline=True, stdout=stdout, stderr=stderr
         )
         try:
-            code = child.wait(max(0.0, limit_s))
+            code, interrupted = _wait(child, limit_s)
             cut = code is None
             if cut:
                 child.terminate(GRACE_S)
                 code = child.exit_code
-        except BaseException:
-            child.terminate(GRACE_S)
-            raise
         finally:
             child.close()
             left = _kill(token)
-    return Ended(code, time.monotonic() - began, cut, _tail(log), _cpu_s() - cpu_s, left)
+    return Ended(code, time.monotonic() - began, cut, _tail(log), _cpu_s() - cpu_s, left, interrupted)
+
+
+def _wait(child: Subprocess, limit_s: float) -> tuple[int | None, bool]:
+    """Wait for a command. Return its exit code, or None if it still runs, and whether a signal ended the wait."""
+    try:
+        return child.wait(max(0.0, limit_s)), False
+    except KeyboardInterrupt:
+        return None, True
 
 
 def _cpu_s() -> float:

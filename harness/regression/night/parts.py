@@ -18,7 +18,7 @@ RUNS = "{runs}"
 MATRIX = "{matrix}"
 """Stands for the folder of the run of the part `matrix`."""
 CARD = "{card}"
-"""Stands for the name of the card's baseline."""
+"""Stands for the name of the card's baseline. A rehearsal has none: there it stands for the same folder as `MATRIX`."""
 REAL, REAL_SUITE, REAL_SOURCES = "matrix-real", "sentinels", ("minilm-l6", "movie-reviews")
 """The part that needs a pretrained model, its suite, and the suite's model and data in suites/sources.yaml."""
 
@@ -86,7 +86,15 @@ _HEADLINES = (
         ("latency-gpt2-32x512", "latency-gpt2-16x256", "latency-gpt2-1x128"), 90,
     ),
 )  # fmt: skip
-"""Name, question, entries of the suite headline-gpu and estimate of each part of the headline claims."""
+"""Name, question, entries of the suite headline-gpu and estimate on a GPU of each part of the headline claims."""
+_REHEARSED = {
+    "65b": ("headline-rehearsal", ("qlora-65b-1", "qlora-65b-2"), 50),
+    "33b": ("night-rehearsal", ("qlora-33b",), 15),
+    "7b": ("night-rehearsal", ("full-7b", "lora-7b", "galore-7b"), 20),
+    "latency": ("night-rehearsal", ("rank-4",), 15),
+    "gpt2": ("night-rehearsal", ("latency-gpt2-1x128",), 15),
+}
+"""Name of such a part -> suite, entries and estimate of its rehearsal on a CPU. The claims read the first one's Records."""
 
 
 def on_gpu() -> list[Part]:
@@ -131,23 +139,27 @@ def on_cpu() -> list[Part]:
     few = ("nf4_dequantize", "nf4_linear", "lora_linear", "adamw8bit_step", "galore_step")
     parity = [
         _parity(dtype, ("check", "fused", "--dtype", dtype, *_repeated("--op", names)), estimate, interpreted=True)
-        for dtype, names, estimate in (("bfloat16", few[:1], 15), ("float16", few[1:2], 15), ("float32", few, 60))
+        for dtype, names, estimate in (("bfloat16", few[:1], 15), ("float16", few[1:2], 15), ("float32", few[2:], 30))
     ]
     timed = (*cpu, "--pairs", "5", *saved)
     ceilings = Part("ceilings", "How fast is the machine?", "card", ("bench", "--ceilings", *cpu, *saved), 15)
     operations = [_operation(name, timed, 25) for name in ("nf4_dequantize", "lora_linear")]
+    headlines = [
+        _run(f"headline-{name}", question, suite, ids, cpu, estimate)
+        for name, question, *_ in _HEADLINES
+        for suite, ids, estimate in [_REHEARSED[name]]
+    ]
     return [
-        *_kept(*parity, ceilings, *operations, _step("lora", (*timed, "--layers", "2"), 40)),
-        _run("headline-65b", _HEADLINES[0][1], "headline-rehearsal", ("qlora-65b-1", "qlora-65b-2"), cpu, 50),
-        _run("headline-7b", _HEADLINES[2][1], "headline-rehearsal", ("full-7b-1", "lora-7b-1"), cpu, 50),
+        *_kept(*parity, ceilings, *operations, _step("lora", (*timed, "--layers", "1"), 40)),
+        *headlines,
         _claims(30),
         _run("matrix", "Do all methods train, on a tiny model?", "night", (), cpu, 90),
-        _BASELINE,
+        replace(_BASELINE, title="Does the comparison with a baseline work? The run is compared with itself."),
         Part(
             "crossovers", "From which size on is decoding first faster?", "card",
             ("bench", "--crossovers", *cpu, *saved), 15,
         ),
-        _canary(cpu, 70),
+        _canary((*cpu, "--no-fresh"), 70),
     ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from harness.records.record import Environment, Seconds
 SCHEMA = 1
 Status = Literal["ok", "finding", "failed", "cut", "not-run"]
 """`ok`: measured. `finding`: measured, and something is wrong or slower. `failed`: the command ended early. `cut`: its time
-was over, and what it had measured is kept. `not-run`: it was not started."""
+was over or the night was interrupted, and what it had measured is kept. `not-run`: it was not started."""
 
 
 class PlannedPart(FrozenModel):
@@ -62,6 +62,8 @@ class PartTable(FrozenModel):
 
     columns: list[str]
     rows: list[list[str]]
+    notes: list[str] = Field(default=[])
+    """Lines that explain the table. A line that continues a note is indented by two spaces."""
 
 
 class PartResult(FrozenModel):

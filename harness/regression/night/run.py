@@ -37,6 +37,7 @@ _ENDED = {
     "estimate": "it took too long, and was ended after {}",
 }
 """Limit that a part reached -> sentence that says why the part was ended."""
+_INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ class Night:
 
     @property
     def baseline(self) -> str:
-        """Name of the card's baseline."""
-        return baseline_name(self.manifest.card, self.manifest.device)
+        """Name of the card's baseline. Empty for a CPU, which only rehearses."""
+        return baseline_name(self.manifest.card) if self.manifest.device == "cuda" else ""
 
     @property
     def left_out(self) -> dict[str, str]:
@@ -99,7 +100,7 @@ class Night:
         steps = [f"{one.reproduce}  # {one.where}" for result in self.results for one in result.failures[:1]]
         run = self.folder / "parts" / "matrix" / "run"
         ok = any(one.name == "matrix" and one.status == "ok" for one in self.results)
-        if ok and not (baselines.BASELINES / self.baseline / "run.json").is_file():
+        if ok and self.lacks_baseline:
             steps.append(
                 f"peft-harness baseline promote {run} {self.baseline} --reason 'first night'  # the first baseline"
             )
@@ -120,15 +121,26 @@ class Night:
         """The verdict as one sentence."""
         counts = Counter(one.status for one in self.results)
         shown = ", ".join(f"{count} {status}" for status, count in counts.items())
-        without = (
-            "" if any(one.name == "baseline" and one.status == "ok" for one in self.results) else "; no baseline yet"
+        return "; ".join(filter(None, [shown, self.without_baseline]))
+
+    @property
+    def without_baseline(self) -> str:
+        """A clause if the part `baseline` had nothing to compare with. Otherwise empty."""
+        asked = any(one.name == "baseline" for one in self.results)
+        return "this card has no baseline yet" if asked and self.lacks_baseline else ""
+
+    @property
+    def lacks_baseline(self) -> bool:
+        """True if there is a card, and it has no baseline."""
+        return (
+            bool(self.baseline and not self.missing)
+            and not (baselines.BASELINES / self.baseline / "run.json").is_file()
         )
-        return f"{shown}{without}"
 
 
-def baseline_name(card: str, device: Device) -> str:
-    """Return the name of a card's baseline. A GPU without a name is never called a CPU."""
-    return f"night-{Path(crossover.file_name(card or ('cpu' if device == 'cpu' else 'unknown GPU'))).stem}"
+def baseline_name(card: str) -> str:
+    """Return the name of a card's baseline. card: name of the GPU; empty if it is unknown."""
+    return f"night-{Path(crossover.file_name(card or 'unknown GPU')).stem}"
 
 
 def night(request: NightRequest, as_json: bool) -> Exit:
@@ -145,13 +157,14 @@ def night(request: NightRequest, as_json: bool) -> Exit:
             raise UsageError("there is no such file", where=f"--real {request.real}", hint="name the file of a suite")
         plan = [parts.with_suite(one, request.real.absolute()) if one.name == parts.REAL else one for one in plan]
     plan = _chosen(plan, request.only)
+    name = f"{store.now().replace(':', '').replace('-', '')}-night-{secrets.token_hex(3)}"
+    folder = _folder(request.out or store.RUNS / name)
     manifest = NightManifest(
-        night=f"{store.now().replace(':', '').replace('-', '')}-night-{secrets.token_hex(3)}", device=device,
-        card=gpu.name, budget_s=request.budget_s, parts=_planned(plan, request.budget_s, device),
+        night=name, device=device, card=gpu.name, budget_s=request.budget_s,
+        parts=_planned(plan, request.budget_s, device, folder, baseline_name(gpu.name) if device == "cuda" else ""),
         environment=environment.describe(environment.threads()), notes=[gpu.note] if gpu.note else [],
         argv=["peft-harness", *sys.argv[1:]], started=store.now(),
     )  # fmt: skip
-    folder = _folder(request.out or store.RUNS / manifest.night)
     store.write(folder / "night.json", manifest, new=True)
     run = Night(manifest, folder, missing=gpu.missing, real=request.real and request.real.absolute())
     if request.real is not None and not any(part.name == parts.REAL for part in plan):
@@ -162,15 +175,16 @@ def night(request: NightRequest, as_json: bool) -> Exit:
     with handle_termination():
         try:
             for number, part in enumerate(plan):
+                if run.interrupted:
+                    _add(run, _not_run(run, part, _INTERRUPTED, left_out=True))
+                    continue
                 left = request.budget_s - (time.monotonic() - began) - budget.LAST_S[device]
-                _add(
-                    run,
-                    _run_part(run, part, budget.limit(part, plan[number + 1 :], left, device), left, request.command),
-                )
-        except KeyboardInterrupt:
+                limit = budget.limit(part, plan[number + 1 :], left, device, request.budget_s)
+                _add(run, _run_part(run, part, limit, left, request.command))
+        except KeyboardInterrupt:  # between two parts, or a second time
             run.interrupted = True
             for part in plan[len(run.results) :]:
-                _add(run, _not_run(part, "interrupted", left_out=True))
+                _add(run, _not_run(run, part, _INTERRUPTED, left_out=True))
     _finish(run, time.monotonic() - began)
     if as_json:
         print_json(
@@ -186,10 +200,11 @@ def night(request: NightRequest, as_json: bool) -> Exit:
     return run.exit
 
 
-def _planned(plan: Sequence[Part], budget_s: float, device: Device) -> list[PlannedPart]:
+def _planned(plan: Sequence[Part], budget_s: float, device: Device, top: Path, baseline: str) -> list[PlannedPart]:
+    lines = [p.line(_filled(top, baseline, p)) for p in plan]
     return [
-        PlannedPart(name=p.name, title=p.title, command=p.line(), estimate_s=p.estimate_s, limit_s=limit_s)
-        for p, limit_s in zip(plan, budget.planned(plan, budget_s, device), strict=True)
+        PlannedPart(name=p.name, title=p.title, command=line, estimate_s=p.estimate_s, limit_s=limit_s)
+        for p, line, limit_s in zip(plan, lines, budget.planned(plan, budget_s, device), strict=True)
     ]
 
 
@@ -211,18 +226,19 @@ def _folder(folder: Path) -> Path:
 def _run_part(run: Night, part: Part, limit: Limit, left_s: float, command: Sequence[str]) -> PartResult:
     """Run a part if its estimate fits into the `left_s` seconds that are left, and return its result."""
     if run.missing:
-        return _not_run(part, run.missing)
+        return _not_run(run, part, run.missing)
     if part.estimate_s > left_s:
         has = f"the budget has {duration(max(0.0, left_s))} left"
-        return _not_run(part, f"{has}, and it needs about {duration(part.estimate_s)}", left_out=True)
+        return _not_run(run, part, f"{has}, and it needs about {duration(part.estimate_s)}", left_out=True)
     if why := _no_baseline(run) if part.kind == "baseline" else _no_model(part):
-        return _not_run(part, why)
+        return _not_run(run, part, why)
     folder = run.folder / "parts" / part.name
     folder.mkdir()
-    words = _filled(run, part, folder)
+    words = _filled(run.folder, run.baseline, part)
     line = part.line(words)
     print_note(f"{part.name}: {part.title}")
     ended = part_run.run(words, part.variables, folder, limit.seconds, command)
+    run.interrupted = ended.interrupted
     reading = documents.read(part, folder, line)
     status, because = _judged(part, ended, reading, limit)
     failures = reading.failures
@@ -235,7 +251,8 @@ def _run_part(run: Night, part: Part, limit: Limit, left_s: float, command: Sequ
         )
     return PartResult(
         name=part.name, title=part.title, status=status, because=because, command=line, estimate_s=part.estimate_s,
-        seconds=ended.seconds, cpu_s=ended.cpu_s, limit_s=limit.seconds, left_out=ended.cut and limit.by != "estimate",
+        seconds=ended.seconds, cpu_s=ended.cpu_s, limit_s=limit.seconds,
+        left_out=ended.interrupted or (ended.cut and limit.by != "estimate"),
         exit_code=ended.code, summary=summary, table=reading.table, failures=failures,
         files=_files(run.folder, folder),
     )  # fmt: skip
@@ -246,11 +263,12 @@ def _judged(
 ) -> tuple[Literal["ok", "finding", "failed", "cut", "not-run"], str]:
     """Return the status of a part and the reason."""
     cut = _ENDED[limit.by].format(duration(limit.seconds)) if ended.cut else ""
+    cut = _INTERRUPTED if ended.interrupted else cut
     if reading.wrong:  # also in what a part has measured before it was cut
         return "finding", "; ".join(filter(None, [reading.wrong, cut]))
     if cut:
         kept = "what it had measured is kept" if reading.summary and not reading.is_missing else "nothing was measured"
-        return "failed" if limit.by == "estimate" else "cut", f"{cut}; {kept}"
+        return "failed" if limit.by == "estimate" and not ended.interrupted else "cut", f"{cut}; {kept}"
     if ended.died:
         return "failed", ended.died
     if reading.is_missing and ended.code in (Exit.PASS, Exit.FAIL, Exit.INCONCLUSIVE):
@@ -272,14 +290,18 @@ def _last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")
 
 
-def _filled(run: Night, part: Part, folder: Path) -> list[str]:
-    """Return the arguments of a part with its placeholders replaced."""
-    made = sorted(path.parent for path in run.folder.glob("parts/*/run/footer.json"))
+def _filled(top: Path, baseline: str, part: Part) -> list[str]:
+    """Return the arguments of a part with its placeholders replaced.
+
+    top: folder of the night. baseline: name of the card's baseline; empty for a CPU, whose run is compared with itself.
+    """
+    made = sorted(path.parent for path in top.glob("parts/*/run/footer.json"))
     runs = [word for path in made for word in ("--run", str(path))]
-    single = {parts.MATRIX: str(run.folder / "parts" / "matrix" / "run"), parts.CARD: run.baseline}
+    out, matrix = str(top / "parts" / part.name), str(top / "parts" / "matrix" / "run")
+    single = {parts.MATRIX: matrix, parts.CARD: baseline or matrix}
     words: list[str] = []
     for word in part.words:
-        words += runs if word == parts.RUNS else [single.get(word, word).replace(parts.OUT, str(folder))]
+        words += runs if word == parts.RUNS else [single.get(word, word).replace(parts.OUT, out)]
     return words
 
 
@@ -287,9 +309,7 @@ def _no_baseline(run: Night) -> str:
     """Return why the matrix cannot be compared with a baseline. If it can, return an empty string."""
     if not (run.folder / "parts" / "matrix" / "run" / "footer.json").is_file():
         return "the part `matrix` has left no finished run"
-    if not (baselines.BASELINES / run.baseline / "run.json").is_file():
-        return f"there is no baseline `{run.baseline}` yet"
-    return ""
+    return f"there is no baseline `{run.baseline}` yet" if run.lacks_baseline else ""
 
 
 def _no_model(part: Part) -> str:
@@ -309,13 +329,13 @@ def _files(top: Path, folder: Path) -> list[str]:
     return [path.relative_to(top).as_posix() for path in found if path.is_file()]
 
 
-def _not_run(part: Part, because: str, *, left_out: bool = False) -> PartResult:
+def _not_run(run: Night, part: Part, because: str, *, left_out: bool = False) -> PartResult:
     return PartResult(
         name=part.name,
         title=part.title,
         status="not-run",
         because=because,
-        command=part.line(),
+        command=part.line(_filled(run.folder, run.baseline, part)),
         estimate_s=part.estimate_s,
         left_out=left_out,
     )

@@ -14,7 +14,7 @@ from harness.analysis.statistics.pair_design import Design
 from harness.analysis.tracked_metrics import STEP
 from harness.cell.measure import cores
 from harness.console import print_json, print_lines, print_note
-from harness.errors import Exit, HarnessError, StoreError, UsageError
+from harness.errors import Exit, HarnessError, StoreError, UsageError, plural
 from harness.process.signals import handle_termination
 from harness.records import environment, naming, store
 from harness.records.files import write_atomic
@@ -130,13 +130,15 @@ def _measure(request: PairsRequest, design: Design) -> PairsResult:
         ):
             sides = old.with_variables(request.old_variables), new.with_variables(request.new_variables)
             matched = pair_sides.pairs(plan, naming.full(plan.cells), sides)
+            device = ("--device", request.device)
             runner = PairsRunner(
-                sides, path, folder, design, seed, ("--device", request.device), print_note, request.metric
+                sides, path, folder, design, seed, device, print_note, only=request.metric, fresh=request.fresh
             )
             where = f"on core {', '.join(map(str, held))}" if held else "on any core"
+            fresh = f"up to {design.fresh[-1]} new ones where these do not decide" if request.fresh else "no new ones"
             print_note(
-                f"{sides[0].label} against {sides[1].label}: {len(matched)} Cells, {design.first} pairs each, up to "
-                f"{design.fresh[-1]} new ones where these do not decide; {where}; seed {seed}, into {folder}"
+                f"{sides[0].label} against {sides[1].label}: {plural(len(matched), 'Cell')}, {design.first} pairs each, "
+                f"{fresh}; {where}; seed {seed}, into {folder}"
             )
             runner.measure(matched)
             if request.canary:

@@ -41,6 +41,8 @@ class PairsRequest:
     """True to also compare the old side with itself on one Cell, as a canary."""
     canaries: Path = canary_file.FILE
     """File that stores the results of canaries, i.e. of comparisons of a revision with itself."""
+    fresh: bool = True
+    """True to run fresh pairs of each Cell that the first pairs leave undecided."""
     strict: bool = False
     outputs: Outputs = field(default_factory=Outputs)
 

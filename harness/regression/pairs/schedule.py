@@ -75,6 +75,8 @@ class PairsRunner:
     """Function that prints a line of progress."""
     only: str = ""
     """Name of the only metric to judge. If empty, all metrics are judged."""
+    fresh: bool = True
+    """True to run fresh pairs of undecided Cells."""
     found: list[Measured] = field(default_factory=list)
     """Records of each Cell so far. They remain after an interruption."""
 
@@ -86,7 +88,7 @@ class PairsRunner:
         self.found = [Measured(pair) for pair in pairs]
         for one in self.found:
             self._run(one, one.first, self.design.first, "first")
-        while waiting := [(one, more) for one in self.found if (more := self._more(one))]:
+        while self.fresh and (waiting := [(one, more) for one in self.found if (more := self._more(one))]):
             for one, more in waiting:
                 self._run(one, one.fresh, more, f"fresh-{len(one.fresh)}")
 
