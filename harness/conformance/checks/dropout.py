@@ -24,7 +24,12 @@ from harness.records.record import CheckResult
 FEATURES = 32
 """With at least this number of features, nearly every token has both dropped and retained features."""
 TOKENS = 64
-"""Smallest number of tokens that the check uses. For a convolution, smallest number of images."""
+"""Smallest number of tokens that the check uses. For a convolution of few channels, the number of images."""
+CHANNELS = 4_096
+"""Largest number of channels of all images together, if that leaves at least `IMAGES` images. Wide convolutions in 16 bits
+take minutes for more."""
+IMAGES = 8
+"""Smallest number of images."""
 MANY = 8_192
 """Number of equal tokens that show the share of dropped tokens, and whether the mask repeats itself."""
 
@@ -49,7 +54,8 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
     dropped, total, drops = 0, 0, False
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         base, tokens = subject.original_base(path), max(case.tokens, TOKENS)
-        x, dy = inputs(base, tokens, DTYPES[subject.dtype], case.generator(index), images=TOKENS)
+        images = max(IMAGES, min(TOKENS, CHANNELS // getattr(base, "in_channels", 1)))
+        x, dy = inputs(base, tokens, DTYPES[subject.dtype], case.generator(index), images=images)
         if isinstance(base, nn.Embedding):
             problems += _changes(subject, path, layer, x, dy, case, training=True)
             continue
