@@ -222,7 +222,7 @@ class AdapterWalk(RuleBasedStateMachine):
 
     @rule()
     def second_model(self) -> None:
-        """Attach the implementation to a second model with other shapes, and train the second model for one step."""
+        """Attach another adapter to a second model with other shapes, and train the second model for one step."""
         self._take("second_model()")
         other = self.worlds.another()
         other.backward(1)
