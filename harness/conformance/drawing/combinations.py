@@ -41,6 +41,7 @@ def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
     - Each option with a word or a switch, and each kind of layer, with as many outputs as inputs, where a transposed
       weight shows in no shape.
     - An embedding with more entries than 16 bits can count.
+    - A scaling of 1, for which a program may have a shorter path, with dropout.
     """
     if "step" in factors and "beta2" in factors:
         for beta in (*factors["beta2"].levels, *factors["beta2"].extremes):
@@ -49,6 +50,8 @@ def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
     if "activation" in factors and "gate" in factors:
         for activation in factors["activation"].levels if "float16" in factors["dtype"].levels else ():
             yield {"activation": activation, "gate": "large", "dora": False, "dtype": "float16"}
+    if "scaling" in factors and "dropout" in factors:
+        yield {"scaling": 1.0, "dropout": factors["dropout"].levels[1]}
     if "kind" in factors and "sides" in factors:
         square = next(sides for sides in factors["sides"].levels if sides[0] == sides[1])
         for name, factor in factors.items():

@@ -15,6 +15,9 @@ FAULTS = [
         f"y, plain = {_UPDATE}, dense_linear(W, bias)(x)\n"
         "    rows = torch.arange(len(x)) < 65535\n    return torch.where(rows[:, None], y, plain)",
         values={"shape": [4, 4], "rows": [BEYOND_16_BITS], "rank": 3}),
+    line_fault("lora_linear", "forgets_the_mask_where_the_scaling_is_one", ["outputs"], f"return {_UPDATE}",
+        f"mask = None if scaling == 1 else mask\n    return {_UPDATE}",
+        values={"shape": [24, 40], "rows": [17], "rank": 3, "scaling": 1.0, "dropout": 0.25}),
     line_fault("nf4_dequantize", "decodes_only_65535_blocks", ["outputs"], "scale = absmax.float().",
         "scale = (absmax.float() * (torch.arange(len(absmax)) < 65535)).", file="dynamic_map",
         values={"shape": [BEYOND_16_BITS, 32], "block": 32}),
