@@ -67,10 +67,6 @@ FAULTS = [
         "for gram in (layer.B.T @ layer.B, layer.A @ layer.A.T)", "for gram in (layer.B.T @ layer.B,)"),
     _adalora("forgets_gamma", ["regularizer"],
         "return self.config.orthogonality * orthogonality(", "return 1.0 * orthogonality("),
-    _adalora("returns_the_term_of_its_first_call", ["regularizer"],
-        "return self.config.orthogonality * orthogonality(list(self.adalora.values()), self.config.regularization)",
-        "layers, form = list(self.adalora.values()), self.config.regularization\n"
-        "        return vars(self).setdefault('term', self.config.orthogonality * orthogonality(layers, form))"),
     _adalora("shares_its_averages_with_a_deep_copy", ["walk"],
         "    def delta(self) -> Tensor:",
         "    def __deepcopy__(self, memo):\n        import copy\n"
