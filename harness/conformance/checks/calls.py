@@ -1,4 +1,4 @@
-"""Check that two calls of an implementation do not disturb each other while both are under way."""
+"""Check that calls of an implementation do not disturb each other while they are under way."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ from harness.conformance.operation import OperationSubject, cloned
 from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
 
+_SALTS = (0, 500, 600)
+"""Salts of the inputs of a layer's calls. Two calls would not show a ring of two buffers."""
+
 
 @check(States.WARM, of_sizes=False)
 def check_overlap(subject: Subject | OperationSubject, case: Case) -> CheckResult:
-    """Two calls with different inputs of one shape may be under way at once.
+    """Several calls with different inputs of one shape may be under way at once.
 
-    In the order forward, forward, backward, backward, each call gives what the reference gives for its own input. The
-    second changes nothing that the first returned or saved for its backward pass, and the gradients of both are added
-    up, as when gradients are accumulated over batches. A fault that one call alone shows is left to other checks.
+    A layer is called three times, then the backward passes run in the same order. Each call gives what the reference
+    gives for its own input. A later call changes nothing that an earlier one returned or saved for its backward pass, and
+    the gradients of all are added up, as when gradients are accumulated over batches. Of an Operation, two calls are
+    under way. A fault that one call alone shows is left to other checks.
     """
     found = list(_of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:
@@ -38,11 +42,13 @@ def check_overlap(subject: Subject | OperationSubject, case: Case) -> CheckResul
 def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         base, dtype, factor = subject.original_base(path), DTYPES[subject.dtype], case.factor("overlap")
-        two = [inputs(base, case.tokens, dtype, case.generator(salt)) for salt in (index, 500 + index)]
-        x, dy = (torch.stack(both) for both in zip(*two, strict=True))
+        drawn = [inputs(base, case.tokens, dtype, case.generator(salt + index)) for salt in _SALTS]
+        x, dy = (torch.stack(every) for every in zip(*drawn, strict=True))
         training = subject.trains_plainly
         verdict = noise_floor(
-            *observe_with_reference(subject, path, layer, x, dy, training=training, look=_both), subject.dtype, factor
+            *observe_with_reference(subject, path, layer, x, dy, training=training, look=_together),
+            subject.dtype,
+            factor,
         )
         alone = (
             observe_with_reference(subject, path, layer, x[0], dy[0], training=training) if not verdict.passed else None
@@ -51,12 +57,12 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
             yield prefix_tensor(path, verdict)
 
 
-def _both(
+def _together(
     layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor, *, training: bool = False
 ) -> dict[str, Tensor]:
-    """Run `layer` on the inputs x[0] and x[1], and return the outputs and gradients of both calls.
+    """Run `layer` on each input in x, and return the outputs and gradients of all calls.
 
-    The order is forward, forward, backward, backward. The layer's tensors accumulate the gradients of both calls.
+    The backward passes begin after the last forward pass. The layer's tensors accumulate the gradients of all calls.
     """
     with preserved_state(layer, tensors, training):
         leaves = [one.detach().clone().requires_grad_(one.is_floating_point()) for one in x]

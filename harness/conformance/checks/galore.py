@@ -81,13 +81,16 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
     - In one step a closure computes the gradients.
     - Between two steps, a new optimizer loads the state_dict of the old one.
 
-    No step changes the gradients.
+    No step changes the gradients. A parameter that is given to a new group leaves its old one, unless `add_param_group`
+    raises ValueError, as that of torch does.
     """
     fresh = case.attach_again(rank=2, update_gap=1000)
     if fresh is None:
         return skipped(subject, case, "optimizer", "the case cannot attach again")
     if fresh.adapted.optimizer(_LR, _DECAY) is None:
         return skipped(subject, case, "optimizer", "the Method has no optimizer")
+    if twice := _groups_after_a_move(fresh):
+        return listed(subject, case, "optimizer", [f"a parameter that moved to a new group is in {twice} groups"])
     found = []
     for index, path in enumerate(fresh.adapted.layers):
         tensors = fresh.tensors_of(path)
@@ -100,6 +103,18 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
         verdict = noise_floor(mine, truth, rounded, fresh.dtype, case.factor("optimizer"))
         found.append(prefix_tensor(path, verdict))
     return judged(subject, case, "optimizer", worst_of(found, found[0].policy))
+
+
+def _groups_after_a_move(fresh: Subject) -> int:
+    """Give a parameter to a new group. Return the number of groups that have it then, if it is not one, else 0."""
+    optimizer = _optimizer(fresh)
+    moved = optimizer.param_groups[0]["params"][0]
+    try:
+        optimizer.add_param_group({"params": [moved], "lr": 0.0})
+    except ValueError:
+        return 0
+    found = sum(any(p is moved for p in group["params"]) for group in optimizer.param_groups)
+    return 0 if found == 1 else found
 
 
 def _step(number: int, tensors: dict[str, Tensor], case: Case, layer: int) -> _Step:

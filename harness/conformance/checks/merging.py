@@ -152,8 +152,9 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
     """Detaching restores the base layers themselves and their outputs, and every parameter and buffer of the model.
 
     This also holds after the layers were used. A parameter that the Method froze may stay frozen; detaching freezes no
-    other. An adapter that is then attached to the same model computes what one on a fresh copy of the model computes. A
-    quantised base is not tried again, because its layers cannot be packed twice.
+    other. An adapter that is then attached to the same model starts and computes as one on a fresh copy of the model does.
+    If it is merged when it is detached, the base layers come back too; `unmerge` judges their values. A quantised base is
+    not tried again, because its layers cannot be packed twice.
     """
     fresh = case.attach_again()
     if fresh is None or fresh.original.model is None:
@@ -171,9 +172,22 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
     weights = unchanged(whole_model.tensors(fresh.model), whole_model.tensors(fresh.original.model))
     found = [outputs, weights]
     if not fresh.packed and all(one.passed for one in found):
-        mine, expected = (_used(one, case) for one in (case.attach_again(model=fresh.model), case.attach_again()))
+        again, other = case.attach_again(model=fresh.model), case.attach_again()
+        mine, expected = (_start(one) | _used(one, case) for one in (again, other))
         found.append(prefix_tensor("attached again", exact(mine, expected)))
+        if again is not None and again.adapted.can_merge:
+            again.adapted.merge()
+            again.adapted.detach()
+            odd = [path for path, base in again.bases.items() if again.model.get_submodule(path) is not base]
+            if odd:
+                problems = [f"detached while merged, {path} is not the base layer" for path in odd]
+                return listed(subject, case, "detach", problems)
     return judged(subject, case, "detach", worst_of(found, "exact"))
+
+
+def _start(subject: Subject | None) -> dict[str, Tensor]:
+    """Return copies of the tensors that the Method added, as they are now."""
+    return {} if subject is None else {name: t.detach().clone() for name, t in subject.added().items()}
 
 
 def _used(subject: Subject | None, case: Case) -> dict[str, Tensor]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from harness.conformance.case import Case
 from harness.conformance.checks import States, check
 from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.check_results import judged, listed, skipped
+from harness.conformance.comparison.inputs import HALF
 from harness.conformance.subject import Subject, attach_reference, load, warm
 from harness.conformance.tolerance_constants import TRAJECTORY_FACTOR
 from harness.conformance.walk.world import Forward, World
@@ -55,6 +57,13 @@ def check_walk(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "walk", failure.judgement, "; ".join(["attach()", *failure.rules]))
 
 
+def _other_numbers(config: Any) -> dict[str, float]:
+    """Return half of each real number of a Config but dropout, so that another adapter has another scaling."""
+    return {
+        f.name: HALF * getattr(config, f.name) for f in fields(config) if f.type == "float" and "dropout" not in f.name
+    }
+
+
 def _worlds(start: Subject, case: Case, forward: Forward) -> Worlds:
     """Return the models that take a walk together, all in the state of `start`.
 
@@ -75,7 +84,7 @@ def _worlds(start: Subject, case: Case, forward: Forward) -> Worlds:
         return model, attach_reference(start.method, model, start.config, start.bases, generator)
 
     def another() -> World:
-        other = case.attach_again(square=True)
+        other = case.attach_again(square=True, **_other_numbers(start.config))
         if other is None or case.forward_of is None:
             raise ValueError("the case cannot attach again")
         return World(other.model, other.adapted, subject, case.forward_of(other.model), start.trains_plainly)

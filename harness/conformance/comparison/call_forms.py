@@ -151,18 +151,22 @@ WITHOUT_GRADIENTS: dict[str, tuple[Callable[[], Any], bool]] = {
 def forms_without_gradients(layouts: Mapping[str, Layout]) -> dict[str, Form]:
     """Return forms that call the layer without gradients, in each mode and with the input in each of the layouts.
 
-    In each mode, one more form returns an output as it is after a later call with another input.
+    In each mode, one more form returns an output as it is after a later call with another input, and one more those of
+    single rows, after the last of them.
     """
 
-    def form(without: Callable[[], Any], training: bool, layout: Layout, later: bool = False) -> Form:
+    def form(
+        without: Callable[[], Any], training: bool, layout: Layout, later: bool = False, apart: bool = False
+    ) -> Form:
         def run(call: Call) -> dict[str, Tensor] | None:
-            if training and not call.training:
+            if (training and not call.training) or (apart and call.x.dim() != 2):
                 return None
             with preserved_state(call.layer, call.tensors, training), without():
-                y = call.layer(layout(call.x))
+                x = layout(call.x)
+                ys = [call.layer(part) for part in (x.split(1) if apart else [x])]
                 if later:
                     call.layer(call.x.flip(0))
-            return call.in_shape({"y": y.clone()}, layout(call.dy))
+            return call.in_shape({"y": torch.cat(ys)}, layout(call.dy))
 
         return Form(run, "all gradients", rounds_differently=True)
 
@@ -170,6 +174,7 @@ def forms_without_gradients(layouts: Mapping[str, Layout]) -> dict[str, Form]:
     for mode, (without, training) in WITHOUT_GRADIENTS.items():
         found[mode] = form(without, training, plain)
         found[f"{mode} before a later call"] = form(without, training, plain, later=True)
+        found[f"{mode} token by token"] = form(without, training, LAYOUTS["one token per sequence"], apart=True)
         found |= {f"{mode} {name}": form(without, training, layout) for name, layout in layouts.items()}
     return found
 
@@ -264,6 +269,11 @@ def _input_in_place(call: Call) -> dict[str, Tensor] | None:
         return None
 
 
+def _narrow_numbers(call: Call) -> dict[str, Tensor] | None:
+    """Call the layer with token numbers of 32 bits, as some data loaders yield them."""
+    return None if call.x.is_floating_point() else call.observe(call.x.int(), call.dy)
+
+
 def _under(context: Callable[[], Any]) -> Form:
     def run(call: Call) -> dict[str, Tensor]:
         with process_settings.restored(), context() or nullcontext():
@@ -338,6 +348,7 @@ MODES: dict[str, Form] = {
     "with gradients that are zeros": Form(_gradients_of_zeros),
     "with an output that is changed in place": Form(_output_in_place),
     "with an input that is changed later": Form(_input_in_place),
+    "with token numbers in int32": Form(_narrow_numbers),
     "while torch's default dtype is bfloat16": _under(lambda: torch.set_default_dtype(torch.bfloat16)),
     "while torch's default dtype is float64": _under(lambda: torch.set_default_dtype(torch.float64)),
     "with deterministic algorithms": _under(lambda: torch.use_deterministic_algorithms(True)),

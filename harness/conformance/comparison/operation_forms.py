@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from enum import StrEnum
@@ -41,6 +41,7 @@ class OperationForm(StrEnum):
     LEAVES = "with arguments that need a gradient"
     OTHER_NUMBERS = "with other numbers"
     CHANGED = "after its arguments changed"
+    ONE_CHANGED = "after {} changed"
     OUTPUTS_OVERWRITTEN = "after its outputs were overwritten"
     EARLIER_OVERWRITTEN = "after earlier outputs were overwritten"
     ONE_GRADIENT = "with only {} needing a gradient"
@@ -67,7 +68,11 @@ def of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     yield from _under_autocast(subject, plain, case)
     yield judge(OperationForm.LEAVES, _detached(subject.call(**_leaves(subject.arguments))))
     yield _judge_changed(subject, case, OperationForm.OTHER_NUMBERS, _with_other_numbers(subject.arguments))
-    yield _judge_changed(subject, case, OperationForm.CHANGED, subject.arguments, in_place=True)
+    yield _judge_changed(subject, case, OperationForm.CHANGED, subject.arguments, in_place=list(subject.arguments))
+    for name in subject.arguments if case.walks else ():
+        if operation_call.flatten(subject.arguments[name]):
+            form = OperationForm.ONE_CHANGED.format(name)
+            yield _judge_changed(subject, case, form, subject.arguments, in_place=[name])
     yield from _after_overwriting(subject, judge)
     if subject.operation.differentiable:
         yield from _gradients(subject, case)
@@ -217,18 +222,18 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def _judge_changed(
-    subject: OperationSubject, case: Case, form: str, arguments: Mapping[str, Any], *, in_place: bool = False
+    subject: OperationSubject, case: Case, form: str, arguments: Mapping[str, Any], *, in_place: Sequence[str] = ()
 ) -> Judgement:
     """Call the Operation twice with different numbers, and judge the second call.
 
-    The first call gets the subject's own arguments, and the second call gets `arguments`. in_place: both calls get the
-    same tensors, which change between the calls.
+    The first call gets the subject's own arguments, and the second call gets `arguments`. in_place: if given, both calls
+    get the same tensors, and those of these arguments change between the calls.
     """
     given = cloned(dict(arguments))
     with torch.no_grad():
         subject.function(**(given if in_place else cloned(subject.arguments)))
         if in_place:
-            operation_call.map_tensors(given, _change)
+            operation_call.map_tensors({name: given[name] for name in in_place}, _change)
         changed = replace(subject, arguments=cloned(given))
         mine = subject.operation.named(subject.function(**given))
     return prefix_tensor(

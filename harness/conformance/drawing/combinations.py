@@ -11,6 +11,7 @@ BEYOND_16_BITS = 65_600
 """Number of rows or blocks that exceeds 65,535, the largest number of 16 bits and the largest second side of a CUDA grid."""
 _THIN = (4, 4)
 """Sides of a weight that keep a case with so many rows small."""
+_VOCABULARY = (BEYOND_16_BITS, 8)
 _SLOW_DECAY = 0.99
 """Least beta2 for which the bias correction still differs from 1 after a hundred steps."""
 
@@ -37,7 +38,10 @@ def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
 
     - beta2 near 1, with a step shortly after 1 / (1 - beta2), where the bias correction is 0.8.
     - In float16 a large gate before each activation. Without DoRA, which would divide by the norm of its weight.
-    - Each kind of layer with as many outputs as inputs, where a transposed weight shows in no shape.
+    - Each option with a word or a switch, and each kind of layer, with as many outputs as inputs, where a transposed
+      weight shows in no shape.
+    - An embedding with more entries than 16 bits can count.
+    - A scaling of 1, for which a program may have a shorter path, with dropout.
     """
     if "step" in factors and "beta2" in factors:
         for beta in (*factors["beta2"].levels, *factors["beta2"].extremes):
@@ -46,6 +50,11 @@ def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
     if "activation" in factors and "gate" in factors:
         for activation in factors["activation"].levels if "float16" in factors["dtype"].levels else ():
             yield {"activation": activation, "gate": "large", "dora": False, "dtype": "float16"}
+    if "scaling" in factors and "dropout" in factors:
+        yield {"scaling": 1.0, "dropout": factors["dropout"].levels[1]}
     if "kind" in factors and "sides" in factors:
         square = next(sides for sides in factors["sides"].levels if sides[0] == sides[1])
-        yield from ({"kind": kind, "sides": square} for kind in factors["kind"].levels[1:])
+        for name, factor in factors.items():
+            words = factor.optional and not isinstance(factor.levels[0], float)
+            yield from ({name: level, "sides": square} for level in factor.levels[1:] if words)
+        yield from ({"kind": kind, "sides": _VOCABULARY} for kind in factors["kind"].levels if kind == "embedding")

@@ -22,6 +22,10 @@ enough that a case takes a tenth of a second."""
 LARGEST_SIZE = 300
 """Largest rank or block that is drawn, unless the setting has a smaller maximum. It exceeds 256, the size of the
 kernels' tiles."""
+BEYOND_8_BITS = 300
+"""Number of adapters or experts that exceeds 255, the largest number of 8 bits."""
+WIDEST = 16_400
+"""Number of features that exceeds 16,384, the largest block in which a kernel reads a whole row. Llama 2 has 11,008."""
 LARGEST_RANK = 1030
 """Largest rank that a case has. It exceeds every side of the kernels' tiles."""
 LENGTHS = tuple(range(1, 13))
@@ -86,7 +90,7 @@ Matrix = Annotated[
     Sequence[int],
     Factor(
         ((24, 40), (24, 24), (1, 33), (12, 1030), (520, 12), (257, 300)),
-        ((4100, 8), (8, 4100), (520, 521), (264, 264), (33, 1), (31, 17)),
+        ((4100, 8), (8, 4100), (520, 521), (264, 264), (33, 1), (31, 17), (3, WIDEST), (WIDEST, 3)),
         dimensions=(2,),
     ),
 ]

@@ -124,3 +124,17 @@ def detaches_more_than_its_layers(copy: PatchedCopy) -> None:
 @planted_in_methods("detach", adds_layers=False)
 def freezes_the_model_when_it_is_detached(copy: PatchedCopy) -> None:
     copy.change_adapted(lambda adapted: setattr(adapted, "detach", lambda: adapted.model.requires_grad_(False)))
+
+
+@planted_in_methods("detach", adds_layers=True)
+def leaves_its_merged_layers_behind(copy: PatchedCopy) -> None:
+    def change(adapted: Any) -> None:
+        merge, detach = adapted.merge, adapted.detach
+
+        def merge_for_good() -> None:
+            merge()
+            adapted.detach = lambda: None
+
+        adapted.merge, adapted.detach = merge_for_good, detach
+
+    copy.change_adapted(change)

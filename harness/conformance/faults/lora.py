@@ -49,6 +49,8 @@ FAULTS = [
     _lora("does_not_drop_before_a_convolution", ["dropout"],
         "convolve(self.base, self.dropout(x), self.A, groups=1)", "convolve(self.base, x, self.A, groups=1)",
         file="lora_layers", values=_DROP, layer="conv2d"),
+    _lora("reads_token_numbers_in_int32_as_zeros", ["calls"], "            ids_T, self.A.T,",
+        "            ids_T * (ids_T.element_size() == 8), self.A.T,", file="lora_layers", layer="embedding"),
     _lora("drops_whole_images", ["dropout"], "convolve(self.base, self.dropout(x), self.A, groups=1)",
         "convolve(self.base, x * self.dropout(x.new_ones(len(x), 1, 1, 1)), self.A, groups=1)",
         file="lora_layers", values=_DROP, layer="conv2d"),

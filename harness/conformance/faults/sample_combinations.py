@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from harness.conformance.drawing.combinations import BEYOND_16_BITS
+from harness.conformance.drawing.factors import BEYOND_8_BITS, WIDEST
 from harness.conformance.faults import line_fault
 
 _UPDATE = 'apply_layer(lora.LoraLinear(dense_linear(W, bias), A, B, scaling, dropout=0.0), x, mask, {"A": A, "B": B})'
@@ -14,12 +15,31 @@ FAULTS = [
         f"y, plain = {_UPDATE}, dense_linear(W, bias)(x)\n"
         "    rows = torch.arange(len(x)) < 65535\n    return torch.where(rows[:, None], y, plain)",
         values={"shape": [4, 4], "rows": [BEYOND_16_BITS], "rank": 3}),
+    line_fault("lora_linear", "forgets_the_mask_where_the_scaling_is_one", ["outputs"], f"return {_UPDATE}",
+        f"mask = None if scaling == 1 else mask\n    return {_UPDATE}",
+        values={"shape": [24, 40], "rows": [17], "rank": 3, "scaling": 1.0, "dropout": 0.25}),
     line_fault("nf4_dequantize", "decodes_only_65535_blocks", ["outputs"], "scale = absmax.float().",
         "scale = (absmax.float() * (torch.arange(len(absmax)) < 65535)).", file="dynamic_map",
         values={"shape": [BEYOND_16_BITS, 32], "block": 32}),
     line_fault("multi_lora_linear", "applies_only_eight_adapters", ["outputs", "backward"], "rows = (chosen == i)",
         "rows = ((chosen == i) & (i < 8))", file="multi_lora",
         values={"ids": [1, 0, -1, 1], "ranks": [3, 16], "shape": [24, 40], "distinct": 9}),
+    line_fault("dora", "merges_rows_for_columns_if_the_shapes_allow_it", ["merge"],
+        'g[:, None] * V_ED if self.per == "output" else V_ED * g',
+        'g[:, None] * V_ED if self.per == "output" or len(set(V_ED.shape)) == 1 else V_ED * g',
+        values={"rank": 3, "alpha": 8.0, "per": "input"}, inputs=32, outputs=32),
+    line_fault("multi_lora_linear", "counts_adapters_in_8_bits", ["outputs", "backward"], "rows = (chosen == i)",
+        "rows = (chosen % 256 == i)", file="multi_lora",
+        values={"ids": [1, 0, -1, 1], "ranks": [3, 16], "shape": [24, 40], "distinct": BEYOND_8_BITS}),
+    line_fault("lora_experts", "serves_64_tokens_per_expert", ["outputs", "backward"],
+        "token, n = torch.where(chosen == k)", "token, n = (found[:64] for found in torch.where(chosen == k))",
+        file="lora_experts", values={"shape": [24, 40], "experts": 1, "rank": 3, "tokens": 130}),
+    line_fault("dora_linear", "adds_up_the_squares_of_8192_columns", ["outputs"],
+        "torch.linalg.vector_norm(V_ED,", "torch.linalg.vector_norm(V_ED[:, :8192],", file="dora",
+        values={"shape": [3, WIDEST], "rows": [17], "rank": 3}),
+    line_fault("lora", "keeps_token_numbers_in_16_bits", ["forward"], "            ids_T, self.A.T,",
+        "            ids_T.short().long() % self.A.shape[1], self.A.T,", file="lora_layers", layer="embedding",
+        values={"rank": 3, "alpha": 8.0}, inputs=BEYOND_16_BITS, outputs=8),
     line_fault("galore_step", "corrects_no_bias_after_1000_steps", ["outputs"], "    N: Tensor = correction",
         '    correction = correction if state["step"] <= 1000 else 1.0\n    N: Tensor = correction', file="galore",
         values={"shape": [24, 40], "rank": 3, "step": 1001, "beta2": 0.999}),

@@ -36,6 +36,14 @@ FAULTS = [
     line_fault("nf4_quantize", "allows_itself_lower_precision", ["settings"], "flat = x.detach().flatten().float()",
         "flat = x.detach().flatten().float(); torch.set_float32_matmul_precision('medium')",
         file="dynamic_map", values=_BLOCKS),
+    line_fault("nf4_linear", "decodes_again_only_if_the_codes_changed", ["calls"],
+        "return linear(x, _FORM.dequantize(packed, absmax, block, shape, x.dtype), bias)",
+        "import weakref\n    version = -1 if packed.is_inference() else packed._version\n"
+        "    last = vars(reference).get('last')\n"
+        "    if last is None or last[0]() is not packed or last[1] != version:\n"
+        "        last = vars(reference)['last'] = weakref.ref(packed), version, absmax.clone()\n"
+        "    return linear(x, _FORM.dequantize(packed, last[2], block, shape, x.dtype), bias)",
+        values={"shape": [48, 128], "rows": [9]}),
     line_fault("lora_linear", "doubles_the_incoming_gradient_in_place", ["arguments"], f"return {_UPDATE}",
         f"y = {_UPDATE}\n    if y.requires_grad:\n        y.register_hook(lambda dy: dy.mul_(2) / 2)\n    return y",
         values={"shape": [48, 128], "rows": [9], "rank": 8}),
@@ -62,6 +70,17 @@ def saves_every_input_in_one_buffer(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         saved = 1 * x
         saved.data = _write_into_buffer(layer, "_x", x)
+        return right(saved)
+
+    copy.replace_forward(forward)
+
+
+@planted_in_methods("overlap", only=["lora", "dora"])
+def saves_its_inputs_in_two_buffers_in_turn(copy: PatchedCopy) -> None:
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        calls = vars(layer)["calls"] = vars(layer).get("calls", 0) + 1
+        saved = 1 * x
+        saved.data = _write_into_buffer(layer, f"_x{calls % 2}", x)
         return right(saved)
 
     copy.replace_forward(forward)

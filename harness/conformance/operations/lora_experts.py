@@ -7,13 +7,13 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from harness.conformance.drawing.factors import LARGEST_SIZE, Factor, Matrix
+from harness.conformance.drawing.factors import BEYOND_8_BITS, LARGEST_SIZE, Factor, Matrix
 from harness.conformance.operation import Arguments, Operation, draw
 from reference.lora_experts import gated_experts, stacked_update
 
-Experts = Annotated[int, Factor((1, 2, 3, 5, 8), least=1, most=16)]
+Experts = Annotated[int, Factor((1, 2, 3, 5, 8), (BEYOND_8_BITS,), least=1, most=16)]
 Rank = Annotated[int, Factor((1, 2, 3, 5, 8, 16, 17), least=1, most=LARGEST_SIZE)]
-Rows = Annotated[int, Factor((1, 2, 7, 33), least=1, most=64)]
+Rows = Annotated[int, Factor((1, 2, 7, 33), (130, 515), least=1, most=64)]
 Few = Annotated[int, Factor((1, 2, 3), least=1, most=16)]
 Padding = Annotated[int, Factor((0, 3), least=0, most=16)]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from harness.conformance.drawing.factors import LARGEST_SIZE, LENGTHS, Factor, Matrix, Tokens
+from harness.conformance.drawing.factors import BEYOND_8_BITS, LARGEST_SIZE, LENGTHS, Factor, Matrix, Tokens
 from harness.conformance.operation import Arguments, Operation, draw
 from reference.operations import multi_lora
 
@@ -33,7 +33,7 @@ Ranks = Annotated[
         dimensions=LENGTHS,
     ),
 ]
-Distinct = Annotated[int, Factor((0, 9), (1, 2, 33))]
+Distinct = Annotated[int, Factor((0, 9), (1, 2, 33, BEYOND_8_BITS))]
 
 
 def arguments(

@@ -132,6 +132,12 @@ class AdapterWalk(RuleBasedStateMachine):
         """Compare what `World.look` returns in every world: outputs and gradients."""
         self._judge(*(world.look(look) for world in self.worlds.every()))
 
+    def _compare_numbers(self) -> None:
+        """Compare the tensors and the state of every world."""
+        mine, *others = (world.tensors_and_state() for world in self.worlds.every())
+        names = [name for name in mine if name in others[0] and mine[name].shape == others[0][name].shape]
+        self._judge(*({name: one[name] for name in names} for one in (mine, *others)))
+
     def _judge(self, mine: dict[str, Tensor], truth: dict[str, Tensor], *rounded: dict[str, Tensor]) -> None:
         judgement = carried_noise(mine, truth, rounded, self.worlds.dtype, self.worlds.factor)
         if judgement.decided and not judgement.passed:
@@ -160,9 +166,7 @@ class AdapterWalk(RuleBasedStateMachine):
         self._all(f"step({number})", lambda world: world.backward(number))
         for world in self.worlds.every():
             world.step()
-        mine, *others = (world.tensors_and_state() for world in self.worlds.every())
-        names = [name for name in mine if name in others[0] and mine[name].shape == others[0][name].shape]
-        self._judge(*({name: one[name] for name in names} for one in (mine, *others)))
+        self._compare_numbers()
         self.worlds.align()
 
     @rule(factor=st.sampled_from([0.5, 2.0]))
@@ -179,8 +183,9 @@ class AdapterWalk(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: not self.merged and self.worlds.subject.owns_tensors())
     def deepcopy(self) -> None:
-        """Continue with a deep copy."""
+        """Continue with a deep copy, after the original was changed."""
         self._all("deepcopy()", World.deepcopy)
+        self._compare_numbers()
         self._compare("backward")
 
     @rule()
@@ -222,7 +227,7 @@ class AdapterWalk(RuleBasedStateMachine):
 
     @rule()
     def second_model(self) -> None:
-        """Attach the implementation to a second model with other shapes, and train the second model for one step."""
+        """Attach another adapter to a second model with other shapes, and train the second model for one step."""
         self._take("second_model()")
         other = self.worlds.another()
         other.backward(1)

@@ -18,7 +18,7 @@ from harness.methods.spec import Adapted
 
 Forward = Callable[[nn.Module], Tensor]
 CHANGE = 1.5
-"""Factor by which `reload_model` changes the tensors before it restores them."""
+"""Factor by which `reload_model` changes the tensors before it restores them, and `deepcopy` those of the original."""
 
 
 @dataclass
@@ -80,9 +80,14 @@ class World:
         return {id(t) for t in self.adapted.parameters()} <= {id(p) for p in self.model.parameters()}
 
     def deepcopy(self) -> None:
-        """Continue with a deep copy of the model, its adapter and its optimizer."""
+        """Continue with a deep copy of the model, its adapter and its optimizer, and change the original."""
         everything = self.model, self.adapted, self.optimizer, self.trained
+        original = self.adapted
         self.model, self.adapted, self.optimizer, self.trained = copy.deepcopy(everything)
+        with torch.no_grad():
+            for tensor in (*original.tensors().values(), *original.state().values()):
+                if tensor.is_floating_point():
+                    tensor.mul_(CHANGE)
 
     def reload_model(self) -> None:
         """Take the model's state_dict, change every adapter tensor, and restore the model from the state_dict."""
