@@ -23,6 +23,8 @@ def attach(model, config, generator):
 def attach_adalora(model, config, generator):
     from acme_kernels.adalora import adapt
 
+    if not all(hasattr(model.get_submodule(path), "in_features") for path in config.targets):
+        raise Unsupported("linear layers only")
     return adapt(model, config, generator)
 
 
