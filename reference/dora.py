@@ -20,14 +20,12 @@ from reference.shared.layers import (
     as_stored,
     dense_copy,
     dense_weight,
-    floating_dtype,
     kind_of,
     replace,
-    sides,
     targets,
 )
 from reference.shared.lora_layers import LoraConv2d, LoraEmbedding, convolve
-from reference.shared.lora_start import initial_factors, linear_factors
+from reference.shared.lora_start import embedding_factors, initial_factors, linear_factors
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -121,7 +119,22 @@ def gain(m: Tensor, norm: Tensor) -> Tensor:
     return torch.where(some, m, 0.0) / torch.where(some, norm, 1.0)
 
 
-class DoraLinear(LowRankLayer):
+class DoraLayer(LowRankLayer):
+    """A layer that has magnitudes m beside the A and B of LoRA. Subclasses define V' and its norms."""
+
+    m: nn.Parameter
+    detach_norm: bool
+
+    def gain(self, norm: Tensor) -> Tensor:
+        """Return g = m / norm. If `detach_norm`, the norm has no gradient (section 4.3: eq. 11 in the place of eq. 6)."""
+        return gain(self.m, norm.detach() if self.detach_norm else norm)
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Map the names A, B and m to the trainable parameters."""
+        return {**super().tensors(), "m": self.m}
+
+
+class DoraLinear(DoraLayer):
     """A linear layer (..., D) -> (..., E) with the weight m V' / ||V'||, where V' = W0 + s B A.
 
     A (R, D), B (E, R) and m train. m is (E,), or (D,) if each input feature has a magnitude. The base's bias is added
@@ -147,7 +160,7 @@ class DoraLinear(LowRankLayer):
         """
         W0_ED = dense_weight(self.base)
         norm = norms(self.direction(W0_ED), self.per)
-        g = gain(self.m, norm.detach() if self.detach_norm else norm)  # section 4.3: eq. 11 in the place of eq. 6
+        g = self.gain(norm)
         dropped_TD = self.dropout(x_TD)
         if self.per == "output":
             added_TE = (g - 1) * (dropped_TD @ W0_ED.T) + g * self.scaling * (dropped_TD @ self.A.T @ self.B.T)
@@ -155,10 +168,6 @@ class DoraLinear(LowRankLayer):
             added_TE = ((g - 1) * dropped_TD) @ W0_ED.T + self.scaling * ((g * dropped_TD) @ self.A.T @ self.B.T)
         y_TE: Tensor = self.base(x_TD) + added_TE
         return y_TE
-
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the names A, B and m to the trainable parameters."""
-        return {**super().tensors(), "m": self.m}
 
     def merged(self) -> Any:
         """Return a plain layer with the weight W'.
@@ -173,7 +182,7 @@ class DoraLinear(LowRankLayer):
         return dense
 
 
-class DoraEmbedding(LoraEmbedding):
+class DoraEmbedding(DoraLayer, LoraEmbedding):
     """An embedding table (N, E) with the weight m V' / ||V'||, where V' = W0 + s B A is the transposed table (E, N).
 
     A (R, N), B (E, R) and m (E,) train. As in LoRA, the update has no dropout.
@@ -190,11 +199,7 @@ class DoraEmbedding(LoraEmbedding):
 
     def forward(self, ids_T: Tensor) -> Tensor:
         """Return the entries `ids_T` of the table W', shape (..., E), as g (W0 + s B A)^T[ids] with g = m / ||V'||."""
-        return _gain(self.m, norms(self.direction()), self.detach_norm) * super().forward(ids_T)
-
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the names A, B and m to the trainable parameters."""
-        return {**super().tensors(), "m": self.m}
+        return self.gain(norms(self.direction())) * super().forward(ids_T)
 
     def merged(self) -> Any:
         """Return an embedding with the table W'. Its columns have the norms |m|."""
@@ -205,7 +210,7 @@ class DoraEmbedding(LoraEmbedding):
         return dense
 
 
-class DoraConv2d(LoraConv2d):
+class DoraConv2d(DoraLayer, LoraConv2d):
     """A convolution with the kernel m V' / ||V'||, where V' = W0 + s B A is a kernel (E, C, K, K).
 
     A (R, C, K, K), B (E, R, 1, 1) and m (1, E, 1, 1) train. A norm is that of the kernel of an output channel. Raises
@@ -231,15 +236,11 @@ class DoraConv2d(LoraConv2d):
 
         The terms are those of a linear layer: W0 * x + b + (g - 1) W0 * d + g s B * (A * d), where d is x after dropout.
         """
-        g = _gain(self.m, self.norms(self.direction()), self.detach_norm)
+        g = self.gain(self.norms(self.direction()))
         dropped = self.dropout(x)
         low = nn.functional.conv2d(convolve(self.base, dropped, self.A, groups=1), self.B)
         y: Tensor = self.base(x) + (g - 1) * convolve(self.base, dropped, self.base.weight, groups=1)
         return y + g * self.scaling * low
-
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the names A, B and m to the trainable parameters."""
-        return {**super().tensors(), "m": self.m}
 
     def merged(self) -> Any:
         """Return a convolution with the kernel W'. Its output channels have the norms |m|."""
@@ -248,11 +249,6 @@ class DoraConv2d(LoraConv2d):
             V = self.direction()
             dense.weight.copy_(gain(self.m, self.norms(V)).view(-1, 1, 1, 1) * V)
         return dense
-
-
-def _gain(m: Tensor, norm: Tensor, detach_norm: bool) -> Tensor:
-    """Return m / norm, through which the norm has a gradient unless `detach_norm` (section 4.3)."""
-    return gain(m, norm.detach()) if detach_norm else gain(m, norm)
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
@@ -276,14 +272,12 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
 
 def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLayer:
     """Return a new DoRA layer around `base`. Its A and B are drawn as LoRA's."""
-    R, kind = config.rank, kind_of(base)
-    like: dict[str, Any] = {"dtype": floating_dtype(base), "device": next(base.parameters()).device}
-    if kind == "embedding":
-        N, E = sides(base)
-        B = torch.randn(E, R, dtype=torch.float64, generator=generator).to(**like)
-        return DoraEmbedding(base, torch.zeros(R, N, **like), B, config)
-    if kind == "Conv2d":
+    R = config.rank
+    if kind_of(base) == "embedding":
+        return DoraEmbedding(base, *embedding_factors(base, R, generator), config)
+    if kind_of(base) == "Conv2d":
         C, K = base.in_channels, base.kernel_size
         A, B = initial_factors("kaiming", R, C * K[0] * K[1], base.out_channels, generator)
-        return DoraConv2d(base, A.to(**like).view(R, C, *K), B.to(**like)[..., None, None], config)
+        W0 = base.weight
+        return DoraConv2d(base, A.to(W0).view(R, C, *K), B.to(W0)[..., None, None], config)
     return DoraLinear(base, *linear_factors(base, R, generator), config)

@@ -20,7 +20,7 @@ from reference.lora_experts import adapted_experts
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers, LowRankLayer
 from reference.shared.layers import KINDS, floating_dtype, kind_of, replace, sides, targets
 from reference.shared.lora_layers import LoraConv2d, LoraConv2dKernel, LoraEmbedding
-from reference.shared.lora_start import initial_factors
+from reference.shared.lora_start import embedding_factors, initial_factors
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -171,8 +171,7 @@ def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLa
     if kind == "experts":
         return adapted_experts(base, R, s, config.init, p, generator)
     if kind == "embedding":
-        B = torch.randn(base.embedding_dim, R, dtype=torch.float64, generator=generator).to(**like)
-        return LoraEmbedding(base, torch.zeros(R, base.num_embeddings, **like), B, s)
+        return LoraEmbedding(base, *embedding_factors(base, R, generator), s)
     if kind == "Conv2d":
         E, C, G, K = base.out_channels, base.in_channels, base.groups, base.kernel_size
         if config.conv == "peft":

@@ -16,6 +16,7 @@ from typing import Any
 
 from harness.memory_model import counting, isolated_step
 from harness.memory_model.messages import ModelCount, StepAnswer
+from harness.process import short_worker
 from harness.process.lifeline import die_with_parent
 from harness.records import collection
 
@@ -31,8 +32,7 @@ def main(argv: list[str]) -> None:
     if hasattr(os, "fork"):
         die_with_parent(int(argv[1]))
     requests = json.loads(Path(argv[2]).read_bytes())
-    for name in _UNUSED if any(one.get("checkpoint") for one in requests) else (*_UNUSED, *_OF_CHECKPOINTS):
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # as if it were not installed
+    short_worker.hide(_UNUSED if any(one.get("checkpoint") for one in requests) else (*_UNUSED, *_OF_CHECKPOINTS))
     with collection.paused(), Path(argv[3]).open("w", encoding="utf-8") as answers:
         for request in requests:
             print(json.dumps(_answer(request)), file=answers, flush=True)
@@ -44,6 +44,4 @@ def _answer(request: Any) -> ModelCount | StepAnswer:
 
 if __name__ == "__main__":
     main(sys.argv)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # a normal exit takes half a second once torch is imported
+    short_worker.end()

@@ -47,6 +47,15 @@ def linear_factors(base: nn.Module, rank: int, generator: torch.Generator) -> tu
     return A.to(device, dtype), B.to(device, dtype)
 
 
+def embedding_factors(base: nn.Embedding, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return initial A (rank, num) and B (dim, rank) for an embedding. A is zero, and B is standard normal.
+
+    Dtype and device are those of the embedding.
+    """
+    B = torch.randn(base.embedding_dim, rank, dtype=torch.float64, generator=generator).to(base.weight)
+    return base.weight.new_zeros(rank, base.num_embeddings), B
+
+
 def _orthogonal(rank: int, inputs: int, outputs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return A and B with B A = 0. The columns of A and the rows of B lie in two orthogonal halves of the space R^rank."""
     if rank % 2:

@@ -74,17 +74,17 @@ def check_zero_rows(subject: Subject, case: Case) -> CheckResult:
 
 @torch.no_grad()
 def _matrix(layer: nn.Module, base: Any) -> Tensor | None:
-    """Return the matrix (E, D) of a layer of any class, which computes as `base` does: its outputs for the unit vectors.
+    """Return the matrix (E, D) of a layer of any class: its outputs for the unit vectors. base: the layer that it adapts.
 
     The matrix of a table is its transpose. That of a kernel has one row for each output channel. It is None for a
-    convolution of another class than nn.Conv2d, because a kernel is not read off outputs.
+    convolution of another class than nn.Conv2d, because outputs do not show its kernel.
     """
     layer.eval()
     if isinstance(base, nn.Conv2d):
         return layer.weight.detach().flatten(1) if isinstance(layer, nn.Conv2d) else None
     if isinstance(base, nn.Embedding):
-        table: Tensor = layer(torch.arange(base.num_embeddings)) / getattr(base, "embed_scale", 1.0)
-        return table.T
+        table: Tensor = layer(torch.arange(base.num_embeddings, device=base.weight.device))
+        return table.T / getattr(base, "embed_scale", 1.0)
     unit = torch.eye(sides(base)[0], dtype=floating_dtype(layer), device=next(layer.parameters()).device)
     outputs: Tensor = layer(unit) - layer(torch.zeros_like(unit[:1]))
     return outputs.T

@@ -8,7 +8,7 @@ from harness.conformance.faults import FaultCase, line_fault
 
 _USUAL = {"rank": 3, "alpha": 8.0}
 CASE = FaultCase(values=_USUAL)
-_G = "g = gain(self.m, norm.detach() if self.detach_norm else norm)"
+_G = "return gain(self.m, norm.detach() if self.detach_norm else norm)"
 
 _dora = partial(line_fault, "dora", values=_USUAL)
 
@@ -23,7 +23,7 @@ FAULTS = [
     _dora("does_not_detach_the_norm", ["gradient", "step"], "norm.detach() if self.detach_norm else norm", "norm"),
     _dora("always_detaches_the_norm", ["gradient"],
         "norm.detach() if self.detach_norm else norm", "norm.detach()", values={**_USUAL, "detach_norm": False}),
-    _dora("does_not_apply_the_magnitude", ["forward", "gradient"], _G, "g = torch.ones_like(norm)"),
+    _dora("does_not_apply_the_magnitude", ["forward", "gradient"], _G, "return torch.ones_like(norm)"),
     _dora("takes_the_norm_of_the_base", ["forward", "gradient"],
         "norm = norms(self.direction(W0_ED), self.per)", "norm = norms(W0_ED, self.per)"),
     # Keep the norm until the version of A or B rises, which a fused optimizer does not do.
@@ -53,11 +53,11 @@ FAULTS = [
     _dora("takes_the_norm_of_each_entry_of_a_table", ["forward", "norm"],
         "self.m = nn.Parameter(norms(self.direction()).detach())",
         "self.m = nn.Parameter(norms(self.direction(), 'input').detach())",
-        "_gain(self.m, norms(self.direction()), self.detach_norm)",
-        "_gain(self.m, norms(self.direction(), 'input'), self.detach_norm)", layer="embedding", inputs=32, outputs=32),
+        "self.gain(norms(self.direction()))", "self.gain(norms(self.direction(), 'input'))",
+        layer="embedding", inputs=32, outputs=32),
     _dora("scales_only_the_table", ["forward", "gradient"],
-        "return _gain(self.m, norms(self.direction()), self.detach_norm) * super().forward(ids_T)",
-        "g = _gain(self.m, norms(self.direction()), self.detach_norm)\n"
+        "return self.gain(norms(self.direction())) * super().forward(ids_T)",
+        "g = self.gain(norms(self.direction()))\n"
         "        return super().forward(ids_T) + (g - 1) * self.base(ids_T)", layer="embedding"),
     _dora("takes_the_norm_of_each_input_channel", ["forward", "norm"],
         "return norms(V.flatten(1)).view(1, -1, 1, 1)",

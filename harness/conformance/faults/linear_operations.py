@@ -13,7 +13,7 @@ _SQUARE = {"shape": [24, 24], "rows": [9], "rank": 24}
 _SCORED = {"shape": [24, 40], "rank": 3}
 _LORA_DOWN = "h_TR = self.dropout(x_TD) @ self.A.T"
 _LORA_SUM = "self.base(x_TD) + self.scaling * (h_TR @ self.B.T)"
-_NORM = "norms(self.direction(W0_ED), self.per)\n        g = gain"
+_NORM = "norms(self.direction(W0_ED), self.per)\n        g = self.gain"
 _DORA_SUM = "(g - 1) * (dropped_TD @ W0_ED.T) + g * self.scaling * (dropped_TD @ self.A.T @ self.B.T)"
 
 _lora = partial(line_fault, "lora_linear", file="lora", values=_PLAIN)
@@ -58,9 +58,9 @@ FAULTS = [
     _dora("does_not_detach_the_norm", ["backward"], "norm.detach() if self.detach_norm else norm", "norm"),
     _dora("takes_the_norm_of_columns", ["outputs"], "dim=1 if per", "dim=0 if per", values=_SQUARE),
     _dora("divides_by_the_norm_of_the_base", ["outputs", "backward"],
-        _NORM, "norms(W0_ED, self.per)\n        g = gain"),
+        _NORM, "norms(W0_ED, self.per)\n        g = self.gain"),
     _dora("leaves_the_scaling_out_of_the_norm", ["outputs", "backward"],
-        _NORM, "norms(W0_ED + self.B @ self.A, self.per)\n        g = gain"),
+        _NORM, "norms(W0_ED + self.B @ self.A, self.per)\n        g = self.gain"),
     _dora_large("sums_the_squares_of_a_norm_in_float16", ["outputs", "backward"],
         'torch.linalg.vector_norm(V_ED, dim=1 if per == "output" else 0)', "V_ED.square().sum(dim=1).sqrt()"),
     # Compute g (V x) with dropout on all of x; without dropout the result is the same.
@@ -81,7 +81,7 @@ FAULTS = [
         "s, A, B = self.scaling, self.A, self.B\n"
         "        cross, own = ((W0_ED @ A.T) * B).sum(1), ((B @ (A @ A.T)) * B).sum(1)\n"
         "        norm = (W0_ED.square().sum(1) + 2 * s * cross + s**2 * own).clamp(min=0).sqrt()\n"
-        "        g = gain",
+        "        g = self.gain",
         values={**_PLAIN, "kind": "cancelled"}),
     _vera("swaps_b_and_d", ["outputs", "backward"], "h_TR = self.d *", "h_TR = self.b *",
         "+ self.b * (h_TR @", "+ self.d * (h_TR @", values=_SQUARE),

@@ -1,0 +1,23 @@
+"""Start and end of a process that imports torch for a short answer."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+
+
+def hide(packages: Iterable[str]) -> None:
+    """Let this process take packages for not installed. Call it before torch and transformers are imported.
+
+    transformers imports some packages only because they are installed, which takes seconds.
+    """
+    for name in packages:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # the import system raises ImportError for None
+
+
+def end() -> None:
+    """End this process with code 0, and without Python's own exit, which takes half a second once torch is imported."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
