@@ -534,7 +534,9 @@ def test_a_run_is_compared_with_the_folder_of_another_run(here: Path, capsys: py
     assert capsys.readouterr().out.splitlines()[0] == "new against base: of unknown origin (it was not promoted)"
     assert main(["gate", "base", "--baseline", folder]) == Exit.PASS
     assert "which is the same run" in capsys.readouterr().out
-    assert main(["gate", "base", "--baseline", str(Path("results", "runs", "other"))]) == Exit.USAGE
+    capsys.readouterr()
+    assert main(["gate", "base", "--baseline", "./other"]) == Exit.USAGE
+    assert "./other: is no run" in capsys.readouterr().err
 
 
 def test_a_baseline_is_replaced_only_with_the_option(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,7 +88,10 @@ def find(name: str, baselines: Path = BASELINES) -> Baseline:
     """
     if _NAME.fullmatch(name) and (baselines / name / "run.json").is_file():
         return _read(baselines / name)
-    if len(Path(name).parts) > 1 and (Path(name) / "run.json").is_file():
+    if os.sep in name:
+        if not (Path(name) / "run.json").is_file():
+            hint = "name the folder of a run, or a baseline of `peft-harness baseline list`"
+            raise UsageError("is no run: it has no run.json", where=name, hint=hint)
         is_promoted = (Path(name) / PROVENANCE).is_file()
         return _read(Path(name)) if is_promoted else Baseline(Path(name).name, Path(name), None, "it was not promoted")
     names = [baseline.name for baseline in known(baselines)]
