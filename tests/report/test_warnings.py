@@ -84,19 +84,30 @@ def test_busy_cells_are_flagged_and_the_rule_is_shown(good: store.Run, tmp_path:
     assert "busy" not in "\n".join(terminal.summary(analyse(good)))
 
 
-def test_unsteady_latencies_are_flagged_wherever_they_stand(good: store.Run, tmp_path: Path) -> None:
-    def shaken(name: str, r: Record) -> Record:
-        """Slow half of the merged passes down to twice their time."""
-        if name != "fused" or r.measurements is None:
-            return r
-        latency = [
-            x.model_copy(update={"seconds": [s * (1 + i % 2) for i, s in enumerate(x.seconds)]})
-            if x.variant == "merged"
-            else x
-            for x in r.measurements.latency
-        ]
-        return r.model_copy(update={"measurements": r.measurements.model_copy(update={"latency": latency})})
+def shaken(name: str, r: Record) -> Record:
+    """Slow half of the merged passes of the fused Cell down to twice their time."""
+    if name != "fused" or r.measurements is None:
+        return r
+    latency = [
+        x.model_copy(update={"seconds": [s * (1 + i % 2) for i, s in enumerate(x.seconds)]})
+        if x.variant == "merged"
+        else x
+        for x in r.measurements.latency
+    ]
+    return r.model_copy(update={"measurements": r.measurements.model_copy(update={"latency": latency})})
 
+
+def test_latencies_that_are_not_shown_have_no_flag(tmp_path: Path) -> None:
+    def wrong(name: str, r: Record) -> Record:
+        check = r.checks[0].model_copy(update={"check": "lora/gradient/float32/warm", "outcome": Outcome.FAIL})
+        return shaken(name, r).model_copy(update={"checks": [*r.checks, check]}) if name == "fused" else r
+
+    run = recorded_run.write_run(tmp_path / "r", change=wrong)
+    for form in ("csv", "json", "markdown"):
+        assert "unsteady" not in text_formats.FORMATS[form]([analyse(run)])
+
+
+def test_unsteady_latencies_are_flagged_wherever_they_stand(good: store.Run, tmp_path: Path) -> None:
     run = recorded_run.write_run(tmp_path / "r", change=shaken)
     built = view.build([analyse(run)])["runs"][0]
     record = run.latest()[recorded_run.cells()["fused"].cell_id]
