@@ -99,7 +99,7 @@ def shaken(name: str, r: Record) -> Record:
 
 def test_latencies_that_are_not_shown_have_no_flag(tmp_path: Path) -> None:
     def wrong(name: str, r: Record) -> Record:
-        check = r.checks[0].model_copy(update={"check": "lora/gradient/float32/warm", "outcome": Outcome.FAIL})
+        check = CheckResult(check="lora/gradient/float32/warm", outcome=Outcome.FAIL)
         return shaken(name, r).model_copy(update={"checks": [*r.checks, check]}) if name == "fused" else r
 
     run = recorded_run.write_run(tmp_path / "r", change=wrong)
