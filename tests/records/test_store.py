@@ -382,6 +382,17 @@ def test_runs_are_found_by_folder_id_prefix_and_latest(tmp_path: Path) -> None:
     assert "20260102-bc" in caught.value.hint
     with pytest.raises(UsageError, match="no run 'latest'"):
         store.find_run("latest", tmp_path / "none")
+    with pytest.raises(UsageError, match="no such folder") as caught:
+        store.find_run(str(tmp_path / "gone"), runs)
+    assert caught.value.where == str(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(("file", "told"), [("adapter_config.json", "peft-harness import"), ("notes.txt", "copy it")])
+def test_a_folder_of_another_program_is_for_import(tmp_path: Path, file: str, told: str) -> None:
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(UsageError, match="is no run") as caught:
+        store.find_run(str(tmp_path), tmp_path / "none")
+    assert told in caught.value.hint
 
 
 def test_a_folder_without_run_json_is_no_run(tmp_path: Path) -> None:

@@ -301,6 +301,7 @@ def test_a_killed_creation_leaves_a_folder_that_the_next_command_removes(
     with command("env", "list") as listing:
         out, _ = listing.communicate()
     assert listing.returncode == 0
+    assert out.startswith("no environment exists yet\n")
     assert "tiny-lib" not in out
     assert [path for path in left() if not path.endswith(".lock")] == []
     assert create.ensure(table.of_requirement("tiny-lib==1.0"), NO_OPTIONS, silent).label == "tiny-lib 1.0"
