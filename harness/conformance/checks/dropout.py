@@ -26,8 +26,8 @@ FEATURES = 32
 TOKENS = 64
 """Smallest number of tokens that the check uses. For a convolution of few channels, the number of images."""
 CHANNELS = 4_096
-"""Largest number of channels of all images together, if that leaves at least `IMAGES` images. Wide convolutions in 16 bits
-take minutes for more."""
+"""Largest number of channels of all images together, unless that leaves fewer than `IMAGES` images. With more channels, a
+convolution in 16 bits takes minutes."""
 IMAGES = 8
 """Smallest number of images."""
 MANY = 8_192

@@ -151,8 +151,8 @@ WITHOUT_GRADIENTS: dict[str, tuple[Callable[[], Any], bool]] = {
 def forms_without_gradients(layouts: Mapping[str, Layout]) -> dict[str, Form]:
     """Return forms that call the layer without gradients, in each mode and with the input in each of the layouts.
 
-    In each mode, one more form returns an output as it is after a later call with another input, and one more those of
-    single rows, after the last of them.
+    Each mode has two more forms. One returns an output as it is after a later call with another input. The other calls the
+    layer with single rows, and returns their outputs after the last call.
     """
 
     def form(

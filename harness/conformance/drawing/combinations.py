@@ -38,8 +38,8 @@ def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
 
     - beta2 near 1, with a step shortly after 1 / (1 - beta2), where the bias correction is 0.8.
     - In float16 a large gate before each activation. Without DoRA, which would divide by the norm of its weight.
-    - Each option with a word or a switch, and each kind of layer, with as many outputs as inputs, where a transposed
-      weight shows in no shape.
+    - A square layer with each kind of layer, and with each option that is a word or a switch. There, no shape shows a
+      transposed weight.
     - An embedding with more entries than 16 bits can count.
     - A scaling of 1, for which a program may have a shorter path, with dropout.
     """
