@@ -10,9 +10,9 @@ import re
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -225,7 +225,7 @@ def discover(only: Collection[str] | None = None, begin: Callable[[str], None] |
         except (Exception, SystemExit) as error:  # noqa: BLE001
             reasons.append(format_error(error))
             offered = []
-        distribution, version = _provider(point)  # called once, because it reads the METADATA file
+        distribution, version = _provider(point)
         for implementation in offered:
             key = (implementation.kind, implementation.target, implementation.name)
             if misfit := _misfit(implementation, known):
@@ -264,7 +264,14 @@ def _order(point: EntryPoint) -> tuple[bool, str, str]:
 
 def _provider(point: EntryPoint) -> tuple[str, str]:
     """Return the name and the version of an entry point's distribution. Either may be missing from its METADATA."""
-    return (point.dist.name or "unknown", point.dist.version or "") if point.dist is not None else ("unknown", "")
+    return ("unknown", "") if point.dist is None else _name_and_version(point.dist)
+
+
+@lru_cache(maxsize=64)
+def _name_and_version(distribution: Distribution) -> tuple[str, str]:
+    """Read the METADATA file of a distribution, which takes some milliseconds, once for all its entry points."""
+    metadata = distribution.metadata
+    return metadata["Name"] or "unknown", metadata["Version"] or ""
 
 
 def _offered(loaded: object) -> Iterator[Implementation]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness import resources
 from harness.analysis.comparison.reproducibility import Rerun
@@ -14,6 +15,9 @@ from harness.analysis.run_facts import RunFacts
 from harness.errors import UsageError
 from harness.records import files, store
 from harness.report import view
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 TEMPLATE = "report.html.j2"
 
@@ -28,12 +32,26 @@ def fill(template: str, page: Mapping[str, Any], style: str = "") -> str:
 
     style: CSS of the result; by default, the CSS of the pages.
     """
-    # The import is late, so that `peft-harness --help` stays fast.
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     style = style or template_text("report.css", "charts.css")
     script = template_text("tables.js", "download.js", "charts.js")
+    compiled = _environment().get_template(template)
+    return compiled.render(
+        page={**page, "generated": store.now()},
+        # These files of the package, never data, are the only unescaped text on the page.
+        style=Markup(style),  # noqa: S704
+        script=Markup(script),  # noqa: S704
+        policy=policy(style, script),
+    )
+
+
+@cache
+def _environment() -> Environment:
+    """Return the environment of the templates. It compiles each template once in a process."""
+    # The import is late, so that `peft-harness --help` stays fast.
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     environment = Environment(
         loader=FileSystemLoader(resources.data_folder("report_templates")),
         autoescape=True,
@@ -43,13 +61,7 @@ def fill(template: str, page: Mapping[str, Any], style: str = "") -> str:
     )
     environment.filters["prose"] = _prose
     environment.policies["json.dumps_kwargs"] = {}  # keys stay in their order, which is faster
-    return environment.get_template(template).render(
-        page={**page, "generated": store.now()},
-        # These files of the package, never data, are the only unescaped text on the page.
-        style=Markup(style),  # noqa: S704
-        script=Markup(script),  # noqa: S704
-        policy=policy(style, script),
-    )
+    return environment
 
 
 def _prose(text: str) -> str:

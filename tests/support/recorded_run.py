@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from harness.analysis.statistics.intervals import wilson
 from harness.conformance.tolerance_constants import EPSILON
@@ -34,6 +35,7 @@ from harness.records.record import (
     TrainingMeasured,
 )
 
+T = TypeVar("T")
 STARTED = "2026-01-05T09:00:00Z"
 MIB = 1024 * 1024
 EVIL = "x'\"></script><img src=x onerror=alert(1)>"
@@ -100,6 +102,20 @@ def comparisons(c: dict[str, Cell]) -> list[Comparison]:
     ]
 
 
+def _once_for_each_cell(make: Callable[..., T]) -> Callable[..., T]:
+    """Return `make`, a function of a Cell and numbers, with its results kept. Records are immutable and may share them."""
+    kept: dict[tuple[Any, ...], T] = {}
+
+    @wraps(make)
+    def found(cell: Cell, *numbers: float) -> T:
+        key = (cell.model_dump_json(), *numbers)
+        if key not in kept:
+            kept[key] = make(cell, *numbers)
+        return kept[key]
+
+    return found
+
+
 def environment(**changes: Any) -> Environment:
     fields: dict[str, Any] = {
         "id": "e0f1a2b3c4d5",
@@ -141,6 +157,7 @@ def items(cell: Cell, share: float) -> list[Item]:
     return [Item(id=f"review-{i}", correct=int(i in right)) for i in range(n)]
 
 
+@_once_for_each_cell
 def accuracy(cell: Cell, share: float) -> Accuracy:
     scored = items(cell, share)
     correct = sum(i.correct for i in scored)
@@ -156,6 +173,7 @@ def accuracy(cell: Cell, share: float) -> Accuracy:
     )
 
 
+@_once_for_each_cell
 def _training(cell: Cell, ms: float) -> TrainingMeasured | None:
     if not cell.training.steps:
         return None
@@ -172,6 +190,7 @@ def _training(cell: Cell, ms: float) -> TrainingMeasured | None:
     )
 
 
+@_once_for_each_cell
 def _latency(cell: Cell) -> list[Latency]:
     rng = random.Random(f"latency{cell.cell_id}")
     base = 6.0 if cell.model == "minilm-l6" else 45.0
@@ -190,6 +209,7 @@ def _latency(cell: Cell) -> list[Latency]:
     return found
 
 
+@_once_for_each_cell
 def checks(cell: Cell) -> list[CheckResult]:
     if cell.method in ("frozen", "full"):
         return []
