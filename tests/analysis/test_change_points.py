@@ -126,7 +126,7 @@ def test_a_slow_down_is_found_within_seven_nights(slower: float) -> None:
     assert at_least(found, tried) > 0.95
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_false_alarms_are_rarer_than_one_in_a_thousand_cell_nights() -> None:
     # Judged on every night anew, as a nightly job does; a change that was found the night before is not a second alarm.
     alarms = cell_nights = 0

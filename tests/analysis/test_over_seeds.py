@@ -63,7 +63,7 @@ def _arm(rng: random.Random, hard: list[float], skill: float, spread: float) -> 
     return runs
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_favourable_seeds_are_not_taken_for_a_better_method() -> None:
     """Two equal methods whose runs differ by 2 points: a test over items alone would call one better far too often."""
     rng, n, trials = random.Random(0), 300, 300
@@ -81,7 +81,7 @@ def test_favourable_seeds_are_not_taken_for_a_better_method() -> None:
     assert intervals.wilson(by_items, trials)[0] > 1 - intervals.LEVEL
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_detectable_difference_is_found_and_a_third_of_it_mostly_not() -> None:
     rng, n, trials = random.Random(1), 300, 150
     hard = [rng.uniform(-0.2, 0.2) for _ in range(n)]

@@ -39,6 +39,7 @@ def at_least(count: int, of: int, sure: float = SURE) -> float:
     return float(betaincinv(count, of - count + 1, 1 - sure)) if count else 0.0
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("noise", "seed", "price"),
     [pytest.param(USUAL, 1, 16, marks=pytest.mark.nightly), (UNRULY, 2, 18)],
@@ -95,6 +96,7 @@ def test_a_mean_without_trimming_overlooks_what_disturbed_processes_hide() -> No
     assert at_most(plain, CELLS) < at_least(trimmed, CELLS)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("noise", [USUAL, BUSY], ids=["usual", "busy"])
 def test_a_detectable_slow_down_is_detected(noise: simulated_noise.Noise) -> None:
     """At the spread of the Cells, the mde80 is found at least as often as stated, and half of it less often."""

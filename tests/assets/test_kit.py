@@ -75,7 +75,7 @@ def test_a_wheel_is_unpacked_only_where_its_distribution_is_missing(tmp_path: Pa
     assert [path.name for path in (tmp_path / "site").iterdir()] == ["acme_of_kit.py"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_kit_has_a_small_model_in_float16_and_a_suite_that_trains_it(
     index: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -471,6 +471,7 @@ def test_what_attaching_changes_in_a_large_model_is_seen(tmp_path: Path, monkeyp
         lived(tmp_path, "lora")
 
 
+@pytest.mark.nightly
 def test_a_run_of_shapes_from_the_command_line(fork_sandbox: ForkSandbox) -> None:
     path = written(fork_sandbox.folder)
     (fork_sandbox.folder / "encoder.json").write_text(json.dumps(ROBERTA), encoding="utf-8")

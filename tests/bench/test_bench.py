@@ -112,6 +112,7 @@ def row(**more: Any) -> BenchRow:
 # ---- no speed without parity
 
 
+@pytest.mark.slow
 def test_equal_implementations_are_timed_forward_and_backward(registry: Registry) -> None:
     forward, backward = rows(offered("acme", "lora_linear", reference("lora_linear")), registry)
     assert [forward.name, backward.name] == ["lora_linear", "lora_linear+backward"]
@@ -303,6 +304,7 @@ def test_an_unsupported_case_is_not_run_and_no_failure(registry: Registry) -> No
         assert "only on Sundays" in one.because
 
 
+@pytest.mark.slow
 def test_a_step_with_a_slightly_wrong_update_gets_no_speed(registry: Registry) -> None:
     def wrong(model: Any, config: Any, generator: Any) -> Any:
         from reference.lora import attach
@@ -321,6 +323,7 @@ def test_a_step_with_a_slightly_wrong_update_gets_no_speed(registry: Registry) -
 # ---- training steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora-dropout", "adalora"])
 def test_a_step_is_timed_with_the_frozen_pass(registry: Registry, name: str) -> None:
     step = STEPS[name]
@@ -357,7 +360,7 @@ def test_a_refresh_counts_once_in_two_hundred_steps() -> None:
     assert step_benchmark._per_step(times) == pytest.approx((199 * ordinary + refresh) / 200)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_galore_step_is_made_of_whole_cycles(registry: Registry) -> None:
     both = (registry.find("method", "galore", "reference"),) * 2
     one = step_benchmark.row(setting("galore", registry), both, ("", ""), 5, {})
@@ -989,7 +992,7 @@ def test_steps_and_operations_have_a_default_dtype_per_device(registry: Registry
     assert "step:lora" in {task.name for task in tasks}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
 def test_a_gpu_that_torch_cannot_use_is_not_used(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -110,6 +110,7 @@ def test_the_order_of_data_has_a_name(tokenizer: Any, monkeypatch: pytest.Monkey
     assert one.order_sha256 != _data(cell, tokenizer, monkeypatch, moved).order_sha256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("special", [False, True], ids=["nothing", "special tokens alone"])
 @pytest.mark.parametrize("kind", ["causal", "encoder"])
 def test_a_tokenizer_that_makes_no_tokens_is_told_with_its_folder(

@@ -323,6 +323,7 @@ def rehearsed(folder: Path) -> Path:
     return folder / "suite.yaml"
 
 
+@pytest.mark.nightly
 def test_llama_8b_rehearsed(fork_sandbox: ForkSandbox) -> None:
     path = rehearsed(fork_sandbox.folder)
     plan = loader.load(path).plan

@@ -99,6 +99,7 @@ def test_a_head_of_the_checkpoint_is_kept_as_it_is_and_noted(tokenizer: Path, tm
     assert "from the checkpoint" in note
 
 
+@pytest.mark.nightly
 def test_a_head_of_the_checkpoint_trains_with_every_method_as_with_peft_itself(
     tokenizer: Path, fork_sandbox: ForkSandbox, tmp_path: Path
 ) -> None:
@@ -126,6 +127,7 @@ def test_a_head_of_the_checkpoint_trains_with_every_method_as_with_peft_itself(
     assert all("from the checkpoint" in " ".join(record.notes) for record in records.values())
 
 
+@pytest.mark.nightly
 def test_what_a_checkpoint_lacks_of_the_encoder_trains_with_the_head_and_is_predicted(
     tokenizer: Path, fork_sandbox: ForkSandbox, tmp_path: Path
 ) -> None:

@@ -136,6 +136,7 @@ def test_what_needs_all_gradients_or_several_passes_is_refused() -> None:
 # Moments in 8 bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "fused"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_large_moments_are_codes_and_small_ones_float32(dtype: str, implementation: str) -> None:
@@ -171,6 +172,7 @@ def test_narrowing_is_all_that_8_bits_change(implementation: str) -> None:
     assert fell[1] > fell[0] / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "fused"])
 def test_a_saved_state_keeps_its_codes(implementation: str) -> None:
     _, _, _, optimizer = trained("galore", "bfloat16", "adamw-8bit", implementation)
@@ -234,7 +236,7 @@ def lived(folder: Path, optimizer: Any, layerwise: bool) -> Memory:
     return memory
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_cell_takes_less_by_what_was_predicted(tmp_path: Path) -> None:
     gc.freeze()  # each phase of a Cell collects garbage, and need not look at what torch and transformers have made
     plain, small = (lived(tmp_path / name, name, wise) for name, wise in (("adamw", False), ("adamw-8bit", True)))
@@ -253,7 +255,7 @@ def test_a_cell_takes_less_by_what_was_predicted(tmp_path: Path) -> None:
     assert saved / 2 < gone < saved
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("layerwise", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_a_cell_that_has_room_for_one_gradient_warms_up_with_one(
     layerwise: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

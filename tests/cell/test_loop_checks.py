@@ -40,7 +40,7 @@ def failed(train: object, trainee: Trainee, only: str = "") -> set[str]:
     return {name for name in names if checks.outcome_of("a loop", name, evidence).status is CheckStatus.FAIL}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_planted_fault_is_caught_by_its_check_and_no_right_loop_is_accused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -50,7 +50,7 @@ def test_every_planted_fault_is_caught_by_its_check_and_no_right_loop_is_accused
     assert document["wrong"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_fault_that_no_check_catches_fails_the_self_test() -> None:
     class Harmless(FaultyLoop):
         caught_by = "order"
@@ -59,7 +59,7 @@ def test_a_fault_that_no_check_catches_fails_the_self_test() -> None:
     assert (report.exit, report.caught) == (Exit.FAIL, {"Harmless": False})
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_fault_does_not_hide_in_the_consequences_of_another(registry: Registry) -> None:
     """A wrong schedule moves the weights, but the gradients are right at those weights."""
     trainee = Trainee("lora", "reference", "float32", registry)

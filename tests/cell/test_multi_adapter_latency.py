@@ -92,6 +92,7 @@ def fake(call: Any) -> Any:
     return SimpleNamespace(find=lambda *_: call)
 
 
+@pytest.mark.slow
 def test_the_rows_are_judged_by_their_own_adapters() -> None:
     """Every way to mix them up is seen, in the last layer too, and no time is told of it."""
     plain = discover().find("operation", "multi_lora_linear", "reference")

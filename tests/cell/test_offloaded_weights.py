@@ -87,6 +87,7 @@ def test_a_full_disk_leaves_the_weights_where_they_were(tmp_path: Path) -> None:
     assert all(weight.numel() for weight in weights.values())
 
 
+@pytest.mark.nightly
 def test_a_cell_of_qlora_has_the_weights_that_are_predicted(fork_sandbox: ForkSandbox) -> None:
     suite = fork_sandbox.suite(
         "{id: q, method: qlora, config: {rank: 4, alpha: 8, targets: [q_proj, v_proj, down_proj]}}"

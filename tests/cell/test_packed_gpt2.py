@@ -60,6 +60,7 @@ def records(fork_sandbox: ForkSandbox) -> dict[str, Record]:
     return {record.cell.method: record for record in fork_sandbox.read().records}
 
 
+@pytest.mark.nightly
 def test_cells_over_a_packed_gpt2(records: dict[str, Record]) -> None:
     attention, mlp = WIDTH * 3 * WIDTH, WIDTH * 4 * WIDTH
     every = attention + 2 * mlp + WIDTH * WIDTH

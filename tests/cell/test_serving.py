@@ -122,6 +122,7 @@ def test_a_right_server_is_judged_and_then_timed_under_every_load(base: Path, tm
     assert found.because == ""
 
 
+@pytest.mark.nightly
 def test_rslora_and_targets_with_other_layers_of_the_same_name_are_saved_right(
     base: Path, tmp_path: Path, kind: Any
 ) -> None:
@@ -131,6 +132,7 @@ def test_rslora_and_targets_with_other_layers_of_the_same_name_are_saved_right(
     assert found.because == ""
 
 
+@pytest.mark.nightly
 def test_the_base_of_a_shape_is_saved_with_its_random_weights(base: Path, tmp_path: Path, kind: Any) -> None:
     model = random_model.build(base, torch.float32)
     random_model.draw(model, torch.device("cpu"))
@@ -151,7 +153,7 @@ def test_a_seed_without_latencies_is_not_served(base: Path, tmp_path: Path, kind
     [
         pytest.param("base rows changed", {"base", "mixed"}, marks=pytest.mark.nightly),
         pytest.param("one adapter for all requests at a time", {"several", "mixed"}, marks=pytest.mark.nightly),
-        ("base rows keep the last adapter", {"mixed"}),
+        pytest.param("base rows keep the last adapter", {"mixed"}, marks=pytest.mark.nightly),
         ("stale adapter", {"swap"}),
     ],
 )
@@ -168,6 +170,7 @@ def test_a_load_with_wrong_answers_is_not_timed(
     assert bool(found.swap_s) is ("swap" in checks_passed(checks))
 
 
+@pytest.mark.nightly
 def test_a_server_that_does_not_load_adapters_is_timed_without_a_swap(
     base: Path, tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,8 +191,8 @@ def test_a_server_that_does_not_load_adapters_is_timed_without_a_swap(
         pytest.param("dies", "small ended with exit code 1 before it answered", marks=pytest.mark.nightly),
         pytest.param("hangs at its start", "small did not answer within 5 s of its start", marks=pytest.mark.nightly),
         pytest.param("port taken", "small ended with exit code 1 before it answered", marks=pytest.mark.nightly),
-        ("another server", "another server answers on port"),
-        ("dies while it serves", "small ended with exit code 7"),
+        pytest.param("another server", "another server answers on port", marks=pytest.mark.nightly),
+        pytest.param("dies while it serves", "small ended with exit code 7", marks=pytest.mark.nightly),
         ("hangs", "no complete answer in 2 seconds"),
         pytest.param("a token less in streams", "a stream with 15 of 16 tokens", marks=pytest.mark.nightly),
     ],

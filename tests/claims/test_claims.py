@@ -597,7 +597,7 @@ def test_claims_of_the_papers_hold_no_result_of_ours(path: Path) -> None:
     assert all(claim.source and claim.version for claim in claim_file.load([path]))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_method_that_fails_its_check_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     def attach(model: Any, config: Any, generator: Any) -> Any:
         adapted = lora.attach(model, config, generator)

@@ -20,6 +20,7 @@ def _anew() -> None:
     dry_steps._peak.cache_clear()
 
 
+@pytest.mark.nightly
 def test_a_step_s_peak_is_that_of_the_cell_at_its_whole_shape() -> None:
     found = dry_steps.step_peak(SUITE, "speed-lora")
     cell = record_sources.cell(SUITE, "speed-lora")
@@ -32,12 +33,14 @@ def test_a_step_s_peak_is_that_of_the_cell_at_its_whole_shape() -> None:
     assert found.value > predicted(cell).weights_B
 
 
+@pytest.mark.nightly
 def test_what_is_paged_is_not_on_the_device() -> None:
     found, cell = dry_steps.step_peak(SUITE, "qlora-7b"), record_sources.cell(SUITE, "qlora-7b")
     peak, _ = dry_steps._peak(SUITE, "qlora-7b")
     assert found.value == peak - predicted(cell).optimizer_host_B < peak
 
 
+@pytest.mark.nightly
 def test_an_encoder_has_its_new_head() -> None:
     assert dry_steps.shape_of(record_sources.cell(SUITE, "deberta-lora-r1"))[1] == "encoder"
     more = dry_steps.step_peak_more(SUITE, "deberta-adalora-r1", "deberta-lora-r1")

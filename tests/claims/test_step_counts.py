@@ -44,6 +44,7 @@ def counted(model: str, method: str, config: dict[str, Any] | None = None, batch
     return found.value
 
 
+@pytest.mark.slow
 def test_full_training_takes_six_operations_a_weight_and_token(tmp_path: Path) -> None:
     """Two in the forward pass, two for the gradient of the weight, two for that of its input; embeddings are no product."""
     products = BLOCKS * (LINEAR + ATTENTION) + D * V
@@ -60,6 +61,7 @@ def test_frozen_weights_take_four_and_adapters_six(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_block_that_is_computed_again_takes_its_forward_pass_once_more(tmp_path: Path) -> None:
     """But for its last product, whose result nothing needs in the backward pass."""
     again = 2 * T * BLOCKS * (LINEAR - D * F + ATTENTION)
@@ -80,7 +82,7 @@ def test_a_deep_model_is_counted_from_three_of_its_blocks(
     assert counted(shape(tmp_path), method, config, again=again) == of_few
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_a_method_adds_is_counted(tmp_path: Path) -> None:
     """DoRA takes the base's product again, forward and backward, and the norms of W + BA; VeRA trains no matrix."""
     of = {method: counted(shape(tmp_path), method, QV) for method in ("lora", "dora", "vera", "pissa", "qlora")}
@@ -103,6 +105,7 @@ def test_an_encoder_is_counted_too() -> None:
         step_counts.training_operations("deberta-v3-base/1-block", "lora", 1024, config=config)
 
 
+@pytest.mark.slow
 def test_the_graph_of_a_norm_keeps_a_weight_for_each_layer(tmp_path: Path) -> None:
     """Four bytes a number in float32 and two in 16 bits; detached, the norm's graph goes before the layer returns."""
     of = {
@@ -125,7 +128,7 @@ def test_more_time_lies_between_none_and_what_operations_allow() -> None:
     assert (shorter.value, shorter.most) == (-Fraction(1, 3), 0)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_operations_say_of_the_papers_speeds() -> None:
     lora = verdicts("lora", ("lora-throughput-rehearsal",))
     assert {one.verdict for one in lora.values()} == {ClaimVerdict.INCONCLUSIVE}

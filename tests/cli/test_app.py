@@ -123,7 +123,7 @@ def test_only_given_twice_is_one_expression(words: list[str], capsys: pytest.Cap
     assert [(c["method"], c["dtype"]) for c in planned] == [("lora", "float64")]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("forks")
 def test_plan_json_holds_whole_cells(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "smoke", "--json"]) == Exit.PASS
@@ -394,7 +394,7 @@ def test_a_reader_that_leaves_in_the_middle_is_no_finding() -> None:
     assert (done.returncode, done.stderr) == (Exit.INFRASTRUCTURE, "")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_behind_stdout_is_one_message() -> None:
     with Path("/dev/full").open("wb") as full:
@@ -419,7 +419,7 @@ def test_an_empty_path_is_not_the_current_folder(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_ascii_terminal_is_no_error() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "NO_COLOR": "1"}
     done = subprocess.run([*COMMAND, "explain", "lora"], capture_output=True, env=environment, check=False)

@@ -195,6 +195,7 @@ def test_everything_is_written_at_once(fork_sandbox: ForkSandbox) -> None:
 # ---- wrong use
 
 
+@pytest.mark.slow
 def test_every_unknown_name_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["check", "hf-pfet", "myplugin", "--method", "lorra", "--op", "nf4_quantise", "--dtype", "float8"])
     said = capsys.readouterr().err
@@ -219,6 +220,7 @@ def test_an_unknown_name_may_be_of_an_entry_point_that_could_not_be_used(
     assert "could not be loaded: `b4` (TypeError: name must be a word), `torn` (SyntaxError: oh)" in said
 
 
+@pytest.mark.slow
 def test_where_nothing_is_broken_an_unknown_name_says_nothing_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "wexit"]) == Exit.USAGE
     assert "could not be used" not in capsys.readouterr().err

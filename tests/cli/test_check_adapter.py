@@ -88,6 +88,7 @@ def test_the_logits_of_hf_peft_are_compared_with_the_reference(
     assert "reference  agrees" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_loader_that_computes_other_logits_fails(
     plain: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -137,6 +138,7 @@ def loaders():
 """
 
 
+@pytest.mark.slow
 def test_a_loader_that_hangs_crashes_or_prints_costs_only_its_own_row(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

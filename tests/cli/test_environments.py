@@ -102,6 +102,7 @@ def test_an_environment_of_a_users_table_has_what_the_implementation_needs(
     assert "tiny-op (tiny-op 3.0, tiny-backend 1.0)" in done.out
 
 
+@pytest.mark.nightly
 @pytest.mark.e2e
 def test_a_suite_runs_the_same_cells_in_several_environments(
     wheels: Path, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch

@@ -149,6 +149,7 @@ def test_what_is_left_out_is_named_and_the_rest_is_written(
     assert FUSED.cell_id not in set(cells["cell_id"])
 
 
+@pytest.mark.slow
 def test_several_runs_and_one_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, other = (recorded_run.write_run(tmp_path / name, run=name) for name in ("first", "other"))
     words = ["--format", "csv", "--out", str(tmp_path / "out")]

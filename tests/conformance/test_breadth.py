@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def test_an_implementation_that_is_wrong_at_other_ranks_only_fails_a_drawn_case(
     assert drawn[-1].case == "rank=141 9x24x40"  # shrunk to the smallest
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_operation_that_is_wrong_beyond_130_tokens_only_fails() -> None:
     def tiled(x: torch.Tensor, W: torch.Tensor, **rest: Any) -> torch.Tensor:
         y = multi_lora.multi_lora_linear(x, torch.nn.functional.linear(x, W), **rest)
@@ -264,8 +264,13 @@ def drops_when_evaluating(layer: Any, config: Any) -> None:
             child.forward = lambda x: nn.functional.dropout(x, config.dropout)  # type: ignore[method-assign]
 
 
+def first_at_once(targets: Sequence[str]) -> list[Any]:
+    """Return the targets as parameters of a test that tries the first one for every commit and the others at night."""
+    return [targets[0], *(pytest.param(one, marks=pytest.mark.nightly) for one in targets[1:])]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("target", RANKED)
+@pytest.mark.parametrize("target", first_at_once(RANKED))
 def test_who_is_wrong_at_large_ranks_fails_without_offering_anything_optional(target: str) -> None:
     plain = [case for case in parity_suite.load(target).cases(FEW, ["float32"]) if set(case.config) <= PLAIN]
     assert "forward" in failing(changed(target, is_wrong_above_rank_16), plain)
@@ -273,7 +278,7 @@ def test_who_is_wrong_at_large_ranks_fails_without_offering_anything_optional(ta
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("target", DROPPING)
+@pytest.mark.parametrize("target", first_at_once(DROPPING))
 def test_dropout_is_tried_in_every_dtype(target: str, dtype: str) -> None:
     cases = [
         case for case in parity_suite.load(target).cases(FEW) if case.dtype == dtype and case.config.get("dropout")
@@ -281,6 +286,7 @@ def test_dropout_is_tried_in_every_dtype(target: str, dtype: str) -> None:
     assert "dropout" in failing(changed(target, drops_when_evaluating), cases[:1])
 
 
+@pytest.mark.slow
 def test_drawn_outcomes_are_reported_before_a_later_case_ends_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

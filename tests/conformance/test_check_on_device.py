@@ -95,6 +95,7 @@ def test_a_lost_gpu_ends_the_checks_of_the_process(monkeypatch: pytest.MonkeyPat
     assert len(found) == 1
 
 
+@pytest.mark.slow
 def test_a_gpu_that_a_drawn_case_loses_ends_the_checks_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def lost(_: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

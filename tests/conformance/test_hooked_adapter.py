@@ -105,15 +105,17 @@ def failed(implementation: Implementation, dtype: str) -> set[str]:
     return {t.check for t in suite_run.run(implementation, dtypes=(dtype,)) if t.result.outcome is Outcome.FAIL}
 
 
+@pytest.mark.slow
 def test_lora_by_hooks_conforms() -> None:
     assert failed(by_hooks(1.0), "float32") == set()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_hook_with_a_slightly_wrong_scaling_does_not_conform_even_in_bfloat16() -> None:
     assert {"gradient", "strides"} <= failed(by_hooks(1.01), "bfloat16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [False, True])
 def test_a_hook_is_called_under_autocast_too(wrong: bool) -> None:
     right = by_hooks(1.0)

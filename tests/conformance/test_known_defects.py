@@ -118,10 +118,10 @@ def test_lora_of_convolutions_meets_most_configs_and_every_kind_of_layer_two_dty
         ("operation", "galore_step", "galore-torch"),
         ("operation", "galore_step", "galore-torch-8bit"),
         ("base", "nf4-dq", "torchao"),
-        ("method", "pissa", "hf-peft"),
+        pytest.param("method", "pissa", "hf-peft", marks=pytest.mark.nightly),
         ("method", "pissa", "hf-peft-reloaded"),
-        ("method", "vera", "hf-peft-second"),
-        ("method", "lora", "loralib-merging"),
+        pytest.param("method", "vera", "hf-peft-second", marks=pytest.mark.nightly),
+        pytest.param("method", "lora", "loralib-merging", marks=pytest.mark.nightly),
         pytest.param(
             "loader", "adapter_files", "hf-peft", marks=pytest.mark.nightly
         ),  # test_corpus compares the logits

@@ -45,7 +45,17 @@ def small(monkeypatch: pytest.MonkeyPatch) -> parity_suite.MethodSuite:
 @pytest.mark.parametrize(
     ("name", "dtype"),
     # The reference in 16 bits: test_self_test.py, where no check may accuse it.
-    [("reference", "float64"), ("reference", "float32"), *itertools.product(["fused", "hf-peft"], DTYPES)],
+    [
+        ("reference", "float32"),
+        ("fused", "float32"),
+        ("hf-peft", "float32"),
+        pytest.param("reference", "float64", marks=pytest.mark.nightly),
+        *(
+            pytest.param(name, dtype, marks=pytest.mark.nightly)
+            for name, dtype in itertools.product(["fused", "hf-peft"], DTYPES)
+            if dtype != "float32"
+        ),
+    ],
 )
 def test_the_implementations_of_lora_conform(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = parity_suite.load("lora").model_copy(update={"layers": ["linear"]})

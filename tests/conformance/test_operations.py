@@ -219,12 +219,14 @@ def test_a_dtype_that_is_wrong_for_a_view_only_fails_the_layouts() -> None:
     assert failing("nf4_dequantize", wide_if_gapped).keys() == {"layouts"}
 
 
+@pytest.mark.slow
 def test_only_the_cases_in_which_blocks_cross_rows_show_a_decoder_that_ignores_it() -> None:
     cases = failing("nf4_dequantize", blocks_end_with_rows)["outputs"]
     assert "shape=[128, 64] block=64" not in cases
     assert "shape=[160, 96] block=64" in cases
 
 
+@pytest.mark.slow
 def test_either_zero_of_fp4_is_right() -> None:
     def other_zero(W: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
         codes, absmax = fp4.quantize(W, block)

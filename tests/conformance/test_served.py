@@ -68,6 +68,7 @@ def verdicts(out: str) -> dict[str, str]:
 # ---- a right server
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_right_server_passes_in_every_phase(check, base, adapters, dtype) -> None:
     models = ModelServer(base, adapters, dtype=getattr(torch, dtype), loading=True)
@@ -82,7 +83,7 @@ def test_a_right_server_passes_in_every_phase(check, base, adapters, dtype) -> N
     assert set(models.models) == {"tiny", *adapters}  # what the check loaded is unloaded again
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_adapters_that_the_server_does_not_list_are_loaded_and_unloaded(check, base, adapters) -> None:
     models = ModelServer(base, {}, loading=True)
     code, out, _ = check(models, base, adapters, "--json")
@@ -103,7 +104,7 @@ def test_a_server_without_loading_is_compared_without_it(check, base, adapters) 
     assert "rslora" in err
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_smallest_wrong_scaling_that_it_names_is_the_one_that_it_notices(check, base, adapters) -> None:
     _, out, _ = check(ModelServer(base, adapters), base, adapters, "--json")
     smallest = subjects(out)["linear"]["notices"]
@@ -112,6 +113,7 @@ def test_the_smallest_wrong_scaling_that_it_names_is_the_one_that_it_notices(che
         assert verdicts(check(models, base, adapters, "--json")[1])["linear"] == verdict
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_too_weak_is_neither_passed_nor_failed(check, base, tmp_path) -> None:
     config = adapter_folders.FOUR["mlp"]
     weak = {"weak": adapter_folders.adapter(base, tmp_path / "weak", 1e-8, **config)}
@@ -142,7 +144,7 @@ FAULTS = {
 RACES = ("one adapter for all requests at a time", "drops a token under load")
 """Faults that show only if requests meet, so perhaps not in every phase."""
 QUICK = ("rsLoRA ignored", "base rows keep the last adapter")
-SLOW = ("stale adapter", "prefix cache without adapter", "row-parallel shard added twice")
+SLOW = ("stale adapter", "prefix cache without adapter")
 """Faults of the second tier; the others are planted at night."""
 
 
@@ -180,7 +182,7 @@ def roomy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Pat
         ("NaN in long prompts", "at 32 of 32 wrong positions, a log-probability is NaN or null"),
         pytest.param("null in long prompts", "NaN or null", marks=pytest.mark.slow),
         pytest.param("fails on long prompts", "4 requests failed: HTTP 500", marks=pytest.mark.slow),
-        pytest.param("last 400 tokens only", "", marks=pytest.mark.slow),
+        pytest.param("last 400 tokens only", "", marks=pytest.mark.nightly),
     ],
 )
 def test_a_fault_of_long_prompts_is_found_alone_and_in_mixed_batches(check, roomy, fault, word) -> None:
@@ -243,7 +245,7 @@ def test_a_shard_of_one_row_is_no_crash() -> None:
     assert torch.equal(tensors["layer.shared_expert_gate.lora_B.weight"], torch.ones(1, 3))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_rows_of_a_head_that_get_adapters_of_other_requests_are_found(check, roomy) -> None:
     base, adapters = roomy
     models = ModelServer(base, adapters, "head with the segments of all rows", longest=128)
@@ -388,6 +390,7 @@ def test_numbers_that_are_none_are_no_crash(logprobs, says) -> None:
     assert says in found
 
 
+@pytest.mark.slow
 def test_another_base_or_no_such_model_is_wrong_use(check, base, adapters, tmp_path) -> None:
     other = adapter_folders.base(tmp_path / "other", seed=1)
     code, out, err = check(ModelServer(base, adapters), other, adapters)

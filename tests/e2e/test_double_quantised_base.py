@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any, get_args
 
+import pytest
+
 from harness.analysis.run_facts import analyse
 from harness.errors import Exit
 from harness.records import record as records
@@ -19,6 +21,7 @@ _CELL = "{{id: {0}, config: {{targets: [q_proj, v_proj]}}, base: {{quantization:
 WIDTH, NARROW, LAYERS, BLOCK = 64, 32, 2, 64
 
 
+@pytest.mark.nightly
 def test_a_suite_names_it_and_its_cells_live(fork_sandbox: ForkSandbox) -> None:
     suite = fork_sandbox.suite(*(_CELL.format(base) for base in ("nf4", "nf4-dq")))
     planned = fork_sandbox.command("plan", suite, "--only", "base=nf4-dq", "--json")

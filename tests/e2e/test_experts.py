@@ -45,7 +45,7 @@ def _model(shape: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", ["tiny-mixtral", "tiny-qwen-moe"])
+@pytest.mark.parametrize("shape", ["tiny-mixtral", pytest.param("tiny-qwen-moe", marks=pytest.mark.nightly)])
 def test_three_implementations_have_the_losses_of_float64(shape: str, fork_sandbox: ForkSandbox) -> None:
     _model(shape, fork_sandbox.folder / "model")
     (fork_sandbox.folder / "experts.yaml").write_text(_SUITE)

@@ -102,6 +102,7 @@ def test_the_other_cells_do_not_notice(faults: tuple[Finished, store.Run]) -> No
     assert "Traceback" not in finished.err
 
 
+@pytest.mark.nightly
 def test_another_seed_gives_other_losses(smoke: tuple[Finished, store.Run], faults: tuple[Finished, store.Run]) -> None:
     one = _of(faults[1], "reference")
     (zero,) = (r for r in cells(smoke[1]) if (r.cell.implementation, r.cell.dtype) == ("reference", "float32"))

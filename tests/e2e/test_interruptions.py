@@ -88,6 +88,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, St
     return stages
 
 
+@pytest.mark.nightly
 def test_ctrl_c_ends_cleanly_with_a_report_of_what_there_is(story: dict[str, Stage]) -> None:
     stage = story["interrupted"]
     first, second = stage.run.manifest.cells

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from harness.errors import Exit
 from harness.records.record import Outcome, Status
 from support.sandbox import ForkSandbox
@@ -22,6 +24,7 @@ matrix:
 """
 
 
+@pytest.mark.nightly
 def test_a_library_over_packed_weights_is_measured_or_says_why_not(fork_sandbox: ForkSandbox) -> None:
     (fork_sandbox.folder / "packed.yaml").write_text(SUITE, encoding="utf-8")
     ended = fork_sandbox.command("run", "packed.yaml", "--out", "run")

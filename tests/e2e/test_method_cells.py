@@ -32,9 +32,11 @@ comparisons:
 @pytest.mark.parametrize(
     ("method", "config", "other"),
     [
-        ("loha", "{rank: 3, alpha: 40, targets: [q_proj]}", "{rank_dropout: 0.25}"),
+        pytest.param(
+            "loha", "{rank: 3, alpha: 40, targets: [q_proj]}", "{rank_dropout: 0.25}", marks=pytest.mark.nightly
+        ),
         ("lokr", "{rank: 1, alpha: 8, factor: 4, targets: [q_proj]}", "{rank_dropout: 0.25}"),
-        ("oft", "{block_size: 8, targets: [q_proj]}", "{terms: 8}"),
+        pytest.param("oft", "{block_size: 8, targets: [q_proj]}", "{terms: 8}", marks=pytest.mark.nightly),
     ],
 )
 def test_reference_and_peft_have_the_losses_of_float64(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from harness.errors import Exit
 from harness.methods.spec import methods
 from harness.records.record import Record, Status
@@ -27,6 +29,7 @@ def test_the_suite_holds_every_method_and_fits() -> None:
     } | {("peft", "float32")}
 
 
+@pytest.mark.nightly
 def test_other_methods_live_through_a_run_in_sixteen_bits(fork_sandbox: ForkSandbox) -> None:
     finished = fork_sandbox.command("run", fork_sandbox.suite(_UNSEEN, _OWN_OPTIMIZER, _SHRINKING), "--out", "run")
     assert finished.code == Exit.PASS, finished.err

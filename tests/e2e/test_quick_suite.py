@@ -51,6 +51,7 @@ def named(run: store.Run, **facts: object) -> Record:
     return found
 
 
+@pytest.mark.nightly
 def test_every_cell_passes_its_gate_and_is_measured(run: store.Run) -> None:
     assert {record.cell.label: record.because for record in run.latest().values()} == {
         record.cell.label: "" for record in run.latest().values()

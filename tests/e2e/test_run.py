@@ -82,6 +82,7 @@ def test_ctrl_c_while_fetching(
     assert not inside.run_folder.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), OSError(28, "No space left on device")])
 def test_a_report_that_fails_loses_no_result(
     inside: Sandbox, error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -212,6 +213,7 @@ def test_how_threads_wait_is_left_to_the_user(given: str | None, monkeypatch: py
     assert worker_start._worker_environment().get("OMP_WAIT_POLICY") == given
 
 
+@pytest.mark.nightly
 @pytest.mark.e2e
 def test_a_reader_of_the_progress_that_leaves(sandbox: Sandbox) -> None:
     process = sandbox.start("run", sandbox.suite(QUICK), "--out", "run")

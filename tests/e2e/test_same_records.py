@@ -46,6 +46,7 @@ def _but_for_times(record: Record) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.nightly
 def test_local_ray_and_slurm_leave_the_same_records(
     smoke: tuple[Finished, store.Run], cache: Path, tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ def plug_in(folder: Path) -> None:
     (folder / "small_server.py").write_text(SERVER, encoding="utf-8")
 
 
+@pytest.mark.nightly
 def test_a_suite_serves_its_adapter_in_the_server_of_a_plug_in(sandbox: Sandbox) -> None:
     plug_in(sandbox.folder / "plugin")
     suite = sandbox.suite("{id: a, implementation: reference, serve: small}")

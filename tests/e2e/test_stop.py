@@ -51,6 +51,7 @@ def test_what_nohup_ignores_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("heard")
 def test_a_lost_terminal_ends_a_run_cleanly(sandbox: Sandbox) -> None:
     suite = sandbox.suite("{implementation: missing}", "{implementation: hangs}")

@@ -115,6 +115,7 @@ def test_a_batch_in_parts_and_a_compiled_step_are_the_same_run(clean: Sandbox) -
     assert "[fused] compile" in page
 
 
+@pytest.mark.nightly
 def test_without_a_compiler_a_cell_says_so(clean: Sandbox) -> None:
     sandbox = clean
     sandbox.environment["CXX"] = "no-such-compiler"

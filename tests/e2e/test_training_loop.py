@@ -52,6 +52,7 @@ def without_trl(sandbox: Sandbox) -> Sandbox:
     return replace(sandbox, environment={**sandbox.environment, "PYTHONPATH": path})
 
 
+@pytest.mark.nightly
 @needs_trl
 def test_a_cell_trained_by_sfttrainer_has_the_losses_of_the_harness(sandbox: Sandbox) -> None:
     path = sandbox.folder / "loops.yaml"
@@ -72,6 +73,7 @@ def test_a_cell_trained_by_sfttrainer_has_the_losses_of_the_harness(sandbox: San
     assert "SFTTrainer trains as the harness does" in text
 
 
+@pytest.mark.nightly
 def test_without_trl_its_cell_is_skipped_and_names_the_command(without_trl: Sandbox) -> None:
     suite = without_trl.suite("{id: a, implementation: reference, training: {loop: trl}}")
     without_trl.command("run", suite, "--out", "run")

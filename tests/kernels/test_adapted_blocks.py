@@ -19,6 +19,7 @@ def drawn(name: str, **case: Any) -> dict[str, Any]:
     return operations.every()[name].arguments(torch.float64, torch.Generator().manual_seed(1), **{**SMALL, **case})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora_qkv", "lora_mlp"])
 def test_fused_passes_its_checks(name: str) -> None:
     (one,) = (it for it in fused.implementations() if it.target == name)

@@ -112,7 +112,7 @@ def test_a_cell_has_the_same_prediction_with_and_without_the_cache(
         assert (padded.peak_B, len(asked)) == (1, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_counting_process_reads_the_checkpoint_of_an_encoder(checkpoint: Path) -> None:
     one = plan_prediction.count_request(CELL, ROBERTA, "encoder", 2, str(checkpoint))
     (counted,) = counting_client.answer_requests([one])

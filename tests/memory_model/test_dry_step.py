@@ -133,7 +133,7 @@ def test_a_packed_base(base: str, by: str) -> None:
     agree(cell("lora", base=on, dtype="bfloat16"), LLAMA)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("by", ["bitsandbytes", "fused"])
 def test_what_a_packed_base_is_decoded_into(by: str) -> None:
     """One decodes into memory that it keeps, which is there when logits take the most, and the other into fresh memory."""
@@ -143,7 +143,7 @@ def test_what_a_packed_base_is_decoded_into(by: str) -> None:
     agree(cell("lora", base=on, config=config, training={"batch": 2}), wide)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("by", "dropout"),
     [
@@ -184,7 +184,7 @@ def test_layerwise_updates(optimizer: str) -> None:
     agree(cell("galore", optimizer=optimizer, training={"layerwise": True}), LLAMA)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_moments_in_8_bits_by_chunks(layerwise: bool) -> None:
     """`fused` steps them a cache-full at a time: of thousands of chunks three are taken without data."""
@@ -194,13 +194,14 @@ def test_moments_in_8_bits_by_chunks(layerwise: bool) -> None:
     agree(one, large)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_an_encoder(method: str) -> None:
     config = {"rank": 8, "targets": ["query", "value"]} if method == "lora" else {}
     agree(cell(method, config=config), BERT, "encoder")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_written_into_memory_that_is_there_is_no_tensor_more() -> None:
     """Torch says of a product into `out` that it made one: MiniLM's `fused` QLoRA was predicted 4 % too high."""
     wide = BERT | {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4}
@@ -227,7 +228,7 @@ def test_two_and_three_blocks_tell_of_any_number(method: str, monkeypatch: pytes
     assert abs(told["peak_B"] - predicted(one, deep)["peak_B"]) < 100  # counters of steps, a few bytes each
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_memory_that_is_kept_for_the_next_weight_is_counted_once() -> None:
     """Neither what this process decoded into, nor what the model of two blocks did, is counted of the next model."""
     one = cell("qlora", "fused", config={"rank": 8, "targets": ["query", "key", "value", "dense"]})
@@ -288,6 +289,7 @@ def test_a_model_of_unlike_blocks_is_taken_whole() -> None:
     agree(one, LLAMA | {"num_hidden_layers": 4})
 
 
+@pytest.mark.slow
 def test_no_weight_is_there_and_nothing_stays_behind() -> None:
     wide = LLAMA | {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64}
     before = peak_while(lambda: None)

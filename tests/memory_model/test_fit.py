@@ -172,6 +172,7 @@ def test_more_tokens_leave_room_for_fewer_texts(capsys: pytest.CaptureFixture[st
     assert again["batch"] > long["batch"]
 
 
+@pytest.mark.nightly
 @pytest.mark.e2e
 def test_the_answer_comes_from_a_child_process_and_the_command_imports_no_torch() -> None:
     code = (
@@ -187,7 +188,7 @@ def test_the_answer_comes_from_a_child_process_and_the_command_imports_no_torch(
     assert re.search(r"^  dora +none +4 ", done.stdout, re.MULTILINE)  # whose layers are GPT-2's
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_shape_has_the_weights_of_the_model_that_it_is_named_after() -> None:
     counted = {n: count(one.config, one.kind, "bfloat16", {}, []) for n, one in shapes.presets().items()}
     found = {name: one["parameters"] for name, one in counted.items()}
@@ -219,7 +220,7 @@ def test_an_encoder_is_counted_with_its_new_head_and_without_activations(
     assert "roberta-base reads 512 tokens at most, got 513" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_folder_with_a_config_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generated.tiny_llama(tmp_path)
     for file in tmp_path.glob("*.safetensors"):
@@ -333,7 +334,7 @@ def test_where_formulas_are_wrong_about_the_rank_a_step_chooses_it(
     assert (one["because"] == "") == (one["peak_B"] <= room)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_step_of_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generated.tiny_llama(tmp_path)
     words = ["--memory", "16MiB", "--method", "lora", "--method", "frozen", "--base", "none", "--rank", "4"]
@@ -347,7 +348,7 @@ def test_a_step_of_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert lora["peak_by"] == "fused"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_model_without_a_formula_is_answered_by_steps_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "hidden_size": 64,
              "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 1000}  # fmt: skip
@@ -417,6 +418,7 @@ def test_a_config_that_says_nothing(folder: str, tmp_path: Path, capsys: pytest.
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_repository_is_looked_for_in_the_cache_alone(tmp_path: Path) -> None:
     code = (
         "import sys, socket\nfrom harness.cli import main\n"

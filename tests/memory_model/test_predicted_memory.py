@@ -38,7 +38,7 @@ def _no_steps(forks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counting_client, "run_requests", formulas)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("_no_steps")
 def test_the_headline_suite_is_predicted_and_fits() -> None:
     suite = loader.load("headline-gpu")
@@ -274,7 +274,7 @@ def test_answers_are_told_from_output_and_a_torn_one_is_left_out(monkeypatch: py
     assert counting_client.run_requests([{"cell": n} for n in range(3)]) == [{"peak_B": 1}, {"peak_B": 2}]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_steps_that_take_too_long_take_no_formula_along(monkeypatch: pytest.MonkeyPatch) -> None:
     """The child is ended while it takes the first step; the counts of models were there before."""
     monkeypatch.setattr(counting_client, "TIMEOUT_S", 60.0)

@@ -190,6 +190,7 @@ def test_a_key_that_peft_would_ignore_is_a_mistake_of_the_suite() -> None:
     assert problems_of({"peft_type": "LORA", "r": 4, "of_the_future": None}) == []  # a newer peft's, and unset
 
 
+@pytest.mark.slow
 def test_the_keys_are_those_of_peft() -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 

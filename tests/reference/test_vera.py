@@ -172,7 +172,7 @@ for t in projections(*{sizes}):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_another_process_rebuilds_the_same_projections() -> None:
     sizes = (2**32 - 1, 5, 129, 67)
     expected = [f"{hashlib.sha256(t.numpy().tobytes()).hexdigest()} {t.dtype}" for t in vera.projections(*sizes)]

@@ -278,6 +278,7 @@ def test_another_parameter_count_fails(base: store.Run, by: int) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_process_peaks_have_a_margin_and_gpu_peaks_none(base: store.Run) -> None:
     def grown(n: int, source: str = "VmHWM") -> Change:
         return only("fused", lambda r: memory(peak(r, n), source=source))
@@ -705,7 +706,7 @@ def test_explain_has_the_rule_of_every_kind() -> None:
 # ---- cost
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_thousand_cells_are_read_twice_for_hash_and_content_and_without_torch(tmp_path: Path) -> None:
     one = recorded_run.cells()["reference"]
     one = one.model_copy(update={"evaluation": one.evaluation.model_copy(update={"items": 200})})

@@ -161,6 +161,7 @@ def test_a_side_has_its_own_environment_variables(gated) -> None:
     assert command.endswith("--old-variable SPEED=1=2 --new-variable SPEED=3 --new-variable OTHER=")
 
 
+@pytest.mark.slow
 def test_both_sides_begin_equally_often_in_an_order_fixed_by_the_seed(gated) -> None:
     def began(fake: FakeRuns) -> list[str]:
         return [name.rpartition("-")[2] for name in fake.ran[: 2 * 6 : 2]]
@@ -173,6 +174,7 @@ def test_both_sides_begin_equally_often_in_an_order_fixed_by_the_seed(gated) -> 
     assert {tuple(began(s)) for s in (one, other)} - {("old", "new") * 3}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(psutil.Process, "cpu_affinity"), reason="this system holds no process to a core")
 def test_on_a_cpu_both_sides_have_one_core_by_default(gated) -> None:
     mine = environment.physical_cores()
@@ -230,6 +232,7 @@ def test_a_slow_latency_is_found_where_the_step_is_unchanged(gated) -> None:
     )  # one row of the table each
 
 
+@pytest.mark.slow
 def test_one_time_may_be_judged_alone(gated) -> None:
     code, _, document = gated(FakeRuns(slower_merged=1.05), metric="step_s")
     assert (code, document["cells"][0]["latencies"]) == (Exit.PASS, {})
@@ -249,6 +252,7 @@ def test_a_latency_that_the_new_side_lacks_is_a_finding(gated) -> None:
     assert "merged forward 1x40 is measured by the old side only" in output.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_undecided_pairs_do_not_pass_with_strict(gated) -> None:
     code, output, document = gated(FakeRuns(noise=0.5), strict=True)
     assert code == Exit.INCONCLUSIVE
@@ -265,7 +269,7 @@ def test_memory_that_grew_in_every_run_is_found_and_noise_is_not(gated) -> None:
     assert "training peak above imports grew: old" in output
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_one_disturbed_run_does_not_hide_memory_that_grew(gated) -> None:
     """Peaks differ by 1 MiB between processes, over the 26 pairs of an undecided time."""
     found = [gated(FakeRuns(noise=0.5, grown_B=3 * MIB, peak_noise_MiB=1.0, draw=draw))[0] for draw in range(4)]
@@ -492,6 +496,7 @@ def test_too_many_alarms_of_canaries_close_the_gate(gated, tmp_path: Path) -> No
     assert gated(FakeRuns(slower=1.2))[0] == Exit.FAIL
 
 
+@pytest.mark.slow
 def test_each_gate_adds_a_canary_and_torn_lines_are_named(
     gated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -648,6 +653,7 @@ def implementations(model, config, generator):
 """
 
 
+@pytest.mark.nightly
 def test_revisions_of_an_external_repository_run(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

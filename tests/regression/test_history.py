@@ -206,6 +206,7 @@ def test_the_author_is_the_git_user(
 # Cost.
 
 
+@pytest.mark.slow
 def test_show_imports_neither_torch_nor_numpy(tmp_path: Path) -> None:
     folder = histories.write(tmp_path / "h", CELLS, histories.noisy(0), nights=2)
     code = (

@@ -395,7 +395,7 @@ def test_a_slow_down_of_three_per_cent_is_found_within_two_nights() -> None:
     assert betaincinv(found, tried - found + 1, 0.05) >= 0.95  # exact lower bound, one-sided
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_less_than_one_false_alarm_a_month_and_few_trials_a_night() -> None:
     suspected = cell_nights = 0
     for seed in range(100, 106):

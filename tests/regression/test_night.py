@@ -156,6 +156,7 @@ def test_the_reproduction_of_a_check_names_its_operation_and_dtype(
     assert "Traceback: in _dequantize" in page
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_killed_with_all_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(part_run, "GRACE_S", 1.0)
     monkeypatch.setenv("OF_THIS_TEST", str(tmp_path))
@@ -202,6 +203,7 @@ def test_a_budget_that_ends_inside_a_part_keeps_what_it_has_measured(
     assert "what it had measured is kept" in page
 
 
+@pytest.mark.slow
 def test_a_slow_part_is_cut_so_that_a_later_part_keeps_its_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ def page(large: store.Run) -> str:
     return made
 
 
+@pytest.mark.nightly
 def test_the_page_of_1000_cells_is_small(page: str) -> None:
     elements = len(Page(page).tags)
     print(f"{len(page.encode()):,} bytes, {elements:,} elements")
@@ -56,6 +57,7 @@ def test_recipes_have_rows_and_cells_are_data(page: str, large: store.Run) -> No
     assert "peft-harness export" in parsed.text
 
 
+@pytest.mark.nightly
 def test_a_page_up_to_the_bound_needs_no_script(tmp_path: Path) -> None:
     run = large_run.write(tmp_path / "r", recipes=table_model.STATIC // 2, seeds=2, items=10)
     parsed = Page(html.render([analyse(run)]))
@@ -81,6 +83,7 @@ def _calls(run: store.Run) -> Calls:
     return Counter(ours)
 
 
+@pytest.mark.nightly
 def test_no_function_is_called_with_the_square_of_the_number_of_cells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +97,7 @@ def test_no_function_is_called_with_the_square_of_the_number_of_cells(
     } == {}
 
 
+@pytest.mark.nightly
 def test_answers_to_items_and_names_of_checks_are_read_once_per_record(tmp_path: Path) -> None:
     run = large_run.write(tmp_path / "run", recipes=RECIPES, seeds=2, items=10)
     checks = sum(len(record.checks) for record in run.records)

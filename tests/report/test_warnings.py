@@ -63,6 +63,7 @@ def test_steps_that_waited_for_a_cpu_are_flagged(
     assert bool(contention.busy(record)) is flagged
 
 
+@pytest.mark.slow
 def test_busy_cells_are_flagged_and_the_rule_is_shown(good: store.Run, tmp_path: Path) -> None:
     run = recorded_run.write_run(tmp_path / "r", change=lambda n, r: _timed(r, 0.5, 9.0) if n == "fused" else r)
     built = view.build([analyse(run)])

@@ -31,6 +31,7 @@ CARDS = [gpus.GpuDevice(0, "GPU-aa", 4), gpus.GpuDevice(1, "GPU-bb", 4)]
 BUSY = gpus.GpuDevice(0, "GPU-aa", 30_000, ("process 7 (python, 29996 MiB)",))
 
 
+@pytest.mark.nightly
 def test_cells_at_a_time_share_the_cores_and_say_so(sandbox: Sandbox) -> None:
     finished = sandbox.command(
         "run", sandbox.suite("{implementation: missing, seed: [0, 1]}"), "--out", "run", "--jobs", "2"
@@ -236,7 +237,7 @@ def test_what_nvidia_smi_says(
 # --- the runner itself -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_hundred_cells_cost_the_runner_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each Cell costs one worker, a few wake-ups of the runner, and no memory that stays."""
     run = stub_attempts.Stubbed(tmp_path, 100)

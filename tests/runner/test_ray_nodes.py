@@ -54,6 +54,7 @@ print(json.dumps([device, {seed: [r.status.value, r.because] for seed, r in sort
 """
 
 
+@pytest.mark.nightly
 def test_a_node_with_gpus_joins_late_and_is_lost_and_another_takes_over(tmp_path: Path) -> None:
     path = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
     done = subprocess.run(

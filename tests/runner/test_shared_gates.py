@@ -156,6 +156,7 @@ def test_seeds_share_a_gate_and_their_numbers_stay_the_same(fork_sandbox: ForkSa
     assert {seed: numbers(record) for seed, record in own.items()} == {s: numbers(r) for s, r in shared.items()}
 
 
+@pytest.mark.nightly
 def test_a_failed_gate_is_shared_and_an_interrupted_one_is_not(fork_sandbox: ForkSandbox) -> None:
     cells = [f"{{implementation: {name}, seed: [0, 1]}}" for name in ("wrong", "raises")]
     finished = fork_sandbox.command("run", fork_sandbox.suite(*cells), "--out", "run")
@@ -172,6 +173,7 @@ def test_a_failed_gate_is_shared_and_an_interrupted_one_is_not(fork_sandbox: For
     assert [(r.attempt, rests_on(r)) for r in again] == [(2, ""), (2, again[0].id)]
 
 
+@pytest.mark.nightly
 def test_a_resumed_run_takes_its_own_gates_and_measures_what_rests_on_a_lost_one(fork_sandbox: ForkSandbox) -> None:
     suite = fork_sandbox.suite("{implementation: reference, seed: [0, 1, 2]}")
     assert fork_sandbox.command("run", suite, "--out", "run").code == Exit.PASS

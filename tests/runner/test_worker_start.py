@@ -21,6 +21,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.nightly
 def test_a_fork_and_a_new_process_leave_the_same_losses_and_counted_bytes(sandbox: Sandbox) -> None:
     suite = sandbox.suite("{implementation: reference}")
     cold = dataclasses.replace(sandbox, environment={**sandbox.environment, "PEFT_HARNESS_COLD_START": "1"})
@@ -42,6 +43,7 @@ def test_a_fork_and_a_new_process_leave_the_same_losses_and_counted_bytes(sandbo
     assert [phase.name for phase in forked.phases] == [phase.name for phase in new.phases]
 
 
+@pytest.mark.nightly
 def test_a_killed_server_loses_one_cell_and_the_run_goes_on(sandbox: Sandbox) -> None:
     suite = sandbox.suite("{implementation: hangs}", "{implementation: reference}")
     process = sandbox.start("run", suite, "--out", "run")

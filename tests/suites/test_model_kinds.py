@@ -61,6 +61,7 @@ def plan(folder: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> tuple[i
     return code, capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_masked_language_model_is_no_causal_one(
     tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,7 +75,7 @@ def test_a_masked_language_model_is_no_causal_one(
     assert (code, "hint:" in said) == (Exit.PASS, False)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_masked_language_model_may_have_become_a_decoder(
     tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

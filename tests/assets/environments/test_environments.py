@@ -161,6 +161,7 @@ def test_the_size_is_said_before_anything_is_downloaded(wheels: Path) -> None:
     assert left() == []
 
 
+@pytest.mark.nightly
 def test_an_environment_without_dependencies_holds_its_requirements_only(wheels: Path) -> None:
     spec = EnvironmentSpec(name="user", requirements=["tiny-user==1.0"])
     bare = spec.model_copy(update={"dependencies": False})
@@ -170,6 +171,7 @@ def test_an_environment_without_dependencies_holds_its_requirements_only(wheels:
     assert said_by(made, found) == "[True, False]"
 
 
+@pytest.mark.nightly
 def test_an_isolated_environment_holds_everything_itself(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages, "requires", lambda _: ["tiny-lib>=2", "other; extra == 'x'"])
     spec = EnvironmentSpec(name="alone", requirements=["tiny-user==1.0"], isolated=True)
@@ -183,6 +185,7 @@ def test_an_isolated_environment_holds_everything_itself(wheels: Path, monkeypat
     assert {one.partition("==")[0] for one in made.file.packages} == {"tiny-user", "tiny-lib"}
 
 
+@pytest.mark.nightly
 def test_uv_installs_if_it_is_on_the_path(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uv = tmp_path / "bin" / "uv"
     uv.parent.mkdir()
@@ -286,6 +289,7 @@ def test_a_conflict_lists_both_sides(wheels: Path) -> None:
     assert any("tiny-user 1.0 depends on tiny-lib<2" in line for line in caught.value.details)
 
 
+@pytest.mark.nightly
 def test_a_killed_creation_leaves_a_folder_that_the_next_command_removes(
     wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +325,7 @@ def test_an_interrupted_creation_leaves_nothing_and_says_so(
     assert left() == []
 
 
+@pytest.mark.nightly
 def test_of_two_creations_at_once_one_makes_it_and_both_succeed(wheels: Path) -> None:
     with (
         command("env", "create", "--with", "tiny-lib==1.0") as one,
@@ -359,6 +364,7 @@ def test_a_creation_that_must_wait_says_so_and_takes_what_the_other_made(
     assert "another process makes this environment" in said[0]
 
 
+@pytest.mark.nightly
 def test_an_environment_leaves_out_the_packages_that_its_table_names(wheels: Path) -> None:
     spec = EnvironmentSpec(name="user", requirements=["tiny-user==1.0"])
     both = create.ensure(spec, NO_OPTIONS, silent)
@@ -397,10 +403,19 @@ def test_a_whole_environment_is_left_alone(copied: MadeEnvironment) -> None:
     ("file", "content", "wrong"),
     [
         ("tiny_lib.py", "VERSION = '1.1'\n", "tiny-lib: 1 file missing or changed, e.g. tiny_lib.py"),
-        ("tiny_lib.py", None, "tiny-lib: 1 file missing or changed, e.g. tiny_lib.py"),
-        ("tiny_lib-1.0.dist-info/RECORD", None, "tiny-lib is missing"),
-        ("tiny_lib-1.0.dist-info/RECORD", "", "tiny-lib: its RECORD lists no file"),
-        ("tiny_lib-1.0.dist-info/RECORD", "tiny_l", "tiny-lib: 1 file missing or changed, e.g. tiny_l"),
+        pytest.param(
+            "tiny_lib.py", None, "tiny-lib: 1 file missing or changed, e.g. tiny_lib.py", marks=pytest.mark.nightly
+        ),
+        pytest.param("tiny_lib-1.0.dist-info/RECORD", None, "tiny-lib is missing", marks=pytest.mark.nightly),
+        pytest.param(
+            "tiny_lib-1.0.dist-info/RECORD", "", "tiny-lib: its RECORD lists no file", marks=pytest.mark.nightly
+        ),
+        pytest.param(
+            "tiny_lib-1.0.dist-info/RECORD",
+            "tiny_l",
+            "tiny-lib: 1 file missing or changed, e.g. tiny_l",
+            marks=pytest.mark.nightly,
+        ),
     ],
 )
 def test_a_damaged_environment_is_made_again(
@@ -425,6 +440,7 @@ def test_a_repair_that_fails_leaves_the_environment_as_it_was(
     assert path.read_text() == "VERSION = '1.1'\n"
 
 
+@pytest.mark.nightly
 def test_a_python_that_does_not_start_is_said_with_the_way_to_repair_it(copied: MadeEnvironment) -> None:
     copied.python.unlink()
     with pytest.raises(AssetError) as caught:

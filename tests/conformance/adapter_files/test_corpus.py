@@ -42,7 +42,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_script_makes_the_committed_files(
     make: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +92,7 @@ def logits_outcomes(loader: Implementation, *dtypes: str) -> list[CheckOutcome]:
     return [one for case in cases for one in suite_run.run_case(loader, plan, case)]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_hf_peft_agrees_with_every_file_or_has_a_known_defect() -> None:
     loader = discover(only=["hf-peft"]).find("loader", "adapter_files", "hf-peft")
     tried, complaints = defects.explained(

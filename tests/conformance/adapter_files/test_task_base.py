@@ -69,6 +69,7 @@ def test_a_classifier_beside_a_causal_base(
     assert noise_floor(have, truth, rounded, "float32").passed
 
 
+@pytest.mark.slow
 def test_a_classifier_without_its_head_is_a_finding(
     causal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
