@@ -194,8 +194,8 @@ def count_method(
 ) -> _Counted:
     """Attach the reference of a Method, count its bytes, detach it, and return the counts.
 
-    The second result has the fields of `SavedActivations`, or is None for a model without a Llama's blocks. names:
-    targets to use if the config has no targets.
+    The second result has the fields of `SavedActivations`. It is None for a model without a Llama's blocks, and if an
+    adapted layer is not linear. names: targets to use if the config has no targets.
     """
     rank = config.get("rank")
     if method in UNREFERENCED:
@@ -228,7 +228,9 @@ def count_method(
         layerwise=storage_bytes(largest) + state_sizes.bytes_in_step(largest, dtype, own=own_optimizer),
         activations=None,
     )
-    saved = astuple(saved_activations.sum_over_llama(model, of_layers, layers.keys())) if is_llama else None
+    # The closed form knows no adapter of an embedding.
+    has_form = is_llama and of_layers.keys() == layers.keys()
+    saved = astuple(saved_activations.sum_over_llama(model, of_layers, layers.keys())) if has_form else None
     adapted.detach()
     model.requires_grad_(False)
     return found, saved

@@ -165,6 +165,15 @@ def test_activations_of_other_implementations(implementation: str) -> None:
     assert off(predicted("lora", "float32")["activations"][0], saved(model)) <= FOOTPRINT_ACTIVATIONS
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_an_adapted_embedding_is_counted_without_activations(method: str) -> None:
+    config = METHODS[method] | {"targets": ["embed_tokens", "q_proj"]}
+    (one,) = counting.count(SMALL, "causal", "float32", {method: [config]}, [])["methods"][method]
+    assert one["error"] == ""
+    assert one["trainable"] > 0
+    assert one["activations"] is None
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj"], ["gate_proj", "up_proj"]], ids=" ".join)
 def test_activations_of_few_adapted_layers(targets: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     # A layer that is not adapted keeps no input: which ones are must be seen.
