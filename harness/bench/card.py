@@ -13,7 +13,8 @@ from typing import Any, Literal
 from harness.bench import files
 from harness.bench.gpu import no_gpu, refuse_interpreter
 from harness.console import align_columns, print_json, print_lines, print_note
-from harness.errors import Exit, HarnessError
+from harness.errors import Exit, HarnessError, plural
+from harness.kernels.card_tables import CROSSOVERS, TILES
 from harness.process.signals import handle_termination
 from harness.process.worker_pool import WorkerPool
 from harness.records.environment import describe, threads
@@ -29,10 +30,12 @@ class CardReport:
     device: str
     environment: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """One dict per number, in the order of measurement. `name`, `value` and `unit` of a ceiling; `operation`, `E`, `D`,
-    `tokens`, and the median seconds of both ways, `fused_s` and `decoded_s`, of a crossover."""
+    """One dict per measurement, in their order. `name`, `value` and `unit` of a ceiling. For crossovers the rows of
+    `harness.bench.crossovers.measure`, then those of `harness.bench.tiles.measure`."""
     table: dict[str, Any] = field(default_factory=dict)
-    """The table of crossovers, as `harness.kernels.crossover` reads it. Empty until all of it is measured."""
+    """The table of the card, as `harness.kernels` reads it. It has the sections that are measured as a whole."""
+    file: str = ""
+    """Name of the table."""
     card: str = ""
     """Name of the card; empty for a CPU."""
     failed: str = ""
@@ -54,7 +57,8 @@ class CardReport:
     def document(self) -> dict[str, Any]:
         """Return the document that `--json` prints."""
         start = {"schema": files.SCHEMA, "kind": self.what, "exit": int(self.exit)}
-        return {**start, **vars(self), "is_rehearsal": self.is_rehearsal}
+        found = {"found": findings(self.table)} if self.what == "crossovers" else {}
+        return {**start, **vars(self), "is_rehearsal": self.is_rehearsal, **found}
 
     def lines(self) -> list[str]:
         """Return the numbers as a table of text."""
@@ -62,16 +66,55 @@ class CardReport:
         if self.what == "ceilings":
             table = [[row["name"], rate(row["value"], row["unit"])] for row in self.rows]
             return [f"highest rates of {place}:", *align_columns(table)]
-        head = ["operation", "weight", "tokens", "fused", "decode, then multiply", "faster"]
-        table = [
-            [
-                row["operation"], f"{row['E']}x{row['D']}", str(row["tokens"]), f"{row['fused_s'] * 1e6:.1f} us",
-                f"{row['decoded_s'] * 1e6:.1f} us", "fused" if row["fused_s"] < row["decoded_s"] else "decode",
-            ]
-            for row in self.rows
-        ]  # fmt: skip
         note = ["a rehearsal: Triton's interpreter ran the kernels, and these times mean nothing"] * self.is_rehearsal
-        return [f"two ways to multiply by a packed weight, on {place}:", *align_columns([head, *table]), *note]
+        rows = align_columns([COLUMNS, *map(fields, self.rows)])
+        return [f"fused kernels beside other ways, on {place}:", *rows, *findings(self.table), *note]
+
+
+COLUMNS = [
+    "operation",
+    "weight",
+    "size",
+    "case",
+    "fused, or default tile",
+    "other way, or chosen tile",
+    "ratio of times",
+]
+"""Columns of the table of crossovers and tiles."""
+
+
+def fields(row: dict[str, Any]) -> list[str]:
+    """Return a row of crossovers or tiles as the texts of `COLUMNS`."""
+    ratio = f"{row['ratio']:.2f}"
+    if row["operation"] == "tile":
+        default, chosen = (short_tile(row[name]) for name in ("default", "tile"))
+        other = "none is faster" if chosen == default else chosen
+        return ["tile", f"{row['N']}x{row['K']}", f"rows {row['M']}", row["dtype"], default, other, ratio]
+    name = CROSSOVERS[row["operation"]]
+    size, times = (
+        f"{name.replace('_', ' ')} {row[name]}",
+        (f"{1e6 * row[way]:,.1f} us" for way in ("fused_s", "other_s")),
+    )
+    return [row["operation"], f"{row['E']}x{row['D']}", size, row["case"], *times, ratio]
+
+
+def short_tile(tile: dict[str, int]) -> str:
+    """Return a tile as text, such as `128x256x64, 8 warps, 3 stages`."""
+    return f"{tile['m']}x{tile['n']}x{tile['k']}, {tile['warps']} warps, {tile['stages']} stages"
+
+
+def findings(table: dict[str, Any]) -> list[str]:
+    """Return a sentence for each section of a card's table: the crossovers, and how many tiles differ from the default."""
+    said = []
+    for operation, size in CROSSOVERS.items():
+        if operation in table:
+            rows = table[operation]["rows"]
+            limits = (f"{'any' if row[size] is None else row[size]} from E = {row['E']}" for row in rows)
+            said.append(f"{operation}: largest {size.replace('_', ' ')} for the fused kernel: {', '.join(limits)}")
+    if TILES in table:
+        changed = plural(len(table[TILES]["rows"]), "shape")
+        said.append(f"tiles: {changed} with a tile that is faster than the default")
+    return said
 
 
 def rate(value: float, unit: str) -> str:
@@ -84,7 +127,7 @@ def measure(
 ) -> Exit:
     """Measure the card, print the numbers, and return the exit code.
 
-    out: folder for the document and, for a GPU, the table of crossovers under the name that `harness.kernels` reads.
+    out: folder for the document and, for a GPU, the card's table under the name that `harness.kernels` reads.
     Raises HarnessError if a GPU was requested and there is none, and UsageError under Triton's interpreter.
     """
     refuse_interpreter()
@@ -103,7 +146,7 @@ def measure(
         out.mkdir(parents=True, exist_ok=True)
         files.write(out / f"{what}.json", report.document())
         if report.table and report.card:
-            files.write(out / report.table.pop("file"), report.table)
+            files.write(out / report.file, report.table)
     if as_json:
         print_json(report.document())
     else:
@@ -119,7 +162,7 @@ def _add(report: CardReport, event: dict[str, Any]) -> None:
     elif "card" in event:
         report.card = event["card"]
     elif "table" in event:
-        report.table = event["table"]
+        report.file, report.table = event["file"], event["table"]
     elif "failed" in event:
         report.failed, report.traceback = event["failed"], event["traceback"]
     elif "died" in event:

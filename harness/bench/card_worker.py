@@ -1,19 +1,25 @@
 """Worker process that measures a card: `python -m harness.bench.card_worker FD LINE TASK`.
 
 TASK is a dict in JSON: `what` is `ceilings` or `crossovers`, `device` is `cpu` or `cuda`. The events: `card` has the name
-of the card, `row` one number, `table` the table of crossovers, `failed` and `traceback` the error that ends the process.
+of the card, `row` one measurement, `file` and `table` the name and the content of the card's table as far as it is
+measured, `failed` and `traceback` the error that ends the process.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import traceback
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from harness.methods.registry import format_error
 from harness.process.event_pipe import Emit, event_writer
+
+if TYPE_CHECKING:
+    from harness.bench.timing import Clock
 
 
 def main(fd: int, line: int, task: dict[str, Any]) -> None:
@@ -31,24 +37,46 @@ def main(fd: int, line: int, task: dict[str, Any]) -> None:
 def _run(task: dict[str, Any], emit: Emit) -> None:
     import torch
 
-    from harness.bench import ceilings, crossovers
+    from harness.bench import ceilings
     from harness.bench.timing import Clock
-    from harness.kernels import crossover
+    from harness.kernels.card_tables import card
 
     device = torch.device(task["device"])
-    card = crossover.card(device)
-    emit(card=card)
+    emit(card=card(device))
     clock = Clock(device)
     if task["what"] == "ceilings":
         for name, value, unit in ceilings.of_card(clock):
             emit(row={"name": name, "value": value, "unit": unit})
-        return
-    rows = []
-    for row in crossovers.measure(clock):
-        rows.append(row)
-        emit(row=row)
-    measured_by = {"torch": torch.__version__, "triton": crossovers.triton_version()}
-    emit(table={"file": crossover.file_name(card or "cpu"), "card": card, **measured_by, **crossovers.table(rows)})
+    else:
+        _measure_crossovers(clock, emit)
+
+
+def _measure_crossovers(clock: Clock, emit: Emit) -> None:
+    """Measure the crossovers and the tiles, always in the same order. Emit the table after each section."""
+    import torch
+    import triton
+
+    from harness.bench import crossovers, tiles
+    from harness.kernels.card_tables import TILES, card, file_name
+    from harness.kernels.triton.support import low_rank_gemm, tuned_tiles
+
+    random.seed(0)  # decides which side of the first pair comes first
+    name = card(clock.device)
+    table: dict[str, Any] = {"card": name, "torch": torch.__version__, "triton": triton.__version__}
+
+    def measured(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        found = []
+        for row in rows:
+            emit(row=row)
+            found.append(row)
+        return found
+
+    for operation in crossovers.CROSSINGS:
+        table[operation] = crossovers.table(operation, measured(crossovers.measure(operation, clock)))
+        emit(file=file_name(name), table=table)
+    stamp = tuned_tiles.stamp(low_rank_gemm.KERNEL, clock.device)
+    table[TILES] = tiles.section(measured(tiles.measure(clock)), stamp)
+    emit(file=file_name(name), table=table)
 
 
 if __name__ == "__main__":

@@ -1,72 +1,182 @@
-"""Measure at which sizes the fused kernel of a packed weight is faster than decoding first. Needs Triton."""
+"""Measure up to which size the fused kernel of an Operation is faster than another way. Needs Triton."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from harness.bench.timing import Clock, pairs
+from harness.bench.timing import Clock, Run, pairs
+from harness.kernels.card_tables import CROSSOVERS
 
-WEIGHTS = {
-    "cuda": ((1024, 4096), (4096, 4096), (10240, 5120), (14336, 4096), (28672, 8192)),
-    "cpu": ((64, 64), (128, 64)),
-}
-"""Device -> (E, D) of the weights: those of Llama 3 and between them. On a CPU the interpreter runs the kernels, so small
-weights rehearse the measurement, and the times mean nothing."""
-TOKENS = {"cuda": (1, 8, 16, 32, 64, 128, 256), "cpu": (1, 16)}
-BLOCK = 64
-PAIRS = {"cuda": 11, "cpu": 5}
+MARGIN = 1.03
+"""The way that is taken without a table stays unless the other one is faster by this factor, in the median of pairs."""
+PAIRS = {"cuda": 11, "cpu": 3}
+_BLOCK = 64
+_RANK = 16
+_ADAPTERS = {"cuda": 4, "cpu": 2}
+"""Type of the device -> adapters in a batch."""
 
 
-def measure(clock: Clock) -> Iterator[dict[str, Any]]:
-    """Yield the median seconds of both ways for each weight and number of tokens. The weights are random."""
+@dataclass(frozen=True)
+class Crossing:
+    """An Operation that is computed in two ways. The better one depends on a size."""
+
+    other: str
+    """Name of the way that is not the fused kernel."""
+    by_default: Literal["fused", "other"]
+    """The way for sizes at which neither is known to be faster."""
+    weights: Mapping[str, Sequence[tuple[int, int]]]
+    """Type of the device -> (E, D) of the measured weights, E ascending. On a CPU the interpreter runs the kernels, so
+    small weights rehearse the measurement, and the times mean nothing."""
+    sizes: Mapping[str, Sequence[int]]
+    """Type of the device -> the measured sizes, ascending."""
+    cases: Sequence[str]
+    """The measured uses. A way is faster at a size if it is faster in each of them."""
+    ways: Callable[[str, int, int, int, torch.device], tuple[Run, Run]]
+    """Takes the case, E, D, the size and the device. Returns the fused kernel and the other way, ready to be timed."""
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float16
+
+
+def _packed(case: str, E: int, D: int, tokens: int, device: torch.device) -> tuple[Run, Run]:
     from harness.kernels.triton import nf4_linear
     from harness.kernels.triton.nf4 import dequantize, quantize
 
-    kind, dtype = clock.device.type, torch.bfloat16 if clock.on_gpu else torch.float16
-    for E, D in WEIGHTS[kind]:
-        packed, absmax = quantize(torch.randn(E, D, device=clock.device), BLOCK)
-        for tokens in TOKENS[kind]:
-            x = torch.randn(tokens, D, device=clock.device, dtype=dtype)
-            fused = partial(nf4_linear.fused, x, packed, absmax, BLOCK, (E, D), None)
+    packed, absmax = quantize(torch.randn(E, D, device=device), _BLOCK)
+    x = torch.randn(tokens, D, device=device, dtype=_dtype(device))
 
-            def decoded(
-                x: Tensor = x, packed: Tensor = packed, absmax: Tensor = absmax, E: int = E, D: int = D
-            ) -> None:
-                linear(x, dequantize(packed, absmax, BLOCK, (E, D), x.dtype))
+    def decoded() -> Tensor:
+        return linear(x, dequantize(packed, absmax, _BLOCK, (E, D), x.dtype))
 
-            found = pairs(clock, fused, decoded, PAIRS[kind], single=True)
-            yield {
-                "operation": "nf4_linear", "E": E, "D": D, "tokens": tokens, "fused_s": median(found.ours),
-                "decoded_s": median(found.other),
-            }  # fmt: skip
+    return partial(nf4_linear.fused, x, packed, absmax, _BLOCK, (E, D), None), decoded
 
 
-def table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the table that `harness.kernels.crossover` reads, from the rows of `measure`.
+_FORWARD, _TRAINED = "forward", "forward and backward"
 
-    For each weight: the largest measured number of tokens up to which the fused kernel is always faster. 0 means none.
+
+def _adapters(case: str, E: int, D: int, tokens: int, device: torch.device) -> tuple[Run, Run]:
+    from harness.kernels.torch.multi_lora_linear import groups, products_per_adapter
+    from harness.kernels.triton.multi_lora_linear import multi_lora_linear
+
+    draw = partial(torch.randn, device=device, dtype=_dtype(device))
+    count = _ADAPTERS[device.type]
+    x, W, ids = draw(count, tokens, D), draw(E, D), torch.arange(count)
+    As, Bs = [draw(_RANK, D) for _ in ids], [draw(E, _RANK) for _ in ids]
+    scalings = [2.0] * count
+
+    def separate() -> Tensor:
+        return products_per_adapter(x, W, As, Bs, scalings, groups(ids, count))
+
+    leaves = [x, *As, *Bs]
+    return _pass(case, partial(multi_lora_linear, x, W, As, Bs, scalings, ids), leaves), _pass(case, separate, leaves)
+
+
+_TOKENS = {_FORWARD: {"cuda": 16, "cpu": 16}, _TRAINED: {"cuda": 4096, "cpu": 16}}
+"""Case of `lora_linear` -> type of the device -> tokens. Few tokens are those of a decoding model, many of training."""
+
+
+def _adapted(case: str, E: int, D: int, rank: int, device: torch.device) -> tuple[Run, Run]:
+    from harness.kernels.torch.lora_linear import separate_products
+    from harness.kernels.triton.lora_linear import lora_linear
+
+    draw = partial(torch.randn, device=device, dtype=_dtype(device))
+    x, W, A, B = draw(_TOKENS[case][device.type], D), draw(E, D), draw(rank, D), draw(E, rank)
+    given = (x, W, None, A, B, 2.0, None)
+    ways = partial(lora_linear, *given), partial(separate_products, *given)
+    return _pass(case, ways[0], [x, A, B]), _pass(case, ways[1], [x, A, B])
+
+
+def _pass(case: str, forward: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Run:
+    """Return the function to time: the forward pass alone, or with the gradients of `leaves`."""
+    if case == _FORWARD:
+        return torch.no_grad()(forward)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    dy = torch.ones_like(forward())
+
+    def both() -> object:
+        return torch.autograd.grad(forward(), leaves, dy)
+
+    return both
+
+
+_SMALL = ((64, 64),)
+CROSSINGS = {
+    "nf4_linear": Crossing(
+        other="decode, then multiply", by_default="other",
+        weights={"cuda": ((1024, 4096), (4096, 4096), (10240, 5120), (14336, 4096), (28672, 8192)), "cpu": _SMALL},
+        sizes={"cuda": (1, 8, 16, 32, 64, 128, 256), "cpu": (1,)}, cases=(_FORWARD,), ways=_packed,
+    ),
+    "multi_lora_linear": Crossing(
+        other="products per adapter", by_default="fused",
+        weights={"cuda": ((1024, 4096), (4096, 4096), (14336, 4096)), "cpu": _SMALL},
+        sizes={"cuda": (1, 16, 128, 512, 2048), "cpu": (4,)}, cases=(_FORWARD, _TRAINED), ways=_adapters,
+    ),
+    "lora_linear": Crossing(
+        other="separate products", by_default="fused",
+        weights={"cuda": ((1024, 4096), (4096, 4096), (14336, 4096)), "cpu": _SMALL},
+        sizes={"cuda": (16, 32, 64, 128, 256), "cpu": (4,)}, cases=(_FORWARD, _TRAINED), ways=_adapted,
+    ),
+}  # fmt: skip
+"""Operation -> what is measured for its crossover. The weights of a GPU are those of Llama 3 and between them."""
+
+
+def measure(operation: str, clock: Clock) -> Iterator[dict[str, Any]]:
+    """Yield a row for each weight, size and case of an Operation, in this order. Weights and inputs are random.
+
+    `fused_s` and `other_s` are the median seconds of both ways, and `ratio` is the median of fused / other per pair.
     """
-    found = []
-    for E in dict.fromkeys(row["E"] for row in rows):
+    crossing, kind = CROSSINGS[operation], clock.device.type
+    torch.manual_seed(0)
+    for E, D in crossing.weights[kind]:
+        for size in crossing.sizes[kind]:
+            for case in crossing.cases:
+                fused, other = crossing.ways(case, E, D, size, clock.device)
+                found = pairs(clock, fused, other, PAIRS[kind], single=True)
+                yield {
+                    "operation": operation, "E": E, "D": D, "case": case, CROSSOVERS[operation]: size,
+                    "fused_s": median(found.ours), "other_s": median(found.other),
+                    "ratio": median(a / b for a, b in zip(found.ours, found.other, strict=True)),
+                }  # fmt: skip
+
+
+def table(operation: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the section of an Operation in a card's table, from the rows of `measure`.
+
+    Between two measured sizes, and wherever neither way is faster by `MARGIN`, the way without a table is taken.
+    """
+    size = CROSSOVERS[operation]
+    found = [
+        {"E": E, size: _limit(operation, [row for row in rows if row["E"] == E])}
+        for E in dict.fromkeys(row["E"] for row in rows)
+    ]
+    return {"standing": "measured by `peft-harness bench --crossovers`", "rows": found, "times": list(rows)}
+
+
+def _limit(operation: str, rows: Sequence[dict[str, Any]]) -> int | None:
+    """Return the largest size for which the fused kernel is taken, from the rows of one weight. None means all sizes."""
+    by_size: dict[int, list[float]] = {}
+    for row in rows:
+        by_size.setdefault(row[CROSSOVERS[operation]], []).append(row["ratio"])
+    if CROSSINGS[operation].by_default == "other":
         most = 0
-        for row in (one for one in rows if one["E"] == E):
-            if row["fused_s"] >= row["decoded_s"]:
+        for size, ratios in by_size.items():
+            if max(ratios) * MARGIN >= 1:
                 break
-            most = row["tokens"]
-        found.append({"E": E, "tokens": most})
-    return {
-        "nf4_linear": {"standing": "measured by `peft-harness bench --crossovers`", "rows": found, "times": list(rows)}
-    }
-
-
-def triton_version() -> str:
-    """Return the version of Triton."""
-    return version("triton")
+            most = size
+        return most
+    limit = None
+    for size, ratios in reversed(by_size.items()):
+        if min(ratios) <= MARGIN:
+            break
+        limit = size - 1
+    return limit

@@ -47,7 +47,8 @@ from harness.errors import Exit, UsageError
 @click.option("--ceilings", is_flag=True, help="Measure the highest rates instead: copy, read and matrix products.")
 @click.option(
     "--crossovers", is_flag=True,
-    help="Measure the crossovers instead: from how many tokens on it is faster to decode a packed weight first.",
+    help="Measure instead up to which sizes our fused kernels are faster than other ways, and which tiles of their matrix "
+    "products. --out writes the table that the kernels of this card read.",
 )  # fmt: skip
 @options.device
 @click.option("--out", type=options.FOLDER, metavar="DIR", help="Also write one JSON file per benchmark.")

@@ -1,50 +1,57 @@
-"""The sizes at which one way of computing an Operation becomes faster than another, per card.
+"""The sizes up to which the fused kernel of an Operation is taken, per card. Above them another way is faster.
 
-A table is a JSON file in `crossovers/`: `default.json`, or a file with the name of a card (see `file_name`) that
-`peft-harness bench --crossovers` has measured. The environment variable PEFT_HARNESS_CROSSOVERS names a folder whose
-tables come first. So a measured table can be tried without changing the package.
+| Operation         | size                     | other way                                            |
+|-------------------|--------------------------|------------------------------------------------------|
+| nf4_linear        | tokens                   | decode the whole weight, then multiply               |
+| multi_lora_linear | tokens per used adapter  | one pair of products per adapter                     |
+| lora_linear       | rank                     | one product for the weight, and products for A and B |
+
+Both ways compute the same sums, but they round at different places.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
+import math
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from harness.kernels.card_tables import CROSSOVERS, Entry, card, tables
 
 if TYPE_CHECKING:
     import torch
 
-VARIABLE = "PEFT_HARNESS_CROSSOVERS"
-_PACKAGED = Path(__file__).with_name("crossovers")
-_DEFAULT = "default.json"
 
+def most(operation: str, on: str, E: int) -> float:
+    """Return the largest size for which the fused kernel is taken, for a weight of E rows. Infinity means all sizes.
 
-def file_name(card: str) -> str:
-    """Return the name of a card's table, e.g. `nvidia-h100-80gb-hbm3.json`."""
-    return f"{re.sub('[^a-z0-9]+', '-', card.lower()).strip('-')}.json"
-
-
-@cache
-def card(device: torch.device) -> str:
-    """Return the name of a GPU, as its driver says it. For any other device, return an empty string."""
-    import torch  # late, because `night` names cards and starts fast
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-
-
-@cache
-def most_tokens(operation: str, on: str, E: int) -> int:
-    """Return the largest number of tokens for which the first way is faster, for a weight of E rows. 0 means none.
-
-    on: name of the card; empty for the default. The row of the table with the largest number of rows up to E decides.
-    A table that lacks the Operation is ignored.
+    on: name of the card; empty for a CPU. In a table, the row with the largest E that the weight reaches decides. If a
+    weight reaches no row, or if a table lacks the Operation, the next table decides. Raises ValueError for a table with
+    a mistake.
     """
-    folders = [Path(named)] if (named := os.environ.get(VARIABLE)) else []
-    for file in (*(folder / file_name(on) for folder in (*folders, _PACKAGED) if on), _PACKAGED / _DEFAULT):
-        if file.is_file() and (table := json.loads(file.read_text()).get(operation)):
-            rows = sorted(((row["E"], row["tokens"]) for row in table["rows"]), reverse=True)
-            return next((tokens for least, tokens in rows if least <= E), 0)
-    return 0
+    return next(size for table in tables(on) for least, size in limits(table, operation) if least <= E)
+
+
+@cache
+def limits(table: Entry, operation: str) -> list[tuple[int, float]]:
+    """Return the rows of a table for an Operation, as pairs of E and the size, the largest E first.
+
+    Raises ValueError for a row that is not as expected.
+    """
+    if operation not in table:
+        return []
+    rows = table[operation]["rows"].items()
+    if not rows:
+        raise table[operation]["rows"].wrong("a list of at least one row")
+    return sorted(((row["E"].integer(), _size(row[CROSSOVERS[operation]])) for row in rows), reverse=True)
+
+
+def _size(given: Entry) -> float:
+    return math.inf if given.value is None else given.integer()
+
+
+def is_lora_fused(rank: int, E: int, mask: torch.Tensor | None, device: torch.device) -> bool:
+    """Return whether a LoRA layer of E outputs is computed by the fused products, on a device with Triton.
+
+    With a mask it always is: the fused kernel then saves a copy of x, and the crossover was measured without a mask.
+    """
+    return mask is not None or rank <= most("lora_linear", card(device), E)

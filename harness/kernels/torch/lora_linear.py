@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.modules.module import _has_any_global_hook
 
+from harness.kernels.crossover import is_lora_fused
 from harness.kernels.device import frozen, multiplied_by_triton
 from harness.kernels.torch.nf4_linear import Nf4Linear
 from harness.kernels.torch.nf4_lora_linear import packed_lora_linear
@@ -68,12 +69,20 @@ def lora_linear(
 
     Shapes: x (..., D), W (E, D), bias (E,), A (R, D), B (E, R). mask has the shape of x, or is None. All tensors have
     one dtype, or get it from autocast. The result is twice differentiable in all tensors but the mask. In Triton, the
-    result is differentiable only once, and a second derivative raises RuntimeError.
+    result is differentiable only once, and a second derivative raises RuntimeError. Triton computes ranks up to the
+    crossover of the card; see `harness.kernels.crossover`.
     """
-    if multiplied_by_triton(x, W, A, B) and frozen(W, bias):
+    if multiplied_by_triton(x, W, A, B) and frozen(W, bias) and is_lora_fused(len(A), len(W), mask, x.device):
         from harness.kernels.triton import lora_linear as gpu
 
         return gpu.lora_linear(x, W, bias, A, B, scaling, mask)
+    return separate_products(x, W, bias, A, B, scaling, mask)
+
+
+def separate_products(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None = None
+) -> Tensor:
+    """Return the result of `lora_linear`, computed by torch on every device: one product each for W, A and B."""
     rows = None if mask is None else mask.reshape(-1, x.shape[-1])
     y: Tensor = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), W, bias, A, B, scaling, rows)
     return y.view(*x.shape[:-1], len(W))

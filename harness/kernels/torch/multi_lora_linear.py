@@ -9,15 +9,17 @@ shapes, N is the number of sequences, D and E are the input and output features,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import prod
+from collections.abc import Mapping, Sequence
+from math import inf, prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from harness.kernels.device import by_triton
+from harness.kernels.card_tables import card
+from harness.kernels.crossover import most
+from harness.kernels.device import by_triton, frozen, multiplied_by_triton
 from harness.kernels.torch.support.autocast import cast_by_autocast, outside_autocast
 
 Rows = slice | Tensor
@@ -120,7 +122,7 @@ def multi_lora_linear(
     These tensors have one floating dtype, or get it from autocast. ids: N integers. The result is differentiable in x,
     W, and the As and Bs in use: twice in torch, once in Triton. Raises ValueError if the lists differ in length, if the
     ids are not integers, or if an id is neither -1 nor an adapter. Without Triton, the host waits for ids on an
-    accelerator.
+    accelerator. Triton computes all calls but those of `_is_faster_per_adapter`.
     """
     if not len(As) == len(Bs) == len(scalings):
         raise ValueError(f"each adapter needs an A, a B and a scaling, got {len(As)}, {len(Bs)} and {len(scalings)}")
@@ -129,11 +131,44 @@ def multi_lora_linear(
         raise ValueError(f"ids must have shape ({len(x)},), one per sequence, got {tuple(chosen.shape)}")
     if chosen.is_floating_point() and len(chosen):  # torch reads an empty list as floats
         raise ValueError(f"ids must be integers, got {chosen.dtype}; hint: convert them by .long()")
-    if by_triton(x, W, *As, *Bs):
+    if by_triton(x, W, *As, *Bs) and not _is_faster_per_adapter(x, W, As, Bs, chosen):
         from harness.kernels.triton import multi_lora_linear as gpu
 
         return gpu.multi_lora_linear(x, W, As, Bs, scalings, chosen)
-    used = groups(chosen, len(As))
+    return products_per_adapter(x, W, As, Bs, scalings, groups(chosen, len(As)))
+
+
+def _is_faster_per_adapter(x: Tensor, W: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], ids: Tensor) -> bool:
+    """Return whether products per adapter are expected to be faster than one launch of Triton for all adapters.
+
+    They are if the used adapters have more tokens on average than the crossover of the card; see
+    `harness.kernels.crossover`. The answer is no if the host had to wait for the ids, or for the indices of sequences
+    that are not adjacent, if float32 is multiplied on a GPU, and if an unused adapter is to get a gradient of zeros.
+    """
+    limit = most("multi_lora_linear", card(x.device), len(W))
+    if limit == inf or ids.device.type != "cpu" or not multiplied_by_triton(x):
+        return False
+    used = groups(ids, len(As))
+    sequences = sum(map(len, used.values()))
+    adjacent = all(own[-1] - own[0] == len(own) - 1 for own in used.values())
+    unused = [t for i in range(len(As)) if i not in used for t in (As[i], Bs[i])]
+    if not adjacent or (torch.is_grad_enabled() and not frozen(*unused)):
+        return False
+    return sequences * prod(x.shape[1:-1]) > limit * len(used)
+
+
+def products_per_adapter(
+    x: Tensor,
+    W: Tensor,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    used: Mapping[int, list[int]],
+) -> Tensor:
+    """Return the result of `multi_lora_linear`, computed by torch on every device.
+
+    used: each used adapter and its sequences, as `groups` returns them.
+    """
     tokens = x.reshape(len(x), prod(x.shape[1:-1]), x.shape[-1])
     rows, used_scalings = [_rows(own, x.device) for own in used.values()], [float(scalings[i]) for i in used]
     y: Tensor = _MultiLora.apply(tokens, W, rows, used_scalings, *(As[i] for i in used), *(Bs[i] for i in used))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from harness.kernels.crossover import is_lora_fused
 from harness.kernels.device import frozen, multiplied_by_triton
 from harness.kernels.torch import nf4
 from harness.kernels.torch.nf4_linear import product
@@ -69,13 +70,14 @@ def packed_lora_linear(
 
     Shapes: x (..., D), A (R, D), B (E, R), all of one dtype. mask: None, or a tensor in the shape of x with the values
     0 and 1 / (1 - p). The result is twice differentiable in x, A, B and bias. In Triton, the result is differentiable
-    only once, and a second derivative raises RuntimeError. Under autocast and under torch.compile, plain torch
-    operations compute the result.
+    only once, and a second derivative raises RuntimeError. Triton multiplies by W, decoded, up to the rank at which it
+    does in `lora_linear`. Under autocast and under torch.compile, plain torch operations compute the result.
     """
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         masked = x if mask is None else x * mask
         return linear(x, weight.decoded(x.dtype), bias) + scaling * ((masked @ A.T) @ B.T)
-    if multiplied_by_triton(x, A, B, weight.packed) and nf4.triton_block(weight.block) and frozen(bias):
+    by_triton = multiplied_by_triton(x, A, B, weight.packed) and nf4.triton_block(weight.block) and frozen(bias)
+    if by_triton and is_lora_fused(len(A), weight.shape[0], mask, x.device):
         from harness.kernels.triton import nf4_lora_linear as gpu
 
         packed = weight.packed, weight.constants(), weight.block, weight.shape

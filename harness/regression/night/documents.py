@@ -11,7 +11,7 @@ from typing import Any
 
 from harness.analysis.verdict_kind import VerdictKind
 from harness.bench import table as bench_table
-from harness.bench.card import rate
+from harness.bench.card import COLUMNS, fields, rate
 from harness.bench.results import BenchRow
 from harness.claims.judge import ClaimVerdict
 from harness.errors import HarnessError, plural
@@ -154,17 +154,8 @@ def _card(document: Mapping[str, Any], line: str) -> Reading:
         return Reading(
             ", ".join(f"{name} {value}" for name, value in rates), PartTable(columns=["", "rate"], rows=rates), failures
         )
-    table = [
-        [
-            f"{row['E']} x {row['D']}",
-            str(row["tokens"]),
-            f"{1e6 * row['fused_s']:,.1f}",
-            f"{1e6 * row['decoded_s']:,.1f}",
-        ]
-        for row in rows
-    ]
-    columns = ["weight", "tokens", "fused kernel, us", "decode, then multiply, us"]
-    return Reading(f"{len(rows)} sizes", PartTable(columns=columns, rows=table), failures)
+    shown = PartTable(columns=COLUMNS, rows=list(map(fields, rows)), notes=document["found"])
+    return Reading(plural(len(rows), "measurement"), shown, failures)
 
 
 def _run(folder: Path, line: str) -> Reading:

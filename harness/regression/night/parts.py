@@ -115,8 +115,8 @@ def on_gpu() -> list[Part]:
         _BASELINE,
         _run(REAL, "Do they train a real model?", REAL_SUITE, (), (*gpu, "--timeout", "90"), 120),
         Part(
-            "crossovers", "From which size on is decoding first faster?", "card",
-            ("bench", "--crossovers", *gpu, "--patience", "60", *saved), 60,
+            "crossovers", "Up to which sizes are the fused kernels faster, and with which tiles?", "card",
+            ("bench", "--crossovers", *gpu, "--patience", "60", *saved), 300,
         ),
         *steps[_FIRST_STEPS:],
         *operations[_FIRST:],
@@ -158,8 +158,8 @@ def on_cpu() -> list[Part]:
         matrix,
         replace(_BASELINE, title="Does the comparison with a baseline work? The run is compared with itself."),
         Part(
-            "crossovers", "From which size on is decoding first faster?", "card",
-            ("bench", "--crossovers", *cpu, *saved), 20,
+            "crossovers", "Up to which sizes are the fused kernels faster, and with which tiles?", "card",
+            ("bench", "--crossovers", *cpu, *saved), 25,
         ),
         _canary("night-rehearsal", "lora", (*cpu, "--no-fresh"), 120),
     ]  # fmt: skip

@@ -19,7 +19,7 @@ from harness.assets.table import load_table
 from harness.bench.gpu import Gpu, find_gpu
 from harness.console import align_columns, print_json, print_lines, print_note
 from harness.errors import Exit, UsageError, did_you_mean
-from harness.kernels import crossover
+from harness.kernels import card_tables
 from harness.process.signals import handle_termination
 from harness.records import environment, store
 from harness.records.files import sha256, write_atomic
@@ -140,7 +140,7 @@ class Night:
 
 def baseline_name(card: str) -> str:
     """Return the name of a card's baseline. card: name of the GPU; empty if it is unknown."""
-    return f"night-{Path(crossover.file_name(card or 'unknown GPU')).stem}"
+    return f"night-{Path(card_tables.file_name(card or 'unknown GPU')).stem}"
 
 
 def night(request: NightRequest, as_json: bool) -> Exit:

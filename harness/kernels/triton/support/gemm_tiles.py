@@ -48,11 +48,31 @@ _INTERPRETED = GemmTile(128, 128, 128, 4, 1)
 """Tile for the interpreter. It is large, because a program costs the interpreter more than the program's products."""
 
 
+def _variants(k: int, *sizes: tuple[int, int, int, int]) -> tuple[GemmTile, ...]:
+    """Return tiles with this k. sizes: rows, columns, warps and stages of each."""
+    return tuple(GemmTile(m, n, k, warps, stages) for m, n, warps, stages in sizes)
+
+
+CANDIDATES: dict[GemmTile, tuple[GemmTile, ...]] = {
+    FEW_ROWS[0]: _variants(128, (16, 32, 4, 5), (16, 64, 4, 4), (16, 128, 4, 3)),
+    FEW_ROWS[1]: _variants(64, (32, 64, 4, 6), (32, 32, 4, 6), (32, 128, 4, 4)),
+    FEW_ROWS[2]: _variants(64, (64, 64, 4, 6), (64, 32, 4, 6), (64, 128, 4, 4)),
+    LARGE: _variants(64, (128, 128, 8, 4), (64, 128, 4, 4), (128, 64, 4, 4), (64, 256, 8, 3)),
+    LARGEST: _variants(64, (128, 256, 8, 4), (256, 128, 8, 3), (128, 128, 8, 4)),
+    _INTERPRETED: _variants(128, (64, 128, 4, 1)),
+}
+"""Tile that `gemm_tile` returns without `crowded` -> the tiles that `peft-harness bench --crossovers` tries in its place.
+
+They have the k of that tile, and like it at least 64 rows or fewer than 64, which decides the matrix instruction of an
+H100. So every element of the output is the same sum in the same order, and a tuned tile changes no bit of a result.
+"""
+
+
 def gemm_tile(M: int, N: int, dtype: torch.dtype, device: torch.device, *, crowded: bool = False) -> GemmTile:
     """Return the tile for an output (M, N).
 
-    crowded: True if registers also hold another tile of the output's size, a factor or a second output. The tile is not
-    autotuned, so that a call rounds in the same way on every GPU of an architecture and in every process.
+    crowded: True if registers also hold another tile of the output's size, a factor or a second output. The tile is the
+    same on every GPU of an architecture. `tuned_tiles.tuned` may replace it by one of its `CANDIDATES`.
     """
     if interpreted():
         return _INTERPRETED

@@ -20,15 +20,15 @@ _POINTERS = {
 }  # fmt: skip
 
 
-def launch(kernel: Any, grid: tuple[int, ...], /, *positional: Any, **named: Any) -> None:
-    """Launch the kernel on the device of the first tensor among the arguments.
+def launch(kernel: Any, grid: tuple[int, ...], /, *positional: Any, **named: Any) -> Any:
+    """Launch the kernel on the device of the first tensor among the arguments. Return what Triton compiled.
 
-    An exception gets a note that describes the launch.
+    The interpreter compiles nothing and returns None. An exception gets a note that describes the launch.
     """
     first = next(one for one in (*positional, *named.values()) if isinstance(one, Tensor))
     try:
         with torch.cuda.device_of(first):
-            kernel[grid](*positional, **named)
+            return kernel[grid](*positional, **named)
     except BaseException as error:
         given = dict(zip(getattr(kernel, "arg_names", ()), positional, strict=False)) | named
         described = ", ".join(f"{name}={_short(value)}" for name, value in given.items())
@@ -56,9 +56,9 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 3
 
-    def run(self) -> None:
-        """Launch the kernel."""
-        launch(
+    def run(self) -> Any:
+        """Launch the kernel, and return what `launch` returns."""
+        return launch(
             self.kernel, self.grid, **self.arguments, **self.constants,
             num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True,
         )  # fmt: skip

@@ -17,9 +17,11 @@ from harness.kernels.triton.support.gemm_tiles import EXACT, FEW_ROWS, LARGE, LA
 from harness.kernels.triton.support.launch import Launch, meta, strides
 from harness.kernels.triton.support.matrix_product import accumulate, is_wide, program_tile
 from harness.kernels.triton.support.rounding import load_as_float32, store_as
+from harness.kernels.triton.support.tuned_tiles import tuned
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """The matrices out (M, N), left (M, K), right (K, N), S (M, R), T (R, N)."""
+_OPTIONAL = ("term_scale", "term_mask", "left_scale", "gain", "bias", "product")
 
 
 @triton.jit
@@ -57,6 +59,10 @@ def _low_rank_gemm(
     store_as(out + at, acc, mask=inside)
 
 
+KERNEL = _low_rank_gemm
+"""The kernel of `low_rank_gemm`, for which tiles are tuned."""
+
+
 def low_rank_gemm(
     left: Tensor,
     right: Tensor,
@@ -82,16 +88,23 @@ def low_rank_gemm(
     if out.numel():
         crowded = any(one is not None for one in (left_scale, term_mask, product))
         tile = gemm_tile(M, N, left.dtype, left.device, crowded=crowded)
-        _launch(
+        if not crowded:
+            tile = tuned(tile, KERNEL, M, N, left.dtype, left.device)
+        product_launch(
             tile, (out, left, right, S, T), scale=float(scale), term_scale=term_scale, term_mask=term_mask,
             left_scale=left_scale, gain=gain, bias=bias, product=product,
         ).run()  # fmt: skip
     return out
 
 
-def _launch(tile: GemmTile, operands: Operands, **others: Any) -> Launch:
+def product_launch(tile: GemmTile, operands: Operands, *, scale: float, **optional: Tensor | None) -> Launch:
+    """Return the launch of `low_rank_gemm` with this tile.
+
+    optional: the tensors of the same names. Missing ones are None.
+    """
+    others: dict[str, Any] = dict.fromkeys(_OPTIONAL) | optional
     block_r = rank_block(len(operands[-1]))
-    return low_rank_launch(_low_rank_gemm, tile, block_r, operands, others["term_mask"], **others)
+    return low_rank_launch(KERNEL, tile, block_r, operands, others["term_mask"], scale=scale, **others)
 
 
 def low_rank_launch(
@@ -122,13 +135,13 @@ def _specimens() -> list[Specimen]:
 
     def of(name: str, tile: GemmTile, dtype: torch.dtype, N: int, K: int, backward: bool, *optional: str) -> Specimen:
         shapes = {"term_mask": (M, N), "product": (M, N), "left_scale": (K,)}
-        others: dict[str, Any] = dict.fromkeys(("term_scale", "term_mask", "left_scale", "gain", "bias", "product"))
+        others: dict[str, Tensor] = {}
         for key in optional:
             of_key = torch.float32 if key in ("gain", "left_scale") else dtype
             others[key] = meta(of_key, *shapes.get(key, (N,)))
         right, T = (meta(dtype, n, N) if backward else meta(dtype, N, n).T for n in (K, R))
         operands = meta(dtype, M, N), meta(dtype, M, K), right, meta(dtype, M, R), T
-        launch = _launch(tile, operands, scale=2.0, **others)
+        launch = product_launch(tile, operands, scale=2.0, **others)
         return launch.specimen(f"low_rank_gemm.{name}", oldest=90 if tile == LARGEST else 80)
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32

@@ -1,0 +1,147 @@
+"""Measure which tile of a matrix product is fastest on a card. Needs Triton.
+
+The search is bounded: `SHAPES` times the few candidates of `harness.kernels.triton.support.gemm_tiles`. It always runs in
+the same order, and the default stays unless another tile is clearly faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from harness.bench.card import short_tile
+from harness.bench.crossovers import MARGIN, PAIRS
+from harness.bench.timing import Clock, pairs
+
+if TYPE_CHECKING:
+    from harness.kernels.triton.support.gemm_tiles import GemmTile
+    from harness.kernels.triton.support.launch import Launch
+
+SHAPES = {
+    "cuda": ((16, 32, 64, 256, 1024, 2048, 4096, 8192), ((1024, 4096), (4096, 4096), (14336, 4096))),
+    "cpu": ((16,), ((64, 64),)),
+}
+"""Device -> the rows M of the output, and the pairs of its columns N and of the terms K of a sum. A call takes the tile
+of the shape in whose bucket it falls, if it has the same default."""
+DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.float16,)}
+RANK = 64
+"""Rank of the measured products: a block of so many ranks takes the most shared memory."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The tile that a search has chosen."""
+
+    tile: GemmTile
+    ratio: float
+    """Time of the default / time of this tile, the median of pairs. 1 for the default."""
+    refused: dict[str, str]
+    """Candidate -> the reason why it was not timed."""
+
+
+def choose(
+    default: GemmTile, candidates: Sequence[GemmTile], ratio: Callable[[GemmTile, GemmTile], float],
+    reason: Callable[[GemmTile], str],
+) -> Choice:  # fmt: skip
+    """Return the fastest tile. A tile is replaced only by one that is faster by more than `MARGIN`.
+
+    The tile that remains must be faster than the default in a second series, too. ratio: measures the time of the first
+    tile / the time of the second. reason: returns the reason why a candidate cannot be used, or an empty string.
+    """
+    best, refused = default, {}
+    for candidate in candidates:
+        if why := reason(candidate):
+            refused[short_tile(asdict(candidate))] = why
+        elif ratio(best, candidate) > MARGIN:
+            best = candidate
+    if best == default or (found := ratio(default, best)) <= MARGIN:
+        return Choice(default, 1.0, refused)
+    return Choice(best, found, refused)
+
+
+def measure(clock: Clock) -> Iterator[dict[str, Any]]:
+    """Yield the default and the chosen tile of each dtype and shape, with the ratio of their times."""
+    from harness.kernels.triton.support.gemm_tiles import CANDIDATES, gemm_tile
+    from harness.kernels.triton.support.tuned_tiles import name_of
+
+    kind = clock.device.type
+    torch.manual_seed(0)
+    rows, weights = SHAPES[kind]
+    for dtype in DTYPES[kind]:
+        for N, K in weights:
+            for M in rows:
+                default = gemm_tile(M, N, dtype, clock.device)
+                product = _Product(clock, M, N, K, dtype, default)
+                chosen = choose(default, CANDIDATES[default], product.ratio, product.reason)
+                yield {
+                    "operation": "tile", "dtype": name_of(dtype), "M": M, "N": N, "K": K, "default": asdict(default),
+                    "tile": asdict(chosen.tile), "ratio": chosen.ratio, "refused": chosen.refused,
+                }  # fmt: skip
+
+
+class _Product:
+    """The products of one shape as launches with any tile: once with the weight as in a forward pass, once transposed.
+
+    The first has all the optional tensors for which tiles are tuned, so that no call needs more registers.
+    """
+
+    def __init__(self, clock: Clock, M: int, N: int, K: int, dtype: torch.dtype, default: GemmTile) -> None:
+        def drawn(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, dtype=dtype, device=clock.device)
+
+        self.clock = clock
+        self.left, self.S = drawn(M, K), drawn(M, RANK)
+        self.rights = [(drawn(N, K).T, drawn(N, RANK).T), (drawn(K, N), drawn(RANK, N))]
+        self.vectors = {"bias": drawn(N), "term_scale": drawn(N)}
+        self.outs = [drawn(M, N) for _ in self.rights]
+        for launch in self.launches(default):
+            launch.run()
+        self.expected = [out.clone() for out in self.outs]
+
+    def launches(self, tile: GemmTile) -> list[Launch]:
+        from harness.kernels.triton.support.low_rank_gemm import product_launch
+
+        return [
+            product_launch(tile, (out, self.left, right, self.S, T), scale=2.0, **vectors)
+            for out, (right, T), vectors in zip(self.outs, self.rights, (self.vectors, {}), strict=True)
+        ]
+
+    def reason(self, tile: GemmTile) -> str:
+        """Return the reason why a tile cannot be used: it does not compile, spills registers or changes the result."""
+        from triton.compiler.errors import CompilationError
+        from triton.runtime.errors import OutOfResources, PTXASError
+
+        try:
+            compiled = [launch.run() for launch in self.launches(tile)]
+        except (CompilationError, OutOfResources, PTXASError) as error:
+            return str(error).strip().partition("\n")[0]
+        if any(one is not None and one.n_spills for one in compiled):
+            return "spills registers"
+        same = all(torch.equal(one, other) for one, other in zip(self.outs, self.expected, strict=True))
+        return "" if same else "rounds in another way"
+
+    def ratio(self, first: GemmTile, second: GemmTile) -> float:
+        runs = [self.launches(tile) for tile in (first, second)]
+
+        def timed(launches: list[Launch]) -> Callable[[], None]:
+            def run() -> None:
+                for launch in launches:
+                    launch.run()
+
+            return run
+
+        found = pairs(self.clock, timed(runs[0]), timed(runs[1]), PAIRS[self.clock.device.type], single=True)
+        return median(a / b for a, b in zip(found.ours, found.other, strict=True))
+
+
+def section(rows: Sequence[dict[str, Any]], stamp: dict[str, Any]) -> dict[str, Any]:
+    """Return the section of a card's table, from the rows of `measure`: the tiles that differ from the default.
+
+    stamp: what the tiles depend on, as `tuned_tiles.stamp` returns it.
+    """
+    changed = [row for row in rows if row["tile"] != row["default"]]
+    return {"standing": "measured by `peft-harness bench --crossovers`", "stamp": stamp, "rows": changed}

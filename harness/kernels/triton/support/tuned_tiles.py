@@ -1,0 +1,123 @@
+"""Tiles of matrix products that were measured to be faster on a card than the default.
+
+`peft-harness bench --crossovers` measures them and writes them into the card's table. A call only reads the table, once
+per process: it never searches. A tile is one of the `CANDIDATES` of the default, which all sum in the same order, and
+one that changes a bit of the measured product is not chosen. So a call rounds in the same way with a table and without.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import textwrap
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+import torch
+import triton
+
+from harness.kernels.card_tables import TILES, Entry, card, tables
+from harness.kernels.triton.support.gemm_tiles import CANDIDATES, GemmTile
+
+_Key = tuple[GemmTile, str, int, int]
+"""The default tile, the dtype, and the buckets of the rows and of the columns of the output."""
+
+
+def bucket(size: int) -> int:
+    """Return the power of two, at least 16, up to which an output with so many rows or columns shares a tuned tile."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in a table, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def tuned(default: GemmTile, kernel: Any, M: int, N: int, dtype: torch.dtype, device: torch.device) -> GemmTile:
+    """Return the tile for an output (M, N) that the card's table has in place of the default, or the default.
+
+    Raises ValueError for a table with a mistake.
+    """
+    found = _of_card(tables(card(device)), kernel, device)
+    return found.get((default, name_of(dtype), bucket(M), bucket(N)), default) if found else default
+
+
+def stamp(kernel: Any, device: torch.device) -> dict[str, Any]:
+    """Return what the tiles of a table depend on: the version of Triton, the code of the kernel, and the architecture."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return {"triton": triton.__version__, "kernel": _code_hash(kernel), "capability": list(capability)}
+
+
+def tiles(section: Entry) -> dict[_Key, GemmTile]:
+    """Return the tiles in the section `tiles` of a table. Raises ValueError for a row that is not as expected."""
+    return dict(_row(row) for row in section["rows"].items())
+
+
+@cache
+def _of_card(found: tuple[Entry, ...], kernel: Any, device: torch.device) -> Mapping[_Key, GemmTile]:
+    """Return the tiles of the first table whose stamp fits. Other tables that have tiles are named in a warning."""
+    for table in found:
+        if TILES not in table:
+            continue
+        section, here = table[TILES], stamp(kernel, device)
+        if section["stamp"].value == here:
+            return tiles(section)
+        given = section["stamp"].value
+        differs = [name for name in here if not isinstance(given, dict) or given.get(name) != here[name]]
+        warnings.warn(
+            f"{table.file}: its tiles are ignored, because they were measured with another {' and '.join(differs)}; "
+            "hint: measure the card again by `peft-harness bench --crossovers --out DIR`",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return {}
+
+
+def _row(row: Entry) -> tuple[_Key, GemmTile]:
+    default, tile = _tile(row["default"]), _tile(row["tile"])
+    if default not in CANDIDATES:
+        raise row["default"].wrong("a tile that has candidates")
+    if tile.k != default.k:
+        raise row["tile"]["k"].wrong(f"{default.k} as in the default, so that a tuned tile changes no bit of a result")
+    if tile not in CANDIDATES[default]:
+        raise row["tile"].wrong("a candidate for the default tile")
+    dtype = row["dtype"].value
+    if dtype not in ("bfloat16", "float16"):
+        raise row["dtype"].wrong("bfloat16 or float16")
+    return (default, dtype, bucket(row["M"].integer(1)), bucket(row["N"].integer(1))), tile
+
+
+def _tile(given: Entry) -> GemmTile:
+    return GemmTile(**{name: given[name].integer(1) for name in ("m", "n", "k", "warps", "stages")})
+
+
+@cache
+def _code_hash(kernel: Any) -> str:
+    """Return a hash of a kernel, of the Triton functions that it calls, and of the candidates.
+
+    Comments, docstrings and line numbers do not change it.
+    """
+    sources = sorted(_source(function) for function in {kernel, *_called(kernel)})
+    return hashlib.sha256("\n".join([*sources, repr(CANDIDATES)]).encode()).hexdigest()[:16]
+
+
+def _called(kernel: Any) -> Iterator[Any]:
+    """Yield the Triton functions that a kernel calls, compiled or interpreted, and those that they call."""
+    for name in kernel.fn.__code__.co_names:
+        function = kernel.fn.__globals__.get(name)
+        if isinstance(getattr(function, "fn", None), FunctionType):
+            yield function
+            yield from _called(function)
+
+
+def _source(function: Any) -> str:
+    """Return the code of a Triton function without comments and its docstring."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function.fn))).body
+    assert isinstance(tree, ast.FunctionDef)  # noqa: S101
+    if ast.get_docstring(tree) is not None:
+        del tree.body[0]
+    return ast.unparse(tree)
