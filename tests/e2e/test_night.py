@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from harness.errors import Exit
+from harness.kernels import card_tables, crossover
 from harness.records.files import sha256
 from support.sandbox import Sandbox
 
@@ -80,7 +81,16 @@ def test_a_short_rehearsal(sandbox: Sandbox) -> None:
     assert (folder / "parts" / "parity-bfloat16" / "check.html").is_file()
     footer = json.loads((folder / "footer.json").read_text())
     assert footer["sha256"]["crossovers.json"] == sha256(folder / "parts" / "crossovers.json")
-    assert "Rehearsal of a night" in (folder / "index.html").read_text()
+    from harness.kernels.triton.support import tuned_tiles  # needs Triton
+
+    page = (folder / "index.html").read_text()
+    assert "Rehearsal of a night" in page
+    document = json.loads((folder / "parts" / "crossovers" / "crossovers.json").read_text())
+    assert [said.partition(":")[0] for said in document["found"]] == [*card_tables.CROSSOVERS, card_tables.TILES]
+    assert all(said in page for said in document["found"])
+    table = card_tables.Entry(folder, "", document["table"])
+    assert all(crossover.limits(table, operation) for operation in card_tables.CROSSOVERS)
+    tuned_tiles.tiles(table[card_tables.TILES])  # the kernels can read it
 
 
 @pytest.mark.nightly
