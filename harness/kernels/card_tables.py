@@ -65,7 +65,7 @@ class Entry:
             raise self.wrong(f"an integer of at least {least}")
         return self.value
 
-    def keys(self, known: Collection[str]) -> None:
+    def check_keys(self, known: Collection[str]) -> None:
         """Raise ValueError unless this is an object, and all its keys are known."""
         if not isinstance(self.value, dict):
             raise self.wrong("an object")
@@ -113,5 +113,5 @@ def read(file: Path) -> Entry:
         table = Entry(file, "", json.loads(file.read_bytes()))
     except ValueError as error:
         raise ValueError(f"{file}: is not JSON: {error}; hint: {_HINT}") from error
-    table.keys(_KEYS)
+    table.check_keys(_KEYS)
     return table

@@ -13,7 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from harness.kernels.compile.specimen import Specimen
-from harness.kernels.triton.support.gemm_tiles import EXACT, FEW_ROWS, LARGE, LARGEST, GemmTile, gemm_tile, rank_block
+from harness.kernels.triton.support.gemm_tiles import (
+    CANDIDATES,
+    EXACT,
+    FEW_ROWS,
+    LARGE,
+    LARGEST,
+    GemmTile,
+    gemm_tile,
+    rank_block,
+)
 from harness.kernels.triton.support.launch import Launch, meta, strides
 from harness.kernels.triton.support.matrix_product import accumulate, is_wide, program_tile
 from harness.kernels.triton.support.rounding import load_as_float32, store_as
@@ -130,10 +139,15 @@ def low_rank_launch(
 
 
 def _specimens() -> list[Specimen]:
-    """Return specimens of the products in training, for a layer with 4096 inputs, 14336 outputs and 8192 tokens."""
-    M, D, E, R = 8192, 4096, 14336, 16
+    """Return specimens of the products in training, for a layer with 4096 inputs, 14336 outputs and 8192 tokens.
 
-    def of(name: str, tile: GemmTile, dtype: torch.dtype, N: int, K: int, backward: bool, *optional: str) -> Specimen:
+    Those of candidates for a tile have the form in which `peft-harness bench --crossovers` measures them.
+    """
+    M, D, E = 8192, 4096, 14336
+
+    def of(
+        name: str, tile: GemmTile, dtype: torch.dtype, N: int, K: int, backward: bool, *optional: str, R: int = 16
+    ) -> Specimen:
         shapes = {"term_mask": (M, N), "product": (M, N), "left_scale": (K,)}
         others: dict[str, Tensor] = {}
         for key in optional:
@@ -142,9 +156,11 @@ def _specimens() -> list[Specimen]:
         right, T = (meta(dtype, n, N) if backward else meta(dtype, N, n).T for n in (K, R))
         operands = meta(dtype, M, N), meta(dtype, M, K), right, meta(dtype, M, R), T
         launch = product_launch(tile, operands, scale=2.0, **others)
-        return launch.specimen(f"low_rank_gemm.{name}", oldest=90 if tile == LARGEST else 80)
+        return launch.specimen(f"low_rank_gemm.{name}", oldest=90 if tile.m * tile.n >= LARGEST.m * LARGEST.n else 80)
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    few, some, large, largest = (CANDIDATES[tile] for tile in (*FEW_ROWS[:2], LARGE, LARGEST))
+    tried = (few[2], some[2], large[1], large[2], largest[1])
     return [
         of("forward-bf16-largest", LARGEST, bf16, E, D, False, "bias"),
         of("forward-bf16-large", LARGE, bf16, E, D, False, "bias"),
@@ -159,6 +175,7 @@ def _specimens() -> list[Specimen]:
         of("backward-bf16-largest", LARGEST, bf16, D, E, True),
         of("backward-mask-bf16-large", LARGE, bf16, D, E, True, "term_mask"),
         of("dora-backward-bf16-large", LARGE, bf16, D, E, True, "left_scale"),
+        *(of(f"candidate-{one.m}x{one.n}", one, bf16, E, D, False, "bias", "term_scale", R=64) for one in tried),
     ]
 
 
