@@ -159,7 +159,6 @@ def on_cpu() -> list[Part]:
         replace(_BASELINE, title="Does the comparison with a baseline work? The run is compared with itself."),
         Part(
             "crossovers", "Up to which sizes are the fused kernels faster, and with which tiles?", "card",
-            "crossovers", "Up to which sizes are the fused kernels faster, and with which tiles?", "card",
             ("bench", "--crossovers", *cpu, *saved), 25,
         ),
         _canary("night-rehearsal", "lora", (*cpu, "--no-fresh"), 120),
