@@ -1,4 +1,4 @@
-"""`bench --ceilings` and `bench --crossovers`: the limits of a card, and the sizes at which one way of computing wins.
+"""`bench --ceilings` and `bench --crossovers`: the limits of a card, and which way and which tile is faster at which size.
 
 A worker measures. As soon as it has a number, the number is kept, so that a kernel that hangs loses only what follows.
 Imports no torch.

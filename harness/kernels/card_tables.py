@@ -86,22 +86,20 @@ def card(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
+@cache
 def tables(on: str) -> tuple[Entry, ...]:
-    """Return the tables for a card, the first one to ask first and the default last. They are read once per process.
+    """Return the tables for a card, the first one to ask first and the default last.
+
+    They and the variable are read once per process, because every call of a kernel asks.
 
     on: name of the card. Empty for a CPU: Triton's interpreter then reads `cpu.json` in the folder of the variable, for
     tests and rehearsals. Raises ValueError for a table that is not JSON, or that has an unknown key.
     """
-    return _tables(os.environ.get(VARIABLE), on)
+    return tuple(read(file) for file in _files(on) if file.is_file())
 
 
-@cache
-def _tables(folder: str | None, on: str) -> tuple[Entry, ...]:
-    return tuple(read(file) for file in _files(folder, on) if file.is_file())
-
-
-def _files(folder: str | None, on: str) -> Iterator[Path]:
-    if folder:
+def _files(on: str) -> Iterator[Path]:
+    if folder := os.environ.get(VARIABLE):
         yield Path(folder) / file_name(on)
     yield _PACKAGED / file_name(on)
     yield _PACKAGED / DEFAULT

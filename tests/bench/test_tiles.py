@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +15,10 @@ pytest.importorskip("triton", reason="tiles are those of Triton's kernels")
 
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from harness.bench import card, tiles
+from harness.bench import card, crossovers, tiles
 from harness.bench.crossovers import MARGIN
+from harness.errors import Exit
+from harness.kernels import card_tables, crossover
 from harness.kernels.triton.support import low_rank_gemm
 from harness.kernels.triton.support.gemm_tiles import CANDIDATES, LARGE, GemmTile
 
@@ -113,6 +117,25 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> tuple[tiles._Product, dict[GemmT
     monkeypatch.setattr(low_rank_gemm, "product_launch", launch)
     clock: Any = SimpleNamespace(device=torch.device("cpu"))
     return tiles._Product(clock, 16, 32, 32, torch.float16, LARGE), outcomes
+
+
+def test_a_search_that_fails_leaves_the_table_of_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"operation": "lora_linear", "E": 4096, "D": 4096, "case": "forward", "rank": 64, "ratio": 1.2}
+    table = {"card": "ACME X1", "lora_linear": crossovers.table("lora_linear", [row])}
+    events = [
+        {"card": "ACME X1"}, {"row": row | {"fused_s": 1.2e-3, "other_s": 1e-3}}, {"file": "acme-x1.json", "table": table},
+        {"failed": "RuntimeError: misaligned address", "traceback": "Traceback ..."},
+    ]  # fmt: skip
+    monkeypatch.setattr(card, "no_gpu", lambda: "")
+    monkeypatch.setattr(card, "WorkerPool", lambda: SimpleNamespace(events=lambda *_: events))
+    assert card.measure("crossovers", "cuda", 60.0, False, tmp_path) == Exit.INFRASTRUCTURE
+    shown = capsys.readouterr()
+    assert "lora_linear: largest rank for the fused kernel: 63 from E = 4096" in shown.out
+    assert "misaligned address" in shown.err
+    assert json.loads((tmp_path / "acme-x1.json").read_bytes()) == table
+    assert crossover.limits(card_tables.read(tmp_path / "acme-x1.json"), "lora_linear") == [(4096, 63)]
 
 
 def test_only_changed_tiles_are_in_the_table_and_all_are_shown() -> None:

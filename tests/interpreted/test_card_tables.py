@@ -30,14 +30,16 @@ Use = Callable[[dict[str, Any]], None]
 
 
 @pytest.fixture
-def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Use:
-    """Return a function that makes its argument the table of this machine."""
+def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
+    """Yield a function that makes its argument the table of this machine."""
 
     def write(table: dict[str, Any]) -> None:
         (tmp_path / card_tables.file_name("")).write_text(json.dumps(table))
         monkeypatch.setenv(card_tables.VARIABLE, str(tmp_path))
+        card_tables.tables.cache_clear()
 
-    return write
+    yield write
+    card_tables.tables.cache_clear()
 
 
 @contextmanager

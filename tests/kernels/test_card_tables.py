@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Iterator
 from importlib import import_module
 from math import inf
 from pathlib import Path
@@ -25,11 +26,19 @@ CARD = "ACME X1 (80 GB)"
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def no_table_is_left() -> Iterator[None]:
+    card_tables.tables.cache_clear()
+    yield
+    card_tables.tables.cache_clear()
+
+
 def write_table(folder: Path, monkeypatch: pytest.MonkeyPatch, table: Any, card: str = CARD) -> Path:
     """Write a table of a card into a folder of its own, and make it the folder of the variable."""
     file = folder / card_tables.file_name(card)
     file.write_text(table if isinstance(table, str) else json.dumps(table))
     monkeypatch.setenv(card_tables.VARIABLE, str(folder))
+    card_tables.tables.cache_clear()
     return file
 
 
