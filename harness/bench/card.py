@@ -110,7 +110,8 @@ def findings(table: dict[str, Any]) -> list[str]:
         if operation in table:
             rows = table[operation]["rows"]
             limits = (f"{'any' if row[size] is None else row[size]} from E = {row['E']}" for row in rows)
-            said.append(f"{operation}: largest {size.replace('_', ' ')} for the fused kernel: {', '.join(limits)}")
+            noun = size if size == "rank" else f"number of {size.replace('_', ' ')}"
+            said.append(f"{operation}: largest {noun} for the fused kernel: {', '.join(limits)}")
     if TILES in table:
         changed = plural(len(table[TILES]["rows"]), "shape")
         said.append(f"tiles: {changed} with a tile that is faster than the default")
