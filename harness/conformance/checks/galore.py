@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
@@ -89,8 +90,8 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
         return skipped(subject, case, "optimizer", "the case cannot attach again")
     if fresh.adapted.optimizer(_LR, _DECAY) is None:
         return skipped(subject, case, "optimizer", "the Method has no optimizer")
-    if twice := _groups_after_a_move(fresh):
-        return listed(subject, case, "optimizer", [f"a parameter that moved to a new group is in {twice} groups"])
+    if (groups := _groups_after_a_move(fresh)) != 1:
+        return listed(subject, case, "optimizer", [f"a parameter that moved to a new group is in {groups} groups"])
     found = []
     for index, path in enumerate(fresh.adapted.layers):
         tensors = fresh.tensors_of(path)
@@ -106,15 +107,12 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
 
 
 def _groups_after_a_move(fresh: Subject) -> int:
-    """Give a parameter to a new group. Return the number of groups that have it then, if it is not one, else 0."""
+    """Give a parameter to a new group. Return the number of groups that have it then."""
     optimizer = _optimizer(fresh)
     moved = optimizer.param_groups[0]["params"][0]
-    try:
+    with contextlib.suppress(ValueError):  # then the old group keeps it
         optimizer.add_param_group({"params": [moved], "lr": 0.0})
-    except ValueError:
-        return 0
-    found = sum(any(p is moved for p in group["params"]) for group in optimizer.param_groups)
-    return 0 if found == 1 else found
+    return sum(any(p is moved for p in group["params"]) for group in optimizer.param_groups)
 
 
 def _step(number: int, tensors: dict[str, Tensor], case: Case, layer: int) -> _Step:

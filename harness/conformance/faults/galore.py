@@ -17,6 +17,11 @@ _randomised = partial(line_fault, "galore", values={**_USUAL, "niter": 1}, input
 FAULTS = [
     _galore("keeps_a_parameter_that_moves_to_a_new_group", ["optimizer"],
         "if id(p) not in moving]", "if True]"),
+    _galore("drops_a_parameter_that_moves_to_a_new_group", ["optimizer"],
+        "            super().add_param_group(param_group)",
+        '            old = {id(p) for group in groups for p in group["params"]}\n'
+        '            param_group["params"] = [p for p in param_group["params"] if id(p) not in old]\n'
+        "            super().add_param_group(param_group)"),
     _galore("projects_the_wrong_side", ["refresh"], '"std": (m < n, m >= n)', '"std": (m >= n, m < n)'),
     _galore("forgets_its_moments_at_a_refresh", ["refresh"], "        fresh = given or",
         '        state |= {"M": state["M"] * 0, "V": state["V"] * 0} if state else {}\n        fresh = given or'),
