@@ -209,6 +209,19 @@ def test_without_fresh_pairs_a_slow_down_stays_undecided(gated) -> None:
     assert "neither slower nor proven the same" in output
 
 
+def test_without_fresh_pairs_the_verdict_promises_none_and_no_power(gated) -> None:
+    fake = FakeRuns(slower=1.2)
+    _, output, document = gated(fake, canary=False, fresh=False)
+    assert "only fresh pairs can find a slow-down, and none ran (--no-fresh)" in output.splitlines()[-1]
+    (cell,) = document["cells"]
+    assert cell["verdict"]["sentence"].endswith("; only fresh pairs can find a slow-down, and none ran (--no-fresh)")
+    assert (cell["verdict"]["more"], cell["verdict"]["mde80"]) == (0, None)
+    _, output, document = gated(FakeRuns(), canary=False, fresh=False)
+    verdict = document["cells"][0]["verdict"]
+    assert (verdict["word"], verdict["mde80"]) == ("same", None)
+    assert "no-fresh" not in verdict["sentence"] + output
+
+
 def test_a_speed_up_is_listed_and_passes(gated) -> None:
     code, _, document = gated(FakeRuns(slower=0.5))
     assert code == Exit.PASS

@@ -17,7 +17,7 @@ from harness.analysis.comparison.reproducibility import CODE_VERSION, PROVIDER, 
 from harness.analysis.contention import busy
 from harness.analysis.metrics import COUNTED_PEAK, PEAK_ABOVE_IMPORTS, Metric, Number
 from harness.analysis.statistics.canaries import Canaries
-from harness.analysis.statistics.paired import PairFinding, PairVerdict, family
+from harness.analysis.statistics.paired import NO_FRESH, PairFinding, PairVerdict, family
 from harness.analysis.tracked_metrics import STEP
 from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.errors import Exit
@@ -83,8 +83,10 @@ class JudgedPairs:
     many."""
 
 
-def judge(cells: Sequence[CellComparison], canaries: Canaries, *, strict: bool = False) -> JudgedPairs:
-    """Judge all Cells of one comparison.
+def judge(
+    cells: Sequence[CellComparison], canaries: Canaries, *, strict: bool = False, runs_fresh: bool = True
+) -> JudgedPairs:
+    """Judge all Cells of one comparison. runs_fresh: False if no fresh pairs run; then no time can fail.
 
     The exit code is the first in this list whose condition holds:
 
@@ -128,6 +130,7 @@ def judge(cells: Sequence[CellComparison], canaries: Canaries, *, strict: bool =
         word, code = VerdictKind.INCONCLUSIVE, Exit.INCONCLUSIVE if strict else Exit.PASS
         what = "Cells" if len(verdicts) == len(timed) else f"times of {len(timed)} Cells"
         count = f"{len(undecided)} of {len(verdicts)} {what} are neither slower nor proven the same"
+        count += "" if runs_fresh else f" ({NO_FRESH})"
         reason = "; ".join([*([count] if undecided else []), *uncounted])
     differences = _differences(cells)
     reason = "; ".join([reason, *(f"not the same: {what}" for what in differences)])

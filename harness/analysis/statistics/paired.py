@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 IMPLAUSIBLE = 0.3
 """Speed-up, as a share, beyond which the verdict asks whether the code still does the same work."""
 
+NO_FRESH = "only fresh pairs can find a slow-down, and none ran (--no-fresh)"
+"""Reason why times stay undecided if no fresh pairs run."""
+
 
 class PairFinding(StrEnum):
     """Verdicts on B against A."""
@@ -115,15 +118,15 @@ class PairVerdict:
     """Number of pairs of this stage."""
     mde80: float | None
     """Smallest slow-down that all planned looks together detect with 80 % power, given the spread of these pairs. None
-    if the pairs have no spread."""
+    if the pairs have no spread, or if no fresh pairs run, which alone can detect a slow-down."""
     more: int
     """Number of fresh pairs to run before the next planned look. 0 if no look is left."""
     sentence: str
     """Verdict as a sentence."""
 
 
-def judge(log_ratios: Sequence[float], design: Design, stage: Stage) -> PairVerdict:
-    """Judge the pairs of one Cell at one planned look."""
+def judge(log_ratios: Sequence[float], design: Design, stage: Stage, *, runs_fresh: bool = True) -> PairVerdict:
+    """Judge the pairs of one Cell at one planned look. runs_fresh: as in `decide`."""
     found = look([list(log_ratios)], design, stage)
     masks = {PairFinding.SLOWER: found.slower, PairFinding.FASTER: found.faster, PairFinding.SAME: found.same}
     word = next((word for word, mask in masks.items() if mask[0]), PairFinding.INCONCLUSIVE)
@@ -131,23 +134,24 @@ def judge(log_ratios: Sequence[float], design: Design, stage: Stage) -> PairVerd
     low, high = (math.expm1(float(end[0])) for end in found.seen.interval(design.interval))
     n, still = found.seen.n, bool(found.seen.still[0])
     more = 0
-    if word is PairFinding.INCONCLUSIVE:
+    if word is PairFinding.INCONCLUSIVE and runs_fresh:
         done = 0 if stage == "first" else n
         more = next((planned - done for planned in design.fresh if planned > done), 0)
     verdict = PairVerdict(
         word, stage, math.expm1(middle), (low, high), p=float(found.p[0]), n=n, more=more, sentence="",
         rank_interval=None if ranks is None else (math.expm1(ranks[0]), math.expm1(ranks[1])),
-        mde80=None if still else math.expm1(reach(float(found.seen.scale[0]), design)),
+        mde80=None if still or not runs_fresh else math.expm1(reach(float(found.seen.scale[0]), design)),
     )  # fmt: skip
-    return replace(verdict, sentence=_sentence(verdict, design))
+    return replace(verdict, sentence=_sentence(verdict, design, still=still, runs_fresh=runs_fresh))
 
 
-def decide(first: Sequence[float], fresh: Sequence[float], design: Design) -> PairVerdict:
+def decide(first: Sequence[float], fresh: Sequence[float], design: Design, *, runs_fresh: bool = True) -> PairVerdict:
     """Return the verdict of the first planned look that decides. If none decides, return the verdict of the last look.
 
     fresh: empty, or enough pairs for at least one planned look. Pairs after the deciding look are not read.
+    runs_fresh: False if no fresh pairs run, whatever the first pairs show. Then no Cell is called slower or faster.
     """
-    found = judge(first, design, "first")
+    found = judge(first, design, "first", runs_fresh=runs_fresh)
     for planned in design.fresh:
         if found.word is not PairFinding.INCONCLUSIVE or len(fresh) < planned:
             break
@@ -169,16 +173,18 @@ def family(verdicts: Mapping[str, PairVerdict]) -> dict[str, float]:
     return dict(zip(verdicts, map(float, false_discovery_control(p)), strict=True))
 
 
-def _sentence(v: PairVerdict, design: Design) -> str:
-    """Return a sentence that states a verdict and its evidence."""
+def _sentence(v: PairVerdict, design: Design, *, still: bool, runs_fresh: bool) -> str:
+    """Return a sentence that states a verdict and its evidence. still: True if the pairs have no spread."""
     pairs = f"{v.n} {'fresh ' if v.stage == 'fresh' else ''}pairs"
-    if v.mde80 is None:
+    if still:
         return (
             f"inconclusive: {_percent(v.effect)} without any spread over {pairs}: they are copies of one measurement, or "
             "the clock is too coarse; time more steps per process"
         )
     doubt = "; does it still do the same work?" if v.word is PairFinding.FASTER and v.effect < -IMPLAUSIBLE else ""
     more = f"; {v.more} fresh pairs decide" if v.more else ""
+    if v.word is PairFinding.INCONCLUSIVE and not runs_fresh:
+        more = f"; {NO_FRESH}"
     word = v.word.value
     if v.word in (PairFinding.SLOWER, PairFinding.FASTER):
         word += f" by more than {100 * design.slower_by:g} % at p = {v.p:.2g}"
@@ -186,8 +192,9 @@ def _sentence(v: PairVerdict, design: Design) -> str:
         word = f"the same within {100 * design.same_within:g} %"
     low, high = v.interval
     measured = f"{_percent(v.effect)} [{_percent(low)}, {_percent(high)}] over {pairs}"
-    power = f"a slow-down of {100 * v.mde80:.1f} % is found with {100 * POWER:.0f} % power"
-    return f"{word}: {measured}{doubt}{more}; {power}"
+    if v.mde80 is not None:
+        more += f"; a slow-down of {100 * v.mde80:.1f} % is found with {100 * POWER:.0f} % power"
+    return f"{word}: {measured}{doubt}{more}"
 
 
 def _percent(share: float) -> str:

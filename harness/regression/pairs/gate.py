@@ -158,10 +158,15 @@ def _measure(request: PairsRequest, design: Design) -> PairsResult:
     if no_canary:
         print_note(f"no canary of this gate: {no_canary}")
     cells = [
-        CellComparison(one.pair.name, one.records, one.verdicts(design, request.metric), one.broken or interrupted)
+        CellComparison(
+            one.pair.name,
+            one.records,
+            one.verdicts(design, request.metric, runs_fresh=request.fresh),
+            one.broken or interrupted,
+        )
         for one in runner.found
     ]
-    judged = judge(cells, canaries, strict=request.strict)
+    judged = judge(cells, canaries, strict=request.strict, runs_fresh=request.fresh)
     return PairsResult(request, runner, held, canary, interrupted, judged)
 
 

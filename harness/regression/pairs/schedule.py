@@ -49,13 +49,17 @@ class Measured:
                     return f"the {side} side has no step time above 0 s"
         return self.no_record
 
-    def verdicts(self, design: Design, only: str = "") -> dict[str, PairVerdict]:
-        """Return a verdict for each time that all Records have, by metric. only: the only metric to judge, if given."""
+    def verdicts(self, design: Design, only: str = "", *, runs_fresh: bool = True) -> dict[str, PairVerdict]:
+        """Return a verdict for each time that all Records have, by metric.
+
+        only: the only metric to judge, if given. runs_fresh: False if no fresh pairs run.
+        """
         if self.broken or len(self.first) < design.first:
             return {}
         shared = set.intersection(*(set(times(record)) for pair in self.records for record in pair))
         metrics = [metric for metric in times(self.first[0][0]) if metric in shared and only in ("", metric)]
-        return {m: decide(_ratios(self.first, m), _ratios(self.fresh, m), design) for m in metrics}
+        ratios = {m: (_ratios(self.first, m), _ratios(self.fresh, m)) for m in metrics}
+        return {m: decide(*pairs, design, runs_fresh=runs_fresh) for m, pairs in ratios.items()}
 
 
 @dataclass
