@@ -209,6 +209,19 @@ def test_a_nonconforming_cell_fails(base: store.Run) -> None:
     assert (row.word, row.reason, found(result, FindingKind.OUTCOME)) == (VerdictKind.FAIL, "diverged", [])
 
 
+@pytest.mark.parametrize("before", [Status.NONCONFORMING, Status.OOM])
+def test_a_nonconforming_cell_fails_whatever_it_was_before(before: Status, base: store.Run) -> None:
+    def wrong(status: Status) -> Change:
+        return only("fused", lambda r: recorded_run.failed(red(r), status, because="it departs"))
+
+    old = recorded_run.write_run(base.path.with_name("old"), run="old", only=FEW, change=wrong(before))
+    result = against(old, wrong(Status.NONCONFORMING))
+    (row,) = [row for row in found(result, FindingKind.PARITY) if row.word is VerdictKind.FAIL]
+    assert (row.cells, result.exit) == ((FUSED,), Exit.FAIL)
+    assert row.reason.endswith(f"was {before.value} in the baseline")
+    assert against(old, only("fused", lambda r: recorded_run.failed(r, Status.OOM))).exit == Exit.PASS
+
+
 def test_a_check_that_no_longer_runs_is_inconclusive(base: store.Run) -> None:
     fewer = only("fused", lambda r: r.model_copy(update={"checks": r.checks[1:]}))
     assert against(base, fewer).exit == Exit.PASS
@@ -538,6 +551,18 @@ def test_a_run_is_compared_with_the_folder_of_another_run(here: Path, capsys: py
     capsys.readouterr()
     assert main(["gate", "base", "--baseline", "./other"]) == Exit.USAGE
     assert "./other: is no run" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_unfit_to_be_a_baseline_is_noted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(Path("results", "runs", "base"))
+    assert main(["gate", "base", "--baseline", folder]) == Exit.PASS
+    assert "unfit" not in capsys.readouterr().err
+    rewrite(here, DIRTY, footer=False)
+    new = recorded_run.write_run(here / "new", run="new", only=FEW).path
+    main(["gate", str(new), "--baseline", folder])
+    notes = capsys.readouterr().err.splitlines()
+    assert any(f"{folder} is unfit to be a baseline" in line and "the run is incomplete" in line for line in notes)
+    assert any("1 of 3 Records made from uncommitted changes" in line for line in notes)
 
 
 def test_a_baseline_is_replaced_only_with_the_option(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,17 +133,20 @@ def _conformance(pair: CellPair) -> ComparisonRow:
     """Return a row that judges the status and the checks of one Cell."""
     base, new = pair.base, pair.new
     statuses = (base.status.value, new.status.value)
-    if base.status is not Status.OK:
+    was = f"was {base.status.value} in the baseline"
+    wrong = failed_checks.nonconforming(new)
+    if base.status is not Status.OK and not wrong:
         word = VerdictKind.PASS if new.status is Status.OK else VerdictKind.INCONCLUSIVE
-        return pair.row(FindingKind.OUTCOME, word, "status", f"was {base.status.value} in the baseline", *statuses)
-    if new.status is not Status.OK and not new.status.departs:
+        return pair.row(FindingKind.OUTCOME, word, "status", was, *statuses)
+    if base.status is Status.OK and new.status is not Status.OK and not new.status.departs:
         return pair.row(FindingKind.OUTCOME, VerdictKind.FAIL, "status", new.because, *statuses)
     failed = [c.check for c in failed_checks.failed(new)]
     passed, now = ({c.check for c in r.checks if c.outcome is Outcome.PASS} for r in (base, new))
     untried, looser = sorted(passed - now), _looser(base, new)
     word, reason = VerdictKind.PASS, ""
-    if failed_checks.nonconforming(new):
+    if wrong:
         word, reason = VerdictKind.FAIL, f"{first_names(failed)} failed" if failed else new.because
+        reason += f"; {was}" if base.status is not Status.OK else ""
     elif untried:
         word, reason = VerdictKind.INCONCLUSIVE, f"passed in the baseline, not tried now: {first_names(untried)}"
     elif looser:

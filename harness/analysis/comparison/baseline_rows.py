@@ -58,7 +58,7 @@ class FindingKind(StrEnum):
 
 MEANING: dict[FindingKind, str] = {
     FindingKind.PARITY: (
-        "the checks of a Cell. Fails if the Cell no longer computes its Method, or if a check passed before and fails now; "
+        "the checks of a Cell. Fails if the Cell departs from its Method or if a check fails, whatever the baseline shows; "
         "inconclusive if a check that passed before was not tried, or now allows an error more than ten times as large"
     ),
     FindingKind.OUTCOME: (

@@ -20,6 +20,7 @@ def gate(
 ) -> Exit:  # fmt: skip
     """Compare a run with a baseline, print the result and return the exit code. all_rows: also print equal rows.
 
+    If the baseline is a run that was not promoted, print the reasons why it could not be.
     Raises UsageError if the run or the baseline does not exist, or if an output cannot be written. Raises StoreError if
     a run.json cannot be read.
     """
@@ -27,6 +28,9 @@ def gate(
     found, path = baselines.find(baseline), store.find_run(name)
     with collector.paused():
         base, new = store.read_run(found.path), store.read_run(path)
+        if found.provenance is None:
+            for problem in baselines.unfit(base):
+                print_note(f"{found.path} is unfit to be a baseline: {problem.where}: {problem.what}")
         against = against_baseline.judge(analyse(base), analyse(new), margins=margins, strict=strict)
         title = f"{new.manifest.run} against {found.name}"
         title += ", which is the same run" if new.manifest.run == base.manifest.run else ""

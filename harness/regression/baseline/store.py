@@ -109,7 +109,7 @@ def promote(
     be written.
     """
     target = baselines / name
-    problems = [*_misnamed(name, reason), *_taken(target, replace), *_unfit(run)]
+    problems = [*_misnamed(name, reason), *_taken(target, replace), *unfit(run)]
     if problems:
         raise RefusedError(str(run.path), problems)
     versions = Counter(record.environment.code_version for record in run.records)
@@ -142,7 +142,7 @@ def _taken(target: Path, replace: bool) -> Iterator[Problem]:
         yield Problem(str(target), "a baseline of this name exists", "choose another name, or --replace it")
 
 
-def _unfit(run: Run) -> Iterator[Problem]:
+def unfit(run: Run) -> Iterator[Problem]:
     """Yield the reasons why a run cannot be a baseline."""
     again = "run the suite again, in a tree without uncommitted changes"
     latest, names = run.latest(), naming.full(run.manifest.cells)
