@@ -65,20 +65,30 @@ def extrapolate(one: Any, two: Any, blocks: int) -> Any:
     raise ValueError(f"one block counts as {one!r}, and two blocks count as {two!r}")
 
 
-def named_facts(model: nn.Module, find: Callable[[], Facts]) -> tuple[dict[str, Any], ...]:
+def named_facts(
+    model: nn.Module, find: Callable[[], Facts], chosen: Collection[str] = ()
+) -> tuple[dict[str, Any], ...]:
     """Return what `find()` returns for the whole model. Call it with only a few blocks in the model, if they are equal.
 
     The facts about two blocks give those about any number of blocks, if they give those about three blocks. Otherwise
     `find` is called with the whole model. find: function that adapts the model, reads facts about its parts, and detaches
-    the adapter. Raises what `find` raises for the whole model.
+    the adapter. chosen: names of parameters that `find` chooses by itself. If they are not the same in each block, a few
+    blocks prove nothing, and `find` is called with the whole model. Raises what `find` raises for the whole model.
     """
     path = find_blocks(model, ())
-    if path:
-        blocks: Any = model.get_submodule(path)
+    blocks: Any = model.get_submodule(path) if path else ()
+    if path and _are_in_each_block(chosen, path, len(blocks)):
         two, three = (_found_in_first(model, path, number, find) for number in (2, 3))
         if two and three and _repeated(two, path, 3) == [list(one.items()) for one in three]:
             return tuple(map(dict, _repeated(two, path, len(blocks))))
     return tuple(map(dict, find()))
+
+
+def _are_in_each_block(names: Collection[str], path: str, blocks: int) -> bool:
+    """Return whether the names in the blocks at `path` are the same for each block."""
+    inside = [name.removeprefix(f"{path}.").partition(".") for name in names if name.startswith(f"{path}.")]
+    ends = {end for _, _, end in inside}
+    return len({(number, end) for number, _, end in inside}) == blocks * len(ends)
 
 
 def _found_in_first(model: nn.Module, path: str, number: int, find: Callable[[], Facts]) -> Facts:

@@ -86,6 +86,15 @@ def test_adams_bytes_of_all_that_trains_and_of_what_trains_besides(shape: str) -
     assert galore.optimizer_bytes(shape, "lora", lora, also=also).value == 2 * 2 * (factors + outside)
 
 
+def test_parameters_of_some_blocks_only_are_counted_as_such(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text(json.dumps(SHAPE | {"model_type": "llama", "num_hidden_layers": 7}))
+    deep = f"{tmp_path}/deep.json"
+    lora = {"rank": 2, "targets": TARGETS}
+    least = galore.optimizer_bytes(deep, "lora", lora).value
+    found = galore.optimizer_bytes(deep, "lora", lora, also=[r"layers\.[0-4]\.mlp\.up_proj"]).value
+    assert found - least == 2 * 2 * 5 * 20 * 12
+
+
 def test_the_arithmetic_of_savings() -> None:
     forty, ten = Fraction(40), Fraction(10)
     assert arithmetic.bytes_saved(of=ten, than=forty).value == 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -99,6 +100,17 @@ def test_facts_about_some_blocks_are_found_there_alone(target: str) -> None:
     found = equal_blocks.named_facts(model, find)
     assert list(found[0].items()) == list(find()[0].items())
     assert not any(isinstance(module, LoraLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize("pattern", [r"layers\.[0-4]\.", r"layers\.[12]\.mlp", r"layers\.\d\.mlp", r"norm"])
+def test_parameters_chosen_by_an_expression_are_those_of_the_whole_model(pattern: str) -> None:
+    model = structure.build(MODELS["llama"][1], "causal", torch.float32)
+
+    def choose() -> dict[str, Any]:
+        return {name: p.shape for name, p in model.named_parameters() if re.search(pattern, name)}
+
+    chosen = choose()
+    assert equal_blocks.named_facts(model, lambda: (choose(),), chosen) == (chosen,)
 
 
 def test_facts_that_depend_on_the_depth_are_found_in_the_whole_model() -> None:

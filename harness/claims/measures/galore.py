@@ -201,6 +201,7 @@ def _counted(model: str, method: str, config: str, also: str) -> Counter[tuple[s
     from reference.galore import sides, state_elements
 
     built = attached_model.model(model)
+    patterns = json.loads(also)
 
     def sizes(p: Any, group: Mapping[str, Any]) -> tuple[str, int, int]:
         shape, rank = "x".join(map(str, p.shape)), group.get("rank", 0)
@@ -213,7 +214,7 @@ def _counted(model: str, method: str, config: str, also: str) -> Counter[tuple[s
 
     def find() -> tuple[dict[str, tuple[str, int, int]]]:
         named = dict(built.named_parameters())
-        own = [named[name] for name in fitting(named, json.loads(also))]
+        own = [named[name] for name in fitting(named, patterns)]
         with attached_model.attached(built, method, json.loads(config)) as adapted:
             optimizer = adapted.optimizer(1e-3, 0.0)
             groups = [{"params": adapted.parameters()}] if optimizer is None else optimizer.param_groups
@@ -221,7 +222,7 @@ def _counted(model: str, method: str, config: str, also: str) -> Counter[tuple[s
             trained = {id(p): (p, group) for group in [{"params": own}, *groups] for p in group["params"]}
             return ({names[key]: sizes(p, group) for key, (p, group) in trained.items()},)
 
-    (of_names,) = equal_blocks.named_facts(built, find)
+    (of_names,) = equal_blocks.named_facts(built, find, fitting((n for n, _ in built.named_parameters()), patterns))
     return Counter(of_names.values())
 
 
