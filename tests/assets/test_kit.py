@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -113,3 +114,11 @@ def test_the_script_runs_the_harness_of_the_kit(index: dict[str, int], tmp_path:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "fused" in done.stdout
+    (typed,) = re.findall(
+        r'export PATH="(.*):\$PATH"', done.stderr
+    )  # lets a reader paste the lines that `night` prints
+    again = subprocess.run(
+        ["peft-harness", "list", "implementations", "--json"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=environment | {"PATH": f"{typed}{os.pathsep}{os.defpath}"},
+    )  # fmt: skip
+    assert again.stdout == done.stdout, again.stderr

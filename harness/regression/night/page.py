@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import first_names, plural
+from harness.regression.night import summary
 from harness.regression.night.results import Failure, PartResult, PartTable, PlannedPart
 from harness.report import html
 from harness.report.formatting import field, unmeasured
@@ -39,7 +40,7 @@ def build(night: Night, waiting: Sequence[PlannedPart]) -> dict[str, Any]:
         "night": manifest.night, "started": manifest.started, "budget": duration(manifest.budget_s),
         "verdict": badge(word, tone) | {"exit": f"exit code {int(night.exit)}"}, "reason": _reason(night, waiting),
         "counts": [badge(status, _TONES[status]) | {"count": count} for status, count in counts.items()],
-        "next": night.next_steps, "parts": _parts(night.results, waiting),
+        "next": summary.next_steps(night), "parts": _parts(night.results, waiting),
         "failed": [_failed(one) for one in night.results if one.failures],
         "numbers": [_numbers(one, one.table) for one in night.results if one.table is not None and one.table.rows],
         "environment": {**here.machine, **here.software, "code": here.code_version}, "notes": manifest.notes,

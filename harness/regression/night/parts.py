@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -169,6 +169,12 @@ _BASELINE = Part(
     "baseline", "Is anything larger, worse or wrong than before?", "baseline",
     ("gate", MATRIX, "--baseline", CARD, "--json"), 10,
 )  # fmt: skip
+
+
+def sources(name: str, names: Iterable[str]) -> list[str]:
+    """Return those of the parts `names` that make the runs which the part `name` judges. Most parts judge none."""
+    made = {"claims": lambda one: one.startswith("headline-"), "baseline": lambda one: one == "matrix"}.get(name)
+    return list(filter(made, names)) if made else []
 
 
 def with_suite(part: Part, suite: Path) -> Part:
