@@ -1,4 +1,4 @@
-"""A short rehearsal of a night, and nights that go wrong: kernels that raise, return NaN and hang, no memory, no time left."""
+"""A short rehearsal of a night, and nights that go wrong: failing kernels, no memory, no time, and Ctrl-C."""
 
 from __future__ import annotations
 

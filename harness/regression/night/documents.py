@@ -45,7 +45,7 @@ class Reading:
 def read(part: Part, folder: Path, line: str) -> Reading:
     """Read what a part has left in its folder.
 
-    line: the part's command, which is the reproduction of a failure that has no shorter one.
+    line: the part's command as a person types it, which is the reproduction of a failure that has no shorter one.
     """
     try:
         if part.kind == "run":
@@ -84,7 +84,7 @@ def _check(document: Mapping[str, Any], line: str) -> Reading:
         for one in checks
         if one["standing"] == "fail"
     ]  # fmt: skip
-    skipped = f"; {len(document['skipped'])} targets not checked" if document["skipped"] else ""
+    skipped = f"; {plural(len(document['skipped']), 'target')} not checked" if document["skipped"] else ""
     summary = ", ".join(f"{count} {word}" for word, count in counts.most_common()) + skipped
     wrong = plural(len(failures), "failed check") if failures else ""
     return Reading(summary, PartTable(columns=["target", *words], rows=rows), failures[:_MOST_FAILURES], wrong=wrong)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import first_names, plural
 from harness.regression.night import summary
-from harness.regression.night.results import Failure, PartResult, PartTable, PlannedPart
+from harness.regression.night.results import PartResult, PartTable, PlannedPart
 from harness.report import html
 from harness.report.formatting import field, unmeasured
 from harness.report.formatting import seconds as duration
@@ -22,6 +23,10 @@ TEMPLATE = "night.html.j2"
 _TONES = {"ok": "good", "finding": "bad", "failed": "bad", "cut": "open", "not-run": "quiet", "waiting": "quiet"}
 _LONG = 40
 """Characters of a text above which it is broken into lines."""
+_LONGEST = 180
+"""Characters of a failure at the top of the page, which is shortened to them."""
+_MOST_SHOWN = 3
+"""Number of failures of a part that are shown at once, and of parts whose failures the top of the page names."""
 _PAGES = {"check.html": "checks", "claims.html": "claims", "report.html": "report", "log.txt": "log"}
 
 
@@ -39,12 +44,13 @@ def build(night: Night, waiting: Sequence[PlannedPart]) -> dict[str, Any]:
         "place": manifest.card or here.machine.get("cpu", "a CPU"), "is_rehearsal": manifest.device == "cpu",
         "night": manifest.night, "started": manifest.started, "budget": duration(manifest.budget_s),
         "verdict": badge(word, tone) | {"exit": f"exit code {int(night.exit)}"}, "reason": _reason(night, waiting),
+        "wrong": _wrong(night.results),
         "counts": [badge(status, _TONES[status]) | {"count": count} for status, count in counts.items()],
         "next": summary.next_steps(night), "parts": _parts(night.results, waiting),
         "failed": [_failed(one) for one in night.results if one.failures],
         "numbers": [_numbers(one, one.table) for one in night.results if one.table is not None and one.table.rows],
         "environment": {**here.machine, **here.software, "code": here.code_version}, "notes": manifest.notes,
-        "left_out": list(night.left_out),
+        "left_out": _left_out(night),
     }  # fmt: skip
 
 
@@ -53,7 +59,7 @@ def _verdict(night: Night, is_running: bool) -> tuple[str, str]:
     words = {
         0: ("good, but not whole", "open") if night.left_out else ("good night", "good"),
         1: ("findings", "bad"),
-        4: ("incomplete", "open"),
+        4: ("interrupted" if night.interrupted else "incomplete", "open"),
         5: ("nothing measured", "quiet"),
     }
     return ("running", "open") if is_running and not night.interrupted else words[int(night.exit)]
@@ -72,6 +78,22 @@ def _reason(night: Night, waiting: Sequence[PlannedPart]) -> str:
     ran = sum(one.status == "ok" for one in night.results)
     said = said or [f"all {ran} parts ran, and found nothing wrong"]
     return "; ".join(filter(None, [*said, night.without_baseline]))
+
+
+def _wrong(results: Sequence[PartResult]) -> list[dict[str, str]]:
+    """Return the first parts with failures, each with what is wrong in one line."""
+    failed = [one for one in results if one.failures][:_MOST_SHOWN]
+    texts = [dict.fromkeys([one.because, one.failures[0].what]) for one in failed]
+    return [
+        {"name": one.name, "what": textwrap.shorten(": ".join(filter(None, text)), _LONGEST, placeholder=" …")}
+        for one, text in zip(failed, texts, strict=True)
+    ]
+
+
+def _left_out(night: Night) -> str:
+    """Return a sentence that names what the time or an interruption has left out. Empty if it is nothing."""
+    why = "The interruption left out" if night.interrupted else "The time did not suffice for"
+    return f"{why}: {', '.join(night.left_out)}." if night.left_out else ""
 
 
 def _parts(results: Sequence[PartResult], waiting: Sequence[PlannedPart]) -> dict[str, Any]:
@@ -113,11 +135,8 @@ def _time(seconds: float | None) -> Any:
 
 
 def _failed(result: PartResult) -> dict[str, Any]:
-    return {"name": result.name, "failures": [_failure(one) for one in result.failures]}
-
-
-def _failure(one: Failure) -> Mapping[str, str]:
-    return one.model_dump()
+    failures = [one.model_dump() for one in result.failures]
+    return {"name": result.name, "failures": failures[:_MOST_SHOWN], "more": failures[_MOST_SHOWN:]}
 
 
 def _numbers(result: PartResult, table: PartTable) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -175,6 +176,13 @@ def sources(name: str, names: Iterable[str]) -> list[str]:
     """Return those of the parts `names` that make the runs which the part `name` judges. Most parts judge none."""
     made = {"claims": lambda one: one.startswith("headline-"), "baseline": lambda one: one == "matrix"}.get(name)
     return list(filter(made, names)) if made else []
+
+
+def typed(words: Sequence[str]) -> list[str]:
+    """Return the arguments of a part without those that make its files, for a person who types them."""
+    files = ("--out", "--html")
+    kept = [word for before, word in pairwise(["", *words]) if before not in files and word not in files]
+    return [word for word in kept if word != "--json"]
 
 
 def with_suite(part: Part, suite: Path) -> Part:

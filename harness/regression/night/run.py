@@ -219,23 +219,23 @@ def _run_part(run: Night, part: Part, limit: Limit, left_s: float, command: Sequ
     folder = run.folder / "parts" / part.name
     folder.mkdir()
     words = _filled(run.folder, run.baseline, part)
-    line = part.line(words)
+    again = part.line(parts.typed(words))
     print_note(f"{part.name}: {part.title}")
     ended = part_run.run(words, part.variables, folder, limit.seconds, command)
     run.interrupted = ended.interrupted
-    reading = documents.read(part, folder, line)
+    reading = documents.read(part, folder, again)
     status, because = _judged(part, ended, reading, limit)
     failures = reading.failures
     if status == "failed" and not failures:
-        failures = [Failure(where=part.name, what=because, traceback=ended.tail, reproduce=line)]
+        failures = [Failure(where=part.name, what=because, traceback=ended.tail, reproduce=again)]
     shown = "" if ended.cut and reading.is_missing else reading.summary
     if ended.left:
         because = "; ".join(
             filter(None, [because, f"left processes behind, which were killed: {', '.join(ended.left)}"])
         )
     return PartResult(
-        name=part.name, title=part.title, status=status, because=because, command=line, estimate_s=part.estimate_s,
-        seconds=ended.seconds, cpu_s=ended.cpu_s, limit_s=limit.seconds,
+        name=part.name, title=part.title, status=status, because=because, command=part.line(words),
+        estimate_s=part.estimate_s, seconds=ended.seconds, cpu_s=ended.cpu_s, limit_s=limit.seconds,
         left_out=ended.interrupted or (ended.cut and limit.by != "estimate"),
         exit_code=ended.code, summary=shown, table=reading.table, failures=failures,
         files=_files(run.folder, folder),

@@ -80,13 +80,15 @@ def _left_out(night: Night) -> list[str]:
         elif made:
             left.discard(name)
         if name in night.left_out and any(found[one].seconds is not None for one in made):
-            alone.append(f"{found[name].command}  # judges the runs of this night")
+            again = shlex.join(parts.typed(shlex.split(found[name].command)))
+            alone.append(f"{again}  # judges the runs of this night")
     if not left:
         return alone
     real = f" --real {shlex.quote(str(night.real))}" if night.real is not None else ""
     only = " ".join(f"--only {name}" for name in found if name in left)
     needed_s = budget.LAST_S[night.manifest.device] + sum(_START_S + _needed_s(found[name]) for name in left)
-    again = f"peft-harness night --device {night.manifest.device}{real} {only} --budget {math.ceil(needed_s / 60)}m"
+    minutes = math.ceil(max(needed_s, night.manifest.budget_s) / 60)  # the estimates are rough: no less than this time
+    again = f"peft-harness night --device {night.manifest.device}{real} {only} --budget {minutes}m"
     return [*alone, f"{again}  # what was left out"]
 
 
