@@ -150,7 +150,7 @@ def _numbers(result: PartResult, table: PartTable) -> dict[str, Any]:
     columns = [column(label, number=False) for label in table.columns[1:]]
     made = grouped(
         f"{result.name}-table", result.title, columns, [("", rows)], file=f"night-{result.name}",
-        first=table.columns[0] or "Rate", by="",
+        first=table.columns[0] or "Measurement", by="",
     )  # fmt: skip
     links = [{"href": file, "text": _PAGES.get(file.rpartition("/")[2], file)} for file in result.files]
     return {
