@@ -107,6 +107,9 @@ def test_a_kit_has_a_small_model_in_float16_and_a_suite_that_trains_it(
 def test_the_script_runs_the_harness_of_the_kit(index: dict[str, int], tmp_path: Path) -> None:
     kit = tmp_path / "kit"
     assert main(["kit", str(kit), "--size", "20MiB"]) == Exit.PASS
+    of_a_card = Path("results", "baselines", "night-a-card", "run.json")
+    (kit / "source" / of_a_card).parent.mkdir(parents=True)
+    (kit / "source" / of_a_card).touch()
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHON": sys.executable}
     done = subprocess.run(
         ["bash", str(kit / "run.sh"), "list", "implementations", "--json"], cwd=tmp_path, env=environment,
@@ -114,6 +117,7 @@ def test_the_script_runs_the_harness_of_the_kit(index: dict[str, int], tmp_path:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "fused" in done.stdout
+    assert (tmp_path / of_a_card).is_file()  # where `night` looks for the baseline of its card
     (typed,) = re.findall(
         r'export PATH="(.*):\$PATH"', done.stderr
     )  # lets a reader paste the lines that `night` prints
