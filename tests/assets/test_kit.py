@@ -76,6 +76,17 @@ def test_a_wheel_is_unpacked_only_where_its_distribution_is_missing(tmp_path: Pa
     assert [path.name for path in (tmp_path / "site").iterdir()] == ["acme_of_kit.py"]
 
 
+def test_a_wheel_for_another_python_is_refused_with_a_hint(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "acme-1.0-cp27-cp27m-linux_x86_64.whl", "w") as wheel:
+        wheel.writestr("acme.so", "")
+    script = Path(make.__file__).with_name("unpack.py")
+    command = [sys.executable, "-I", str(script), str(tmp_path), str(tmp_path / "site")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == Exit.INFRASTRUCTURE
+    assert "acme-1.0-cp27-cp27m-linux_x86_64.whl is for another Python" in done.stderr
+    assert f"--python 3.{sys.version_info.minor}" in done.stderr
+
+
 @pytest.mark.nightly
 def test_a_kit_has_a_small_model_in_float16_and_a_suite_that_trains_it(
     index: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,13 +9,24 @@ from pathlib import Path
 
 
 def main(wheels: Path, site: Path) -> None:
-    """Unpack each wheel whose distribution is not installed into `site`. Nothing is installed outside of it."""
+    """Unpack each wheel whose distribution is not installed into `site`. Nothing is installed outside of it.
+
+    Exit with 4 at a wheel that was compiled for another Python.
+    """
     site.mkdir(exist_ok=True)
+    major, minor, *_ = sys.version_info
     for wheel in sorted(wheels.glob("*.whl")):
         name = wheel.name.split("-")[0].replace("_", "-")
         try:
             version(name)
         except PackageNotFoundError:
+            *_, abi, _ = wheel.stem.split("-")
+            if abi.startswith("cp") and abi != f"cp{major}{minor}":
+                sys.stderr.write(
+                    f"error: {wheel.name} is for another Python than {sys.executable}\n"
+                    f"hint: make the kit with --python {major}.{minor}, or let PYTHON name another one\n"
+                )
+                sys.exit(4)
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(site)  # the kit's own wheels
 
