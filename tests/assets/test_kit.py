@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -77,11 +78,15 @@ def test_a_wheel_is_unpacked_only_where_its_distribution_is_missing(tmp_path: Pa
 
 
 def test_a_wheel_for_another_python_is_refused_with_a_hint(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "acme-1.0-cp27-cp27m-linux_x86_64.whl", "w") as wheel:
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "acme-1.0-cp27-cp27m-linux_x86_64.whl", "w") as wheel:
         wheel.writestr("acme.so", "")
-    script = Path(make.__file__).with_name("unpack.py")
-    command = [sys.executable, "-I", str(script), str(tmp_path), str(tmp_path / "site")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    for name in ("run.sh", "unpack.py"):
+        shutil.copy(Path(make.__file__).with_name(name), tmp_path / name)
+    done = subprocess.run(
+        ["bash", str(tmp_path / "run.sh")], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
     assert done.returncode == Exit.INFRASTRUCTURE
     assert "acme-1.0-cp27-cp27m-linux_x86_64.whl is for another Python" in done.stderr
     assert f"--python 3.{sys.version_info.minor}" in done.stderr

@@ -4,7 +4,7 @@
 set -eu
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="${PYTHON:-python3}"
-"$python" -I "$here/unpack.py" "$here/wheels" "$here/site"
+"$python" -I "$here/unpack.py" "$here/wheels" "$here/site" || exit 4
 # The commands look for baselines in the current folder.
 if [ -d "$here/source/results/baselines" ] && [ ! -e results/baselines ]; then mkdir -p results && cp -R "$here/source/results/baselines" results/; fi
 case "${1:-}" in "" | -*) if [ -f "$here/half.yaml" ]; then set -- night --real "$here/half.yaml" "$@"; else set -- night "$@"; fi ;; esac

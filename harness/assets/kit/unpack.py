@@ -11,7 +11,7 @@ from pathlib import Path
 def main(wheels: Path, site: Path) -> None:
     """Unpack each wheel whose distribution is not installed into `site`. Nothing is installed outside of it.
 
-    Exit with 4 at a wheel that was compiled for another Python.
+    Exit with an error at a wheel that was compiled for another Python.
     """
     site.mkdir(exist_ok=True)
     major, minor, *_ = sys.version_info
@@ -22,11 +22,10 @@ def main(wheels: Path, site: Path) -> None:
         except PackageNotFoundError:
             *_, abi, _ = wheel.stem.split("-")
             if abi.startswith("cp") and abi != f"cp{major}{minor}":
-                sys.stderr.write(
+                sys.exit(
                     f"error: {wheel.name} is for another Python than {sys.executable}\n"
-                    f"hint: make the kit with --python {major}.{minor}, or let PYTHON name another one\n"
+                    f"hint: make the kit with --python {major}.{minor}, or let PYTHON name another one"
                 )
-                sys.exit(4)
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(site)  # the kit's own wheels
 
