@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,16 @@ from harness.errors import HarnessError, plural
 from harness.records import store
 from harness.records.record import Status
 from harness.regression.night.part_run import STDOUT
-from harness.regression.night.parts import Part
+from harness.regression.night.parts import HEADLINE, Part
 from harness.regression.night.results import Failure, PartTable
 
 _MOST_FAILURES = 60
 """Failures of a part that its result lists. The document of the part has all of them."""
 
 NO_CELL = "no Cell ran"
+_FAILED = (Status.ERROR, Status.OOM, Status.TIMEOUT)
+_OUTCOMES = (Status.OOM, Status.TIMEOUT)
+"""Statuses that are no finding in a run for a headline claim: the claim is then refuted."""
 _OURS = ("ours", "how")
 """Keys of a claim with our value, and its computation with the machine and the run that it comes from."""
 
@@ -49,7 +52,7 @@ def read(part: Part, folder: Path, line: str) -> Reading:
     """
     try:
         if part.kind == "run":
-            return _run(folder / "run", line)
+            return _run(folder / "run", line, _OUTCOMES if part.name.startswith(HEADLINE) else ())
         document = _document(folder / STDOUT)
         if document is None and part.kind == "bench":  # the bench was killed: its rows are in files
             document = {"benchmarks": [_document(file) for file in sorted(folder.glob("[0-9]*-vs-*.json"))]}
@@ -158,7 +161,8 @@ def _card(document: Mapping[str, Any], line: str) -> Reading:
     return Reading(plural(len(rows), "measurement"), shown, failures)
 
 
-def _run(folder: Path, line: str) -> Reading:
+def _run(folder: Path, line: str, outcomes: Collection[Status]) -> Reading:
+    """Read a run. outcomes: statuses that are results of it, and no finding."""
     if not (folder / "run.json").is_file():
         return Reading(is_missing=True)
     run = store.read_run(folder)
@@ -193,6 +197,9 @@ def _run(folder: Path, line: str) -> Reading:
     table = PartTable(columns=["Cell", "status", "step, ms", "peak, GiB", "because"], rows=rows)
     untrained = "a Cell left a tensor untrained" if counts[Status.UNTRAINED.value] else ""
     wrong = "a Cell computes something else" if counts[Status.NONCONFORMING.value] else untrained
+    if not wrong:
+        bad = [status.value for status in _FAILED if status not in outcomes and counts[status.value]]
+        wrong = f"{plural(sum(counts[one] for one in bad), 'Cell')} failed: {', '.join(bad)}" if bad else ""
     return Reading(summary, table, failures, wrong=wrong)
 
 

@@ -75,8 +75,9 @@ def _reason(night: Night, waiting: Sequence[PlannedPart]) -> str:
             names.setdefault(one.status, []).append(one.name)
     said = [f"{status}: {first_names(names[status])}" for status in _TONES if status in names]
     said += [f"waiting: {plural(len(waiting), 'part')}"] if waiting else []
-    ran = sum(one.status == "ok" for one in night.results)
-    said = said or [f"all {ran} parts ran, and found nothing wrong"]
+    failures = [one.name for one in night.results if one.status == "ok" and one.failures]
+    said += [f"ok, with failures: {first_names(failures)}"] if failures else []
+    said = said or [f"all {len(night.results)} parts ran, and found nothing wrong"]
     return "; ".join(filter(None, [*said, night.without_baseline]))
 
 

@@ -18,7 +18,7 @@ from harness.assets import fetch
 from harness.assets.table import load_table
 from harness.bench.gpu import Gpu, find_gpu
 from harness.console import print_json, print_lines, print_note
-from harness.errors import Exit, UsageError, did_you_mean
+from harness.errors import Exit, UsageError, did_you_mean, plural
 from harness.kernels import card_tables
 from harness.process.signals import handle_termination
 from harness.records import environment, store
@@ -72,7 +72,7 @@ class Night:
     def exit(self) -> Exit:
         """The exit code. The first of these rules that applies decides.
 
-        1: a check, a benchmark's check, the baseline or the canary has a finding. 4: the night was interrupted, a part
+        1: a check, a benchmark's check, a Cell, the baseline or the canary has a finding. 4: the night was interrupted, a part
         failed, or a GPU was wanted and there is none. 5: nothing was measured. 0: otherwise, also if the time did not
         suffice for all parts.
         """
@@ -154,7 +154,11 @@ def night(request: NightRequest, as_json: bool) -> Exit:
         print_note(f"note: --real is not used: this night has no part {parts.REAL}")
     for note in manifest.notes:
         print_note(note)
-    print_note(f"night {manifest.night}: {len(plan)} parts within {duration(request.budget_s)}, into {folder}")
+    print_note(
+        f"night {manifest.night}: {plural(len(plan), 'part')} within {duration(request.budget_s)}, into {folder}"
+    )
+    if not run.missing:
+        print_note(f"{run.page} is refreshed after each part")
     with handle_termination():
         try:
             for number, part in enumerate(plan):
@@ -220,7 +224,7 @@ def _run_part(run: Night, part: Part, limit: Limit, left_s: float, command: Sequ
     folder.mkdir()
     words = _filled(run.folder, run.baseline, part)
     again = part.line(parts.typed(words))
-    print_note(f"{part.name}: {part.title}")
+    print_note(f"{part.name}: {part.title} About {duration(part.estimate_s)}, at most {duration(limit.seconds)}.")
     ended = part_run.run(words, part.variables, folder, limit.seconds, command)
     run.interrupted = ended.interrupted
     reading = documents.read(part, folder, again)

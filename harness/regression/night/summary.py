@@ -54,7 +54,7 @@ def next_steps(night: Night) -> list[str]:
     ok = any(one.name == "matrix" and one.status == "ok" for one in night.results)
     if ok and night.lacks_baseline:
         steps.append(
-            f"peft-harness baseline promote {run} {night.baseline} --reason 'first night'  # the first baseline"
+            f"peft-harness baseline promote {run} {night.baseline} --reason 'first night'  # the first baseline: commit it"
         )
     tables = (night.folder / "parts" / "crossovers").glob("*.json")
     steps += [
