@@ -58,8 +58,8 @@ def night(
       peft-harness night --device cpu           a rehearsal: small shapes, Triton's interpreter
       peft-harness night --only step-dora       one part
 
-    The exit code is 1 if a check or a Cell fails or the baseline shows a regression, 4 if a part failed, the night was interrupted or
-    there is no GPU, and 5 if nothing was measured.
+    The exit code is 1 if a check or a Cell fails or the baseline shows a regression, 4 if a part failed, the night was
+    interrupted or there is no GPU, and 5 if nothing was measured.
     """
     from harness.regression.night.run import NightRequest
     from harness.regression.night.run import night as run

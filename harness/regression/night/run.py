@@ -72,9 +72,9 @@ class Night:
     def exit(self) -> Exit:
         """The exit code. The first of these rules that applies decides.
 
-        1: a check, a benchmark's check, a Cell, the baseline or the canary has a finding. 4: the night was interrupted, a part
-        failed, or a GPU was wanted and there is none. 5: nothing was measured. 0: otherwise, also if the time did not
-        suffice for all parts.
+        1: a check, a benchmark's check, a Cell, the baseline or the canary has a finding. 4: the night was interrupted,
+        a part failed, or a GPU was wanted and there is none. 5: nothing was measured. 0: otherwise, also if the time did
+        not suffice for all parts.
         """
         statuses = Counter(one.status for one in self.results)
         if statuses["finding"]:
