@@ -71,10 +71,15 @@ def test_a_wheel_is_unpacked_only_where_its_distribution_is_missing(tmp_path: Pa
     for name in ("acme", "click"):
         with zipfile.ZipFile(tmp_path / "wheels" / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
             wheel.writestr(f"{name}_of_kit.py", "")
+            wheel.writestr(f"{name}-1.0.dist-info/RECORD", "")
     script = Path(make.__file__).with_name("unpack.py")
     command = [sys.executable, "-I", str(script), str(tmp_path / "wheels"), str(tmp_path / "site")]
     subprocess.run(command, check=True)
-    assert [path.name for path in (tmp_path / "site").iterdir()] == ["acme_of_kit.py"]
+    assert {path.name for path in (tmp_path / "site").iterdir()} == {"acme_of_kit.py", "acme-1.0.dist-info"}
+    in_use = tmp_path / "site" / "acme_of_kit.py"
+    in_use.write_text("x = 1")
+    subprocess.run(command, check=True)
+    assert in_use.read_text() == "x = 1"  # a night that runs has mapped the libraries there
 
 
 def test_a_wheel_for_another_python_is_refused_with_a_hint(tmp_path: Path) -> None:
