@@ -58,7 +58,8 @@ def test_claims_that_were_left_out_are_judged_from_the_runs_of_the_night(
     stub.write_text(STUB)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     first, second = (
-        Part(f"headline-{name}", "?", "run", ("run", "--out", f"{parts.OUT}/run"), 1.0) for name in ("7b", "33b")
+        Part(f"headline-{name}", "?", "run", ("run", "suite", "--out", f"{parts.OUT}/run"), 1.0)
+        for name in ("7b", "33b")
     )
     claims = Part("claims", "?", "claims", ("claims", parts.RUNS), 900.0)
     monkeypatch.setattr(parts, "on_cpu", lambda: [first, claims])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -52,7 +53,8 @@ def read(part: Part, folder: Path, line: str) -> Reading:
     """
     try:
         if part.kind == "run":
-            return _run(folder / "run", line, _OUTCOMES if part.name.startswith(HEADLINE) else ())
+            outcomes = _OUTCOMES if part.name.startswith(HEADLINE) else ()
+            return _run(folder / "run", line, part.words[1], outcomes)
         document = _document(folder / STDOUT)
         if document is None and part.kind == "bench":  # the bench was killed: its rows are in files
             document = {"benchmarks": [_document(file) for file in sorted(folder.glob("[0-9]*-vs-*.json"))]}
@@ -161,8 +163,8 @@ def _card(document: Mapping[str, Any], line: str) -> Reading:
     return Reading(plural(len(rows), "measurement"), shown, failures)
 
 
-def _run(folder: Path, line: str, outcomes: Collection[Status]) -> Reading:
-    """Read a run. outcomes: statuses that are results of it, and no finding."""
+def _run(folder: Path, line: str, suite: str, outcomes: Collection[Status]) -> Reading:
+    """Read a run. suite: its name or file. outcomes: statuses that are results of it, and no finding."""
     if not (folder / "run.json").is_file():
         return Reading(is_missing=True)
     run = store.read_run(folder)
@@ -179,7 +181,7 @@ def _run(folder: Path, line: str, outcomes: Collection[Status]) -> Reading:
         ])  # fmt: skip
         if record.status is not Status.OK and record.status is not Status.SKIPPED:
             trace = record.failure.traceback if record.failure is not None else ""
-            again = f"peft-harness run {run.manifest.suite} --only {record.cell_id} --device {record.device}"
+            again = f"peft-harness run {shlex.quote(suite)} --only {record.cell_id} --device {record.device}"
             failures.append(
                 Failure(
                     where=f"{record.cell.label}: {record.status.value}",

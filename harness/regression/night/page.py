@@ -26,7 +26,9 @@ _LONG = 40
 _LONGEST = 180
 """Characters of a failure at the top of the page, which is shortened to them."""
 _MOST_SHOWN = 3
-"""Number of failures of a part that are shown at once, and of parts whose failures the top of the page names."""
+"""Number of failures of a part that are shown at once."""
+_MOST_NAMED = 5
+"""Number of parts with a status, or with failures, that the top of the page names."""
 _PAGES = {"check.html": "checks", "claims.html": "claims", "report.html": "report", "log.txt": "log"}
 
 
@@ -73,17 +75,17 @@ def _reason(night: Night, waiting: Sequence[PlannedPart]) -> str:
     for one in night.results:
         if one.status != "ok":
             names.setdefault(one.status, []).append(one.name)
-    said = [f"{status}: {first_names(names[status])}" for status in _TONES if status in names]
+    said = [f"{status}: {first_names(names[status], _MOST_NAMED)}" for status in _TONES if status in names]
     said += [f"waiting: {plural(len(waiting), 'part')}"] if waiting else []
     failures = [one.name for one in night.results if one.status == "ok" and one.failures]
-    said += [f"ok, with failures: {first_names(failures)}"] if failures else []
+    said += [f"ok, with failures: {first_names(failures, _MOST_NAMED)}"] if failures else []
     said = said or [f"all {len(night.results)} parts ran, and found nothing wrong"]
     return "; ".join(filter(None, [*said, night.without_baseline]))
 
 
 def _wrong(results: Sequence[PartResult]) -> list[dict[str, str]]:
     """Return the first parts with failures, each with what is wrong in one line."""
-    failed = [one for one in results if one.failures][:_MOST_SHOWN]
+    failed = [one for one in results if one.failures][:_MOST_NAMED]
     texts = [dict.fromkeys([one.because, one.failures[0].what]) for one in failed]
     return [
         {"name": one.name, "what": textwrap.shorten(": ".join(filter(None, text)), _LONGEST, placeholder=" …")}
