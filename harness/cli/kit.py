@@ -55,5 +55,10 @@ def kit(folder: Path, size: int, python_version: str) -> Exit:
     lines += align_columns(rows, right=[1])
     if made.left_out:
         lines += ["", "left out:", *align_columns([[name, why] for name, why in made.left_out.items()])]
+    lines += [
+        "",
+        "next:",
+        f"  copy {folder} to the other machine, and there: bash {folder.name}/run.sh --budget 10m --out night",
+    ]
     print_lines(lines)
     return Exit.INFRASTRUCTURE if made.lacks_needed else Exit.PASS

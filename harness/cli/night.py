@@ -29,7 +29,10 @@ def _seconds(_: click.Context, __: click.Parameter, value: str) -> float:
     help="Time for all parts, e.g. 10m. A part that does not fit is not run.",
 )  # fmt: skip
 @click.option(
-    "--only", multiple=True, metavar="PART", help=f"Run only parts whose names begin like this. {options.AGAIN}"
+    "--only",
+    multiple=True,
+    metavar="PART",
+    help=f"Run only this part, or the parts whose names begin like this. {options.AGAIN}",
 )
 @click.option(
     "--real", type=options.FILE, metavar="FILE",
@@ -55,8 +58,8 @@ def night(
       peft-harness night --device cpu           a rehearsal: small shapes, Triton's interpreter
       peft-harness night --only step-dora       one part
 
-    The exit code is 1 if a check fails or the baseline shows a regression, 4 if a part failed or there is no GPU, and 5 if
-    nothing was measured.
+    The exit code is 1 if a check or a Cell fails or the baseline shows a regression, 4 if a part failed, the night was
+    interrupted or there is no GPU, and 5 if nothing was measured.
     """
     from harness.regression.night.run import NightRequest
     from harness.regression.night.run import night as run

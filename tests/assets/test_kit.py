@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -69,10 +71,30 @@ def test_a_wheel_is_unpacked_only_where_its_distribution_is_missing(tmp_path: Pa
     for name in ("acme", "click"):
         with zipfile.ZipFile(tmp_path / "wheels" / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
             wheel.writestr(f"{name}_of_kit.py", "")
+            wheel.writestr(f"{name}-1.0.dist-info/RECORD", "")
     script = Path(make.__file__).with_name("unpack.py")
     command = [sys.executable, "-I", str(script), str(tmp_path / "wheels"), str(tmp_path / "site")]
     subprocess.run(command, check=True)
-    assert [path.name for path in (tmp_path / "site").iterdir()] == ["acme_of_kit.py"]
+    assert {path.name for path in (tmp_path / "site").iterdir()} == {"acme_of_kit.py", "acme-1.0.dist-info"}
+    in_use = tmp_path / "site" / "acme_of_kit.py"
+    in_use.write_text("x = 1")
+    subprocess.run(command, check=True)
+    assert in_use.read_text() == "x = 1"  # a night that runs has mapped the libraries there
+
+
+def test_a_wheel_for_another_python_is_refused_with_a_hint(tmp_path: Path) -> None:
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "acme-1.0-cp27-cp27m-linux_x86_64.whl", "w") as wheel:
+        wheel.writestr("acme.so", "")
+    for name in ("run.sh", "unpack.py"):
+        shutil.copy(Path(make.__file__).with_name(name), tmp_path / name)
+    done = subprocess.run(
+        ["bash", str(tmp_path / "run.sh")], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == Exit.INFRASTRUCTURE
+    assert "acme-1.0-cp27-cp27m-linux_x86_64.whl is for another Python" in done.stderr
+    assert f"--python 3.{sys.version_info.minor}" in done.stderr
 
 
 @pytest.mark.nightly
@@ -106,6 +128,9 @@ def test_a_kit_has_a_small_model_in_float16_and_a_suite_that_trains_it(
 def test_the_script_runs_the_harness_of_the_kit(index: dict[str, int], tmp_path: Path) -> None:
     kit = tmp_path / "kit"
     assert main(["kit", str(kit), "--size", "20MiB"]) == Exit.PASS
+    of_a_card = Path("results", "baselines", "night-a-card", "run.json")
+    (kit / "source" / of_a_card).parent.mkdir(parents=True)
+    (kit / "source" / of_a_card).touch()
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHON": sys.executable}
     done = subprocess.run(
         ["bash", str(kit / "run.sh"), "list", "implementations", "--json"], cwd=tmp_path, env=environment,
@@ -113,3 +138,12 @@ def test_the_script_runs_the_harness_of_the_kit(index: dict[str, int], tmp_path:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "fused" in done.stdout
+    assert (tmp_path / of_a_card).is_file()  # where `night` looks for the baseline of its card
+    (typed,) = re.findall(
+        r'export PATH="(.*):\$PATH"', done.stderr
+    )  # lets a reader paste the lines that `night` prints
+    again = subprocess.run(
+        ["peft-harness", "list", "implementations", "--json"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=environment | {"PATH": f"{typed}{os.pathsep}{os.defpath}"},
+    )  # fmt: skip
+    assert again.stdout == done.stdout, again.stderr

@@ -1,9 +1,11 @@
-"""A short rehearsal of a night, and a night whose kernels raise, return NaN and hang, and whose Cell has no memory left."""
+"""A short rehearsal of a night, and nights that go wrong: failing kernels, no memory, no time, and Ctrl-C."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +15,17 @@ import pytest
 
 from harness.errors import Exit
 from harness.kernels import card_tables, crossover
+from harness.process.worker_pool import marked
 from harness.records.files import sha256
+from support.processes import eventually
 from support.sandbox import Sandbox
 
 pytestmark = pytest.mark.e2e
 
 _PLANTED = """
+import os
 import time
+from pathlib import Path
 from harness import implements
 
 class Kernel:
@@ -47,8 +53,20 @@ def nan(packed, absmax, block, shape, dtype):
 def hangs(**_):
     time.sleep(600)
 
+def compute(**arguments):
+    from harness.kernels.torch.nf4 import dequantize
+    return dequantize(**arguments)
+
+@op("planted-slow")
+def slow(calls=[], **arguments):
+    if len(calls) == 8:
+        Path(os.environ["MISBEHAVING"], "waits").touch()
+        time.sleep(600)
+    calls.append(0)
+    return compute(**arguments)
+
 def implementations():
-    return [raises, nan, hangs]
+    return [raises, nan, hangs, slow]
 """
 _NIGHT = """
 import sys
@@ -63,6 +81,43 @@ plan = [check("planted-raises"), check("planted-nan"), check("planted-hangs", "-
 parts.on_cpu = lambda: plan
 sys.exit(run.night(run.NightRequest(7200.0, "cpu", Path("night")), as_json=False))
 """
+
+
+_SHORT = """
+import sys, time
+from pathlib import Path
+from harness.regression.night import part_run, parts, run
+always = ("check", "planted-slow", "--dtype", "float32", "--jobs", "1", "--json")
+plan = [parts.Part("slow", "?", "check", always, 60.0), parts.Part("later", "?", "check", always, 590.0)]
+parts.on_cpu = lambda: plan
+wait = part_run._wait
+def until_it_waits(child, limit_s):  # so the end of the budget does not depend on the speed of this machine
+    while not Path("waits").exists() and child.wait(0) is None:
+        time.sleep(0.1)
+    return wait(child, 0.0)
+part_run._wait = until_it_waits
+sys.exit(run.night(run.NightRequest(600.0, "cpu", Path("night")), as_json=False))
+"""
+
+
+@pytest.fixture
+def planted(sandbox: Sandbox) -> Sandbox:
+    """Install the implementations of `_PLANTED`."""
+    site = Path(sandbox.environment["PYTHONPATH"].split(os.pathsep)[0])
+    info = site / "planted-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: planted\nVersion: 1.0\n", encoding="utf-8")
+    points = "[harness.implementations]\nplanted = planted:implementations\n"
+    (info / "entry_points.txt").write_text(points, encoding="utf-8")
+    (site / "planted.py").write_text(_PLANTED, encoding="utf-8")
+    return sandbox
+
+
+def run_script(sandbox: Sandbox, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=sandbox.folder, env=sandbox.environment, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
 
 
 def results(folder: Path) -> dict[str, dict[str, Any]]:
@@ -93,21 +148,50 @@ def test_a_short_rehearsal(sandbox: Sandbox) -> None:
     tuned_tiles.tiles(table[card_tables.TILES])  # the kernels can read it
 
 
+def test_a_budget_that_ends_in_a_part_keeps_its_checks_and_names_what_is_left(planted: Sandbox) -> None:
+    done = run_script(planted, _SHORT)
+    assert done.returncode == Exit.PASS, done.stderr
+    found = results(planted.folder / "night")
+    assert found["slow"]["status"] == "cut"
+    assert found["slow"]["because"] == "the budget was over; what it had measured is kept"
+    assert re.match(r"[1-9]\d* pass", found["slow"]["summary"])
+    assert found["later"]["status"] == "not-run"
+    footer = json.loads((planted.folder / "night" / "footer.json").read_text())
+    assert (footer["how"], footer["left_out"].keys()) == ("finished", {"slow", "later"})
+    page = (planted.folder / "night" / "index.html").read_text()
+    for told in (
+        "good, but not whole",
+        "the budget was over",
+        "peft-harness night --device cpu --only slow --only later",
+    ):
+        assert told in page
+    assert [one.pid for one in marked("MISBEHAVING", str(planted.folder))] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_ctrl_c_ends_the_command_with_a_page_and_no_process_left(sandbox: Sandbox) -> None:
+    words = ("--only", "parity-bfloat16", "--only", "crossovers", "--budget", "30m", "--out", "night")
+    process = sandbox.start("night", "--device", "cpu", *words)
+    folder = sandbox.folder / "night"
+    eventually((folder / "parts" / "parity-bfloat16" / "log.txt").exists, "the first part runs")
+    process.send_signal(signal.SIGINT)
+    done = sandbox.finish(process)
+    assert done.code == Exit.INFRASTRUCTURE, done.err
+    assert {name: one["status"] for name, one in results(folder).items()} == {
+        "parity-bfloat16": "cut", "crossovers": "not-run",
+    }  # fmt: skip
+    assert json.loads((folder / "footer.json").read_text())["how"] == "interrupted"
+    for told in (done.out, (folder / "index.html").read_text()):
+        assert "interrupted" in told
+        assert "peft-harness night --device cpu --only parity-bfloat16 --only crossovers" in told
+    assert [one.pid for one in marked("MISBEHAVING", str(sandbox.folder))] == []
+
+
 @pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
-def test_every_planted_failure_is_told_and_the_last_part_runs(sandbox: Sandbox) -> None:
-    site = Path(sandbox.environment["PYTHONPATH"].split(os.pathsep)[0])
-    info = site / "planted-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: planted\nVersion: 1.0\n", encoding="utf-8")
-    points = "[harness.implementations]\nplanted = planted:implementations\n"
-    (info / "entry_points.txt").write_text(points, encoding="utf-8")
-    (site / "planted.py").write_text(_PLANTED, encoding="utf-8")
-    suite = sandbox.suite("{id: greedy, implementation: greedy}")
-    done = subprocess.run(
-        [sys.executable, "-c", _NIGHT, suite], cwd=sandbox.folder, env=sandbox.environment, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+def test_every_planted_failure_is_told_and_the_last_part_runs(planted: Sandbox) -> None:
+    sandbox = planted
+    done = run_script(sandbox, _NIGHT, sandbox.suite("{id: greedy, implementation: greedy}"))
     assert done.returncode == Exit.FAIL, done.stderr
     found = results(sandbox.folder / "night")
     assert found["reference"]["status"] == "ok"

@@ -15,6 +15,8 @@ from unittest import mock
 import pytest
 import torch
 import triton
+import triton.language as tl
+from triton.runtime import interpreter
 
 from harness.conformance import operations
 from harness.kernels import device
@@ -22,6 +24,7 @@ from harness.kernels import triton as gpu
 from harness.kernels.torch.lora_linear import lora_linear
 from harness.kernels.torch.nf4 import quantize
 from harness.kernels.torch.nf4_lora_linear import nf4_lora_linear
+from harness.kernels.triton.support import launch as launches
 from harness.kernels.triton.support.launch import launch
 
 
@@ -46,6 +49,28 @@ def test_a_launch_is_on_the_device_of_its_first_tensor() -> None:
         with mock.patch.object(torch.cuda, "device_of") as taken:
             launch(nothing, (1,), *positional, **named)
         assert taken.call_args.args[0] is first
+
+
+@triton.jit
+def counted(total, N):
+    for _ in range(0, N):
+        tl.store(total, tl.load(total) + 1)
+
+
+def test_the_interpreter_of_triton_3_6_runs_a_loop_that_ends_at_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    newer = interpreter._patch_lang_tensor
+
+    def of_triton_3_6(tensor: Any, scope: Any) -> None:
+        newer(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data))  # an array: NumPy 2.4 raises TypeError
+
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", of_triton_3_6)
+    launches._mend_interpreter.cache_clear()
+    total = torch.zeros(1)
+    launch(counted, (1,), total, 3)
+    assert total.item() == 3
+    launches._mend_interpreter.cache_clear()
 
 
 STEPS = {

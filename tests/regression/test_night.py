@@ -80,7 +80,7 @@ elif what == "garbage":
 
 
 def part(word: str, estimate_s: float = 1.0, name: str = "", kind: Any = "check", kept: bool = False) -> Part:
-    return Part(name or word, f"What if it {word}?", kind, (word,), estimate_s, kept=kept)
+    return Part(name or word, f"What if it {word}?", kind, (word, "--json", "--out", parts.OUT), estimate_s, kept=kept)
 
 
 def run(
@@ -143,8 +143,10 @@ def test_a_part_that_fails_is_told_with_its_reproduction_and_the_next_part_runs(
     assert told in failure["what"] + results[word]["because"]
     assert failure["reproduce"].startswith("peft-harness ")
     assert results["good"]["status"] == "ok"
-    assert told.partition(",")[0] in page
-    assert failure["reproduce"] in page
+    top, _, rest = page.partition('id="next"')
+    assert told.partition(",")[0] in top
+    assert failure["reproduce"] in rest
+    assert "--json" not in failure["reproduce"]
 
 
 def test_the_reproduction_of_a_check_names_its_operation_and_dtype(
@@ -348,6 +350,7 @@ def test_ctrl_c_leaves_a_footer_and_a_page(tmp_path: Path) -> None:
     page = (out / "index.html").read_text()
     assert "peft-harness night --device cpu --only saves --only good" in page
     assert "1 pass; interrupted; what it had measured is kept" in page
+    assert "The interruption left out: saves, good." in page
 
 
 def test_every_command_of_the_plans_is_one_that_the_command_line_takes(monkeypatch: pytest.MonkeyPatch) -> None:

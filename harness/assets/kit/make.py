@@ -18,7 +18,7 @@ from harness.process.supervisor import module_arguments, python
 from harness.records.files import sha256, write_atomic
 
 SCHEMA = 1
-_DISTRIBUTION = "peft-harness"
+_DISTRIBUTION = _COMMAND = "peft-harness"
 _HERE = Path(__file__).parent
 _PIP_S = 600.0
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
@@ -101,9 +101,11 @@ def _copy_source(folder: Path) -> int:
     about.mkdir(parents=True)
     for name in ("METADATA", "entry_points.txt"):
         (about / name).write_text(installed.read_text(name) or "", encoding="utf-8")
-    for name in ("run.sh", "unpack.py"):
-        shutil.copy(_HERE / name, folder / name)
-    (folder / "run.sh").chmod(0o755)
+    (folder / "bin").mkdir()
+    for name, target in (("run.sh", folder), ("unpack.py", folder), (_COMMAND, folder / "bin")):
+        shutil.copy(_HERE / name, target / name)
+    for script in (folder / "run.sh", folder / "bin" / _COMMAND):
+        script.chmod(0o755)
     return _size(folder)
 
 

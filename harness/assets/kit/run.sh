@@ -4,8 +4,9 @@
 set -eu
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="${PYTHON:-python3}"
-"$python" -I "$here/unpack.py" "$here/wheels" "$here/site"
-export PYTHONPATH="$here/source:$here/metadata:$here/site${PYTHONPATH:+:$PYTHONPATH}"
-export PEFT_HARNESS_CACHE="${PEFT_HARNESS_CACHE:-$here/cache}" HF_HUB_OFFLINE=1 PIP_NO_INDEX=1
+"$python" -I "$here/unpack.py" "$here/wheels" "$here/site" || exit 4
+# The commands look for baselines in the current folder.
+if [ -d "$here/source/results/baselines" ] && [ ! -e results/baselines ]; then mkdir -p results && cp -R "$here/source/results/baselines" results/; fi
 case "${1:-}" in "" | -*) if [ -f "$here/half.yaml" ]; then set -- night --real "$here/half.yaml" "$@"; else set -- night "$@"; fi ;; esac
-exec "$python" -P -m harness.cli "$@"
+echo "note: to type a line that begins with peft-harness, first: export PATH=\"$here/bin:\$PATH\"" >&2
+exec bash "$here/bin/peft-harness" "$@"

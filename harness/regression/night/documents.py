@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,16 @@ from harness.errors import HarnessError, plural
 from harness.records import store
 from harness.records.record import Status
 from harness.regression.night.part_run import STDOUT
-from harness.regression.night.parts import Part
+from harness.regression.night.parts import HEADLINE, Part
 from harness.regression.night.results import Failure, PartTable
 
 _MOST_FAILURES = 60
 """Failures of a part that its result lists. The document of the part has all of them."""
 
 NO_CELL = "no Cell ran"
+_FAILED = (Status.ERROR, Status.OOM, Status.TIMEOUT)
+_OUTCOMES = (Status.OOM, Status.TIMEOUT)
+"""Statuses that are no finding in a run for a headline claim: the claim is then refuted."""
 _OURS = ("ours", "how")
 """Keys of a claim with our value, and its computation with the machine and the run that it comes from."""
 
@@ -45,11 +49,12 @@ class Reading:
 def read(part: Part, folder: Path, line: str) -> Reading:
     """Read what a part has left in its folder.
 
-    line: the part's command, which is the reproduction of a failure that has no shorter one.
+    line: the part's command as a person types it, which is the reproduction of a failure that has no shorter one.
     """
     try:
         if part.kind == "run":
-            return _run(folder / "run", line)
+            outcomes = _OUTCOMES if part.name.startswith(HEADLINE) else ()
+            return _run(folder / "run", line, part.words[1], outcomes)
         document = _document(folder / STDOUT)
         if document is None and part.kind == "bench":  # the bench was killed: its rows are in files
             document = {"benchmarks": [_document(file) for file in sorted(folder.glob("[0-9]*-vs-*.json"))]}
@@ -84,7 +89,7 @@ def _check(document: Mapping[str, Any], line: str) -> Reading:
         for one in checks
         if one["standing"] == "fail"
     ]  # fmt: skip
-    skipped = f"; {len(document['skipped'])} targets not checked" if document["skipped"] else ""
+    skipped = f"; {plural(len(document['skipped']), 'target')} not checked" if document["skipped"] else ""
     summary = ", ".join(f"{count} {word}" for word, count in counts.most_common()) + skipped
     wrong = plural(len(failures), "failed check") if failures else ""
     return Reading(summary, PartTable(columns=["target", *words], rows=rows), failures[:_MOST_FAILURES], wrong=wrong)
@@ -158,7 +163,8 @@ def _card(document: Mapping[str, Any], line: str) -> Reading:
     return Reading(plural(len(rows), "measurement"), shown, failures)
 
 
-def _run(folder: Path, line: str) -> Reading:
+def _run(folder: Path, line: str, suite: str, outcomes: Collection[Status]) -> Reading:
+    """Read a run. suite: its name or file. outcomes: statuses that are results of it, and no finding."""
     if not (folder / "run.json").is_file():
         return Reading(is_missing=True)
     run = store.read_run(folder)
@@ -175,7 +181,7 @@ def _run(folder: Path, line: str) -> Reading:
         ])  # fmt: skip
         if record.status is not Status.OK and record.status is not Status.SKIPPED:
             trace = record.failure.traceback if record.failure is not None else ""
-            again = f"peft-harness run {run.manifest.suite} --only {record.cell_id} --device {record.device}"
+            again = f"peft-harness run {shlex.quote(suite)} --only {record.cell_id} --device {record.device}"
             failures.append(
                 Failure(
                     where=f"{record.cell.label}: {record.status.value}",
@@ -193,6 +199,9 @@ def _run(folder: Path, line: str) -> Reading:
     table = PartTable(columns=["Cell", "status", "step, ms", "peak, GiB", "because"], rows=rows)
     untrained = "a Cell left a tensor untrained" if counts[Status.UNTRAINED.value] else ""
     wrong = "a Cell computes something else" if counts[Status.NONCONFORMING.value] else untrained
+    if not wrong:
+        bad = [status.value for status in _FAILED if status not in outcomes and counts[status.value]]
+        wrong = f"{plural(sum(counts[one] for one in bad), 'Cell')} failed: {', '.join(bad)}" if bad else ""
     return Reading(summary, table, failures, wrong=wrong)
 
 

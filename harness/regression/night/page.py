@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import first_names, plural
-from harness.regression.night.results import Failure, PartResult, PartTable, PlannedPart
+from harness.regression.night import summary
+from harness.regression.night.results import PartResult, PartTable, PlannedPart
 from harness.report import html
 from harness.report.formatting import field, unmeasured
 from harness.report.formatting import seconds as duration
@@ -21,6 +23,12 @@ TEMPLATE = "night.html.j2"
 _TONES = {"ok": "good", "finding": "bad", "failed": "bad", "cut": "open", "not-run": "quiet", "waiting": "quiet"}
 _LONG = 40
 """Characters of a text above which it is broken into lines."""
+_LONGEST = 180
+"""Characters of a failure at the top of the page, which is shortened to them."""
+_MOST_SHOWN = 3
+"""Number of failures of a part that are shown at once."""
+_MOST_NAMED = 5
+"""Number of parts with a status, or with failures, that the top of the page names."""
 _PAGES = {"check.html": "checks", "claims.html": "claims", "report.html": "report", "log.txt": "log"}
 
 
@@ -38,12 +46,13 @@ def build(night: Night, waiting: Sequence[PlannedPart]) -> dict[str, Any]:
         "place": manifest.card or here.machine.get("cpu", "a CPU"), "is_rehearsal": manifest.device == "cpu",
         "night": manifest.night, "started": manifest.started, "budget": duration(manifest.budget_s),
         "verdict": badge(word, tone) | {"exit": f"exit code {int(night.exit)}"}, "reason": _reason(night, waiting),
+        "wrong": _wrong(night.results),
         "counts": [badge(status, _TONES[status]) | {"count": count} for status, count in counts.items()],
-        "next": night.next_steps, "parts": _parts(night.results, waiting),
+        "next": summary.next_steps(night), "parts": _parts(night.results, waiting),
         "failed": [_failed(one) for one in night.results if one.failures],
         "numbers": [_numbers(one, one.table) for one in night.results if one.table is not None and one.table.rows],
         "environment": {**here.machine, **here.software, "code": here.code_version}, "notes": manifest.notes,
-        "left_out": list(night.left_out),
+        "left_out": _left_out(night),
     }  # fmt: skip
 
 
@@ -52,7 +61,7 @@ def _verdict(night: Night, is_running: bool) -> tuple[str, str]:
     words = {
         0: ("good, but not whole", "open") if night.left_out else ("good night", "good"),
         1: ("findings", "bad"),
-        4: ("incomplete", "open"),
+        4: ("interrupted" if night.interrupted else "incomplete", "open"),
         5: ("nothing measured", "quiet"),
     }
     return ("running", "open") if is_running and not night.interrupted else words[int(night.exit)]
@@ -66,11 +75,28 @@ def _reason(night: Night, waiting: Sequence[PlannedPart]) -> str:
     for one in night.results:
         if one.status != "ok":
             names.setdefault(one.status, []).append(one.name)
-    said = [f"{status}: {first_names(names[status])}" for status in _TONES if status in names]
+    said = [f"{status}: {first_names(names[status], _MOST_NAMED)}" for status in _TONES if status in names]
     said += [f"waiting: {plural(len(waiting), 'part')}"] if waiting else []
-    ran = sum(one.status == "ok" for one in night.results)
-    said = said or [f"all {ran} parts ran, and found nothing wrong"]
+    failures = [one.name for one in night.results if one.status == "ok" and one.failures]
+    said += [f"ok, with failures: {first_names(failures, _MOST_NAMED)}"] if failures else []
+    said = said or [f"all {len(night.results)} parts ran, and found nothing wrong"]
     return "; ".join(filter(None, [*said, night.without_baseline]))
+
+
+def _wrong(results: Sequence[PartResult]) -> list[dict[str, str]]:
+    """Return the first parts with failures, each with what is wrong in one line."""
+    failed = [one for one in results if one.failures][:_MOST_NAMED]
+    texts = [dict.fromkeys([one.because, one.failures[0].what]) for one in failed]
+    return [
+        {"name": one.name, "what": textwrap.shorten(": ".join(filter(None, text)), _LONGEST, placeholder=" …")}
+        for one, text in zip(failed, texts, strict=True)
+    ]
+
+
+def _left_out(night: Night) -> str:
+    """Return a sentence that names what the time or an interruption has left out. Empty if it is nothing."""
+    why = "The interruption left out" if night.interrupted else "The time did not suffice for"
+    return f"{why}: {', '.join(night.left_out)}." if night.left_out else ""
 
 
 def _parts(results: Sequence[PartResult], waiting: Sequence[PlannedPart]) -> dict[str, Any]:
@@ -112,11 +138,8 @@ def _time(seconds: float | None) -> Any:
 
 
 def _failed(result: PartResult) -> dict[str, Any]:
-    return {"name": result.name, "failures": [_failure(one) for one in result.failures]}
-
-
-def _failure(one: Failure) -> Mapping[str, str]:
-    return one.model_dump()
+    failures = [one.model_dump() for one in result.failures]
+    return {"name": result.name, "failures": failures[:_MOST_SHOWN], "more": failures[_MOST_SHOWN:]}
 
 
 def _numbers(result: PartResult, table: PartTable) -> dict[str, Any]:
@@ -130,7 +153,7 @@ def _numbers(result: PartResult, table: PartTable) -> dict[str, Any]:
     columns = [column(label, number=False) for label in table.columns[1:]]
     made = grouped(
         f"{result.name}-table", result.title, columns, [("", rows)], file=f"night-{result.name}",
-        first=table.columns[0] or "Rate", by="",
+        first=table.columns[0] or "Measurement", by="",
     )  # fmt: skip
     links = [{"href": file, "text": _PAGES.get(file.rpartition("/")[2], file)} for file in result.files]
     return {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,8 @@ Kind = Literal["check", "bench", "card", "run", "claims", "pairs", "baseline"]
 Device = Literal["cpu", "cuda"]
 OUT = "{out}"
 """Stands for the part's own folder in its arguments."""
+HEADLINE = "headline-"
+"""Beginning of the names of the parts whose runs the claims judge."""
 RUNS = "{runs}"
 """Stands for `--run FOLDER` of each finished run of this night."""
 MATRIX = "{matrix}"
@@ -101,7 +104,7 @@ def on_gpu() -> list[Part]:
     operations = [_operation(name, ("--shapes", "8b", *timed), 30 * len(_OPERATIONS[name])) for name in _OPERATIONS]
     steps = [_step(name, timed, 45 * len(_STEPS[name])) for name in _STEPS]
     headlines = [
-        _run(f"headline-{name}", title, "headline-gpu", ids, (*gpu, "--timeout", "240"), estimate)
+        _run(f"{HEADLINE}{name}", title, "headline-gpu", ids, (*gpu, "--timeout", "240"), estimate)
         for name, title, ids, estimate in _HEADLINES
     ]
     ceilings = Part(
@@ -141,9 +144,9 @@ def on_cpu() -> list[Part]:
     two_at_a_time = (*cpu, "--jobs", "2")
     runs = [
         _run(
-            "headline-65b", _HEADLINES[0][1], "headline-rehearsal", ("qlora-65b-1", "qlora-65b-2"), two_at_a_time, 60
+            f"{HEADLINE}65b", _HEADLINES[0][1], "headline-rehearsal", ("qlora-65b-1", "qlora-65b-2"), two_at_a_time, 60
         ),
-        _run("headline-others", "Do the Cells of the other headlines run?", "night-rehearsal",
+        _run(f"{HEADLINE}others", "Do the Cells of the other headlines run?", "night-rehearsal",
              ("qlora-33b", "full-7b", "lora-7b", "galore-7b", "rank-4", "latency-gpt2-1x128"), two_at_a_time, 75),
         _run("matrix", "Do all methods train, on a tiny model?", "night-rehearsal",
              ("lora", "lora-nf4", "dora", "adalora", "vera", "galore"), two_at_a_time, 60),
@@ -169,6 +172,19 @@ _BASELINE = Part(
     "baseline", "Is anything larger, worse or wrong than before?", "baseline",
     ("gate", MATRIX, "--baseline", CARD, "--json"), 10,
 )  # fmt: skip
+
+
+def sources(name: str, names: Iterable[str]) -> list[str]:
+    """Return those of the parts `names` that make the runs which the part `name` judges. Most parts judge none."""
+    made = {"claims": lambda one: one.startswith(HEADLINE), "baseline": lambda one: one == "matrix"}.get(name)
+    return list(filter(made, names)) if made else []
+
+
+def typed(words: Sequence[str]) -> list[str]:
+    """Return the arguments of a part without those that make its files, for a person who types them."""
+    files = ("--out", "--html")
+    kept = [word for before, word in pairwise(["", *words]) if before not in files and word not in files]
+    return [word for word in kept if word != "--json"]
 
 
 def with_suite(part: Part, suite: Path) -> Part:

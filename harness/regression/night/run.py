@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -17,14 +17,14 @@ from harness import resources
 from harness.assets import fetch
 from harness.assets.table import load_table
 from harness.bench.gpu import Gpu, find_gpu
-from harness.console import align_columns, print_json, print_lines, print_note
-from harness.errors import Exit, UsageError, did_you_mean
+from harness.console import print_json, print_lines, print_note
+from harness.errors import Exit, UsageError, did_you_mean, plural
 from harness.kernels import card_tables
 from harness.process.signals import handle_termination
 from harness.records import environment, store
 from harness.records.files import sha256, write_atomic
 from harness.regression.baseline import store as baselines
-from harness.regression.night import budget, documents, page, part_run, parts
+from harness.regression.night import budget, documents, page, part_run, parts, summary
 from harness.regression.night.budget import Limit
 from harness.regression.night.parts import Device, Part
 from harness.regression.night.results import Failure, NightFooter, NightManifest, PartResult, PlannedPart
@@ -48,7 +48,7 @@ class NightRequest:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     out: Path | None = None
     only: tuple[str, ...] = ()
-    """Names, or beginnings of names, of the parts to run. Empty for all."""
+    """Names of the parts to run, or beginnings of several names. Empty for all."""
     real: Path | None = None
     """File of a suite for the part `matrix-real`. By default the suite is `sentinels`."""
     command: Sequence[str] = part_run.COMMAND
@@ -72,9 +72,9 @@ class Night:
     def exit(self) -> Exit:
         """The exit code. The first of these rules that applies decides.
 
-        1: a check, a benchmark's check, the baseline or the canary has a finding. 4: the night was interrupted, a part
-        failed, or a GPU was wanted and there is none. 5: nothing was measured. 0: otherwise, also if the time did not
-        suffice for all parts.
+        1: a check, a benchmark's check, a Cell, the baseline or the canary has a finding. 4: the night was interrupted,
+        a part failed, or a GPU was wanted and there is none. 5: nothing was measured. 0: otherwise, also if the time did
+        not suffice for all parts.
         """
         statuses = Counter(one.status for one in self.results)
         if statuses["finding"]:
@@ -95,26 +95,9 @@ class Night:
         return {one.name: one.because for one in self.results if one.left_out}
 
     @property
-    def next_steps(self) -> list[str]:
-        """Commands that a reader runs next, each with its purpose."""
-        steps = [f"{one.reproduce}  # {one.where}" for result in self.results for one in result.failures[:1]]
-        run = self.folder / "parts" / "matrix" / "run"
-        ok = any(one.name == "matrix" and one.status == "ok" for one in self.results)
-        if ok and self.lacks_baseline:
-            steps.append(
-                f"peft-harness baseline promote {run} {self.baseline} --reason 'first night'  # the first baseline"
-            )
-        tables = (self.folder / "parts" / "crossovers").glob("*.json")
-        steps += [
-            f"cp {table} harness/kernels/crossovers/  # use the measured crossovers of this card"
-            for table in tables
-            if table.name not in ("crossovers.json", part_run.STDOUT)
-        ]
-        if self.left_out:
-            only = " ".join(f"--only {name}" for name in self.left_out)
-            real = f" --real {shlex.quote(str(self.real))}" if self.real is not None else ""
-            steps.append(f"peft-harness night --device {self.manifest.device}{real} {only}  # what was left out")
-        return steps
+    def page(self) -> Path:
+        """File of the page."""
+        return self.folder / PAGE
 
     @property
     def verdict(self) -> str:
@@ -171,7 +154,11 @@ def night(request: NightRequest, as_json: bool) -> Exit:
         print_note(f"note: --real is not used: this night has no part {parts.REAL}")
     for note in manifest.notes:
         print_note(note)
-    print_note(f"night {manifest.night}: {len(plan)} parts within {duration(request.budget_s)}, into {folder}")
+    print_note(
+        f"night {manifest.night}: {plural(len(plan), 'part')} within {duration(request.budget_s)}, into {folder}"
+    )
+    if not run.missing:
+        print_note(f"{run.page} is refreshed after each part")
     with handle_termination():
         try:
             for number, part in enumerate(plan):
@@ -196,7 +183,7 @@ def night(request: NightRequest, as_json: bool) -> Exit:
             }
         )
     else:
-        print_lines(_lines(run))
+        print_lines(summary.lines(run))
     return run.exit
 
 
@@ -213,7 +200,8 @@ def _chosen(plan: list[Part], only: Sequence[str]) -> list[Part]:
     for one in only:
         if not any(name.startswith(one) for name in names):
             raise UsageError(f"no part `{one}`", where="--only", hint=did_you_mean(one, names, "parts"))
-    return [part for part in plan if not only or any(part.name.startswith(one) for one in only)]
+    chosen = {name for one in only for name in ([one] if one in names else names) if name.startswith(one)}
+    return [part for part in plan if not only or part.name in chosen]
 
 
 def _folder(folder: Path) -> Path:
@@ -230,30 +218,30 @@ def _run_part(run: Night, part: Part, limit: Limit, left_s: float, command: Sequ
     if part.estimate_s > left_s:
         has = f"the budget has {duration(max(0.0, left_s))} left"
         return _not_run(run, part, f"{has}, and it needs about {duration(part.estimate_s)}", left_out=True)
-    if why := _no_baseline(run) if part.kind == "baseline" else _no_model(part):
+    if why := _lacking(run, part):
         return _not_run(run, part, why)
     folder = run.folder / "parts" / part.name
     folder.mkdir()
     words = _filled(run.folder, run.baseline, part)
-    line = part.line(words)
-    print_note(f"{part.name}: {part.title}")
+    again = part.line(parts.typed(words))
+    print_note(f"{part.name}: {part.title} About {duration(part.estimate_s)}, at most {duration(limit.seconds)}.")
     ended = part_run.run(words, part.variables, folder, limit.seconds, command)
     run.interrupted = ended.interrupted
-    reading = documents.read(part, folder, line)
+    reading = documents.read(part, folder, again)
     status, because = _judged(part, ended, reading, limit)
     failures = reading.failures
     if status == "failed" and not failures:
-        failures = [Failure(where=part.name, what=because, traceback=ended.tail, reproduce=line)]
-    summary = "" if ended.cut and reading.is_missing else reading.summary
+        failures = [Failure(where=part.name, what=because, traceback=ended.tail, reproduce=again)]
+    shown = "" if ended.cut and reading.is_missing else reading.summary
     if ended.left:
         because = "; ".join(
             filter(None, [because, f"left processes behind, which were killed: {', '.join(ended.left)}"])
         )
     return PartResult(
-        name=part.name, title=part.title, status=status, because=because, command=line, estimate_s=part.estimate_s,
-        seconds=ended.seconds, cpu_s=ended.cpu_s, limit_s=limit.seconds,
+        name=part.name, title=part.title, status=status, because=because, command=part.line(words),
+        estimate_s=part.estimate_s, seconds=ended.seconds, cpu_s=ended.cpu_s, limit_s=limit.seconds,
         left_out=ended.interrupted or (ended.cut and limit.by != "estimate"),
-        exit_code=ended.code, summary=summary, table=reading.table, failures=failures,
+        exit_code=ended.code, summary=shown, table=reading.table, failures=failures,
         files=_files(run.folder, folder),
     )  # fmt: skip
 
@@ -305,6 +293,13 @@ def _filled(top: Path, baseline: str, part: Part) -> list[str]:
     return words
 
 
+def _lacking(run: Night, part: Part) -> str:
+    """Return what a part lacks, so that it cannot run. If it lacks nothing, return an empty string."""
+    if part.kind == "pairs":
+        return "" if find_spec("scipy") else "scipy is not installed, and it judges pairs"
+    return _no_baseline(run) if part.kind == "baseline" else _no_model(part)
+
+
 def _no_baseline(run: Night) -> str:
     """Return why the matrix cannot be compared with a baseline. If it can, return an empty string."""
     if not (run.folder / "parts" / "matrix" / "run" / "footer.json").is_file():
@@ -349,7 +344,8 @@ def _add(run: Night, result: PartResult) -> None:
     run.results.append(result)
     store.write(run.folder / "parts" / f"{result.name}.json", result)
     took = f" in {duration(result.seconds)}" if result.seconds is not None else ""
-    print_note(f"{result.name}: {result.status}{took}{f': {result.because}' if result.because else ''}")
+    if not run.missing:
+        print_note(f"{result.name}: {result.status}{took}{f': {result.because}' if result.because else ''}")
     if result.seconds is not None:
         with contextlib.suppress(OSError):
             _write_page(run)
@@ -358,7 +354,7 @@ def _add(run: Night, result: PartResult) -> None:
 def _write_page(run: Night) -> None:
     planned = {one.name for one in run.results}
     waiting = [one for one in run.manifest.parts if one.name not in planned]
-    write_atomic(run.folder / PAGE, page.render(run, waiting).encode(errors="backslashreplace"))
+    write_atomic(run.page, page.render(run, waiting).encode(errors="backslashreplace"))
 
 
 def _finish(run: Night, took_s: float) -> None:
@@ -371,24 +367,3 @@ def _finish(run: Night, took_s: float) -> None:
     )  # fmt: skip
     store.write(run.folder / "footer.json", footer)
     _write_page(run)
-
-
-def _lines(run: Night) -> list[str]:
-    rows = [
-        [
-            one.status,
-            one.name,
-            duration(one.seconds) if one.seconds is not None else "-",
-            duration(one.estimate_s),
-            one.summary or one.because,
-        ]
-        for one in run.results
-    ]
-    failures = [f"{one.where}: {one.what}" for result in run.results for one in result.failures[:3]]
-    return [
-        *align_columns([["status", "part", "took", "estimate", "result"], *rows], indent=""),
-        *(["", "failures:", *(f"  {line}" for line in failures)] if failures else []),
-        *(["", "next:", *(f"  {step}" for step in run.next_steps)] if run.next_steps else []),
-        "",
-        f"{run.verdict}: {run.folder / PAGE}",
-    ]

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from harness.kernels.compile.specimen import Kind, Specimen
+from harness.kernels.device import interpreted
 
 _POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int64: "*i64",
@@ -26,6 +29,8 @@ def launch(kernel: Any, grid: tuple[int, ...], /, *positional: Any, **named: Any
     The interpreter compiles nothing and returns None. An exception gets a note that describes the launch.
     """
     first = next(one for one in (*positional, *named.values()) if isinstance(one, Tensor))
+    if interpreted():
+        _mend_interpreter()
     try:
         with torch.cuda.device_of(first):
             return kernel[grid](*positional, **named)
@@ -34,6 +39,25 @@ def launch(kernel: Any, grid: tuple[int, ...], /, *positional: Any, **named: Any
         described = ", ".join(f"{name}={_short(value)}" for name, value in given.items())
         error.add_note(f"in kernel {getattr(kernel, '__name__', kernel)}, grid {grid}: {described}")
         raise
+
+
+@cache
+def _mend_interpreter() -> None:
+    """Let the interpreter of Triton 3.6 use a tensor with one element as an integer, e.g. as the end of a loop.
+
+    It calls `int` with an array, which NumPy 2.4 and later refuse if the array has a dimension. Triton 3.7 mends this.
+    """
+    if not triton.__version__.startswith("3.6."):
+        return
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
 
 
 def _short(value: Any) -> str:

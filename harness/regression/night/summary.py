@@ -1,0 +1,97 @@
+"""Summary of a night for a terminal, and the commands that a reader runs next. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from typing import TYPE_CHECKING
+
+from harness.console import align_columns
+from harness.regression.night import budget, part_run, parts
+from harness.regression.night.results import PartResult
+from harness.report.formatting import seconds as duration
+
+if TYPE_CHECKING:
+    from harness.regression.night.run import Night
+
+_START_S = 5.0
+"""Seconds for the start and the end of a part, beside its estimate."""
+
+
+def lines(night: Night) -> list[str]:
+    """Return the table of the parts, the failures, the next steps, and the verdict with the path of the page."""
+    rows = [
+        [
+            one.status,
+            one.name,
+            duration(one.seconds) if one.seconds is not None else "-",
+            duration(one.estimate_s),
+            one.summary or one.because,
+        ]
+        for one in night.results
+    ]
+    table = align_columns([["status", "part", "took", "estimate", "result"], *rows], indent="")
+    failures = [f"{one.where}: {one.what}" for result in night.results for one in result.failures[:3]]
+    steps = next_steps(night)
+    return [
+        *([f"nothing was run: {night.missing}"] if night.missing else table),
+        *(["", "failures:", *(f"  {line}" for line in failures)] if failures else []),
+        *(["", "next:", *(f"  {step}" for step in steps)] if steps else []),
+        "",
+        f"{night.verdict}: {night.page}",
+    ]
+
+
+def next_steps(night: Night) -> list[str]:
+    """Return commands that a reader runs next, each with its purpose."""
+    if night.missing:
+        return [
+            "peft-harness doctor  # says which GPU and which libraries this Python finds",
+            "peft-harness night --device cpu  # a rehearsal without a GPU",
+        ]
+    steps = [f"{one.reproduce}  # {one.where}" for result in night.results for one in result.failures[:1]]
+    run = night.folder / "parts" / "matrix" / "run"
+    ok = any(one.name == "matrix" and one.status == "ok" for one in night.results)
+    if ok and night.lacks_baseline:
+        steps.append(
+            f"peft-harness baseline promote {run} {night.baseline} --reason 'first night'  # the first baseline: commit it"
+        )
+    tables = (night.folder / "parts" / "crossovers").glob("*.json")
+    steps += [
+        f"cp {table} harness/kernels/crossovers/  # use the measured crossovers of this card"
+        for table in tables
+        if table.name not in ("crossovers.json", part_run.STDOUT)
+    ]
+    return steps + _left_out(night)
+
+
+def _left_out(night: Night) -> list[str]:
+    """Return the commands for the parts that were cut or not run for lack of time, or because of an interruption.
+
+    A part that judges runs is repeated with the parts that make them. If this night has such runs, the part's own command
+    reads them.
+    """
+    found = {one.name: one for one in night.results}
+    left, alone = set(night.left_out), []
+    for name in found:
+        made = parts.sources(name, found)
+        if any(one in left for one in made):
+            left.add(name)
+        elif made:
+            left.discard(name)
+        if name in night.left_out and any(found[one].seconds is not None for one in made):
+            again = shlex.join(parts.typed(shlex.split(found[name].command)))
+            alone.append(f"{again}  # judges the runs of this night")
+    if not left:
+        return alone
+    real = f" --real {shlex.quote(str(night.real))}" if night.real is not None else ""
+    only = " ".join(f"--only {name}" for name in found if name in left)
+    needed_s = budget.LAST_S[night.manifest.device] + sum(_START_S + _needed_s(found[name]) for name in left)
+    minutes = math.ceil(max(needed_s, night.manifest.budget_s) / 60)  # the estimates are rough: no less than this time
+    again = f"peft-harness night --device {night.manifest.device}{real} {only} --budget {minutes}m"
+    return [*alone, f"{again}  # what was left out"]
+
+
+def _needed_s(one: PartResult) -> float:
+    """Return the seconds that a part is expected to need when it runs again. A part that was cut gets twice its time."""
+    return max(one.estimate_s, 2 * (one.seconds or 0.0) if one.status == "cut" else 0.0)
