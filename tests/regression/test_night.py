@@ -124,6 +124,11 @@ def test_parts_that_pass_make_a_good_night(tmp_path: Path, monkeypatch: pytest.M
     assert "all 2 parts ran, and found nothing wrong" in page
 
 
+def test_a_night_of_one_part_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = run(tmp_path, monkeypatch, [part("good")])[2]
+    assert "the part ran, and found nothing wrong" in page
+
+
 @pytest.mark.parametrize(
     ("word", "status", "told"),
     [

@@ -79,7 +79,8 @@ def _reason(night: Night, waiting: Sequence[PlannedPart]) -> str:
     said += [f"waiting: {plural(len(waiting), 'part')}"] if waiting else []
     failures = [one.name for one in night.results if one.status == "ok" and one.failures]
     said += [f"ok, with failures: {first_names(failures, _MOST_NAMED)}"] if failures else []
-    said = said or [f"all {len(night.results)} parts ran, and found nothing wrong"]
+    ran = "the part" if len(night.results) == 1 else f"all {len(night.results)} parts"
+    said = said or [f"{ran} ran, and found nothing wrong"]
     return "; ".join(filter(None, [*said, night.without_baseline]))
 
 
