@@ -51,6 +51,18 @@ def test_all_that_was_left_out_fits_into_the_budget_of_the_command_for_it(
     assert all(budget.planned(plan, 60.0 * int(told.removesuffix("m")), "cuda"))
 
 
+def test_the_planned_command_of_the_claims_names_the_runs_of_the_night(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nights, "find_gpu", lambda: Gpu(name="A card"))
+    night(NightRequest(budget.LAST_S["cuda"], "cuda", tmp_path / "night"), as_json=True)
+    manifest = json.loads((tmp_path / "night" / "night.json").read_text())
+    (claims,) = (one["command"] for one in manifest["parts"] if one["name"] == "claims")
+    headlines = [one.name for one in parts.on_gpu() if one.name.startswith(parts.HEADLINE)]
+    runs = {str(tmp_path / "night" / "parts" / name / "run") for name in headlines}
+    assert set(values(shlex.split(claims), "--run")) == runs
+
+
 def test_claims_that_were_left_out_are_judged_from_the_runs_of_the_night(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

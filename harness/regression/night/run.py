@@ -188,7 +188,8 @@ def night(request: NightRequest, as_json: bool) -> Exit:
 
 
 def _planned(plan: Sequence[Part], budget_s: float, device: Device, top: Path, baseline: str) -> list[PlannedPart]:
-    lines = [p.line(_filled(top, baseline, p)) for p in plan]
+    runs = [[top / "parts" / p.name / "run" for p in plan[:at] if p.kind == "run"] for at in range(len(plan))]
+    lines = [p.line(_filled(top, baseline, p, made)) for p, made in zip(plan, runs, strict=True)]
     return [
         PlannedPart(name=p.name, title=p.title, command=line, estimate_s=p.estimate_s, limit_s=limit_s)
         for p, line, limit_s in zip(plan, lines, budget.planned(plan, budget_s, device), strict=True)
@@ -278,12 +279,13 @@ def _last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")
 
 
-def _filled(top: Path, baseline: str, part: Part) -> list[str]:
+def _filled(top: Path, baseline: str, part: Part, made: Sequence[Path] | None = None) -> list[str]:
     """Return the arguments of a part with its placeholders replaced.
 
     top: folder of the night. baseline: name of the card's baseline; empty for a CPU, whose run is compared with itself.
+    made: folders of runs for the placeholder `RUNS`; by default those that are finished.
     """
-    made = sorted(path.parent for path in top.glob("parts/*/run/footer.json"))
+    made = sorted(path.parent for path in top.glob("parts/*/run/footer.json")) if made is None else sorted(made)
     runs = [word for path in made for word in ("--run", str(path))]
     out, matrix = str(top / "parts" / part.name), str(top / "parts" / "matrix" / "run")
     single = {parts.MATRIX: matrix, parts.CARD: baseline or matrix}
