@@ -47,6 +47,12 @@ def peft_equivalent(method: str, config: Config, quantization: str = "none") -> 
     twice = quantization == "nf4-dq" or (method == "qlora" and config.get("double_quant", True))
     how = "nf4, bnb_4bit_use_double_quant" if twice else "nf4"
     remark = f"Load the base model in 4 bits first (`BitsAndBytesConfig` of transformers, {how}). " if bits else ""
+    if method == "oft":
+        size = config["block_size"]
+        remark += (
+            f"In a layer whose input features {size} does not divide, peft may train other blocks: their size is the "
+        )
+        remark += f"divisor nearest to {size}, and in this Cell it was the largest divisor below {size}. "
     return PeftEquivalent(keys, f"{remark}Add the `task_type` of your model.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from harness.conformance.subject import configure
 from harness.methods.adapter_config import peft_equivalent
 from harness.methods.implementations import hf_peft
+from reference.oft import block_of
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 ATTACH = {one.target: one for one in hf_peft.implementations() if one.name == "hf-peft"}
@@ -100,6 +102,17 @@ def test_the_remark_names_the_base_that_was_trained(
 ) -> None:
     found = peft_equivalent(method, {"rank": 4, "alpha": 1.0, "targets": ["query"], **config}, quantization)
     assert ("bnb_4bit_use_double_quant" in found.remark) is twice
+
+
+def test_the_remark_on_oft_names_the_layers_that_peft_divides_otherwise() -> None:
+    config = {"block_size": 32, "targets": ["query"], "cayley": "neumann", "terms": 5}
+    found = peft_equivalent("oft", config)
+    assert "In a layer whose input features 32 does not divide, peft may train other blocks" in found.remark
+    assert found.keys is not None
+    keys = {key: value for key, value in found.keys.items() if key != "peft_type"}
+    with pytest.warns(UserWarning, match="Adjusted `oft_block_size`"):
+        model = peft.get_peft_model(nn.Sequential(OrderedDict(query=nn.Linear(280, 8))), peft.OFTConfig(**keys))
+    assert (model.base_model.model.query.oft_block_size["default"], block_of(280, 32)) == (35, 28)
 
 
 def test_all_linear_is_a_word_of_peft_too() -> None:
