@@ -79,7 +79,7 @@ def _lines(made: Sequence[MadeEnvironment], possible: Sequence[table.Environment
     else:
         lines.append("no environment exists yet")
     if possible:
-        lines += [*([""] if lines else []), "can be made by `peft-harness env create NAME`:"]
+        lines += ["", "can be made by `peft-harness env create NAME`:"]
         lines += align_columns(
             [[one.name, first_names(one.requirements, 1), without_code_marks(one.about)] for one in possible]
         )
