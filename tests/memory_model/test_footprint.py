@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -15,13 +16,14 @@ from harness.cell.training.offloaded_weights import release, unused
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
 from harness.conformance.tolerance_constants import FOOTPRINT_ACTIVATIONS, FOOTPRINT_LEDGER
 from harness.memory_model import counting, saved_activations
-from harness.memory_model.ledger import OPTIMIZERS, OWN
+from harness.memory_model.ledger import OPTIMIZERS, OWN, PARTS
 from harness.methods.registry import discover
+from harness.methods.spec import methods
 from harness.records import store
 from harness.records.record import Base, Record, Training
 from reference.operations.paged import Paged
 from support import small_llama
-from support.repository import PUBLISHED
+from support.repository import PUBLISHED, TOP
 from support.small_llama import METHODS, SMALL, llama, off, predicted
 
 # What config.json of the two models says; their weights need not be here.
@@ -190,6 +192,24 @@ def saved(model: Any) -> float:
         return sum(saved_activations.saved_by(model, input_ids=ids, use_cache=False).values())
 
     return (at(96) - at(32)) / (2 * 64)
+
+
+def test_each_method_that_saves_tensors_of_a_fixed_size_is_named_as_an_exception() -> None:
+    """Only Methods without a `fused` layer are tried: the steps of the others are those of `fused`."""
+    found = {}
+    for method in methods().keys() - METHODS.keys():
+        if not hasattr(configure(method, {}), "targets"):
+            continue
+        model = torch.nn.Sequential(OrderedDict(q_proj=torch.nn.Linear(256, 256, bias=False, device="meta")))
+        with counting.attached(model, method, configure(method, {"targets": ["q_proj"]})) as adapted:
+            layer: Any = adapted.layers["q_proj"]
+            kept = [torch.empty(8 * n, 256, device="meta", requires_grad=True) for n in (1, 2)]
+            few, more = (sum(saved_activations.saved_by(layer, x).values()) for x in kept)
+            own = sum(p.nbytes for p in layer.parameters())
+        found[method] = 2 * few - more - own
+    assert {method for method, fixed_B in found.items() if fixed_B > 0} == {"oft", "loha", "lokr"}
+    for text in (PARTS["activations"], (TOP / "harness" / "memory_model" / "README.md").read_text(encoding="utf-8")):
+        assert all(name in text for name in ("OFT", "LoHa", "LoKr"))
 
 
 def test_with_checkpointing_a_block_keeps_its_input_alone() -> None:
