@@ -1,4 +1,4 @@
-"""`night`: a Cell of the matrix that fails is a finding; one of a headline that has no memory left is a result."""
+"""`night`: a failing Cell of the matrix is a finding, of a headline a result if memory ends; a missing rival is named."""
 
 from __future__ import annotations
 
@@ -58,3 +58,16 @@ def test_a_cell_that_fails_is_told_at_the_top(
     top = (tmp_path / "night" / "index.html").read_text().partition('id="next"')[0]
     assert "a Cell&#39;s reason" in top
     assert "found nothing wrong" not in top
+
+
+def test_a_rival_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {
+        "name": "nf4", "shape": "-", "dtype": "float32", "device": "cpu", "ours": "fused", "other": "acme",
+        "outcome": "not-run", "because": "acme is not installed", "parity": [],
+    }  # fmt: skip
+    code = f"import sys; print({json.dumps({'benchmarks': [row, row]})!r}); sys.exit(5)"
+    monkeypatch.setattr(parts, "on_cpu", lambda: [Part("operation-nf4", "?", "bench", ("bench",), 1.0)])
+    night(NightRequest(600.0, "cpu", tmp_path / "night", command=(sys.executable, "-c", code)), as_json=True)
+    found = json.loads((tmp_path / "night" / "parts" / "operation-nf4.json").read_text())
+    assert (found["status"], found["summary"]) == ("not-run", "2 not-run: acme is not installed")
+    assert "2 not-run: acme is not installed; nothing was compared" in (tmp_path / "night" / "index.html").read_text()

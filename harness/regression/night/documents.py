@@ -15,7 +15,7 @@ from harness.bench import table as bench_table
 from harness.bench.card import COLUMNS, fields, rate
 from harness.bench.results import BenchRow
 from harness.claims.judge import ClaimVerdict
-from harness.errors import HarnessError, plural
+from harness.errors import HarnessError, first_names, plural
 from harness.records import store
 from harness.records.record import Status
 from harness.regression.night.part_run import STDOUT
@@ -137,6 +137,8 @@ def _bench(document: Mapping[str, Any], line: str) -> Reading:
         if row.outcome == "failed" or row.red
     ]
     summary = ", ".join(f"{count} {word}" for word, count in counts.most_common())
+    if counts.keys() == {"not-run"}:
+        summary += f": {first_names(list(dict.fromkeys(row.because for row in rows)))}"
     wrong = next((f"{row.name}: {row.because}" for row in rows if row.red), "")
     shown = PartTable(columns=columns, rows=table, notes=bench_table.notes(rows))
     return Reading(summary, shown, failures[:_MOST_FAILURES], wrong=wrong)

@@ -271,7 +271,7 @@ def _judged(
     if ended.code == Exit.FAIL:
         return "finding", reading.summary
     if ended.code == Exit.NOTHING_COMPARED:
-        return "not-run", reading.summary or "nothing was compared"
+        return "not-run", "nothing was compared"
     return "failed", f"exit code {ended.code}: {_last_line(ended.tail)}"
 
 
