@@ -1,0 +1,137 @@
+"""peft's optimizers of LoRA, made by its `create_..._optimizer` for a small model, as Operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import Unsupported
+from harness.methods.registry import DTYPES, implements
+
+if TYPE_CHECKING:
+    from torch import Tensor
+_OPERATION: dict[str, Any] = {"name": "hf-peft", "kind": "operation", "dtypes": DTYPES, "requires": ["peft"]}
+_PREFIX = "base_model.model"
+
+
+@implements("lorafa_step", **_OPERATION)
+def lorafa_step(
+    As: Sequence[Tensor], Bs: Sequence[Tensor], gs: Sequence[Tensor | None], ms: Sequence[Tensor], vs: Sequence[Tensor],
+    scalings: Sequence[float], *, other: Tensor, other_g: Tensor, other_m: Tensor, other_v: Tensor, role: str,
+    step: int, lr: float, weight_decay: float, betas: tuple[float, float], eps: float,
+    correction: str, adamw: str, bias_correction: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Take one step of `create_lorafa_optimizer` from the given moments; return the tensors of the Operation.
+
+    The adapter has the dtype of the arguments, as with `autocast_adapter_dtype=False`. Raises Unsupported for what peft's
+    optimizer does not offer: torch's AdamW, and the gradient without correction.
+    """
+    from peft.optimizers import create_lorafa_optimizer
+
+    if correction != "least-squares":
+        raise Unsupported("peft always corrects the gradient")
+    if adamw != "transformers":
+        raise Unsupported("peft's optimizer has the AdamW of transformers")
+    model = _two_layers(As, Bs, scalings, other, role)
+    rank = len(As[0])
+    optimizer = create_lorafa_optimizer(model, rank, scalings[0] * rank, lr, weight_decay)
+    optimizer.param_groups[0].update(betas=betas, eps=eps, correct_bias=bias_correction)
+    tensors = _tensors(model, role)
+    for path, m, v in zip(("0", "1"), ms, vs, strict=True):
+        state = {"step": step - 1, "exp_avg_B": m.clone(), "exp_avg_sq_B": v.clone()}
+        optimizer.state[f"{_PREFIX}.{path}.lora"] = state
+    if role == "bias":
+        state = {"step": step - 1, "exp_avg": other_m.clone(), "exp_avg_sq": other_v.clone()}
+        optimizer.state[f"{_PREFIX}.0.base_layer.bias"] = state
+    for name, gradient in (("B0", gs[0]), ("B1", gs[1]), ("other", other_g)):
+        tensors[name].grad = None if gradient is None else gradient.clone()
+    optimizer.step()
+    found = [t.detach() for t in tensors.values()]
+    layers = [optimizer.state[f"{_PREFIX}.{path}.lora"] for path in ("0", "1")]
+    after = [(state["exp_avg_B"], state["exp_avg_sq_B"]) for state in layers]
+    rest = optimizer.state[f"{_PREFIX}.0.base_layer.bias"]
+    return (*found[:2], *after[0], *found[2:4], *after[1], found[4], rest["exp_avg"], rest["exp_avg_sq"])
+
+
+@implements("riemannian_lora_step", **_OPERATION)
+def riemannian_lora_step(
+    As: Sequence[Tensor], Bs: Sequence[Tensor], gAs: Sequence[Tensor | None], gBs: Sequence[Tensor | None],
+    mAs: Sequence[Tensor], vAs: Sequence[Tensor], mBs: Sequence[Tensor], vBs: Sequence[Tensor],
+    *, other: Tensor, other_g: Tensor, other_m: Tensor, other_v: Tensor, role: str, optimizer: str, delta: float,
+    step: int, lr: float, weight_decay: float, betas: tuple[float, float], eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Take one step of `create_riemannian_optimizer` from the given moments; return the tensors of the Operation.
+
+    The optimizer inside is torch's AdamW or SGD. The adapter has the dtype of the arguments.
+    """
+    import torch
+    from peft.optimizers import create_riemannian_optimizer
+
+    model = _two_layers(As, Bs, (1.0, 1.0), other, role)
+    kind: Any = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
+    own = {"betas": betas, "eps": eps} if optimizer == "adamw" else {}
+    made = create_riemannian_optimizer(model, kind, lr=lr, reg=delta, weight_decay=weight_decay, **own)
+    tensors = _tensors(model, role)
+    state_before = {"other": (other_g, other_m, other_v)}
+    for n in (0, 1):
+        state_before |= {f"A{n}": (gAs[n], mAs[n], vAs[n]), f"B{n}": (gBs[n], mBs[n], vBs[n])}
+    for name, (g, m, v) in state_before.items():
+        tensors[name].grad = None if g is None else g.clone()
+        if optimizer == "adamw":
+            count = torch.tensor(step - 1.0, dtype=torch.float32)
+            made.state[tensors[name]] = {"step": count, "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+    made.step()
+    found: list[Tensor] = []
+    for name, p in tensors.items():
+        state = made.state[p] if optimizer == "adamw" else {}
+        _, m, v = state_before[name]
+        found += [p.detach(), state.get("exp_avg", m), state.get("exp_avg_sq", v)]
+    return tuple(found)
+
+
+def _two_layers(
+    As: Sequence[Tensor], Bs: Sequence[Tensor], scalings: Sequence[float], other: Tensor, role: str
+) -> Any:
+    """Return a PeftModel of two linear layers with these adapters, each with its own rank and scaling.
+
+    role: `bias` gives the first layer a trainable bias `other`, `lora-bias` its B, and `magnitude` makes it a DoRA.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+
+    dtype, device = other.dtype, other.device
+    sides = [(A.shape[1], len(B)) for A, B in zip(As, Bs, strict=True)]
+    biases = (role in ("bias", "lora-bias"), role == "lora-bias")
+    base = nn.Sequential(
+        *(nn.Linear(*io, bias=bias, device=device, dtype=dtype) for io, bias in zip(sides, biases, strict=True))
+    )
+    ranks = {str(n): len(A) for n, A in enumerate(As)}
+    config = LoraConfig(
+        r=ranks["0"],
+        lora_alpha=scalings[0] * ranks["0"],
+        rank_pattern={"1": ranks["1"]},
+        alpha_pattern={"1": scalings[1] * ranks["1"]},
+        target_modules=["0", "1"],
+        bias="lora_only" if role == "bias" else "none",
+        use_dora=role == "magnitude",
+        lora_bias=role == "lora-bias",
+    )
+    model: Any = get_peft_model(base, config, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for name, tensor in _tensors(model, role).items():
+            values = {"A": As, "B": Bs}.get(name[0])
+            tensor.copy_(other if values is None else values[int(name[1])])
+    return model
+
+
+def _tensors(model: Any, role: str) -> dict[str, Tensor]:
+    """Return the adapter's A0, B0, A1 and B1, and the other trainable tensor of the model, by name."""
+    layers = model.base_model.model
+    found = {f"{letter}{n}": getattr(layers[n], f"lora_{letter}")["default"].weight for n in (0, 1) for letter in "AB"}
+    first = layers[0]
+    if role == "bias":
+        return {**found, "other": first.base_layer.bias}
+    if role == "lora-bias":
+        return {**found, "other": first.lora_B["default"].bias}
+    return {**found, "other": first.lora_magnitude_vector["default"].weight}
