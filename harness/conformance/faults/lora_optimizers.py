@@ -21,8 +21,15 @@ _BOTH = (
     "    return optimizer_step(kind, A, gA, *moments_A, **options), optimizer_step(kind, B, gB, *moments_B, **options)"
 )
 
+_PLUS = {"layers": 2, "width": 8, "rank": 3, "weight_decay": 0.5}
+_EMBEDDED = _PLUS | {"embedding": "adapted"}
+_NAMED = '    if tensor.startswith("lora_embedding"):'
+_MATRIX = 'if dimensions > 1 and tensor != "lora_B":'
+_VECTOR = 'return lr * ratio, 0.0 if tensor.endswith("bias") or "norm" in layer else weight_decay'
+
 _lorafa = partial(line_fault, "lorafa_step", file="lorafa", values=_LORAFA)
 _adamw = partial(line_fault, "lorafa_step", file="adamw", values=_DECAYED)
+_loraplus = partial(line_fault, "loraplus_groups", file="loraplus", values=_PLUS)
 _riemannian = partial(line_fault, "riemannian_lora_step", file="riemannian", values=_RIEMANNIAN)
 
 # fmt: off
@@ -107,4 +114,38 @@ FAULTS = [
     _riemannian("changes_its_gradients_in_place", ["arguments"],
         "    gA, gB = preconditioned(gA, gB, A, B, delta)",
         "    for g, new in zip((gA, gB), preconditioned(gA, gB, A, B, delta)):\n        g.copy_(new)"),
+
+    # peft#3503: the group of embeddings is always empty.
+    _loraplus("trains_embeddings_like_linear_layers", ["outputs"], _NAMED, "    if False:", values=_EMBEDDED),
+    _loraplus("trains_b_of_embeddings_at_the_higher_rate", ["outputs"],
+        "return lr_embedding, weight_decay", "return lr_embedding * (ratio if tensor[-1] == 'B' else 1), weight_decay",
+        values=_EMBEDDED),
+    _loraplus("does_not_decay_embeddings", ["outputs"], "return lr_embedding, weight_decay", "return lr_embedding, 0.0",
+        values=_EMBEDDED),
+    _loraplus("applies_the_ratio_to_a", ["outputs"], _MATRIX, 'if dimensions > 1 and tensor != "lora_A":'),
+    _loraplus("divides_the_rate_of_a_by_the_ratio", ["outputs"],
+        "        return lr, weight_decay", "        return lr / ratio, weight_decay"),
+    _loraplus("applies_the_ratio_to_a_head", ["outputs"], _MATRIX, 'if tensor == "lora_A":',
+        values=_PLUS | {"head": "trained"}),
+    _loraplus("trains_vectors_at_the_lower_rate", ["outputs"], _MATRIX, 'if tensor != "lora_B":',
+        values=_PLUS | {"vector": "magnitude"}),
+    _loraplus("decays_biases", ["outputs"], _VECTOR, 'return lr * ratio, 0.0 if "norm" in layer else weight_decay',
+        values=_PLUS | {"vector": "lora-bias"}),
+    _loraplus("decays_norms", ["outputs"], _VECTOR, 'return lr * ratio, 0.0 if tensor.endswith("bias") else weight_decay',
+        values=_PLUS | {"norm": "layer-norm"}),
+    # peft 0.21.2: only torch.nn.LayerNorm is a norm.
+    _loraplus("decays_rms_norms", ["outputs"], '"norm" in layer', '"layer_norm" in layer',
+        values=_PLUS | {"norm": "rms-norm"}),
+    _loraplus("does_not_decay_magnitudes", ["outputs"], _VECTOR,
+        "return lr * ratio, 0.0 if dimensions == 1 else weight_decay", values=_PLUS | {"vector": "magnitude"}),
+    _loraplus("does_not_decay_b", ["outputs"], _VECTOR, "return lr * ratio, 0.0"),
+    _loraplus("takes_a_matrix_of_one_row_for_a_vector", ["outputs"], _MATRIX,
+        'if dimensions > 1 and rows > 1 and tensor != "lora_B":',
+        "group_of(name, tensor.dim(), **rates)", "group_of(name, tensor.dim(), rows=len(tensor), **rates)",
+        "lr_embedding: float, weight_decay: float\n", "lr_embedding: float, weight_decay: float, rows: int = 2\n",
+        values=_PLUS | {"rank": 1}),
+    _loraplus("trains_a_frozen_weight", ["outputs"], "if name in frozen:", "if name in list(frozen)[1:]:",
+        "gradients[name], none", "gradients.get(name, tensor), none"),
+    _loraplus("returns_the_rates_and_steps_with_one_rate", ["outputs"],
+        '"lr": lr, "weight_decay": weight_decay, "betas"', '"lr": rates["lr"], "weight_decay": weight_decay, "betas"'),
 ]

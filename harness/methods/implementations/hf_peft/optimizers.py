@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import Unsupported
@@ -87,6 +87,103 @@ def riemannian_lora_step(
         _, m, v = state_before[name]
         found += [p.detach(), state.get("exp_avg", m), state.get("exp_avg_sq", v)]
     return tuple(found)
+
+
+@implements("loraplus_groups", **_OPERATION)
+def loraplus_groups(
+    tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor], frozen: Collection[str], *, weight_decay: float,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return what `create_loraplus_optimizer` gives the tensors, with the keyword `loraplus_weight_decay`."""
+    return _loraplus(tensors, gradients, loraplus_weight_decay=weight_decay, **options)
+
+
+@implements("loraplus_groups", **_OPERATION | {"name": "hf-peft-keywords"})
+def loraplus_groups_by_keywords(
+    tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor], frozen: Collection[str], **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `create_loraplus_optimizer` gives the tensors, with the keyword `weight_decay` of the optimizer.
+
+    By its documentation, the function passes on all keywords that it does not know.
+    """
+    return _loraplus(tensors, gradients, **options)
+
+
+def _loraplus(
+    tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor], *, lr: float, ratio: float, lr_embedding: float,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    import torch
+    from peft.optimizers import create_loraplus_optimizer
+
+    model = _model_of(tensors)
+    rates = {"lr": lr, "loraplus_lr_ratio": ratio, "loraplus_lr_embedding": lr_embedding}
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, **rates, **options)
+    places = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    inside = {_plain_name(name): p for name, p in model.named_parameters() if "original_module" not in name}
+    groups = [places.get(id(inside[name]), {"lr": 0.0, "weight_decay": 0.0}) for name in tensors]
+    for name, gradient in gradients.items():
+        inside[name].grad = gradient.clone()
+    optimizer.step()
+    device = next(iter(tensors.values())).device
+    lrs, decays = (
+        torch.tensor([group[key] for group in groups], dtype=torch.float64, device=device)
+        for key in ("lr", "weight_decay")
+    )
+    return lrs, decays, torch.cat([inside[name].detach().flatten() for name in tensors])
+
+
+def _plain_name(name: str) -> str:
+    """Return the Operation's name of a parameter, for example `linear0.lora_A` for peft's
+    `base_model.model.linear0.lora_A.default.weight`.
+    """
+    plain = name.removeprefix(f"{_PREFIX}.").replace(".default", "").replace(".modules_to_save", "")
+    plain = plain.replace(".base_layer", "")
+    return plain.removesuffix(".weight") if ".lora_" in plain else plain
+
+
+def _model_of(tensors: Mapping[str, Tensor]) -> Any:
+    """Return a PeftModel with these parameters; see the Operation `loraplus_groups` for their names."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+
+    base = nn.Module()
+    for name, tensor in tensors.items():
+        layer, _, part = name.partition(".")
+        if part == "weight":
+            base.add_module(layer, _layer(layer, tensor, has_bias=f"{layer}.bias" in tensors))
+    adapted = {name.partition(".")[0] for name in tensors if ".lora_" in name}
+    config = LoraConfig(
+        r=len(tensors["linear0.lora_A"]),
+        target_modules=sorted(adapted),
+        modules_to_save=["head"] if "head.weight" in tensors else None,
+        use_dora="linear0.lora_magnitude_vector" in tensors,
+        lora_bias="linear0.lora_B.bias" in tensors,
+    )
+    if config.lora_bias and "embed" in adapted:
+        raise Unsupported("peft refuses lora_bias for an embedding")
+    model: Any = get_peft_model(base, config, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            plain_name = _plain_name(name)
+            if "original_module" not in name:
+                parameter.copy_(tensors[plain_name])
+            if "norm." in plain_name:
+                parameter.requires_grad_(True)
+    return model
+
+
+def _layer(name: str, weight: Tensor, *, has_bias: bool) -> Any:
+    """Return a fresh layer for this weight: an embedding, a norm or a linear layer, by its name."""
+    from torch import nn
+
+    how: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    if name == "embed":
+        return nn.Embedding(*weight.shape, **how)
+    if name.endswith("norm"):
+        return (nn.LayerNorm if name == "layer_norm" else nn.RMSNorm)(weight.shape, **how)
+    return nn.Linear(*weight.shape[::-1], bias=has_bias, **how)
 
 
 def _two_layers(
