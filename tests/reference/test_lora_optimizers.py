@@ -1,4 +1,4 @@
-"""LoRA-FA and Riemannian preconditioned LoRA against what their papers derive, and AdamW against torch's."""
+"""LoRA-FA, Riemannian preconditioned LoRA and LoRA+ against what their papers derive, and AdamW against torch's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.comparison.tolerance_policies import exact
-from reference.operations import lorafa, riemannian
+from reference.operations import lorafa, loraplus, riemannian
 from reference.operations.adamw import adamw_step
 from support.two_layer_model import assert_same, draw
 
@@ -86,3 +86,35 @@ def test_the_damping_of_a_riemannian_step_keeps_lora_at_its_start_from_moving_a(
     gA, gB = riemannian.preconditioned(B.T @ G, G @ A.T, A, B, delta=1e-6)
     assert exact({"gA": gA}, {"gA": torch.zeros_like(A)}).passed
     assert_close(gB @ (A @ A.T + 1e-6 * torch.eye(R, dtype=torch.float64)), G @ A.T)
+
+
+GIVEN = {"lr": 0.5, "ratio": 8.0, "lr_embedding": 0.25, "weight_decay": 0.125}
+
+
+@pytest.mark.parametrize(
+    ("name", "dimensions", "rates"),
+    [
+        ("q_proj.lora_A", 2, (0.5, 0.125)),
+        ("q_proj.lora_B", 2, (4.0, 0.125)),
+        ("q_proj.lora_B.bias", 1, (4.0, 0.0)),
+        ("q_proj.lora_magnitude_vector", 1, (4.0, 0.125)),
+        ("embed.lora_embedding_A", 2, (0.25, 0.125)),
+        ("embed.lora_embedding_B", 2, (0.25, 0.125)),
+        ("input_layernorm.weight", 1, (4.0, 0.0)),
+        ("rms_norm.weight", 1, (4.0, 0.0)),
+        ("head.weight", 2, (0.5, 0.125)),
+        ("head.bias", 1, (4.0, 0.0)),
+    ],
+)
+def test_lora_plus_gives_each_tensor_its_rate_and_decay(name: str, dimensions: int, rates: tuple[float, float]) -> None:
+    assert loraplus.group_of(name, dimensions, **GIVEN) == rates
+
+
+def test_lora_plus_steps_each_tensor_by_its_own_rate_and_leaves_frozen_ones_alone() -> None:
+    tensors = {name: draw(3, 4, seed=seed) for seed, name in enumerate(("l.lora_A", "l.lora_B", "l.weight"))}
+    ones = {name: torch.ones(3, 4, dtype=torch.float64) for name in ("l.lora_A", "l.lora_B")}
+    after = loraplus.loraplus_step(tensors, ones, ["l.weight"], betas=(0.9, 0.999), eps=0.0, **GIVEN)
+    assert after["l.weight"][:2] == (0.0, 0.0)
+    assert_close(after["l.weight"][2], tensors["l.weight"])
+    for name, lr in (("l.lora_A", 0.5), ("l.lora_B", 4.0)):  # the first step of Adam is lr long in every element
+        assert_close(after[name][2], (1 - lr * 0.125) * tensors[name] - lr)
