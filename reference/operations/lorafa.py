@@ -1,12 +1,12 @@
 """LoRA-FA: LoRA with a frozen A. Zhang et al., arXiv:2308.03303. An Operation, not a Method.
 
 A layer computes W0 x + s B A x, with A (r, D), B (E, r) and the scaling s. A never changes, so that only B has a gradient.
-If G (E, D) is the gradient of the whole weight, the chain rule gives B the gradient g = s G A^T. A step of B by -d changes
-the weight by -s d A. Version 2 of the paper takes the d for which this change is nearest to G:
+If G (E, D) is the gradient of the whole weight, the chain rule gives B the gradient g = s G A^T. If d is subtracted from B,
+the weight changes by -s d A. Version 2 of the paper takes the d for which this change is nearest to -G:
 
     d = argmin || s d A - G ||_F^2 = (1 / s) G A^T (A A^T)^-1 = (1 / s^2) g (A A^T)^-1
 
-AdamW gets this corrected gradient in place of g, so that also its moments are those of d. Version 1 takes g itself. All other
+AdamW gets this corrected gradient in place of g, so that its moments are those of d. Version 1 takes g itself. All other
 trainable tensors of the model get a plain step of AdamW.
 """
 
@@ -62,11 +62,20 @@ def corrected(g: Tensor, A: Tensor, scaling: float) -> Tensor:
     """
     wide = torch.promote_types(A.dtype, torch.float32)
     square = A.to(wide) @ A.to(wide).T + DELTA * torch.eye(len(A), dtype=wide, device=A.device)
-    return (torch.linalg.solve(square, g.to(wide), left=False) / scaling**2).to(g.dtype)
+    new: Tensor = torch.linalg.solve(square, g.to(wide), left=False) / scaling**2
+    return new.to(g.dtype)
 
 
 def lorafa_step(
-    A: Tensor, B: Tensor, g: Tensor | None, m: Tensor, v: Tensor, scaling: float, *, correction: Correction, **adamw: Any
+    A: Tensor,
+    B: Tensor,
+    g: Tensor | None,
+    m: Tensor,
+    v: Tensor,
+    scaling: float,
+    *,
+    correction: Correction,
+    **adamw: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return B, m and v of one layer after a step.
 

@@ -86,6 +86,6 @@ def loraplus_step(
             continue
         lr, weight_decay = group_of(name, tensor.dim(), **rates)
         none = torch.zeros_like(tensor)
-        options = {"step": 1, "lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        options: dict[str, Any] = {"step": 1, "lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         found[name] = (lr, weight_decay, adamw_step(tensor, gradients[name], none, none, **options)[0])
     return found

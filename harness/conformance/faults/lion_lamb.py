@@ -56,3 +56,4 @@ FAULTS = [
     _lamb("encodes_the_second_moment_with_signs", ["output_codes"], '("v", v, False)', '("v", v, True)'),
     _lamb("stores_the_corrected_moment", ["outputs"], '("m", m, True)', '("m", m / (1 - betas[0] ** step), True)'),
 ]
+# fmt: on

@@ -36,7 +36,7 @@ _riemannian = partial(line_fault, "riemannian_lora_step", file="riemannian", val
 FAULTS = [
     _lorafa("divides_by_the_scaling_once", ["outputs"], "/ scaling**2", "/ scaling"),
     _lorafa("multiplies_by_the_scaling", ["outputs"], "/ scaling**2", "* scaling**2"),
-    _lorafa("forgets_the_scaling", ["outputs"], " / scaling**2)", ")"),
+    _lorafa("forgets_the_scaling", ["outputs"], " / scaling**2\n", "\n"),
     # peft#3315: the scaling of the config, in place of the scaling of each layer.
     _lorafa("scales_all_layers_like_the_first", ["outputs"], _LAYERS,
         "for A, B, g, m, v, scaling in ((*layer[:5], scalings[0]) for layer in layers)]"),
@@ -48,7 +48,7 @@ FAULTS = [
     _lorafa("damps_the_inverse_as_riemannian_lora_does", ["outputs"], "DELTA * torch.eye", "1e-2 * torch.eye"),
     # peft 0.21.2: the product runs under autocast.
     _lorafa("rounds_the_correction_to_bfloat16", ["outputs"],
-        "/ scaling**2).to(g.dtype)", "/ scaling**2).bfloat16().to(g.dtype)"),
+        "return new.to(g.dtype)", "return new.bfloat16().to(g.dtype)"),
     _lorafa("forgets_the_correction_in_the_second_moment", ["outputs"], _CORRECTED,
         "        raw, g = g, corrected(g, A, scaling)\n"
         "        (b1, b2), v = adamw['betas'], v + (1 - adamw['betas'][1]) * (raw * raw - g * g) / adamw['betas'][1]"),
@@ -149,3 +149,4 @@ FAULTS = [
     _loraplus("returns_the_rates_and_steps_with_one_rate", ["outputs"],
         '"lr": lr, "weight_decay": weight_decay, "betas"', '"lr": rates["lr"], "weight_decay": weight_decay, "betas"'),
 ]
+# fmt: on

@@ -63,9 +63,7 @@ def reference(
     return p, state["m"], state["m_absmax"], state["v"], state["v_absmax"]
 
 
-def judge(
-    outputs: Mapping[str, Tensor], given: Arguments, operation: Operation | None = None
-) -> tuple[Judgement, str]:
+def judge(outputs: Mapping[str, Tensor], given: Arguments, operation: Operation | None = None) -> tuple[Judgement, str]:
     """Judge p by the noise floor of its dtype, and every absmax as `judge_absmax` does.
 
     operation: another Operation with the same moments. By default, it is this one.

@@ -94,13 +94,13 @@ def low_rank_factor(generator: torch.Generator, rank: int, inputs: int) -> Tenso
     A random square matrix would be nearly singular, so that rounding errors would hide everything else.
     """
     rows: Tensor = torch.linalg.qr(draw(generator, torch.float64, inputs, rank)).Q.T
-    mixed = 0.6 * torch.eye(rank, dtype=torch.float64) + draw(generator, torch.float64, rank, rank, spread=0.2 / rank**0.5)
+    mixed = 0.6 * torch.eye(rank, dtype=torch.float64) + draw(
+        generator, torch.float64, rank, rank, spread=0.2 / rank**0.5
+    )
     return mixed @ rows
 
 
-def moments(
-    generator: torch.Generator, dtype: torch.dtype, shape: Sequence[int], step: int
-) -> tuple[Tensor, Tensor]:
+def moments(generator: torch.Generator, dtype: torch.dtype, shape: Sequence[int], step: int) -> tuple[Tensor, Tensor]:
     """Return random moments of a parameter before step number `step`: zeros if it is the first."""
     m, v = draw(generator, dtype, *shape), draw(generator, dtype, *shape).square()
     return (m, v) if step > 1 else (torch.zeros_like(m), torch.zeros_like(v))
@@ -123,7 +123,7 @@ def reference(
     adamw: Any,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    """Return A, B and the moments m and v of B of the first layer, then of the second, then the other tensor and its moments.
+    """Return A, B and the moments m and v of B for each layer, then the other tensor and its moments.
 
     gs: gradients of the Bs. options: step, lr, betas, eps, weight_decay and bias_correction. `role` names the other tensor
     for the implementation; every tensor except A and B gets a plain step of AdamW.

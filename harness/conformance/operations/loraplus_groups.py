@@ -1,4 +1,4 @@
-"""loraplus_groups: the learning rate and the weight decay that LoRA+ gives each tensor, and the first step of AdamW with them."""
+"""loraplus_groups: the learning rate and weight decay that LoRA+ gives each tensor, and AdamW's first step with them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,11 @@ def arguments(
         if vector != "none":
             shapes[f"linear{n}.{_VECTORS[vector]}"] = (width + 1,)
     if embedding == "adapted":
-        shapes |= {"embed.weight": (11, width), "embed.lora_embedding_A": (rank, 11), "embed.lora_embedding_B": (width, rank)}
+        shapes |= {
+            "embed.weight": (11, width),
+            "embed.lora_embedding_A": (rank, 11),
+            "embed.lora_embedding_B": (width, rank),
+        }
         if vector == "magnitude":
             shapes[f"embed.{_VECTORS[vector]}"] = (width,)
     if norm != "none":
@@ -80,7 +84,6 @@ def arguments(
         "betas": (0.9, 0.999),
         "eps": eps,
     }
-
 
 
 def reference(

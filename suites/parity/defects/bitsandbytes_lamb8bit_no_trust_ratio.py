@@ -14,4 +14,6 @@ for size in (0.01, 1.0, 100.0):
         p.grad, before = torch.randn(4096), p.detach().clone()
         kind([p], lr=0.1, weight_decay=0.0).step()
         step = (p.detach() - before).norm()
-        print(f"{kind.__name__}: a tensor of norm {before.norm():.4g} moves by {step:.4g}; LAMB: {0.1 * before.norm():.4g}")
+        print(
+            f"{kind.__name__}: a tensor of norm {before.norm():.4g} moves by {step:.4g}; LAMB: {0.1 * before.norm():.4g}"
+        )

@@ -1,7 +1,7 @@
 """peft: LoRA-FA computes the corrected gradient of B in bfloat16, also of adapters in float32 and float16.
 
-The product g (A A^T)^-1 runs under an autocast to bfloat16 wherever the device has bfloat16, as every CPU has. So the gradient
-keeps 8 of 24 bits, and both moments too. Seen in 0.21.2.
+The product g (A A^T)^-1 runs under an autocast to bfloat16 if the device has bfloat16, as every CPU has. The gradient keeps
+8 of 24 bits, and both moments are computed from it. Seen in 0.21.2.
 """
 
 import torch

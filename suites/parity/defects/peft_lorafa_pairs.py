@@ -1,8 +1,8 @@
 """peft: LoRA-FA takes the adapter's tensors two by two, in the order of the model, as A and B.
 
-It raises TypeError, or takes other tensors for A and B, if a layer has a third tensor (DoRA, `lora_bias`), if there are two
-adapters, or if the B of a layer has no gradient because the layer did not run. The only DoRA layer of a model never trains its
-magnitude. Seen in 0.21.2.
+It raises TypeError if one of two layers has a third tensor (DoRA, `lora_bias`), if there are two adapters, or if the B of a
+layer has no gradient because the layer did not run. In a model with a single DoRA layer, the magnitude never trains. Seen in
+0.21.2.
 """
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 
 def step(title, layers=2, second_adapter=False, runs=2, **options):
+    """Train for one step, and print the tensors that did not move although they have a gradient."""
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
     config = LoraConfig(r=2, target_modules=[str(n) for n in range(layers)], **options)
     model = get_peft_model(model, config)

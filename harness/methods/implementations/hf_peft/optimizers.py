@@ -72,7 +72,7 @@ def riemannian_lora_step(
     own = {"betas": betas, "eps": eps} if optimizer == "adamw" else {}
     made = create_riemannian_optimizer(model, kind, lr=lr, reg=delta, weight_decay=weight_decay, **own)
     tensors = _tensors(model, role)
-    state_before = {"other": (other_g, other_m, other_v)}
+    state_before: dict[str, tuple[Tensor | None, Tensor, Tensor]] = {"other": (other_g, other_m, other_v)}
     for n in (0, 1):
         state_before |= {f"A{n}": (gAs[n], mAs[n], vAs[n]), f"B{n}": (gBs[n], mBs[n], vBs[n])}
     for name, (g, m, v) in state_before.items():
@@ -183,12 +183,11 @@ def _layer(name: str, weight: Tensor, *, has_bias: bool) -> Any:
         return nn.Embedding(*weight.shape, **how)
     if name.endswith("norm"):
         return (nn.LayerNorm if name == "layer_norm" else nn.RMSNorm)(weight.shape, **how)
-    return nn.Linear(*weight.shape[::-1], bias=has_bias, **how)
+    outputs, inputs = weight.shape
+    return nn.Linear(inputs, outputs, bias=has_bias, **how)
 
 
-def _two_layers(
-    As: Sequence[Tensor], Bs: Sequence[Tensor], scalings: Sequence[float], other: Tensor, role: str
-) -> Any:
+def _two_layers(As: Sequence[Tensor], Bs: Sequence[Tensor], scalings: Sequence[float], other: Tensor, role: str) -> Any:
     """Return a PeftModel of two linear layers with these adapters, each with its own rank and scaling.
 
     role: `bias` gives the first layer a trainable bias `other`, `lora-bias` its B, and `magnitude` makes it a DoRA.
