@@ -7,7 +7,8 @@ the weight changes by -s d A. Version 2 of the paper takes the d for which this 
     d = argmin || s d A - G ||_F^2 = (1 / s) G A^T (A A^T)^-1 = (1 / s^2) g (A A^T)^-1
 
 AdamW gets this corrected gradient in place of g, so that its moments are those of d. Version 1 takes g itself. All other
-trainable tensors of the model get a plain step of AdamW.
+trainable tensors of the model get a plain step of AdamW. In a layer of stacked experts each expert is a layer of its own; their
+A and B are packed as in `reference.lora_experts`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from reference.lora_experts import packed, unpacked
 from reference.operations.adamw import adamw_step
 from reference.spec import Deviation, ReferenceSpec
 
@@ -55,15 +57,17 @@ DELTA = 1e-8
 Correction = Literal["least-squares", "none"]
 
 
-def corrected(g: Tensor, A: Tensor, scaling: float) -> Tensor:
+def corrected(g: Tensor, A: Tensor, scaling: float, experts: int = 1) -> Tensor:
     """Return (1 / scaling^2) g (A A^T + DELTA I)^-1, of the shape (E, r) and the dtype of g.
 
-    The system of equations is solved in float32, or in float64 if A has this dtype. scaling must not be 0.
+    The system of equations is solved in float32, or in float64 if A has this dtype. scaling must not be 0. experts: number
+    of stacked experts. If there are several, A is (experts * r, D) and g is (E, r * experts), both packed.
     """
     wide = torch.promote_types(A.dtype, torch.float32)
-    square = A.to(wide) @ A.to(wide).T + DELTA * torch.eye(len(A), dtype=wide, device=A.device)
-    new: Tensor = torch.linalg.solve(square, g.to(wide), left=False) / scaling**2
-    return new.to(g.dtype)
+    A_KRD, g_KER = unpacked(A.to(wide), g.to(wide), experts)
+    square_KRR = A_KRD @ A_KRD.mT + DELTA * torch.eye(A_KRD.shape[1], dtype=wide, device=A.device)
+    new_KER = torch.linalg.solve(square_KRR, g_KER, left=False) / scaling**2
+    return packed(A_KRD, new_KER)[1].to(g.dtype)
 
 
 def lorafa_step(
@@ -75,16 +79,18 @@ def lorafa_step(
     scaling: float,
     *,
     correction: Correction,
+    experts: int = 1,
     **adamw: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return B, m and v of one layer after a step.
 
-    g: gradient of B, or None if it has none. m, v: moments of B. adamw: the keywords of `adamw_step`.
+    g: gradient of B, or None if it has none. m, v: moments of B. experts: see `corrected`. adamw: the keywords of
+    `adamw_step`.
     """
     if g is None:
         return B, m, v
     if correction == "least-squares":
-        g = corrected(g, A, scaling)
+        g = corrected(g, A, scaling, experts)
     return adamw_step(B, g, m, v, **adamw)
 
 

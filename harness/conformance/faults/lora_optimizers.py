@@ -8,15 +8,16 @@ from harness.conformance.faults import line_fault
 
 _LORAFA = {"shape": [48, 96], "ranks": [4, 8]}
 _DECAYED = _LORAFA | {"weight_decay": 0.1, "eps": 0.1}
-_SOLVED = "torch.linalg.solve(square, g.to(wide), left=False)"
-_CORRECTED = "        g = corrected(g, A, scaling)"
+_STACKED = {"shape": [24, 40], "ranks": [2, 3], "experts": 3}
+_SOLVED = "torch.linalg.solve(square_KRR, g_KER, left=False)"
+_CORRECTED = "        g = corrected(g, A, scaling, experts)"
 _STEPPED = "return adamw_step(B, g, m, v, **adamw)"
 _LAYERS = "for A, B, g, m, v, scaling in layers]"
 
 _RIEMANNIAN = {"shape": [48, 96], "ranks": [4, 8]}
 _RANK_ONE = _RIEMANNIAN | {"B": "one-direction"}
-_FOR_A = "torch.linalg.solve(of_B, gA.to(wide))"
-_FOR_B = "torch.linalg.solve(of_A, gB.to(wide), left=False)"
+_FOR_A = "torch.linalg.solve(of_B, gA_KRD)"
+_FOR_B = "torch.linalg.solve(of_A, gB_KER, left=False)"
 _BOTH = (
     "    return optimizer_step(kind, A, gA, *moments_A, **options), optimizer_step(kind, B, gB, *moments_B, **options)"
 )
@@ -43,21 +44,27 @@ FAULTS = [
     _lorafa("does_not_correct_the_gradient", ["outputs"], _CORRECTED, "        pass"),
     _lorafa("corrects_the_gradient_of_version_1", ["outputs"], 'if correction == "least-squares":', "if True:",
         values=_LORAFA | {"correction": "none"}),
-    _lorafa("multiplies_in_place_of_solving", ["outputs"], _SOLVED, "(g.to(wide) @ square)"),
-    _lorafa("uses_the_diagonal_alone", ["outputs"], _SOLVED, "(g.to(wide) / square.diagonal())"),
+    _lorafa("multiplies_in_place_of_solving", ["outputs"], _SOLVED, "(g_KER @ square_KRR)"),
+    _lorafa("uses_the_diagonal_alone", ["outputs"], _SOLVED, "(g_KER / square_KRR.diagonal(dim1=1, dim2=2)[:, None])"),
     _lorafa("damps_the_inverse_as_riemannian_lora_does", ["outputs"], "DELTA * torch.eye", "1e-2 * torch.eye"),
     # peft 0.21.2: the product runs under autocast.
     _lorafa("rounds_the_correction_to_bfloat16", ["outputs"],
-        "return new.to(g.dtype)", "return new.bfloat16().to(g.dtype)"),
+        "return packed(A_KRD, new_KER)[1].to(", "return packed(A_KRD, new_KER)[1].bfloat16().to("),
     _lorafa("forgets_the_correction_in_the_second_moment", ["outputs"], _CORRECTED,
-        "        raw, g = g, corrected(g, A, scaling)\n"
+        "        raw, g = g, corrected(g, A, scaling, experts)\n"
         "        (b1, b2), v = adamw['betas'], v + (1 - adamw['betas'][1]) * (raw * raw - g * g) / adamw['betas'][1]"),
     _lorafa("decays_a_layer_that_has_no_gradient", ["outputs"],
         "        return B, m, v", '        return B * (1 - adamw["lr"] * adamw["weight_decay"]), m, v',
         values=_DECAYED | {"unused": "second"}),
     _lorafa("counts_a_missing_gradient_as_zeros", ["outputs"],
         "        return B, m, v", "        g = torch.zeros_like(B)", values=_LORAFA | {"unused": "second"}),
-    _lorafa("corrects_in_place", ["arguments"], _CORRECTED, "        g.copy_(corrected(g, A, scaling))"),
+    _lorafa("corrects_in_place", ["arguments"], _CORRECTED, "        g.copy_(corrected(g, A, scaling, experts))"),
+    # peft 0.21.2: one matrix of all experts, whose rows are those of A and not the columns of B.
+    _lorafa("corrects_stacked_experts_as_one_matrix", ["outputs"],
+        "unpacked(A.to(wide), g.to(wide), experts)", "unpacked(A.to(wide), g.to(wide), 1)", values=_STACKED),
+    _lorafa("reads_the_gradient_expert_by_expert", ["outputs"], "    square_KRR =",
+        "    g_KER = g.to(wide).view(len(g), experts, -1).transpose(0, 1)\n    square_KRR =",
+        "return packed(A_KRD, new_KER)[1]", "return new_KER.transpose(0, 1).flatten(1)", values=_STACKED),
     line_fault("lorafa_step", "trains_a_as_well", ["outputs"], "(A.clone(), *", "(A - 1e-3 * A, *", values=_LORAFA),
     line_fault("lorafa_step", "leaves_other_tensors_untrained", ["outputs"],
         "*adamw_step(other, other_g, other_m, other_v, **options))", "other.clone(), other_m.clone(), other_v.clone())",
@@ -73,46 +80,49 @@ FAULTS = [
     _adamw("counts_steps_from_zero", ["outputs"], "1 - beta**step", "1 - beta ** max(1, step - 1)"),
     _adamw("uses_the_first_beta_twice", ["outputs"], "v = betas[1] * v", "v = betas[0] * v"),
 
-    _riemannian("leaves_the_gradient_of_a_as_it_is", ["outputs"], _FOR_A, "gA"),
-    _riemannian("leaves_the_gradient_of_b_as_it_is", ["outputs"], _FOR_B, "gB"),
+    _riemannian("leaves_the_gradient_of_a_as_it_is", ["outputs"], _FOR_A, "gA_KRD"),
+    _riemannian("leaves_the_gradient_of_b_as_it_is", ["outputs"], _FOR_B, "gB_KER"),
     _riemannian("exchanges_the_inverses", ["outputs"],
-        "of_A, of_B = A.to(wide)", "of_B, of_A = A.to(wide)", values=_RIEMANNIAN | {"shape": [48, 48]}),
-    _riemannian("multiplies_in_place_of_solving", ["outputs"], _FOR_B, "gB.to(wide) @ of_A"),
+        "of_A, of_B = A_KRD", "of_B, of_A = A_KRD", values=_RIEMANNIAN | {"shape": [48, 48]}),
+    _riemannian("multiplies_in_place_of_solving", ["outputs"], _FOR_B, "gB_KER @ of_A"),
     _riemannian("takes_the_inverse_square_root", ["outputs"], _FOR_B,
-        "gB.to(wide) @ torch.linalg.eigh(of_A).eigenvectors @ torch.diag(torch.linalg.eigvalsh(of_A) ** -0.5) "
-        "@ torch.linalg.eigh(of_A).eigenvectors.T"),
+        "gB_KER @ torch.linalg.eigh(of_A).eigenvectors @ torch.diag_embed(torch.linalg.eigvalsh(of_A) ** -0.5) "
+        "@ torch.linalg.eigh(of_A).eigenvectors.mT"),
     _riemannian("ignores_delta", ["outputs"], "damping = delta * torch", "damping = 1e-6 * torch"),
-    _riemannian("adds_delta_to_every_element", ["outputs"], "torch.eye(len(A), dtype=wide,",
-        "torch.ones(len(A), len(A), dtype=wide,"),
+    _riemannian("adds_delta_to_every_element", ["outputs"], "torch.eye(A_KRD.shape[1], dtype=wide,",
+        "torch.ones(2 * (A_KRD.shape[1],), dtype=wide,"),
     _riemannian("damps_by_the_size_of_the_matrix", ["outputs"], "damping = delta * torch",
-        "damping = delta * (B.to(wide).T @ B.to(wide)).trace() * torch"),
-    _riemannian("damps_only_the_inverse_for_b", ["outputs"], "B.to(wide).T @ B.to(wide) + damping",
-        "B.to(wide).T @ B.to(wide) + 1e-6 * torch.eye(len(A), dtype=wide)"),
+        "damping = delta * (B_KER * B_KER).sum() * torch"),
+    _riemannian("damps_only_the_inverse_for_b", ["outputs"], "B_KER.mT @ B_KER + damping",
+        "B_KER.mT @ B_KER + 1e-6 * torch.eye(A_KRD.shape[1], dtype=wide)"),
     _riemannian("takes_the_inverse_for_b_from_the_new_a", ["outputs"], _BOTH,
         "    of_A = optimizer_step(kind, A, gA, *moments_A, **options)\n"
         "    gB = preconditioned(gA, gradients[1], of_A[0], B, delta)[1]\n"
         "    return of_A, optimizer_step(kind, B, gB, *moments_B, **options)"),
     _riemannian("preconditions_the_update_of_adamw", ["outputs"],
-        "    gA, gB = preconditioned(gA, gB, A, B, delta)\n" + _BOTH,
+        "    gA, gB = preconditioned(gA, gB, A, B, delta, experts)\n" + _BOTH,
         "    after = optimizer_step(kind, A, gA, *moments_A, **options), "
         "optimizer_step(kind, B, gB, *moments_B, **options)\n"
         "    dA, dB = preconditioned(after[0][0] - A, after[1][0] - B, A, B, delta)\n"
         "    return (A + dA, *after[0][1:]), (B + dB, *after[1][1:])"),
     _riemannian("preconditions_the_weight_decay", ["outputs"],
-        "    gA, gB = preconditioned(gA, gB, A, B, delta)",
+        "    gA, gB = preconditioned(gA, gB, A, B, delta, experts)",
         "    decay = options['weight_decay']\n"
         "    gA, gB = preconditioned(gA + decay * A, gB + decay * B, A, B, delta)\n"
         "    options['weight_decay'] = 0.0",
         values=_RIEMANNIAN | {"optimizer": "gd", "weight_decay": 0.1}),
     _riemannian("skips_the_inverse_if_it_is_nearly_singular", ["outputs"], _FOR_A,
-        "(gA.to(wide) if torch.linalg.cond(of_B) > 100 else torch.linalg.solve(of_B, gA.to(wide)))", values=_RANK_ONE),
+        "(gA_KRD if torch.linalg.cond(of_B).max() > 100 else torch.linalg.solve(of_B, gA_KRD))", values=_RANK_ONE),
+    _riemannian("preconditions_stacked_experts_as_one_matrix", ["outputs"],
+        "unpacked(A.to(wide), B.to(wide), experts)", "unpacked(A.to(wide), B.to(wide), 1)",
+        "unpacked(gA.to(wide), gB.to(wide), experts)", "unpacked(gA.to(wide), gB.to(wide), 1)", values=_STACKED),
     _riemannian("decays_a_layer_that_did_not_run", ["outputs"], "return (A, *moments_A), (B, *moments_B)",
         'return (A * (1 - options["lr"] * options["weight_decay"]), *moments_A), (B, *moments_B)',
         values=_RIEMANNIAN | {"unused": "second", "weight_decay": 0.1}),
     _riemannian("solves_in_16_bits", ["outputs"], "wide = torch.promote_types(A.dtype, torch.float32)",
         "wide = torch.float32\n    A, B, gA, gB = (t.bfloat16().to(t.dtype) for t in (A, B, gA, gB))"),
     _riemannian("changes_its_gradients_in_place", ["arguments"],
-        "    gA, gB = preconditioned(gA, gB, A, B, delta)",
+        "    gA, gB = preconditioned(gA, gB, A, B, delta, experts)",
         "    for g, new in zip((gA, gB), preconditioned(gA, gB, A, B, delta)):\n        g.copy_(new)"),
 
     # peft#3503: the group of embeddings is always empty.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from harness.conformance.drawing.factors import Beta, Eps, Factor, FirstStep, LearningRate, Matrix, WeightDecay
 from harness.conformance.operation import Arguments, Operation, draw
+from reference.lora_experts import packed
 from reference.operations.adamw import adamw_step
 from reference.operations.lorafa import lorafa_steps
 
@@ -23,6 +24,7 @@ Form = Annotated[str, Factor(("transformers", "torch"), optional=True)]
 Other = Annotated[str, Factor(("bias", "lora-bias", "magnitude"), optional=True)]
 Kind = Annotated[str, Factor(("dense", "zero"))]
 Unused = Annotated[str, Factor(("neither", "second"), optional=True)]
+Experts = Annotated[int, Factor((1, 3, 8), optional=True)]
 Start = Annotated[str, Factor(("trained", "zero"))]
 
 
@@ -43,6 +45,7 @@ def arguments(
     gradient: Kind = "dense",
     unused: Unused = "neither",
     other: Other = "bias",
+    experts: Experts = 1,
     correction: Correction = "least-squares",
     adamw: Form = "transformers",
     bias_correction: bool = True,
@@ -53,14 +56,16 @@ def arguments(
     layers, at most as large as the inputs of the layer. scaling: that of the first layer; the second has 3 / 4 of it. B:
     `zero` is LoRA's start. gradient: `zero` makes all gradients zero. unused: `second` gives the B of the second layer no
     gradient, as if the layer had not run. other: which trainable tensor the model has besides: the bias of the first
-    layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. By default lr is so large that the step
-    is as large as the weights.
+    layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts: if there are several, both
+    layers are stacks of so many matrices (peft's `target_parameters`), and their A and B are packed as in
+    reference/lora_experts.py. By default lr is so large that the step is as large as the weights.
     """
     scalings = [scaling, 0.75 * scaling]
     given: Arguments = {name: [] for name in ("As", "Bs", "gs", "ms", "vs")}
     for (outputs, inputs), rank, s in zip((shape, shape[::-1]), ranks, scalings, strict=True):
-        A = low_rank_factor(generator, min(rank, inputs), inputs)
-        g = s * draw(generator, torch.float64, outputs, inputs) @ A.T * (gradient == "dense")
+        A_KRD = torch.stack([low_rank_factor(generator, min(rank, inputs), inputs) for _ in range(experts)])
+        G_KED = draw(generator, torch.float64, experts, outputs, inputs) * (gradient == "dense")
+        A, g = packed(A_KRD, s * G_KED @ A_KRD.mT)
         m, v = moments(generator, dtype, g.shape, step)
         start = draw(generator, dtype, *g.shape, spread=0.5) * (B == "trained")
         for name, tensor in zip(given, (A.to(dtype), start, g.to(dtype), m, v), strict=True):
@@ -77,6 +82,7 @@ def arguments(
         "other_m": other_m,
         "other_v": other_v,
         "role": other,
+        "experts": experts,
         "step": step,
         "lr": lr,
         "betas": (beta1, beta2),
@@ -119,6 +125,7 @@ def reference(
     other_m: Tensor,
     other_v: Tensor,
     role: str,
+    experts: int,
     correction: Any,
     adamw: Any,
     **options: Any,
@@ -126,10 +133,10 @@ def reference(
     """Return A, B and the moments m and v of B for each layer, then the other tensor and its moments.
 
     gs: gradients of the Bs. options: step, lr, betas, eps, weight_decay and bias_correction. `role` names the other tensor
-    for the implementation; every tensor except A and B gets a plain step of AdamW.
+    for the implementation. experts: number of matrices in each layer. Every tensor except A and B gets a plain step of AdamW.
     """
     options["form"] = adamw
-    after = lorafa_steps(As, Bs, gs, ms, vs, scalings, correction=correction, **options)
+    after = lorafa_steps(As, Bs, gs, ms, vs, scalings, correction=correction, experts=experts, **options)
     outputs = [(A.clone(), *(t.clone() for t in layer)) for A, layer in zip(As, after, strict=True)]
     return (*outputs[0], *outputs[1], *adamw_step(other, other_g, other_m, other_v, **options))
 

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from harness.conformance.drawing.factors import Beta, Eps, Factor, FirstStep, LearningRate, Matrix, WeightDecay
 from harness.conformance.operation import Arguments, Operation, draw
-from harness.conformance.operations.lorafa_step import Kind, Other, Ranks, Unused, low_rank_factor, moments
+from harness.conformance.operations.lorafa_step import (
+    Experts,
+    Kind,
+    Other,
+    Ranks,
+    Unused,
+    low_rank_factor,
+    moments,
+)
+from reference.lora_experts import packed
 from reference.operations.riemannian import optimizer_step, riemannian_step
 
 Delta = Annotated[float, Factor((1e-2, 1e-6, 1.0), (1e-4,), least=1e-6, most=1.0)]
@@ -37,6 +46,7 @@ def arguments(
     gradient: Kind = "dense",
     unused: Unused = "neither",
     other: Other = "bias",
+    experts: Experts = 1,
 ) -> Arguments:
     """Draw the tensors of one call. For step 1, all moments are zero.
 
@@ -44,19 +54,20 @@ def arguments(
     layers, at most E and D. optimizer: AdamW, or gradient descent, which has no moments. B: `zero` is LoRA's start; the
     columns of `one-direction` are equal, so that B^T B is singular. gradient: `zero` makes all gradients zero. unused:
     `second` gives the second layer no gradients, as if it had not run. other: which trainable tensor the model has besides:
-    the bias of the first layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. By default lr is so
-    large that the step is as large as the weights.
+    the bias of the first layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts: if there are
+    several, both layers are stacks of so many matrices (peft's `target_parameters`), and their A and B are packed as in
+    reference/lora_experts.py. By default lr is so large that the step is as large as the weights.
     """
     given: Arguments = {name: [] for name in _TENSORS}
     for (outputs, inputs), rank in zip((shape, shape[::-1]), ranks, strict=True):
         r = min(rank, inputs, outputs)
-        A = low_rank_factor(generator, r, inputs)
-        trained = low_rank_factor(generator, r, outputs).T
-        start = {"trained": trained, "zero": 0 * trained, "one-direction": trained[:, :1].expand(outputs, r)}[B]
-        G = 2 * draw(generator, torch.float64, outputs, inputs) * (gradient == "dense")
-        drawn = [A, start, start.T @ G, G @ A.T]
-        for shape_of in (A.shape, start.shape):
-            drawn += moments(generator, dtype, shape_of, step)
+        A = torch.stack([low_rank_factor(generator, r, inputs) for _ in range(experts)])
+        trained = torch.stack([low_rank_factor(generator, r, outputs).T for _ in range(experts)])
+        start = {"trained": trained, "zero": 0 * trained, "one-direction": trained[..., :1].expand(-1, -1, r)}[B]
+        G = 2 * draw(generator, torch.float64, experts, outputs, inputs) * (gradient == "dense")
+        drawn = [*packed(A, start), *packed(start.mT @ G, G @ A.mT)]
+        for tensor in drawn[:2]:
+            drawn += moments(generator, dtype, tensor.shape, step)
         for name, tensor in zip(_TENSORS, drawn, strict=True):
             given[name].append(tensor.to(dtype))
     if unused == "second":
@@ -70,6 +81,7 @@ def arguments(
         "other_m": other_m,
         "other_v": other_v,
         "role": other,
+        "experts": experts,
         "optimizer": optimizer,
         "delta": delta,
         "step": step,
@@ -95,6 +107,7 @@ def reference(
     other_m: Tensor,
     other_v: Tensor,
     role: str,
+    experts: int,
     optimizer: Any,
     delta: float,
     **options: Any,
@@ -102,11 +115,13 @@ def reference(
     """Return A and its moments, then B and its moments, of the first and then of the second layer, then the other tensor's.
 
     gAs, gBs: gradients of the As and Bs. options: step, lr, betas, eps and weight_decay. `role` names the other tensor for
-    the implementation; it gets a plain step.
+    the implementation; it gets a plain step. experts: number of matrices in each layer.
     """
     after: list[Tensor] = []
     for A, B, gA, gB, mA, vA, mB, vB in zip(As, Bs, gAs, gBs, mAs, vAs, mBs, vBs, strict=True):
-        for one in riemannian_step(optimizer, A, B, (gA, gB), (mA, vA), (mB, vB), delta=delta, **options):
+        for one in riemannian_step(
+            optimizer, A, B, (gA, gB), (mA, vA), (mB, vB), delta=delta, experts=experts, **options
+        ):
             after += one
     after += optimizer_step(optimizer, other, other_g, other_m, other_v, **options)
     return tuple(t.clone() for t in after)

@@ -17,7 +17,7 @@ _PREFIX = "base_model.model"
 @implements("lorafa_step", **_OPERATION)
 def lorafa_step(
     As: Sequence[Tensor], Bs: Sequence[Tensor], gs: Sequence[Tensor | None], ms: Sequence[Tensor], vs: Sequence[Tensor],
-    scalings: Sequence[float], *, other: Tensor, other_g: Tensor, other_m: Tensor, other_v: Tensor, role: str,
+    scalings: Sequence[float], *, other: Tensor, other_g: Tensor, other_m: Tensor, other_v: Tensor, role: str, experts: int,
     step: int, lr: float, weight_decay: float, betas: tuple[float, float], eps: float,
     correction: str, adamw: str, bias_correction: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -32,8 +32,8 @@ def lorafa_step(
         raise Unsupported("peft always corrects the gradient")
     if adamw != "transformers":
         raise Unsupported("peft's optimizer has the AdamW of transformers")
-    model = _two_layers(As, Bs, scalings, other, role)
-    rank = len(As[0])
+    model = _two_layers(As, Bs, scalings, other, role, experts)
+    rank = len(As[0]) // experts
     optimizer = create_lorafa_optimizer(model, rank, scalings[0] * rank, lr, weight_decay)
     optimizer.param_groups[0].update(betas=betas, eps=eps, correct_bias=bias_correction)
     tensors = _tensors(model, role)
@@ -57,8 +57,8 @@ def lorafa_step(
 def riemannian_lora_step(
     As: Sequence[Tensor], Bs: Sequence[Tensor], gAs: Sequence[Tensor | None], gBs: Sequence[Tensor | None],
     mAs: Sequence[Tensor], vAs: Sequence[Tensor], mBs: Sequence[Tensor], vBs: Sequence[Tensor],
-    *, other: Tensor, other_g: Tensor, other_m: Tensor, other_v: Tensor, role: str, optimizer: str, delta: float,
-    step: int, lr: float, weight_decay: float, betas: tuple[float, float], eps: float,
+    *, other: Tensor, other_g: Tensor, other_m: Tensor, other_v: Tensor, role: str, experts: int,
+    optimizer: str, delta: float, step: int, lr: float, weight_decay: float, betas: tuple[float, float], eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Take one step of `create_riemannian_optimizer` from the given moments; return the tensors of the Operation.
 
@@ -67,7 +67,7 @@ def riemannian_lora_step(
     import torch
     from peft.optimizers import create_riemannian_optimizer
 
-    model = _two_layers(As, Bs, (1.0, 1.0), other, role)
+    model = _two_layers(As, Bs, (1.0, 1.0), other, role, experts)
     kind: Any = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
     own = {"betas": betas, "eps": eps} if optimizer == "adamw" else {}
     made = create_riemannian_optimizer(model, kind, lr=lr, reg=delta, weight_decay=weight_decay, **own)
@@ -187,37 +187,46 @@ def _layer(name: str, weight: Tensor, *, has_bias: bool) -> Any:
     return nn.Linear(inputs, outputs, bias=has_bias, **how)
 
 
-def _two_layers(As: Sequence[Tensor], Bs: Sequence[Tensor], scalings: Sequence[float], other: Tensor, role: str) -> Any:
+def _two_layers(
+    As: Sequence[Tensor], Bs: Sequence[Tensor], scalings: Sequence[float], other: Tensor, role: str, experts: int
+) -> Any:
     """Return a PeftModel of two linear layers with these adapters, each with its own rank and scaling.
 
-    role: `bias` gives the first layer a trainable bias `other`, `lora-bias` its B, and `magnitude` makes it a DoRA.
+    role: `bias` gives the first layer a trainable bias `other`, `lora-bias` its B, and `magnitude` makes it a DoRA. experts:
+    if there are several, each layer is a stack of so many weights. Raises Unsupported for such layers with another role than
+    `bias`.
     """
     import torch
     from peft import LoraConfig, get_peft_model
     from torch import nn
 
-    dtype, device = other.dtype, other.device
-    sides = [(A.shape[1], len(B)) for A, B in zip(As, Bs, strict=True)]
-    biases = (role in ("bias", "lora-bias"), role == "lora-bias")
-    base = nn.Sequential(
-        *(nn.Linear(*io, bias=bias, device=device, dtype=dtype) for io, bias in zip(sides, biases, strict=True))
-    )
-    ranks = {str(n): len(A) for n, A in enumerate(As)}
+    stacked = experts > 1
+    if stacked and role != "bias":
+        raise Unsupported("peft's stacked experts have neither lora_bias nor DoRA")
+    how: dict[str, Any] = {"device": other.device, "dtype": other.dtype}
+    base = nn.Sequential()
+    for n, (A, B) in enumerate(zip(As, Bs, strict=True)):
+        has_bias = role == "lora-bias" or (role == "bias" and n == 0)
+        base.append(nn.Linear(A.shape[1], len(B), bias=has_bias, **how))
+        if stacked:
+            base[n].weight = nn.Parameter(torch.zeros(experts, len(B), A.shape[1], **how))
+    ranks = {str(n): len(A) // experts for n, A in enumerate(As)}
+    alphas = {name: s * rank for (name, rank), s in zip(ranks.items(), scalings, strict=True)}
     config = LoraConfig(
         r=ranks["0"],
-        lora_alpha=scalings[0] * ranks["0"],
-        rank_pattern={"1": ranks["1"]},
-        alpha_pattern={"1": scalings[1] * ranks["1"]},
-        target_modules=["0", "1"],
+        lora_alpha=alphas["0"],
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        target_modules=[] if stacked else list(ranks),
+        target_parameters=[f"{name}.weight" for name in ranks] if stacked else None,
         bias="lora_only" if role == "bias" else "none",
         use_dora=role == "magnitude",
         lora_bias=role == "lora-bias",
     )
     model: Any = get_peft_model(base, config, autocast_adapter_dtype=False)
-    with torch.no_grad():
-        for name, tensor in _tensors(model, role).items():
-            values = {"A": As, "B": Bs}.get(name[0])
-            tensor.copy_(other if values is None else values[int(name[1])])
+    for name, parameter in _tensors(model, role).items():
+        values = {"A": As, "B": Bs}.get(name[0])
+        parameter.data = (other if values is None else values[int(name[1])]).clone()
     return model
 
 
