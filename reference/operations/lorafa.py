@@ -7,8 +7,8 @@ the weight changes by -s d A. Version 2 of the paper takes the d for which this 
     d = argmin || s d A - G ||_F^2 = (1 / s) G A^T (A A^T)^-1 = (1 / s^2) g (A A^T)^-1
 
 AdamW gets this corrected gradient in place of g, so that its moments are those of d. Version 1 takes g itself. All other
-trainable tensors of the model get a plain step of AdamW. In a layer of stacked experts each expert is a layer of its own; their
-A and B are packed as in `reference.lora_experts`.
+trainable tensors of the model get a plain step of AdamW. In a layer of stacked experts each expert is a layer of its own;
+their A and B are packed as in `reference.lora_experts`.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ LoRA's update is B A, with A (r, D) and B (E, r). In the metric of the paper on 
 
 where gA and gB are the gradients of A and B. Both inverses are r x r and belong to the A and B before the step. The paper
 calls this scaled gradient descent. Scaled AdamW gives the preconditioned gradients to AdamW in place of gA and gB, so that
-its moments are those of the preconditioned gradients. All other trainable tensors of the model get a plain step. In a layer of
-stacked experts each expert is a layer of its own; their A and B are packed as in `reference.lora_experts`.
+its moments are those of the preconditioned gradients. All other trainable tensors of the model get a plain step. In a layer
+of stacked experts each expert is a layer of its own; their A and B are packed as in `reference.lora_experts`.
 """
 
 from __future__ import annotations

@@ -132,8 +132,8 @@ def reference(
 ) -> tuple[Tensor, ...]:
     """Return A, B and the moments m and v of B for each layer, then the other tensor and its moments.
 
-    gs: gradients of the Bs. options: step, lr, betas, eps, weight_decay and bias_correction. `role` names the other tensor
-    for the implementation. experts: number of matrices in each layer. Every tensor except A and B gets a plain step of AdamW.
+    gs: gradients of the Bs. options: step, lr, betas, eps, weight_decay and bias_correction. experts: number of matrices in
+    each layer. `role` names the other tensor for the implementation; this tensor gets a plain step of AdamW.
     """
     options["form"] = adamw
     after = lorafa_steps(As, Bs, gs, ms, vs, scalings, correction=correction, experts=experts, **options)

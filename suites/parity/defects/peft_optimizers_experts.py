@@ -1,7 +1,7 @@
 """peft: LoRA-FA and Riemannian LoRA take the A of all stacked experts (`target_parameters`) for the A of one layer.
 
-Their r x r inverse becomes (experts * r) x (experts * r), so that the gradients of different experts are mixed. Also, its rows
-are ordered expert by expert as those of A, but the columns of B, by which it is multiplied, are ordered rank by rank. Each
+Their r x r inverse becomes (experts * r) x (experts * r), so that the gradients of different experts are mixed. Its rows are
+ordered expert by expert, as those of A are, but it multiplies the gradient of B, whose columns are ordered rank by rank. Each
 expert should be stepped as a linear layer of its own. Seen in 0.21.2.
 """
 
@@ -21,7 +21,7 @@ def step(layer, config, a, b, g_a, g_b, create):
     layer = nn.Sequential(layer).double()
     model = get_peft_model(layer, config, autocast_adapter_dtype=False)
     tensors = [layer[0].lora_A["default"].weight, layer[0].lora_B["default"].weight]
-    for p, value, gradient in zip(tensors, (a, b), (g_a, g_b)):
+    for p, value, gradient in zip(tensors, (a, b), (g_a, g_b), strict=True):
         p.data, p.grad = value.clone(), gradient.clone()
     create(model).step()
     return tensors[1].detach()

@@ -85,7 +85,7 @@ def riemannian_lora_step(
     for name, p in tensors.items():
         state = made.state[p] if optimizer == "adamw" else {}
         _, m, v = state_before[name]
-        found += [p.detach(), state.get("exp_avg", m), state.get("exp_avg_sq", v)]
+        found += [p.detach(), state.get("exp_avg", m).clone(), state.get("exp_avg_sq", v).clone()]
     return tuple(found)
 
 
