@@ -1,7 +1,7 @@
 """peft: LoRA-FA and Riemannian LoRA take the A of all stacked experts (`target_parameters`) for the A of one layer.
 
 Their r x r inverse becomes (experts * r) x (experts * r), so that the gradients of different experts are mixed. Its rows are
-ordered expert by expert, as those of A are, but it multiplies the gradient of B, whose columns are ordered rank by rank. Each
+ordered expert by expert, as those of A, but it multiplies the gradient of B, whose columns are ordered rank by rank. Each
 expert should be stepped as a linear layer of its own. Seen in 0.21.2.
 """
 
