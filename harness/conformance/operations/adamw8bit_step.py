@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from harness.conformance.comparison.quantised_codes import judge_codes, largest_of_blocks
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
 from harness.conformance.drawing.factors import Beta, Eps, FirstStep, LearningRate, Shape, WeightDecay
-from harness.conformance.operation import Arguments, Operation, cloned, draw
+from harness.conformance.operation import Arguments, Operation, cloned, draw, mapped
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import CODE_TIE_EPS, EPSILON
 from reference.operations import adamw8bit
@@ -70,12 +70,17 @@ def judge(outputs: Mapping[str, Tensor], given: Arguments, operation: Operation 
     """
     dtype, operation = given["p"].dtype, operation or OPERATION
     own = next(name for name, one in DTYPES.items() if one == dtype)
-    exactly, roundly = (
-        operation.named(operation.reference(**cloned(given, {dtype: to}))) for to in (torch.float64, dtype)
-    )
-    judged = [noise_floor({"p": outputs["p"]}, {"p": exactly["p"]}, {"p": roundly["p"]}, own)]
+    exactly = operation.named(operation.reference(**cloned(given, {dtype: torch.float64})))
+    judged = [noise_floor({"p": outputs["p"]}, {"p": exactly["p"]}, _draws_of_p(operation, given), own)]
     judged += [judge_absmax(outputs, name, *_parts(given, name)) for name in _CODES]
     return worst_of(judged, "noise-floor"), ""
+
+
+def _draws_of_p(operation: Operation, given: Arguments) -> Iterator[dict[str, Tensor]]:
+    """Yield p by the reference in its own dtype, then the same with gaps in memory, where torch sums in another order."""
+    gapped = mapped(cloned(given), lambda one: torch.stack([one, one], -1)[..., 0] if isinstance(one, Tensor) else one)
+    for arguments in (cloned(given), gapped):
+        yield {"p": operation.named(operation.reference(**arguments))["p"]}
 
 
 def judge_absmax(outputs: Mapping[str, Tensor], name: str, decayed: Tensor, new: Tensor) -> Judgement:
