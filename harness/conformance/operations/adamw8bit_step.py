@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from harness.conformance.comparison.quantised_codes import judge_codes, largest_of_blocks
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
 from harness.conformance.drawing.factors import Beta, Eps, FirstStep, LearningRate, Shape, WeightDecay
-from harness.conformance.operation import Arguments, Operation, cloned, draw
+from harness.conformance.operation import Arguments, Operation, cloned, draw, mapped
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import CODE_TIE_EPS, EPSILON
 from reference.operations import adamw8bit
@@ -63,40 +63,60 @@ def reference(
     return p, state["m"], state["m_absmax"], state["v"], state["v_absmax"]
 
 
-def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge p by the noise floor of its dtype. Judge every absmax by the noise floor of float32, the dtype of the
-    moments.
+def judge(outputs: Mapping[str, Tensor], given: Arguments, operation: Operation | None = None) -> tuple[Judgement, str]:
+    """Judge p by the noise floor of its dtype, and every absmax as `judge_absmax` does.
+
+    operation: another Operation with the same moments. By default, it is this one.
     """
-    dtype = given["p"].dtype
+    dtype, operation = given["p"].dtype, operation or OPERATION
     own = next(name for name, one in DTYPES.items() if one == dtype)
-    exactly, roundly = (OPERATION.named(reference(**cloned(given, {dtype: to}))) for to in (torch.float64, dtype))
-    judged = [noise_floor({"p": outputs["p"]}, {"p": exactly["p"]}, {"p": roundly["p"]}, own)]
-    for name in _CODES:
-        constants, value = f"{name}_absmax", torch.stack(_parts(given, name)).sum(0)
-        rounded = quantize_blockwise(value, dynamic_map())[1]
-        have, truth = {constants: outputs[constants]}, {constants: largest_of_blocks(value, adamw8bit.BLOCK)}
-        judged.append(noise_floor(have, truth, {constants: rounded}, "float32"))
+    exactly = operation.named(operation.reference(**cloned(given, {dtype: torch.float64})))
+    judged = [noise_floor({"p": outputs["p"]}, {"p": exactly["p"]}, _draws_of_p(operation, given), own)]
+    judged += [judge_absmax(outputs, name, *_parts(given, name)) for name in _CODES]
     return worst_of(judged, "noise-floor"), ""
 
 
+def _draws_of_p(operation: Operation, given: Arguments) -> Iterator[dict[str, Tensor]]:
+    """Yield p by the reference in its own dtype, then the same with gaps in memory, where torch sums in another order."""
+    gapped = mapped(cloned(given), lambda one: torch.stack([one, one], -1)[..., 0] if isinstance(one, Tensor) else one)
+    for arguments in (cloned(given), gapped):
+        yield {"p": operation.named(operation.reference(**arguments))["p"]}
+
+
+def judge_absmax(outputs: Mapping[str, Tensor], name: str, decayed: Tensor, new: Tensor) -> Judgement:
+    """Judge the absmax of a moment by the noise floor of float32, the dtype of the moments.
+
+    decayed, new: the two terms of the moment, flat in float64.
+    """
+    constants, value = f"{name}_absmax", decayed + new
+    rounded = quantize_blockwise(value, dynamic_map())[1]
+    have, truth = {constants: outputs[constants]}, {constants: largest_of_blocks(value, adamw8bit.BLOCK)}
+    return noise_floor(have, truth, {constants: rounded}, "float32")
+
+
 def judge_both(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge every code of m and v: it must be the code of the moment computed in float64.
+    """Judge every code of m and v; see `judge_moment`."""
+    signed = {"m": True, "v": False}
+    judged = [judge_moment(outputs, name, *_parts(given, name), signed=signed[name]) for name in _CODES]
+    return worst_of([one for one, _ in judged], "exact"), "; ".join(detail for _, detail in judged)
+
+
+def judge_moment(
+    outputs: Mapping[str, Tensor], name: str, decayed: Tensor, new: Tensor, *, signed: bool
+) -> tuple[Judgement, str]:
+    """Judge every code of a moment: it must be the code of the moment computed in float64.
 
     If this moment is within a few roundings of the middle between two levels, the codes of both levels are right.
+    decayed, new: the two terms of the moment, flat in float64.
     """
-    judged, details = [], []
-    for name, signed in (("m", True), ("v", False)):
-        decayed, new = _parts(given, name)
-        value, levels = decayed + new, dynamic_map(signed).to(new.device)
-        codes, absmax = quantize_blockwise(value, levels)
-        reach = CODE_TIE_EPS * EPSILON["float32"] * (decayed.abs() + new.abs())
-        near = near_middle(value, largest_of_blocks(value, adamw8bit.BLOCK), reach, levels.double())
-        # The absmax is judged by `judge`; here it marks the blocks of zeros.
-        mine = {"codes": outputs[name], "absmax": torch.where(absmax == 0, outputs[f"{name}_absmax"], absmax)}
-        one, detail = judge_codes(mine, (codes, absmax), near, adamw8bit.BLOCK, levels)
-        judged.append(replace(one, tensor=f"{name}: {one.tensor}"))
-        details.append(f"{name}: {detail}")
-    return worst_of(judged, "exact"), "; ".join(details)
+    value, levels = decayed + new, dynamic_map(signed).to(new.device)
+    codes, absmax = quantize_blockwise(value, levels)
+    reach = CODE_TIE_EPS * EPSILON["float32"] * (decayed.abs() + new.abs())
+    near = near_middle(value, largest_of_blocks(value, adamw8bit.BLOCK), reach, levels.double())
+    # The absmax is judged by `judge_absmax`; here it marks the blocks of zeros.
+    mine = {"codes": outputs[name], "absmax": torch.where(absmax == 0, outputs[f"{name}_absmax"], absmax)}
+    one, detail = judge_codes(mine, (codes, absmax), near, adamw8bit.BLOCK, levels)
+    return replace(one, tensor=f"{name}: {one.tensor}"), f"{name}: {detail}"
 
 
 def near_middle(value: Tensor, absmax: Tensor, reach: Tensor, levels: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
-"""bitsandbytes' AdamW8bit on the CPU moves a weight without a gradient if others in its block of 256 have gradients.
+"""bitsandbytes' 8-bit optimizers on the CPU move a weight without a gradient if others in its block of 256 have gradients.
 
-A moment of zero is stored as the code of about 2e-5 absmax, and the quotient of two such moments is not small. Seen in
-0.50.2. torch's AdamW does not move the weight.
+A moment of zero is stored as the code of about 2e-5 absmax. In AdamW8bit the quotient of two such moments is not small, and
+Lion8bit takes its sign, so that it moves the weight by lr at every step. Seen in 0.50.2. torch's AdamW does not move the
+weight.
 """
 
 import bitsandbytes
 import torch
 
-for kind in (bitsandbytes.optim.AdamW8bit, torch.optim.AdamW):
+for kind in (bitsandbytes.optim.AdamW8bit, bitsandbytes.optim.Lion8bit, torch.optim.AdamW):
     p = torch.nn.Parameter(torch.zeros(4096))
     optimizer = kind([p], lr=1e-3, weight_decay=0.0)
     for _ in range(1000):
@@ -15,7 +16,7 @@ for kind in (bitsandbytes.optim.AdamW8bit, torch.optim.AdamW):
         p.grad[0] = 1.0
         optimizer.step()
     print(
-        kind.__module__,
+        f"{kind.__module__}.{kind.__name__}",
         "p[0]",
         float(p.detach()[0]),
         "p[1], no gradient:",

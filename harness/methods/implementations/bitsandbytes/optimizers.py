@@ -1,9 +1,9 @@
-"""bitsandbytes' 8-bit and paged AdamW, called through their method `step`."""
+"""bitsandbytes' 8-bit AdamW, Lion and LAMB, and its paged AdamW, called through their method `step`."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 _OPERATION: dict[str, Any] = {"name": "bitsandbytes", "kind": "operation", "requires": ["bitsandbytes"]}
 _PAGED = _OPERATION | {"name": "bitsandbytes-paged"}
-_NAMES = {"state1": "m", "absmax1": "m_absmax", "state2": "v", "absmax2": "v_absmax"}
+_ONE_MOMENT = {"state1": "m", "absmax1": "m_absmax"}
+_NAMES = _ONE_MOMENT | {"state2": "v", "absmax2": "v_absmax"}
 
 
 @implements("adamw8bit_step", **_OPERATION)
@@ -37,20 +38,39 @@ def paged_adamw8bit_step(p: Tensor, g: Tensor, step: int, **options: Any) -> tup
         return _step8bit(PagedAdamW8bit, p, g, step, **options)
 
 
-def _step8bit(kind: Any, p: Tensor, g: Tensor, step: int, **options: Any) -> tuple[Tensor, ...]:
+@implements("lion8bit_step", **_OPERATION)
+def lion8bit_step(p: Tensor, g: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    """Take one step of Lion8bit from a given state; return the new p, m and m_absmax. See `adamw8bit_step`."""
+    from bitsandbytes.optim import Lion8bit
+
+    return _step8bit(Lion8bit, p, g, 1, _ONE_MOMENT, **options)
+
+
+@implements("lamb8bit_step", **_OPERATION)
+def lamb8bit_step(p: Tensor, g: Tensor, step: int, **options: Any) -> tuple[Tensor, ...]:
+    """Take one step of LAMB8bit from a given state; return the same tensors as `adamw8bit_step`."""
+    from bitsandbytes.optim import LAMB8bit
+
+    return _step8bit(LAMB8bit, p, g, step, **options)
+
+
+def _step8bit(
+    kind: Any, p: Tensor, g: Tensor, step: int, names: Mapping[str, str] = _NAMES, **options: Any
+) -> tuple[Tensor, ...]:
+    """Take one step of an optimizer of this kind. names: bitsandbytes' name of each part of the state -> ours."""
     import torch
 
-    state_before = {name: options.pop(name) for name in _NAMES.values()}
+    state_before = {name: options.pop(name) for name in names.values()}
     p = torch.nn.Parameter(p.clone())
     p.grad = g.clone()
     optimizer = kind([p], min_8bit_size=0, **options)
     optimizer.init_state(optimizer.param_groups[0], p, 0, 0)
     state = optimizer.state[p]
     state["step"] = step - 1
-    for bnb_name, name in _NAMES.items():
+    for bnb_name, name in names.items():
         state[bnb_name].copy_(state_before[name].view(state[bnb_name].shape))
     optimizer.step()
-    return p.detach(), *(state[bnb_name].flatten() for bnb_name in _NAMES)
+    return p.detach(), *(state[bnb_name].flatten() for bnb_name in names)
 
 
 @implements("paged_adamw", **_OPERATION)

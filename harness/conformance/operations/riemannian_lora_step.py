@@ -1,0 +1,139 @@
+"""riemannian_lora_step: one step of Riemannian preconditioned LoRA over two adapted layers and another trainable tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from harness.conformance.drawing.factors import Beta, Eps, Factor, FirstStep, LearningRate, Matrix, WeightDecay
+from harness.conformance.operation import Arguments, Operation, draw
+from harness.conformance.operations.lorafa_step import (
+    Experts,
+    Kind,
+    Other,
+    Ranks,
+    Unused,
+    low_rank_factor,
+    moments,
+)
+from reference.lora_experts import packed
+from reference.operations.riemannian import optimizer_step, riemannian_step
+
+Delta = Annotated[float, Factor((1e-2, 1e-6, 1.0), (1e-4,), least=1e-6, most=1.0)]
+Optimizer = Annotated[str, Factor(("adamw", "gd"))]
+Start = Annotated[str, Factor(("trained", "zero", "one-direction"))]
+_TENSORS = ("As", "Bs", "gAs", "gBs", "mAs", "vAs", "mBs", "vBs")
+
+
+def arguments(
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    *,
+    shape: Matrix,
+    ranks: Ranks,
+    optimizer: Optimizer = "adamw",
+    delta: Delta = 1e-2,
+    step: FirstStep = 7,
+    lr: LearningRate = 0.1,
+    weight_decay: WeightDecay = 0.0,
+    beta1: Beta = 0.9,
+    beta2: Beta = 0.999,
+    eps: Eps = 1e-8,
+    B: Start = "trained",
+    gradient: Kind = "dense",
+    unused: Unused = "neither",
+    other: Other = "bias",
+    experts: Experts = 1,
+) -> Arguments:
+    """Draw the tensors of one call. For step 1, all moments are zero.
+
+    shape: (E, D); the first layer has D inputs and E outputs, the second E inputs and D outputs. ranks: those of both
+    layers, at most E and D. optimizer: AdamW, or gradient descent, which has no moments. B: `zero` is LoRA's start; the
+    columns of `one-direction` are equal, so that B^T B is singular. gradient: `zero` makes all gradients zero. unused:
+    `second` gives the second layer no gradients, as if it had not run. other: which trainable tensor the model has besides:
+    the bias of the first layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts: if there are
+    several, both layers are stacks of so many matrices (peft's `target_parameters`), and their A and B are packed as in
+    reference/lora_experts.py. By default lr is so large that the step is as large as the weights.
+    """
+    given: Arguments = {name: [] for name in _TENSORS}
+    for (outputs, inputs), rank in zip((shape, shape[::-1]), ranks, strict=True):
+        r = min(rank, inputs, outputs)
+        A = torch.stack([low_rank_factor(generator, r, inputs) for _ in range(experts)])
+        trained = torch.stack([low_rank_factor(generator, r, outputs).T for _ in range(experts)])
+        start = {"trained": trained, "zero": 0 * trained, "one-direction": trained[..., :1].expand(-1, -1, r)}[B]
+        G = 2 * draw(generator, torch.float64, experts, outputs, inputs) * (gradient == "dense")
+        drawn = [*packed(A, start), *packed(start.mT @ G, G @ A.mT)]
+        for tensor in drawn[:2]:
+            drawn += moments(generator, dtype, tensor.shape, step)
+        for name, tensor in zip(_TENSORS, drawn, strict=True):
+            given[name].append(tensor.to(dtype))
+    if unused == "second":
+        given["gAs"][1] = given["gBs"][1] = None
+    E = shape[0]
+    other_m, other_v = moments(generator, dtype, (E,), step)
+    return {
+        **given,
+        "other": draw(generator, dtype, E),
+        "other_g": draw(generator, dtype, E) * (gradient == "dense"),
+        "other_m": other_m,
+        "other_v": other_v,
+        "role": other,
+        "experts": experts,
+        "optimizer": optimizer,
+        "delta": delta,
+        "step": step,
+        "lr": lr,
+        "betas": (beta1, beta2),
+        "eps": eps,
+        "weight_decay": weight_decay,
+    }
+
+
+def reference(
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    gAs: Sequence[Tensor | None],
+    gBs: Sequence[Tensor | None],
+    mAs: Sequence[Tensor],
+    vAs: Sequence[Tensor],
+    mBs: Sequence[Tensor],
+    vBs: Sequence[Tensor],
+    *,
+    other: Tensor,
+    other_g: Tensor,
+    other_m: Tensor,
+    other_v: Tensor,
+    role: str,
+    experts: int,
+    optimizer: Any,
+    delta: float,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """Return A and its moments, then B and its moments, of the first and then of the second layer, then the other tensor's.
+
+    gAs, gBs: gradients of the As and Bs. options: step, lr, betas, eps and weight_decay. `role` names the other tensor for
+    the implementation; it gets a plain step. experts: number of matrices in each layer.
+    """
+    after: list[Tensor] = []
+    for A, B, gA, gB, mA, vA, mB, vB in zip(As, Bs, gAs, gBs, mAs, vAs, mBs, vBs, strict=True):
+        for one in riemannian_step(
+            optimizer, A, B, (gA, gB), (mA, vA), (mB, vB), delta=delta, experts=experts, **options
+        ):
+            after += one
+    after += optimizer_step(optimizer, other, other_g, other_m, other_v, **options)
+    return tuple(t.clone() for t in after)
+
+
+OPERATION = Operation(
+    name="riemannian_lora_step",
+    outputs=(
+        *("A0", "mA0", "vA0", "B0", "mB0", "vB0"),
+        *("A1", "mA1", "vA1", "B1", "mB1", "vB1"),
+        *("other", "other_m", "other_v"),
+    ),
+    arguments=arguments,
+    reference=reference,
+)

@@ -1,0 +1,25 @@
+"""peft: LoRA-FA computes the corrected gradient of B in bfloat16, also of adapters in float32 and float16.
+
+The product g (A A^T)^-1 runs under an autocast to bfloat16 if the device has bfloat16, as every CPU has. The gradient keeps
+8 of 24 bits, and both moments are computed from it. Seen in 0.21.2.
+"""
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_lorafa_optimizer
+from torch import nn
+
+torch.manual_seed(0)
+for dtype in (torch.float64, torch.float32, torch.float16):
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(96, 48, dtype=dtype)), config, autocast_adapter_dtype=False)
+    layer = model.base_model.model[0]
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-3)
+    B.grad = torch.randn_like(B)
+    optimizer.step()
+    state = optimizer.state["base_model.model.0.lora"]
+    wide = A.detach().double()
+    right = 0.1 * B.grad.double() @ torch.linalg.inv(wide @ wide.T + 1e-8 * torch.eye(4)) / 2**2
+    error = (state["exp_avg_B"].double() - right).norm() / right.norm()
+    print(f"{dtype}: the first moment is off by {error:.1e}; eps is {torch.finfo(dtype).eps:.1e}")
