@@ -236,7 +236,7 @@ class DoraConv2d(DoraLayer, LoraConv2d):
 
         The terms are those of a linear layer: W0 * x + b + (g - 1) W0 * d + g s B * (A * d), where d is x after dropout.
         """
-        g = self.gain(self.norms(self.direction()))
+        g = self.gain(self.norms(self.direction())).view(-1, 1, 1)  # x may have no dimension for a batch
         dropped = self.dropout(x)
         low = nn.functional.conv2d(convolve(self.base, dropped, self.A, groups=1), self.B)
         y: Tensor = self.base(x) + (g - 1) * convolve(self.base, dropped, self.base.weight, groups=1)

@@ -76,6 +76,15 @@ def test_a_convolution_is_a_linear_layer_on_patches(options: dict[str, int], det
     assert_same({"W": made.model.layer.weight.data.flatten(1)}, {"W": twin.model.layer.weight.data})
 
 
+def test_an_image_without_a_batch_dimension_gives_what_nn_conv2d_gives() -> None:
+    made = adapted(nn.Conv2d(2, 5, 3, padding=1, padding_mode="reflect"))
+    images = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    want, one = made.model(images).detach(), made.model(images[0]).detach()
+    assert_same({"y": one}, {"y": want[0]})
+    made.merge()
+    assert_same({"y": made.model(images[0])}, {"y": one})
+
+
 @pytest.mark.parametrize(
     ("layer", "settings", "message"),
     [
