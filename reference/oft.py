@@ -10,6 +10,7 @@ Shape letters: T tokens, D input features, E output features, N blocks, K size o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,11 +145,21 @@ class OftLinear(AdaptedLayer):
 
 
 def block_of(features: int, largest: int) -> int:
-    """Return the largest divisor of `features` that is at most `largest`. Raises ValueError if it is 1."""
-    size = max(k for k in range(1, min(features, largest) + 1) if features % k == 0)
-    if size == 1:
-        raise ValueError(f"{features} input features cannot be divided into blocks of 2 to {largest}")
-    return size
+    """Return the largest divisor of `features` that is at most `largest`."""
+    return max(k for k in range(1, min(features, largest) + 1) if features % k == 0)
+
+
+def blocks(found: Mapping[str, nn.Linear], largest: int) -> dict[str, int]:
+    """Map the paths of linear layers to the sizes K of their blocks.
+
+    Raises ValueError for a layer whose input features have no divisor from 2 to `largest`.
+    """
+    sizes = {path: block_of(base.in_features, largest) for path, base in found.items()}
+    for path, size in sizes.items():
+        if size == 1:
+            problem = f"{found[path].in_features} input features cannot be divided into blocks of 2 to {largest}"
+            raise ValueError(f"{path}: {problem}; leave it out of targets, or raise block_size")
+    return sizes
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
@@ -156,13 +167,12 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
 
     Raises ValueError if a target names no linear layer, or if a layer's input features cannot be divided.
     """
-    found = {
-        path: (base, block_of(base.in_features, config.block_size))
-        for path, base in targets(model, config.targets).items()
-    }
+    found = targets(model, config.targets)
+    sizes = blocks(found, config.block_size)
     model.requires_grad_(False)
     layers = {}
-    for path, (base, size) in found.items():
+    for path, base in found.items():
+        size = sizes[path]
         shape = base.in_features // size, size * (size - 1) // 2
         Q = torch.zeros(shape, dtype=floating_dtype(base), device=next(base.parameters()).device)
         layers[path] = OftLinear(base, Q, size, config.cayley, config.terms)
