@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import dense_weight, floating_dtype, replace, targets
+from reference.shared.layers import floating_dtype, replace, targets
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -123,20 +123,16 @@ class OftLinear(AdaptedLayer):
         y_TE: Tensor = self.base(torch.einsum("...nk,nkc->...nc", x_TNK, self.rotation()).flatten(-2))
         return y_TE
 
-    def rotated(self) -> Tensor:
-        """Return the weight W0 R^T, shape (E, D)."""
-        W_ENK = dense_weight(self.base).unflatten(-1, (-1, self.size))
+    def rotated(self, W_ED: Tensor) -> Tensor:
+        """Return W R^T for a weight W, shape (E, D)."""
+        W_ENK = W_ED.unflatten(-1, (-1, self.size))
         return torch.einsum("enc,nkc->enk", W_ENK, self.rotation().to(W_ENK.dtype)).flatten(-2)
-
-    def delta(self) -> Tensor:
-        """Return W0 R^T - W0, shape (E, D)."""
-        return self.rotated() - dense_weight(self.base)
 
     def merged(self) -> Any:
         """Return a plain layer with the same output: the base with the weight W0 R^T."""
         dense: Any = self.dense_base()
         with torch.no_grad():
-            dense.weight.copy_(self.rotated())
+            dense.weight.copy_(self.rotated(dense.weight))
         return dense
 
     def tensors(self) -> dict[str, nn.Parameter]:

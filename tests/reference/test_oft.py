@@ -79,7 +79,7 @@ def test_the_exact_form_is_orthogonal_and_keeps_angles(size: int) -> None:
     one = torch.eye(size, dtype=torch.float64).expand_as(R)
     assert_same({"R": R.mT @ R, "det": torch.linalg.det(R)}, {"R": one, "det": torch.ones(len(R)).double()})
     assert not torch.equal(R, one)
-    W, rotated = layer.base.weight.detach(), layer.rotated().detach()
+    W, rotated = layer.base.weight.detach(), layer.merged().weight
     assert_same({"angles": rotated @ rotated.T}, {"angles": W @ W.T})
 
 
@@ -166,6 +166,21 @@ def test_merged_is_unmerged(settings: dict[str, Any], dtype: str) -> None:
         assert judged.passed, judged
         adapted.unmerge()
         assert torch.equal(adapted.model.get_submodule(path)(x), before)
+
+
+def test_merging_decodes_a_packed_weight_once() -> None:
+    class Packed(nn.Linear):  # any subclass counts as packed
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    base = Packed(12, 10, dtype=torch.float64)
+    adapted = attached(model=nn.Sequential(base), targets=("0",))
+    adapted.merge()
+    assert base.calls == 1
+    assert torch.equal(adapted.model[0].weight, base.weight)
 
 
 def test_merging_and_detaching_leave_every_bit_of_the_base() -> None:

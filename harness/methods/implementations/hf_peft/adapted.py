@@ -142,7 +142,7 @@ class PeftAdapted:
                 one.merge()
 
     def unmerge(self) -> None:
-        """Unmerge as peft does, by subtraction."""
+        """Unmerge as peft does: by subtracting the update or, for OFT, by multiplying with the inverse of R."""
         for layer in self.layers.values():
             for one in wrappers(layer):
                 one.unmerge()
