@@ -44,8 +44,8 @@ SPEC = ReferenceSpec(
             topic="gradient through the norm",
             paper="section 4.3 treats the norm as a constant, to save memory; eq. 6 has the full gradient",
             here="constant, unless detach_norm is false",
-            why="the authors' code does the same by default (dora_simple), and HF peft always. The full gradient reaches every "
-            "entry of an embedding, also that at padding_idx, since the norms have all of them",
+            why="the authors' code does the same by default (dora_simple), and HF peft always. The full gradient reaches "
+            "every entry of an embedding, also that at padding_idx, because it is a part of the norms",
         ),
         Deviation(
             topic="scaling",
@@ -72,8 +72,8 @@ SPEC = ReferenceSpec(
             topic="embeddings and convolutions",
             paper="not treated",
             here="A and B as in LoRA; one magnitude per output feature or output channel; convolutions without groups",
-            why="HF peft does the same; a row of V' has the N entries of a feature, or the kernel of a channel. HF peft also "
-            "takes groups, but with norms of another kernel: it reshapes B (E, R / groups) to (E / groups, R)",
+            why="HF peft does the same; a row of V' has the N entries of a feature, or the kernel of a channel. HF peft "
+            "also takes groups, but with norms of another kernel: it reshapes B (E, R / groups) to (E / groups, R)",
         ),
         Deviation(
             topic="initialisation of A",

@@ -87,9 +87,8 @@ def test_an_entry_of_oft_excuses_another_number_but_neither_nan_nor_another_shap
         for check, tensor, detail in (("merge", "second: y", "after unmerging"), ("unmerge", "first.weight", "")):
             outcome = failed(check, detail, tensor=tensor, worst=worst, error=1.0)
             result = outcome.result.model_copy(update={"check": f"oft/{check}/float64/warm"})
-            tried = outcome.model_copy(
-                update={"implementation": "hf-peft", "target": "oft", "case": case, "dtype": "float64", "result": result}
-            )
+            of = {"implementation": "hf-peft", "target": "oft", "case": case, "dtype": "float64"}
+            tried = outcome.model_copy(update={**of, "result": result})
             assert entry.explains(tried) is (excused and entry.matches(tried)), (check, worst)
 
 
