@@ -44,7 +44,8 @@ SPEC = ReferenceSpec(
             topic="gradient through the norm",
             paper="section 4.3 treats the norm as a constant, to save memory; eq. 6 has the full gradient",
             here="constant, unless detach_norm is false",
-            why="the authors' code does the same by default (dora_simple), and HF peft always",
+            why="the authors' code does the same by default (dora_simple), and HF peft always. The full gradient reaches "
+            "every entry of an embedding, also that at padding_idx, because it is a part of the norms",
         ),
         Deviation(
             topic="scaling",
@@ -71,7 +72,8 @@ SPEC = ReferenceSpec(
             topic="embeddings and convolutions",
             paper="not treated",
             here="A and B as in LoRA; one magnitude per output feature or output channel; convolutions without groups",
-            why="HF peft does the same; a row of V' has the N entries of a feature, or the kernel of a channel",
+            why="HF peft does the same; a row of V' has the N entries of a feature, or the kernel of a channel. HF peft "
+            "also takes groups, but with norms of another kernel: it reshapes B (E, R / groups) to (E / groups, R)",
         ),
         Deviation(
             topic="initialisation of A",
@@ -185,7 +187,8 @@ class DoraLinear(DoraLayer):
 class DoraEmbedding(DoraLayer, LoraEmbedding):
     """An embedding table (N, E) with the weight m V' / ||V'||, where V' = W0 + s B A is the transposed table (E, N).
 
-    A (R, N), B (E, R) and m (E,) train. As in LoRA, the update has no dropout.
+    A (R, N), B (E, R) and m (E,) train. As in LoRA, the update has no dropout. The entry of A at padding_idx gets no
+    gradient from the entries that are looked up. If `detach_norm` is false, it gets one through the norm of V'.
     """
 
     def __init__(self, base: nn.Embedding, A: Tensor, B: Tensor, config: Config) -> None:
@@ -236,7 +239,7 @@ class DoraConv2d(DoraLayer, LoraConv2d):
 
         The terms are those of a linear layer: W0 * x + b + (g - 1) W0 * d + g s B * (A * d), where d is x after dropout.
         """
-        g = self.gain(self.norms(self.direction()))
+        g = self.gain(self.norms(self.direction())).view(-1, 1, 1)  # x may have no dimension for a batch
         dropped = self.dropout(x)
         low = nn.functional.conv2d(convolve(self.base, dropped, self.A, groups=1), self.B)
         y: Tensor = self.base(x) + (g - 1) * convolve(self.base, dropped, self.base.weight, groups=1)

@@ -10,6 +10,7 @@ Shape letters: T tokens, D input features, E output features, N blocks, K size o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import dense_weight, floating_dtype, replace, targets
+from reference.shared.layers import floating_dtype, replace, targets
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -122,20 +123,16 @@ class OftLinear(AdaptedLayer):
         y_TE: Tensor = self.base(torch.einsum("...nk,nkc->...nc", x_TNK, self.rotation()).flatten(-2))
         return y_TE
 
-    def rotated(self) -> Tensor:
-        """Return the weight W0 R^T, shape (E, D)."""
-        W_ENK = dense_weight(self.base).unflatten(-1, (-1, self.size))
+    def rotated(self, W_ED: Tensor) -> Tensor:
+        """Return W R^T for a weight W, shape (E, D)."""
+        W_ENK = W_ED.unflatten(-1, (-1, self.size))
         return torch.einsum("enc,nkc->enk", W_ENK, self.rotation().to(W_ENK.dtype)).flatten(-2)
-
-    def delta(self) -> Tensor:
-        """Return W0 R^T - W0, shape (E, D)."""
-        return self.rotated() - dense_weight(self.base)
 
     def merged(self) -> Any:
         """Return a plain layer with the same output: the base with the weight W0 R^T."""
         dense: Any = self.dense_base()
         with torch.no_grad():
-            dense.weight.copy_(self.rotated())
+            dense.weight.copy_(self.rotated(dense.weight))
         return dense
 
     def tensors(self) -> dict[str, nn.Parameter]:
@@ -144,11 +141,21 @@ class OftLinear(AdaptedLayer):
 
 
 def block_of(features: int, largest: int) -> int:
-    """Return the largest divisor of `features` that is at most `largest`. Raises ValueError if it is 1."""
-    size = max(k for k in range(1, min(features, largest) + 1) if features % k == 0)
-    if size == 1:
-        raise ValueError(f"{features} input features cannot be divided into blocks of 2 to {largest}")
-    return size
+    """Return the largest divisor of `features` that is at most `largest`."""
+    return max(k for k in range(1, min(features, largest) + 1) if features % k == 0)
+
+
+def blocks(found: Mapping[str, nn.Linear], largest: int) -> dict[str, int]:
+    """Map the paths of linear layers to the sizes K of their blocks.
+
+    Raises ValueError for a layer whose input features have no divisor from 2 to `largest`.
+    """
+    sizes = {path: block_of(base.in_features, largest) for path, base in found.items()}
+    for path, size in sizes.items():
+        if size == 1:
+            problem = f"{found[path].in_features} input features cannot be divided into blocks of 2 to {largest}"
+            raise ValueError(f"{path}: {problem}; leave it out of targets, or raise block_size")
+    return sizes
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
@@ -156,13 +163,12 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
 
     Raises ValueError if a target names no linear layer, or if a layer's input features cannot be divided.
     """
-    found = {
-        path: (base, block_of(base.in_features, config.block_size))
-        for path, base in targets(model, config.targets).items()
-    }
+    found = targets(model, config.targets)
+    sizes = blocks(found, config.block_size)
     model.requires_grad_(False)
     layers = {}
-    for path, (base, size) in found.items():
+    for path, base in found.items():
+        size = sizes[path]
         shape = base.in_features // size, size * (size - 1) // 2
         Q = torch.zeros(shape, dtype=floating_dtype(base), device=next(base.parameters()).device)
         layers[path] = OftLinear(base, Q, size, config.cayley, config.terms)

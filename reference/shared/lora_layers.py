@@ -1,4 +1,4 @@
-"""LoRA on layers other than linear ones: embedding tables and 2-d convolutions, for `reference/lora.py`.
+"""LoRA on layers other than linear ones: embedding tables and 2-d convolutions. LoRA, DoRA and PiSSA use them.
 
 The paper adapts matrices, so the layers here treat their weights as matrices. Shape letters: N entries of a table, E
 outputs, R rank, C input channels, G groups, K side of a kernel.

@@ -102,7 +102,7 @@ def test_a_second_adapter_after_detach_equals_a_first(method: str) -> None:
         ("dora", {"detach_norm": False}, "treats the norm as a constant"),
         ("adalora", {"regularization": "squared-sum"}, "the mean of norms, not squared-sum"),
         ("adalora", {"beta1": 1.0}, "refuses a beta of 0 or 1"),
-        ("oft", {"block_size": 24}, "takes the divisor of 64 that is nearest to 24"),
+        ("oft", {"block_size": 28}, "first: of 64 input features, peft makes blocks of 32, the reference of 16"),
     ],
 )
 def test_unsupported_configs_leave_the_model_unchanged(method: str, values: dict[str, Any], says: str) -> None:
@@ -110,6 +110,21 @@ def test_unsupported_configs_leave_the_model_unchanged(method: str, values: dict
     with pytest.raises(NotImplementedError, match=says):
         attached(method, model=model, **values)
     assert type(model.first) is nn.Linear
+
+
+def test_dora_of_a_convolution_with_groups_is_refused() -> None:
+    layer = nn.Conv2d(4, 6, 3, groups=2)
+    with pytest.raises(NotImplementedError, match="0: peft's DoRA of a convolution with 2 groups"):
+        attached("dora", model=nn.Sequential(layer), targets=["0"])
+    assert layer.weight.requires_grad
+
+
+def test_oft_takes_a_block_size_for_which_peft_has_the_blocks_of_the_reference() -> None:
+    adapted = attached("oft", block_size=200)
+    assert {name: tuple(t.shape) for name, t in adapted.tensors().items()} == {
+        "first.Q": (1, 64 * 63 // 2),
+        "second.Q": (1, 128 * 127 // 2),
+    }
 
 
 def test_pissa_of_peft_starts_embeddings_as_lora() -> None:

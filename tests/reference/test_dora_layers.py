@@ -76,6 +76,24 @@ def test_a_convolution_is_a_linear_layer_on_patches(options: dict[str, int], det
     assert_same({"W": made.model.layer.weight.data.flatten(1)}, {"W": twin.model.layer.weight.data})
 
 
+def test_the_entry_at_padding_idx_gets_a_gradient_through_the_norm_alone() -> None:
+    for detach_norm in (True, False):
+        made = adapted(nn.Embedding(9, 6, padding_idx=4), detach_norm=detach_norm)
+        with torch.no_grad():
+            made.layers["layer"].base.weight[4] = 1.0
+        made.model(torch.tensor([4, 0, 4, 7])).square().sum().backward()
+        assert bool(made.tensors()["layer.A"].grad[:, 4].any()) is not detach_norm
+
+
+def test_an_image_without_a_batch_dimension_gives_what_nn_conv2d_gives() -> None:
+    made = adapted(nn.Conv2d(2, 5, 3, padding=1, padding_mode="reflect"))
+    images = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    want, one = made.model(images).detach(), made.model(images[0]).detach()
+    assert_same({"y": one}, {"y": want[0]})
+    made.merge()
+    assert_same({"y": made.model(images[0])}, {"y": one})
+
+
 @pytest.mark.parametrize(
     ("layer", "settings", "message"),
     [

@@ -79,7 +79,7 @@ def test_the_exact_form_is_orthogonal_and_keeps_angles(size: int) -> None:
     one = torch.eye(size, dtype=torch.float64).expand_as(R)
     assert_same({"R": R.mT @ R, "det": torch.linalg.det(R)}, {"R": one, "det": torch.ones(len(R)).double()})
     assert not torch.equal(R, one)
-    W, rotated = layer.base.weight.detach(), layer.rotated().detach()
+    W, rotated = layer.base.weight.detach(), layer.merged().weight
     assert_same({"angles": rotated @ rotated.T}, {"angles": W @ W.T})
 
 
@@ -117,7 +117,7 @@ def test_at_the_start_the_model_is_the_base_model(settings: dict[str, Any], dtyp
 def test_the_block_is_the_largest_divisor_up_to_the_given_size() -> None:
     assert [oft.block_of(12, size) for size in (2, 4, 5, 11, 12, 32)] == [2, 4, 4, 6, 12, 12]
     model = nn.Sequential(nn.Linear(7, 4))
-    with pytest.raises(ValueError, match="7 input features cannot be divided into blocks of 2 to 4"):
+    with pytest.raises(ValueError, match=r"^0: 7 input features cannot .* blocks of 2 to 4; leave it out of targets"):
         attached(model=model, targets=("0",))
     assert model[0].weight.requires_grad
 
@@ -166,6 +166,21 @@ def test_merged_is_unmerged(settings: dict[str, Any], dtype: str) -> None:
         assert judged.passed, judged
         adapted.unmerge()
         assert torch.equal(adapted.model.get_submodule(path)(x), before)
+
+
+def test_merging_decodes_a_packed_weight_once() -> None:
+    class Packed(nn.Linear):  # any subclass counts as packed
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    base = Packed(12, 10, dtype=torch.float64)
+    adapted = attached(model=nn.Sequential(base), targets=("0",))
+    adapted.merge()
+    assert base.calls == 1
+    assert torch.equal(adapted.model[0].weight, base.weight)
 
 
 def test_merging_and_detaching_leave_every_bit_of_the_base() -> None:

@@ -46,6 +46,11 @@ def _token_by_token(call: Call) -> dict[str, Tensor] | None:
     return _in_parts(call, [(x, dy) for x, dy in rows])
 
 
+def _image_by_image(call: Call) -> dict[str, Tensor] | None:
+    """Call the layer on one image (C, H, W) at a time. As nn.Conv2d, it must take an image without a batch dimension."""
+    return _in_parts(call, list(zip(call.x, call.dy, strict=True))) if call.x.dim() == 4 else None
+
+
 def _after_other_sizes(call: Call) -> dict[str, Tensor]:
     """Call the layer on more rows, on one row and on none before it is called on its input."""
     for x in (torch.cat([call.x] * 3), call.x[:1], call.x[:0]):
@@ -255,6 +260,7 @@ def _load_state_dict(*, assign: bool) -> Restore:
 HISTORIES: dict[str, Form] = {
     "in micro-batches": Form(_micro_batches, rounds_differently=True),
     "token by token": Form(_token_by_token, rounds_differently=True),
+    "image by image without a batch dimension": Form(_image_by_image, rounds_differently=True),
     "after calls of other sizes": Form(_after_other_sizes),
     "after earlier outputs were overwritten": Form(_after_overwritten_outputs),
     "with tensors transposed in memory": Form(_with_strided_tensors),

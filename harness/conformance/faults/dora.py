@@ -64,6 +64,8 @@ FAULTS = [
         "return norms(V.transpose(0, 1).flatten(1)).view(1, -1, 1, 1)", layer="conv2d", inputs=36, outputs=36),
     _dora("scales_only_the_kernel", ["forward", "gradient"],
         "return y + g * self.scaling * low", "return y + self.scaling * low", layer="conv2d"),
+    # peft's shape of the norms, which adds a dimension to an image without a batch dimension.
+    _dora("adds_a_batch_dimension_to_an_image", ["calls"], ".view(-1, 1, 1)  # x may", "  # x may", layer="conv2d"),
     _dora("does_not_drop_before_a_convolution", ["dropout"],
         "dropped = self.dropout(x)", "dropped = x", layer="conv2d", values={**_USUAL, "dropout": 0.5}),
 ]

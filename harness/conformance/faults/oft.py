@@ -47,8 +47,8 @@ FAULTS = [
     _oft("starts_with_a_rotation", ["initial", "identity"], "Q = torch.zeros(shape, dtype", "Q = torch.ones(shape, dtype"),
     _oft("stores_whole_blocks", ["parameters"], "size * (size - 1) // 2\n", "size * size\n"),
     _oft("takes_the_next_larger_divisor", ["parameters"],
-        "size = max(k for k in range(1, min(features, largest) + 1) if features % k == 0)",
-        "size = min(k for k in range(min(features, largest), features + 1) if features % k == 0)",
+        "return max(k for k in range(1, min(features, largest) + 1) if features % k == 0)",
+        "return min(k for k in range(min(features, largest), features + 1) if features % k == 0)",
         values={"block_size": 7}),
 ]
 # fmt: on

@@ -91,7 +91,7 @@ def lora(model: nn.Module, config: reference_lora.Config, generator: Generator) 
 
 @implements("dora", dtypes=DTYPES, **_NAME)
 def dora(model: nn.Module, config: reference_dora.Config, generator: Generator) -> PeftAdapted:
-    """Attach peft's DoRA, and compute its layers by LoRA_O."""
+    """Attach peft's DoRA, and compute its linear layers by LoRA_O and its embeddings by LoRA_Embedding."""
     return _with_kernels(hf_peft.dora(model, config, generator))
 
 

@@ -26,7 +26,7 @@ def has_conv1d(found: Mapping[str, nn.Module]) -> bool:
 
 
 def dense_targets(model: nn.Module, names: tuple[str, ...], method: str) -> dict[str, nn.Linear]:
-    """Return the targets by path, for a method of peft that adds its update to a dense weight.
+    """Return the targets by path, for a method of peft that changes a dense weight.
 
     Raises Unsupported for a quantised layer, and ValueError if a target is no linear layer.
     """
@@ -38,7 +38,7 @@ def dense_targets(model: nn.Module, names: tuple[str, ...], method: str) -> dict
     for path, base in found.items():
         if type(base) is not nn.Linear:
             kind = type(base).__name__
-            raise Unsupported(f"{path}: peft's {method} adds to a dense weight, and that of {kind} is packed")
+            raise Unsupported(f"{path}: peft's {method} needs a dense weight, and that of {kind} is packed")
     return found
 
 
@@ -142,7 +142,7 @@ class PeftAdapted:
                 one.merge()
 
     def unmerge(self) -> None:
-        """Unmerge as peft does, by subtraction."""
+        """Unmerge as peft does: by subtracting the update or, for OFT, by multiplying with the inverse of R."""
         for layer in self.layers.values():
             for one in wrappers(layer):
                 one.unmerge()

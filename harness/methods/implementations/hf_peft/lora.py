@@ -103,7 +103,7 @@ class PeftLora(PeftAdapted):
 def dora(model: nn.Module, config: reference_dora.Config, generator: Generator) -> PeftAdapted:
     """Attach peft's DoRA to linear layers, Conv1D, embeddings and convolutions.
 
-    Raises Unsupported for per=input, and if the norm has a gradient.
+    Raises Unsupported for per=input, if the norm has a gradient, and for a convolution with groups.
     """
     from reference.dora import KINDS
     from reference.shared.layers import targets
@@ -113,6 +113,10 @@ def dora(model: nn.Module, config: reference_dora.Config, generator: Generator) 
         raise Unsupported(f"peft's DoRA has one magnitude per output feature, not per {config.per}")
     if not config.detach_norm:
         raise Unsupported("peft's DoRA treats the norm as a constant in the backward pass")
+    for path, base in found.items():
+        if getattr(base, "groups", 1) != 1:
+            why = f"peft's DoRA of a convolution with {base.groups} groups has norms of another kernel"
+            raise Unsupported(f"{path}: {why}")
     tuner(model, lora_config(config, found, use_dora=True, fan_in_fan_out=has_conv1d(found)), generator)
     return PeftAdapted(model, lambda layer: {**lora_tensors(layer), "m": layer.lora_magnitude_vector[ADAPTER].weight})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import Unsupported
-from harness.methods.implementations.hf_peft.adapted import ADAPTER, PeftAdapted, tuner
+from harness.methods.implementations.hf_peft.adapted import ADAPTER, PeftAdapted, dense_targets, tuner
 from harness.methods.registry import DTYPES, implements
 
 if TYPE_CHECKING:
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 def oft(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
     """Attach peft's OFT to linear layers.
 
-    Raises Unsupported for a quantised base, and if the block size does not divide a layer's input features.
+    Raises Unsupported for a quantised base, and if peft divides a layer's input features into other blocks. peft takes
+    the divisor that is nearest to the block size, even a larger one.
     """
     from peft import OFTConfig
-    from torch import nn
+    from peft.tuners.oft.layer import OFTLayer
 
-    from reference.shared.layers import targets
+    from reference.oft import blocks
 
-    found = targets(model, config.targets)
-    for path, base in found.items():
-        if type(base) is not nn.Linear:
-            raise Unsupported(f"{path}: hf-peft offers OFT for dense layers only, and {type(base).__name__} is packed")
-        if base.in_features % config.block_size:
-            why = f"peft takes the divisor of {base.in_features} that is nearest to {config.block_size}, even a larger one"
-            raise Unsupported(f"{path}: {why}")
+    found = dense_targets(model, config.targets, "OFT")
+    for path, size in blocks(found, config.block_size).items():
+        D = found[path].in_features
+        nearest = OFTLayer.adjust_oft_parameters(None, D, config.block_size)
+        if nearest != size:
+            raise Unsupported(f"{path}: of {D} input features, peft makes blocks of {nearest}, the reference of {size}")
     peft_config = OFTConfig(
         r=0,
         oft_block_size=config.block_size,

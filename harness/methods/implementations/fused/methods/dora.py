@@ -26,7 +26,7 @@ from harness.kernels.torch.support.dropout import keep_mask
 from harness.kernels.torch.support.shared_input import SharedInputLayer, link
 from reference import dora
 from reference.shared.adapted import AdaptedLayers
-from reference.shared.layers import dense_weight
+from reference.shared.layers import LINEAR_OR_CONV1D, dense_weight, kind_of, targets
 
 
 class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
@@ -113,11 +113,10 @@ def attach(model: nn.Module, config: dora.Config, generator: torch.Generator) ->
     """
     if config.per != "output" or not config.detach_norm:
         raise Unsupported("the fused DoRA supports per=output with detach_norm=true only")
+    for path, base in targets(model, config.targets, dora.KINDS).items():
+        if kind_of(base) not in LINEAR_OR_CONV1D:
+            raise Unsupported(f"{path} is a {type(base).__name__}; the fused DoRA supports linear layers only")
     adapted = dora.attach(model, config, generator)
-    for path, layer in adapted.layers.items():
-        if type(layer) is not dora.DoraLinear:
-            adapted.detach()
-            raise Unsupported(f"{path} is a {type(layer.base).__name__}; the fused DoRA supports linear layers only")
     for layer in adapted.layers.values():
         layer.__class__ = FusedDoraLinear
     link(adapted.layers)

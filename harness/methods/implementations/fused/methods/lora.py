@@ -14,6 +14,7 @@ from harness.methods.implementations.fused.experts import FusedLoraExperts, why_
 from reference import lora
 from reference.lora_experts import LoraExperts
 from reference.shared.adapted import AdaptedLayers
+from reference.shared.layers import KINDS, kind_of, targets
 
 
 class FusedLowRankLayer(SharedInputLayer):
@@ -55,11 +56,10 @@ def attach(model: nn.Module, config: lora.Config, generator: torch.Generator) ->
 
     Raises Unsupported if a target is neither linear nor a module of experts that transformers can group.
     """
+    for path, base in targets(model, config.targets, KINDS).items():
+        if problem := _why_not(base):
+            raise Unsupported(f"{path} is a {type(base).__name__}; {problem}")
     adapted = lora.attach(model, config, generator)
-    for path, layer in adapted.layers.items():
-        if problem := _why_not(layer):
-            adapted.detach()
-            raise Unsupported(f"{path} is a {type(layer.base).__name__}; {problem}")
     linear = {}
     for path, layer in adapted.layers.items():  # the state stays; only the forward pass differs
         if isinstance(layer, LoraExperts):
@@ -71,9 +71,8 @@ def attach(model: nn.Module, config: lora.Config, generator: torch.Generator) ->
     return adapted
 
 
-def _why_not(layer: nn.Module) -> str:
-    """Return why this package has no code for an adapted layer, or an empty string."""
-    if isinstance(layer, LoraExperts):
-        return why_not(layer.base)
-    plain = type(layer) is lora.LoraLinear and isinstance(layer.base, nn.Linear)
-    return "" if plain else "the fused LoRA supports linear layers and stacked experts only"
+def _why_not(base: nn.Module) -> str:
+    """Return why this package has no code for LoRA of a layer, or an empty string."""
+    if kind_of(base) == "experts":
+        return why_not(base)
+    return "" if kind_of(base) == "linear" else "the fused LoRA supports linear layers and stacked experts only"
