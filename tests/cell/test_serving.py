@@ -148,12 +148,13 @@ def test_a_seed_without_latencies_is_not_served(base: Path, tmp_path: Path, kind
 # --- wrong answers
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("fault", "wrong"),
     [
-        pytest.param("base rows changed", {"base", "mixed"}, marks=pytest.mark.nightly),
-        pytest.param("one adapter for all requests at a time", {"several", "mixed"}, marks=pytest.mark.nightly),
-        pytest.param("base rows keep the last adapter", {"mixed"}, marks=pytest.mark.nightly),
+        ("base rows changed", {"base", "mixed"}),
+        ("one adapter for all requests at a time", {"several", "mixed"}),
+        ("base rows keep the last adapter", {"mixed"}),
         ("stale adapter", {"swap"}),
     ],
 )
@@ -185,16 +186,17 @@ def test_a_server_that_does_not_load_adapters_is_timed_without_a_swap(
 # --- servers that do not answer
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("fault", "because"),
     [
-        pytest.param("dies", "small ended with exit code 1 before it answered", marks=pytest.mark.nightly),
-        pytest.param("hangs at its start", "small did not answer within 5 s of its start", marks=pytest.mark.nightly),
-        pytest.param("port taken", "small ended with exit code 1 before it answered", marks=pytest.mark.nightly),
-        pytest.param("another server", "another server answers on port", marks=pytest.mark.nightly),
-        pytest.param("dies while it serves", "small ended with exit code 7", marks=pytest.mark.nightly),
+        ("dies", "small ended with exit code 1 before it answered"),
+        ("hangs at its start", "small did not answer within 5 s of its start"),
+        ("port taken", "small ended with exit code 1 before it answered"),
+        ("another server", "another server answers on port"),
+        ("dies while it serves", "small ended with exit code 7"),
         ("hangs", "no complete answer in 2 seconds"),
-        pytest.param("a token less in streams", "a stream with 15 of 16 tokens", marks=pytest.mark.nightly),
+        ("a token less in streams", "a stream with 15 of 16 tokens"),
     ],
 )
 def test_a_server_that_does_not_answer_is_a_result(

@@ -315,7 +315,7 @@ def test_list_and_doctor_load_plug_ins(printed: Printed) -> None:
     printed("doctor", "--verbose")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("plug_ins")
 def test_check_of_a_plug_in_that_raises(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "harness.cli", "check", "evil", "--jobs", "1"]

@@ -88,7 +88,6 @@ def story(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, St
     return stages
 
 
-@pytest.mark.nightly
 def test_ctrl_c_ends_cleanly_with_a_report_of_what_there_is(story: dict[str, Stage]) -> None:
     stage = story["interrupted"]
     first, second = stage.run.manifest.cells
@@ -103,6 +102,7 @@ def test_ctrl_c_ends_cleanly_with_a_report_of_what_there_is(story: dict[str, Sta
     assert "the run is interrupted" in stage.finished.out
 
 
+@pytest.mark.nightly  # it waits for the smoke run
 def test_a_rerun_gives_the_same_losses_to_the_last_bit(
     smoke: tuple[Finished, store.Run], story: dict[str, Stage]
 ) -> None:

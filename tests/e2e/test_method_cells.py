@@ -28,15 +28,13 @@ comparisons:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("method", "config", "other"),
     [
-        pytest.param(
-            "loha", "{rank: 3, alpha: 40, targets: [q_proj]}", "{rank_dropout: 0.25}", marks=pytest.mark.nightly
-        ),
+        ("loha", "{rank: 3, alpha: 40, targets: [q_proj]}", "{rank_dropout: 0.25}"),
         ("lokr", "{rank: 1, alpha: 8, factor: 4, targets: [q_proj]}", "{rank_dropout: 0.25}"),
-        pytest.param("oft", "{block_size: 8, targets: [q_proj]}", "{terms: 8}", marks=pytest.mark.nightly),
+        ("oft", "{block_size: 8, targets: [q_proj]}", "{terms: 8}"),
     ],
 )
 def test_reference_and_peft_have_the_losses_of_float64(

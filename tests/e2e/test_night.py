@@ -124,6 +124,7 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
     return {file.stem: json.loads(file.read_text()) for file in (folder / "parts").glob("*.json")}
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 def test_a_short_rehearsal(sandbox: Sandbox) -> None:
     words = ("--only", "parity-bfloat16", "--only", "crossovers", "--budget", "30m", "--out", "night")

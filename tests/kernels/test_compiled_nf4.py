@@ -111,6 +111,7 @@ def test_codes_and_values_are_the_reference_s(block: int, dtype: torch.dtype, ca
     assert all(calls)
 
 
+@pytest.mark.nightly
 def test_sizes_modes_and_settings_do_not_recompile(fresh: None) -> None:
     W, made = special(torch.float32), torch._dynamo.utils.counters["stats"]
     agrees(W, 64)

@@ -191,6 +191,7 @@ def test_a_page_with_rows_as_data_passes_axe(show: Open, stored: Path) -> None:
         assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
 
 
+@pytest.mark.nightly
 def test_1000_cells_open_sort_and_filter(show: Open, tmp_path: Path) -> None:
     run = large_run.write(tmp_path / "run", recipes=200, seeds=5, items=10)
     html.write_report([analyse(run)], tmp_path / "report.html")

@@ -46,6 +46,7 @@ def test_the_page_of_1000_cells_is_small(page: str) -> None:
     assert elements <= ELEMENTS
 
 
+@pytest.mark.nightly
 def test_recipes_have_rows_and_cells_are_data(page: str, large: store.Run) -> None:
     parsed = Page(page)
     assert len([a for tag, a in parsed.tags if tag == "tr" and "data-method" in a]) == 200

@@ -141,6 +141,7 @@ def numbers(record: Record) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.nightly
 def test_seeds_share_a_gate_and_their_numbers_stay_the_same(fork_sandbox: ForkSandbox, tmp_path: Path) -> None:
     suite = fork_sandbox.suite("{implementation: hf-peft, seed: [0, 1]}")
     assert fork_sandbox.command("run", suite, "--out", "run").code == Exit.PASS

@@ -61,7 +61,7 @@ def plan(folder: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> tuple[i
     return code, capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_masked_language_model_is_no_causal_one(
     tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
