@@ -119,7 +119,7 @@ def _separated(group: list[list[Accuracy]], *, moderated: bool = True) -> set[in
     return {int(n) for n, p in adjusted.items() if p <= 1 - intervals.LEVEL}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("recipes", "seeds", "width"),
     [

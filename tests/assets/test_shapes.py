@@ -340,7 +340,7 @@ def test_what_a_large_model_does_not_train_is_noticed(
         lived(tmp_path, method)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("method", "implementation"),
     [("dora", "reference"), *((name, "fused") for name in ("lora", "vera", "adalora", "pissa", "qlora", "galore"))],

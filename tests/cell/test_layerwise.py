@@ -74,7 +74,7 @@ def trained(
     return {n: p.detach() for n, p in model.named_parameters()}, samples, stepping, optimizer
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("method", "name", "dtype", "implementation"),
     [

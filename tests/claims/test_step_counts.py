@@ -68,7 +68,7 @@ def test_a_block_that_is_computed_again_takes_its_forward_pass_once_more(tmp_pat
     assert counted(shape(tmp_path), "full", again=True) == counted(shape(tmp_path), "full") + again
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("method", "config", "again"),
     [("full", {}, False), ("lora", QV, True), ("dora", QV, False), ("vera", QV, True), ("adalora", ADALORA, False)],

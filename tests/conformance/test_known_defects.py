@@ -134,7 +134,7 @@ def test_lora_of_convolutions_meets_most_configs_and_every_kind_of_layer_two_dty
         assert len(dtypes) > 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("kind", "target", "name"),
     [
@@ -148,13 +148,11 @@ def test_lora_of_convolutions_meets_most_configs_and_every_kind_of_layer_two_dty
         ("operation", "loraplus_groups", "hf-peft-keywords"),
         ("operation", "galore_step", "galore-torch-8bit"),
         ("base", "nf4-dq", "torchao"),
-        pytest.param("method", "pissa", "hf-peft", marks=pytest.mark.nightly),
+        ("method", "pissa", "hf-peft"),
         ("method", "pissa", "hf-peft-reloaded"),
-        pytest.param("method", "vera", "hf-peft-second", marks=pytest.mark.nightly),
-        pytest.param("method", "lora", "loralib-merging", marks=pytest.mark.nightly),
-        pytest.param(
-            "loader", "adapter_files", "hf-peft", marks=pytest.mark.nightly
-        ),  # test_corpus compares the logits
+        ("method", "vera", "hf-peft-second"),
+        ("method", "lora", "loralib-merging"),
+        ("loader", "adapter_files", "hf-peft"),  # test_corpus compares the logits
     ],
 )
 def test_what_a_library_does_otherwise_is_what_is_known_of_it(kind: str, target: str, name: str) -> None:

@@ -33,7 +33,7 @@ def right(target: str) -> Function:
     return operations.every()[target].reference
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("target", operations.every())
 def test_the_reference_of_every_operation_passes(target: str) -> None:
     assert failing(target, right(target)) == {}
@@ -143,7 +143,7 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_implementation_is_caught_by_the_check_that_names_it(fault: str) -> None:
     target, function, check = FAULTS[fault]

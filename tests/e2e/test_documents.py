@@ -126,8 +126,8 @@ def test_fit(command: Command) -> None:
     assert document == old
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("forks")
-@pytest.mark.slow
 def test_claims(command: Command) -> None:
     printed = command("claims-lora", "claims", "lora", "--tier", "exact", "--json")
     assert without_prose(json.loads(printed)) == expected("claims-lora")

@@ -433,6 +433,7 @@ def test_the_target_says_the_kind(mistaken) -> None:
     assert any("got int" in row["result"]["detail"] for row in rows)
 
 
+@pytest.mark.nightly
 def test_what_is_installed_and_broken_is_a_failure(mistaken) -> None:
     (row,) = [row for row in json.loads(mistaken.stdout)["checks"] if row["implementation"] == "needs"]
     assert row["standing"] == "fail"

@@ -55,7 +55,7 @@ def test_every_number_near_a_midpoint_or_a_cell_s_end_gets_the_nearest_code() ->
     assert bool((absmax == 1).all())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("block", [64, 96, 4096])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_many_pieces_equal_one(dtype: torch.dtype, block: int, threads: int) -> None:

@@ -118,7 +118,7 @@ def agree(cell: Cell, config: dict[str, Any], kind: str = "causal") -> None:
     assert abs(found["peak_B"] - real) <= FOOTPRINT_LEDGER * real, (found, real)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(method: str, dtype: str) -> None:

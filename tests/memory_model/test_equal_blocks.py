@@ -33,7 +33,7 @@ def whole(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> Any:
         return counting.count(*arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_counts_of_a_model_are_those_of_all_its_blocks(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def test_the_ledger_of_a_published_record(record: Record) -> None:
     assert off(one["optimizer"]["adamw"][0] if trained else 0, ledger.optimizer_B) <= FOOTPRINT_LEDGER
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_ledger_of_a_small_llama(method: str, dtype: str) -> None:

@@ -101,7 +101,7 @@ def failed(results: list[CheckResult]) -> list[str]:
     return [f"{result.check} {result.detail}" for result in results if result.outcome is Outcome.FAIL]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", sorted(peft_types()))
 def test_every_type_runs_or_is_refused(kind: str, tmp_path: Path) -> None:
     keys = saved(kind, tmp_path)

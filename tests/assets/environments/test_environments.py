@@ -248,6 +248,7 @@ def fake_pip(home: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> Path:
 BAD_HASH = f"tiny-lib==1.0 --hash=sha256:{'0' * 64}"
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("break_it", "requirements", "options", "kind", "what", "hint"),
     [

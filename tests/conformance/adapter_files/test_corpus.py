@@ -110,7 +110,7 @@ def test_the_reference_agrees_with_every_file_in_every_dtype() -> None:
     assert [f"{one.case} {one.dtype}: {one.result}" for one in wrong] == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("fault", [one for one in FAULTS if one.expected == ("logits",)], ids=lambda one: one.name)
 def test_a_wrong_reading_is_far_from_the_logits(fault: faults.Fault) -> None:
     plan = parity_suite.load_plan("adapter_files").model_copy(update={"checks": ["logits"]})
