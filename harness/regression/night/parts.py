@@ -140,21 +140,22 @@ def on_cpu() -> list[Part]:
     ]
     timed = (*cpu, "--pairs", "5", *saved)
     ceilings = Part("ceilings", "How fast is the machine?", "card", ("bench", "--ceilings", *cpu, *saved), 10)
-    operations = [_operation(name, timed, 20) for name in ("nf4_dequantize", "lora_linear")]
     two_at_a_time = (*cpu, "--jobs", "2")
     runs = [
         _run(
             f"{HEADLINE}65b", _HEADLINES[0][1], "headline-rehearsal", ("qlora-65b-1", "qlora-65b-2"), two_at_a_time, 60
         ),
         _run(f"{HEADLINE}others", "Do the Cells of the other headlines run?", "night-rehearsal",
-             ("qlora-33b", "full-7b", "lora-7b", "galore-7b", "rank-4", "latency-gpt2-1x128"), two_at_a_time, 75),
+             ("qlora-33b", "full-7b", "lora-7b", "galore-7b", "rank-4", "latency-gpt2-1x128"), two_at_a_time, 65),
         _run("matrix", "Do all methods train, on a tiny model?", "night-rehearsal",
-             ("lora", "lora-nf4", "dora", "adalora", "vera", "galore"), two_at_a_time, 60),
+             ("lora", "lora-nf4", "dora", "adalora", "vera", "galore"), two_at_a_time, 45),
     ]  # fmt: skip
     # Compiling NF4's code takes seconds in each process, more than it saves at these shapes.
     headline_65b, headline_others, matrix = (replace(one, variables={"PEFT_HARNESS_COMPILE": "0"}) for one in runs)
     return [
-        *_kept(*parity, ceilings, *operations, _step("vera", (*timed, "--layers", "1"), 40)),
+        *_kept(
+            *parity, ceilings, _operation("nf4_dequantize", timed, 20), _step("adalora", (*timed, "--layers", "1"), 55)
+        ),
         headline_65b,
         headline_others,
         _claims(30),
@@ -164,7 +165,7 @@ def on_cpu() -> list[Part]:
             "crossovers", "Up to which sizes are the fused kernels faster, and with which tiles?", "card",
             ("bench", "--crossovers", *cpu, *saved), 25,
         ),
-        _canary("night-rehearsal", "lora", (*cpu, "--no-fresh"), 120),
+        _canary("night-rehearsal", "lora", (*cpu, "--no-fresh"), 180),
     ]  # fmt: skip
 
 
