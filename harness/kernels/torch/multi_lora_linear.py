@@ -142,8 +142,11 @@ def _is_faster_per_adapter(x: Tensor, W: Tensor, As: Sequence[Tensor], Bs: Seque
     """Return whether products per adapter are expected to be faster than one launch of Triton for all adapters.
 
     They are if the used adapters have more tokens on average than the crossover of the card; see
-    `harness.kernels.crossover`. The answer is no if the host had to wait for the ids, or for the indices of sequences
-    that are not adjacent, if float32 is multiplied on a GPU, and if an unused adapter is to get a gradient of zeros.
+    `harness.kernels.crossover`. Triton computes the call in any case if
+
+    - the ids are on the GPU, or the sequences of an adapter are not adjacent: the host would have to wait;
+    - float32 is multiplied on a GPU;
+    - an unused adapter trains: it needs a gradient of zeros, and torch would give it none.
     """
     limit = most("multi_lora_linear", card(x.device), len(W))
     if limit == inf or ids.device.type != "cpu" or not multiplied_by_triton(x):

@@ -18,7 +18,7 @@ shares its cores. The limit ends a part that hangs."""
 REHEARSAL_S = 600.0
 """Budget of a rehearsal on a machine like that of the estimates. With a larger budget the machine counts as slower, and a
 part may take more time in proportion."""
-_END_S = 5.0
+AROUND_S = 5.0
 """Seconds that are kept for the start and the end of a part, beside its estimate. A part that is cut prints its document."""
 LEAST_S = 120.0
 """A part may take this long even if its estimate is short."""
@@ -42,8 +42,8 @@ def limit(part: Part, later: Sequence[Part], left_s: float, device: Device, budg
     left_s: seconds of the budget that are left.
     budget_s: the whole budget in seconds.
     """
-    kept_s = sum(one.estimate_s + _END_S for one in later if one.kept)
-    share_s = max(part.estimate_s, left_s - kept_s - (_END_S if kept_s else 0.0))
+    kept_s = sum(one.estimate_s + AROUND_S for one in later if one.kept)
+    share_s = max(part.estimate_s, left_s - kept_s - (AROUND_S if kept_s else 0.0))
     slower = max(1.0, budget_s / REHEARSAL_S) if device == "cpu" else 1.0
     hang_s = slower * max(LEAST_S, _FACTOR[device] * part.estimate_s)
     least = min(left_s, share_s, hang_s)

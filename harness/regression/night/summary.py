@@ -14,9 +14,6 @@ from harness.report.formatting import seconds as duration
 if TYPE_CHECKING:
     from harness.regression.night.run import Night
 
-_START_S = 5.0
-"""Seconds for the start and the end of a part, beside its estimate."""
-
 
 def lines(night: Night) -> list[str]:
     """Return the table of the parts, the failures, the next steps, and the verdict with the path of the page."""
@@ -86,7 +83,7 @@ def _left_out(night: Night) -> list[str]:
         return alone
     real = f" --real {shlex.quote(str(night.real))}" if night.real is not None else ""
     only = " ".join(f"--only {name}" for name in found if name in left)
-    needed_s = budget.LAST_S[night.manifest.device] + sum(_START_S + _needed_s(found[name]) for name in left)
+    needed_s = budget.LAST_S[night.manifest.device] + sum(budget.AROUND_S + _needed_s(found[name]) for name in left)
     minutes = math.ceil(max(needed_s, night.manifest.budget_s) / 60)  # the estimates are rough: no less than this time
     again = f"peft-harness night --device {night.manifest.device}{real} {only} --budget {minutes}m"
     return [*alone, f"{again}  # what was left out"]
