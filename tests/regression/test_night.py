@@ -31,7 +31,8 @@ from pathlib import Path
 what = sys.argv[1]
 def wait():
     Path(__file__).with_name("ready").touch()
-    time.sleep(600)
+    while True:  # Python handles a signal that came just before a sleep only after it
+        time.sleep(0.05)
 check = {"implementation": "fused", "kind": "operation", "target": "nf4_dequantize", "dtype": "bfloat16", "case": "64x64",
          "traceback": "", "result": {"check": "outputs", "error": None, "allowed": None, "detail": "", "nonfinite": 0}}
 def document(**changed):
