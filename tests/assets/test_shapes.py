@@ -282,7 +282,7 @@ def test_a_cell_of_a_shape_measures_cost_and_scores_nothing(method: str, base: B
     assert near == (method != "qlora")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("config", "method", "base"),
     [

@@ -129,6 +129,7 @@ def test_equal_implementations_are_timed_forward_and_backward(registry: Registry
     assert checks == {(who, check) for who in ("reference", "acme") for check in wanted}
 
 
+@pytest.mark.slow
 def test_the_first_side_alternates(registry: Registry) -> None:
     forward, _ = rows(offered("acme", "lora_linear", reference("lora_linear")), registry)
     assert forward.samples is not None
@@ -146,6 +147,7 @@ def test_a_wrong_output_gets_no_speed(registry: Registry) -> None:
         assert "refused: no parity" in "\n".join(table.lines([one]))
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_gets_no_speed_of_training_but_one_of_the_call(registry: Registry) -> None:
     def wrong(**given: Any) -> Any:
         return reference("lora_linear")(**given | {"A": given["A"].detach()})
@@ -380,6 +382,7 @@ def test_memory_of_a_step_excludes_the_bare_process(registry: Registry) -> None:
     assert two.memory_ratio == 2
 
 
+@pytest.mark.slow
 def test_a_galore_step_is_judged_on_the_timed_device(registry: Registry) -> None:
     devices = []
 
@@ -451,6 +454,7 @@ def test_the_bytes_of_a_call_are_those_of_its_arguments_and_outputs() -> None:
         assert how.forward.bytes(size, 4) == moved, name
 
 
+@pytest.mark.slow
 def test_a_new_operation_is_judged_and_timed_without_being_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -707,6 +711,7 @@ def test_a_library_that_is_not_installed_is_timed_in_its_environment(
 # ---- files
 
 
+@pytest.mark.slow
 def test_the_export_has_what_pytest_benchmark_reads(tmp_path: Path) -> None:
     document = pytest_benchmark.document([row(), row(outcome="refused", samples=None)], describe())
     assert {"machine_info", "commit_info", "benchmarks", "datetime", "version"} <= set(document)

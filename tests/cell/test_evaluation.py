@@ -141,6 +141,7 @@ def test_items_whose_prompt_was_cut_are_counted_once_each(model: Any, task: LmEv
         assert len(own.cut) == cut
 
 
+@pytest.mark.slow
 def test_an_answer_without_room_for_a_prompt_is_refused(model: Any) -> None:
     with pytest.raises(UsageError, match="an answer has 3 tokens"):
         scorer(model, limit=3)._loglikelihood_tokens(requests(model, [" sweet and warm"]))

@@ -186,6 +186,7 @@ def test_a_saved_state_keeps_its_codes(implementation: str) -> None:
     assert all(map(torch.equal, after, before))
 
 
+@pytest.mark.slow
 def test_the_authors_optimizer_has_8_bit_moments_in_a_cell() -> None:
     _, samples, _, optimizer = trained("galore", "float32", "adamw-8bit", "galore-torch")
     assert samples.losses[-1] < samples.losses[0]
@@ -197,7 +198,7 @@ def test_the_authors_optimizer_has_8_bit_moments_in_a_cell() -> None:
     assert sum(t.numel() for t in narrow) == 2 * (4 * (3 * 24 * 256 + 2 * 128**2) + 512 * 128)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["adamw", "adamw-8bit"])
 def test_its_bytes_are_those_predicted(name: str, dtype: str) -> None:

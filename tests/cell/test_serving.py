@@ -104,6 +104,7 @@ def checks_passed(checks: dict[str, CheckResult]) -> set[str]:
 # --- a right server
 
 
+@pytest.mark.nightly
 def test_a_right_server_is_judged_and_then_timed_under_every_load(base: Path, tmp_path: Path, kind: Any) -> None:
     found, checks = served(base, tmp_path)
     assert set(outcomes(checks).values()) == {Outcome.PASS}

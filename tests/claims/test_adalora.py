@@ -145,6 +145,7 @@ def test_a_percentage_without_its_rank_is_right_under_a_fitted_one_or_wrong() ->
     assert found["adalora-bart-b110"].how.startswith("rank 8: 8 x ")
 
 
+@pytest.mark.slow
 def test_what_the_ledger_says_of_printed_counts() -> None:
     ids = ["adalora-lora-r8", "adalora-127m", "adalora-lora-share-r4", "adalora-fig1-mlp", "adalora-fig1-three-layers"]
     found = verdicts([*ids, "adalora-n72-b144", "adalora-schedule-eq12-start-rte"])

@@ -130,6 +130,7 @@ def test_printed_shares_come_out_under_the_convention_that_fits(tmp_path: Path) 
     assert found["dora-t15-dora-r4"].under == "digits cut off, not rounded"
 
 
+@pytest.mark.slow
 def test_another_rank_does_not_come_out(tmp_path: Path) -> None:
     row = "lora-r8, printed: 0.21%, with: {method: lora, config: {rank: "
     (judged,) = verdicts(tmp_path, ["dora-t15-lora-r8"], (f"{row}8", f"{row}9")).values()

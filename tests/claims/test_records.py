@@ -605,6 +605,7 @@ def test_every_cell_that_a_claim_names_is_in_its_suite() -> None:
     assert not wrong
 
 
+@pytest.mark.slow
 def test_what_is_measured_says_how_near_it_must_come() -> None:
     """By digits 3.99x would come out as 3x, cut off; a limit such as `< 48 GB` needs no margin."""
     loose = [

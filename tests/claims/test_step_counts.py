@@ -52,6 +52,7 @@ def test_full_training_takes_six_operations_a_weight_and_token(tmp_path: Path) -
     assert counted(shape(tmp_path), "full", batch=3) == 3 * 6 * T * products
 
 
+@pytest.mark.slow
 def test_frozen_weights_take_four_and_adapters_six(tmp_path: Path) -> None:
     frozen, adapters = BLOCKS * LINEAR + D * V, BLOCKS * 2 * 2 * D * RANK
     # In the first block no gradient goes on to the input of q, k and v, frozen or adapter, and none to the keys.

@@ -291,6 +291,7 @@ def test_the_targets_of_one_entry_point_are_shared_out_among_the_jobs() -> None:
     assert len(command._parts(several, 1, sizes)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
@@ -397,6 +398,7 @@ def suites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
     defects.known.cache_clear()
 
 
+@pytest.mark.slow
 def test_all_mistakes_of_all_files_are_said_at_once(suites, capsys: pytest.CaptureFixture[str]) -> None:
     suites("frozen.yaml", PARITY)
     suites("defects/known.yaml", DEFECTS)
@@ -410,6 +412,7 @@ def test_all_mistakes_of_all_files_are_said_at_once(suites, capsys: pytest.Captu
     assert captured.out == ""
 
 
+@pytest.mark.slow
 def test_names_that_a_parity_suite_gets_wrong_are_suggested(suites, capsys: pytest.CaptureFixture[str]) -> None:
     suites("frozen.yaml", PARITY.replace("hot", "warm").replace("tokens: 0", "tokens: 1").replace(", float8", "")
            .replace("because: short", "because: it is not short"))  # fmt: skip

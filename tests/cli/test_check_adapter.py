@@ -48,6 +48,7 @@ def document(capsys: pytest.CaptureFixture[str]) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_file_of_the_corpus_conforms_to_the_base_that_its_config_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(corpus.folder() / "rslora"), "--json"]) == Exit.PASS
     found = document(capsys)
@@ -71,6 +72,7 @@ def test_the_text_names_findings_and_loaders(plain: Path, capsys: pytest.Capture
     assert "vLLM" in out
 
 
+@pytest.mark.slow
 def test_the_logits_of_hf_peft_are_compared_with_the_reference(
     plain: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -333,6 +335,7 @@ def test_a_mapping_to_what_is_no_model_is_one_message(
     assert f"{file}: base_model_class in auto_mapping is {name!r}" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "ClassOfAnotherLibrary"])
 def test_a_mapping_to_a_model_is_judged(plain: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = plain / "adapter_config.json"

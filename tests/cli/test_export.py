@@ -38,6 +38,7 @@ def read(path: Path, like: pd.DataFrame) -> pd.DataFrame:
     return frame.astype(later)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["parquet", "csv"])
 def test_the_files_say_what_load_says_to_the_last_bit(
     form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -175,6 +176,7 @@ def test_a_full_disk_is_said_with_its_hint(
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_the_readme_shows_is_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     manual = (TOP / "results" / "README.md").read_text(encoding="utf-8")
     monkeypatch.chdir(TOP)

@@ -267,7 +267,7 @@ def test_list_of_environments(tmp_path: Path, printed: Printed, monkeypatch: pyt
     assert "\\u001b[2J" in printed("env", "list", "--json", code=Exit.PASS)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_fit_of_a_model(tmp_path: Path, printed: Printed) -> None:
     config = {"model_type": HOSTILE, "architectures": [HOSTILE]}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")

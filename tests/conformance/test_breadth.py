@@ -276,7 +276,7 @@ def test_who_is_wrong_at_large_ranks_fails_without_offering_anything_optional(ta
     assert "forward" in failing(changed(target, is_wrong_above_rank_16), plain)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("target", first_at_once(DROPPING))
 def test_dropout_is_tried_in_every_dtype(target: str, dtype: str) -> None:

@@ -41,7 +41,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> parity_suite.MethodSuite:
     return plan
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "dtype"),
     # The reference in 16 bits: test_self_test.py, where no check may accuse it.

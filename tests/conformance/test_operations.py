@@ -211,6 +211,7 @@ def test_a_wrong_shape_and_a_wrong_device_are_told(wrong: Callable[[torch.Tensor
     assert (first.result.check, first.result.worst) == ("nf4_dequantize/outputs/float32/call", said)
 
 
+@pytest.mark.slow
 def test_a_dtype_that_is_wrong_for_a_view_only_fails_the_layouts() -> None:
     def wide_if_gapped(absmax: torch.Tensor, **given: Any) -> torch.Tensor:
         W: torch.Tensor = right("nf4_dequantize")(absmax=absmax, **given)
@@ -250,7 +251,7 @@ def test_a_block_of_zeros_may_have_any_code_if_it_comes_back_as_zeros() -> None:
     assert "outputs" in failing("nf4_quantize", marked(1.0))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_half_precision_does_not_excuse_what_float32_catches() -> None:
     for dtype in ("bfloat16", "float16"):
         assert "outputs" in failing("nf4_linear", changed("nf4_linear", bias=None), dtype)

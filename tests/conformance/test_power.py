@@ -12,8 +12,8 @@ from harness.conformance.power import CHECKS
 from harness.errors import Exit
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform == "win32", reason="the checks are tried in forks")
-@pytest.mark.slow
 def test_the_power_of_the_checks_of_an_operation(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["check", "--self-test", "--power", "--op", "nf4_dequantize", "--jobs", "1"]
     assert main([*command, "--json"]) == Exit.PASS

@@ -40,6 +40,7 @@ def changes_what_is_no_longer_there(copy: PatchedCopy) -> None:
     copy.replace_line("a line that nobody wrote", "")
 
 
+@pytest.mark.nightly
 def test_a_sample_of_the_faults_is_caught_by_the_checks_one_expects() -> None:
     """A share of the faults, for every commit. The next test takes all of them, at night."""
     report = self_test.run(faults.every()[::120])

@@ -176,6 +176,7 @@ def roomy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Pat
     return folder, {name: adapter_folders.adapter(folder, folder.parent / name, **config) for name in ("one", "two")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "word"),
     [

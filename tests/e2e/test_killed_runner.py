@@ -97,6 +97,7 @@ def test_cells_that_end_while_the_run_is_taken_over_are_not_measured_again(
     assert [record.attempt for record in store.read_run(Path("run")).records] == [1, 1]
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("assets")
 def test_kills_lose_nothing_and_repeat_nothing(sandbox: Sandbox) -> None:
     suite = sandbox.suite(f"{{implementation: reference, seed: {list(range(CELLS))}}}")

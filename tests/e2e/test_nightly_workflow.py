@@ -105,6 +105,7 @@ def added(found: Night) -> list[str]:
     return call[4:]
 
 
+@pytest.mark.slow
 def test_a_good_night_is_kept_beside_what_others_pushed(tmp_path: Path) -> None:
     found = night(tmp_path)
     assert found.failed == []

@@ -14,7 +14,8 @@ from support.once import once
 from support.sandbox import make_fork_sandbox
 
 pytestmark = pytest.mark.real
-ASKED = "id=head,id=lora-r8,id=lora-r8-nf4,id=zero-shot,implementation=reference"
+CHEAP = "id=head,id=lora-r8-nf4,implementation=reference"
+OTHERS = "id=head,id=lora-r8,id=zero-shot,implementation=reference"
 FEWER = {
     "steps: 72": "steps: 40", "items: 1000": "items: 400", "items: 200, batch: 20": "items: 100, batch: 20",
     "id: head\n": "id: head\n        latency: never\n",
@@ -24,9 +25,8 @@ FEWER = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> store.Run:
-    """The quick suite with fewer steps and reviews: enough to tell the Methods apart."""
+def fewer(name: str, asked: str, tmp_path_factory: pytest.TempPathFactory) -> store.Run:
+    """Run these Cells of the quick suite with fewer steps and reviews, once for all workers."""
 
     def make(folder: Path) -> str:
         text = (loader.data_folder("suites") / "quick.yaml").read_text(encoding="utf-8")
@@ -34,11 +34,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> store.Run:
             assert old in text
             text = text.replace(old, new)
         (folder / "fewer.yaml").write_text(text, encoding="utf-8")
-        return make_fork_sandbox(folder, cache.root()).command("run", "fewer.yaml", "--only", ASKED, "--out", "run").err
+        return make_fork_sandbox(folder, cache.root()).command("run", "fewer.yaml", "--only", asked, "--out", "run").err
 
-    folder, printed = once(tmp_path_factory, "real", make)
+    folder, printed = once(tmp_path_factory, name, make)
     assert (folder / "run").is_dir(), printed
     return store.read_run(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> store.Run:
+    return fewer("real", CHEAP, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> store.Run:
+    return fewer("others", OTHERS, tmp_path_factory)
 
 
 def named(run: store.Run, **facts: object) -> Record:
@@ -51,18 +61,18 @@ def named(run: store.Run, **facts: object) -> Record:
     return found
 
 
-@pytest.mark.nightly
 def test_every_cell_passes_its_gate_and_is_measured(run: store.Run) -> None:
     assert {record.cell.label: record.because for record in run.latest().values()} == {
         record.cell.label: "" for record in run.latest().values()
     }
-    assert len(run.latest()) == 4
+    assert len(run.latest()) == 2
     assert all(record.status is Status.OK for record in run.records)
 
 
-def test_lora_beats_the_head_alone_by_more_than_their_intervals(run: store.Run) -> None:
-    lora = named(run, method="lora", model="minilm-l6").measurements
-    head = named(run, method="frozen", model="minilm-l6").measurements
+@pytest.mark.nightly
+def test_lora_beats_the_head_alone_by_more_than_their_intervals(others: store.Run) -> None:
+    lora = named(others, method="lora").measurements
+    head = named(others, method="frozen", model="minilm-l6").measurements
     assert lora is not None
     assert lora.accuracy is not None
     assert head is not None
@@ -72,15 +82,16 @@ def test_lora_beats_the_head_alone_by_more_than_their_intervals(run: store.Run) 
 
 def test_nf4_holds_the_base_in_fewer_bytes_and_is_checked_code_by_code(run: store.Run) -> None:
     packed = named(run, method="lora", quantization="nf4")
-    dense = named(run, method="lora", model="minilm-l6")
+    dense = named(run, method="frozen", model="minilm-l6")
     assert packed.measurements is not None
     assert dense.measurements is not None
     assert packed.measurements.memory.weights_B < dense.measurements.memory.weights_B
     assert "lora/codes/float32/init" in {check.check for check in packed.checks}
 
 
-def test_zero_shot_is_scored_item_by_item_through_lm_eval(run: store.Run) -> None:
-    record = named(run, model="smollm2-135m-instruct")
+@pytest.mark.nightly
+def test_zero_shot_is_scored_item_by_item_through_lm_eval(others: store.Run) -> None:
+    record = named(others, model="smollm2-135m-instruct")
     assert record.measurements is not None
     accuracy = record.measurements.accuracy
     assert accuracy is not None

@@ -49,6 +49,7 @@ def inside(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Sand
 QUICK = "{implementation: [missing, leaves]}"
 
 
+@pytest.mark.slow
 def test_ctrl_c_between_cells(
     inside: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

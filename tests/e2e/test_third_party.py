@@ -117,6 +117,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- a guest as one wishes for
 
 
+@pytest.mark.nightly
 def test_the_example_is_installed_checked_and_right(site: Path, tmp_path: Path) -> None:
     done = run([*COMMAND, "check", "acme", "--json"], site, tmp_path)
     assert done.returncode == Exit.PASS, done.stdout[-2000:] + done.stderr
@@ -180,6 +181,7 @@ def decorated(site: Path, tmp_path_factory: pytest.TempPathFactory) -> subproces
     return pytest_(["test_mine.py"], site, cwd)
 
 
+@pytest.mark.nightly
 def test_the_decorator_makes_a_test_of_every_case(decorated: subprocess.CompletedProcess[str]) -> None:
     plan, done = load_operation("nf4_dequantize"), decorated
     assert done.returncode == 1, done.stdout + done.stderr

@@ -79,6 +79,7 @@ def finished(sandbox: Sandbox, *only: str) -> dict[str, Record]:
     return {ids[record.cell_id]: record for record in run.records}
 
 
+@pytest.mark.nightly
 def test_optimizers_of_a_suite(fork_sandbox: ForkSandbox) -> None:
     records = finished(fork_sandbox, "full", "plus")
     full, plus = records["full"], records["plus"]

@@ -548,6 +548,7 @@ def _adapters(ranks: tuple[int, ...], generator: torch.Generator) -> tuple[list[
     return [torch.randn(r, 6, **draw) for r in ranks], [torch.randn(4, r, **draw) for r in ranks]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ids", [[1, 1, 0, -1], [1, 0, -1, 1]], ids=["sorted", "mixed"])
 def test_multi_lora_is_twice_differentiable(ids: list[int], generator: torch.Generator) -> None:
     As, Bs = _adapters((2, 3), generator)

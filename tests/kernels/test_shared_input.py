@@ -509,6 +509,7 @@ def test_a_copied_model_is_independent(together: list[int]) -> None:
         assert not torch.equal(other.k(x), adapted.model.k(x))
 
 
+@pytest.mark.slow
 def test_threads_share_no_outputs(together: list[int]) -> None:
     adapted = attached()
     inputs = [given(seed=seed).detach() for seed in range(4)]

@@ -131,6 +131,7 @@ def test_a_second_derivative() -> None:
     assert noise_floor(mine, second(torch.float64, plain), second(torch.float32, plain), "float32").passed
 
 
+@pytest.mark.slow
 def test_threads_with_different_inputs_share_nothing() -> None:
     of, shared, wrong = drawn(), SharedProjection(), []
 

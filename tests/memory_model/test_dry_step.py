@@ -125,7 +125,7 @@ def test_every_method(method: str, dtype: str) -> None:
     agree(cell(method, dtype=dtype), LLAMA)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("by", ["bitsandbytes", "fused"])
 @pytest.mark.parametrize("base", ["nf4", "nf4-dq"])
 def test_a_packed_base(base: str, by: str) -> None:
@@ -171,14 +171,14 @@ def test_optimizers(optimizer: str, method: str) -> None:
     agree(cell(method, optimizer=optimizer), LLAMA)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("training", [{"checkpointing": True}, {"accumulate": 4}], ids=str)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_what_only_changes_the_cost(method: str, training: dict[str, Any]) -> None:
     agree(cell(method, training={"batch": 8} | training), LLAMA)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
 def test_layerwise_updates(optimizer: str) -> None:
     agree(cell("galore", optimizer=optimizer, training={"layerwise": True}), LLAMA)
@@ -211,7 +211,7 @@ def test_what_is_written_into_memory_that_is_there_is_no_tensor_more() -> None:
     agree(one, wide, "encoder")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("implementation", ["hf-peft", "fused"])
 def test_other_implementations_take_the_step_themselves(implementation: str) -> None:
     one = cell("lora", implementation)
@@ -263,7 +263,7 @@ def test_no_product_is_asked_about_twice(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not asked
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_chunks_are_not_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A 7B model has thousands in one tensor, which took longer than a step may."""
     one, decode = cell("galore", "fused", optimizer="adamw-8bit"), adamw8bit_step.decode
@@ -284,6 +284,7 @@ def test_chunks_are_not_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> Non
     assert 0 < chunks(8200) == chunks(16400)
 
 
+@pytest.mark.slow
 def test_a_model_of_unlike_blocks_is_taken_whole() -> None:
     one = cell(config={"rank": 8, "targets": ["layers.2.self_attn.q_proj"]})
     agree(one, LLAMA | {"num_hidden_layers": 4})

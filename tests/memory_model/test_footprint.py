@@ -112,6 +112,7 @@ def test_the_ledger_of_a_small_llama(method: str, dtype: str) -> None:
     assert host == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["nf4", "nf4-dq"])
 def test_a_packed_base(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Wide enough that a table of levels, which is not predicted, is little beside the codes; dense weights are left out.

@@ -126,6 +126,7 @@ def test_encoders_read_virtual_tokens_too(kind: str, tmp_path: Path) -> None:
     assert set(trained(subject)) == set(subject.adapted.tensors())
 
 
+@pytest.mark.slow
 def test_scaling_a_zero_bias_is_no_defect(tmp_path: Path) -> None:
     keys = {**saved("GLORA", tmp_path), "task_type": "SEQ_CLS", "target_modules": ["query", "value"]}
     model = bert()

@@ -29,6 +29,7 @@ def act(task: str) -> Any:
     return {"task": task}
 
 
+@pytest.mark.slow
 def test_every_task_ends_with_a_value_or_a_reason(capfd: pytest.CaptureFixture[str]) -> None:
     tasks = ["one", "raises", "spins", "exits", "odd", "two", *(["grows"] if sys.platform == "linux" else [])]
     ends = {one.task: (one.returned, one.died or one.error) for one in forks.run(tasks, act, 2, LIMITS)}

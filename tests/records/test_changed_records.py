@@ -51,6 +51,7 @@ def test_a_run_seals_its_records_and_its_manifest(run: store.Run) -> None:
     assert (run.changed, len(run.records)) == ({}, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("deed", "what"), [(edit, "was changed after the run"), (remove, "was removed after the run")])
 def test_a_record_that_was_changed_does_not_count(
     run: store.Run, deed: Callable[[Path], None], what: str, capsys: pytest.CaptureFixture[str]
@@ -155,6 +156,7 @@ def test_a_record_that_is_written_while_the_run_is_closed_counts(run: store.Run)
     assert (again.changed, len(again.records)) == ({}, 10)
 
 
+@pytest.mark.slow
 def test_runs_from_before_hashes_were_kept_are_read_without_a_word(run: store.Run) -> None:
     footer = json.loads((run.path / "footer.json").read_text())
     del footer["sha256"]

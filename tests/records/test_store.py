@@ -340,6 +340,7 @@ def test_two_new_runs_into_one_folder(run: store.Run, tmp_path: Path, monkeypatc
     assert (tmp_path / "new" / "run.json").read_text() == "the first one's"
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_no_lock(run: store.Run) -> None:
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom harness.records import store\n"

@@ -294,6 +294,7 @@ def test_a_later_in_place_write_is_detected() -> None:
         out.sum().backward()
 
 
+@pytest.mark.slow
 def test_the_kernel_under_checkpoint_compile_and_autocast() -> None:
     layer = warmed(fused_lora).layers["q_proj"]
     x = draw(2, 5, 12).requires_grad_(True)

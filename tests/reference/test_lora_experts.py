@@ -132,6 +132,7 @@ def test_threads_that_call_one_layer_do_not_disturb_each_other() -> None:
             assert torch.equal(y, alone)
 
 
+@pytest.mark.slow
 def test_the_grouped_product_has_second_derivatives_with_strided_factors() -> None:
     K, P, D, E = 2, 4, 3, 5
     x, W, A = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((P, D), (K, E, D), (K, R, D)))

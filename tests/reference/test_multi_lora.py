@@ -68,6 +68,7 @@ def test_the_order_of_sequences_does_not_matter() -> None:
     assert_same({"y": multi_lora_linear(x[order], base_out[order], As, Bs, SCALINGS, ids[order])}, {"y": y[order]})
 
 
+@pytest.mark.slow
 def test_autograd_agrees_with_finite_differences() -> None:
     As, Bs = adapters()
     inputs = (draw(6, 2, D).requires_grad_(True), draw(6, 2, E, seed=2).requires_grad_(True), *As, *Bs)

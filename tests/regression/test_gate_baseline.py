@@ -724,6 +724,7 @@ def test_markdown_stays_under_its_limit_and_counts_omitted_rows(base: store.Run)
     assert len(whole.encode()) < markdown.LIMIT_B
 
 
+@pytest.mark.slow
 def test_explain_has_the_rule_of_every_kind() -> None:
     assert all(f"{kind.value}: " in explain("gate") for kind in FindingKind)
 

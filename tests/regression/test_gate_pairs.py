@@ -562,6 +562,7 @@ def test_revisions_are_checked_out_and_removed(tmp_path: Path, monkeypatch: pyte
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork, which a lifeline needs")
 def test_the_run_of_a_side_ends_with_a_gate_that_is_killed(tmp_path: Path) -> None:
     file = tmp_path / "pid"

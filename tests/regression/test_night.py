@@ -177,6 +177,7 @@ def test_a_part_that_hangs_is_killed_with_all_its_children(tmp_path: Path, monke
     assert [one for one in marked("OF_THIS_TEST", str(tmp_path)) if one.pid != os.getpid()] == []
 
 
+@pytest.mark.slow
 def test_a_part_is_ended_when_its_time_is_over(tmp_path: Path) -> None:
     ended = part_run.run(
         ["600"], {}, tmp_path, 0.5, (sys.executable, "-c", "import sys, time; time.sleep(int(sys.argv[1]))")
@@ -388,6 +389,7 @@ def test_a_suite_of_ones_own_takes_the_place_of_the_real_model(tmp_path: Path, m
     assert result["seconds"] is not None  # it was started: whether the model is here is for the suite to say
 
 
+@pytest.mark.slow
 def test_a_rehearsal_runs_cells_of_the_same_kind_as_the_headlines() -> None:
     def kinds(plan: list[Part]) -> set[tuple[object, ...]]:
         """Return a tuple for each kind of Cell that the parts of the headlines run."""
@@ -408,6 +410,7 @@ def test_the_estimates_of_a_rehearsal_fit_the_budget_of_the_machine_that_they_ar
     assert sum(one.estimate_s for one in parts.on_cpu()) <= budget.REHEARSAL_S
 
 
+@pytest.mark.slow
 def test_a_rehearsal_compares_its_run_with_itself_and_suggests_no_baseline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

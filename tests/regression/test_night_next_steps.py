@@ -63,6 +63,7 @@ def test_the_planned_command_of_the_claims_names_the_runs_of_the_night(
     assert set(values(shlex.split(claims), "--run")) == runs
 
 
+@pytest.mark.slow
 def test_claims_that_were_left_out_are_judged_from_the_runs_of_the_night(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,7 @@ sys.exit(1)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "cell", "status", "because"),
     [

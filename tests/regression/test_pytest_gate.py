@@ -284,6 +284,7 @@ def test_a_kernel_with_a_busy_wait_of_thirty_per_cent_fails_the_session(
     assert f"\n::error title=peft-harness gate%3A speed::{KERNEL}: median round" in project("--harness-gate=saved")[1]
 
 
+@pytest.mark.slow
 def test_a_session_with_a_wrong_kernel_has_no_speed_that_passes(project, pytester: pytest.Pytester) -> None:
     pytester.makepyfile(test_w=WRONG)
     base = file(pytester.path / "base.json", rounds(2e-4), KERNEL)
@@ -303,6 +304,7 @@ def test_a_baseline_is_made_by_benchmarks_alone(project, pytester: pytest.Pytest
     assert list(pytest_benchmark.read([pytester.path / "base.json"])[0].rounds) == [KERNEL]
 
 
+@pytest.mark.slow
 def test_each_reason_for_not_comparing_is_named(project, pytester: pytest.Pytester) -> None:
     pytester.makepyfile(test_odd=OTHER_TESTS)
     names = [f"test_odd.py::{name}" for name in ("test_left_out", "test_skipped", "test_red", "test_gone")]
@@ -317,6 +319,7 @@ def test_each_reason_for_not_comparing_is_named(project, pytester: pytest.Pytest
     assert "elsewhere/test_x.py::test_x" in project(f"--harness-gate={base}")[1]
 
 
+@pytest.mark.slow
 def test_nothing_compared_fails_a_session_in_which_no_test_does(project, pytester: pytest.Pytester) -> None:
     base = file(pytester.path / "base.json", FIVE[0], OTHER)
     code, output = project(f"--harness-gate={base}")
@@ -327,6 +330,7 @@ def test_nothing_compared_fails_a_session_in_which_no_test_does(project, pyteste
     assert project(f"--harness-gate={base}", "--collect-only")[0] == pytest.ExitCode.OK
 
 
+@pytest.mark.slow
 def test_a_missing_benchmark_fails_a_strict_session(project, pytester: pytest.Pytester) -> None:
     base = file(pytester.path / "base.json", rounds(2e-4), KERNEL, OTHER)
     options = [f"--harness-gate={base}", "--harness-gate-margin=100"]

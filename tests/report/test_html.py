@@ -68,6 +68,7 @@ def test_the_page_needs_no_network(good: store.Run) -> None:
     assert "@import" not in page.raw["style"][0]
 
 
+@pytest.mark.slow
 def test_every_link_has_a_target_and_every_id_is_its_own(good: store.Run, tmp_path: Path) -> None:
     page = Page(html.render(analyse_all([good, recorded_run.write_run(tmp_path / "again", run="again")])))
     ids = page.attributes("id")

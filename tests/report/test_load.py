@@ -56,6 +56,7 @@ def cell(frame: Any, cell_id: str) -> Any:
 # ---- what the tables hold
 
 
+@pytest.mark.slow
 def test_a_row_per_attempt_holds_the_values_of_its_record(numbers: Numbers, documents: list[dict[str, Any]]) -> None:
     assert len(numbers.cells) == len(documents) == 10
     for record in documents:
@@ -289,6 +290,7 @@ def test_a_record_that_was_changed_is_left_out_and_named(tmp_path: Path) -> None
     assert len(numbers.cells) == 9
 
 
+@pytest.mark.slow
 def test_records_of_one_attempt_that_differ_are_not_mixed(tmp_path: Path) -> None:
     first = recorded_run.write_run(tmp_path / "first", run="one")
     other = recorded_run.write_run(
@@ -310,6 +312,7 @@ def test_a_run_without_records_has_empty_tables_with_the_same_columns(tmp_path: 
     assert "accuracy" in empty.cells.columns
 
 
+@pytest.mark.slow
 def test_an_unknown_run_is_refused_as_by_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="no run 'nowhere'"):
@@ -318,6 +321,7 @@ def test_an_unknown_run_is_refused_as_by_report(tmp_path: Path, monkeypatch: pyt
     assert len(harness.load("latest").cells) == len(harness.load("on").cells) == 10
 
 
+@pytest.mark.slow
 def test_import_harness_is_light_and_load_needs_no_torch() -> None:
     code = (
         "import sys, harness\n"

@@ -41,6 +41,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return found
 
 
+@pytest.mark.slow
 def test_report_reads_and_analyses_each_run_once(calls: Calls, tmp_path: Path) -> None:
     runs = [recorded_run.write_run(tmp_path / name, run=name) for name in ("a", "b")]
     records = sum(len(run.records) for run in runs)

@@ -89,6 +89,7 @@ def test_out_names_the_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert out.read_text().startswith("run,model and task,recipe,")
 
 
+@pytest.mark.slow
 def test_the_page_of_two_runs_does_not_replace_the_page_of_the_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -246,6 +246,7 @@ def test_a_loss_that_ends_far_above_its_start(losses: list[float], rising: str) 
     assert bool(text) == bool(rising)
 
 
+@pytest.mark.slow
 def test_a_finite_divergence_is_an_alert(good: store.Run, tmp_path: Path) -> None:
     away = [0.7 * 1.1**step for step in range(60)]
     run = recorded_run.write_run(

@@ -45,6 +45,7 @@ def test_cells_at_a_time_share_the_cores_and_say_so(sandbox: Sandbox) -> None:
     assert sorted(lines) == ["1", "2"]
 
 
+@pytest.mark.slow
 def test_as_many_cells_are_at_work_as_were_asked_for(tmp_path: Path) -> None:
     run = stub_attempts.Stubbed(tmp_path, 8)
     share = str(max(1, environment.threads() // 3))
@@ -56,6 +57,7 @@ def test_as_many_cells_are_at_work_as_were_asked_for(tmp_path: Path) -> None:
     assert (at_work[0], max(at_work), at_work[-1]) == (3, 3, 1)
 
 
+@pytest.mark.slow
 def test_one_that_hangs_and_one_that_dies_hold_nobody_up(tmp_path: Path) -> None:
     run, before = stub_attempts.Stubbed(tmp_path, 5, timeout=3.0), psutil.Process().children(recursive=True)
     records = run.run(Local(2, run.command({0: "hang", 2: "die"})))
@@ -117,6 +119,7 @@ def test_what_ends_a_run_ends_all_that_is_at_work(tmp_path: Path) -> None:
 # --- GPUs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_cell_has_a_gpu_for_itself(tmp_path: Path) -> None:
     run = stub_attempts.Stubbed(tmp_path, 6)
     records = run.run(Local(2, run.command(), look=lambda: CARDS), device="cuda")
@@ -126,6 +129,7 @@ def test_each_cell_has_a_gpu_for_itself(tmp_path: Path) -> None:
     assert {r.notes[1] for r in records.values()} == {"GPU-bb"}  # the one that nobody uses
 
 
+@pytest.mark.slow
 def test_a_gpu_that_others_use_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("harness.runner.executors.local._PROBE_S", 0.01)
     run = stub_attempts.Stubbed(tmp_path, 1)

@@ -134,6 +134,7 @@ def data_of(path: Path, **change: Any) -> tuple[CellData, Any, Cell]:
     return CellData(work, held, lambda *_, **__: None), held, cell
 
 
+@pytest.mark.slow
 def test_a_generative_task_trains_on_its_own_split_and_is_scored_on_its_own(own: Path) -> None:
     data, held, _ = data_of(suite(own, "lm-eval:digits_written:number"))
     decode = held.tokenizer.decode
@@ -228,6 +229,7 @@ def test_local_files_that_cannot_be_read_are_not_the_hubs(own: Path) -> None:
         fetch.ensure(source)
 
 
+@pytest.mark.slow
 def test_hub_data_are_read_at_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

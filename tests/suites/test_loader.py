@@ -40,6 +40,7 @@ def read(tmp_path: Path):
     return plan
 
 
+@pytest.mark.slow
 def test_built_in_suites_are_sound() -> None:
     assert {"quick", "smoke"} <= set(loader.names())
     for name in loader.names():

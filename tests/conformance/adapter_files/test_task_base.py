@@ -52,6 +52,7 @@ def judged(folder: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> tupl
     return code, json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "labels"), [("SEQ_CLS", 3), ("TOKEN_CLS", 5), ("SEQ_CLS", 2)])
 def test_a_classifier_beside_a_causal_base(
     task: str, labels: int, causal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -83,6 +84,7 @@ def test_a_classifier_without_its_head_is_a_finding(
         reference_logits(causal, AdapterFile.read(tmp_path / "a"), [PROMPT])
 
 
+@pytest.mark.slow
 def test_an_adapter_of_hidden_states(causal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(transformers.LlamaModel.from_pretrained(causal), tmp_path / "a", "FEATURE_EXTRACTION")
     code, found = judged(tmp_path / "a", causal, capsys)
