@@ -21,7 +21,7 @@ from harness.errors import AssetError
 from harness.process.supervisor import python
 from harness.records.files import sha256 as file_sha256
 from support import asset_carriers
-from support.processes import eventually
+from support.processes import PATIENCE_S, eventually
 from support.repository import TOP
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -367,7 +367,7 @@ def test_two_processes_at_once_both_succeed(own_cache: Path, tmp_path: Path) -> 
     go = tmp_path / "go"
     children = [start(source, tmp_path / f"begun{n}", go) for n in range(2)]
     go.touch()
-    said = [child.communicate(timeout=20) for child in children]
+    said = [child.communicate(timeout=PATIENCE_S) for child in children]
     assert [child.returncode for child in children] == [0, 0], said
     (path,) = {Path(out.strip()) for out, _ in said}
     assert path.read_text() == asset_carriers.ROWS

@@ -25,7 +25,7 @@ from harness.errors import Exit, SuiteError
 from harness.methods.registry import Registry, implements
 from harness.process.supervisor import Subprocess, python
 from reference import lora
-from support.processes import eventually, gone
+from support.processes import PATIENCE_S, eventually, gone
 from support.sandbox import ForkSandbox
 
 SHAPE = {
@@ -512,7 +512,7 @@ def test_sigterm_ends_the_children_too(tmp_path: Path) -> None:
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
         children = _workers(running.pid)
         running.terminate()
-        _, said = running.communicate(timeout=60)
+        _, said = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == Exit.INFRASTRUCTURE
     assert "interrupted" in said
     assert children

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from harness.process.supervisor import Subprocess, python, run_in_fork, signal_name
-from support.processes import eventually, gone
+from support.processes import PATIENCE_S, eventually, gone
 
 PYTHON = (sys.executable, "-S", "-c")
 
@@ -47,11 +47,12 @@ def test_a_closed_process_is_not_killed_again(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_process_that_is_asked_to_end_may_end_cleanly() -> None:
-    code = "import signal, sys, time\nsignal.signal(15, lambda *_: sys.exit(3))\nprint('ready', flush=True)\ntime.sleep(600)"
+    code = "import signal, sys, time\nsignal.signal(15, lambda *_: sys.exit(3))\nprint('ready', flush=True)\n"
+    code += "while True: time.sleep(0.05)"  # Python handles a signal that came just before a sleep only after it
     with Subprocess([*PYTHON, code], stdout=subprocess.PIPE) as child:
         while not child.output:
             time.sleep(0.01)
-        child.terminate(60.0)
+        child.terminate(PATIENCE_S)
         assert child.exit_code == 3
 
 

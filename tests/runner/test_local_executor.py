@@ -59,13 +59,13 @@ def test_as_many_cells_are_at_work_as_were_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_one_that_hangs_and_one_that_dies_hold_nobody_up(tmp_path: Path) -> None:
-    run, before = stub_attempts.Stubbed(tmp_path, 5, timeout=3.0), psutil.Process().children(recursive=True)
+    run, before = stub_attempts.Stubbed(tmp_path, 5, timeout=10.0), psutil.Process().children(recursive=True)
     records = run.run(Local(2, run.command({0: "hang", 2: "die"})))
     assert {seed: r.status for seed, r in records.items()} == {
         0: Status.TIMEOUT, 1: Status.OK, 2: Status.LOST, 3: Status.OK, 4: Status.OK,
     }  # fmt: skip
     assert list(records)[-1] == 0  # the others had ended long before
-    assert records[0].because == "not done after 3 s, in phase pretending"
+    assert records[0].because == "not done after 10 s, in phase pretending"
     assert records[2].because == "the worker was killed by SIGKILL in phase pretending"
     assert psutil.Process().children(recursive=True) == before
 
@@ -166,7 +166,7 @@ def test_a_driver_that_does_not_answer_at_once_ends_no_run(tmp_path: Path, monke
 @pytest.mark.slow
 def test_a_driver_that_takes_its_time_holds_no_cell_up(tmp_path: Path) -> None:
     run, looks, ended, waited = (
-        stub_attempts.Stubbed(tmp_path, 2, timeout=3.0),
+        stub_attempts.Stubbed(tmp_path, 2, timeout=10.0),
         itertools.count(),
         threading.Event(),
         [],
