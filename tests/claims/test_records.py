@@ -18,8 +18,8 @@ from harness.claims import claim_file, record_sources, worker
 from harness.claims.claim import Claim, MeasureRequest
 from harness.claims.judge import ClaimVerdict, JudgedClaim, Missing, judge
 from harness.claims.measure import MeasureResult, NotRunError
+from harness.claims.measures import learning_rates, times, training_results
 from harness.claims.measures import records as measures
-from harness.claims.measures import times, training_results
 from harness.claims.printed_number import Dimension, Rounding, parse
 from harness.cli import main
 from harness.errors import Exit
@@ -546,6 +546,60 @@ def test_a_loss_that_falls_faster_in_every_seed_is_told(runs: Recorded) -> None:
     assert (found.value, found.most) == (True, None)
     assert "0.8800 and 0.9390" in found.how  # 1 - 29.5 x 0.004 - 0.002, 1 - 29.5 x 0.002 - 0.002
     assert training_results.loss_falls_faster("made", "slow", "fast").value is False
+
+
+RATES = [1e-4, 3e-4, 1e-3, 5e-3, 1e-2]
+
+
+def searched(best: Sequence[float], name: str = "fused", rates: Sequence[float] = RATES) -> list[list[Record]]:
+    """Return, for each learning rate, a Record per seed. The last losses are a parabola with its vertex at `best[seed]`."""
+
+    def trained(rate: float, seed: int) -> Record:
+        own = cell(seed, name)
+        own = own.model_copy(update={"training": own.training.model_copy(update={"lr": rate})})
+        loss = math.log(rate / best[seed]) ** 2
+        return recorded_run.with_losses(recorded_run.record(name, own), [9.0 - loss] * 40 + [1.0 + loss] * 20)
+
+    return [[trained(rate, seed) for seed in range(len(best))] for rate in rates]
+
+
+def rate_ratio(
+    runs: Recorded, of: Sequence[Sequence[Record]], to: Sequence[Sequence[Record]]
+) -> tuple[MeasureResult, list[str], list[str]]:
+    sides = [{f"{side}{n}": records for n, records in enumerate(found)} for side, found in (("a", of), ("b", to))]
+    runs(**sides[0], **sides[1])
+    names = [list(side) for side in sides]
+    return learning_rates.best_rate_ratio("made", *names), *names
+
+
+def test_the_ratio_of_best_learning_rates_is_found_between_the_rates(runs: Recorded) -> None:
+    found, *_ = rate_ratio(runs, searched([2.1e-3, 2.2e-3, 2.0e-3]), searched([2.1e-4, 2.2e-4, 2.0e-4], "lora-r1"))
+    assert found.most is not None
+    assert [format(one, ".6g") for one in (found.value, found.most)] == ["10", "10"]
+    assert judged(found, "10x", tier="trained", rule="magnitude").verdict is ClaimVerdict.REPRODUCED
+    assert "best rates 0.0021 and 0.00021" in found.how
+
+
+def test_seeds_that_disagree_about_the_best_rate_leave_the_ratio_open(runs: Recorded) -> None:
+    found, *_ = rate_ratio(runs, searched([7e-4, 2e-3, 6e-3]), searched([2e-4, 2e-4, 2e-4], "lora-r1"))
+    assert found.most is not None
+    assert found.value < 3 < 30 < found.most
+    assert judged(found, "10x", tier="trained", rule="magnitude").verdict is ClaimVerdict.INCONCLUSIVE
+
+
+@pytest.mark.parametrize(("best", "end"), [(1e-4, "lowest"), (2e-2, "highest")])
+def test_a_best_rate_at_the_end_of_the_list_needs_another_rate(best: float, end: str, runs: Recorded) -> None:
+    with pytest.raises(NotRunError, match=f"at the {end} learning rate, .* add a (low|high)er one to the suite"):
+        rate_ratio(runs, searched([2e-3, best]), searched([2e-4, 2e-4], "lora-r1"))
+
+
+def test_rates_that_are_no_search_are_refused(runs: Recorded) -> None:
+    right = searched([2e-3, 2e-3]), searched([2e-4, 2e-4], "lora-r1")
+    _, of, to = rate_ratio(runs, *right)
+    with pytest.raises(ValueError, match="from the lowest to the highest"):
+        learning_rates.best_rate_ratio("made", of[::-1], to)
+    with pytest.raises(ValueError, match="differ in more than the learning rate"):
+        learning_rates.best_rate_ratio("made", [of[0], to[2], of[4]], to)
 
 
 def test_sides_with_other_seeds_are_refused(runs: Recorded) -> None:
