@@ -43,6 +43,11 @@ def command(*arguments: str, older: bool = False) -> subprocess.CompletedProcess
     )  # fmt: skip
 
 
+def skip_without_it() -> None:
+    if not OLDER.is_dir():
+        pytest.skip(f"Triton 3.6 is not in {OLDER.name}: pip install --no-deps --target {OLDER.name} triton==3.6.0")
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize(
     ("older", "architecture"),
@@ -52,17 +57,24 @@ def command(*arguments: str, older: bool = False) -> subprocess.CompletedProcess
     ],
 )
 def test_every_kernel_passes_the_checks_of_its_machine_code(older: bool, architecture: str) -> None:
-    if older and not OLDER.is_dir():
-        pytest.skip(f"Triton 3.6 is not in {OLDER.name}: pip install --no-deps --target {OLDER.name} triton==3.6.0")
+    if older:
+        skip_without_it()
     done = command("--arch", architecture, older=older)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nf4.dequantize-bf16-64 " in done.stdout
 
 
-def test_json_has_the_verdicts() -> None:
-    done = command("--arch", "90", "--module", "nf4", "--json")
-    found = {one["name"]: one for one in json.loads(done.stdout)["verdicts"]}
-    one = found["nf4.dequantize-bf16-64"]
+@pytest.mark.parametrize(
+    ("older", "module", "kernel"),
+    [(True, "nf4", "nf4.dequantize-bf16-64"), (False, "dora_gain", "dora_gain.bf16-rank-16")],
+)
+def test_json_has_the_verdicts(older: bool, module: str, kernel: str) -> None:
+    if older:
+        skip_without_it()
+    done = command("--arch", "90", "--module", module, "--json", older=older)
+    found = json.loads(done.stdout)
+    one = {each["name"]: each for each in found["verdicts"]}[kernel]
+    assert found["triton"].startswith("3.6") is older
     assert one["architecture"] == 90
     assert one["found"]["wide_loads"] > 0
     assert one["found"]["stack"] == 0
