@@ -40,16 +40,15 @@ def lorafa_step(
     for path, m, v in zip(("0", "1"), ms, vs, strict=True):
         state = {"step": step - 1, "exp_avg_B": m.clone(), "exp_avg_sq_B": v.clone()}
         optimizer.state[f"{_PREFIX}.{path}.lora"] = state
-    if role == "bias":
-        state = {"step": step - 1, "exp_avg": other_m.clone(), "exp_avg_sq": other_v.clone()}
-        optimizer.state[f"{_PREFIX}.0.base_layer.bias"] = state
+    other_name = next(name for name, p in model.named_parameters() if p is tensors["other"])
+    optimizer.state[other_name] = {"step": step - 1, "exp_avg": other_m.clone(), "exp_avg_sq": other_v.clone()}
     for name, gradient in (("B0", gs[0]), ("B1", gs[1]), ("other", other_g)):
         tensors[name].grad = None if gradient is None else gradient.clone()
     optimizer.step()
     found = [t.detach() for t in tensors.values()]
     layers = [optimizer.state[f"{_PREFIX}.{path}.lora"] for path in ("0", "1")]
     after = [(state["exp_avg_B"], state["exp_avg_sq_B"]) for state in layers]
-    rest = optimizer.state[f"{_PREFIX}.0.base_layer.bias"]
+    rest = optimizer.state[other_name]
     return (*found[:2], *after[0], *found[2:4], *after[1], found[4], rest["exp_avg"], rest["exp_avg_sq"])
 
 
