@@ -45,7 +45,7 @@ SPEC = ReferenceSpec(
             paper="section 4.3 treats the norm as a constant, to save memory; eq. 6 has the full gradient",
             here="constant, unless detach_norm is false",
             why="the authors' code does the same by default (dora_simple), and HF peft always. The full gradient reaches "
-            "every entry of an embedding, also that at padding_idx, because it is a part of the norms",
+            "every entry of an embedding, even the one at padding_idx, because every entry is part of the norms",
         ),
         Deviation(
             topic="scaling",
@@ -73,7 +73,7 @@ SPEC = ReferenceSpec(
             paper="not treated",
             here="A and B as in LoRA; one magnitude per output feature or output channel; convolutions without groups",
             why="HF peft does the same; a row of V' has the N entries of a feature, or the kernel of a channel. HF peft "
-            "also takes groups, but with norms of another kernel: it reshapes B (E, R / groups) to (E / groups, R)",
+            "accepts groups, but reshapes B (E, R / groups) to (E / groups, R), so its norms are of another matrix",
         ),
         Deviation(
             topic="initialisation of A",
@@ -187,8 +187,8 @@ class DoraLinear(DoraLayer):
 class DoraEmbedding(DoraLayer, LoraEmbedding):
     """An embedding table (N, E) with the weight m V' / ||V'||, where V' = W0 + s B A is the transposed table (E, N).
 
-    A (R, N), B (E, R) and m (E,) train. As in LoRA, the update has no dropout. The entry of A at padding_idx gets no
-    gradient from the entries that are looked up. If `detach_norm` is false, it gets one through the norm of V'.
+    A (R, N), B (E, R) and m (E,) train. As in LoRA, the update has no dropout. Looking up padding_idx
+    gives its entry of A no gradient. If `detach_norm` is false, the norm of V' gives it one.
     """
 
     def __init__(self, base: nn.Embedding, A: Tensor, B: Tensor, config: Config) -> None:

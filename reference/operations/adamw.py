@@ -1,4 +1,4 @@
-"""AdamW in the two forms that programs have. Loshchilov and Hutter, ICLR 2019, arXiv:1711.05101, algorithm 2.
+"""AdamW in two forms: those of torch and transformers. Loshchilov and Hutter, ICLR 2019, arXiv:1711.05101, algorithm 2.
 
 With the moments m = beta1 m + (1 - beta1) g and v = beta2 v + (1 - beta2) g^2, and c1 = 1 - beta1^t, c2 = 1 - beta2^t:
 

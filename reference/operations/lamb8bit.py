@@ -1,6 +1,6 @@
 """LAMB with blockwise 8-bit moments. You et al., ICLR 2020, arXiv:1904.00962, algorithm 2. An Operation, not a Method.
 
-LAMB is Adam whose update of a tensor is as long as the tensor itself, times lr:
+LAMB is Adam, but it rescales the update of each tensor to lr times the norm of the tensor:
 
     u = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay p
     p = p - lr ||p|| / ||u|| u
@@ -69,7 +69,7 @@ def lamb8bit_step(
     v = betas[1] * v + (1 - betas[1]) * g * g
     update = m / (1 - betas[0] ** step) / (v.sqrt() / math.sqrt(1 - betas[1] ** step) + eps) + weight_decay * wide
     ratio = wide.norm() / update.norm()
-    wide = wide - lr * torch.where((wide.norm() > 0) & (update.norm() > 0), ratio, 1.0) * update
+    wide = wide - lr * torch.where((wide.norm() == 0) | (update.norm() == 0), 1.0, ratio) * update
     after: dict[str, Tensor] = {}
     for name, value, signed in (("m", m, True), ("v", v, False)):
         after[name], after[f"{name}_absmax"] = quantize_blockwise(value, dynamic_map(signed), adamw8bit.BLOCK)

@@ -23,9 +23,9 @@ SPEC = ReferenceSpec(
     deviations=(
         Deviation(
             topic="weight decay",
-            paper="p - lr (sign(c) + weight_decay p)",
-            here="the same, decoupled from the sign",
-            why="bitsandbytes' Triton kernel for 32 bits once added it to the gradient, inside the sign",
+            paper="p - lr (sign(beta1 m + (1 - beta1) g) + weight_decay p)",
+            here="the same: the decay is outside the sign",
+            why="bitsandbytes' Lion for 32 bits once added the decay to the gradient, inside the sign (bitsandbytes#1992)",
         ),
         Deviation(
             topic="a sum of exactly 0",

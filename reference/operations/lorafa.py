@@ -35,13 +35,13 @@ SPEC = ReferenceSpec(
         Deviation(
             topic="inverse",
             paper="(A A^T)^-1",
-            here="(A A^T + 1e-8 I)^-1",
-            why="peft adds 1e-8, without which an A with a row of zeros would have no inverse",
+            here="the pseudo-inverse of A A^T + 1e-8 I",
+            why="as peft; if rows of A depend on each other, as with a rank above the number of inputs, there is no inverse",
         ),
         Deviation(
             topic="AdamW",
             paper="does not state where eps and the weight decay are applied",
-            here="the setting `adamw`: `transformers` or `torch`",
+            here="the keyword `form` of `adamw_step`: `transformers` or `torch`",
             why="peft's optimizer follows the AdamW that transformers had; torch's differs in both",
         ),
         Deviation(
@@ -58,15 +58,15 @@ Correction = Literal["least-squares", "none"]
 
 
 def corrected(g: Tensor, A: Tensor, scaling: float, experts: int = 1) -> Tensor:
-    """Return (1 / scaling^2) g (A A^T + DELTA I)^-1, of the shape (E, r) and the dtype of g.
+    """Return g (A A^T + DELTA I)^+ / scaling^2, of the shape (E, r) and the dtype of g.
 
-    The system of equations is solved in float32, or in float64 if A has this dtype. scaling must not be 0. experts: number
-    of stacked experts. If there are several, A is (experts * r, D) and g is (E, r * experts), both packed.
+    ^+ is the pseudo-inverse. It is computed in float32, or in float64 if A has this dtype. scaling must not be 0.
+    experts: number of stacked experts. If there are several, A is (experts * r, D) and g is (E, r * experts), both packed.
     """
     wide = torch.promote_types(A.dtype, torch.float32)
     A_KRD, g_KER = unpacked(A.to(wide), g.to(wide), experts)
     square_KRR = A_KRD @ A_KRD.mT + DELTA * torch.eye(A_KRD.shape[1], dtype=wide, device=A.device)
-    new_KER = torch.linalg.solve(square_KRR, g_KER, left=False) / scaling**2
+    new_KER = g_KER @ torch.linalg.pinv(square_KRR) / scaling**2
     return packed(A_KRD, new_KER)[1].to(g.dtype)
 
 

@@ -1,7 +1,7 @@
 """LoRA+: a higher learning rate for B than for A. Hayou et al., ICML 2024, arXiv:2402.12354. An Operation, not a Method.
 
-The paper trains B at `ratio` times the learning rate of A (its lambda), as features are learned efficiently only if the two
-rates differ by the order of the width. Its code divides the trainable tensors of a model into these groups:
+The paper trains B at `ratio` times the learning rate of A (its lambda), because features are learned efficiently only if the
+ratio of the two rates is of the order of the width. Its code divides the trainable tensors of a model into these groups:
 
     tensors                                          learning rate   weight decay
     A, and all others with two or more dimensions    lr              weight_decay
@@ -36,8 +36,8 @@ SPEC = ReferenceSpec(
             topic="weights of norms",
             paper="not stated",
             here="no weight decay, whatever the class of the norm",
-            why="transformers' Trainer does the same; the authors' code and peft know torch.nn.LayerNorm only, so that "
-            "they decay the weights of RMSNorm",
+            why="transformers' Trainer does the same. The authors' code and peft leave out the classes that transformers "
+            "lists as norms; Llama's RMSNorm was one of them, but today the list has torch.nn.LayerNorm alone",
         ),
         Deviation(
             topic="embeddings",

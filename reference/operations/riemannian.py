@@ -1,13 +1,14 @@
 """Riemannian preconditioned LoRA. Zhang and Pilanci, ICML 2024, arXiv:2402.02347. An Operation, not a Method.
 
-LoRA's update is B A, with A (r, D) and B (E, r). In the metric of the paper on matrices of rank r, steepest descent is
+LoRA's update is B A, with A (r, D) and B (E, r). The paper defines a metric on the matrices of rank r. In this metric, a
+step of steepest descent is
 
     A' = A - lr (B^T B + delta I)^-1 gA          B' = B - lr gB (A A^T + delta I)^-1
 
-where gA and gB are the gradients of A and B. Both inverses are r x r and belong to the A and B before the step. The paper
-calls this scaled gradient descent. Scaled AdamW gives the preconditioned gradients to AdamW in place of gA and gB, so that
-its moments are those of the preconditioned gradients. All other trainable tensors of the model get a plain step. In a layer
-of stacked experts each expert is a layer of its own; their A and B are packed as in `reference.lora_experts`.
+where gA and gB are the gradients of A and B. Both inverses are r x r, and are computed from A and B before the step. The
+paper calls this scaled gradient descent. Scaled AdamW gives the preconditioned gradients to AdamW in place of gA and gB, so
+that its moments are those of the preconditioned gradients. All other trainable tensors of the model get a plain step. In a
+layer of stacked experts each expert is a layer of its own; their A and B are packed as in `reference.lora_experts`.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ SPEC = ReferenceSpec(
             topic="delta",
             paper="a small number",
             here="an argument",
-            why="the authors' code has 1e-6, and peft 1e-2 by default",
+            why="the authors' code has 1e-6 or none, and peft 1e-2 by default",
         ),
         Deviation(
             topic="order of A and B",
             paper="both inverses are of step t",
             here="as the paper",
-            why="peft does the same; the authors' AdamW steps A first and takes the inverse for B from the new A",
+            why="peft does the same; the authors' optimizers step A first and take the inverse for B from the new A",
         ),
         Deviation(
             topic="AdamW",
             paper="does not state where eps and the weight decay are applied",
             here="as in torch's AdamW: decay first, eps after the bias correction",
-            why="peft wraps torch's optimizers; the authors' code decays after the update and by default has no bias "
-            "correction",
+            why="peft wraps torch's optimizers; the authors' optimizer for Mistral decays after the update and by default "
+            "has no bias correction, and that for GPT-2 decays before the update and has one",
         ),
         Deviation(
             topic="layers that are not linear",
@@ -96,10 +97,12 @@ def riemannian_step(
     """Return A and its moments m and v after a step, then B and its moments.
 
     gradients: those of A and B, or None for both if the layer did not run. Such a layer does not change. experts:
-    see `preconditioned`. options: see `optimizer_step`.
+    see `preconditioned`. options: see `optimizer_step`. Raises ValueError if only one of A and B has a gradient.
     """
     gA, gB = gradients
-    if gA is None or gB is None:
+    if gA is None and gB is None:
         return (A, *moments_A), (B, *moments_B)
+    if gA is None or gB is None:
+        raise ValueError(f"{'A' if gA is None else 'B'} has no gradient, but its partner has one; train both or none")
     gA, gB = preconditioned(gA, gB, A, B, delta, experts)
     return optimizer_step(kind, A, gA, *moments_A, **options), optimizer_step(kind, B, gB, *moments_B, **options)

@@ -41,14 +41,6 @@ def changes_what_is_no_longer_there(copy: PatchedCopy) -> None:
 
 
 @pytest.mark.nightly
-def test_a_sample_of_the_faults_is_caught_by_the_checks_one_expects() -> None:
-    """A share of the faults, for every commit. The next test takes all of them, at night."""
-    report = self_test.run(faults.every()[::120])
-    assert list(report.wrong) == []
-    assert report.caught == len(report.verdicts) > len(faults.every()) // 120
-
-
-@pytest.mark.nightly
 def test_every_fault_is_caught_by_the_checks_one_expects(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--self-test", "--json"]) == Exit.PASS
     document = json.loads(capsys.readouterr().out)

@@ -73,3 +73,11 @@ def test_lamb_moves_a_tensor_of_zeros_by_the_step_of_adam() -> None:
     after, _ = lamb8bit_step(p, g, state, weight_decay=0.3, **KNOBS)
     adamw8bit.adamw8bit_step(p, g, state, weight_decay=0.0, **KNOBS)
     assert_same({"p": after}, {"p": p})
+
+
+def test_one_nan_in_a_gradient_makes_every_weight_of_lamb_nan() -> None:
+    """A norm of NaN is no norm of 0: the step must not look healthy."""
+    g = draw(N, seed=2)
+    g[7] = torch.nan
+    after, _ = lamb8bit_step(draw(N, seed=1), g, moments(), weight_decay=0.3, **KNOBS)
+    assert after.isnan().all()

@@ -57,6 +57,21 @@ def test_the_corrected_gradient_of_lora_fa_changes_the_weight_as_nearly_as_it_ca
     assert_agree(lorafa.corrected(s * G @ A.T, A, s), nearest)
 
 
+def test_dependent_rows_of_a_share_the_corrected_gradient_of_lora_fa_also_in_float32() -> None:
+    A, G = draw(2, D, seed=1).float(), draw(E, D, seed=2).float()
+    A = torch.cat([A, A[:1]])  # as with more ranks than inputs, A A^T has no inverse
+    found = lorafa.corrected(G @ A.T, A, 1.0)
+    alone = lorafa.corrected(G @ A[:2].T, A[:2], 1.0)
+    halves = {"first": found[:, 0], "second": found[:, 2]}
+    assert_same(halves, dict.fromkeys(halves, alone[:, 0].double() / 2), "float32")
+
+
+def test_a_layer_of_which_one_factor_alone_has_a_gradient_is_refused() -> None:
+    A, B = draw(R, D, seed=1), draw(E, R, seed=2)
+    with pytest.raises(ValueError, match="A has no gradient, but its partner has one"):
+        riemannian.riemannian_step("gd", A, B, (None, B), (A, A), (B, B), delta=0.1, lr=0.1, weight_decay=0.0)
+
+
 def test_lora_fa_gives_each_layer_its_own_scaling_and_leaves_a_layer_without_gradient_alone() -> None:
     A, B, g, m, v = (draw(*shape, seed=seed) for seed, shape in enumerate([(R, D), *[(E, R)] * 4]))
     options = {"correction": "least-squares", "form": "transformers", **KNOBS}

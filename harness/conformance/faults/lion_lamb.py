@@ -10,7 +10,7 @@ _CASE = {"shape": [64, 80], "weight_decay": 0.5}
 _SPARSE = {"shape": [4096], "gradient": "sparse", "weight_decay": 0.5}
 _SUM = "(betas[0] * moment + (1 - betas[0]) * wide).sign()"
 _STEP = "after = (1 - lr * weight_decay) * p.to(dtype) - lr * direction"
-_RATIO = "torch.where((wide.norm() > 0) & (update.norm() > 0), ratio, 1.0)"
+_RATIO = "torch.where((wide.norm() == 0) | (update.norm() == 0), 1.0, ratio)"
 _DECAY = " + weight_decay * wide\n"
 
 _lion = partial(line_fault, "lion8bit_step", file="lion8bit", values=_CASE)
@@ -18,7 +18,7 @@ _lamb = partial(line_fault, "lamb8bit_step", file="lamb8bit", values=_CASE)
 
 # fmt: off
 FAULTS = [
-    # bitsandbytes#1993: the decay is added to the gradient.
+    # bitsandbytes#1992: the decay is added to the gradient.
     _lion("decays_inside_the_sign", ["outputs"],
         "    direction = (", "    wide = wide + weight_decay * p.to(dtype)\n    direction = (",
         _STEP, "after = p.to(dtype) - lr * direction"),
@@ -40,7 +40,7 @@ FAULTS = [
 
     # bitsandbytes 0.50.2: LAMB8bit is AdamW8bit.
     _lamb("has_no_trust_ratio", ["outputs"], _RATIO, "1.0"),
-    # bitsandbytes#2001, and the 32-bit LAMB of bitsandbytes: only a long update is scaled.
+    # The 32-bit LAMB of bitsandbytes: only a long update is scaled.
     _lamb("only_shortens_updates", ["outputs"], _RATIO, f"{_RATIO}.clamp(max=1.0)",
         values={"shape": [64, 80], "eps": 1.0}),
     _lamb("takes_the_ratio_of_each_row", ["outputs"], "ratio = wide.norm() / update.norm()",

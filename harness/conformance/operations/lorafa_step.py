@@ -56,8 +56,8 @@ def arguments(
     layers, at most as large as the inputs of the layer. scaling: that of the first layer; the second has 3 / 4 of it. B:
     `zero` is LoRA's start. gradient: `zero` makes all gradients zero. unused: `second` gives the B of the second layer no
     gradient, as if the layer had not run. other: which trainable tensor the model has besides: the bias of the first
-    layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts: if there are several, both
-    layers are stacks of so many matrices (peft's `target_parameters`), and their A and B are packed as in
+    layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts: number of
+    matrices in each layer; above 1 the layers are stacks (peft's `target_parameters`), packed as in
     reference/lora_experts.py. By default lr is so large that the step is as large as the weights.
     """
     scalings = [scaling, 0.75 * scaling]

@@ -54,8 +54,8 @@ def arguments(
     layers, at most E and D. optimizer: AdamW, or gradient descent, which has no moments. B: `zero` is LoRA's start; the
     columns of `one-direction` are equal, so that B^T B is singular. gradient: `zero` makes all gradients zero. unused:
     `second` gives the second layer no gradients, as if it had not run. other: which trainable tensor the model has besides:
-    the bias of the first layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts: if there are
-    several, both layers are stacks of so many matrices (peft's `target_parameters`), and their A and B are packed as in
+    the bias of the first layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts: number
+    of matrices in each layer; above 1 the layers are stacks (peft's `target_parameters`), packed as in
     reference/lora_experts.py. By default lr is so large that the step is as large as the weights.
     """
     given: Arguments = {name: [] for name in _TENSORS}
@@ -112,7 +112,7 @@ def reference(
     delta: float,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    """Return A and its moments, then B and its moments, of the first and then of the second layer, then the other tensor's.
+    """Return the tensors in the order of `OPERATION.outputs`: A, B and their moments of each layer, then the other tensor.
 
     gAs, gBs: gradients of the As and Bs. options: step, lr, betas, eps and weight_decay. `role` names the other tensor for
     the implementation; it gets a plain step. experts: number of matrices in each layer.
