@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
+import harness.conformance
 from harness.cli import main
 from harness.conformance import checks, faults, operations, self_test
 from harness.conformance.checks import Reference
@@ -38,6 +40,11 @@ def raises_an_exception(copy: PatchedCopy) -> None:
 @planted("lora", "forward", values=PLAIN)
 def changes_what_is_no_longer_there(copy: PatchedCopy) -> None:
     copy.replace_line("a line that nobody wrote", "")
+
+
+def test_the_manual_says_how_many_faults_are_planted() -> None:
+    manual = (Path(harness.conformance.__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert f"| {len(faults.every())} planted by the authors of the checks" in manual
 
 
 @pytest.mark.nightly

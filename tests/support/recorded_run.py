@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -103,7 +104,7 @@ def comparisons(c: dict[str, Cell]) -> list[Comparison]:
 
 
 def _once_for_each_cell(make: Callable[..., T]) -> Callable[..., T]:
-    """Return `make`, a function of a Cell and numbers, with its results kept. Records are immutable and may share them."""
+    """Return `make`, a function of a Cell and numbers, with its results kept. Each call gets a list of its own."""
     kept: dict[tuple[Any, ...], T] = {}
 
     @wraps(make)
@@ -111,7 +112,7 @@ def _once_for_each_cell(make: Callable[..., T]) -> Callable[..., T]:
         key = (cell.model_dump_json(), *numbers)
         if key not in kept:
             kept[key] = make(cell, *numbers)
-        return kept[key]
+        return copy.copy(kept[key])
 
     return found
 
