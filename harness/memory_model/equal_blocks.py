@@ -72,8 +72,9 @@ def named_facts(
 
     The facts about two blocks give those about any number of blocks, if they give those about three blocks. Otherwise
     `find` is called with the whole model. find: function that adapts the model, reads facts about its parts, and detaches
-    the adapter. chosen: names of parameters that `find` chooses by itself. If they are not the same in each block, a few
-    blocks prove nothing, and `find` is called with the whole model. Raises what `find` raises for the whole model.
+    the adapter. chosen: names of the parameters that `find` selects, e.g. by a regular expression. If they are not the
+    same in each block, a few blocks prove nothing, and `find` is called with the whole model. Raises what `find` raises for
+    the whole model.
     """
     path = find_blocks(model, ())
     blocks: Any = model.get_submodule(path) if path else ()

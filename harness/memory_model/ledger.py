@@ -22,7 +22,7 @@ PARTS = {
     "the Cells of a suite; libraries without masters need less",
     "host": "the optimizer's state in host memory, for paged optimizers only; not part of the total",
     "activations": "tensors saved for the backward pass: a closed-form estimate, for Llama-like models only; it leaves out "
-    "tensors whose size does not depend on the tokens, which OFT, LoHa and LoKr save",
+    "tensors of a fixed size, such as those that OFT, LoHa and LoKr save",
     "logits": "the logits of every token, their logarithms in at least float32, and the gradient of these: an estimate",
     "step": "float32 gradients of the masters, which exist only during the optimizer's step, when there are no activations",
 }

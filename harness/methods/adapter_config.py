@@ -50,9 +50,9 @@ def peft_equivalent(method: str, config: Config, quantization: str = "none") -> 
     if method == "oft":
         size = config["block_size"]
         remark += (
-            f"In a layer whose input features {size} does not divide, peft may train other blocks: their size is the "
+            f"If {size} does not divide the input features of a layer, peft takes the divisor nearest to {size} as block "
+            f"size. This Cell took the largest divisor below {size}. "
         )
-        remark += f"divisor nearest to {size}, and in this Cell it was the largest divisor below {size}. "
     return PeftEquivalent(keys, f"{remark}Add the `task_type` of your model.")
 
 

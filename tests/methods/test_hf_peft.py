@@ -102,7 +102,11 @@ def test_a_second_adapter_after_detach_equals_a_first(method: str) -> None:
         ("dora", {"detach_norm": False}, "treats the norm as a constant"),
         ("adalora", {"regularization": "squared-sum"}, "the mean of norms, not squared-sum"),
         ("adalora", {"beta1": 1.0}, "refuses a beta of 0 or 1"),
-        ("oft", {"block_size": 28}, "first: of 64 input features, peft makes blocks of 32, the reference of 16"),
+        (
+            "oft",
+            {"block_size": 28},
+            "first: peft divides 64 input features into blocks of 32, and the reference into blocks of 16",
+        ),
     ],
 )
 def test_unsupported_configs_leave_the_model_unchanged(method: str, values: dict[str, Any], says: str) -> None:

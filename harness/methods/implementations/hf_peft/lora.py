@@ -115,7 +115,7 @@ def dora(model: nn.Module, config: reference_dora.Config, generator: Generator) 
         raise Unsupported("peft's DoRA treats the norm as a constant in the backward pass")
     for path, base in found.items():
         if getattr(base, "groups", 1) != 1:
-            why = f"peft's DoRA of a convolution with {base.groups} groups has norms of another kernel"
+            why = f"for a convolution with {base.groups} groups, peft's DoRA computes the norms of a wrongly reshaped kernel"
             raise Unsupported(f"{path}: {why}")
     tuner(model, lora_config(config, found, use_dora=True, fan_in_fan_out=has_conv1d(found)), generator)
     return PeftAdapted(model, lambda layer: {**lora_tensors(layer), "m": layer.lora_magnitude_vector[ADAPTER].weight})

@@ -31,7 +31,8 @@ def oft(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
         D = found[path].in_features
         nearest = OFTLayer.adjust_oft_parameters(None, D, config.block_size)
         if nearest != size:
-            raise Unsupported(f"{path}: of {D} input features, peft makes blocks of {nearest}, the reference of {size}")
+            why = f"peft divides {D} input features into blocks of {nearest}, and the reference into blocks of {size}"
+            raise Unsupported(f"{path}: {why}")
     peft_config = OFTConfig(
         r=0,
         oft_block_size=config.block_size,
