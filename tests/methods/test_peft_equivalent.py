@@ -107,7 +107,7 @@ def test_the_remark_names_the_base_that_was_trained(
 def test_the_remark_on_oft_names_the_layers_that_peft_divides_otherwise() -> None:
     config = {"block_size": 32, "targets": ["query"], "cayley": "neumann", "terms": 5}
     found = peft_equivalent("oft", config)
-    assert "In a layer whose input features 32 does not divide, peft may train other blocks" in found.remark
+    assert "If 32 does not divide the input features of a layer, peft takes the divisor nearest to 32" in found.remark
     assert found.keys is not None
     keys = {key: value for key, value in found.keys.items() if key != "peft_type"}
     with pytest.warns(UserWarning, match="Adjusted `oft_block_size`"):

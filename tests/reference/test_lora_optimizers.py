@@ -68,8 +68,9 @@ def test_dependent_rows_of_a_share_the_corrected_gradient_of_lora_fa_also_in_flo
 
 def test_a_layer_of_which_one_factor_alone_has_a_gradient_is_refused() -> None:
     A, B = draw(R, D, seed=1), draw(E, R, seed=2)
+    options = {"delta": 0.1, "lr": 0.1, "weight_decay": 0.0}
     with pytest.raises(ValueError, match="A has no gradient, but its partner has one"):
-        riemannian.riemannian_step("gd", A, B, (None, B), (A, A), (B, B), delta=0.1, lr=0.1, weight_decay=0.0)
+        riemannian.riemannian_step("gd", A, B, (None, B), (A, A), (B, B), **options)
 
 
 def test_lora_fa_gives_each_layer_its_own_scaling_and_leaves_a_layer_without_gradient_alone() -> None:
