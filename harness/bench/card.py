@@ -1,4 +1,4 @@
-"""`bench --ceilings` and `bench --crossovers`: the limits of a card, and which way and which tile is faster at which size.
+"""`bench --ceilings` and `bench --crossovers`: measure the limits of a card, its crossovers and its tiles.
 
 A worker measures. As soon as it has a number, the number is kept, so that a kernel that hangs loses only what follows.
 Imports no torch.
@@ -31,9 +31,10 @@ class CardReport:
     environment: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
     """One dict per measurement, in their order. `name`, `value` and `unit` of a ceiling. For crossovers the rows of
-    `harness.bench.crossovers.measure`, then those of `harness.bench.tiles.measure`."""
+    `harness.bench.tiles.measure`, then those of `harness.bench.crossovers.measure`."""
     table: dict[str, Any] = field(default_factory=dict)
-    """The table of the card, as `harness.kernels` reads it. It has the sections that are measured as a whole."""
+    """The table of the card, as `harness.kernels` reads it. It has only the crossovers whose measurement is
+    complete, and the tiles of the dtypes whose measurement is complete."""
     file: str = ""
     """Name of the table."""
     card: str = ""
@@ -68,7 +69,7 @@ class CardReport:
             return [f"highest rates of {place}:", *align_columns(table)]
         note = ["a rehearsal: Triton's interpreter ran the kernels, and these times mean nothing"] * self.is_rehearsal
         rows = align_columns([COLUMNS, *map(fields, self.rows)])
-        return [f"fused kernels beside other ways, on {place}:", *rows, *findings(self.table), *note]
+        return [f"fused kernels compared with other ways, on {place}:", *rows, *findings(self.table), *note]
 
 
 COLUMNS = [
@@ -76,9 +77,9 @@ COLUMNS = [
     "weight",
     "size",
     "case",
-    "fused, or default tile",
-    "other way, or chosen tile",
-    "ratio of times",
+    "A: fused, or default tile",
+    "B: other way, or chosen tile",
+    "A / B",
 ]
 """Columns of the table of crossovers and tiles."""
 
@@ -104,18 +105,24 @@ def short_tile(tile: dict[str, int]) -> str:
 
 
 def findings(table: dict[str, Any]) -> list[str]:
-    """Return a sentence for each section of a card's table: the crossovers, and how many tiles differ from the default."""
+    """Return a line for each section of a card's table: the crossovers, and how many tiles differ from the default."""
     said = []
     for operation, size in CROSSOVERS.items():
         if operation in table:
-            rows = table[operation]["rows"]
-            limits = (f"{'any' if row[size] is None else row[size]} from E = {row['E']}" for row in rows)
-            noun = size if size == "rank" else f"number of {size.replace('_', ' ')}"
-            said.append(f"{operation}: largest {noun} for the fused kernel: {', '.join(limits)}")
+            said.append(
+                f"{operation}: {', '.join(_limit(row['E'], row[size], size) for row in table[operation]['rows'])}"
+            )
     if TILES in table:
-        changed = plural(len(table[TILES]["rows"]), "shape")
-        said.append(f"tiles: {changed} with a tile that is faster than the default")
+        changed, shapes = len(table[TILES]["rows"]), plural(table[TILES]["shapes"], "shape")
+        said.append(f"tiles: for {changed} of {shapes} another tile is faster than the default")
     return said
+
+
+def _limit(E: int, most: int | None, size: str) -> str:
+    """Return a row of a crossover as text, such as `fused up to rank 63 if E >= 4096`. size: name of the size."""
+    one = f"rank {most}" if size == "rank" else f"{most} {size.replace('_', ' ')}"
+    limit = "never fused" if most == 0 else "always fused" if most is None else f"fused up to {one}"
+    return f"{limit} if E >= {E}"
 
 
 def rate(value: float, unit: str) -> str:

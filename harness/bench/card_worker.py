@@ -13,6 +13,9 @@ import random
 import sys
 import traceback
 from collections.abc import Iterable
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.methods.registry import format_error
@@ -52,12 +55,15 @@ def _run(task: dict[str, Any], emit: Emit) -> None:
 
 
 def _measure_crossovers(clock: Clock, emit: Emit) -> None:
-    """Measure the crossovers and the tiles, always in the same order. Emit the table after each section."""
+    """Measure the tiles, then the crossovers with these tiles, always in the same order.
+
+    The kernels read no other table meanwhile. Emit the table after each dtype of the tiles and after each crossover.
+    """
     import torch
     import triton
 
     from harness.bench import crossovers, tiles
-    from harness.kernels.card_tables import TILES, card, file_name
+    from harness.kernels.card_tables import TILES, Entry, card, file_name, in_force
     from harness.kernels.triton.support import low_rank_gemm, tuned_tiles
 
     random.seed(0)  # decides which side of the first pair comes first
@@ -71,12 +77,17 @@ def _measure_crossovers(clock: Clock, emit: Emit) -> None:
             found.append(row)
         return found
 
-    for operation in crossovers.CROSSINGS:
-        table[operation] = crossovers.table(operation, measured(crossovers.measure(operation, clock)))
-        emit(file=file_name(name), table=table)
     stamp = tuned_tiles.stamp(low_rank_gemm.KERNEL, clock.device)
-    table[TILES] = tiles.section(measured(tiles.measure(clock)), stamp)
-    emit(file=file_name(name), table=table)
+    rows: list[dict[str, Any]] = []
+    with in_force():
+        for _, of_dtype in groupby(tiles.measure(clock), key=itemgetter("dtype")):
+            rows += measured(of_dtype)
+            table[TILES] = tiles.section(rows, stamp)
+            emit(file=file_name(name), table=table)
+    with in_force(Entry(Path(file_name(name)), "", {TILES: table[TILES]})):
+        for operation in crossovers.CROSSINGS:
+            table[operation] = crossovers.table(operation, measured(crossovers.measure(operation, clock)))
+            emit(file=file_name(name), table=table)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from harness.bench.timing import Clock, Run, pairs
 from harness.kernels.card_tables import CROSSOVERS
 
 MARGIN = 1.03
-"""The way that is taken without a table stays unless the other one is faster by this factor, in the median of pairs."""
+"""The default way is kept unless the median ratio of pairs shows that the other way is faster by this factor."""
 PAIRS = {"cuda": 11, "cpu": 3}
 _BLOCK = 64
 _RANK = 16
@@ -127,7 +127,8 @@ CROSSINGS = {
         sizes={"cuda": (16, 32, 64, 128, 256), "cpu": (4,)}, cases=(_FORWARD, _TRAINED), ways=_adapted,
     ),
 }  # fmt: skip
-"""Operation -> what is measured for its crossover. The weights of a GPU are those of Llama 3 and between them."""
+"""Operation -> what is measured for its crossover. On a GPU the weights have sizes of Llama 3, and some
+in between."""
 
 
 def measure(operation: str, clock: Clock) -> Iterator[dict[str, Any]]:
@@ -152,7 +153,7 @@ def measure(operation: str, clock: Clock) -> Iterator[dict[str, Any]]:
 def table(operation: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the section of an Operation in a card's table, from the rows of `measure`.
 
-    Between two measured sizes, and wherever neither way is faster by `MARGIN`, the way without a table is taken.
+    Between two measured sizes, and wherever neither way is faster by `MARGIN`, the default way is kept.
     """
     size = CROSSOVERS[operation]
     found = [
@@ -163,7 +164,7 @@ def table(operation: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _limit(operation: str, rows: Sequence[dict[str, Any]]) -> int | None:
-    """Return the largest size for which the fused kernel is taken, from the rows of one weight. None means all sizes."""
+    """Return the largest size for which the fused kernel is used, from the rows of one weight. None means all sizes."""
     by_size: dict[int, list[float]] = {}
     for row in rows:
         by_size.setdefault(row[CROSSOVERS[operation]], []).append(row["ratio"])

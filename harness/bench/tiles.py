@@ -25,11 +25,13 @@ SHAPES = {
     "cuda": ((16, 32, 64, 256, 1024, 2048, 4096, 8192), ((1024, 4096), (4096, 4096), (14336, 4096))),
     "cpu": ((16,), ((64, 64),)),
 }
-"""Device -> the rows M of the output, and the pairs of its columns N and of the terms K of a sum. A call takes the tile
-of the shape in whose bucket it falls, if it has the same default."""
+"""Device -> the rows M of the output, and the pairs of its columns N and of the terms K of a sum. A call uses the tile of
+the shape in its bucket, if both have the same default tile."""
 DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.float16,)}
 RANK = 64
-"""Rank of the measured products: a block of so many ranks takes the most shared memory."""
+"""Rank of the measured products. 64 is the largest block of ranks, which takes the most shared memory."""
+_COMPILER_FAILED = "PassManager::run failed"
+"""Text of the RuntimeError that Triton raises if a pass of its compiler fails."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ def choose(
 ) -> Choice:  # fmt: skip
     """Return the fastest tile. A tile is replaced only by one that is faster by more than `MARGIN`.
 
-    The tile that remains must be faster than the default in a second series, too. ratio: measures the time of the first
-    tile / the time of the second. reason: returns the reason why a candidate cannot be used, or an empty string.
+    The winner must beat the default again in a second series. ratio: measures the time of the first tile / the time of
+    the second. reason: returns the reason why a candidate cannot be used, or an empty string.
     """
     best, refused = default, {}
     for candidate in candidates:
@@ -111,18 +113,27 @@ class _Product:
         ]
 
     def reason(self, tile: GemmTile) -> str:
-        """Return the reason why a tile cannot be used: it does not compile, spills registers or changes the result."""
+        """Return the reason why a tile cannot be used: it does not compile, spills registers or changes the result.
+
+        The outputs are NaN before, so that a tile which does not write all of them is noticed.
+        """
         from triton.compiler.errors import CompilationError
         from triton.runtime.errors import OutOfResources, PTXASError
 
+        for out in self.outs:
+            out.fill_(torch.nan)
         try:
             compiled = [launch.run() for launch in self.launches(tile)]
         except (CompilationError, OutOfResources, PTXASError) as error:
             return str(error).strip().partition("\n")[0]
+        except RuntimeError as error:
+            if _COMPILER_FAILED not in str(error):
+                raise
+            return str(error).strip().partition("\n")[0]
         if any(one is not None and one.n_spills for one in compiled):
             return "spills registers"
         same = all(torch.equal(one, other) for one, other in zip(self.outs, self.expected, strict=True))
-        return "" if same else "rounds in another way"
+        return "" if same else "changes the result"
 
     def ratio(self, first: GemmTile, second: GemmTile) -> float:
         runs = [self.launches(tile) for tile in (first, second)]
@@ -139,9 +150,10 @@ class _Product:
 
 
 def section(rows: Sequence[dict[str, Any]], stamp: dict[str, Any]) -> dict[str, Any]:
-    """Return the section of a card's table, from the rows of `measure`: the tiles that differ from the default.
+    """Return the section of a card's table, from rows of `measure`: the tiles that differ from the default.
 
-    stamp: what the tiles depend on, as `tuned_tiles.stamp` returns it.
+    stamp: what the tiles depend on, as `tuned_tiles.stamp` returns it. `shapes` is the number of rows of `measure`.
     """
     changed = [row for row in rows if row["tile"] != row["default"]]
-    return {"standing": "measured by `peft-harness bench --crossovers`", "stamp": stamp, "rows": changed}
+    standing = "measured by `peft-harness bench --crossovers`"
+    return {"standing": standing, "stamp": stamp, "shapes": len(rows), "rows": changed}

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Iterator
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,7 +28,8 @@ CROSSOVERS = {"nf4_linear": "tokens", "multi_lora_linear": "tokens_per_adapter",
 """Operation -> the size for which its crossover is stated."""
 TILES = "tiles"
 _KEYS = ("card", "torch", "triton", *CROSSOVERS, TILES)
-_PACKAGED = Path(__file__).with_name("crossovers")
+PACKAGED = Path(__file__).with_name("crossovers")
+"""Folder of the tables of this package. A kit and an installed package have their own."""
 _HINT = "measure the card again by `peft-harness bench --crossovers --out DIR`, or remove the file"
 
 
@@ -40,7 +43,7 @@ class Entry:
     value: Any
 
     def wrong(self, expected: str) -> ValueError:
-        """Return the error for a value that is not as `expected`."""
+        """Return the error that says what was expected in place of this value."""
         got = repr(self.value)[:80]
         return ValueError(f"{self.file}: {self.key or 'table'}: must be {expected}, got {got}; hint: {_HINT}")
 
@@ -70,7 +73,14 @@ class Entry:
         if not isinstance(self.value, dict):
             raise self.wrong("an object")
         for name in self.value.keys() - set(known):
-            raise ValueError(f"{self.file}: {name}: is not a key of a table: {', '.join(known)}; hint: {_HINT}")
+            where, what = f"{self.key}.{name}".lstrip("."), f"{self.key or 'a table'} may have {', '.join(known)}"
+            raise ValueError(f"{self.file}: {where}: unknown key; {what}; hint: {_HINT}")
+
+    def check_distinct(self, keys: Sequence[object], what: str) -> None:
+        """Raise ValueError if two items of this list have the same key. what: name of the key, for the message."""
+        for at, key in enumerate(keys):
+            if key in keys[:at]:
+                raise self.items()[at].wrong(f"a row with another {what} than row {keys.index(key)}")
 
 
 def file_name(card: str) -> str:
@@ -86,30 +96,72 @@ def card(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
+_only: tuple[Entry, ...] | None = None
+"""The tables of `in_force`. None outside of it."""
+
+
+@contextmanager
+def in_force(*only: Entry) -> Iterator[None]:
+    """Let the kernels read only these tables and the default, on every card. Files of other tables are not read.
+
+    A measurement needs this: its result must not depend on a table that was measured before, nor fail because of one.
+    """
+    global _only
+    before, _only = _only, only
+    tables.cache_clear()
+    try:
+        yield
+    finally:
+        _only = before
+        tables.cache_clear()
+
+
 @cache
 def tables(on: str) -> tuple[Entry, ...]:
-    """Return the tables for a card, the first one to ask first and the default last.
+    """Return the tables for a card in the order of precedence; the default comes last.
 
-    They and the variable are read once per process, because every call of a kernel asks.
+    They and the variable are read once per process, because every call of a kernel asks. If the folder of the variable
+    has no table for the card, a RuntimeWarning says so.
 
     on: name of the card. Empty for a CPU: Triton's interpreter then reads `cpu.json` in the folder of the variable, for
-    tests and rehearsals. Raises ValueError for a table that is not JSON, or that has an unknown key.
+    tests and rehearsals. Raises ValueError for a table that is not JSON, is of another card, or has an unknown key.
     """
-    return tuple(read(file) for file in _files(on) if file.is_file())
+    found = [_of_card(file, on) for file in _files(on) if file.is_file()] if _only is None else _only
+    return (*found, read(PACKAGED / DEFAULT))
 
 
 def _files(on: str) -> Iterator[Path]:
     if folder := os.environ.get(VARIABLE):
-        yield Path(folder) / file_name(on)
-    yield _PACKAGED / file_name(on)
-    yield _PACKAGED / DEFAULT
+        file = Path(folder) / file_name(on)
+        if not file.is_file():
+            hint = "name the folder that `peft-harness bench --crossovers --out DIR` has written on this card"
+            warnings.warn(f"{VARIABLE} has no effect: there is no {file}; hint: {hint}", RuntimeWarning, stacklevel=2)
+        yield file
+    yield PACKAGED / file_name(on)
+
+
+def _of_card(file: Path, on: str) -> Entry:
+    table = read(file)
+    if "card" in table and table["card"].value != on:
+        raise table["card"].wrong(f"{on!r}, the card that reads this table")
+    return table
 
 
 def read(file: Path) -> Entry:
-    """Return the table in a file. Raises ValueError if it is not JSON, or has an unknown key."""
+    """Return the table in a file. Raises ValueError if it is not JSON, or if it has a key twice or an unknown key."""
     try:
-        table = Entry(file, "", json.loads(file.read_bytes()))
-    except ValueError as error:
+        value = json.loads(file.read_bytes(), object_pairs_hook=lambda pairs: _object(file, pairs))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: is not JSON: {error}; hint: {_HINT}") from error
+    table = Entry(file, "", value)
     table.check_keys(_KEYS)
     return table
+
+
+def _object(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{file}: {twice}: the same object has this key twice; hint: {_HINT}")
+    return made

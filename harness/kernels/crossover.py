@@ -1,4 +1,4 @@
-"""The sizes up to which the fused kernel of an Operation is taken, per card. Above them another way is faster.
+"""Per card, the sizes up to which an Operation uses its fused kernel. Above them another way is expected to be faster.
 
 | Operation         | size                     | other way                                            |
 |-------------------|--------------------------|------------------------------------------------------|
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def most(operation: str, on: str, E: int) -> float:
-    """Return the largest size for which the fused kernel is taken, for a weight of E rows. Infinity means all sizes.
+    """Return the largest size for which the fused kernel is used, for a weight of E rows. Infinity means all sizes.
 
     on: name of the card; empty for a CPU. In a table, the row with the largest E that the weight reaches decides. If a
     weight reaches no row, or if a table lacks the Operation, the next table decides. Raises ValueError for a table with
@@ -35,14 +35,21 @@ def most(operation: str, on: str, E: int) -> float:
 def limits(table: Entry, operation: str) -> list[tuple[int, float]]:
     """Return the rows of a table for an Operation, as pairs of E and the size, the largest E first.
 
-    Raises ValueError for a row that is not as expected.
+    Raises ValueError for a row that is not as expected, for two rows with the same E, and for an unknown key.
     """
     if operation not in table:
         return []
-    rows = table[operation]["rows"].items()
+    section, size = table[operation], CROSSOVERS[operation]
+    given = section["rows"]
+    rows = given.items()
     if not rows:
-        raise table[operation]["rows"].wrong("a list of at least one row")
-    return sorted(((row["E"].integer(), _size(row[CROSSOVERS[operation]])) for row in rows), reverse=True)
+        raise given.wrong("a list of at least one row")
+    found = [(row["E"].integer(), _size(row[size])) for row in rows]
+    given.check_distinct([E for E, _ in found], "E")
+    section.check_keys(("standing", "meaning", "reasons", "rows", "times"))
+    for row in rows:
+        row.check_keys(("E", size))
+    return sorted(found, reverse=True)
 
 
 def _size(given: Entry) -> float:

@@ -122,7 +122,10 @@ def test_above_the_tokens_of_the_table_torch_computes_several_adapters(use: Use)
         several(IDS)
         assert triton.call_count == 1  # without a table
         use(per_adapter(4))
-        several(IDS)
+        module = importlib.import_module("harness.kernels.torch.multi_lora_linear")
+        with mock.patch.object(module, "groups", wraps=module.groups) as grouped:
+            several(IDS)
+        assert grouped.call_count == 1  # the ids are read once
         several(torch.tensor(IDS), trained=(0, 2))
         assert triton.call_count == 1
         several(IDS, tokens=2)

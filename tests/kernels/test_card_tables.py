@@ -55,8 +55,37 @@ def test_a_card_without_a_table_has_the_default(tmp_path: Path, monkeypatch: pyt
     default = crossover.most("nf4_linear", "", 16384)
     assert 0 < default < inf
     write_table(tmp_path, monkeypatch, measured("nf4_linear", (1, 1, 2.0)))
-    assert crossover.most("nf4_linear", "ACME X2", 16384) == default
     assert crossover.most("nf4_linear", CARD, 16384) == 0
+    with pytest.warns(RuntimeWarning, match="acme-x2.json"):
+        assert crossover.most("nf4_linear", "ACME X2", 16384) == default
+
+
+@pytest.mark.parametrize("folder", ["mistyped", ""])
+def test_a_folder_without_a_table_of_the_card_is_named_once(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(card_tables.VARIABLE, str(tmp_path / folder))
+    with pytest.warns(RuntimeWarning) as said:
+        assert crossover.most("lora_linear", CARD, 4096) == inf
+    (one,) = said
+    assert str(tmp_path / folder / card_tables.file_name(CARD)) in str(one.message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert crossover.most("lora_linear", CARD, 1024) == inf
+
+
+def test_while_a_card_is_measured_only_the_given_tables_and_the_default_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_table(tmp_path, monkeypatch, "{")
+    given = card_tables.Entry(tmp_path, "", measured("lora_linear", (1024, 16, 2.0)))
+    with card_tables.in_force(given):
+        assert crossover.most("lora_linear", CARD, 4096) == 15
+        assert crossover.most("multi_lora_linear", CARD, 4096) == inf
+        with card_tables.in_force():
+            assert crossover.most("lora_linear", CARD, 4096) == inf
+    with pytest.raises(ValueError, match="is not JSON"):
+        crossover.most("lora_linear", CARD, 4096)
 
 
 @pytest.mark.parametrize("operation", ["multi_lora_linear", "lora_linear"])
@@ -79,7 +108,7 @@ def test_a_measured_table_wins_for_the_weights_that_it_measured(
 @pytest.mark.parametrize(
     ("rows", "most"),
     [
-        ([(16, 0.8), (64, 1.2), (128, 1.3)], 63),  # between two measured sizes, Triton is taken
+        ([(16, 0.8), (64, 1.2), (128, 1.3)], 63),  # between two measured sizes, Triton is used
         ([(16, 1.2), (64, 0.8), (128, 1.3)], 127),
         ([(16, 0.8), (64, 0.9), (128, 0.9)], None),
         ([(16, 1.2), (64, 1.2), (128, crossovers.MARGIN)], None),  # a tie
@@ -97,7 +126,15 @@ def test_another_way_than_triton_must_be_faster_from_a_rank_on(rows: list[tuple[
     [
         ("{", "", "is not JSON"),
         ([], "table", "must be an object"),
-        ({"lora_liner": {"rows": []}}, "lora_liner", "is not a key"),
+        ({"lora_liner": {"rows": []}}, "lora_liner", "unknown key"),
+        ('{"lora_linear": {"rows": []}, "lora_linear": {"rows": []}}', "lora_linear", "the same object has this key twice"),
+        ({"card": "ACME X1 80 GB"}, "card", "must be 'ACME X1 (80 GB)'"),
+        ({"lora_linear": {"rows": [{"E": 1, "rank": 8}], "row": []}}, "lora_linear.row", "unknown key"),
+        ({"lora_linear": {"rows": [{"E": 1, "rank": 8, "D": 4}]}}, "lora_linear.rows[0].D", "unknown key"),
+        (
+            {"lora_linear": {"rows": [{"E": 1, "rank": 8}, {"E": 2, "rank": 8}, {"E": 1, "rank": 16}]}},
+            "lora_linear.rows[2]", "must be a row with another E than row 0",
+        ),
         ({"lora_linear": []}, "lora_linear", "must be an object with the key 'rows'"),
         ({"lora_linear": {"rows": []}}, "lora_linear.rows", "must be a list of at least one row"),
         ({"lora_linear": {"rows": {"E": 1}}}, "lora_linear.rows", "must be a list"),
@@ -106,7 +143,7 @@ def test_another_way_than_triton_must_be_faster_from_a_rank_on(rows: list[tuple[
         ({"lora_linear": {"rows": [{"E": -1, "rank": 8}]}}, "lora_linear.rows[0].E", "must be an integer"),
         ({"lora_linear": {"rows": [{"E": True, "rank": 8}]}}, "lora_linear.rows[0].E", "must be an integer"),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_table_is_refused_with_its_file_and_key(
     table: Any, key: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,15 +166,15 @@ def tile_row(**changed: Any) -> dict[str, Any]:
     return {"dtype": "bfloat16", "M": 4096, "N": 1024, "default": tile(LARGE), "tile": tile(OTHER)} | changed
 
 
-def tile_table(row: dict[str, Any], **stamp: Any) -> dict[str, Any]:
-    return {"tiles": {"stamp": tuned_tiles.stamp(KERNEL, CPU) | stamp, "rows": [row]}}
+def tile_table(*rows: dict[str, Any], **stamp: Any) -> dict[str, Any]:
+    return {"tiles": {"stamp": tuned_tiles.stamp(KERNEL, CPU) | stamp, "rows": list(rows)}}
 
 
 def chosen(M: int, N: int, dtype: torch.dtype = torch.bfloat16, default: Any = LARGE) -> Any:
     return tuned_tiles.tuned(default, KERNEL, M, N, dtype, CPU)
 
 
-def test_a_tuned_tile_is_taken_in_its_bucket_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tuned_tile_is_used_in_its_bucket_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(4096, 1024) == LARGE
     write_table(tmp_path, monkeypatch, tile_table(tile_row()), card="")
     assert [chosen(M, N) for M, N in ((4096, 1024), (2049, 513))] == [OTHER, OTHER]
@@ -146,9 +183,16 @@ def test_a_tuned_tile_is_taken_in_its_bucket_only(tmp_path: Path, monkeypatch: p
     assert chosen(4096, 1024, default=LARGEST) == LARGEST
 
 
-@pytest.mark.parametrize("changed", [{"triton": "2.0.0"}, {"kernel": "0"}, {"capability": [9, 0]}])
+@pytest.mark.parametrize(
+    ("changed", "how"),
+    [
+        ({"triton": "2.0.0"}, "with another version of Triton"),
+        ({"kernel": "0"}, "with another version of the kernel"),
+        ({"capability": [9, 0], "kernel": "0"}, "with another version of the kernel and on another GPU architecture"),
+    ],
+)
 def test_tiles_of_another_version_or_card_are_ignored_and_this_is_said_once(
-    changed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changed: dict[str, Any], how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_table(
         tmp_path, monkeypatch, tile_table(tile_row(), **changed) | measured("lora_linear", (1, 8, 2.0)), ""
@@ -156,7 +200,7 @@ def test_tiles_of_another_version_or_card_are_ignored_and_this_is_said_once(
     with pytest.warns(RuntimeWarning) as said:
         assert chosen(4096, 1024) == LARGE
     assert [str(one.message).partition(";")[0] for one in said] == [
-        f"{file}: its tiles are ignored, because they were measured with another {next(iter(changed))}"
+        f"{file}: its tiles are ignored: they were measured {how}"
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -172,6 +216,8 @@ def test_tiles_of_another_version_or_card_are_ignored_and_this_is_said_once(
         (tile_row(default=tile(OTHER)), "default", "must be a tile that has candidates"),
         (tile_row(dtype="float32"), "dtype", "must be bfloat16 or float16"),
         (tile_row(M="4096"), "M", "must be an integer of at least 1"),
+        (tile_row(columns=4), "columns", "unknown key"),
+        (tile_row(tile=tile(OTHER) | {"ctas": 2}), "tile.ctas", "unknown key"),
     ],
 )
 def test_a_wrong_tile_is_refused(
@@ -181,6 +227,14 @@ def test_a_wrong_tile_is_refused(
     with pytest.raises(ValueError, match="hint: measure the card again") as caught:
         chosen(4096, 1024)
     assert str(caught.value).startswith(f"{file}: tiles.rows[0].{key}: {expected}")
+
+
+def test_two_tiles_for_one_bucket_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [tile_row(), tile_row(dtype="float16"), tile_row(M=4000, tile=tile(CANDIDATES[LARGE][0]))]
+    file = write_table(tmp_path, monkeypatch, tile_table(*rows), card="")
+    with pytest.raises(ValueError, match=r"tiles\.rows\[2\]: must be a row with another bucket") as caught:
+        chosen(4096, 1024)
+    assert str(caught.value).startswith(str(file))
 
 
 @pytest.mark.parametrize("default", CANDIDATES)

@@ -122,7 +122,8 @@ def multi_lora_linear(
     These tensors have one floating dtype, or get it from autocast. ids: N integers. The result is differentiable in x,
     W, and the As and Bs in use: twice in torch, once in Triton. Raises ValueError if the lists differ in length, if the
     ids are not integers, or if an id is neither -1 nor an adapter. Without Triton, the host waits for ids on an
-    accelerator. Triton computes all calls but those of `_is_faster_per_adapter`.
+    accelerator. Triton computes the call unless products per adapter are expected to be faster on this card; see
+    `harness.kernels.crossover`.
     """
     if not len(As) == len(Bs) == len(scalings):
         raise ValueError(f"each adapter needs an A, a B and a scaling, got {len(As)}, {len(Bs)} and {len(scalings)}")
@@ -131,15 +132,18 @@ def multi_lora_linear(
         raise ValueError(f"ids must have shape ({len(x)},), one per sequence, got {tuple(chosen.shape)}")
     if chosen.is_floating_point() and len(chosen):  # torch reads an empty list as floats
         raise ValueError(f"ids must be integers, got {chosen.dtype}; hint: convert them by .long()")
-    if by_triton(x, W, *As, *Bs) and not _is_faster_per_adapter(x, W, As, Bs, chosen):
+    used = _groups_above_crossover(x, W, As, Bs, chosen) if by_triton(x, W, *As, *Bs) else groups(chosen, len(As))
+    if used is None:
         from harness.kernels.triton import multi_lora_linear as gpu
 
         return gpu.multi_lora_linear(x, W, As, Bs, scalings, chosen)
-    return products_per_adapter(x, W, As, Bs, scalings, groups(chosen, len(As)))
+    return products_per_adapter(x, W, As, Bs, scalings, used)
 
 
-def _is_faster_per_adapter(x: Tensor, W: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], ids: Tensor) -> bool:
-    """Return whether products per adapter are expected to be faster than one launch of Triton for all adapters.
+def _groups_above_crossover(
+    x: Tensor, W: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], ids: Tensor
+) -> dict[int, list[int]] | None:
+    """Return the `groups` if products per adapter are expected to be faster than one launch of Triton, else None.
 
     They are if the used adapters have more tokens on average than the crossover of the card; see
     `harness.kernels.crossover`. Triton computes the call in any case if
@@ -150,14 +154,14 @@ def _is_faster_per_adapter(x: Tensor, W: Tensor, As: Sequence[Tensor], Bs: Seque
     """
     limit = most("multi_lora_linear", card(x.device), len(W))
     if limit == inf or ids.device.type != "cpu" or not multiplied_by_triton(x):
-        return False
+        return None
     used = groups(ids, len(As))
     sequences = sum(map(len, used.values()))
     adjacent = all(own[-1] - own[0] == len(own) - 1 for own in used.values())
     unused = [t for i in range(len(As)) if i not in used for t in (As[i], Bs[i])]
     if not adjacent or (torch.is_grad_enabled() and not frozen(*unused)):
-        return False
-    return sequences * prod(x.shape[1:-1]) > limit * len(used)
+        return None
+    return used if sequences * prod(x.shape[1:-1]) > limit * len(used) else None
 
 
 def products_per_adapter(

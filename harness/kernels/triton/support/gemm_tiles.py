@@ -61,10 +61,11 @@ CANDIDATES: dict[GemmTile, tuple[GemmTile, ...]] = {
     LARGEST: _variants(64, (128, 256, 8, 4), (256, 128, 8, 3), (128, 128, 8, 4)),
     _INTERPRETED: _variants(128, (64, 128, 4, 1)),
 }
-"""Tile that `gemm_tile` returns without `crowded` -> the tiles that `peft-harness bench --crossovers` tries in its place.
+"""Default tile -> the tiles that `peft-harness bench --crossovers` tries instead. `gemm_tile` returns the default.
 
-They have the k of that tile, and like it at least 64 rows or fewer than 64, which decides the matrix instruction of an
-H100. So every element of the output is the same sum in the same order, and a tuned tile changes no bit of a result.
+They have the default's k. If the default has 64 rows or more, so have they; otherwise they have fewer. (On an H100 this
+decides the matrix instruction.) So every element of the output is the same sum in the same order, and a tuned tile
+changes no bit of a result. There are no candidates for the tiles of `crowded` calls and of float32.
 """
 
 

@@ -1,8 +1,8 @@
 """Tiles of matrix products that were measured to be faster on a card than the default.
 
 `peft-harness bench --crossovers` measures them and writes them into the card's table. A call only reads the table, once
-per process: it never searches. A tile is one of the `CANDIDATES` of the default, which all sum in the same order, and
-one that changes a bit of the measured product is not chosen. So a call rounds in the same way with a table and without.
+per process: it never searches. Each tile is one of the `CANDIDATES` of the default, which all sum in the same order. A
+candidate that changed a bit when it was measured is never chosen. So a call rounds in the same way with a table and without.
 """
 
 from __future__ import annotations
@@ -25,10 +25,17 @@ from harness.kernels.triton.support.gemm_tiles import CANDIDATES, GemmTile
 
 _Key = tuple[GemmTile, str, int, int]
 """The default tile, the dtype, and the buckets of the rows and of the columns of the output."""
+_MEASURED = {
+    "triton": "with another version of Triton",
+    "kernel": "with another version of the kernel",
+    "capability": "on another GPU architecture",
+}
+"""Key of a stamp -> how tiles were measured whose stamp has another value."""
+_SIZES = ("m", "n", "k", "warps", "stages")
 
 
 def bucket(size: int) -> int:
-    """Return the power of two, at least 16, up to which an output with so many rows or columns shares a tuned tile."""
+    """Round a number of rows or columns up to a power of two, at least 16. Outputs of one bucket share a tile."""
     return max(16, 1 << (size - 1).bit_length())
 
 
@@ -53,8 +60,17 @@ def stamp(kernel: Any, device: torch.device) -> dict[str, Any]:
 
 
 def tiles(section: Entry) -> dict[_Key, GemmTile]:
-    """Return the tiles in the section `tiles` of a table. Raises ValueError for a row that is not as expected."""
-    return dict(_row(row) for row in section["rows"].items())
+    """Return the tiles in the section `tiles` of a table.
+
+    Raises ValueError for a row that is not as expected, for two rows of one bucket, and for an unknown key.
+    """
+    rows = section["rows"].items()
+    found = [_row(row) for row in rows]
+    section["rows"].check_distinct([key for key, _ in found], "bucket, dtype or default")
+    section.check_keys(("standing", "stamp", "shapes", "rows"))
+    for row in rows:
+        row.check_keys(("operation", "dtype", "M", "N", "K", "default", "tile", "ratio", "refused"))
+    return dict(found)
 
 
 @cache
@@ -67,9 +83,11 @@ def _of_card(found: tuple[Entry, ...], kernel: Any, device: torch.device) -> Map
         if section["stamp"].value == here:
             return tiles(section)
         given = section["stamp"].value
-        differs = [name for name in here if not isinstance(given, dict) or given.get(name) != here[name]]
+        differs = [
+            how for name, how in _MEASURED.items() if not isinstance(given, dict) or given.get(name) != here[name]
+        ]
         warnings.warn(
-            f"{table.file}: its tiles are ignored, because they were measured with another {' and '.join(differs)}; "
+            f"{table.file}: its tiles are ignored: they were measured {' and '.join(differs)}; "
             "hint: measure the card again by `peft-harness bench --crossovers --out DIR`",
             RuntimeWarning,
             stacklevel=2,
@@ -92,7 +110,9 @@ def _row(row: Entry) -> tuple[_Key, GemmTile]:
 
 
 def _tile(given: Entry) -> GemmTile:
-    return GemmTile(**{name: given[name].integer(1) for name in ("m", "n", "k", "warps", "stages")})
+    tile = GemmTile(**{name: given[name].integer(1) for name in _SIZES})
+    given.check_keys(_SIZES)
+    return tile
 
 
 @cache
