@@ -15,8 +15,10 @@ from harness.errors import Exit
 _UNITS = {"s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
 
 
-def _seconds(_: click.Context, __: click.Parameter, value: str) -> float:
-    """Return a duration in seconds: a number, or a number with the unit s, m or h."""
+def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
+    """Return a duration in seconds: a number, or a number with the unit s, m or h. Without a value, return None."""
+    if value is None:
+        return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", value.strip())
     if found is None or not 0 < (seconds := float(found[1]) * _UNITS[found[2]]) < math.inf:
         raise click.BadParameter(f"{value!r} is no duration above 0, e.g. 600, 90s, 10m or 1h")
@@ -25,14 +27,15 @@ def _seconds(_: click.Context, __: click.Parameter, value: str) -> float:
 
 @click.command()
 @click.option(
-    "--budget", callback=_seconds, default="10m", show_default=True, metavar="TIME",
-    help="Time for all parts, e.g. 10m. A part that does not fit is not run.",
+    "--budget", callback=_seconds, metavar="TIME",
+    help="Time for all parts, e.g. 90s or 1h. A part that does not fit is not run.  [default: 10m; 12m with --device cpu]",
 )  # fmt: skip
 @click.option(
     "--only",
     multiple=True,
     metavar="PART",
-    help=f"Run only this part, or the parts whose names begin like this. {options.AGAIN}",
+    help="Run only the part with this name. If there is none, run all parts whose names start with it. "
+    + options.AGAIN,
 )
 @click.option(
     "--real", type=options.FILE, metavar="FILE",
@@ -44,14 +47,14 @@ def _seconds(_: click.Context, __: click.Parameter, value: str) -> float:
 )
 @options.as_json
 def night(
-    budget: float, only: tuple[str, ...], real: Path | None, device: Any, out: Path | None, as_json: bool
+    budget: float | None, only: tuple[str, ...], real: Path | None, device: Any, out: Path | None, as_json: bool
 ) -> Exit:
     """Find out within minutes whether the harness is right and fast on a card.
 
     Runs, most valuable first: checks of all GPU kernels in every dtype, the ceilings of the card, operations and training
     steps beside other libraries, the papers' claims about hardware, a matrix of all methods, and a comparison of equal runs.
     Each part is a process of its own, so that a kernel that hangs or crashes ends only its part. Results are written at
-    once, and the page index.html shows them at any time. Ends with a verdict against the baseline of the card.
+    once, and the page index.html shows them at any time. One part compares the matrix with the baseline of the card.
 
     \b
       peft-harness night                        on a GPU, ten minutes

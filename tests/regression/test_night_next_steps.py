@@ -88,6 +88,20 @@ def test_claims_that_were_left_out_are_judged_from_the_runs_of_the_night(
     assert values(again, "--only") == ["headline-33b", "claims"]  # its runs need a judgement, too
 
 
+def test_the_command_that_makes_a_baseline_can_be_pasted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub, out = tmp_path / "stub.py", tmp_path / "my night"
+    stub.write_text("import sys; sys.exit(0)")
+    monkeypatch.setattr(nights, "find_gpu", lambda: Gpu(name="A card"))
+    monkeypatch.setattr(parts, "on_gpu", lambda: [Part("matrix", "?", "run", ("run", "suite"), 1.0)])
+    monkeypatch.setattr(nights.documents, "read", lambda *_: nights.documents.Reading("1 ok"))
+    night(NightRequest(600.0, "cuda", out, command=(sys.executable, str(stub))), as_json=False)
+    run = str(out / "parts" / "matrix" / "run")
+    promote = ["peft-harness", "baseline", "promote", run, "night-a-card", "--reason", "first night"]
+    assert promote in next_steps(capsys.readouterr().out)
+
+
 def test_a_name_chooses_its_part_and_a_beginning_chooses_all_that_begin_so() -> None:
     def chosen(*only: str) -> list[str]:
         return [one.name for one in nights._chosen(parts.on_gpu(), only)]
@@ -116,4 +130,4 @@ def test_without_scipy_the_pairs_are_not_run(tmp_path: Path, monkeypatch: pytest
     assert night(request, as_json=True) == Exit.NOTHING_COMPARED
     found = json.loads((tmp_path / "night" / "parts" / "canary.json").read_text())
     assert (found["status"], found["left_out"]) == ("not-run", False)
-    assert found["because"] == "scipy is not installed, and it judges pairs"
+    assert found["because"] == "scipy, which judges pairs, is not installed"

@@ -15,9 +15,9 @@ cover the end of a part that is cut."""
 _FACTOR = {"cuda": 4.0, "cpu": 12.0}
 """Device -> largest multiple of its estimate that a part may take. The estimates are rough, and a rehearsal often
 shares its cores. The limit ends a part that hangs."""
-REHEARSAL_S = 600.0
-"""Budget of a rehearsal on a machine like that of the estimates. With a larger budget the machine counts as slower, and a
-part may take more time in proportion."""
+DEFAULT_S = {"cuda": 600.0, "cpu": 720.0}
+"""Device -> budget of a night without `--budget`. All parts of a rehearsal fit into it on a machine like that of the
+estimates. With a larger budget the machine counts as slower, and a part of a rehearsal may take more time in proportion."""
 AROUND_S = 5.0
 """Seconds that are kept for the start and the end of a part, beside its estimate. A part that is cut prints its document."""
 LEAST_S = 120.0
@@ -44,10 +44,15 @@ def limit(part: Part, later: Sequence[Part], left_s: float, device: Device, budg
     """
     kept_s = sum(one.estimate_s + AROUND_S for one in later if one.kept)
     share_s = max(part.estimate_s, left_s - kept_s - (AROUND_S if kept_s else 0.0))
-    slower = max(1.0, budget_s / REHEARSAL_S) if device == "cpu" else 1.0
+    slower = max(1.0, budget_s / DEFAULT_S[device]) if device == "cpu" else 1.0
     hang_s = slower * max(LEAST_S, _FACTOR[device] * part.estimate_s)
     least = min(left_s, share_s, hang_s)
     return Limit(least, "estimate" if least == hang_s else "budget" if least == left_s else "share")
+
+
+def needed_s(estimates_s: Sequence[float], device: Device) -> float:
+    """Return the budget in seconds that parts with these estimates need, with what is kept around and after them."""
+    return sum(estimate_s + AROUND_S for estimate_s in estimates_s) + LAST_S[device]
 
 
 def planned(plan: Sequence[Part], budget_s: float, device: Device) -> list[float]:

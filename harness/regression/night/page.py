@@ -78,7 +78,7 @@ def _reason(night: Night, waiting: Sequence[PlannedPart]) -> str:
     said = [f"{status}: {first_names(names[status], _MOST_NAMED)}" for status in _TONES if status in names]
     said += [f"waiting: {plural(len(waiting), 'part')}"] if waiting else []
     failures = [one.name for one in night.results if one.status == "ok" and one.failures]
-    said += [f"ok, with failures: {first_names(failures, _MOST_NAMED)}"] if failures else []
+    said += [f"failures that are no finding: {first_names(failures, _MOST_NAMED)}"] if failures else []
     ran = "the part" if len(night.results) == 1 else f"all {len(night.results)} parts"
     said = said or [f"{ran} ran, and found nothing wrong"]
     return "; ".join(filter(None, [*said, night.without_baseline]))
@@ -96,8 +96,8 @@ def _wrong(results: Sequence[PartResult]) -> list[dict[str, str]]:
 
 def _left_out(night: Night) -> str:
     """Return a sentence that names what the time or an interruption has left out. Empty if it is nothing."""
-    why = "The interruption left out" if night.interrupted else "The time did not suffice for"
-    return f"{why}: {', '.join(night.left_out)}." if night.left_out else ""
+    why = "by the interruption" if night.interrupted else "for lack of time"
+    return f"Left out {why}: {', '.join(night.left_out)}." if night.left_out else ""
 
 
 def _parts(results: Sequence[PartResult], waiting: Sequence[PlannedPart]) -> dict[str, Any]:

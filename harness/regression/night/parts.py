@@ -176,13 +176,13 @@ _BASELINE = Part(
 
 
 def sources(name: str, names: Iterable[str]) -> list[str]:
-    """Return those of the parts `names` that make the runs which the part `name` judges. Most parts judge none."""
+    """Return the parts in `names` whose runs the part `name` judges. For most parts there are none."""
     made = {"claims": lambda one: one.startswith(HEADLINE), "baseline": lambda one: one == "matrix"}.get(name)
     return list(filter(made, names)) if made else []
 
 
 def typed(words: Sequence[str]) -> list[str]:
-    """Return the arguments of a part without those that make its files, for a person who types them."""
+    """Return the arguments of a part as a person would type them, without --out, --html and --json."""
     files = ("--out", "--html")
     kept = [word for before, word in pairwise(["", *words]) if before not in files and word not in files]
     return [word for word in kept if word != "--json"]

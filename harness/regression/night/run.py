@@ -44,7 +44,8 @@ _INTERRUPTED = "interrupted"
 class NightRequest:
     """The options of a night."""
 
-    budget_s: float
+    budget_s: float | None = None
+    """Seconds for all parts. None for the default of the device."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     out: Path | None = None
     only: tuple[str, ...] = ()
@@ -133,6 +134,7 @@ def night(request: NightRequest, as_json: bool) -> Exit:
     """
     began = time.monotonic()
     device: Device = "cpu" if request.device == "cpu" else "cuda"
+    budget_s = budget.DEFAULT_S[device] if request.budget_s is None else request.budget_s
     gpu = find_gpu() if device == "cuda" else Gpu()
     plan = parts.on_gpu() if device == "cuda" else parts.on_cpu()
     if request.real is not None:
@@ -143,8 +145,8 @@ def night(request: NightRequest, as_json: bool) -> Exit:
     name = f"{store.now().replace(':', '').replace('-', '')}-night-{secrets.token_hex(3)}"
     folder = _folder(request.out or store.RUNS / name)
     manifest = NightManifest(
-        night=name, device=device, card=gpu.name, budget_s=request.budget_s,
-        parts=_planned(plan, request.budget_s, device, folder, baseline_name(gpu.name) if device == "cuda" else ""),
+        night=name, device=device, card=gpu.name, budget_s=budget_s,
+        parts=_planned(plan, budget_s, device, folder, baseline_name(gpu.name) if device == "cuda" else ""),
         environment=environment.describe(environment.threads()), notes=[gpu.note] if gpu.note else [],
         argv=["peft-harness", *sys.argv[1:]], started=store.now(),
     )  # fmt: skip
@@ -154,9 +156,7 @@ def night(request: NightRequest, as_json: bool) -> Exit:
         print_note(f"note: --real is not used: this night has no part {parts.REAL}")
     for note in manifest.notes:
         print_note(note)
-    print_note(
-        f"night {manifest.night}: {plural(len(plan), 'part')} within {duration(request.budget_s)}, into {folder}"
-    )
+    print_note(f"night {manifest.night}: {plural(len(plan), 'part')} within {duration(budget_s)}, into {folder}")
     if not run.missing:
         print_note(f"{run.page} is refreshed after each part")
     with handle_termination():
@@ -165,8 +165,8 @@ def night(request: NightRequest, as_json: bool) -> Exit:
                 if run.interrupted:
                     _add(run, _not_run(run, part, _INTERRUPTED, left_out=True))
                     continue
-                left = request.budget_s - (time.monotonic() - began) - budget.LAST_S[device]
-                limit = budget.limit(part, plan[number + 1 :], left, device, request.budget_s)
+                left = budget_s - (time.monotonic() - began) - budget.LAST_S[device]
+                limit = budget.limit(part, plan[number + 1 :], left, device, budget_s)
                 _add(run, _run_part(run, part, limit, left, request.command))
         except KeyboardInterrupt:  # between two parts, or a second time
             run.interrupted = True
@@ -298,7 +298,7 @@ def _filled(top: Path, baseline: str, part: Part, made: Sequence[Path] | None = 
 def _lacking(run: Night, part: Part) -> str:
     """Return what a part lacks, so that it cannot run. If it lacks nothing, return an empty string."""
     if part.kind == "pairs":
-        return "" if find_spec("scipy") else "scipy is not installed, and it judges pairs"
+        return "" if find_spec("scipy") else "scipy, which judges pairs, is not installed"
     return _no_baseline(run) if part.kind == "baseline" else _no_model(part)
 
 

@@ -7,6 +7,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from harness.console import align_columns
+from harness.kernels import card_tables
 from harness.regression.night import budget, part_run, parts
 from harness.regression.night.results import PartResult
 from harness.report.formatting import seconds as duration
@@ -50,12 +51,11 @@ def next_steps(night: Night) -> list[str]:
     run = night.folder / "parts" / "matrix" / "run"
     ok = any(one.name == "matrix" and one.status == "ok" for one in night.results)
     if ok and night.lacks_baseline:
-        steps.append(
-            f"peft-harness baseline promote {run} {night.baseline} --reason 'first night'  # the first baseline: commit it"
-        )
+        words = ["peft-harness", "baseline", "promote", str(run), night.baseline, "--reason", "first night"]
+        steps.append(f"{shlex.join(words)}  # makes the first baseline of this card; commit it")
     tables = (night.folder / "parts" / "crossovers").glob("*.json")
     steps += [
-        f"cp {table} harness/kernels/crossovers/  # use the measured crossovers of this card"
+        f"{shlex.join(['cp', str(table), str(card_tables.PACKAGED)])}  # use the measured crossovers of this card"
         for table in tables
         if table.name not in ("crossovers.json", part_run.STDOUT)
     ]
@@ -65,8 +65,8 @@ def next_steps(night: Night) -> list[str]:
 def _left_out(night: Night) -> list[str]:
     """Return the commands for the parts that were cut or not run for lack of time, or because of an interruption.
 
-    A part that judges runs is repeated with the parts that make them. If this night has such runs, the part's own command
-    reads them.
+    If parts whose runs a part judges were left out, that part is repeated with them. If only the judging part was left
+    out, its own command is printed, and it reads the runs of this night.
     """
     found = {one.name: one for one in night.results}
     left, alone = set(night.left_out), []
@@ -81,12 +81,13 @@ def _left_out(night: Night) -> list[str]:
             alone.append(f"{again}  # judges the runs of this night")
     if not left:
         return alone
-    real = f" --real {shlex.quote(str(night.real))}" if night.real is not None else ""
-    only = " ".join(f"--only {name}" for name in found if name in left)
-    needed_s = budget.LAST_S[night.manifest.device] + sum(budget.AROUND_S + _needed_s(found[name]) for name in left)
+    device = night.manifest.device
+    words = ["peft-harness", "night", "--device", device]
+    words += ["--real", str(night.real)] if night.real is not None and parts.REAL in left else []
+    words += [word for name in found if name in left for word in ("--only", name)]
+    needed_s = budget.needed_s([_needed_s(found[name]) for name in left], device)
     minutes = math.ceil(max(needed_s, night.manifest.budget_s) / 60)  # the estimates are rough: no less than this time
-    again = f"peft-harness night --device {night.manifest.device}{real} {only} --budget {minutes}m"
-    return [*alone, f"{again}  # what was left out"]
+    return [*alone, f"{shlex.join([*words, '--budget', f'{minutes}m'])}  # runs the parts that were left out"]
 
 
 def _needed_s(one: PartResult) -> float:
