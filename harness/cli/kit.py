@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -37,9 +38,9 @@ def _bytes(_: click.Context, __: click.Parameter, value: str) -> int:
 def kit(folder: Path, size: int, python_version: str) -> Exit:
     """Make a folder that runs `night` on a machine without network.
 
-    The other machine has Python with torch, triton, transformers and peft, and a GPU; it needs no package index and no hub.
-    DIR gets the source, the wheels that the machine lacks, a small model in float16, other models and data as far as they
-    fit, and run.sh:
+    The other machine needs Python with torch, triton, transformers and peft, and a GPU. It needs no package index and no
+    hub. DIR gets the source, the wheels that the machine lacks, a small model in float16, other models and data as far as
+    they fit, and run.sh:
 
     \b
       peft-harness kit kit --size 60MiB
@@ -55,10 +56,9 @@ def kit(folder: Path, size: int, python_version: str) -> Exit:
     lines += align_columns(rows, right=[1])
     if made.left_out:
         lines += ["", "left out:", *align_columns([[name, why] for name, why in made.left_out.items()])]
-    lines += [
-        "",
-        "next:",
-        f"  copy {folder} to the other machine, and there: bash {folder.name}/run.sh --budget 10m --out night",
-    ]
-    print_lines(lines)
-    return Exit.INFRASTRUCTURE if made.lacks_needed else Exit.PASS
+    if made.lacks_needed:
+        print_lines([*lines, "", f"no command starts without what this kit lacks: {', '.join(made.lacks_needed)}"])
+        return Exit.INFRASTRUCTURE
+    run = shlex.join(["bash", f"{folder.resolve().name}/run.sh", "--budget", "10m", "--out", "night"])
+    print_lines([*lines, "", "next:", f"  1. Copy {folder} to the other machine.", f"  2. On that machine, run: {run}"])
+    return Exit.PASS

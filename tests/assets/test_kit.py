@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.assets.kit import contents, make
+from harness.assets.kit import contents, make, unpack
 from harness.cli import main
 from harness.errors import Exit
 
@@ -54,9 +55,24 @@ def test_what_fits_is_in_the_kit_and_what_does_not_is_told(
     assert "scipy" in capsys.readouterr().out
 
 
-def test_a_missing_wheel_without_which_nothing_starts_is_an_error(index: dict[str, int], tmp_path: Path) -> None:
+def test_a_missing_wheel_without_which_nothing_starts_is_an_error(
+    index: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     del index["pydantic"]
     assert main(["kit", str(tmp_path / "kit"), "--size", "20MiB"]) == Exit.INFRASTRUCTURE
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].endswith(": pydantic")
+    assert "next:" not in out  # such a kit is not worth a copy
+
+
+def test_the_command_for_the_other_machine_can_be_pasted(
+    index: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a kit").mkdir()
+    monkeypatch.chdir(tmp_path / "a kit")
+    assert main(["kit", ".", "--size", "20MiB"]) == Exit.PASS
+    words = shlex.split(capsys.readouterr().out.partition("next:")[2].partition("run: ")[2])
+    assert words[:2] == ["bash", "a kit/run.sh"]
 
 
 def test_a_size_that_the_source_exceeds_is_refused(
@@ -75,11 +91,70 @@ def test_a_wheel_is_unpacked_only_where_its_distribution_is_missing(tmp_path: Pa
     script = Path(make.__file__).with_name("unpack.py")
     command = [sys.executable, "-I", str(script), str(tmp_path / "wheels"), str(tmp_path / "site")]
     subprocess.run(command, check=True)
-    assert {path.name for path in (tmp_path / "site").iterdir()} == {"acme_of_kit.py", "acme-1.0.dist-info"}
+    visible = {path.name for path in (tmp_path / "site").iterdir() if not path.name.startswith(".")}
+    assert visible == {"acme_of_kit.py", "acme-1.0.dist-info"}
     in_use = tmp_path / "site" / "acme_of_kit.py"
     in_use.write_text("x = 1")
     subprocess.run(command, check=True)
     assert in_use.read_text() == "x = 1"  # a night that runs has mapped the libraries there
+
+
+def write_wheel(folder: Path, name: str, info: str = "acme-1.0.dist-info") -> Path:
+    """Write a wheel that stores its RECORD first. Return the folder into which a kit would unpack it."""
+    (folder / "wheels").mkdir()
+    with zipfile.ZipFile(folder / "wheels" / f"{name}.whl", "w") as wheel:
+        wheel.writestr(f"{info}/RECORD", "")
+        wheel.writestr("acme/library.py", "x = 0")
+    return folder / "site"
+
+
+def test_a_start_that_was_interrupted_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = write_wheel(tmp_path, "acme-1.0-py3-none-any")
+
+    def interrupted(archive: zipfile.ZipFile, folder: Path) -> None:
+        archive.extract(archive.namelist()[0], folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(zipfile.ZipFile, "extractall", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            unpack.main(tmp_path / "wheels", site)
+    unpack.main(tmp_path / "wheels", site)
+    assert (site / "acme" / "library.py").read_text() == "x = 0"
+
+
+def test_a_wheel_with_another_spelling_than_its_metadata_is_unpacked_once(tmp_path: Path) -> None:
+    site = write_wheel(tmp_path, "Acme_Two-1.0-py3-none-any", "acme_two-1.0.dist-info")
+    unpack.main(tmp_path / "wheels", site)
+    (site / "acme" / "library.py").write_text("x = 1")
+    unpack.main(tmp_path / "wheels", site)
+    assert (site / "acme" / "library.py").read_text() == "x = 1"
+
+
+MINOR = sys.version_info.minor
+
+
+@pytest.mark.parametrize(
+    ("tags", "fits"),
+    [
+        ("py2.py3-none-any", True),
+        ("cp38.cp39-abi3-manylinux_2_17_x86_64", True),
+        (f"py3{MINOR}-none-any", True),
+        (f"cp3{MINOR}-cp3{MINOR}{sys.abiflags}-linux_x86_64", True),
+        ("cp27-none-linux_x86_64", False),
+        ("py2-none-any", False),
+        (f"cp3{MINOR + 1}-abi3-linux_x86_64", False),
+        (f"cp3{MINOR - 1}-none-linux_x86_64", False),
+    ],
+)
+def test_a_wheel_is_unpacked_only_if_its_tags_fit(tags: str, fits: bool, tmp_path: Path) -> None:
+    site = write_wheel(tmp_path, f"acme-1.0-{tags}")
+    if not fits:
+        with pytest.raises(SystemExit, match="for another Python"):
+            unpack.main(tmp_path / "wheels", site)
+    else:
+        unpack.main(tmp_path / "wheels", site)
+    assert (site / "acme").exists() == fits
 
 
 def test_a_wheel_for_another_python_is_refused_with_a_hint(tmp_path: Path) -> None:

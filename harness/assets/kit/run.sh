@@ -8,5 +8,5 @@ python="${PYTHON:-python3}"
 # The commands look for baselines in the current folder.
 if [ -d "$here/source/results/baselines" ] && [ ! -e results/baselines ]; then mkdir -p results && cp -R "$here/source/results/baselines" results/; fi
 case "${1:-}" in "" | -*) if [ -f "$here/half.yaml" ]; then set -- night --real "$here/half.yaml" "$@"; else set -- night "$@"; fi ;; esac
-echo "note: to type a line that begins with peft-harness, first: export PATH=\"$here/bin:\$PATH\"" >&2
+echo "note: before you run a \`peft-harness\` command that is printed here, run: export PATH=\"$here/bin:\$PATH\"" >&2
 exec bash "$here/bin/peft-harness" "$@"

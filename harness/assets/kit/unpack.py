@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
@@ -11,24 +13,50 @@ from pathlib import Path
 def main(wheels: Path, site: Path) -> None:
     """Unpack each wheel whose distribution is not installed into `site`. Nothing is installed outside of it.
 
-    A wheel that is unpacked already stays as it is: a running night may use its libraries.
-    Exit with an error at a wheel that was compiled for another Python.
+    A wheel that was unpacked completely stays as it is: a running night may use its libraries.
+    Exit with an error at a wheel for another Python.
     """
-    site.mkdir(exist_ok=True)
+    done = site / ".unpacked"
+    done.mkdir(parents=True, exist_ok=True)
     major, minor, *_ = sys.version_info
     for wheel in sorted(wheels.glob("*.whl")):
-        name, number, *_, abi, _ = wheel.stem.split("-")
+        name, *_, python, abi, _ = wheel.stem.split("-")
         try:
             version(name.replace("_", "-"))
         except PackageNotFoundError:
-            if abi.startswith("cp") and abi != f"cp{major}{minor}":
+            if not _fits(python, abi):
                 sys.exit(
                     f"error: {wheel.name} is for another Python than {sys.executable}\n"
-                    f"hint: make the kit with --python {major}.{minor}, or let PYTHON name another one"
+                    f"hint: make the kit with --python {major}.{minor}, or set PYTHON to the interpreter that the kit was "
+                    "made for"
                 )
-            if not (site / f"{name}-{number}.dist-info" / "RECORD").is_file():  # the last file of a wheel
-                with zipfile.ZipFile(wheel) as archive:
-                    archive.extractall(site)  # the kit's own wheels
+            if not (done / wheel.name).is_file():
+                _unpack(wheel, site)
+                (done / wheel.name).touch()
+
+
+def _unpack(wheel: Path, site: Path) -> None:
+    """Move the files of a wheel into `site`. A file that is there is replaced, never written over."""
+    temporary = site / f".new-{os.getpid()}"
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(temporary)  # the kit's own wheels
+        for file in [path for path in temporary.rglob("*") if path.is_file()]:
+            target = site / file.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fits(pythons: str, abis: str) -> bool:
+    """Return whether a wheel with these tags is for this Python. Tags: https://peps.python.org/pep-0425/."""
+    major, minor, *_ = sys.version_info
+    here, versions = f"cp{major}{minor}", range(minor + 1)
+    exact = f"{here}{getattr(sys, 'abiflags', '')}"
+    known = {(here, exact), (here, "none"), (f"py{major}", "none")}
+    known |= {(f"py{major}{n}", "none") for n in versions} | {(f"cp{major}{n}", "abi3") for n in versions}
+    return any((python, abi) in known for python in pythons.split(".") for abi in abis.split("."))
 
 
 if __name__ == "__main__":
