@@ -47,8 +47,8 @@ from harness.errors import Exit, UsageError
 @click.option("--ceilings", is_flag=True, help="Measure the highest rates instead: copy, read and matrix products.")
 @click.option(
     "--crossovers", is_flag=True,
-    help="Measure instead up to which sizes our fused kernels are faster than other ways, and which tiles of their matrix "
-    "products. --out writes the table that the kernels of this card read.",
+    help="Measure instead the sizes up to which our fused kernels are faster, and the fastest tiles of their matrix "
+    "products. --out writes the table that the kernels read on this card.",
 )  # fmt: skip
 @options.device
 @click.option("--out", type=options.FOLDER, metavar="DIR", help="Also write one JSON file per benchmark.")

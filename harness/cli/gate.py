@@ -120,8 +120,8 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
 @_option("--pairs", "--no-canary", is_flag=True, help="Do not run a Cell of OLD against itself.")
 @_option(
     "--pairs", "--no-fresh", is_flag=True,
-    help="Run no new pairs. Then the gate finds no slow-down: a time that the first six pairs do not prove unchanged "
-    "stays inconclusive.",
+    help="Run no new pairs. The gate then cannot report a slow-down: a time is either proven unchanged by the first six "
+    "pairs, or inconclusive.",
 )  # fmt: skip
 @options.strict
 @options.as_json

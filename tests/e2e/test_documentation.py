@@ -123,3 +123,10 @@ def test_the_readme_prints_real_output(
     assert main(arguments(line)) == Exit.PASS
     printed = capsys.readouterr().out.splitlines()
     assert [one for one in block if one not in printed] == []
+
+
+def test_the_manuals_and_the_changelog_name_one_goal_of_the_default_tier() -> None:
+    files = [TOP / "README.md", TOP / "tests" / "README.md", TOP / ".github" / "CHANGELOG.md"]
+    goals = [re.findall(r"(\w+) minutes on two quiet cores", " ".join(file.read_text().split())) for file in files]
+    assert all(goals)
+    assert len({goal for found in goals for goal in found}) == 1

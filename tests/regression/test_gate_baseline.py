@@ -561,7 +561,7 @@ def test_a_folder_that_is_unfit_to_be_a_baseline_is_noted(here: Path, capsys: py
     new = recorded_run.write_run(here / "new", run="new", only=FEW).path
     main(["gate", str(new), "--baseline", folder])
     notes = capsys.readouterr().err.splitlines()
-    assert any(f"{folder} is unfit to be a baseline" in line and "the run is incomplete" in line for line in notes)
+    assert any(f"{folder} could not be promoted" in line and "the run is incomplete" in line for line in notes)
     assert any("1 of 3 Records made from uncommitted changes" in line for line in notes)
 
 

@@ -212,9 +212,9 @@ def test_without_fresh_pairs_a_slow_down_stays_undecided(gated) -> None:
 def test_without_fresh_pairs_the_verdict_promises_none_and_no_power(gated) -> None:
     fake = FakeRuns(slower=1.2)
     _, output, document = gated(fake, canary=False, fresh=False)
-    assert "only fresh pairs can find a slow-down, and none ran (--no-fresh)" in output.splitlines()[-1]
+    assert "--no-fresh ran no fresh pairs, and only those can find a slow-down" in output.splitlines()[-1]
     (cell,) = document["cells"]
-    assert cell["verdict"]["sentence"].endswith("; only fresh pairs can find a slow-down, and none ran (--no-fresh)")
+    assert cell["verdict"]["sentence"].endswith("; --no-fresh ran no fresh pairs, and only those can find a slow-down")
     assert (cell["verdict"]["more"], cell["verdict"]["mde80"]) == (0, None)
     _, output, document = gated(FakeRuns(), canary=False, fresh=False)
     verdict = document["cells"][0]["verdict"]

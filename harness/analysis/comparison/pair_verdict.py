@@ -130,7 +130,7 @@ def judge(
         word, code = VerdictKind.INCONCLUSIVE, Exit.INCONCLUSIVE if strict else Exit.PASS
         what = "Cells" if len(verdicts) == len(timed) else f"times of {len(timed)} Cells"
         count = f"{len(undecided)} of {len(verdicts)} {what} are neither slower nor proven the same"
-        count += "" if runs_fresh else f" ({NO_FRESH})"
+        count += "" if runs_fresh else f"; {NO_FRESH}"
         reason = "; ".join([*([count] if undecided else []), *uncounted])
     differences = _differences(cells)
     reason = "; ".join([reason, *(f"not the same: {what}" for what in differences)])

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 IMPLAUSIBLE = 0.3
 """Speed-up, as a share, beyond which the verdict asks whether the code still does the same work."""
 
-NO_FRESH = "only fresh pairs can find a slow-down, and none ran (--no-fresh)"
+NO_FRESH = "--no-fresh ran no fresh pairs, and only those can find a slow-down"
 """Reason why times stay undecided if no fresh pairs run."""
 
 
@@ -149,7 +149,7 @@ def decide(first: Sequence[float], fresh: Sequence[float], design: Design, *, ru
     """Return the verdict of the first planned look that decides. If none decides, return the verdict of the last look.
 
     fresh: empty, or enough pairs for at least one planned look. Pairs after the deciding look are not read.
-    runs_fresh: False if no fresh pairs run, whatever the first pairs show. Then no Cell is called slower or faster.
+    runs_fresh: False if fresh pairs are switched off (--no-fresh). Then no Cell is called slower or faster.
     """
     found = judge(first, design, "first", runs_fresh=runs_fresh)
     for planned in design.fresh:

@@ -30,7 +30,7 @@ def gate(
         base, new = store.read_run(found.path), store.read_run(path)
         if found.provenance is None:
             for problem in baselines.unfit(base):
-                print_note(f"{found.path} is unfit to be a baseline: {problem.where}: {problem.what}")
+                print_note(f"note: {found.path} could not be promoted: {problem.where}: {problem.what}")
         against = against_baseline.judge(analyse(base), analyse(new), margins=margins, strict=strict)
         title = f"{new.manifest.run} against {found.name}"
         title += ", which is the same run" if new.manifest.run == base.manifest.run else ""
