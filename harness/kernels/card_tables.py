@@ -26,7 +26,8 @@ CROSSOVERS = {"nf4_linear": "tokens", "multi_lora_linear": "tokens_per_adapter",
 """Operation -> the size for which its crossover is stated."""
 TILES = "tiles"
 _KEYS = ("card", "torch", "triton", *CROSSOVERS, TILES)
-_PACKAGED = Path(__file__).with_name("crossovers")
+PACKAGED = Path(__file__).with_name("crossovers")
+"""Folder of the tables of this package. A kit and an installed package have their own."""
 _HINT = "measure the card again by `peft-harness bench --crossovers --out DIR`, or remove the file"
 
 
@@ -101,8 +102,8 @@ def tables(on: str) -> tuple[Entry, ...]:
 def _files(on: str) -> Iterator[Path]:
     if folder := os.environ.get(VARIABLE):
         yield Path(folder) / file_name(on)
-    yield _PACKAGED / file_name(on)
-    yield _PACKAGED / DEFAULT
+    yield PACKAGED / file_name(on)
+    yield PACKAGED / DEFAULT
 
 
 def read(file: Path) -> Entry:

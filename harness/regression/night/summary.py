@@ -7,6 +7,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from harness.console import align_columns
+from harness.kernels import card_tables
 from harness.regression.night import budget, part_run, parts
 from harness.regression.night.results import PartResult
 from harness.report.formatting import seconds as duration
@@ -55,7 +56,7 @@ def next_steps(night: Night) -> list[str]:
         )
     tables = (night.folder / "parts" / "crossovers").glob("*.json")
     steps += [
-        f"cp {table} harness/kernels/crossovers/  # use the measured crossovers of this card"
+        f"{shlex.join(['cp', str(table), str(card_tables.PACKAGED)])}  # use the measured crossovers of this card"
         for table in tables
         if table.name not in ("crossovers.json", part_run.STDOUT)
     ]
