@@ -47,8 +47,6 @@ def of(adapted: Any, path: str) -> tuple[Tensor, Tensor, Tensor]:
     return A, B, c
 
 
-
-
 @implementations
 @pytest.mark.parametrize(("path", "inputs", "outputs"), [("q_proj", 12, 10), ("v_proj", 10, 7)])
 def test_the_scaled_bias_is_added_whether_the_base_has_a_bias_or_not(

@@ -32,7 +32,8 @@ class ParityModel(nn.Module):
 
     `first` and `second` are the targets, which a Method adapts. `other` is never adapted. `second` has no bias if its
     kind of layer allows that. The form `wide` adds the layer `wide` (D + E to D + E features), which is never adapted,
-    and which is larger than every target in both dimensions; here every layer has a bias. The form `deep` adds the targets `more.0` to `more.7`.
+    and which is larger than every target in both dimensions; here every layer has a bias. The form `deep` adds the
+    targets `more.0` to `more.7`.
     Stacked experts map D to D features, with E features in between.
     Weights are normal with standard deviation 1/sqrt(inputs), drawn in float64. weights: size of the weights of all
     layers but `other`.
