@@ -51,7 +51,7 @@ class ParityModel(nn.Module):
         super().__init__()
         self.kind, D, E = kind, shape.inputs, shape.outputs
         self.first, self.other, self.second = _layers(kind, D, E)
-        self.wide = None
+        self.wide: nn.Linear | None = None
         if form == "wide":
             self.second, self.wide = _layers(kind, E, D)[0], nn.Linear(D + E, D + E)
         pairs = [_layers(kind, D, E, swapped=n % 2 == 1) for n in range(_PAIRS if form == "deep" else 0)]
