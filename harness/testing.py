@@ -82,6 +82,7 @@ def conformance(
     target: str,
     *,
     dtypes: Iterable[str] = ("float32", "bfloat16", "float16"),
+    offers: Iterable[str] = (),
     full: bool = False,
     wide: bool = False,
     drawn: int = 0,
@@ -90,7 +91,8 @@ def conformance(
     """Return a decorator that makes pytest tests for a function.
 
     target: the Method or Operation that the function implements, or `adapter_files`. For a Method, the function is its
-    `attach`; for `adapter_files`, it returns a Loader (harness/methods/loader.py). full: test every combination of
+    `attach`; for `adapter_files`, it returns a Loader (harness/methods/loader.py). offers: later settings of the Method
+    that the function has, such as `lora_bias`; cases with other such settings are skipped. full: test every combination of
     config, shape and layer in the suite. By default, each config, shape and layer is tested at least once. wide: also
     test a fixed sample that covers pairs of settings, and run the checks of call forms, of random sequences of calls and
     of NaN. drawn: number of additional cases with random ranks and shapes. seed: seed of the additional cases.
@@ -108,7 +110,7 @@ def conformance(
     def wrap(function: Callable[..., Any]) -> Conforming:
         name = getattr(function, "__name__", "function").strip("<>")  # a lambda's is in brackets
         try:
-            implementation = Implementation(name, kind, target, function, dtypes)  # type: ignore[arg-type]
+            implementation = Implementation(name, kind, target, function, dtypes, offers=offers)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise UsageError(str(error), where="@conformance") from error
         if not set(implementation.dtypes) & set(there):

@@ -3,8 +3,9 @@
     h = W0 x + (alpha / r) B A x                                                      (paper, eq. 3 and section 4.1)
 
 A (R, D) is drawn at random, B (E, R) is zero at the start, and W0 (E, D) is frozen. With `rslora`, the scaling is alpha
-/ sqrt(r) (arXiv:2312.03732). Embeddings and convolutions are in `shared/lora_layers.py`, stacked experts in
-`lora_experts.py`. Shape letters: T tokens, D input features, E output features, R rank.
+/ sqrt(r) (arXiv:2312.03732). With `lora_bias`, B has a bias c (E,), so that h = W0 x + (alpha / r) (B A x + c).
+Embeddings and convolutions are in `shared/lora_layers.py`, stacked experts in `lora_experts.py`. Shape letters: T
+tokens, D input features, E output features, R rank.
 """
 
 from __future__ import annotations
@@ -83,6 +84,14 @@ SPEC = ReferenceSpec(
             "and `all-linear` does not, so that older results keep their meaning",
         ),
         Deviation(
+            topic="bias of B",
+            paper="not treated",
+            here="lora_bias gives B a bias c of zeros, which trains and is scaled as B A is. Merged, scaling c is added "
+            "to the bias of the layer; a layer without a bias gets this one. Embeddings and stacked experts refuse it",
+            why="HF peft has the option and refuses the same layers. It cannot merge into a layer without a bias, and "
+            "it adds c without the scaling to a layer of bitsandbytes in 4 or 8 bits (seen in 0.21.2)",
+        ),
+        Deviation(
             topic="merging",
             paper="W = W0 + B A is computed and stored when the model is deployed (section 4.1)",
             here="on request; the base layer stays unchanged, so that unmerging is exact",
@@ -120,6 +129,8 @@ class Config:
         default="kaiming", metadata={"choices": ("kaiming", "gaussian", "orthogonal"), "omit_default": True}
     )
     """Initial A and B (`reference/shared/lora_start.py`); `orthogonal` requires an even rank."""
+    lora_bias: bool = field(default=False, metadata={"omit_default": True, "opt_in": True})
+    """True to give B a trainable bias c, scaled as B A is; for linear layers and convolutions only."""
 
     @property
     def scaling(self) -> float:
@@ -135,10 +146,10 @@ class LoraLinear(LowRankLayer):
     """
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """Return W0 x + scaling B A x, shape (..., E)."""
+        """Return W0 x + scaling (B A x + c), shape (..., E)."""
         h_TR = self.dropout(x_TD) @ self.A.T
         y_TE: Tensor = self.base(x_TD) + self.scaling * (h_TR @ self.B.T)
-        return y_TE
+        return self.with_bias(y_TE)
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
@@ -168,6 +179,12 @@ def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLa
         A, B = initial_factors(config.init, rank, inputs, outputs, generator)
         return A.to(**like), B.to(**like)
 
+    if config.lora_bias and kind in ("experts", "embedding"):
+        raise ValueError("lora_bias adapts linear layers and convolutions only; leave it out, or choose other targets")
+
+    def bias(outputs: int) -> Tensor | None:
+        return torch.zeros(outputs, **like) if config.lora_bias else None
+
     if kind == "experts":
         return adapted_experts(base, R, s, config.init, p, generator)
     if kind == "embedding":
@@ -180,8 +197,9 @@ def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLa
             if G > 1 and config.init == "orthogonal":
                 raise ValueError(f"init=orthogonal cancels over the whole rank, and {G} groups see a part of it each")
             A, B = factors(R, math.prod((C, *K)), E)
-            return LoraConv2d(base, A.view(R, C, *K), B[:, : R // G, None, None].contiguous(), s, p)
+            return LoraConv2d(base, A.view(R, C, *K), B[:, : R // G, None, None].contiguous(), s, p, bias(E))
         if K[0] != K[1]:
             raise ValueError(f"conv=loralib is defined for square kernels, and this one is {K[0]} x {K[1]}")
-        return LoraConv2dKernel(base, *factors(R * K[0], C * K[0], E // G * K[0]), s, p)
-    return LoraLinear(base, *factors(R, *sides(base)), s, p)
+        return LoraConv2dKernel(base, *factors(R * K[0], C * K[0], E // G * K[0]), s, p, bias(E))
+    D, E = sides(base)
+    return LoraLinear(base, *factors(R, D, E), s, p, bias(E))

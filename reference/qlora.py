@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from reference.operations import double_quant, nf4
-from reference.shared.adapted import AdaptedLayers, LowRankLayer
+from reference.shared.adapted import AdaptedLayers, LowRankLayer, add_bias
 from reference.shared.layers import dense_copy, dense_weight, replace, targets
 from reference.shared.lora_start import linear_factors
 from reference.spec import Deviation, ReferenceSpec
@@ -77,6 +77,12 @@ SPEC = ReferenceSpec(
             why="HF peft quantises the sum again, which changes what the model computes",
         ),
         Deviation(
+            topic="bias of B",
+            paper="not treated",
+            here="lora_bias gives B a trained bias c, as in LoRA; merged, scaling c is added to the bias of the layer",
+            why="HF peft has the option. When it merges, it adds c without the scaling (seen in 0.21.2)",
+        ),
+        Deviation(
             topic="the original weight",
             paper="discarded after quantisation",
             here="stays as `base`, so that `detach` can restore it; no product reads it",
@@ -108,6 +114,8 @@ class Config:
     """Weights per block, which share one absmax."""
     double_quant: bool = True
     """True to quantise the absmax of the blocks too."""
+    lora_bias: bool = field(default=False, metadata={"omit_default": True, "opt_in": True})
+    """True to give B a trainable bias c, scaled as B A is."""
 
 
 class QloraLinear(LowRankLayer):
@@ -127,7 +135,8 @@ class QloraLinear(LowRankLayer):
     """Mean of the constants before double quantisation, float32, 0-d. It exists only with double quantisation."""
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, config: Config) -> None:
-        super().__init__(base, A, B, config.alpha / config.rank, config.dropout)
+        c = B.new_zeros(len(B)) if config.lora_bias else None
+        super().__init__(base, A, B, config.alpha / config.rank, config.dropout, c)
         self.block, self.two_levels = config.block, config.double_quant
         codes, absmax = nf4.quantize(dense_weight(base), config.block)
         self.register_buffer("codes", nf4.pack(codes))
@@ -146,10 +155,10 @@ class QloraLinear(LowRankLayer):
         return nf4.dequantize(nf4.unpack(self.codes, E * D), absmax, self.block).view(E, D)  # outer dequant of eq. 6
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """Return x W^T + bias + scaling x A^T B^T, shape (..., E), in the dtype of x (eq. 5)."""
+        """Return x W^T + bias + scaling (x A^T B^T + c), shape (..., E), in the dtype of x (eq. 5)."""
         h_TR = self.dropout(x_TD) @ self.A.T
         y_TE: Tensor = linear(x_TD, self.weight().to(x_TD.dtype), self.base.bias) + self.scaling * (h_TR @ self.B.T)
-        return y_TE
+        return self.with_bias(y_TE)
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors of the 4-bit weight by name: codes and absmax. Double quantisation adds absmax2 and offset."""
@@ -164,6 +173,8 @@ class QloraLinear(LowRankLayer):
         dense = dense_copy(self.base)
         with torch.no_grad():
             dense.weight.copy_(self.weight().to(dense.weight.dtype) + self.delta().to(dense.weight.dtype))
+        if self.c is not None:
+            add_bias(dense, self.scaling * self.c)
         return dense
 
 

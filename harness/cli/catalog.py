@@ -91,6 +91,7 @@ def _implementations(registry: Registry) -> list[ListRow]:
             "provider": f"{i.distribution} {i.version}".strip(),
             "dtypes": i.dtypes,
             "devices": i.devices,
+            "offers": i.offers,
         }
         for i in sorted(registry.implementations, key=lambda i: (i.kind, i.target, i.name))
     ]

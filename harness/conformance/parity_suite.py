@@ -266,8 +266,11 @@ def _drops(config: Values) -> bool:
 def _fits(config: Values, kind: Kind) -> bool:
     """Return whether a layer of this kind accepts a config of the suite.
 
-    Stacked experts have no dropout. Only linear layers have a magnitude per input.
+    Stacked experts have no dropout. Only linear layers have a magnitude per input. Neither experts nor embeddings have a
+    bias of B.
     """
+    if config.get("lora_bias") and kind in ("experts", "embedding", "embedding-scaled"):
+        return False
     if config.get("per") == "input" and kind not in ("linear", "conv1d"):
         return False
     return kind != "experts" or not _drops(config)

@@ -65,6 +65,8 @@ def _refusal(config: Config) -> str:
         return "peft's DoRA has one magnitude per output feature, and its norm has no gradient"
     if config.get("block", 64) != 64:
         return "transformers quantises with blocks of 64 weights"
+    if config.get("lora_bias") and config.get("init", "kaiming") != "kaiming":
+        return "peft has lora_bias only with its usual start of A"
     if config.get("conv", "peft") != "peft":
         return "peft's LoRA of a convolution has other factors"
     if config.get("regularization", "mean-norm") != "mean-norm":
@@ -79,7 +81,7 @@ def _refusal(config: Config) -> str:
 def _low_rank(config: Config) -> dict[str, Any]:
     return {
         "peft_type": "LORA", "r": config["rank"], "lora_alpha": config["alpha"],
-        "lora_dropout": config.get("dropout", 0.0),
+        "lora_dropout": config.get("dropout", 0.0), **({"lora_bias": True} if config.get("lora_bias") else {}),
     }  # fmt: skip
 
 

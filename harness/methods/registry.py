@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from harness.console import foreign_output
-from harness.errors import ImplementationError, did_you_mean
+from harness.errors import ImplementationError, Unsupported, did_you_mean
 from harness.methods.loader import ADAPTER_FILES
 from harness.methods.peft_config import UNREFERENCED
-from harness.methods.spec import Adapted, methods
+from harness.methods.spec import Adapted, method_info, methods
 from harness.resources import data_folder
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class Implementation:
     """Supported device types."""
     requires: tuple[str, ...] = ()
     """Modules that a Cell imports at its start-up, outside every measured phase. If one is missing, the Cell is skipped."""
+    offers: tuple[str, ...] = ()
+    """Fields of the Method's Config that it implements although they are marked `opt_in`, e.g. LoRA's `lora_bias`."""
     distribution: str = ""
     """Name of the Python distribution that has the entry point."""
     version: str = ""
@@ -68,13 +70,13 @@ class Implementation:
         for part in ("name", "target"):
             if not _is_word(getattr(self, part)):
                 raise TypeError(f"{part} must be a word of letters, digits and ._+-, got {getattr(self, part)!r}")
-        for part in ("dtypes", "devices", "requires"):
+        for part in ("dtypes", "devices", "requires", "offers"):
             words = getattr(self, part)
             # tuple("cuda") would give four devices
             if isinstance(words, str) or not isinstance(words, Iterable):
                 raise TypeError(f"{part} must be a list of words, got {words!r}")
             object.__setattr__(self, part, tuple(words))
-        for part in ("devices", "requires"):
+        for part in ("devices", "requires", "offers"):
             if invalid := [one for one in getattr(self, part) if not _is_word(one)]:
                 raise TypeError(f"{part} must be words, got {invalid[0]!r}")
         if not self.dtypes:
@@ -84,7 +86,13 @@ class Implementation:
             raise ValueError(f"dtypes has {invalid[0]!r}, which is no dtype: {hint}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function. Raises TypeError if a Method's function does not return an Adapted."""
+        """Call the function.
+
+        Raises Unsupported if a Method's config has a value that this Implementation does not offer. Raises TypeError if
+        a Method's function does not return an Adapted.
+        """
+        if self.kind == "method":
+            self._require_offered(args[1] if len(args) > 1 else kwargs.get("config"))
         returned = self.function(*args, **kwargs)
         if self.kind == "method" and (missing := [name for name in _ADAPTED if not hasattr(returned, name)]):
             kind = f"an Adapted without {', '.join(missing)}" if len(missing) < len(_ADAPTED) else "no Adapted"
@@ -93,6 +101,11 @@ class Implementation:
                 "harness.testing.wrap_layers makes one)"
             )
         return returned
+
+    def _require_offered(self, config: Any) -> None:
+        for name, default in opt_in_fields(self.target).items():
+            if name not in self.offers and getattr(config, name, default) != default:
+                raise Unsupported(f"{self.name} does not offer {name} of {self.target}")
 
     def __str__(self) -> str:
         return f"{self.kind} {self.target} by {self.name}"
@@ -106,15 +119,17 @@ def implements(
     dtypes: Iterable[str] = ("float32", "bfloat16", "float16"),
     devices: Iterable[str] = ("cpu", "cuda"),
     requires: Iterable[str] = (),
+    offers: Iterable[str] = (),
 ) -> Callable[[Callable[..., Any]], Implementation]:
     """Return a decorator that makes a function an Implementation of `target`.
 
     The harness finds the Implementation only if an entry point offers it. kind: by default, the kind of `target`.
+    The other arguments are fields of Implementation.
     """
 
     def wrap(function: Callable[..., Any]) -> Implementation:
         known = kind or (targets().get(target, "method") if isinstance(target, str) else "method")
-        return Implementation(name, known, target, function, dtypes, devices, requires)  # type: ignore[arg-type]
+        return Implementation(name, known, target, function, dtypes, devices, requires, offers)  # type: ignore[arg-type]
 
     return wrap
 
@@ -140,6 +155,13 @@ def targets() -> dict[str, TargetKind]:
     found |= {file.stem: "operation" for file in _OPERATIONS.glob("*.py") if not file.stem.startswith("_")}
     found[ADAPTER_FILES] = "loader"
     return found | dict.fromkeys([*methods(), *UNREFERENCED], "method")
+
+
+@cache
+def opt_in_fields(method: str) -> dict[str, Any]:
+    """Map the names of the fields of a Method's Config that are marked `opt_in` to their defaults."""
+    fields = {} if method in UNREFERENCED else method_info(method).fields
+    return {name: info.default for name, info in fields.items() if info.opt_in}
 
 
 @dataclass(frozen=True)
@@ -246,6 +268,10 @@ def _misfit(implementation: Implementation, known: dict[str, TargetKind]) -> str
         return f"{implementation}: unknown target {target!r}; {did_you_mean(target, known, 'there are')}"
     if known[target] != kind:
         return f"{implementation}: {target} is of kind {known[target]!r}; leave `kind` out of @implements"
+    possible = opt_in_fields(target) if kind == "method" else {}
+    if unknown := [name for name in implementation.offers if name not in possible]:
+        hint = did_you_mean(unknown[0], possible, "there are") if possible else "leave `offers` out"
+        return f"{implementation}: `offers` has {unknown[0]!r}, which is no optional field of {target}; {hint}"
     return ""
 
 

@@ -93,6 +93,9 @@ class FieldInfo:
     omit_default: bool = False
     """True if a Cell omits the field when it has its default. Such a field was added after Records were published, and must
     not change their cell_ids."""
+    opt_in: bool = False
+    """True if only implementations that name the field in `offers` get another value than its default. Older plug-ins
+    would ignore such a field, which was added after they were written."""
     about: str = ""
     """Description of the field. It is the string below the field in the source."""
 

@@ -43,7 +43,8 @@ class Training(ExtendedModel):
     """True to use the gradient checkpointing of transformers. Each block of the model saves only its input, and the
     backward pass computes the block again. This saves memory but takes time. The losses are the same up to rounding."""
     lr_ratio: float = 1.0
-    """Learning rate of every factor B, divided by the rate `lr` of every factor A (LoRA+, arXiv:2402.12354)."""
+    """Learning rate of every factor B and of its bias, divided by the rate `lr` of all other tensors (LoRA+,
+    arXiv:2402.12354). HF peft gives the higher rate to other vectors too, such as the magnitudes of DoRA."""
     compile: bool = False
     """True to compile the model in place with torch.compile. The parity gate and the training call the compiled
     model, but scoring and latencies do not. The losses are the same up to rounding."""

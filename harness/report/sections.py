@@ -239,6 +239,18 @@ def rerun(facts: RunFacts) -> Section:
     }
 
 
+def resume_command(facts: RunFacts) -> str:
+    """Return the command that measures what an unfinished run lacks: that of the run, with `--resume`."""
+    kept, where, words = list[str](), facts.run.manifest.run, iter(facts.run.manifest.argv)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option == "--out":  # a resumed run stays in its folder
+            where = value if equals else next(words, where)
+        else:
+            kept.append(word)
+    return shlex.join([*kept, "--resume", where])
+
+
 def rerun_command(facts: RunFacts, cell_id: str) -> str:
     """Return the command that repeats one Cell of the run."""
     m = facts.run.manifest

@@ -30,7 +30,7 @@ SPEC = ReferenceSpec(
             paper="only A and B",
             here="all trainable vectors learn at the rate of B",
             why="the authors' code and peft do the same. The harness's own training (`lr_ratio` of a suite) gives only B "
-            "the higher rate, as in the paper",
+            "and its bias (`lora_bias`) the higher rate: the paper names no other tensor",
         ),
         Deviation(
             topic="weights of norms",

@@ -92,21 +92,47 @@ class AdaptedLayer(nn.Module):
 
 
 class LowRankLayer(AdaptedLayer):
-    """A layer with the update of LoRA, scaling B A. The factors A (R, D) and B (E, R) train."""
+    """A layer with the update of LoRA, scaling B A. The factors A (R, D) and B (E, R) train.
 
-    def __init__(self, base: nn.Module, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> None:
+    c: the bias of B, (E,), or None. It trains too, and the layer adds scaling c to its output.
+    """
+
+    def __init__(
+        self, base: nn.Module, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0, c: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.base = base
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.c = None if c is None else nn.Parameter(c)
         self.scaling, self.dropout = scaling, nn.Dropout(dropout)
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the names A and B to the trainable parameters."""
-        return {"A": self.A, "B": self.B}
+        """Map the names A, B and, if there is one, c to the trainable parameters."""
+        return {"A": self.A, "B": self.B} | ({} if self.c is None else {"c": self.c})
+
+    def with_bias(self, y: Tensor, dim: int = -1) -> Tensor:
+        """Return y + scaling c in the dtype of y, or y itself if there is no c. dim: the dimension of the E outputs."""
+        if self.c is None:
+            return y
+        added = (self.scaling * self.c).to(y.dtype)
+        return y + added.view(-1, *[1] * (-1 - dim))
+
+    def merged(self) -> Any:
+        """Return a plain layer with the same output as this one. Its bias is that of the base plus scaling c."""
+        dense = super().merged()
+        if self.c is not None:
+            add_bias(dense, self.scaling * self.c)
+        return dense
 
     def delta(self) -> Tensor:
         """Return scaling B A, shape (E, D)."""
         return self.scaling * (self.B @ self.A)
+
+
+def add_bias(layer: Any, vector: Tensor) -> None:
+    """Add a vector (E,) to the bias of a plain layer, in place. A layer without a bias gets this one."""
+    added = vector.detach().to(layer.weight.dtype)
+    layer.bias = nn.Parameter(added if layer.bias is None else layer.bias.detach() + added, requires_grad=False)
 
 
 class AdaptedLayers(AdaptedModel):

@@ -52,10 +52,13 @@ class LoraConv2d(LowRankLayer):
     base: nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W0 * x + scaling B * (A * x), shape (..., E, H', W'), for x (..., C, H, W). A star is a convolution."""
+        """Return W0 * x + scaling (B * (A * x) + c), shape (..., E, H', W'), for x (..., C, H, W).
+
+        A star is a convolution.
+        """
         h = convolve(self.base, self.dropout(x), self.A, groups=1)
         y: Tensor = self.base(x) + self.scaling * nn.functional.conv2d(h, self.B, groups=self.base.groups)
-        return y
+        return self.with_bias(y, dim=-3)
 
     def delta(self) -> Tensor:
         """Return scaling B A as a kernel (E, C, K, K). It has no groups, because each output sees every input channel."""
@@ -79,9 +82,12 @@ class LoraConv2dKernel(LowRankLayer):
     base: nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W0 * x + (scaling B A) * x, shape (..., E, H', W'), for x (..., C, H, W). A star is a convolution."""
+        """Return W0 * x + (scaling B A) * x + scaling c, shape (..., E, H', W'), for x (..., C, H, W).
+
+        A star is a convolution.
+        """
         y: Tensor = self.base(x) + convolve(self.base, self.dropout(x), self.delta(), self.base.groups)
-        return y
+        return self.with_bias(y, dim=-3)
 
     def delta(self) -> Tensor:
         """Return scaling B A in the shape of the base's kernel, (E, C/G, K, K)."""

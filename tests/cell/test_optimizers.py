@@ -127,6 +127,16 @@ def test_factor_b_alone_has_the_larger_learning_rate() -> None:
     assert {name: rates[id(t)] for name, t in s["adapted"].tensors().items()} == {"head.A": 1e-3, "head.B": 16 * 1e-3}
 
 
+def test_the_bias_of_b_learns_at_the_rate_of_b_as_in_peft() -> None:
+    adapted = discover().find("method", "lora", "reference")(
+        Encoder(), configure("lora", {"rank": 2, "targets": ["head"], "lora_bias": True}), torch.Generator()
+    )
+    optimizer, _ = optimizers.make(adapted, [], Training(steps=1, lr=1e-3, lr_ratio=4.0))
+    slow, fast = ([id(p) for p in group["params"]] for group in optimizer.param_groups)
+    tensors = adapted.tensors()
+    assert (slow, fast) == ([id(tensors["head.A"])], [id(tensors["head.B"]), id(tensors["head.c"])])
+
+
 def test_the_head_keeps_its_own_learning_rate_beside_lora_plus() -> None:
     model = Encoder()
     attach = discover().find("method", "lora", "fused")

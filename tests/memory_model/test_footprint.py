@@ -168,6 +168,18 @@ def test_activations_of_other_implementations(implementation: str) -> None:
     assert off(predicted("lora", "float32")["activations"][0], saved(model)) <= FOOTPRINT_ACTIVATIONS
 
 
+def test_a_bias_of_b_is_counted_as_it_trains_and_saves_no_activations() -> None:
+    config = METHODS["lora"] | {"lora_bias": True}
+    (one,) = counting.count(SMALL, "causal", "bfloat16", {"lora": [config]}, [])["methods"]["lora"]
+    plain, model = predicted("lora", "bfloat16"), llama("bfloat16")
+    adapted = discover().find("method", "lora", "fused")(model, configure("lora", config), torch.Generator())
+    assert one["trainable"] == sum(p.numel() for p in adapted.parameters())
+    assert one["trainable"] - plain["trainable"] == 3 * (128 + 64 + 64 + 128 + 320 + 320 + 128)
+    assert one["adapter"] == tensor_bytes(list(adapted.tensors().values()))
+    assert one["activations"] == plain["activations"]
+    assert off(one["activations"][0], saved(model)) <= FOOTPRINT_ACTIVATIONS
+
+
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_an_adapted_embedding_is_counted_without_activations(method: str) -> None:
     config = METHODS[method] | {"targets": ["embed_tokens", "q_proj"]}

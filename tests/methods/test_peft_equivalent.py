@@ -43,6 +43,8 @@ def _given(method: str, config: Any, monkeypatch: pytest.MonkeyPatch) -> dict[st
     [
         ("lora", {"rank": 4, "alpha": 3.0, "dropout": 0.1, "rslora": True}),
         ("lora", {"rank": 4, "init": "gaussian"}),
+        ("lora", {"rank": 4, "lora_bias": True}),
+        ("qlora", {"rank": 4, "lora_bias": True}),
         ("qlora", {"rank": 4}),
         ("dora", {"rank": 4}),
         ("pissa", {"rank": 4}),
@@ -77,6 +79,11 @@ def test_the_config_is_the_one_that_hf_peft_trains(
         ("dora", {"rank": 4, "alpha": 1.0, "targets": ["query"], "per": "input"}, "one magnitude per output feature"),
         ("qlora", {"rank": 4, "alpha": 1.0, "targets": ["query"], "block": 128}, "blocks of 64 weights"),
         ("lora", {"rank": 4, "alpha": 1.0, "targets": ["query"], "conv": "loralib"}, "LoRA of a convolution"),
+        (
+            "lora",
+            {"rank": 4, "alpha": 1.0, "targets": ["query"], "lora_bias": True, "init": "gaussian"},
+            "lora_bias only with its usual start",
+        ),
         ("oft", {"block_size": 4, "targets": ["query"], "cayley": "exact", "terms": 5}, "turns the other way"),
         ("oft", {"block_size": 4, "targets": ["query"], "cayley": "neumann", "terms": 3}, "fewer than 4 terms"),
     ],

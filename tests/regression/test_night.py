@@ -438,7 +438,7 @@ def test_a_rehearsal_compares_its_run_with_itself_and_suggests_no_baseline(
     result = json.loads((tmp_path / "night" / "parts" / "baseline.json").read_text())
     run_folder = str(tmp_path / "night" / "parts" / "matrix" / "run")
     assert result["status"] == "ok", result
-    assert result["summary"] == "pass: 2 Cells compared, no regression (2 Cells compared)"
+    assert result["summary"] == "pass: 2 Cells compared, no regression"
     assert result["command"] == f"peft-harness gate {run_folder} --baseline {run_folder} --json"
     footer = json.loads((tmp_path / "night" / "footer.json").read_text())
     assert footer["verdict"] == "2 ok"

@@ -102,6 +102,31 @@ def test_the_command_that_makes_a_baseline_can_be_pasted(
     assert promote in next_steps(capsys.readouterr().out)
 
 
+def test_without_a_finished_headline_run_the_claims_judge_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without `--run`, they would judge published runs as if this night had measured them."""
+    monkeypatch.setattr(parts, "on_cpu", lambda: [parts._claims(1.0)])
+    request = NightRequest(600.0, "cpu", tmp_path / "night", command=(sys.executable, "-c", "raise SystemExit(0)"))
+    assert night(request, as_json=True) == Exit.NOTHING_COMPARED
+    found = json.loads((tmp_path / "night" / "parts" / "claims.json").read_text())
+    assert (found["status"], found["because"]) == ("not-run", "no headline run of this night has finished")
+
+
+def test_the_command_that_copies_a_table_of_a_card_works_from_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = "import pathlib, sys; pathlib.Path(sys.argv[-1], 'a-card.json').write_text('{}')"
+    part = Part("crossovers", "?", "card", ("bench", "--out", parts.OUT), 1.0)
+    monkeypatch.setattr(parts, "on_cpu", lambda: [part])
+    request = NightRequest(600.0, "cpu", tmp_path / "a night", command=(sys.executable, "-c", write))
+    night(request, as_json=False)
+    (copies,) = (step for step in next_steps(capsys.readouterr().out) if step[0] == "cp")
+    assert copies[1] == str(tmp_path / "a night" / "parts" / "crossovers" / "a-card.json")
+    assert Path(copies[2]).is_absolute()
+    assert (Path(copies[2]) / "default.json").is_file()
+
+
 def test_a_name_chooses_its_part_and_a_beginning_chooses_all_that_begin_so() -> None:
     def chosen(*only: str) -> list[str]:
         return [one.name for one in nights._chosen(parts.on_gpu(), only)]

@@ -11,7 +11,7 @@ from harness.analysis.run_facts import analyse
 from harness.cli import main
 from harness.records import store
 from harness.records.record import CheckResult, Outcome, Record
-from harness.report import formatting, html, terminal, text_formats, view
+from harness.report import alerts, formatting, html, terminal, text_formats, view
 from harness.report.formatting import DASH
 from support import recorded_run
 from support.report_page import Page, row
@@ -225,6 +225,24 @@ def test_an_unfinished_run_is_reported_with_a_banner(
     assert 0 < page.text.index(f"This run {reason}") < page.text.index("Questions of the suite")
     assert "took an unknown time" in page.text
     assert "81.0 %" in page.text
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["run", "quick"], "run quick --resume 7"),
+        (["run", "my suite.yaml", "--only", "id=a", "--device", "cpu"],
+         "run 'my suite.yaml' --only id=a --device cpu --resume 7"),
+        (["run", "quick", "--out", "/there/r", "--strict"], "run quick --strict --resume /there/r"),
+        (["run", "--out=r", "quick"], "run quick --resume r"),
+    ],
+)  # fmt: skip
+def test_the_banner_of_an_unfinished_run_has_the_command_that_resumes_it(
+    good: store.Run, words: list[str], wanted: str
+) -> None:
+    manifest = good.manifest.model_copy(update={"run": "7", "argv": ["peft-harness", *words]})
+    alert, *_ = alerts.of_run(analyse(dataclasses.replace(good, manifest=manifest, footer=None)))
+    assert alert["items"] == [f"peft-harness {wanted} measures the rest"]
 
 
 @pytest.mark.parametrize(

@@ -339,6 +339,7 @@ def test_methods_are_read_as_python_would_import_them(name: str) -> None:
             "maximum": read.maximum,
             "choices": read.choices,
             "omit_default": read.omit_default or None,
+            "opt_in": read.opt_in or None,
         }
         assert {k: v for k, v in limits.items() if v is not None} == {
             k: tuple(v) if k == "choices" else v for k, v in field.metadata.items()

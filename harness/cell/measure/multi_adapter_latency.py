@@ -109,6 +109,8 @@ def _mixer(subject: Subject, cell: Cell, registry: Registry) -> Mixed:
         call = registry.find("operation", OPERATION, cell.implementation)
     except ImplementationError as error:
         raise Unsupported(f"{cell.implementation} offers neither {OPERATION} nor `mixed`") from error
+    if subject.config.lora_bias:
+        raise Unsupported(f"{OPERATION} takes A and B alone, and lora_bias gives B a bias")
     for path, base in subject.bases.items():
         if type(base) is not nn.Linear:
             kind = type(base).__name__

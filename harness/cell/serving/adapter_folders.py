@@ -19,8 +19,8 @@ from harness.errors import Unsupported
 def save(subject: Subject, tensors: Mapping[str, Tensor], base: Path, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors into a new folder.
 
-    subject: a model with LoRA. tensors: A and B of each layer, by the names of `Adapted.tensors()`. base: folder of the
-    base model. Raises Unsupported if a layer is not linear.
+    subject: a model with LoRA. tensors: A and B of each layer, and c with `lora_bias`, by the names of
+    `Adapted.tensors()`. base: folder of the base model. Raises Unsupported if a layer is not linear.
     """
     for path, layer in subject.bases.items():
         if not isinstance(layer, nn.Linear):
@@ -30,6 +30,7 @@ def save(subject: Subject, tensors: Mapping[str, Tensor], base: Path, folder: Pa
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "bias": "none",
         "r": config.rank, "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "use_rslora": config.rslora, "lora_dropout": config.dropout, "target_modules": _targets(subject),
+        **({"lora_bias": True} if config.lora_bias else {}),
     }  # fmt: skip
     folder.mkdir()
     file = {_key(name): t.detach().contiguous().cpu().clone() for name, t in tensors.items()}
@@ -38,9 +39,9 @@ def save(subject: Subject, tensors: Mapping[str, Tensor], base: Path, folder: Pa
 
 
 def _key(name: str) -> str:
-    """Return peft's key for `<path>.A` or `<path>.B`."""
+    """Return peft's key for `<path>.A`, `<path>.B` or `<path>.c`."""
     path, _, letter = name.rpartition(".")
-    return f"base_model.model.{path}.lora_{letter}.weight"
+    return f"base_model.model.{path}.lora_" + ("B.bias" if letter == "c" else f"{letter}.weight")
 
 
 def _targets(subject: Subject) -> list[str]:

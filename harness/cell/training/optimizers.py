@@ -208,10 +208,10 @@ def build(name: Optimizer, implementation: str, groups: Any, lr: float, weight_d
 
 
 def _of_body(adapted: Adapted, body: Sequence[nn.Parameter], recipe: Training) -> list[dict[str, Any]]:
-    """Return the parameter groups of the Method's tensors. With LoRA+ the factors B are a separate group."""
+    """Return the parameter groups of the Method's tensors. With LoRA+ the factors B and their biases c are a group."""
     if recipe.lr_ratio == 1:
         return [{"params": list(body), "lr": recipe.lr}] if body else []
-    faster = {id(tensor) for name, tensor in adapted.tensors().items() if name.rpartition(".")[2] == "B"}
+    faster = {id(tensor) for name, tensor in adapted.tensors().items() if name.rpartition(".")[2] in ("B", "c")}
     if not any(id(p) in faster for p in body):
         problem = f"`lr_ratio` is {recipe.lr_ratio:g}, but this method trains no factor B"
         raise UsageError(problem, hint="leave `lr_ratio` out")

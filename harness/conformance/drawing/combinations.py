@@ -42,6 +42,7 @@ def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
       transposed weight.
     - An embedding with more entries than 16 bits can count.
     - A scaling of 1, for which a program may have a shorter path, with dropout.
+    - A bias of B in a model whose layers all have a bias. HF peft can merge it only there.
     """
     if "step" in factors and "beta2" in factors:
         for beta in (*factors["beta2"].levels, *factors["beta2"].extremes):
@@ -52,6 +53,8 @@ def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
             yield {"activation": activation, "gate": "large", "dora": False, "dtype": "float16"}
     if "scaling" in factors and "dropout" in factors:
         yield {"scaling": 1.0, "dropout": factors["dropout"].levels[1]}
+    if "lora_bias" in factors and "model" in factors:
+        yield {"lora_bias": True, "model": "wide"}
     if "kind" in factors and "sides" in factors:
         square = next(sides for sides in factors["sides"].levels if sides[0] == sides[1])
         for name, factor in factors.items():

@@ -32,7 +32,8 @@ class ParityModel(nn.Module):
 
     `first` and `second` are the targets, which a Method adapts. `other` is never adapted. `second` has no bias if its
     kind of layer allows that. The form `wide` adds the layer `wide` (D + E to D + E features), which is never adapted,
-    and which is larger than every target in both dimensions. The form `deep` adds the targets `more.0` to `more.7`.
+    and which is larger than every target in both dimensions; here every layer has a bias. The form `deep` adds the
+    targets `more.0` to `more.7`.
     Stacked experts map D to D features, with E features in between.
     Weights are normal with standard deviation 1/sqrt(inputs), drawn in float64. weights: size of the weights of all
     layers but `other`.
@@ -50,7 +51,9 @@ class ParityModel(nn.Module):
         super().__init__()
         self.kind, D, E = kind, shape.inputs, shape.outputs
         self.first, self.other, self.second = _layers(kind, D, E)
-        self.wide = nn.Linear(D + E, D + E) if form == "wide" else None
+        self.wide: nn.Linear | None = None
+        if form == "wide":
+            self.second, self.wide = _layers(kind, E, D)[0], nn.Linear(D + E, D + E)
         pairs = [_layers(kind, D, E, swapped=n % 2 == 1) for n in range(_PAIRS if form == "deep" else 0)]
         self.more = nn.ModuleList(layer for there, _, back in pairs for layer in (there, back))
         self.targets = ("first", "second", *(f"more.{index}" for index in range(len(self.more))))

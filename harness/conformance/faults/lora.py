@@ -19,8 +19,10 @@ _USUAL = {"rank": 3, "alpha": 8.0}
 _DROP = {**_USUAL, "dropout": 0.25}
 _GAUSSIAN = {**_USUAL, "init": "gaussian"}
 CASE = FaultCase(values=_USUAL)
+_BIASED = {**_USUAL, "lora_bias": True}
 _PRODUCT = "self.scaling * (h_TR @ self.B.T)"
 _INPUT = "self.dropout(x_TD) @ self.A.T"
+_BIAS = "(self.scaling * self.c).to(y.dtype)"
 
 _lora = partial(line_fault, "lora", values=_USUAL)
 
@@ -94,6 +96,22 @@ FAULTS = [
     _lora("ignores_rslora", ["forward"],
         "R, s, p = config.rank, config.scaling", "R, s, p = config.rank, config.alpha / config.rank",
         values={**_USUAL, "rslora": True}),
+    # The bias of B; peft has the second mistake in 4 and 8 bits.
+    _lora("does_not_scale_the_bias_of_b", ["forward", "gradient"], _BIAS, "self.c.to(y.dtype)",
+        file="adapted", values=_BIASED),
+    _lora("merges_the_bias_of_b_without_the_scaling", ["merge"],
+        "add_bias(dense, self.scaling * self.c)", "add_bias(dense, self.c)", file="adapted", values=_BIASED),
+    _lora("does_not_merge_the_bias_of_b", ["merge"],
+        "add_bias(dense, self.scaling * self.c)", "pass", file="adapted", values=_BIASED),
+    _lora("merges_the_bias_of_b_only_where_there_is_a_bias", ["merge"],
+        "add_bias(dense, self.scaling * self.c)",
+        "None if dense.bias is None else add_bias(dense, self.scaling * self.c)", file="adapted", values=_BIASED),
+    _lora("gives_no_gradient_to_the_bias_of_b", ["gradient", "step"],
+        _BIAS, "(self.scaling * self.c.detach()).to(y.dtype)", file="adapted", values=_BIASED),
+    _lora("ignores_the_bias_of_b", ["parameters"],
+        "torch.zeros(outputs, **like) if config.lora_bias else None", "None", values=_BIASED),
+    _lora("starts_with_a_bias_of_ones", ["initial", "identity"],
+        "torch.zeros(outputs, **like) if", "torch.ones(outputs, **like) if", values=_BIASED),
 ]
 # fmt: on
 

@@ -39,5 +39,8 @@ FAULTS = [
     _qlora("merges_into_the_original", ["merge"],
         "dense.weight.copy_(self.weight().to(dense.weight.dtype) + self.delta()",
         "dense.weight.copy_(dense.weight + self.delta()"),
+    # peft merges into 4 and 8 bits like this.
+    _qlora("merges_the_bias_of_b_without_the_scaling", ["merge"],
+        "add_bias(dense, self.scaling * self.c)", "add_bias(dense, self.c)", values={**_USUAL, "lora_bias": True}),
 ]
 # fmt: on

@@ -299,6 +299,8 @@ def _lacking(run: Night, part: Part) -> str:
     """Return what a part lacks, so that it cannot run. If it lacks nothing, return an empty string."""
     if part.kind == "pairs":
         return "" if find_spec("scipy") else "scipy, which judges pairs, is not installed"
+    if part.kind == "claims" and not any(run.folder.glob(f"parts/{parts.HEADLINE}*/run/footer.json")):
+        return "no headline run of this night has finished"  # the claims would judge published runs instead
     return _no_baseline(run) if part.kind == "baseline" else _no_model(part)
 
 

@@ -136,7 +136,13 @@ class PeftAdapted:
         """Do nothing: there is no schedule."""
 
     def merge(self) -> None:
-        """Merge as peft does: into the base weight, in place. A 4-bit base is packed again, which adds a rounding error."""
+        """Merge as peft does: into the base weight, in place. A 4-bit base is packed again, which adds a rounding error.
+
+        Raises Unsupported for a bias of B (`lora_bias`) over a layer without a bias: peft cannot merge it.
+        """
+        for path, layer in self.layers.items():
+            if any(getattr(layer, "lora_bias", {}).values()) and layer.get_base_layer().bias is None:
+                raise Unsupported(f"{path}: peft cannot merge lora_bias into a layer without a bias")
         for layer in self.layers.values():
             for one in wrappers(layer):
                 one.merge()

@@ -25,17 +25,19 @@ if TYPE_CHECKING:
     from reference import pissa as reference_pissa
 
 
-@implements("lora", name="hf-peft", dtypes=DTYPES, requires=["peft"])
+@implements("lora", name="hf-peft", dtypes=DTYPES, requires=["peft"], offers=["lora_bias"])
 def lora(model: nn.Module, config: reference_lora.Config, generator: Generator) -> PeftAdapted:
     """Attach peft's LoRA to linear layers, Conv1D, embeddings, convolutions and stacked experts.
 
-    Raises Unsupported for a convolution with conv=loralib, for init=orthogonal with a convolution or with experts, and
-    for init=orthogonal in float64.
+    Raises Unsupported for a convolution with conv=loralib, for init=orthogonal with a convolution or with experts, for
+    init=orthogonal in float64, and for lora_bias with another init than kaiming.
     """
     from reference.shared.layers import KINDS, floating_dtype, kind_of, stacked_weights, targets
 
     found = targets(model, config.targets, KINDS)
     kinds = {path: kind_of(layer) for path, layer in found.items()}
+    if config.lora_bias and config.init != "kaiming":
+        raise Unsupported(f"peft supports lora_bias with init=kaiming only, not with init={config.init}")
     for path, layer in found.items():
         if config.init == "orthogonal" and str(floating_dtype(layer)) == "torch.float64":
             raise Unsupported(f"{path}: peft draws init=orthogonal in float32, and B A is not zero in float64")
@@ -175,10 +177,11 @@ def lora_config(config: Any, paths: Iterable[str], **options: Any) -> Any:
     """Return peft's LoraConfig for these layers, from the fields that the Configs of LoRA, DoRA, PiSSA and QLoRA share."""
     from peft import LoraConfig
 
-    dropout = getattr(config, "dropout", 0.0)
+    dropout, bias = getattr(config, "dropout", 0.0), getattr(config, "lora_bias", False)
     return LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=dropout, target_modules=list(paths), **options
-    )
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=dropout, lora_bias=bias, target_modules=list(paths),
+        **options,
+    )  # fmt: skip
 
 
 def _residual(layer: Any) -> Tensor:
@@ -190,11 +193,13 @@ def _residual(layer: Any) -> Tensor:
 
 
 def lora_tensors(layer: Any, name: str = ADAPTER) -> dict[str, Tensor]:
-    """Return peft's parameters A and B of a LoRA layer of any kind. Their shapes are those of the reference.
+    """Return peft's parameters A and B of a LoRA layer of any kind, and c, the bias of B, if there is one.
 
-    Linear and Conv1D: A (R, D), B (E, R).
+    Their shapes are those of the reference.
+
+    Linear and Conv1D: A (R, D), B (E, R), c (E,).
     Embedding: A (R, num), B (dim, R).
-    Conv2d: A (R, in, k, k), B (out, R/groups, 1, 1).
+    Conv2d: A (R, in, k, k), B (out, R/groups, 1, 1), c (out,).
     Stacked experts: A (K R, D) and B (E, R K) of each parameter, see `reference/lora_experts.py`.
     """
     if hasattr(layer, "parameter_name"):
@@ -202,4 +207,5 @@ def lora_tensors(layer: Any, name: str = ADAPTER) -> dict[str, Tensor]:
         return {f"{own}.{letter}": t for own, pair in pairs.items() for letter, t in zip("AB", pair, strict=True)}
     if name in layer.lora_embedding_A:
         return {"A": layer.lora_embedding_A[name], "B": layer.lora_embedding_B[name]}
-    return {"A": layer.lora_A[name].weight, "B": layer.lora_B[name].weight}
+    B = layer.lora_B[name]
+    return {"A": layer.lora_A[name].weight, "B": B.weight} | ({} if B.bias is None else {"c": B.bias})

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from reference.qlora import Config
 
 
-@implements("qlora", name="hf-peft", requires=["peft", "bitsandbytes"])
+@implements("qlora", name="hf-peft", requires=["peft", "bitsandbytes"], offers=["lora_bias"])
 def qlora(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
     """Quantise linear layers to NF4 and attach peft's LoRA. bitsandbytes has no kernels for float64.
 

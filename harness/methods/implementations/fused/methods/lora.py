@@ -48,7 +48,11 @@ class FusedLowRankLayer(SharedInputLayer):
 
 
 class FusedLoraLinear(FusedLowRankLayer, lora.LoraLinear):
-    """LoRA's layer."""
+    """LoRA's layer. The kernels have no bias of B, so it is added to their output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W0 x + scaling (B A x + c), shape (..., E)."""
+        return self.with_bias(super().forward(x))
 
 
 def attach(model: nn.Module, config: lora.Config, generator: torch.Generator) -> AdaptedLayers:

@@ -25,11 +25,12 @@ class FusedQloraLinear(qlora.QloraLinear):
         return self._packed().decoded(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W x + scaling B A x with the decoded W, shape (..., E)."""
+        """Return W x + scaling (B A x + c) with the decoded W, shape (..., E)."""
         mask = None
         if self.dropout.p and self.training:
             mask = nn.functional.dropout(x.new_ones(x.shape), self.dropout.p)
-        return packed_lora_linear(x, self._packed(), self.base.bias, self.A, self.B, self.scaling, mask)
+        y = packed_lora_linear(x, self._packed(), self.base.bias, self.A, self.B, self.scaling, mask)
+        return self.with_bias(y)
 
 
 def attach(model: nn.Module, config: qlora.Config, generator: torch.Generator) -> AdaptedLayers:
