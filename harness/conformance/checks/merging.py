@@ -207,8 +207,8 @@ def _used(subject: Subject | None, case: Case) -> dict[str, Tensor]:
 def check_save(subject: Subject, case: Case) -> CheckResult:
     """`tensors()` and `state()` are the whole state of an adapter.
 
-    Copied into a freshly attached model they give the same outputs and gradients, to the last bit. `state()` returns the
-    adapter's own tensors: values that are copied into them are there at the next call.
+    Copied into a freshly attached model they give the same outputs and gradients, to the last bit, also if that model was
+    called before. `state()` returns the adapter's own tensors: values that are copied into them are there at the next call.
     """
     fresh = case.attach_again()
     if fresh is None:
@@ -217,6 +217,8 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
     if saved != places:
         names = [f"only one of the two adapters has {name}" for name in sorted(saved ^ places)]
         return listed(subject, case, "save", names)
+    with torch.no_grad():
+        _outputs(fresh, _inputs(fresh, case))  # what an adapter keeps from its first call must not outlive the loading
     load(fresh.adapted, subject.adapted.tensors())
     state = {name: t.detach().clone() for name, t in subject.state().items()}
     # The fresh adapter starts with the same state. Load another one first; otherwise loading this one shows nothing.

@@ -56,6 +56,8 @@ FAULTS = [
         "if p.grad is not None:", "if id(p) in there:"),
     _galore("overwrites_the_gradient", ["optimizer"],
         "    if weight_decay:", "    G.copy_(project_back(N, basis))\n    if weight_decay:"),
+    _galore("stores_small_moments_in_8_bits", ["optimizer"],
+        "if R.numel() < adamw8bit.MIN_8BIT_SIZE:", "if R.numel() < 64:", file="galore_moments", inputs=64, outputs=96),
     _galore("forgets_its_state_at_loading", ["optimizer"],
         "restore_dtypes(self, state_dict)", "self.state.clear()"),
     _randomised("ignores_niter", ["refresh"], "    if niter:", "    if False:"),
