@@ -94,7 +94,7 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
         return skipped(subject, case, "optimizer", "the Method has no optimizer")
     if (groups := _groups_after_a_move(fresh)) != 1:
         return listed(subject, case, "optimizer", [f"a parameter that moved to a new group is in {groups} groups"])
-    found = []
+    found, problems = list[Judgement](), list[str]()
     for index, path in enumerate(fresh.adapted.layers):
         tensors = fresh.tensors_of(path)
         small = all(t.numel() <= _SMALL for t in tensors.values())
@@ -103,11 +103,13 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
             steps = [_step(step, tensors, case, index) for step in range(number)]
             mine, changed = _steps_of_subject(fresh, tensors, steps, _RESUMED, _BY_CLOSURE, bits)
             where = path if bits is None else f"{path} with bits={bits}"
-            if changed:
-                return listed(subject, case, "optimizer", [f"{where}: {one}" for one in changed])
+            problems += [f"{where}: {one}" for one in changed]
             verdict = _judge_optimizer(fresh, case, tensors, steps, mine, bits)
             found.append(prefix_tensor(where, verdict))
-    return judged(subject, case, "optimizer", worst_of(found, found[0].policy))
+    worst = worst_of(found, found[0].policy)
+    if worst.passed and problems:
+        return listed(subject, case, "optimizer", problems)
+    return judged(subject, case, "optimizer", worst)
 
 
 def _bits(fresh: Subject) -> list[int | None]:
