@@ -129,7 +129,9 @@ class MethodSuite(FrozenModel):
             few = list(self._few(there))
             main = _main(there)
             plain = [c for c in few if c.dtype == main and c.kind == self.layers[0] and not _is_random(c.config)]
-            typical = min(plain or few, key=_oddness)
+            typical = min(
+                plain or few, key=lambda case: (*_oddness(case.config), case.shape.inputs * case.shape.outputs)
+            )
             yield from (replace(case, typical=case is typical) for case in few)
 
     def _few(self, dtypes: Sequence[Dtype]) -> Iterator[MethodCase]:
@@ -204,10 +206,11 @@ class OperationSuite(FrozenModel):
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
             return
+        typical = min(self.values, key=_oddness)
         for dtype in there:
             every = slice(None) if wanted.full else _share(self.dtypes, there, dtype)[1]
-            for number, values in enumerate(self.values[every] or self.values):
-                yield OperationCase(values, dtype, typical=number == 0 and dtype == _main(there))
+            for values in self.values[every] or self.values:
+                yield OperationCase(values, dtype, typical=dtype == _main(there) and values is typical)
 
 
 class LoaderSuite(FrozenModel):
@@ -252,7 +255,7 @@ class OperationCase:
     is_long: bool = False
     """True if the tensors are so long that checks which call the Operation many times are left out."""
     typical: bool = False
-    """True for the first example of the suite, in the main dtype. See `MethodCase.typical`."""
+    """True for one example of the suite, in the main dtype, with no size of 1 and few settings. See `MethodCase.typical`."""
 
     def __str__(self) -> str:
         magnitude = "" if self.magnitude == "normal" else f"magnitude={self.magnitude}"
@@ -286,9 +289,10 @@ def _is_random(config: Values) -> bool:
     return any(value for name, value in config.items() if name.endswith("dropout"))
 
 
-def _oddness(case: MethodCase) -> tuple[int, bool, int]:
-    """Return a key that sorts plain cases first: few settings, a rank other than 1, and small layers."""
-    return len(case.config), case.config.get("rank") == 1, case.shape.inputs * case.shape.outputs
+def _oddness(values: Values) -> tuple[int, int]:
+    """Return a key that sorts plain settings first: no size of 0 or 1, then few settings."""
+    sizes = itertools.chain.from_iterable(one if isinstance(one, list) else [one] for one in values.values())
+    return sum(type(size) is int and size < 2 for size in sizes), len(values)
 
 
 def _main(dtypes: Sequence[Dtype]) -> Dtype:
