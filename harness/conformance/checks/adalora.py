@@ -38,12 +38,12 @@ def check_importance(subject: Subject, case: Case) -> CheckResult:
     """After each step AdaLoRA's averages of sensitivity and uncertainty equal the reference's, for every weight.
 
     I = |w dL/dw|; I_bar <- beta1 I_bar + (1 - beta1) I; U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar|  (eqs. 8 to
-    10). beta1 and beta2 differ here. The check sets random gradients, and nothing is pruned yet. It does so again with
-    gradients so small that float16 could not hold I; the averages have at least float32.
+    10). beta1 and beta2 differ here. The check sets random gradients, and nothing is pruned yet. It does so again with the
+    betas of the config, and with gradients so small that float16 could not hold I; the averages have at least float32.
     """
     found = []
-    for size in (1.0, _SMALL):
-        fresh = case.attach_again(beta1=0.85, beta2=0.7, **_SHORT)
+    for size, betas in ((1.0, {"beta1": 0.85, "beta2": 0.7}), (_SMALL, {})):
+        fresh = case.attach_again(**betas, **_SHORT)
         if fresh is None:
             return skipped(subject, case, "importance", "the case cannot attach again")
         load(fresh.adapted, subject.adapted.tensors())

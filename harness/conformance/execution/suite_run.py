@@ -202,9 +202,9 @@ def _run_method(
         return
     subject, case = made
     subject.disturbed += disturbed
-    walks = case.walks if wide else 0
+    case = case if wide else dataclasses.replace(case, walks=0, is_brief=True)
     for state in plan.states:
-        in_state = dataclasses.replace(case, state=state, walks=walks)
+        in_state = dataclasses.replace(case, state=state)
         if state == "warm":
             failure = runner.attempt(attaching, lambda: warm(subject.added(), case.generator(salt=1)))
             if failure is not None:
@@ -222,7 +222,7 @@ def _run_operation(
     runner: CaseRunner, plan: OperationSuite, of: OperationCase, device: torch.device, tried: Sequence[str], wide: bool
 ) -> Iterator[CheckOutcome]:
     subject, case = call(runner.implementation, plan, of, device)
-    case = dataclasses.replace(case, walks=case.walks if wide else 0)
+    case = case if wide else dataclasses.replace(case, walks=0, is_brief=True)
     for name in tried:
         yield runner.check(name, subject, case)
 
