@@ -74,7 +74,7 @@ SPEC = ReferenceSpec(
             here="the SVD runs in at least float32; A and B are rounded to the layer's dtype, then W_res = W - "
             "(alpha / r) B A is computed from the rounded factors and rounded once",
             why="W_res then holds the rounding errors of A and B, and W_res + (alpha / r) B A equals W within half "
-            "an eps of |W_res|. HF peft has A and B in float32 and W_res in half precision",
+            "an eps of |W_res|. HF peft computes W_res before it rounds A and B to half precision",
         ),
         Deviation(
             topic="quantised base (QPiSSA)",

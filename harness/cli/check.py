@@ -15,7 +15,7 @@ from harness.assets.environments.folder import MadeEnvironment
 from harness.assets.environments.packages import IndexOptions
 from harness.bench.gpu import no_gpu
 from harness.cli import environments
-from harness.conformance import parity_suite
+from harness.conformance import checks, parity_suite
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.execution import worker_processes
 from harness.conformance.execution.worker_protocol import Target, WorkerTask
@@ -158,7 +158,7 @@ def _judge_in(request: CheckRequest, environment: MadeEnvironment | None) -> tup
     # The options, an interruption or a missing module may have left out the checks that show a defect.
     omitted = {target for found in findings for target in found.not_tried}
     done = {target for task in tasks for target in task.targets} - omitted
-    due = [defect for defect in known if _was_fully_tried(defect, request, registry, done)]
+    due = [_tried_part(defect, request) for defect in known if _was_fully_tried(defect, request, registry, done)]
     software = described.software
     marked, _ = defects.explained([one for found in findings for one in found.tried], known, software)
     complaints = defects.explained(marked, due, software)[1]
@@ -199,6 +199,14 @@ def _was_fully_tried(
         for i in registry.implementations
         if i.name == defect.implementation and _may_show(defect, i) and path_of(i.target).is_file()
     )
+
+
+def _tried_part(defect: Defect, request: CheckRequest) -> Defect:
+    """Return a known defect that names only the checks that the request tries in all cases."""
+    if request.breadth.is_wide:
+        return defect
+    wide = checks.names_of_wide()
+    return defect.model_copy(update={"checks": [one for one in defect.checks if CheckId.parse(one).check not in wide]})
 
 
 def _may_show(defect: Defect, implementation: Implementation) -> bool:

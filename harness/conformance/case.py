@@ -55,6 +55,8 @@ class Case:
     """Function that takes another model, which `fresh` made, and returns the `forward` of that model."""
     walks: int = 0
     """Number of random walks: random sequences of calls. With 0, the case skips the other long checks too."""
+    is_brief: bool = False
+    """True if checks do not repeat a call many times, because the selection of cases is not wide."""
     walk_seed: int = 0
     """Seed that decides the calls in the random walks."""
     fresh: Attach | None = None

@@ -6,26 +6,28 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from pydantic import Field
 
 from harness import yaml_validation
-from harness.conformance import checks
+from harness.conformance import suite_problems
 from harness.conformance.adapter_files import corpus
 from harness.conformance.case_selection import CaseSelection, Values
-from harness.errors import Problem, SuiteError, UsageError, did_you_mean
+from harness.errors import Problem, SuiteError, UsageError
 from harness.methods.registry import DTYPES, TargetKind
-from harness.methods.spec import methods
 from harness.records.record import FrozenModel
 from harness.resources import data_folder
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Kind = Literal[
-    "linear", "conv1d", "embedding", "embedding-scaled", "conv2d", "conv2d-dilated", "conv2d-reflect", "experts"
-]
+    "linear", "conv1d", "embedding", "embedding-scaled", "conv2d", "conv2d-dilated", "conv2d-reflect", "conv2d-grouped",
+    "experts"
+]  # fmt: skip
+GROUPS = 2
+"""Number of groups of a convolution of the kind `conv2d-grouped`."""
 ModelForm = Literal["plain", "wide", "deep"]
 """Forms of the ParityModel. `plain` has two target layers. `wide` also has a larger layer that must not be adapted.
 `deep` has ten target layers.
@@ -34,8 +36,10 @@ Magnitude = Literal["normal", "large", "outlier", "zero-rows", "small", "huge", 
 """Size of the values of a drawn input; see `harness.conformance.comparison.magnitudes`."""
 MAIN_MAGNITUDES = 5
 """Number of magnitudes that the fixed sample combines with every other setting. The others are tried alone."""
-WeightSize = Literal["normal", "large", "small"]
-"""Size of the weights of the ParityModel's targets. `large` is 256 times as large as `normal`, and `small` a 256th."""
+WeightSize = Literal["normal", "large", "small", "tiny"]
+"""Size of the weights of the ParityModel's targets. `large` is 256 times as large as `normal`, and `small` a 256th. Usual
+guards against a division by zero would count `tiny` weights as 0.
+"""
 
 
 class CaseShape(FrozenModel):
@@ -122,7 +126,13 @@ class MethodSuite(FrozenModel):
                 if _fits(config, kind):
                     yield MethodCase(config, kind, shape, dtype)
         else:
-            yield from self._few(there)
+            few = list(self._few(there))
+            main = _main(there)
+            plain = [c for c in few if c.dtype == main and c.kind == self.layers[0] and not _is_random(c.config)]
+            typical = min(
+                plain or few, key=lambda case: (*_oddness(case.config), case.shape.inputs * case.shape.outputs)
+            )
+            yield from (replace(case, typical=case is typical) for case in few)
 
     def _few(self, dtypes: Sequence[Dtype]) -> Iterator[MethodCase]:
         for dtype in dtypes:
@@ -158,6 +168,11 @@ class MethodCase:
     Such a case tries only the checks that depend on sizes and settings. It tries a check with `States.ALL` only in the
     suite's last state, where the check sees most.
     """
+    typical: bool = False
+    """True for one example of the suite, in the main dtype, with few settings and without dropout.
+
+    It stands for the others in checks that take long.
+    """
 
     def __str__(self) -> str:
         kind = "" if self.kind == "linear" else self.kind
@@ -191,9 +206,11 @@ class OperationSuite(FrozenModel):
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
             return
+        typical = min(self.values, key=_oddness)
         for dtype in there:
             every = slice(None) if wanted.full else _share(self.dtypes, there, dtype)[1]
-            yield from (OperationCase(values, dtype) for values in self.values[every] or self.values)
+            for values in self.values[every] or self.values:
+                yield OperationCase(values, dtype, typical=dtype == _main(there) and values is typical)
 
 
 class LoaderSuite(FrozenModel):
@@ -237,6 +254,8 @@ class OperationCase:
     """True if `harness.conformance.drawing.sample` made the case by varying sizes and settings."""
     is_long: bool = False
     """True if the tensors are so long that checks which call the Operation many times are left out."""
+    typical: bool = False
+    """True for one example of the suite, in the main dtype, with no size of 1 and few settings. See `MethodCase.typical`."""
 
     def __str__(self) -> str:
         magnitude = "" if self.magnitude == "normal" else f"magnitude={self.magnitude}"
@@ -251,6 +270,8 @@ class LoaderCase:
     dtype: Dtype
     sampled: bool = False
     """Always false, because no further adapters are made."""
+    typical: bool = False
+    """Always false."""
 
     def __str__(self) -> str:
         return self.adapter
@@ -263,13 +284,32 @@ def _drops(config: Values) -> bool:
     return bool(config.get("dropout"))
 
 
+def _is_random(config: Values) -> bool:
+    """Return whether training mode draws random numbers with this config."""
+    return any(value for name, value in config.items() if name.endswith("dropout"))
+
+
+def _oddness(values: Values) -> tuple[int, int]:
+    """Return a key that sorts plain settings first: no size of 0 or 1, then few settings."""
+    sizes = itertools.chain.from_iterable(one if isinstance(one, list) else [one] for one in values.values())
+    return sum(type(size) is int and size < 2 for size in sizes), len(values)
+
+
+def _main(dtypes: Sequence[Dtype]) -> Dtype:
+    """Return the dtype that tries all examples: float32 or, if float32 is not among `dtypes`, their first."""
+    return "float32" if "float32" in dtypes else dtypes[0]
+
+
 def _fits(config: Values, kind: Kind) -> bool:
     """Return whether a layer of this kind accepts a config of the suite.
 
     Stacked experts have no dropout. Only linear layers have a magnitude per input. Neither experts nor embeddings have a
-    bias of B.
+    bias of B. The groups of a convolution share the rank, and each of them has a part of it, so that init=orthogonal
+    cannot cancel.
     """
     if config.get("lora_bias") and kind in ("experts", "embedding", "embedding-scaled"):
+        return False
+    if kind == "conv2d-grouped" and (config.get("rank", 0) % GROUPS or config.get("init") == "orthogonal"):
         return False
     if config.get("per") == "input" and kind not in ("linear", "conv1d"):
         return False
@@ -282,7 +322,7 @@ def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tup
     The main dtype is float32 or, if float32 is not requested, the first requested dtype. It tries all examples, and its
     index comes last. Each of the suite's n other dtypes tries every n-th example, starting at its own index.
     """
-    whole = "float32" if "float32" in wanted else wanted[0]
+    whole = _main(wanted)
     others = [one for one in there if one != whole]
     if dtype == whole:
         return len(others), slice(None)
@@ -331,7 +371,8 @@ def load(method: str) -> MethodSuite:
     if (plan.base or plan.method) != method:
         what = "base" if plan.base else "method"
         problems.append(Problem(document.where(what), f"`{what}` is not {method!r}", "it must be the file's own name"))
-    problems += [*_of_checks(document, plan), *_of_configs(document, plan), *_of_settings(document, plan)]
+    problems += suite_problems.of_checks(document, plan.checks, plan.tolerances)
+    problems += suite_problems.of_settings(document, plan.method, plan.configs, plan.settings)
     if problems:
         raise SuiteError(problems)
     return plan
@@ -347,7 +388,7 @@ def load_operation(name: str) -> OperationSuite:
 
 def _load_plain(name: str, kind: type[_PlainSuite]) -> _PlainSuite:
     document, plan = yaml_validation.load_model(_existing(name), kind)
-    if problems := list(_of_checks(document, plan)):
+    if problems := list(suite_problems.of_checks(document, plan.checks, plan.tolerances)):
         raise SuiteError(problems)
     return plan
 
@@ -359,38 +400,3 @@ def _existing(name: str) -> Path:
             f"no parity suite for {name}", where=str(path), hint="write this file: checks, cases and dtypes"
         )
     return path
-
-
-def _of_checks(document: yaml_validation.Document, plan: ParitySuite) -> Iterator[Problem]:
-    known = checks.docstrings()
-    for index, name in enumerate(plan.checks):
-        if name not in known:
-            yield Problem(
-                document.where("checks", index), f"no check is called {name!r}", did_you_mean(name, known, "checks")
-            )
-    for name in plan.tolerances:
-        if name not in plan.checks:
-            yield Problem(
-                document.where("tolerances", name), f"a tolerance for {name!r}, a check that this suite does not try",
-                did_you_mean(name, plan.checks, "checks here"),
-            )  # fmt: skip
-
-
-def _of_settings(document: yaml_validation.Document, plan: MethodSuite) -> Iterator[Problem]:
-    fields = methods()[plan.method].fields if plan.method in methods() else {}
-    for name in plan.settings.keys() - fields.keys():
-        where = document.where("settings", name)
-        yield Problem(where, f"{plan.method} has no setting {name!r}", did_you_mean(name, fields, "settings"))
-
-
-def _of_configs(document: yaml_validation.Document, plan: MethodSuite) -> Iterator[Problem]:
-    fields = methods()[plan.method].fields if plan.method in methods() else {}
-    for index, config in enumerate(plan.configs):
-        for key, value in config.items():
-            where = document.where("configs", index, key)
-            if key not in fields:
-                yield Problem(
-                    where, f"{plan.method} has no config key {key!r}", did_you_mean(key, fields, "config keys")
-                )
-            elif problem := fields[key].problem(value):
-                yield Problem(where, f"{key} {problem}")

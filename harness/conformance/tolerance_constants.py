@@ -76,6 +76,10 @@ DROPOUT_SIGMAS = 5.0
 # of four are off by 15 to 20.
 RANDOMISED_SIGMAS = 8.0
 
+# Largest distance between two starts of one seed, as a share of their norm. Rounding moves the factors of an SVD by less
+# than a hundredth of this share, and another random sketch of the same weight by more than ten times as much.
+RANDOM_SHARE = 2.0**-6
+
 # Minus log2 of the probability that a correct mask treats all tokens alike that the check `dropout` observes.
 DROPOUT_SURE_BITS = 30.0
 

@@ -16,6 +16,7 @@ from torch import nn
 from harness.cli import main
 from harness.conformance import operations, parity_suite
 from harness.conformance.case_selection import FEW, CaseSelection
+from harness.conformance.comparison.inputs import inputs
 from harness.conformance.drawing import sample
 from harness.conformance.drawing.covering import covering, every_pair, values
 from harness.conformance.drawing.factors import of_config, of_signature
@@ -150,6 +151,22 @@ def test_the_wide_sample_has_every_kind_of_layer_with_equal_sides() -> None:
     plan = parity_suite.load("lora")
     cases = [case for case in sample.fixed(plan, WIDE, ["float32"]) if isinstance(case, parity_suite.MethodCase)]
     assert {case.kind for case in cases if case.sampled and case.shape.inputs == case.shape.outputs} == {*plan.layers}
+
+
+@pytest.mark.parametrize("breadth", [FEW, CaseSelection(full=True)])
+def test_a_convolution_with_groups_gets_ranks_that_the_groups_share(breadth: CaseSelection) -> None:
+    cases = [case for case in parity_suite.load("lora").cases(breadth) if case.kind == "conv2d-grouped"]
+    assert cases
+    assert all(case.config["rank"] % parity_suite.GROUPS == 0 for case in cases)
+    assert all(case.config.get("init") != "orthogonal" for case in cases)
+
+
+def test_the_last_of_several_token_numbers_is_the_padding_entry() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids, _ = inputs(nn.Embedding(30, 8, padding_idx=1), 7, torch.float32, generator)
+    one, _ = inputs(nn.Embedding(30, 8, padding_idx=1), 1, torch.float32, generator)
+    assert int(ids[-1]) == 1
+    assert int(one) != 1
 
 
 def attach_without_state(model: Any, config: adalora.Config, generator: torch.Generator) -> Any:

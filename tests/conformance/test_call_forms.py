@@ -43,6 +43,18 @@ def fused(method: str) -> Implementation:
     return Implementation("mine", "method", method, attach, dtypes=DTYPES)
 
 
+def with_layers(kind: type[lora.LoraLinear]) -> Implementation:
+    """Return LoRA's reference with layers of this class."""
+
+    def attach(model: Any, config: Any, generator: Any) -> Any:
+        adapted = lora.attach(model, config, generator)
+        for layer in adapted.layers.values():
+            layer.__class__ = kind
+        return adapted
+
+    return Implementation("mine", "method", "lora", attach, dtypes=DTYPES)
+
+
 def with_output(change: Callable[[Tensor], Tensor]) -> Implementation:
     """Return LoRA's reference with `change` applied to the output of each layer."""
 
@@ -50,13 +62,7 @@ def with_output(change: Callable[[Tensor], Tensor]) -> Implementation:
         def forward(self, x: Tensor) -> Tensor:
             return change(super().forward(x))
 
-    def attach(model: Any, config: Any, generator: Any) -> Any:
-        adapted = lora.attach(model, config, generator)
-        for layer in adapted.layers.values():
-            layer.__class__ = Changed
-        return adapted
-
-    return Implementation("mine", "method", "lora", attach, dtypes=DTYPES)
+    return with_layers(Changed)
 
 
 class _SavesItsOutput(torch.autograd.Function):
@@ -86,6 +92,15 @@ class _ForgetsItsOutput(_SavesItsOutput):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         return dy * (float(ctx.y.sum()) == ctx.sum)
+
+
+def test_layers_whose_train_returns_nothing_pass() -> None:
+    class Silent(lora.LoraLinear):
+        def train(self, mode: bool = True) -> None:  # type: ignore[override]  # as loralib's
+            super().train(mode)
+
+    (found,) = results(with_layers(Silent), method_case(), "calls")
+    assert found.outcome is Outcome.PASS, found
 
 
 def test_a_layer_whose_backward_pass_needs_the_output_passes() -> None:

@@ -20,6 +20,7 @@ from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.conformance.subject import DTYPES, warm
 from harness.methods.registry import Implementation, discover, implements
 from harness.records.record import Outcome
+from reference import lora as reference_lora
 
 SEED = 4
 
@@ -30,6 +31,10 @@ def method(name: str, target: str = "lora") -> Implementation:
 
 def failed(tried: list[CheckOutcome]) -> set[str]:
     return {t.check for t in tried if t.status is CheckStatus.FAIL}
+
+
+def tried_by_default(check: str) -> bool:
+    return checks.every()[check].is_tried(wide=False, sampled=False, typical=True)
 
 
 @pytest.fixture
@@ -64,7 +69,7 @@ def test_the_implementations_of_lora_conform(name: str, dtype: str, monkeypatch:
     assert failed(tried) == set()
     assert len({t.case for t in tried}) == len(plan.configs)
     by_its_nature = {"model", "trajectory"} if dtype == "float64" else set()  # which says why it is skipped
-    usual = {name for name in plan.checks if not checks.every()[name].only_wide}
+    usual = {name for name in plan.checks if tried_by_default(name)}
     assert {t.check for t in tried if t.status is CheckStatus.PASS} == usual - by_its_nature
 
 
@@ -74,8 +79,52 @@ def test_the_implementations_of_lora_conform(name: str, dtype: str, monkeypatch:
 def test_the_baselines_conform(target: str, wide: bool) -> None:
     tried = list(suite_run.run(method("reference", target), breadth=CaseSelection(wide=wide)))
     assert failed(tried) == set()
-    expected = {name for name in parity_suite.load(target).checks if wide or not checks.every()[name].only_wide}
+    expected = {name for name in parity_suite.load(target).checks if wide or tried_by_default(name)}
     assert {t.check for t in tried if t.status is CheckStatus.PASS} == expected
+
+
+@pytest.mark.parametrize("dtypes", [["float32", "float16"], ["bfloat16"]])
+@pytest.mark.parametrize("target", ["lora", "lokr", "full", "lora_linear", "adapter_files"])
+def test_one_example_of_a_suite_is_typical(target: str, dtypes: list[str]) -> None:
+    plan = parity_suite.load_plan(target)
+    typical = [case for case in sample.fixed(plan, FEW, dtypes) if case.typical]
+    assert [case.dtype for case in typical] == ([] if target == "adapter_files" else dtypes[:1])
+    for case in typical:
+        if isinstance(case, parity_suite.MethodCase):
+            assert not any(value for name, value in case.config.items() if "dropout" in name)
+            assert case.kind == "linear"
+
+
+def test_other_ways_to_call_are_tried_in_the_typical_example_alone() -> None:
+    every, wide = checks.every(), CaseSelection(wide=True)
+    names = [name for name in every if tried_by_default(name) and every[name].only_wide]
+    assert names == ["calls"]
+    assert not every["calls"].is_tried(wide=False, sampled=False, typical=False)
+    assert every["calls"].is_tried(wide=wide.is_wide, sampled=True, typical=False)
+
+
+@pytest.mark.slow
+def test_the_default_finds_an_update_that_is_kept_between_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kept(reference_lora.LoraLinear):
+        def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+            if torch.is_grad_enabled():
+                return super().forward(x_TD)
+            kept = self.__dict__.setdefault("_kept", self.delta().detach())
+            y: torch.Tensor = self.base(x_TD) + x_TD @ kept.T
+            return y
+
+    def attach(model: nn.Module, config: Any, generator: torch.Generator) -> Any:
+        adapted = method("reference")(model, config, generator)
+        for layer in adapted.layers.values():
+            layer.__class__ = Kept
+        return adapted
+
+    plan = parity_suite.load("lora").model_copy(update={"layers": ["linear"], "checks": ["forward", "calls"]})
+    monkeypatch.setattr(parity_suite, "load", lambda _: plan)
+    stale = implements("lora", name="stale", dtypes=["float32"])(attach)
+    assert {(t.check, t.case) for t in suite_run.run(stale) if t.status is CheckStatus.FAIL} == {
+        ("calls", next(str(case) for case in plan.cases(FEW, ["float32"]) if case.typical))
+    }
 
 
 def test_observing_leaves_gradients_and_mode_as_they_were() -> None:

@@ -87,10 +87,21 @@ class Check(Generic[_Subject]):
     that the parity suite lists."""
     only_wide: bool
     """True if the check is tried only when `CaseSelection.is_wide` is true."""
+    in_typical: bool
+    """True if a check with `only_wide` is also tried without a wide selection, in the suite's typical case."""
 
     def __call__(self, subject: _Subject, case: Case) -> CheckResult:
         """Run the check and return its result."""
         return self.function(subject, case)
+
+    def is_tried(self, *, wide: bool, sampled: bool, typical: bool) -> bool:
+        """Return whether the check is tried in a case.
+
+        wide: whether the selection is wide. sampled, typical: whether the case is one of the sample, or the suite's
+        typical case.
+        """
+        selected = wide or not self.only_wide or (self.in_typical and typical)
+        return selected and (self.of_sizes or not sampled)
 
 
 def check(
@@ -100,6 +111,7 @@ def check(
     reference: Reference = Reference.REQUIRED,
     of_sizes: bool = True,
     only_wide: bool = False,
+    in_typical: bool = False,
 ) -> Callable[[Callable[[_Subject, Case], CheckResult]], Check[_Subject]]:
     """Return a decorator that makes the function `check_NAME` the check NAME.
 
@@ -110,9 +122,8 @@ def check(
     def declare(function: Callable[[_Subject, Case], CheckResult]) -> Check[_Subject]:
         if not function.__name__.startswith(_PREFIX):
             raise TypeError(f"a check is called {_PREFIX}NAME, not {function.__name__}")
-        return Check(
-            function.__name__.removeprefix(_PREFIX), function, states, tuple(in_cell), reference, of_sizes, only_wide
-        )
+        name = function.__name__.removeprefix(_PREFIX)
+        return Check(name, function, states, tuple(in_cell), reference, of_sizes, only_wide, in_typical)
 
     return declare
 

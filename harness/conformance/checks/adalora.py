@@ -27,6 +27,8 @@ _RESUMED = (13, 21)
 """Steps at which a fresh model continues: halfway between the first and the last pruning, and after the last."""
 _LOADED = 20
 """Step at which other masks are loaded: after the last pruning, into the model that pruned."""
+_SMALL = 2.0**-18
+"""Size of gradients that are subnormal in float16, so that their products with weights vanish there."""
 _LARGEST = 20_000
 """Adapters with more elements than this are too large for the 24 steps of `check_budget`, which skips them."""
 
@@ -36,22 +38,24 @@ def check_importance(subject: Subject, case: Case) -> CheckResult:
     """After each step AdaLoRA's averages of sensitivity and uncertainty equal the reference's, for every weight.
 
     I = |w dL/dw|; I_bar <- beta1 I_bar + (1 - beta1) I; U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar|  (eqs. 8 to
-    10). beta1 and beta2 differ here. The check sets random gradients, and nothing is pruned yet.
+    10). beta1 and beta2 differ here. The check sets random gradients, and nothing is pruned yet. It does so again with the
+    betas of the config, and with gradients so small that float16 could not hold I; the averages have at least float32.
     """
-    fresh = case.attach_again(beta1=0.85, beta2=0.7, **_SHORT)
-    if fresh is None:
-        return skipped(subject, case, "importance", "the case cannot attach again")
-    load(fresh.adapted, subject.adapted.tensors())
-    if not any(".exp_avg_ipt_" in name for name in fresh.state()):
-        return skipped(subject, case, "importance", "the implementation does not show its averages in state()")
-    truth, rounded = (_reference(fresh, dtype) for dtype in ("float64", subject.dtype))
     found = []
-    for step in (1, 2, 3):
-        for adapted in (fresh.adapted, truth, rounded):
-            _set_gradients(adapted, case.generator(salt=10 + step))
-            adapted.after_step(step)
-        verdict = _judge_averages(subject, case, "importance", fresh.adapted, truth, rounded)
-        found.append(prefix_tensor(f"step {step}", verdict))
+    for size, betas in ((1.0, {"beta1": 0.85, "beta2": 0.7}), (_SMALL, {})):
+        fresh = case.attach_again(**betas, **_SHORT)
+        if fresh is None:
+            return skipped(subject, case, "importance", "the case cannot attach again")
+        load(fresh.adapted, subject.adapted.tensors())
+        if not any(".exp_avg_ipt_" in name for name in fresh.state()):
+            return skipped(subject, case, "importance", "the implementation does not show its averages in state()")
+        truth, rounded = (_reference(fresh, dtype) for dtype in ("float64", subject.dtype))
+        for step in (1, 2, 3):
+            for adapted in (fresh.adapted, truth, rounded):
+                _set_gradients(adapted, case.generator(salt=10 + step), DTYPES[subject.dtype], size)
+                adapted.after_step(step)
+            verdict = _judge_averages(subject, case, "importance", fresh.adapted, truth, rounded)
+            found.append(prefix_tensor(f"step {step}{'' if size == 1 else ' with small gradients'}", verdict))
     return judged(subject, case, "importance", worst_of(found, found[0].policy))
 
 
@@ -205,13 +209,15 @@ def _judge_averages(
     return noise_floor(*averages, subject.dtype, case.factor(name))
 
 
-def _set_gradients(adapted: Adapted, generator: torch.Generator, rounded: torch.dtype | None = None) -> None:
+def _set_gradients(
+    adapted: Adapted, generator: torch.Generator, rounded: torch.dtype | None = None, size: float = 1.0
+) -> None:
     """Give every tensor a random gradient, which is the same in every dtype up to rounding.
 
-    rounded: dtype to which the gradients are rounded first.
+    rounded: dtype to which the gradients are rounded first. size: standard deviation of the gradients.
     """
     for _, tensor in sorted(adapted.tensors().items()):
-        drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        drawn = size * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         tensor.grad = drawn.to(rounded or torch.float64).to(tensor.device, tensor.dtype)
 
 

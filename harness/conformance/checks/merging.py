@@ -33,7 +33,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     This also holds when another adapter is merged, in training mode and while gradients are recorded.
     """
     if not subject.adapted.can_merge:
-        return skipped(subject, case, "merge", "this Method has nothing to merge")
+        return skipped(subject, case, "merge", "this adapter cannot be merged")
     if (fresh := case.attach_again()) is not None:
         # Some libraries merge into the base weight and unmerge by subtracting, which leaves a rounding error.
         load(fresh.adapted, subject.adapted.tensors(), subject.state())
@@ -106,7 +106,7 @@ def check_unmerge(subject: Subject, case: Case) -> CheckResult:
     adapters by merging would drift. Merging a merged adapter, or unmerging an unmerged one, changes nothing.
     """
     if not subject.adapted.can_merge:
-        return skipped(subject, case, "unmerge", "this Method has nothing to merge")
+        return skipped(subject, case, "unmerge", "this adapter cannot be merged")
     fresh = case.attach_again()
     if fresh is None:
         return skipped(subject, case, "unmerge", "the case cannot attach again")
@@ -207,8 +207,9 @@ def _used(subject: Subject | None, case: Case) -> dict[str, Tensor]:
 def check_save(subject: Subject, case: Case) -> CheckResult:
     """`tensors()` and `state()` are the whole state of an adapter.
 
-    Copied into a freshly attached model they give the same outputs and gradients, to the last bit. `state()` returns the
-    adapter's own tensors: values that are copied into them are there at the next call.
+    Copied into a freshly attached model they give the same outputs and gradients, to the last bit, also if that model was
+    called with another state before. `state()` returns the adapter's own tensors: values that are copied into them are
+    there at the next call.
     """
     fresh = case.attach_again()
     if fresh is None:
@@ -225,6 +226,9 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
     for values in (other, state) if state else ():
         load(fresh.adapted, {}, values)
         found.append(exact(fresh.state(), values))
+        if values is other:
+            with torch.no_grad():
+                _outputs(fresh, _inputs(fresh, case))  # what an adapter keeps of this state must not outlive it
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
         before = observe(layer, subject.tensors_of(path), x, dy)

@@ -75,7 +75,7 @@ def forms() -> dict[str, list[str]]:
     }
 
 
-@check(States.WARM, only_wide=True)
+@check(States.WARM, only_wide=True, in_typical=True)
 def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Every way to call an implementation gives what the reference gives for the same numbers.
 

@@ -13,7 +13,14 @@ from harness.conformance.case import Case
 from harness.conformance.checks import check
 from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
 from harness.conformance.comparison.layer_comparison import Draws
-from harness.conformance.comparison.tolerance_policies import noise_floor, perturbed, worst_of
+from harness.conformance.comparison.tolerance_policies import (
+    ROUNDED_SUMS,
+    Judgement,
+    noise_floor,
+    perturbed,
+    rounded_once,
+    worst_of,
+)
 from harness.conformance.subject import Subject
 from harness.conformance.tolerance_constants import EPSILON, NOISE_FLOOR_EPS, PERTURBED_DRAWS, RANDOMISED_SIGMAS
 from harness.methods.spec import Adapted
@@ -24,6 +31,8 @@ _STARTS = 4
 """Number of times that an implementation with a randomised SVD is attached."""
 _REFERENCE_STARTS = 32
 """Number of the reference's randomised SVDs, which give the mean and the standard error."""
+_LEAST_RESIDUAL = 0.125
+"""Least norm of W_res, as a share of that of W, with which float32 errors of W - s B A are far below a unit in 16 bits."""
 
 
 @check()
@@ -31,12 +40,14 @@ def check_residual(subject: Subject, case: Case) -> CheckResult:
     """At PiSSA's start W_res + s B A is the original weight.
 
     The allowed error is that of the reference's own split in this dtype: W_res contains the rounding errors of A and
-    B  (PiSSA, eqs. 2 to 5).
+    B  (PiSSA, eqs. 2 to 5). In 16 bits, W_res is also W - s B A of the rounded factors, correctly rounded, in nearly every
+    element. A W_res that is much smaller than W shows errors of float32, and is left out there.
     """
     fresh = case.attach_again()
     if fresh is None or not all(f"{path}.residual" in fresh.state() for path in fresh.bases):
         return skipped(subject, case, "residual", "the implementation does not show its residual in state()")
     reference, found = fresh.fresh_reference(fresh.dtype), []
+    rounded_wrongly = None
     for path in fresh.bases:
         truth = {"residual + s B A": fresh.original_weight(path).double()}
         mine, rounded = (
@@ -47,7 +58,19 @@ def check_residual(subject: Subject, case: Case) -> CheckResult:
             for adapted in (fresh.adapted, reference)
         )
         found.append(prefix_tensor(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("residual"))))
-    return judged(subject, case, "residual", worst_of(found, found[0].policy))
+        rounding = _rounding_of_residual(fresh, path)
+        if rounding is not None and not rounding.passed:
+            rounded_wrongly = prefix_tensor(path, rounding)
+    worst = worst_of(found, found[0].policy)
+    return judged(subject, case, "residual", rounded_wrongly if rounded_wrongly and worst.passed else worst)
+
+
+def _rounding_of_residual(fresh: Subject, path: str) -> Judgement | None:
+    """Judge how W_res was rounded to 16 bits. Return None in other dtypes, and if W_res is much smaller than W."""
+    W, residual = fresh.original_weight(path).double(), fresh.state()[f"{path}.residual"].detach()
+    if fresh.dtype in ROUNDED_SUMS or float(residual.double().norm()) < _LEAST_RESIDUAL * float(W.norm()):
+        return None
+    return rounded_once({"residual": residual}, {"residual": W - _principal(fresh, fresh.adapted, path)["s B A"]})
 
 
 @check()

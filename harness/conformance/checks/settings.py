@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
+
 from harness.conformance import process_settings
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
 from harness.conformance.comparison.check_results import listed, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.observations import observe
+from harness.conformance.comparison.tolerance_policies import unchanged
 from harness.conformance.operation import OperationSubject
 from harness.conformance.subject import DTYPES, Subject
+from harness.methods.spec import method_info
 from harness.records.record import CheckResult
 
 
@@ -19,7 +25,8 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
 
     Settings are torch's default dtype and device, gradient mode, threads, determinism, precision and autocast. Random
     numbers are torch's, numpy's and Python's: drawing them is allowed; seeding is not, because code that runs later
-    would depend on it.
+    would depend on it. What attaching puts into `state()`, such as VeRA's projections, does not depend on torch's default
+    dtype.
     """
     if isinstance(subject, OperationSubject):
         with process_settings.restored() as changed:
@@ -29,7 +36,24 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
         return skipped(subject, case, "settings", "the case cannot attach again")
     with process_settings.restored() as changed:
         seeded = process_settings.find_seeding(lambda: _use(case.attach_again(), case))
-    return listed(subject, case, "settings", [*subject.disturbed, *changed, *seeded])
+    return listed(subject, case, "settings", [*subject.disturbed, *changed, *seeded, *_by_default_dtype(subject, case)])
+
+
+def _by_default_dtype(subject: Subject, case: Case) -> Iterator[str]:
+    """Yield the tensors of `state()` that differ if torch's default dtype is another one when the adapter is attached.
+
+    A tensor that an SVD of the weight gives is left out, because its random sketch may be another one then.
+    """
+    from_weight = method_info(subject.method).spec.start_from_weight
+    usual = {name: t for name, t in subject.state().items() if name.rpartition(".")[2] not in from_weight}
+    for dtype in (torch.float64, torch.bfloat16) if usual else ():
+        with process_settings.restored():
+            torch.set_default_dtype(dtype)
+            other = case.attach_again()
+        state = {} if other is None else other.state()
+        for name, tensor in usual.items():
+            if name in state and not unchanged({name: state[name]}, {name: tensor}).passed:
+                yield f"{name} differs if torch's default dtype is {dtype} when the adapter is attached"
 
 
 def _use(subject: Subject | None, case: Case) -> None:

@@ -189,7 +189,8 @@ def _in_mode_after(mode: Mode, restore: Restore) -> Form:
     def run(call: Call) -> dict[str, Tensor] | None:
         if not owns(call.layer, call.tensors) or _is_packed(call.layer):
             return None
-        made = copy.deepcopy(call.layer).eval()
+        made = copy.deepcopy(call.layer)
+        made.eval()  # not chained: not every library's `eval` returns the module
         with mode(call.x.device.type):
             made(call.x)
         restore(made, _halved(call))

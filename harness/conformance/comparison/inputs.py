@@ -30,14 +30,17 @@ def inputs(
     """Return an input x and an incoming gradient dy for the layer `base`.
 
     Both are drawn in float64, so that every dtype sees the same numbers. A linear layer gets x (T, D) and dy (T, E). An
-    embedding gets token numbers (T,) and dy (T, dim). A Conv2d gets at most `images` images (N, C, H, W). Stacked
-    experts get x and dy (T, D); see `stacked_experts`. magnitude: magnitude of x, see `magnitudes.vary`.
+    embedding gets token numbers (T,) and dy (T, dim); the last of several tokens is its padding entry, if it has one. A
+    Conv2d gets at most `images` images (N, C, H, W). Stacked experts get x and dy (T, D); see `stacked_experts`.
+    magnitude: magnitude of x, see `magnitudes.vary`.
     """
     layer: Any = base
     if isinstance(base, nn.Embedding):
         x = torch.randint(0, layer.num_embeddings, (tokens,), generator=generator)
         if layer.scale_grad_by_freq:
             x[1::2] = x[: len(x) // 2 * 2 : 2]  # an entry that occurs twice gets another gradient
+        if layer.padding_idx is not None:
+            x[1:][-1:] = layer.padding_idx
         dy = torch.randn(tokens, layer.embedding_dim, generator=generator, dtype=torch.float64)
         return x.to(layer.weight.device), dy.to(layer.weight.device, dtype)
     if isinstance(base, nn.Conv2d):

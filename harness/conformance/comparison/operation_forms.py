@@ -79,7 +79,8 @@ def of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     if kept := kept_alive(subject.call):
         yield Judgement(False, None, None, "", f"memory grows with every call: {kept}", "exact", 0)
     yield judge(OperationForm.THREADS, _in_threads(subject, _detached(subject.call())))
-    yield from _repeated(subject, judge, case)
+    if not case.is_brief:
+        yield from _repeated(subject, judge, case)
 
 
 def _in_modes(subject: OperationSubject) -> Iterator[tuple[str, _Named]]:

@@ -36,10 +36,10 @@ from harness.methods.spec import FieldInfo, methods
 
 _SIDES = Factor(
     ((24, 40), (32, 32), (12, 1030), (520, 16), (260, 270)),
-    ((4100, 8), (8, 4100), (264, 264), (9, 11), (31, 17)),
+    ((4100, 8), (8, 4100), (264, 264), (9, 11), (31, 17), (17, 13)),
     dimensions=(2,),
 )
-"""Numbers of input features and output features of the first adapted layer."""
+"""Numbers of input features and output features of the first adapted layer. The usual rank of 8 is just below half of 17."""
 _LEAST_SIDE = 8
 _TOKENS = Factor((9, 1, 515), (2, 16, 130, 2060), least=1, most=600)
 _MAGNITUDES = Factor(get_args(Magnitude)[:MAIN_MAGNITUDES], get_args(Magnitude)[MAIN_MAGNITUDES:])

@@ -11,18 +11,23 @@ from torch import Tensor, nn
 from harness.conformance.comparison.inputs import SIDE
 from harness.conformance.comparison.observations import inference
 from harness.conformance.comparison.stacked_experts import fixed_choice
-from harness.conformance.parity_suite import CaseShape, Kind, ModelForm, WeightSize
+from harness.conformance.parity_suite import GROUPS, CaseShape, Kind, ModelForm, WeightSize
 
 _PAIRS = 4
 """A `deep` model has this number of pairs of targets in addition to `first` and `second`."""
 EXPERTS = 3
 """Number of stacked experts in one module. One of them is chosen by no token."""
-_WEIGHT_SIZES: dict[WeightSize, float] = {"normal": 1.0, "large": 256.0, "small": 1 / 256}
+_WEIGHT_SIZES: dict[WeightSize, float] = {"normal": 1.0, "large": 256.0, "small": 1 / 256, "tiny": 2.0**-46}
+_TINY_IN_FLOAT16 = 2.0**-14
+"""Size of `tiny` weights in float16, which holds no smaller number with all digits."""
 _EMBED_SCALE = 4.0
+_PADDING = 1
+"""Number of the entry that stands for padding in a table of the kind `embedding-scaled`."""
 _GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv2d": {"padding": 1},
     "conv2d-dilated": {"padding": 2, "dilation": 2},
     "conv2d-reflect": {"padding": 1, "padding_mode": "reflect"},
+    "conv2d-grouped": {"padding": 1, "groups": GROUPS},
 }
 """Kind of layer -> options of the two adapted convolutions, except the kernel size."""
 
@@ -57,13 +62,14 @@ class ParityModel(nn.Module):
         pairs = [_layers(kind, D, E, swapped=n % 2 == 1) for n in range(_PAIRS if form == "deep" else 0)]
         self.more = nn.ModuleList(layer for there, _, back in pairs for layer in (there, back))
         self.targets = ("first", "second", *(f"more.{index}" for index in range(len(self.more))))
+        size = _TINY_IN_FLOAT16 if weights == "tiny" and dtype == torch.float16 else _WEIGHT_SIZES[weights]
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             fan_in = D if kind.startswith("embedding") else max(1, parameter.numel() // max(parameter.shape[0], 1))
             fan_in = parameter.shape[-1] if parameter.dim() == 3 else fan_in
-            size = 1.0 if name.startswith("other.") else _WEIGHT_SIZES[weights]
-            parameter.data = (drawn * (size * fan_in**-0.5)).to(dtype)
+            own_size = 1.0 if name.startswith("other.") else size
+            parameter.data = (drawn * (own_size * fan_in**-0.5)).to(dtype)
         self.x = _input(kind, D, generator, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,12 +115,16 @@ def _layers(kind: Kind, D: int, E: int, *, swapped: bool = False) -> tuple[nn.Mo
     if kind == "embedding":
         return nn.Embedding(D, E), nn.Linear(E, E), nn.Embedding(D, E)
     if kind == "embedding-scaled":
-        return _ScaledEmbedding(D, E, padding_idx=1), nn.Linear(E, E), nn.Embedding(D, E, scale_grad_by_freq=True)
+        return (
+            _ScaledEmbedding(D, E, padding_idx=_PADDING),
+            nn.Linear(E, E),
+            nn.Embedding(D, E, scale_grad_by_freq=True),
+        )
     if kind == "experts":
         return _experts(D, E), nn.Linear(D, D), _experts(D, E)
     if kind.startswith("conv2d"):
         geometry = _GEOMETRIES[kind]
-        D, E = _channels(D), _channels(E)
+        D, E = _channels(kind, D), _channels(kind, E)
         return nn.Conv2d(D, E, 3, **geometry), nn.Conv2d(E, E, 1), nn.Conv2d(E, D, 3, stride=2, bias=False, **geometry)
     from transformers.pytorch_utils import Conv1D
 
@@ -131,15 +141,19 @@ def _experts(D: int, E: int) -> nn.Module:
     return MixtralExperts(config)  # type: ignore[no-any-return]
 
 
-def _channels(features: int) -> int:
-    """Return the number of channels with which a 3 x 3 kernel reads about `features` numbers."""
-    return max(2, features // 9)
+def _channels(kind: Kind, features: int) -> int:
+    """Return the number of channels with which a 3 x 3 kernel reads about `features` numbers. Groups divide it."""
+    channels = max(2, features // 9)
+    return channels - channels % GROUPS if kind == "conv2d-grouped" else channels
 
 
 def _input(kind: Kind, D: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     if kind.startswith("embedding"):
-        return torch.randint(0, D, (2, 5), generator=generator)
-    shape = (2, _channels(D), SIDE, SIDE) if kind.startswith("conv2d") else (2, 5, D)
+        ids = torch.randint(0, D, (2, 5), generator=generator)
+        if kind == "embedding-scaled":
+            ids[0, -1] = _PADDING
+        return ids
+    shape = (2, _channels(kind, D), SIDE, SIDE) if kind.startswith("conv2d") else (2, 5, D)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 

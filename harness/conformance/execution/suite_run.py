@@ -123,16 +123,16 @@ def run_case(
     """Run every check in one case, and yield the outcomes.
 
     device: device of the tensors; a loader's case runs on the CPU. wide: also try the checks that only a wide selection
-    tries. seed: decides the random walks, together with the case.
+    tries, and let checks take long. seed: decides the random walks, together with the case.
     """
     runner = CaseRunner(implementation, str(of), of.dtype)
     every = {name: checks.every()[name] for name in plan.checks}
     wide = wide and not (isinstance(of, OperationCase) and of.is_long)
-    tried = [name for name, one in every.items() if (wide or not one.only_wide) and (one.of_sizes or not of.sampled)]
+    tried = [n for n, one in every.items() if one.is_tried(wide=wide, sampled=of.sampled, typical=of.typical)]
     if isinstance(plan, OperationSuite) and isinstance(of, OperationCase):
-        yield from _run_operation(runner, plan, of, device, tried)
+        yield from _run_operation(runner, plan, of, device, tried, wide)
     elif isinstance(plan, MethodSuite) and isinstance(of, MethodCase):
-        yield from _run_method(runner, plan, of, device, tried, seed)
+        yield from _run_method(runner, plan, of, device, tried, wide, seed)
     elif isinstance(plan, LoaderSuite) and isinstance(of, LoaderCase):
         yield from _run_loader(runner, plan, of, tried)
 
@@ -182,7 +182,13 @@ class CaseRunner:
 
 
 def _run_method(
-    runner: CaseRunner, plan: MethodSuite, of: MethodCase, device: torch.device, tried: Sequence[str], seed: int
+    runner: CaseRunner,
+    plan: MethodSuite,
+    of: MethodCase,
+    device: torch.device,
+    tried: Sequence[str],
+    wide: bool,
+    seed: int,
 ) -> Iterator[CheckOutcome]:
     """Run the checks in a case of a Method or of a quantised base, and yield the outcomes.
 
@@ -196,6 +202,7 @@ def _run_method(
         return
     subject, case = made
     subject.disturbed += disturbed
+    case = case if wide else dataclasses.replace(case, walks=0, is_brief=True)
     for state in plan.states:
         in_state = dataclasses.replace(case, state=state)
         if state == "warm":
@@ -212,9 +219,10 @@ def _run_method(
 
 
 def _run_operation(
-    runner: CaseRunner, plan: OperationSuite, of: OperationCase, device: torch.device, tried: Sequence[str]
+    runner: CaseRunner, plan: OperationSuite, of: OperationCase, device: torch.device, tried: Sequence[str], wide: bool
 ) -> Iterator[CheckOutcome]:
     subject, case = call(runner.implementation, plan, of, device)
+    case = case if wide else dataclasses.replace(case, walks=0, is_brief=True)
     for name in tried:
         yield runner.check(name, subject, case)
 

@@ -15,6 +15,11 @@ _pissa = partial(line_fault, "pissa", values=_USUAL)
 FAULTS = [
     _pissa("does_not_subtract_the_principal_part", ["residual"],
         "residual = W - scaling * (B.to(W.dtype) @ A.to(W.dtype))", "residual = W"),
+    _pissa("subtracts_the_factors_before_they_are_rounded", ["residual"],
+        "residual = W - scaling * (B.to(W.dtype) @ A.to(W.dtype))",
+        "residual = W - scaling * ((U * root) @ (root[:, None] * Vt))", dtype="bfloat16"),
+    _pissa("draws_its_sketch_from_torchs_own_generator", ["initial"],
+        "rank, generator=generator, dtype=torch.float64", "rank, dtype=torch.float64", values={**_USUAL, "niter": 2}),
     _pissa("forgets_the_scaling_in_the_split", ["residual", "principal"],
         "root = (S / scaling).sqrt()", "root = S.sqrt()",
         "residual = W - scaling * (B", "residual = W - (B"),

@@ -34,6 +34,11 @@ FAULTS = [
         "linear(x_TD, self.weight().to(x_TD.dtype), self.base.bias)", "linear(x_TD, self.weight().to(x_TD.dtype))"),
     _qlora("adds_a_bias_to_a_layer_without_one", ["forward"], "self.weight().to(x_TD.dtype), self.base.bias)",
         "self.weight().to(x_TD.dtype), x_TD.new_ones(self.B.shape[0]) if self.base.bias is None else self.base.bias)"),
+    _qlora("decodes_its_weight_only_once", ["save"], "return nf4.dequantize(nf4.unpack(self.codes, E * D), absmax,",
+        "if '_kept' not in vars(self):\n            vars(self)['_kept'] = self._decode(absmax)\n"
+        "        return self._kept\n\n"
+        "    def _decode(self, absmax):\n        E, D = self.base.out_features, self.base.in_features\n"
+        "        return nf4.dequantize(nf4.unpack(self.codes, E * D), absmax,"),
     _qlora("runs_on_the_original_weight", ["forward"],
         "linear(x_TD, self.weight().to(x_TD.dtype), self.base.bias)", "self.base(x_TD)"),
     _qlora("merges_into_the_original", ["merge"],

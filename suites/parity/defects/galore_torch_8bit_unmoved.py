@@ -3,8 +3,8 @@
 It passes percentile_clipping=100 and block_wise=True by position to an optimizer of bitsandbytes that no longer has these
 arguments. The optimizer takes them for max_unorm and skip_zeros. max_unorm clips an update to 100 times the norm of the
 parameter. During the step GaLore replaces the parameter by zeros, so the clipped update is zero. (Moments of larger
-gradients have 8 bits, and their updates are not clipped.) Without CUDA the step also raises, after it has replaced the
-weight. Seen with galore-torch 1.0 and bitsandbytes 0.50.2.
+gradients have 8 bits, and their updates are not clipped.) After the step, p.grad is the projected gradient. Without
+CUDA the step also raises, after it has replaced the weight. Seen with galore-torch 1.0 and bitsandbytes 0.50.2.
 """
 
 from unittest.mock import patch
@@ -23,8 +23,8 @@ for name, kind in (("GaLoreAdamW", GaLoreAdamW), ("GaLoreAdamW8bit", GaLoreAdamW
             p.grad = torch.randn(256, 128)
             with patch("torch.cuda.synchronize"):
                 optimizer.step()
-        moved = float((p.detach() - W).norm() / W.norm())
-        print(f"{name}, rank {rank}: ten steps moved the weight by {moved:.3g} (relative)")
+        moved, grad = float((p.detach() - W).norm() / W.norm()), tuple(p.grad.shape)
+        print(f"{name}, rank {rank}: ten steps moved the weight by {moved:.3g} (relative); now p.grad is {grad}")
 
 p = torch.nn.Parameter(torch.randn(256, 128))
 p.grad = torch.randn(256, 128)

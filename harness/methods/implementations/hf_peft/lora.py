@@ -63,10 +63,14 @@ def lora(model: nn.Module, config: reference_lora.Config, generator: Generator) 
 
 
 class PeftLora(PeftAdapted):
-    """A model with peft's LoRA, which can mix several adapters in one batch."""
+    """A model with peft's LoRA, which can mix several adapters in one batch.
+
+    peft refuses to merge a convolution with groups. With such a layer, `can_merge` is false.
+    """
 
     def __init__(self, peft_model: Any, peft_config: Any) -> None:
         super().__init__(peft_model.get_base_model(), lora_tensors)
+        self.can_merge = all(getattr(layer.get_base_layer(), "groups", 1) == 1 for layer in self.layers.values())
         self.peft_model, self.peft_config = peft_model, peft_config
 
     @contextmanager
