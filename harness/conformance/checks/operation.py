@@ -9,7 +9,7 @@ from harness.conformance.case import Case
 from harness.conformance.checks import check
 from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.check_results import judged, listed, skipped
-from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, exact, rounded_once, worst_of
+from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, exact, place, rounded_once, worst_of
 from harness.conformance.operation import OperationSubject, cloned
 from harness.conformance.poisoned_memory import poisoned_memory
 from harness.conformance.subject import DTYPES
@@ -123,8 +123,7 @@ def check_nonfinite(subject: OperationSubject, case: Case) -> CheckResult:
         if not tensor.is_floating_point() or not tensor.numel() or not tensor.dim():
             continue
         given = cloned(subject.arguments)
-        middle = torch.unravel_index(torch.tensor(tensor.numel() // 2), tensor.shape)
-        operation_call.flatten(given)[name][middle] = torch.nan
+        operation_call.flatten(given)[name][place(tensor.numel() // 2, tensor.shape)] = torch.nan
         want = subject.operation.named(subject.operation.reference(**cloned(given)))
         mine = subject.operation.named(subject.function(**given))
         for output, expected in want.items():

@@ -383,5 +383,17 @@ def _describe_worst_element(value: Tensor, truth: Tensor) -> str:
     difference = (value.detach().double() - truth.detach().double()).abs().nan_to_num(nan=torch.inf)
     if not difference.numel():
         return ""
-    where = tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape))
+    where = place(int(difference.argmax()), difference.shape)
     return f"{list(where)}: {float(value.detach()[where]):.9g}, should be {float(truth.detach()[where]):.9g}"
+
+
+def place(index: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return where the element `index` of a flattened tensor is in the tensor of this shape.
+
+    `torch.unravel_index` does the same, but its first call imports sympy and torch's compiler, which takes seconds.
+    """
+    found: list[int] = []
+    for size in reversed(shape):
+        index, within = divmod(index, size)
+        found.insert(0, within)
+    return tuple(found)
