@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any
 
 from harness.process.fork_server import Fork, ForkServer, serve
 from harness.process.lifeline import die_with_parent

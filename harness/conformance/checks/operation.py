@@ -9,7 +9,8 @@ from harness.conformance.case import Case
 from harness.conformance.checks import check
 from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.check_results import judged, listed, skipped
-from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, exact, place, rounded_once, worst_of
+from harness.conformance.comparison.distances import place
+from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, exact, rounded_once, worst_of
 from harness.conformance.operation import OperationSubject, cloned
 from harness.conformance.poisoned_memory import poisoned_memory
 from harness.conformance.subject import DTYPES
