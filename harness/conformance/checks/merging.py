@@ -140,6 +140,7 @@ def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Te
         for name in subject.added().keys() & {f"{path}.{name}" for name in reference.tensors}:
             reference.tensors[name.removeprefix(f"{path}.")].mul_(HALF)
     found = []
+    x = x.clone()  # the subject may write to the one that it gets
     for wide, own in (whole, half):
         first = _merged(own, x)
         truth, draws = runs_of(wide, own, subject.dtype, x, x.new_zeros(()), look=_output)
