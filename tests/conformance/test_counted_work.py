@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.conformance import checks, parity_suite
+from harness.conformance import checks, operations, parity_suite
 from harness.conformance.adapter_files import reference_logits
 from harness.conformance.adapter_files.reference_logits import Part
 from harness.conformance.adapter_files.subject import LoaderSubject, corpus_adapter
@@ -23,7 +23,8 @@ from harness.conformance.case import Case
 from harness.conformance.comparison import distances
 from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.conformance.execution import suite_run
-from harness.conformance.parity_suite import CaseShape, MethodCase
+from harness.conformance.operation import OperationSubject
+from harness.conformance.parity_suite import CaseShape, MethodCase, OperationCase
 from harness.conformance.subject import Subject, warm
 from harness.methods.registry import Implementation, discover
 from harness.methods.spec import Adapted
@@ -61,7 +62,7 @@ def warm_lora(attach: Callable[..., Adapted] | None = None, **config: Any) -> tu
     return subject, replace(case, state="warm")
 
 
-def run(name: str, subject: Subject, case: Case) -> CheckResult:
+def run(name: str, subject: Subject | OperationSubject, case: Case) -> CheckResult:
     return checks.every()[name](subject, case)
 
 
@@ -99,6 +100,59 @@ def test_dropout_is_found_without_gradients_of_the_reference(
     monkeypatch.setattr(torch.Tensor, "backward", counting)
     assert run("dropout", subject, case).outcome is Outcome.PASS
     assert backward["passes"] < calls["forward"] / 2
+
+
+def counted_operation(function: Callable[..., Any]) -> tuple[OperationSubject, Case, Counter[str]]:
+    """Return `function` as an implementation of nf4_linear in bfloat16, and the number of calls of the reference."""
+    one = Implementation("mine", "operation", "nf4_linear", function)
+    of = OperationCase({"shape": [8, 64], "rows": [3]}, "bfloat16")
+    subject, case = suite_run.call(one, parity_suite.load_operation("nf4_linear"), of)
+    counted: Counter[str] = Counter()
+    own = subject.operation.reference
+
+    def counting(**given: Any) -> object:
+        counted["calls"] += 1
+        return own(**given)
+
+    return replace(subject, operation=replace(subject.operation, reference=counting)), case, counted
+
+
+OPERATION_CHECKS = ("outputs", "rounded_once", "backward", "overlap")
+
+
+def test_checks_of_an_operation_share_what_the_reference_computes() -> None:
+    subject, case, counted = counted_operation(operations.every()["nf4_linear"].reference)
+    assert {run(name, subject, case).outcome for name in OPERATION_CHECKS} <= {Outcome.PASS, Outcome.SKIPPED}
+    # Outputs and gradients, in float64 and in bfloat16, for the arguments of the case and for other ones.
+    assert counted["calls"] == 2 * 2 * 2
+
+
+def test_an_implementation_that_spoils_its_arguments_spoils_no_shared_result() -> None:
+    right = operations.every()["nf4_linear"].reference
+
+    def spoils(**given: Any) -> object:
+        y = right(**given)
+        for tensor in given.values():
+            if isinstance(tensor, Tensor):
+                tensor.detach().zero_()
+        return y.detach().clone() if not y.requires_grad else y
+
+    subject, case, _ = counted_operation(spoils)
+    for _ in range(2):
+        assert run("outputs", subject, case).outcome is Outcome.PASS
+        assert run("arguments", subject, case).outcome is Outcome.FAIL
+
+
+def test_other_outputs_are_judged_anew() -> None:
+    """Only outputs that equal earlier ones in every bit are not judged again."""
+    right, calls = operations.every()["nf4_linear"].reference, Counter[str]()
+
+    def wrong_at_last(**given: Any) -> object:
+        calls["calls"] += 1
+        return right(**given) * (1 if calls["calls"] < 2 else 1.1)
+
+    subject, case, _ = counted_operation(wrong_at_last)
+    assert [run("outputs", subject, case).outcome for _ in range(2)] == [Outcome.PASS, Outcome.FAIL]
 
 
 class Draws:

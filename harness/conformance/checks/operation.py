@@ -31,7 +31,8 @@ def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
     """Every code that the Operation returns is that of the nearest value, unless rounding decides between two."""
     if subject.operation.codes is None:
         return skipped(subject, case, "output_codes", "this Operation returns no codes, or `outputs` judges them")
-    return judged(subject, case, "output_codes", *subject.operation.codes(subject.call(), subject.arguments))
+    found = operation_call.judge_codes(subject, subject.operation.codes, subject.call(), case)
+    return judged(subject, case, "output_codes", *found)
 
 
 @check()
@@ -46,8 +47,7 @@ def check_rounded_once(subject: OperationSubject, case: Case) -> CheckResult:
     seen = subject.call()
     if not operation_call.judge(subject, seen, case)[0].passed:
         return skipped(subject, case, "rounded_once", "the check `outputs` reports a larger error")
-    exactly = cloned(subject.arguments, {DTYPES[subject.dtype]: torch.float64})
-    truth = subject.operation.named(subject.operation.reference(**exactly))
+    truth = operation_call.reference_outputs(subject, torch.float64)
     mine = {name: tensor for name, tensor in seen.items() if name in names}
     return judged(subject, case, "rounded_once", rounded_once(mine, truth))
 
