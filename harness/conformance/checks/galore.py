@@ -282,11 +282,11 @@ def _steps_of_reference(
                 how = config.rank, config.side, config.niter, Projector(state.get("P"), state.get("Q"))
                 # Only a randomised SVD starts from the old subspace, whose signs earlier steps have chosen.
                 before = (dtype, *(some for step, some in signs.items() if step < number)) if config.niter else ()
-                keys = [(name, number, one, before) for one in (dtype, "float64")]
-                for key, g in zip(keys, (G, G.double()), strict=True):
+                own, exact = ((name, number, one, before) for one in (dtype, "float64"))
+                for key, g in ((own, G), (exact, G.double())):
                     if key not in bases:
                         bases[key] = projector(g, *how)
-                basis = _turned(*(bases[key] for key in keys), signs.get(number, ()))
+                basis = _turned(bases[own], bases[exact], signs.get(number, ()))
             galore_step(W, G, state, lr=step.lr, weight_decay=step.decay, given=basis, **low, **adam)
     return seen
 

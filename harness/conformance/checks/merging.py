@@ -139,7 +139,7 @@ def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Te
     for reference in half:
         for name in subject.added().keys() & {f"{path}.{name}" for name in reference.tensors}:
             reference.tensors[name.removeprefix(f"{path}.")].mul_(HALF)
-    found = []
+    found: list[tuple[dict[str, Tensor], Iterable[dict[str, Tensor]]]] = []
     x = x.clone()  # the subject may write to the one that it gets
     for wide, own in (whole, half):
         first = _merged(own, x)
