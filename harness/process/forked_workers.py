@@ -24,8 +24,8 @@ from harness.process.lifeline import die_with_parent
 from harness.process.signals import TERMINATION_SIGNALS
 from harness.process.supervisor import LastLines, module_arguments
 
-_READY_S = 120.0
-"""Largest duration of the imports, in seconds."""
+_READY_S = 600.0
+"""Largest duration of the imports, in seconds. They take seconds, unless the machine is very busy."""
 _START_S = 60.0
 """Largest duration of a fork, in seconds. It takes milliseconds, unless the machine is very busy."""
 
