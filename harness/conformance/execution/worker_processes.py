@@ -34,6 +34,13 @@ from harness.records import environment
 
 PATIENCE = 120.0
 """Seconds without a result after which an implementation counts as hanging. A check takes milliseconds."""
+_SHARED = (
+    "torch._dynamo",  # the first optimizer imports it
+    "transformers.pytorch_utils",
+    "harness.conformance.execution.suite_run",
+    "harness.conformance.execution.worker",
+)
+"""Modules that nearly every worker imports."""
 
 
 @dataclass
@@ -172,7 +179,7 @@ def _imports(tasks: Sequence[WorkerTask]) -> Sequence[str]:
     """
     # If there is a GPU, a library may use it during its import, and no fork could use it afterwards.
     forks = len(tasks) > 1 and all(task.device == "cpu" for task in tasks) and not environment.gpus()
-    return ("harness.conformance.execution.libraries",) if forks else ()
+    return _SHARED if forks else ()
 
 
 def _summary(target: Target, tried: Sequence[CheckOutcome], seconds: float) -> str:
