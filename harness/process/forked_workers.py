@@ -26,6 +26,7 @@ from harness.process.supervisor import LastLines, module_arguments
 
 _READY_S = 600.0
 """Largest duration of the imports, in seconds. They take seconds, unless the machine is very busy."""
+_TOKEN_LENGTH = 32
 _START_S = 60.0
 """Largest duration of a fork, in seconds. It takes milliseconds, unless the machine is very busy."""
 
@@ -50,6 +51,7 @@ class ForkedWorker(Fork):
         """Kill the whole process group, read the rest of the output, and close the pipes."""
         super().close()
         self.kill_group()
+        self.pid = 0  # another process may get this id now
         self._lines.join()
 
 
@@ -72,7 +74,7 @@ class WorkerServer(ForkServer):
     def start_worker(self, module: str, task: str, token: str) -> ForkedWorker:
         """Fork a worker, and return it. Raises OSError if the server has ended.
 
-        token: text of `TOKEN_LENGTH` letters, unlike that of any other worker.
+        token: text of 32 letters, unlike that of any other worker.
         """
         request = {"module": module, "task": task, "token_name": self._token_name, "token": token}
         worker = ForkedWorker(self._socket, request)
@@ -81,9 +83,6 @@ class WorkerServer(ForkServer):
             worker.close()
             raise ChildProcessError("the server of workers has ended")
         return worker
-
-
-_TOKEN_LENGTH = 32
 
 
 def _run(events: int, lifeline: int) -> int:
