@@ -36,11 +36,12 @@ class ForkedWorker(Fork):
 
     def __init__(self, server: socket.socket, request: Mapping[str, str]) -> None:
         reading, writing = os.pipe()
+        printed = os.fdopen(reading, "rb")
         with tempfile.TemporaryFile() as stdin, os.fdopen(writing, "wb") as output:
             stdin.write(json.dumps(request).encode())
             stdin.seek(0)
             super().__init__(server, stdin, output)
-        self._lines = LastLines(os.fdopen(reading, "rb"))
+        self._lines = LastLines(printed)
 
     @property
     def output(self) -> str:
