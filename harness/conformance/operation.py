@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from harness.conformance.comparison.tolerance_policies import Judgement
 
+if TYPE_CHECKING:
+    from harness.conformance.case import Case
+
 _T = TypeVar("_T")
+_KEPT = 4
+"""Number of judgements that are kept for the outputs of one case."""
 Arguments = dict[str, Any]
 """Keyword arguments of a call: tensors, numbers, dtypes, and lists of them."""
 Judge = Callable[[Mapping[str, Tensor], Arguments], tuple[Judgement, str]]
@@ -55,6 +61,42 @@ class Operation:
         return dict(zip(self.outputs, several, strict=True))
 
 
+class KnownResults:
+    """Results for the arguments of one case, which several checks need.
+
+    The implementation never gets these tensors, nor the arguments themselves: it is called with copies.
+    """
+
+    def __init__(self) -> None:
+        self._of_reference: dict[Hashable, dict[str, Tensor]] = {}
+        self._judged: deque[tuple[str, Case, dict[str, Tensor], tuple[Judgement, str]]] = deque(maxlen=_KEPT)
+
+    def once(self, name: Hashable, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return what the reference computes under this name. The first call computes it."""
+        if name not in self._of_reference:
+            self._of_reference[name] = compute()
+        return self._of_reference[name]
+
+    def judgement(
+        self, rule: str, case: Case, outputs: dict[str, Tensor], judge: Callable[[], tuple[Judgement, str]]
+    ) -> tuple[Judgement, str]:
+        """Return the judgement of outputs by a rule. Outputs that equal earlier ones in every bit are not judged again."""
+        for known_rule, known_case, known, verdict in self._judged:
+            if known_rule == rule and known_case is case and _same_bits(outputs, known):
+                return verdict
+        verdict = judge()
+        self._judged.append((rule, case, {name: t.detach().clone() for name, t in outputs.items()}, verdict))
+        return verdict
+
+
+def _same_bits(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return some.keys() == others.keys() and all(
+        (one.dtype, one.shape, one.device) == (other.dtype, other.shape, other.device)
+        and torch.equal(*(t.detach().contiguous().flatten().view(torch.uint8) for t in (one, other)))
+        for one, other in ((some[name], others[name]) for name in some)
+    )
+
+
 @dataclass(frozen=True)
 class OperationSubject:
     """An implementation of an Operation, and the arguments of one case."""
@@ -65,6 +107,8 @@ class OperationSubject:
     arguments: Arguments
     another: Callable[[], Arguments]
     """Function that draws other arguments of the same shapes."""
+    known: KnownResults = field(default_factory=KnownResults, init=False, repr=False, compare=False)
+    """Results for these arguments. A copy with other arguments has none."""
 
     @property
     def method(self) -> str:

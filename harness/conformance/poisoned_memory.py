@@ -20,6 +20,6 @@ def poisoned_memory() -> Iterator[None]:
     Restores torch's settings afterwards.
     """
     with process_settings.restored():
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        process_settings.set_deterministic(True, warn_only=True)
         _SWITCH.fill_uninitialized_memory = True
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -32,7 +33,7 @@ _SETTINGS: dict[str, _Setting] = {
     "the number of threads": (torch.get_num_threads, torch.set_num_threads),
     "deterministic algorithms": (
         lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
-        lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
+        lambda value: set_deterministic(value[0], warn_only=value[1]),
     ),
     "the filling of fresh memory": (
         lambda: _SWITCH.fill_uninitialized_memory,
@@ -51,6 +52,17 @@ else:
         torch.get_float32_matmul_precision,
         torch.set_float32_matmul_precision,
     )
+
+
+def set_deterministic(on: bool, *, warn_only: bool = False) -> None:
+    """Do what `torch.use_deterministic_algorithms` does, but do not import torch's compiler for it.
+
+    The compiler has a setting of its own, which does not exist before something has imported the compiler.
+    """
+    if "torch._inductor.config" in sys.modules:
+        torch.use_deterministic_algorithms(on, warn_only=warn_only)
+    else:
+        torch.set_deterministic_debug_mode(("warn" if warn_only else "error") if on else "default")
 
 
 def snapshot() -> dict[str, object]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.comparison.stacked_experts import fix_routing, one_by_one
-from harness.conformance.module_copy import copied
 from harness.methods import checksums
+from harness.methods.module_copy import copied
 from harness.methods.peft_config import UNREFERENCED, AdapterConfig
 from harness.methods.spec import Adapted, method_info
 from harness.records.record import ADAPTER_SHA256

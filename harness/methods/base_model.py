@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -68,7 +67,9 @@ def load_base(folder: Path, dtype: torch.dtype) -> nn.Module:
     files = [folder / name for name in ("config.json", "model.safetensors")]
     if all(file.is_file() for file in files) and files[1].stat().st_size <= _KEPT_B:
         times = tuple(file.stat().st_mtime_ns for file in files)
-        return copy.deepcopy(_kept(folder.resolve(), dtype, times))
+        from harness.methods.module_copy import copied
+
+        return copied(_kept(folder.resolve(), dtype, times))
     return _loaded(folder, dtype)
 
 

@@ -23,6 +23,8 @@ from typing import IO
 from harness.process import resident_pages
 from harness.process.supervisor import Pipe, Subprocess
 
+COLD_START = "PEFT_HARNESS_COLD_START"
+"""Environment variable. If it is 1, every worker is a new process."""
 _READY = b"ready"
 _REQUEST = b"fork"
 _DESCRIPTORS = 5
@@ -30,6 +32,11 @@ _PARENT_DEATH_SIGNAL = 1
 """Option PR_SET_PDEATHSIG of prctl: the kernel sends this process a signal when its parent ends."""
 _END_S = 10.0
 """Seconds to wait until the server has reported the end of a fork that was killed."""
+
+
+def is_allowed() -> bool:
+    """Return whether workers of this command may be forks: on Linux, unless `COLD_START` is 1."""
+    return sys.platform == "linux" and os.environ.get(COLD_START) != "1"
 
 
 class ForkServer:
@@ -76,6 +83,10 @@ class ForkServer:
         self._forks.append(fork)
         return fork
 
+    def kill(self) -> None:
+        """Kill the server, and so its forks. Another thread may be waiting for it."""
+        self._process.kill_group()
+
     def close(self) -> None:
         """End the server and its forks."""
         self._socket.close()
@@ -109,6 +120,12 @@ class Fork:
             self._read_status()
         return self._code
 
+    def wait_started(self, timeout: float) -> bool:
+        """Wait until the server has forked, so that `pid` is known. Return False after `timeout` seconds."""
+        while not self.pid and self._code is None and self._status.readable(timeout):
+            self._read_status()
+        return bool(self.pid)
+
     def _read_status(self) -> None:
         for line in self._status.lines():
             name, number = line.decode().split()
@@ -130,22 +147,28 @@ class Fork:
             self._read_status()
         return self._code
 
-    def close(self) -> None:
-        """Kill the whole process group, and close the pipes. A second call does nothing."""
-        if self.exit_code is None and self.pid:
+    def kill_group(self) -> None:
+        """Kill the process group: the process and its children, even if the process itself has ended."""
+        if self.pid:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Kill the whole process group, and close the pipes. A second call does nothing."""
+        if self.exit_code is None:
+            self.kill_group()
             self.wait(_END_S)
         if self._code is None:
             self._code = -signal.SIGKILL
         self._ours.close()  # a fork that has not started yet ends when it finds its lifeline cut
 
 
-def serve(connection: socket.socket, run: Callable[[int, int], int]) -> int:
+def serve(connection: socket.socket, run: Callable[[int, int], int], *, kills_groups: bool = True) -> int:
     """Fork a process for each request, until the other end of `connection` closes. Return an exit code.
 
     The code is 1 if forks are not safe: another thread runs, or the kernel cannot bring pages of files into memory. run:
     function that a fork calls with the descriptors of its events and of its lifeline; it returns the exit code.
+    kills_groups: kill what a fork leaves behind when it ends. Otherwise the program that asked for the fork does it.
     """
     if threading.active_count() > 1:
         return 1  # a thread that an import started would be missing in the forks
@@ -164,7 +187,7 @@ def serve(connection: socket.socket, run: Callable[[int, int], int]) -> int:
         readable, _, _ = select.select([asked, ended], [], [])
         if ended in readable:
             os.read(ended, 1 << 16)
-            _report_ends(status_of)
+            _report_ends(status_of, kills_groups)
         if asked in readable:
             request, descriptors, _, _ = socket.recv_fds(connection, len(_REQUEST), _DESCRIPTORS)
             if not request:
@@ -205,14 +228,15 @@ def _become(parent: int, stdin: int, output: int) -> None:
         os.close(descriptor)
 
 
-def _report_ends(status_of: dict[int, int]) -> None:
-    """Report the exit code of each fork that has ended, and kill the rest of its process group."""
+def _report_ends(status_of: dict[int, int], kills_groups: bool) -> None:
+    """Report the exit code of each fork that has ended. If `kills_groups`, kill the rest of its process group."""
     for pid in list(status_of):
         # WNOWAIT keeps it a zombie, so that no other process gets its id, which is also the id of the group.
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             continue
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, signal.SIGKILL)
+        if kills_groups:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
         status = status_of.pop(pid)
         _tell(status, f"exit {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n")
         os.close(status)

@@ -51,6 +51,34 @@ class Pipe:
         return lines
 
 
+class LastLines:
+    """The last lines that are written to some pipes. They are stored in memory.
+
+    On a full disk, a file would lack the line that reports the full disk. A thread reads each pipe, because a process with
+    a full pipe would wait forever for a reader.
+    """
+
+    def __init__(self, *pipes: IO[bytes]) -> None:
+        self._lines: deque[str] = deque(maxlen=_OUTPUT_LINES)
+        self._readers = [threading.Thread(target=self._read, args=(pipe,), daemon=True) for pipe in pipes]
+        for reader in self._readers:
+            reader.start()
+
+    @property
+    def text(self) -> str:
+        """The lines so far."""
+        return "".join(self._lines)
+
+    def join(self) -> None:
+        """Wait up to two seconds for the end of each pipe, which comes when the last process that holds it has ended."""
+        for reader in self._readers:
+            reader.join(timeout=2)
+
+    def _read(self, pipe: IO[bytes]) -> None:
+        with io.TextIOWrapper(pipe, encoding="utf-8", errors="replace") as lines:  # type: ignore[type-var]
+            self._lines.extend(lines)
+
+
 class Subprocess:
     """A process in a separate session: Ctrl-C does not reach it, and `close` kills it together with its children.
 
@@ -95,16 +123,7 @@ class Subprocess:
         self.pid = self._process.pid
         self._is_reaped = False
         """True if the process group was killed and the exit code was read."""
-        self._lines: deque[str] = deque(maxlen=_OUTPUT_LINES)
-        # Lines are stored in memory: on a full disk, a file would lack the line that reports the full disk. A thread reads
-        # them, because a child with a full pipe would wait forever for a reader.
-        self._listeners = [
-            threading.Thread(target=self._listen, args=(pipe,), daemon=True)
-            for pipe in (self._process.stdout, self._process.stderr)
-            if pipe is not None
-        ]
-        for listener in self._listeners:
-            listener.start()
+        self._lines = LastLines(*(pipe for pipe in (self._process.stdout, self._process.stderr) if pipe is not None))
 
     def __enter__(self) -> Self:
         return self
@@ -117,7 +136,7 @@ class Subprocess:
     @property
     def output(self) -> str:
         """The last lines of the captured output. All output has been read once the process is closed."""
-        return "".join(self._lines)
+        return self._lines.text
 
     @property
     def reports_full_disk(self) -> bool:
@@ -162,13 +181,8 @@ class Subprocess:
         self.kill_group()
         self._process.wait()
         self._is_reaped = True
-        for listener in self._listeners:
-            listener.join(timeout=2)  # the pipe ends when the last process that holds it has ended
+        self._lines.join()
         self._ours.close()
-
-    def _listen(self, pipe: IO[bytes]) -> None:
-        with io.TextIOWrapper(pipe, encoding="utf-8", errors="replace") as lines:  # type: ignore[type-var]
-            self._lines.extend(lines)
 
 
 def python(

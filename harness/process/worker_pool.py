@@ -10,13 +10,15 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
 from harness.console import print_lines, print_note
+from harness.process import fork_server
+from harness.process.forked_workers import ForkedWorker, WorkerServer
 from harness.process.supervisor import Subprocess, module_arguments, signal_name
 
 _TOKEN = "PEFT_HARNESS_CHILD"  # noqa: S105
@@ -31,17 +33,32 @@ _LAST_LINES = 50
 """Number of lines that are printed from the output of a worker that failed."""
 
 
+_Worker = Subprocess | ForkedWorker
+
+
 class WorkerPool:
     """The workers of one command. Ctrl-C ends all of them.
 
-    python: interpreter of the workers. By default, it is the one that runs this process.
+    python: interpreter of the workers. By default, it is the one that runs this process. imports: modules that most workers
+    import. If there are some, and forks are allowed, a worker is a fork of a process that has imported them.
     """
 
-    def __init__(self, python: Path | None = None) -> None:
+    def __init__(self, python: Path | None = None, imports: Sequence[str] = ()) -> None:
         self.stopped = False
         self._python = str(python or sys.executable)
-        self._alive: set[Subprocess] = set()
+        self._alive: set[_Worker] = set()
         self._lock = threading.Lock()
+        self._imports = imports if fork_server.is_allowed() else ()
+        self._server: WorkerServer | None = None
+        self._server_lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process that forks workers."""
+        with self._server_lock:
+            self._end_server()
 
     def stop(self) -> None:
         """Kill all workers, and let no more start."""
@@ -49,6 +66,8 @@ class WorkerPool:
             self.stopped = True
             for worker in self._alive:
                 worker.kill_group()
+            if self._server is not None:
+                self._server.kill()
 
     def events(self, module: str, task: Mapping[str, Any], patience: float) -> Iterator[dict[str, Any]]:
         """Run `module` in a worker, and yield the events that the worker reports before `done`.
@@ -58,8 +77,9 @@ class WorkerPool:
         that the worker wrote are then printed on stderr. No process remains, even if this process is killed.
         """
         token = uuid.uuid4().hex
+        server = self._ready_server()
         with self._lock:
-            worker = None if self.stopped else _start(self._python, module, task, token)
+            worker = None if self.stopped else self._start(server, module, json.dumps(task), token)
             if worker is not None:
                 self._alive.add(worker)
         if worker is None:
@@ -87,7 +107,34 @@ class WorkerPool:
             print_lines([f"| {line}" for line in output[-_LAST_LINES:]], err=True)
             yield {"died": died}
 
-    def _end(self, worker: Subprocess, token: str) -> None:
+    def _ready_server(self) -> WorkerServer | None:
+        """Return the process that forks workers. If there is none, the workers must be new processes: return None."""
+        with self._server_lock:
+            if self._server is not None and not self._server.is_alive:
+                self._end_server()
+            elif self._server is None and self._imports and not self.stopped:
+                with contextlib.suppress(OSError):
+                    self._server = WorkerServer(self._python, self._imports, _environment(), _TOKEN)
+                    if not self._server.is_ready():
+                        self._end_server()
+            return self._server
+
+    def _end_server(self) -> None:
+        self._imports = ()
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    def _start(self, server: WorkerServer | None, module: str, task: str, token: str) -> _Worker:
+        if server is not None:
+            with contextlib.suppress(OSError):  # the server has just ended
+                return server.start_worker(module, task, token)
+        return Subprocess(
+            [self._python, *module_arguments(module)], [task], environment=_environment() | {_TOKEN: token}, events=True,
+            lifeline=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def _end(self, worker: _Worker, token: str) -> None:
         worker.kill_group()
         for other in marked(
             _TOKEN, token
@@ -99,14 +146,9 @@ class WorkerPool:
             self._alive.discard(worker)
 
 
-def _start(python: str, module: str, task: Mapping[str, Any], token: str) -> Subprocess:
+def _environment() -> dict[str, str]:
     # The tensors are tiny, and threads that wait for each other would slow down other programs.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, _TOKEN: token}
-    command = [python, *module_arguments(module)]
-    return Subprocess(
-        command, [json.dumps(task)], environment=environment, events=True, lifeline=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    return {"OMP_NUM_THREADS": "1", **os.environ}
 
 
 class _Clock:
@@ -145,7 +187,7 @@ class _Clock:
             return False
 
 
-def _events(worker: Subprocess, patience: float) -> Iterator[Any]:
+def _events(worker: _Worker, patience: float) -> Iterator[Any]:
     """Yield the worker's events until the worker ends.
 
     If no event comes for `patience` seconds, as a `_Clock` counts them, yield None and end.
@@ -167,7 +209,7 @@ def _events(worker: Subprocess, patience: float) -> Iterator[Any]:
             return
 
 
-def _failure(worker: Subprocess, *, done: bool) -> str:
+def _failure(worker: _Worker, *, done: bool) -> str:
     """Wait for the end of a worker after its last event, and describe its failure.
 
     If the worker has succeeded, return an empty string.
@@ -185,7 +227,7 @@ def _failure(worker: Subprocess, *, done: bool) -> str:
     return f"the process ended with exit code {code} before it was done; stderr has its output"
 
 
-def _left_behind(worker: Subprocess, watcher: int, token: str) -> list[str]:
+def _left_behind(worker: _Worker, watcher: int, token: str) -> list[str]:
     """Return the names of processes of a worker that still run `_GRACE_S` seconds after the worker's end."""
     deadline = time.monotonic() + _GRACE_S
     while names := [n for one in marked(_TOKEN, token) if one.pid not in (worker.pid, watcher) for n in _name(one)]:

@@ -13,6 +13,7 @@ from typing import IO
 
 from harness.cell.job import Job
 from harness.errors import StoreError
+from harness.process import fork_server
 from harness.process.fork_server import Fork, ForkServer
 from harness.process.supervisor import Subprocess, module_arguments
 from harness.records import environment
@@ -23,8 +24,6 @@ WORKER = (sys.executable, *module_arguments("harness.runner.worker"))
 SERVER = (sys.executable, *module_arguments("harness.runner.worker_server"))
 Libraries = tuple[str | int | None, ...]
 """Key of a fork server: an interpreter, a number of threads, and the modules that are imported."""
-COLD_START = "PEFT_HARNESS_COLD_START"
-"""Environment variable. If it is 1, every worker is a new process."""
 
 _MOST_SERVERS = 3
 """Number of fork servers above which an idle one is ended. Each holds about 0.4 GB, for one set of libraries."""
@@ -41,7 +40,7 @@ class WorkerStarter:
 
     def __init__(self, command: Sequence[str] = WORKER) -> None:
         self._command = command
-        self._forks = sys.platform == "linux" and command == WORKER and os.environ.get(COLD_START) != "1"
+        self._forks = command == WORKER and fork_server.is_allowed()
         self._servers: dict[Libraries, ForkServer] = {}
         """The running servers. The one that was used last is the last."""
 

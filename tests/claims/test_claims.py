@@ -23,7 +23,7 @@ from harness.claims.printed_number import Rounding, agrees, parse
 from harness.cli import main
 from harness.errors import Exit, SuiteError
 from harness.methods.registry import Registry, implements
-from harness.process.supervisor import Subprocess, python
+from harness.process.supervisor import LastLines, python
 from reference import lora
 from support.processes import PATIENCE_S, eventually, gone
 from support.sandbox import ForkSandbox
@@ -472,8 +472,8 @@ def test_a_torn_answer_of_a_worker_that_died_takes_no_other_claim(
         """'{"how": "", "value": "112", "most": null, "within": null}\\n{"how": "", "val'); """
         "print('no memory', flush=True); os.kill(os.getpid(), 9)"
     )
-    listen = Subprocess._listen
-    monkeypatch.setattr(Subprocess, "_listen", lambda *both: time.sleep(0.2) or listen(*both))  # a slow reader
+    read = LastLines._read
+    monkeypatch.setattr(LastLines, "_read", lambda *both: time.sleep(0.2) or read(*both))  # a slow reader
     monkeypatch.setattr(compute, "python_module", lambda _, words, env: python(["-c", code], env, words, lifeline=True))
     text = line(tmp_path, "112") + line(tmp_path, "224", rank=4).replace("id: one", "id: two")
     one, two = compute.judged(claim_file.load([write(tmp_path, text)]))

@@ -18,6 +18,7 @@ from harness.assets import fetch, table
 from harness.cell.job import Job, KnownGate
 from harness.cli import main
 from harness.errors import Exit
+from harness.process import fork_server
 from harness.records import store
 from harness.records.record import Record, Status
 from harness.report import html
@@ -37,7 +38,7 @@ def inside(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Sand
     Each worker is a new process: Cells that end before torch is imported need no fork server, which would import it.
     """
     sandbox = make_sandbox(tmp_path, cache)
-    monkeypatch.setenv(worker_start.COLD_START, "1")
+    monkeypatch.setenv(fork_server.COLD_START, "1")
     for name, value in sandbox.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.syspath_prepend(sandbox.folder / "plugin")

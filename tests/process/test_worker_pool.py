@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from harness.process import worker_pool
+from harness.process import fork_server, worker_pool
 from harness.process.worker_pool import WorkerPool, _Clock
+from support.processes import eventually, gone
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="forks need Linux")
 
 LATE = """
 import os, sys, time
@@ -90,3 +98,83 @@ def test_the_output_of_a_worker_is_shown_only_if_it_fails(
         assert printed.err == "| a library says \\x1b[2J\n| raw \\u202e\n"
     else:
         assert (events, printed.err) == ([{"value": 1}], "")
+
+
+FORKED = """
+import atexit, json, os, sys, time
+from harness.process.event_pipe import event_writer
+assert "slow_library" in sys.modules  # a fork has what the server imported
+import slow_library
+task = json.loads(sys.argv[3])
+with event_writer(int(sys.argv[1]), int(sys.argv[2])) as emit:
+    slow_library.calls += 1
+    emit(pid=os.getpid(), parent=os.getppid(), calls=slow_library.calls, session=os.getsid(0), stdin=sys.stdin.read())
+    atexit.register(lambda: open(task["end"], "w").close())
+    if task["do"] == "fail":
+        print("a last word")
+        sys.exit(3)
+    if task["do"] == "crash":
+        os.kill(os.getpid(), 11)
+    if task["do"] == "leave" and not os.fork():  # a daemon: in a session of its own, without exec
+        os.setsid()
+        time.sleep(600)
+"""
+
+
+@pytest.fixture
+def forking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerPool]:
+    (tmp_path / "forked_worker.py").write_text(FORKED)
+    (tmp_path / "slow_library.py").write_text("calls = 0")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(worker_pool.__file__).parents[2]}")
+    monkeypatch.delenv(fork_server.COLD_START, raising=False)
+    monkeypatch.setattr(worker_pool, "_GRACE_S", 0.3)
+    with WorkerPool(imports=["slow_library"]) as pool:
+        yield pool
+
+
+def run_forked(pool: WorkerPool, tmp_path: Path, do: str = "") -> tuple[dict[str, Any], str]:
+    """Return what a worker reported about itself, and why it failed."""
+    task = {"do": do, "end": str(tmp_path / f"end {do}")}
+    first, *rest = pool.events("forked_worker", task, 60.0)
+    return first, rest[0]["died"] if rest else ""
+
+
+@linux
+def test_forks_of_one_process_are_like_new_processes(forking: WorkerPool, tmp_path: Path) -> None:
+    one, other = (run_forked(forking, tmp_path)[0] for _ in range(2))
+    assert one["parent"] == other["parent"] != os.getpid()
+    assert one["pid"] == one["session"] != other["pid"]
+    assert (one["calls"], other["calls"]) == (1, 1)
+    assert one["stdin"] == ""
+    assert (tmp_path / "end ").is_file()  # what was registered for the end of the process was called
+
+
+@linux
+def test_the_end_of_a_fork_is_described_like_that_of_a_process(
+    forking: WorkerPool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert "exit code 3" in run_forked(forking, tmp_path, "fail")[1]
+    assert capfd.readouterr().err == "| a last word\n"
+    assert run_forked(forking, tmp_path, "crash")[1] == "the process died of SIGSEGV"
+    assert run_forked(forking, tmp_path)[1] == ""  # the server lives on
+
+
+@linux
+def test_a_process_that_a_fork_leaves_behind_is_found_and_killed(forking: WorkerPool, tmp_path: Path) -> None:
+    why = re.fullmatch(r"left a process behind: \S+ \((\d+)\); killed", run_forked(forking, tmp_path, "leave")[1])
+    assert why
+    eventually(lambda: gone(int(why[1])), "the process is killed")
+
+
+@linux
+def test_a_pool_whose_server_was_killed_goes_on_with_new_processes(forking: WorkerPool, tmp_path: Path) -> None:
+    os.kill(run_forked(forking, tmp_path)[0]["parent"], signal.SIGKILL)
+    first, *_ = forking.events("forked_worker", {"do": "", "end": str(tmp_path / "end")}, 60.0)
+    assert "died" in first  # its assertion about the imports fails in a new process
+
+
+@linux
+def test_a_pool_ends_its_server(forking: WorkerPool, tmp_path: Path) -> None:
+    parent = run_forked(forking, tmp_path)[0]["parent"]
+    forking.__exit__()
+    assert gone(parent)

@@ -25,7 +25,7 @@ from typing import IO, Any, NoReturn
 import pytest
 
 import harness
-from harness.process import supervisor
+from harness.process import fork_server, supervisor
 
 PACKAGE = Path(harness.__file__).parent
 _IMPORTED = (
@@ -138,7 +138,11 @@ def _popen(command: Sequence[str], **how: Any) -> Any:
 
 
 def use(patch: pytest.MonkeyPatch) -> None:
-    """Make `supervisor` fork this process where it would start a new Python."""
+    """Make `supervisor` fork this process where it would start a new Python. No fork server is started.
+
+    A fork server would import it all again.
+    """
+    patch.setenv(fork_server.COLD_START, "1")
     for module in _IMPORTED:
         importlib.import_module(module)
     patch.setattr(supervisor, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": _popen}))

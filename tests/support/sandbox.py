@@ -180,8 +180,7 @@ class ForkSandbox(Sandbox):
 
     def command(self, *arguments: str) -> Finished:
         with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as captured:
-            forked = {"OMP_NUM_THREADS": "1", "PEFT_HARNESS_COLD_START": "1"}  # a fork server would import it all again
-            for name, value in {**self.environment, **forked}.items():
+            for name, value in {**self.environment, "OMP_NUM_THREADS": "1"}.items():
                 patch.setenv(name, value)
             patch.syspath_prepend(self.folder / "plugin")
             patch.chdir(self.folder)

@@ -55,7 +55,7 @@ def reference_logits(
         what = f"has no weights for {first_names(sorted(missing))}, which each load would draw anew"
         hint = "save these layers with the adapter (modules_to_save), or give the base that was trained on"
         raise UsageError(what, where=str(base_folder), hint=hint)
-    return _logits(model, prompts, perturbation, starts)
+    return logits_of(model, prompts, perturbation, starts)
 
 
 @dataclass(frozen=True)
@@ -68,31 +68,23 @@ class Part:
     """Factor on the scaling that the file gives."""
 
 
-def combined_logits(
-    base_folder: Path,
-    parts: Sequence[Part],
-    prompts: Sequence[Sequence[int]],
-    dtype: torch.dtype = torch.float64,
-    perturbation: torch.Generator | None = None,
-) -> list[Tensor]:
-    """Return the logits of the base with a weighted sum of adapters, as `reference_logits` does for one adapter.
-
-    Without parts, these are the logits of the base.
-    """
+def combined(base_folder: Path, parts: Sequence[Part], dtype: torch.dtype) -> nn.Module:
+    """Return the base with a weighted sum of adapters, in `dtype`. Without parts, this is the base."""
     model = load_base(base_folder, dtype)
     if dtype is torch.float64:
         model = model.double()
     files = [(AdapterFile.read(part.folder), part) for part in parts]
     combine(model, [(file.settings.scaled(part.factor), file.tensors(), part.weight) for file, part in files])
-    return _logits(model, prompts, perturbation)
+    return model
 
 
-def _logits(
+def logits_of(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
-    perturbation: torch.Generator | None,
+    perturbation: torch.Generator | None = None,
     starts: Sequence[int] = (),
 ) -> list[Tensor]:
+    """Return the logits of a model that `combined` or `reference_logits` has made. perturbation: moves its weights."""
     dtype = next(model.parameters()).dtype
     if perturbation is not None:
         for parameter in model.parameters():

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.conformance.adapter_files import corpus, variants
 from harness.conformance.adapter_files.adapter_file import AdapterFile
-from harness.conformance.adapter_files.reference_logits import Part, combined_logits, reference_logits
+from harness.conformance.adapter_files.reference_logits import Part, combined, logits_of, reference_logits
 from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from harness.methods.loader import ADAPTER_FILES, Loader
+from harness.methods.module_copy import copied
 
 FIRST, SECOND = "style", "style-2"
 """Names of loaded adapters. SECOND begins with FIRST, because some programs confuse such names."""
@@ -124,8 +125,15 @@ class LoaderSubject:
 def _combined_logits(
     base: Path, parts: tuple[Part, ...], prompts: tuple[tuple[int, ...], ...], dtype: str, seed: int | None
 ) -> list[Tensor]:
-    perturbation = None if seed is None else torch.Generator().manual_seed(seed)
-    return combined_logits(base, parts, prompts, DTYPES[dtype], perturbation)
+    model = _combined(base, parts, dtype)
+    if seed is None:
+        return logits_of(model, prompts)
+    return logits_of(copied(model), prompts, torch.Generator().manual_seed(seed))
+
+
+@lru_cache(maxsize=16)  # the draws of one judgement move the weights of the same few models
+def _combined(base: Path, parts: tuple[Part, ...], dtype: str) -> nn.Module:
+    return combined(base, parts, DTYPES[dtype])
 
 
 def _named(logits: Mapping[str, Sequence[Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 
@@ -64,7 +64,7 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
         # dy[:0] fits no output, so that no gradients are computed: `gradient` compares them in eval mode.
         problems += _changes(subject, path, layer, only, dy[:0], case, training=False)
         mine = observe(layer, subject.tensors_of(path), only, dy, training=True)
-        is_retained, is_dropped = (_rows_as(subject, path, mine["y"], only, dy, mask) for mask in (1 / (1 - p), 0.0))
+        is_retained, is_dropped = _rows_as(subject, path, [mine["y"]], only, (1 / (1 - p), 0.0))
         if neither := int((~(is_retained | is_dropped)).sum()):
             problems.append(f"{path}: {neither} of {len(x)} outputs fit neither a retained nor a dropped feature")
             continue
@@ -125,20 +125,36 @@ def _single(x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
     return only.view(x.shape), where
 
 
-def _rows_as(subject: Subject, path: str, y: Tensor, x: Tensor, dy: Tensor, mask: float) -> Tensor:
-    """Return a mask that is True for the rows of `y` that agree with the reference's output.
+def _rows_as(subject: Subject, path: str, ys: Sequence[Tensor], x: Tensor, masks: Sequence[float]) -> list[Tensor]:
+    """Return a mask for each of `ys` and each of `masks`. It is True for the rows that agree with the reference's output.
 
-    The reference multiplies by `mask` instead of dropping features.
+    The reference multiplies by a mask instead of dropping features.
     """
-    truth, draws = reference_runs(subject, path, x, dy, look=partial(_masked, mask))
-    own = [draw["y"].flatten(1) for draw in islice(draws, DRAWS_AT_ONCE)]
-    return rows_within(y.flatten(1), truth["y"].flatten(1), own, subject.dtype)
+    # x[:0] fits no output, so that no gradients are computed.
+    truth, draws = reference_runs(subject, path, x, x[:0], look=partial(_masked_outputs, masks))
+    own = list(islice(draws, DRAWS_AT_ONCE))
+
+    def rows(named: Mapping[str, Tensor], name: str) -> Tensor:
+        return named[name].flatten(1)
+
+    return [
+        rows_within(y.flatten(1), rows(truth, name), [rows(draw, name) for draw in own], subject.dtype)
+        for y in ys
+        for name in truth
+    ]
+
+
+def _masked_outputs(
+    masks: Sequence[float], layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor
+) -> dict[str, Tensor]:
+    """Return the outputs of the reference's layer in training mode, one for each mask in place of dropout."""
+    return {f"y {number}": _masked(mask, layer, tensors, x, dy)["y"] for number, mask in enumerate(masks)}
 
 
 def _whole_tokens(subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: Tensor, p: float) -> int:
     """Return how many tokens training mode retains or drops as a whole. Each token has many features."""
     y = observe(layer, {}, x, dy, training=True)["y"]
-    retained, dropped = (_rows_as(subject, path, y, x, dy, mask) for mask in (1 / (1 - p), 0.0))
+    retained, dropped = _rows_as(subject, path, [y], x, (1 / (1 - p), 0.0))
     return int((retained | dropped).sum())
 
 
@@ -153,7 +169,7 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterato
     x, dy = inputs(subject.original_base(path), tokens, dtype, generator, images=tokens)
     only, _ = _single(x, torch.zeros(len(x), dtype=torch.long))
     ys = [observe(layer, {}, only, dy, training=True)["y"] for _ in range(2)]
-    retained = [_rows_as(subject, path, y, only, dy, 1 / (1 - p)) for y in ys]
+    retained = _rows_as(subject, path, ys, only, (1 / (1 - p),))
     if bool(retained[0].all()) or not bool(retained[0].any()):
         yield f"a feature is retained or dropped in all of {tokens} tokens"
     elif bool((retained[0] == retained[1]).all()):
@@ -176,10 +192,8 @@ def _share(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterator[
     dtype, generator = DTYPES[subject.dtype], torch.Generator().manual_seed(0)
     x, dy = inputs(subject.original_base(path), 1, dtype, generator)
     one, _ = _single(x, torch.zeros(1, dtype=torch.long))
-    retained, dropped = (
-        reference_runs(subject, path, one, dy[:0], look=partial(_masked, mask))[0]["y"].double()
-        for mask in (1 / (1 - p), 0.0)
-    )
+    look = partial(_masked_outputs, (1 / (1 - p), 0.0))
+    retained, dropped = (y.double() for y in reference_runs(subject, path, one, dy[:0], look=look)[0].values())
     if torch.equal(retained, dropped):
         return
     ys = observe(layer, {}, one.expand(MANY, -1).contiguous(), dy[:0], training=True)["y"].double()
@@ -210,7 +224,7 @@ def _masked(
     The layer multiplies by `mask` instead of dropping features.
     """
     for name, child in list(layer.named_modules()):
-        if isinstance(child, nn.Dropout):
+        if isinstance(child, nn.Dropout | _Times):
             parent, _, last = name.rpartition(".")
             setattr(layer.get_submodule(parent), last, _Times(mask))
     return observe(layer, tensors, x, dy, training=True)

@@ -8,6 +8,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,6 +37,10 @@ _MANY_STEPS, _SMALL = 270, 5_000
 """Number of steps if no tensor has more elements than `_SMALL`. Only the first and the last steps are compared."""
 Signs = tuple[float, ...]
 """Sign (1 or -1) of each singular vector. The vectors of P come first, then those of Q."""
+
+
+_Bases = dict[tuple[Any, ...], Projector]
+"""(name of a tensor, number of a step, dtype, what the old subspace depends on) -> singular vectors of the gradient."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ def _judge_optimizer(
     judgements = []
     for as_printed in (False,) if bits is None else (False, True):
         truth, rounded = (
-            _steps_of_reference(fresh, tensors, steps, dtype, {}, bits or 32, as_printed)
+            _steps_of_reference(fresh, tensors, steps, dtype, {}, {}, bits or 32, as_printed)
             for dtype in ("float64", fresh.dtype)
         )
         judgements.append(noise_floor(mine, truth, rounded, fresh.dtype, case.factor("optimizer")))
@@ -153,7 +158,9 @@ def _groups_after_a_move(fresh: Subject) -> int:
 def _step(number: int, tensors: dict[str, Tensor], case: Case, layer: int) -> _Step:
     """Return step `number` of `check_optimizer` for the tensors of a layer."""
     with_gradient = {_WITHOUT_GRADIENT: [], _ONE_GRADIENT: list(tensors)[:1]}.get(number, list(tensors))
-    gradients = {n: _gradient(tensors[n], case.generator(salt=1000 * layer + number), 0.5) for n in with_gradient}
+    gradients = {
+        n: _gradient(tensors[n], case.generator(salt=1000 * layer + number).initial_seed(), 0.5) for n in with_gradient
+    }
     share = 0.5 if number >= _CHANGED else 1.0
     return _Step(gradients, _LR * share * (number != _STANDING), _DECAY * share * (number != _WITHOUT_DECAY))
 
@@ -168,26 +175,31 @@ def _of_layers(fresh: Subject, case: Case, steps: int) -> Iterator[Judgement]:
     for index, path in enumerate(fresh.adapted.layers):
         tensors = fresh.tensors_of(path)
         gradients = [
-            _Step({name: _gradient(t, case.generator(salt=50 * index + step), decay) for name, t in tensors.items()})
-            for step in range(steps)
+            _Step({name: _gradient(t, seed, decay) for name, t in tensors.items()})
+            for seed in (case.generator(salt=50 * index + step).initial_seed() for step in range(steps))
         ]
         mine, _ = _steps_of_subject(fresh, tensors, gradients)
         best = min(_judgements(fresh, case, tensors, gradients, mine), key=lambda j: (not j.passed, j.ratio))
         yield prefix_tensor(f"{path}, update_gap {fresh.config.update_gap}", best)
 
 
-def _gradient(weight: Tensor, generator: torch.Generator, decay: float) -> Tensor:
+def _gradient(weight: Tensor, seed: int, decay: float) -> Tensor:
     """Draw a gradient in float64.
 
     If the gradient is a matrix, each of its singular values is `decay` times the previous one. So the subspaces are
     unique.
     """
-    drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    return _drawn(tuple(weight.shape), seed, decay).to(weight.device, copy=True)
+
+
+@lru_cache(maxsize=64)  # the histories of a case begin with the same gradients
+def _drawn(shape: tuple[int, ...], seed: int, decay: float) -> Tensor:
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     if drawn.dim() != 2:
-        return drawn.to(weight.device)
+        return drawn
     U, S, Vt = torch.linalg.svd(drawn, full_matrices=False)
     graded: Tensor = (U * decay ** torch.arange(len(S))) @ Vt
-    return graded.to(weight.device)
+    return graded
 
 
 def _steps_of_subject(
@@ -263,9 +275,12 @@ def _judgements(
     rank = min(fresh.config.rank, *next(t for t in tensors.values() if t.dim() == 2).shape)
     first, second = range(fresh.config.update_gap, len(steps), fresh.config.update_gap)
     columns = 2 * rank if fresh.config.side == "full" else rank
+    bases: _Bases = {}
     for signs in itertools.product((1.0, -1.0), repeat=2 * columns):
         chosen = {first: signs[:columns], second: signs[columns:]}
-        truth, rounded = (_steps_of_reference(fresh, tensors, steps, d, chosen) for d in ("float64", fresh.dtype))
+        truth, rounded = (
+            _steps_of_reference(fresh, tensors, steps, dtype, chosen, bases) for dtype in ("float64", fresh.dtype)
+        )
         judgement = noise_floor(mine, truth, rounded, fresh.dtype, case.factor("refresh"))
         yield judgement
         if judgement.passed:
@@ -278,13 +293,15 @@ def _steps_of_reference(
     steps: Sequence[_Step],
     dtype: str,
     signs: dict[int, Signs],
+    bases: _Bases,
     bits: int = 32,
     as_printed: bool = False,
 ) -> dict[str, Tensor]:
     """Return the tensors after each step of the reference, by the same names as `_steps_of_subject`.
 
-    signs: maps the steps with a new subspace to the signs of its vectors; by default those of an exact SVD. as_printed:
-    add eps to sqrt(V / (1 - beta2^t)), as algorithm 2 prints it.
+    signs: maps the steps with a new subspace to the signs of its vectors; by default those of an exact SVD. bases:
+    singular vectors that an earlier call with the same steps has computed; this call adds its own. as_printed: add eps
+    to sqrt(V / (1 - beta2^t)), as algorithm 2 prints it.
     """
     config, seen = fresh.config, {}
     adam: dict[str, Any] = {"beta1": config.beta1, "beta2": config.beta2, "bits": bits}
@@ -302,9 +319,14 @@ def _steps_of_reference(
             G = step.gradients[name].to(DTYPES[fresh.dtype]).to(DTYPES[dtype])
             basis = None
             if low["rank"] and number % config.update_gap == 0:
-                old = Projector(state.get("P"), state.get("Q"))
-                how = (config.rank, config.side, config.niter, old)
-                basis = _turned(projector(G, *how), projector(G.double(), *how), signs.get(number, ()))
+                how = config.rank, config.side, config.niter, Projector(state.get("P"), state.get("Q"))
+                # Only a randomised SVD starts from the old subspace, whose signs earlier steps have chosen.
+                before = (dtype, *(some for step, some in signs.items() if step < number)) if config.niter else ()
+                own, exact = ((name, number, one, before) for one in (dtype, "float64"))
+                for key, g in ((own, G), (exact, G.double())):
+                    if key not in bases:
+                        bases[key] = projector(g, *how)
+                basis = _turned(bases[own], bases[exact], signs.get(number, ()))
             corrected = (1 - config.beta2 ** (state.get("step", 0) + 1)) ** 0.5 if as_printed else 1.0
             how_to = {**low, **adam, "eps": config.eps * corrected}
             galore_step(W, G, state, lr=step.lr, weight_decay=step.decay, given=basis, **how_to)

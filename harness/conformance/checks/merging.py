@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from itertools import islice
+from collections.abc import Iterable, Mapping
+from itertools import chain, islice
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from harness.conformance.checks import CellStage, States, check
 from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import HALF, inputs
-from harness.conformance.comparison.layer_comparison import runs_of
+from harness.conformance.comparison.layer_comparison import Draws, runs_of
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, unchanged, worst_of
 from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load, warm
@@ -127,23 +127,25 @@ def check_unmerge(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "unmerge", unchanged(whole_model.tensors(fresh.model), before))
 
 
-def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Tensor], list[dict[str, Tensor]]]]:
+def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Tensor], Iterable[dict[str, Tensor]]]]:
     """Return what a layer should output, first with its adapter, then with HALF times its adapter.
 
-    Each of the two items is a pair: the output of the float64 reference, and a list of outputs that correct programs
-    with other rounding errors might give. The check calls this function for one layer at a time, because all reference
-    layers of a large model would not fit into memory.
+    Each of the two items is a pair: the output of the float64 reference, and outputs that correct programs with other
+    rounding errors might give. For a large model, they are computed at once, and the check calls this function for one
+    layer at a time, because all reference layers would not fit into memory.
     """
     whole = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
     half = copy.deepcopy(whole)
     for reference in half:
         for name in subject.added().keys() & {f"{path}.{name}" for name in reference.tensors}:
             reference.tensors[name.removeprefix(f"{path}.")].mul_(HALF)
-    found = []
+    found: list[tuple[dict[str, Tensor], Iterable[dict[str, Tensor]]]] = []
+    x = x.clone()  # the subject may write to the one that it gets
     for wide, own in (whole, half):
         first = _merged(own, x)
         truth, draws = runs_of(wide, own, subject.dtype, x, x.new_zeros(()), look=_output)
-        found.append((truth, [first, *islice(draws, DRAWS_AT_ONCE)]))
+        made = Draws(chain([first], islice(draws, DRAWS_AT_ONCE)))
+        found.append((truth, made if subject.reference_cache is not None else list(made)))
     return found
 
 
@@ -244,6 +246,7 @@ def _merged(reference: ReferenceLayer, x: Tensor) -> dict[str, Tensor]:
     return {"y": merged.adapted.model.get_submodule("layer").eval()(x)}
 
 
+@torch.no_grad()  # also when a draw is made later
 def _output(layer: nn.Module, _: Mapping[str, Tensor], x: Tensor, __: Tensor) -> dict[str, Tensor]:
     return {"y": layer.eval()(x)}
 

@@ -9,6 +9,7 @@ from harness.conformance.case import Case
 from harness.conformance.checks import check
 from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.check_results import judged, listed, skipped
+from harness.conformance.comparison.distances import place
 from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, exact, rounded_once, worst_of
 from harness.conformance.operation import OperationSubject, cloned
 from harness.conformance.poisoned_memory import poisoned_memory
@@ -30,7 +31,8 @@ def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
     """Every code that the Operation returns is that of the nearest value, unless rounding decides between two."""
     if subject.operation.codes is None:
         return skipped(subject, case, "output_codes", "this Operation returns no codes, or `outputs` judges them")
-    return judged(subject, case, "output_codes", *subject.operation.codes(subject.call(), subject.arguments))
+    found = operation_call.judge_codes(subject, subject.operation.codes, subject.call(), case)
+    return judged(subject, case, "output_codes", *found)
 
 
 @check()
@@ -45,8 +47,7 @@ def check_rounded_once(subject: OperationSubject, case: Case) -> CheckResult:
     seen = subject.call()
     if not operation_call.judge(subject, seen, case)[0].passed:
         return skipped(subject, case, "rounded_once", "the check `outputs` reports a larger error")
-    exactly = cloned(subject.arguments, {DTYPES[subject.dtype]: torch.float64})
-    truth = subject.operation.named(subject.operation.reference(**exactly))
+    truth = operation_call.reference_outputs(subject, torch.float64)
     mine = {name: tensor for name, tensor in seen.items() if name in names}
     return judged(subject, case, "rounded_once", rounded_once(mine, truth))
 
@@ -123,8 +124,7 @@ def check_nonfinite(subject: OperationSubject, case: Case) -> CheckResult:
         if not tensor.is_floating_point() or not tensor.numel() or not tensor.dim():
             continue
         given = cloned(subject.arguments)
-        middle = torch.unravel_index(torch.tensor(tensor.numel() // 2), tensor.shape)
-        operation_call.flatten(given)[name][middle] = torch.nan
+        operation_call.flatten(given)[name][place(tensor.numel() // 2, tensor.shape)] = torch.nan
         want = subject.operation.named(subject.operation.reference(**cloned(given)))
         mine = subject.operation.named(subject.function(**given))
         for output, expected in want.items():

@@ -20,7 +20,7 @@ from harness.conformance.comparison.tolerance_policies import (
     with_error_of_float64,
     worst_of,
 )
-from harness.conformance.operation import Arguments, OperationSubject, cloned, mapped
+from harness.conformance.operation import Arguments, Judge, OperationSubject, cloned, mapped
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import LAYER_DRAWS
 
@@ -40,12 +40,25 @@ def judge(
     rule. If the Operation has no rule, they must be within the noise floor of the reference. given: the subject's
     arguments in another memory layout, if the call got these. The reference's sums then have another order, too.
     """
-    own = _reference(subject, subject.arguments)
+    if given is not None:
+        return _judge(subject, mine, case, given)
+    return subject.known.judgement("outputs", case, mine, lambda: _judge(subject, mine, case, None))
+
+
+def judge_codes(subject: OperationSubject, codes: Judge, mine: dict[str, Tensor], case: Case) -> tuple[Judgement, str]:
+    """Judge the codes in the outputs `mine` of a call by the Operation's rule `codes`."""
+    return subject.known.judgement("codes", case, mine, lambda: codes(mine, subject.arguments))
+
+
+def _judge(
+    subject: OperationSubject, mine: dict[str, Tensor], case: Case, given: Arguments | None
+) -> tuple[Judgement, str]:
+    own = reference_outputs(subject, DTYPES[subject.dtype])
     if (odd := ill_formed(mine, own)) is not None:
         return odd, ""
     if subject.operation.judge is not None:
         return subject.operation.judge(mine, subject.arguments)
-    truth = _reference(subject, cloned(subject.arguments, {DTYPES[subject.dtype]: torch.float64}))
+    truth = reference_outputs(subject, torch.float64)
 
     def draws() -> Iterator[dict[str, Tensor]]:
         yield own
@@ -77,7 +90,7 @@ def judgements(
     """Judge the outputs `mine` by each rule of the Operation. Yield each judgement with its detail. given: see `judge`."""
     yield judge(subject, mine, case, given)
     if subject.operation.codes is not None:
-        yield subject.operation.codes(mine, subject.arguments)
+        yield judge_codes(subject, subject.operation.codes, mine, case)
 
 
 def judge_form(
@@ -190,6 +203,20 @@ def gradients(
     return backward(*forward(subject, function, dtype, of, leaves=leaves), case, **how)
 
 
+def reference_outputs(subject: OperationSubject, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the outputs of the reference for the arguments, cast to `dtype`. They are computed once."""
+    arguments = subject.arguments
+    return subject.known.once(
+        ("outputs", dtype), lambda: _reference(subject, cloned(arguments, {DTYPES[subject.dtype]: dtype}))
+    )
+
+
+def reference_gradients(subject: OperationSubject, dtype: torch.dtype, case: Case) -> dict[str, Tensor]:
+    """Return what `gradients` returns for the reference, for all differentiable arguments. It is computed once."""
+    reference = subject.operation.reference
+    return subject.known.once(("gradients", dtype, case.seed), lambda: gradients(subject, reference, dtype, case))
+
+
 def judge_gradients(
     subject: OperationSubject, case: Case, factor: float, of: Collection[str] | None = None, **how: Any
 ) -> Judgement:
@@ -199,8 +226,11 @@ def judge_gradients(
         return gradients(one, function, dtype, case, of, **how)
 
     reference, own = subject.operation.reference, DTYPES[subject.dtype]
-    mine, truth = computed(subject, subject.function, own), computed(subject, reference, torch.float64)
-    rounded = computed(subject, reference, own)
+    mine = computed(subject, subject.function, own)
+    if of is None and not how:
+        truth, rounded = (reference_gradients(subject, dtype, case) for dtype in (torch.float64, own))
+    else:
+        truth, rounded = (computed(subject, reference, dtype) for dtype in (torch.float64, own))
 
     def draws() -> Iterator[dict[str, Tensor]]:
         yield rounded

@@ -5,7 +5,6 @@ The numbers in these rules are in `tolerance_constants`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -13,6 +12,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from harness.conformance.comparison.distances import Distance, Distances, describe_worst_element
 from harness.conformance.tolerance_constants import (
     BIAS_SIGMAS,
     CARRIED_FACTOR,
@@ -85,24 +85,27 @@ def noise_floor(
     policy = f"noise-floor: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
         return Judgement(False, None, None, odd[0], "present on one side only", policy, 0)
-    return _by_draws(rounded, truth, policy, lambda drawn: _within_noise(subject, truth, drawn, dtype, factor, policy))
+    distances = Distances(subject, truth)
+    return _by_draws(
+        rounded, distances, policy, lambda drawn: _within_noise(subject, distances, drawn, dtype, factor, policy)
+    )
 
 
 def _by_draws(
     rounded: Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]],
-    truth: Mapping[str, Tensor],
+    distances: Distances,
     policy: str,
-    judge: Callable[[Sequence[Mapping[str, _Error]]], Judgement],
+    judge: Callable[[Sequence[Mapping[str, Distance]]], Judgement],
 ) -> Judgement:
     """Judge by the errors of more and more draws, and return the first judgement that passes.
 
     A draw is a result that a correct program with other rounding errors might give. Each judgement uses all draws so
     far. If none passes, return the last. No further draws are made if they could hardly explain the error.
     """
-    drawn: list[dict[str, _Error]] = []
+    drawn: list[dict[str, Distance]] = []
     verdict = worst_of([], policy)
     for draw in [rounded] if isinstance(rounded, Mapping) else rounded:
-        drawn.append({name: _Error.of(draw[name], expected) for name, expected in truth.items()})
+        drawn.append({name: distances.of(name, draw[name]) for name in distances.truth})
         verdict = judge(drawn)
         if verdict.passed or (len(drawn) > PERTURBED_DRAWS and verdict.ratio > HOPELESS):
             break
@@ -111,13 +114,13 @@ def _by_draws(
 
 def _within_noise(
     subject: Mapping[str, Tensor],
-    truth: Mapping[str, Tensor],
-    drawn: Sequence[Mapping[str, _Error]],
+    distances: Distances,
+    drawn: Sequence[Mapping[str, Distance]],
     dtype: str,
     factor: float,
     policy: str,
 ) -> Judgement:
-    floor = NOISE_FLOOR_EPS[dtype]
+    floor, truth = NOISE_FLOOR_EPS[dtype], distances.truth
     judged, lost = [], []
     for name, expected in truth.items():
         errors, eps = [errors_of[name] for errors_of in drawn], EPSILON[dtype]
@@ -130,7 +133,7 @@ def _within_noise(
         if undecided:
             lost.append(name)
             continue
-        have, wide = _Error.of(subject[name], expected), _factor(factor, expected)
+        have, wide = distances.of_subject(name), _factor(factor, expected)
         bias = wide * own.share + BIAS_SIGMAS * (own.norm + eps) / max(1, expected.numel()) ** 0.25
         for error, allowed, measure in (
             (have.norm, min(wide * own.norm + floor * eps, CEILING), ""),
@@ -161,19 +164,21 @@ def carried_noise(
     policy = f"carried-noise: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
         return Judgement(False, None, None, odd[0], "present on one side only", policy, 0)
+    distances = Distances(subject, truth)
     return _by_draws(
-        rounded, truth, policy, lambda drawn: _within_carried(subject, truth, drawn, dtype, factor, policy)
+        rounded, distances, policy, lambda drawn: _within_carried(subject, distances, drawn, dtype, factor, policy)
     )
 
 
 def _within_carried(
     subject: Mapping[str, Tensor],
-    truth: Mapping[str, Tensor],
-    drawn: Sequence[Mapping[str, _Error]],
+    distances: Distances,
+    drawn: Sequence[Mapping[str, Distance]],
     dtype: str,
     factor: float,
     policy: str,
 ) -> Judgement:
+    truth = distances.truth
     own = {name: _largest([errors[name] for errors in drawn]) for name in truth}
     # As in `noise_floor`, the first draw alone decides this. A tensor is lost also where the reference overflows.
     lost = [name for name, one in drawn[0].items() if not factor * one.norm <= CEILING]
@@ -186,7 +191,7 @@ def _within_carried(
             continue
         if name in lost:
             continue
-        have, floor = _Error.of(subject[name], expected), NOISE_FLOOR_EPS[dtype] * EPSILON[dtype]
+        have, floor = distances.of_subject(name), NOISE_FLOOR_EPS[dtype] * EPSILON[dtype]
         wide = _factor(factor, expected)
         for error, allowed, measure in (
             (have.norm, wide * max(own[name].norm, usual[0]) + floor, ""),
@@ -216,7 +221,7 @@ def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judg
             judged.append(Judgement(True, 0.0, 0.0, name, "", "exact", 0))
             continue
         refused = _incomparable(name, have, want, "exact")
-        judged.append(refused or Judgement(False, _Error.of(have, want).norm, 0.0, name, "", "exact", 0))
+        judged.append(refused or Judgement(False, Distance.of(have, want).norm, 0.0, name, "", "exact", 0))
     return _with_worst_element(worst_of(judged, "exact"), subject, expected)
 
 
@@ -283,7 +288,7 @@ def with_error_of_float64(narrow: Mapping[str, Tensor], truth: Mapping[str, Tens
     scale = EPSILON["float64"] / EPSILON["float32"]
     return {
         name: wide + scale * (narrow[name].double() - wide)
-        if _Error.of(narrow[name], wide).norm < PROPORTIONAL
+        if Distance.of(narrow[name], wide).norm < PROPORTIONAL
         else wide
         for name, wide in truth.items()
     }
@@ -319,35 +324,8 @@ def _factor(factor: float, tensor: Tensor) -> float:
     return factor * (1 + FEW_NUMBERS / max(1, tensor.numel()))
 
 
-def _largest(errors: Sequence[_Error]) -> _Error:
-    return _Error(*(max(getattr(e, m) for e in errors) for m in ("norm", "largest", "share")))
-
-
-@dataclass(frozen=True)
-class _Error:
-    """Distance of a tensor from the truth, relative to the truth's norm."""
-
-    norm: float
-    """Norm of the difference."""
-    largest: float
-    """Largest element of the difference, times the square root of the number of elements."""
-    share: float
-    """Length of the projection of the difference on the truth."""
-
-    @classmethod
-    def of(cls, value: Tensor, truth: Tensor) -> _Error:
-        want = truth.detach().double()
-        if not want.numel():
-            return cls(0.0, 0.0, 0.0)
-        top = float(want.abs().max())
-        unit = top if 0 < top < math.inf else 1.0  # squares of numbers below 1e-154 are 0
-        difference, want = (value.detach().double() - want) / unit, want / unit
-        scale = float(torch.linalg.vector_norm(want)) or 1.0
-        return cls(
-            norm=float(torch.linalg.vector_norm(difference)) / scale,
-            largest=float(difference.abs().max()) * want.numel() ** 0.5 / scale,
-            share=abs(float((difference * want).sum())) / scale**2,
-        )
+def _largest(errors: Sequence[Distance]) -> Distance:
+    return Distance(*(max(getattr(e, m) for e in errors) for m in ("norm", "largest", "share")))
 
 
 def _incomparable(name: str, value: Tensor, truth: Tensor, policy: str, undecided: bool = False) -> Judgement | None:
@@ -361,7 +339,7 @@ def _incomparable(name: str, value: Tensor, truth: Tensor, policy: str, undecide
         return Judgement(False, None, None, name, shapes, policy, 0)
     nonfinite = int((~torch.isfinite(value)).sum())
     if nonfinite and not undecided:
-        return Judgement(False, None, None, name, _describe_worst_element(value, truth), policy, nonfinite)
+        return Judgement(False, None, None, name, describe_worst_element(value, truth), policy, nonfinite)
     return None
 
 
@@ -372,16 +350,4 @@ def _with_worst_element(judgement: Judgement, subject: Mapping[str, Tensor], tru
     """
     if judgement.worst or judgement.tensor not in truth:
         return judgement
-    return replace(judgement, worst=_describe_worst_element(subject[judgement.tensor], truth[judgement.tensor]))
-
-
-def _describe_worst_element(value: Tensor, truth: Tensor) -> str:
-    """Return text about the element with the largest difference.
-
-    It gives the element's index, its value and the expected value.
-    """
-    difference = (value.detach().double() - truth.detach().double()).abs().nan_to_num(nan=torch.inf)
-    if not difference.numel():
-        return ""
-    where = tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape))
-    return f"{list(where)}: {float(value.detach()[where]):.9g}, should be {float(truth.detach()[where]):.9g}"
+    return replace(judgement, worst=describe_worst_element(subject[judgement.tensor], truth[judgement.tensor]))

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from harness.conformance import module_copy
 from harness.conformance.comparison.stacked_experts import one_by_one
 from harness.conformance.subject import DTYPES, Subject, attach_reference
+from harness.methods import module_copy
 from reference.shared.layers import replace
 
 

@@ -20,7 +20,6 @@ from harness.conformance.comparison.magnitudes import vary
 from harness.conformance.drawing import sample
 from harness.conformance.execution.parity_model import ParityModel, whole
 from harness.conformance.findings.outcomes import CheckOutcome, DeviceLostError, Execution
-from harness.conformance.module_copy import copied
 from harness.conformance.operation import Arguments, OperationSubject, moved
 from harness.conformance.parity_suite import (
     AnyCase,
@@ -45,6 +44,7 @@ from harness.conformance.subject import (
     warm,
 )
 from harness.errors import Unsupported
+from harness.methods.module_copy import copied
 from harness.methods.registry import Implementation
 from harness.records.check import CheckId, CheckResult, Outcome
 

@@ -30,9 +30,17 @@ from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.errors import HarnessError
 from harness.methods.registry import Implementation, Registry
 from harness.process.worker_pool import WorkerPool
+from harness.records import environment
 
 PATIENCE = 120.0
 """Seconds without a result after which an implementation counts as hanging. A check takes milliseconds."""
+_SHARED = (
+    "torch._dynamo",  # the first optimizer imports it
+    "transformers.pytorch_utils",
+    "harness.conformance.execution.suite_run",
+    "harness.conformance.execution.worker",
+)
+"""Modules that nearly every worker imports."""
 
 
 @dataclass
@@ -148,10 +156,10 @@ def run(
     progress: called with a line of text when a target begins and when it ends. patience: see PATIENCE. python:
     interpreter of the processes, by default this one.
     """
-    workers = _Run(WorkerPool(python), progress, patience)
     findings = [CheckFindings(left=list(task.targets)) for task in tasks]
     interrupted = False
-    with ThreadPoolExecutor(max_workers=max(1, jobs)) as threads:
+    with WorkerPool(python, _imports(tasks)) as pool, ThreadPoolExecutor(max_workers=max(1, jobs)) as threads:
+        workers = _Run(pool, progress, patience)
         try:
             for future in [threads.submit(workers.task, task, one) for task, one in zip(tasks, findings, strict=True)]:
                 future.result()
@@ -162,6 +170,16 @@ def run(
                 workers.pool.stop()
             threads.shutdown(cancel_futures=interrupted)
     return findings, interrupted
+
+
+def _imports(tasks: Sequence[WorkerTask]) -> Sequence[str]:
+    """Return the modules that a process imports once for the workers of several tasks; none if that would not help.
+
+    Not the libraries under test: a worker imports these itself, so that what their import changes is a finding.
+    """
+    # If there is a GPU, a library may use it during its import, and no fork could use it afterwards.
+    forks = len(tasks) > 1 and all(task.device == "cpu" for task in tasks) and not environment.gpus()
+    return _SHARED if forks else ()
 
 
 def _summary(target: Target, tried: Sequence[CheckOutcome], seconds: float) -> str:

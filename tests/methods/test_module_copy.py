@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from harness.conformance.module_copy import copied
+from harness.methods.module_copy import copied
 
 
 class Tied(nn.Module):

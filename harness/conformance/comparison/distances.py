@@ -1,0 +1,103 @@
+"""Distances of a tensor from the float64 truth, and the element that is farthest away."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Distance of a tensor from the truth, relative to the truth's norm."""
+
+    norm: float
+    """Norm of the difference."""
+    largest: float
+    """Largest element of the difference, times the square root of the number of elements."""
+    share: float
+    """Length of the projection of the difference on the truth."""
+
+    @classmethod
+    def of(cls, value: Tensor, truth: Tensor) -> Distance:
+        """Return the distance of `value` from `truth`."""
+        return _Scaled.of(truth).distance_of(value)
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """A truth, and what every distance from it needs."""
+
+    truth: Tensor
+    """The truth in float64."""
+    unit: float
+    """Its largest element: squares of numbers below 1e-154 are 0. 1 if it is 0 or infinite."""
+    units: Tensor
+    """The truth in this unit."""
+    scale: float
+    """Norm of `units`, or 1 if that is 0."""
+
+    @classmethod
+    def of(cls, truth: Tensor) -> _Scaled:
+        want = truth.detach().double()
+        top = float(want.abs().max()) if want.numel() else 0.0
+        unit = top if 0 < top < math.inf else 1.0
+        units = want / unit
+        return cls(want, unit, units, float(torch.linalg.vector_norm(units)) or 1.0)
+
+    def distance_of(self, value: Tensor) -> Distance:
+        if not self.truth.numel():
+            return Distance(0.0, 0.0, 0.0)
+        difference = (value.detach().double() - self.truth) / self.unit
+        return Distance(
+            norm=float(torch.linalg.vector_norm(difference)) / self.scale,
+            largest=float(difference.abs().max()) * self.truth.numel() ** 0.5 / self.scale,
+            share=abs(float((difference * self.units).sum())) / self.scale**2,
+        )
+
+
+class Distances:
+    """Distances of a subject and of draws from the truths of one judgement."""
+
+    def __init__(self, subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> None:
+        self.truth = truth
+        self._subject, self._scaled, self._own = subject, dict[str, _Scaled](), dict[str, Distance]()
+
+    def of(self, name: str, value: Tensor) -> Distance:
+        """Return the distance of `value` from the truth of this name."""
+        if name not in self._scaled:
+            self._scaled[name] = _Scaled.of(self.truth[name])
+        return self._scaled[name].distance_of(value)
+
+    def of_subject(self, name: str) -> Distance:
+        """Return the distance of the subject's tensor. It is computed once, although every further draw asks for it."""
+        if name not in self._own:
+            self._own[name] = self.of(name, self._subject[name])
+        return self._own[name]
+
+
+def describe_worst_element(value: Tensor, truth: Tensor) -> str:
+    """Return text about the element with the largest difference.
+
+    It gives the element's index, its value and the expected value.
+    """
+    difference = (value.detach().double() - truth.detach().double()).abs().nan_to_num(nan=torch.inf)
+    if not difference.numel():
+        return ""
+    where = place(int(difference.argmax()), difference.shape)
+    return f"{list(where)}: {float(value.detach()[where]):.9g}, should be {float(truth.detach()[where]):.9g}"
+
+
+def place(index: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return where the element `index` of a flattened tensor is in the tensor of this shape.
+
+    `torch.unravel_index` does the same, but its first call imports sympy and torch's compiler, which takes seconds.
+    """
+    found: list[int] = []
+    for size in reversed(shape):
+        index, within = divmod(index, size)
+        found.insert(0, within)
+    return tuple(found)
