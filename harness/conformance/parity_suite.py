@@ -169,10 +169,7 @@ class MethodCase:
     suite's last state, where the check sees most.
     """
     typical: bool = False
-    """True for one example of the suite, in the main dtype, with few settings and without dropout.
-
-    It stands for the others in checks that take long.
-    """
+    """True for one example with few settings, which stands for the others in checks that take long."""
 
     def __str__(self) -> str:
         kind = "" if self.kind == "linear" else self.kind
