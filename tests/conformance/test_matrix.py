@@ -19,6 +19,7 @@ from harness.conformance.execution import suite_run
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.conformance.subject import DTYPES, warm
 from harness.methods.registry import Implementation, discover, implements
+from harness.methods.spec import methods
 from harness.records.record import Outcome
 from reference import lora as reference_lora
 
@@ -81,6 +82,24 @@ def test_the_baselines_conform(target: str, wide: bool) -> None:
     assert failed(tried) == set()
     expected = {name for name in parity_suite.load(target).checks if wide or tried_by_default(name)}
     assert {t.check for t in tried if t.status is CheckStatus.PASS} == expected
+
+
+OF_LORA = set(parity_suite.load("lora").checks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [one for one in methods() if not set(parity_suite.load(one).checks) <= OF_LORA])
+def test_the_checks_that_lora_does_not_have_pass_the_reference(target: str) -> None:
+    own = [name for name in parity_suite.load(target).checks if name not in OF_LORA]
+    plan = parity_suite.load(target).model_copy(update={"checks": own})
+    passed: set[str] = set()
+    for case in plan.cases(FEW, ["float32"]):  # an option such as rank dropout is in some of the cases
+        tried = list(suite_run.run_case(method("reference", target), plan, case))
+        assert failed(tried) == set()
+        passed |= {t.check for t in tried if t.status is CheckStatus.PASS}
+        if passed == set(own):
+            break
+    assert passed == {name for name in own if tried_by_default(name)}
 
 
 @pytest.mark.parametrize("dtypes", [["float32", "float16"], ["bfloat16"]])
