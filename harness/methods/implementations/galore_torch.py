@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -101,14 +102,23 @@ def galore_step_8bit(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple
     return p.detach(), state["state1"].to(M.dtype), state["state2"].to(V.dtype)
 
 
-def _without_cuda() -> Any:
-    """Return a context in which `torch.cuda.synchronize` does nothing if there is no CUDA.
+_patching = threading.Lock()
 
-    GaLoreAdamW8bit calls this function, which would otherwise raise an error.
+
+@contextmanager
+def _without_cuda() -> Iterator[None]:
+    """Let `torch.cuda.synchronize` do nothing inside the `with` block if there is no CUDA.
+
+    GaLoreAdamW8bit calls this function, which would otherwise raise an error. Only one thread is in a block at a time,
+    because the end of a block restores the function for all threads.
     """
     import torch
 
-    return nullcontext() if torch.cuda.is_available() else patch("torch.cuda.synchronize")
+    if torch.cuda.is_available():
+        yield
+    else:
+        with _patching, patch("torch.cuda.synchronize"):
+            yield
 
 
 def _in_8_bits(groups: list[dict[str, Any]], **options: Any) -> Any:
