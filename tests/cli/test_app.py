@@ -193,7 +193,7 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
         ("nf4-dq", "double quantisation"),
         ("rank", "lora: a whole number, default 8"),
         ("rank", "inner width"),
-        ("lora", "first.B: float32 [96, 16], all 0 at the start"),
+        ("lora", "first.B: float32 [96, 3], all 0 at the start"),
         ("adalora", "after_step: Update the averages"),
         ("multi_lora_linear", "As: a list of 3: float32 [64, 1000]; "),
         ("nf4_quantize", "packed: uint8 ["),
