@@ -146,9 +146,9 @@ class MethodSuite(FrozenModel):
             for number, kind in enumerate(self.layers[1:], start=1):
                 if every.step is not None and (number + shift) % every.step:
                     continue
-                suitable = [config for config in self.configs if _fits(config, kind)]
-                config = suitable[(number + shift) % len(suitable)]
-                yield MethodCase(config, kind, self.shapes[(number + shift) % len(self.shapes)], dtype)
+                if suitable := [config for config in self.configs if _fits(config, kind)]:
+                    config = suitable[(number + shift) % len(suitable)]
+                    yield MethodCase(config, kind, self.shapes[(number + shift) % len(self.shapes)], dtype)
 
 
 @dataclass(frozen=True)

@@ -303,7 +303,7 @@ class _Bent(torch.autograd.Function):
 
 @pytest.mark.slow
 def test_the_gradient_of_the_last_of_several_outputs_is_compared() -> None:
-    assert set(failing("lora_qkv", on_output("lora_qkv", 2, _Bent.apply))) == {"backward"}
+    assert set(failing("lora_qkv", on_output("lora_qkv", 2, _Bent.apply))) == {"backward", "calls"}
 
 
 @pytest.mark.slow
@@ -314,4 +314,4 @@ def test_a_backward_pass_that_overwrites_an_argument_is_found() -> None:
             x.register_hook(lambda dx: x.data.copy_(dx) * 0 + dx)
         return y
 
-    assert set(failing("lora_mlp", call)) == {"arguments"}
+    assert set(failing("lora_mlp", call)) == {"arguments", "calls"}
