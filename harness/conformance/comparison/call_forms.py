@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from threading import Barrier
 from typing import Any, Literal
 
 import torch
@@ -16,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from harness.conformance import process_settings
 from harness.conformance.comparison.observations import observe, preserved_state
+from harness.conformance.comparison.threads import at_once
 
 ROWS = 4
 REPEATS = 110
@@ -322,19 +321,15 @@ def _threaded(call: Call) -> dict[str, Tensor]:
     Each thread has its own input. Only outputs for `call.x` are returned. If none differs, return the output without
     threads.
     """
-    gate = Barrier(THREADS)
 
     def run(x: Tensor) -> list[Tensor]:
-        gate.wait()
         with torch.no_grad():
             return [call.layer(x).clone() for _ in range(8)]
 
     with preserved_state(call.layer, call.tensors, training=False):
         with torch.no_grad():
             alone = call.layer(call.x).clone()
-        others = [call.x, *(call.x.flip(0) for _ in range(THREADS - 1))]
-        with ThreadPoolExecutor(THREADS) as threads:
-            mine = next(iter(list(threads.map(run, others))))
+        mine, *_ = at_once(run, [call.x, *(call.x.flip(0) for _ in range(THREADS - 1))])
     return {"y": next((one for one in mine if not torch.equal(one, alone)), alone)}
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from enum import StrEnum
-from threading import Barrier
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from harness.conformance.comparison.call_forms import LONG_RUN, REPEATS, THREADS
 from harness.conformance.comparison.check_results import prefix_tensor
 from harness.conformance.comparison.inputs import HALF
 from harness.conformance.comparison.kept_memory import kept_alive
+from harness.conformance.comparison.threads import at_once
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, worst_of
 from harness.conformance.operation import OperationSubject, cloned, mapped
 from harness.conformance.subject import DTYPES
@@ -201,16 +200,12 @@ def _in_threads(subject: OperationSubject, alone: _Named) -> _Named:
 
     Only the outputs for the subject's own arguments are returned. If none differ, return `alone`.
     """
-    gate = Barrier(THREADS)
     others = [subject.arguments, *(subject.another() for _ in range(THREADS - 1))]
 
     def run(arguments: dict[str, Any]) -> list[_Named]:
-        given = [cloned(arguments) for _ in range(4)]
-        gate.wait()
-        return [_called(subject, one) for one in given]
+        return [_called(subject, cloned(arguments)) for _ in range(4)]
 
-    with ThreadPoolExecutor(THREADS) as threads:
-        mine = next(iter(list(threads.map(run, others))))
+    mine, *_ = at_once(run, others)
     return next((one for one in mine if not _same(one, alone)), alone)
 
 

@@ -1,0 +1,30 @@
+"""Call a function in several threads at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import TypeVar
+
+_Given = TypeVar("_Given")
+_Found = TypeVar("_Found")
+
+
+def at_once(call: Callable[[_Given], _Found], given: Sequence[_Given]) -> list[_Found]:
+    """Return `call(one)` for each one of `given`. Every call has a thread of its own, and all start at the same time.
+
+    Triton's interpreter replaces functions of Triton while a kernel runs, so two threads would disturb each other. If it
+    is on, the calls run one after another.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return [call(one) for one in given]
+    gate = Barrier(len(given))
+
+    def begin(one: _Given) -> _Found:
+        gate.wait()
+        return call(one)
+
+    with ThreadPoolExecutor(len(given)) as threads:
+        return list(threads.map(begin, given))
