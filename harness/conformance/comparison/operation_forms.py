@@ -201,11 +201,10 @@ def _in_threads(subject: OperationSubject, alone: _Named) -> _Named:
     Only the outputs for the subject's own arguments are returned. If none differ, return `alone`.
     """
     others = [subject.arguments, *(subject.another() for _ in range(THREADS - 1))]
-
-    def run(arguments: dict[str, Any]) -> list[_Named]:
-        return [_called(subject, cloned(arguments)) for _ in range(4)]
-
-    mine, *_ = at_once(run, others)
+    given = [
+        [cloned(arguments) for _ in range(4)] for arguments in others
+    ]  # before the threads start, so that they overlap
+    mine, *_ = at_once(lambda calls: [_called(subject, one) for one in calls], given)
     return next((one for one in mine if not _same(one, alone)), alone)
 
 
