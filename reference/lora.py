@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference.lora_experts import adapted_experts
+from reference.lora_experts import LoraExperts, expert_factors
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers, LowRankLayer
 from reference.shared.layers import KINDS, floating_dtype, kind_of, replace, sides, targets
 from reference.shared.lora_layers import LoraConv2d, LoraConv2dKernel, LoraEmbedding
@@ -186,7 +186,7 @@ def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLa
         return torch.zeros(outputs, **like) if config.lora_bias else None
 
     if kind == "experts":
-        return adapted_experts(base, R, s, config.init, p, generator)
+        return LoraExperts(base, expert_factors(base, R, config.init, p, generator), s)
     if kind == "embedding":
         return LoraEmbedding(base, *embedding_factors(base, R, generator), s)
     if kind == "Conv2d":

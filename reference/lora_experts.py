@@ -1,4 +1,4 @@
-"""LoRA on stacked experts: one update for each expert of a mixture-of-experts block. Not a Method; a part of `lora`.
+"""LoRA on stacked experts: one update for each expert of a mixture-of-experts block. A part of `lora` and `qlora`.
 
     W'_k = W_k + (alpha / r) B_k A_k          for every expert k            (LoRA, arXiv:2106.09685, eq. 3)
 
@@ -29,6 +29,7 @@ from torch.nn.functional import silu
 from reference.shared.adapted import AdaptedLayer
 from reference.shared.layers import floating_dtype, stacked_weights
 from reference.shared.lora_start import initial_factors
+from reference.shared.nf4_weight import Nf4Weight
 
 
 def unpacked(A: Tensor, B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -77,6 +78,7 @@ class LoraExperts(AdaptedLayer):
     def __init__(self, base: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], scaling: float) -> None:
         super().__init__()
         self.base, self.scaling = base, scaling
+        self.experts = len(next(iter(stacked_weights(base).values())))
         self.transposed = bool(getattr(base, "is_transposed", False))
         self.A = nn.ParameterDict([(name, nn.Parameter(A)) for name, (A, _) in factors.items()])
         self.B = nn.ParameterDict([(name, nn.Parameter(B)) for name, (_, B) in factors.items()])
@@ -86,14 +88,17 @@ class LoraExperts(AdaptedLayer):
         pairs = ((name, (self.A[name], self.B[name])) for name in self.A)
         return {f"{name}.{letter}": t for name, pair in pairs for letter, t in zip("AB", pair, strict=True)}
 
+    def weight(self, name: str) -> Tensor:
+        """Return the stacked parameter `name`, without the update."""
+        return self.base.get_parameter(name)
+
     def update(self, name: str) -> Tensor:
         """Return what the adapter adds to the stacked parameter `name`, in its shape."""
-        experts = len(self.base.get_parameter(name))
-        return stacked_update(self.A[name], self.B[name], experts, self.scaling, self.transposed)
+        return stacked_update(self.A[name], self.B[name], self.experts, self.scaling, self.transposed)
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """Return what `base` returns for these arguments, with the updated weights."""
-        weights = {name: self.base.get_parameter(name) + self.update(name) for name in self.A}
+        weights = {name: self.weight(name) + self.update(name) for name in self.A}
         called = copy.copy(self.base)  # of its own, since threads may call the layer at the same time
         vars(called)["_parameters"] = {**called._parameters, **weights}
         return called(*arguments, **named)
@@ -103,14 +108,49 @@ class LoraExperts(AdaptedLayer):
         dense = self.dense_base()
         with torch.no_grad():
             for name in self.A:
-                dense.get_parameter(name).add_(self.update(name))
+                dense.get_parameter(name).copy_(self.weight(name) + self.update(name))
         return dense
 
 
-def adapted_experts(
-    base: nn.Module, rank: int, scaling: float, init: str, dropout: float, generator: torch.Generator
-) -> LoraExperts:
-    """Return a LoRA layer around a module of stacked experts, with the initial A and B of each expert.
+class QloraExperts(LoraExperts):
+    """A frozen module of stacked experts in NF4, with a low-rank update of every expert's weights (QLoRA, eqs. 5 and 6).
+
+    Each stacked parameter is quantised as a whole. Only the other parameters of `base`, e.g. biases, are used.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        factors: Mapping[str, tuple[Tensor, Tensor]],
+        scaling: float,
+        block: int,
+        two_levels: bool,
+    ) -> None:
+        super().__init__(base, factors, scaling)
+        packed = {name: Nf4Weight(base.get_parameter(name).detach(), block, two_levels) for name in factors}
+        self.packed = nn.ModuleDict(packed)
+
+    def weight(self, name: str) -> Tensor:
+        """Return the stacked parameter `name`, decoded to the dtype of the adapter, without the update."""
+        packed: Any = self.packed[name]
+        decoded: Tensor = packed.decoded()
+        return decoded.to(self.A[name].dtype)
+
+    def packed_weights(self) -> dict[str, Nf4Weight]:
+        """Map the names of the parameters of `base` that are replaced by NF4 to the packed weights."""
+        packed: Any = self.packed
+        return dict(packed.items())
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors of the 4-bit weights: `<name of the stacked parameter>.codes`, `.absmax` and so on."""
+        pairs = self.packed_weights().items()
+        return {f"{name}.{part}": tensor for name, packed in pairs for part, tensor in packed.tensors().items()}
+
+
+def expert_factors(
+    base: nn.Module, rank: int, init: str, dropout: float, generator: torch.Generator
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the initial packed A and B for each stacked parameter of a module of experts.
 
     Raises ValueError for a dropout: the update is added to the weight, so it has no input of its own to drop.
     """
@@ -125,4 +165,4 @@ def adapted_experts(
         drawn = [initial_factors(init, rank, inputs, outputs, generator) for _ in range(experts)]
         A, B = packed(torch.stack([A for A, _ in drawn]), torch.stack([B for _, B in drawn]))
         factors[name] = A.to(device, dtype), B.to(device, dtype)
-    return LoraExperts(base, factors, scaling)
+    return factors

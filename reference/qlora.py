@@ -10,21 +10,27 @@ LoRA's A, and L2 (R, E) that of B. Shape letters: T tokens, D input features, E 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from reference.operations import double_quant, nf4
-from reference.shared.adapted import AdaptedLayers, LowRankLayer, add_bias
-from reference.shared.layers import dense_copy, dense_weight, replace, targets
+from reference.lora_experts import QloraExperts, expert_factors
+from reference.shared.adapted import AdaptedLayer, AdaptedLayers, LowRankLayer, add_bias
+from reference.shared.layers import dense_copy, dense_weight, kind_of, replace, targets
 from reference.shared.lora_start import linear_factors
+from reference.shared.nf4_weight import Nf4Weight
 from reference.spec import Deviation, ReferenceSpec
+
+KINDS = ("linear", "experts")
+"""Kinds of layers that QLoRA adapts here."""
 
 SPEC = ReferenceSpec(
     paper="arXiv:2305.14314v1",
     factors=("A", "B"),
     replaces_weight="codes",
+    opt_in_layers=("experts",),
     deviations=(
         Deviation(
             topic="NF4, double quantisation",
@@ -83,6 +89,13 @@ SPEC = ReferenceSpec(
             why="HF peft has the option. When it merges, it adds c without the scaling (seen in 0.21.2)",
         ),
         Deviation(
+            topic="stacked experts",
+            paper="not treated",
+            here="each stacked parameter is quantised as a whole, in the order of its elements, so that a block may hold "
+            "weights of two experts; the update is that of LoRA on experts",
+            why="bitsandbytes' replace_parameter_4bit does the same; `all-linear` leaves experts out, as in LoRA",
+        ),
+        Deviation(
             topic="the original weight",
             paper="discarded after quantisation",
             here="stays as `base`, so that `detach` can restore it; no product reads it",
@@ -107,7 +120,7 @@ class Config:
     alpha: float = field(default=16.0, metadata={"minimum": 1e-3, "maximum": 1e4})
     """Numerator of the scaling alpha / rank."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Layers to quantise and adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
+    """Layers to quantise and adapt: ends of module paths, whole paths, `attention` or `all-linear`; also `experts`."""
     dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
     """Probability that an input feature of the adapter branch is dropped in training."""
     block: int = field(default=64, metadata={"choices": (32, 64, 128, 256, 512, 1024, 2048, 4096)})
@@ -123,36 +136,15 @@ class QloraLinear(LowRankLayer):
 
     base: nn.Linear
     """The original layer, an nn.Linear or a quantised subclass. Only its bias is used for the output."""
-    codes: Tensor
-    """NF4 codes of the weight, packed as two codes per uint8."""
-    absmax: Tensor
-    """One constant per block of the weight. With double quantisation, these are uint8 codes (c2 in the paper), else
-    float32."""
-    absmax2: Tensor
-    """Second constants (c1 in the paper), float32. Each scales a block of the codes in `absmax`. Only with double
-    quantisation."""
-    offset: Tensor
-    """Mean of the constants before double quantisation, float32, 0-d. It exists only with double quantisation."""
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, config: Config) -> None:
         c = B.new_zeros(len(B)) if config.lora_bias else None
         super().__init__(base, A, B, config.alpha / config.rank, config.dropout, c)
-        self.block, self.two_levels = config.block, config.double_quant
-        codes, absmax = nf4.quantize(dense_weight(base), config.block)
-        self.register_buffer("codes", nf4.pack(codes))
-        if config.double_quant:
-            absmax, absmax2, offset = double_quant.quantize(absmax)
-            self.register_buffer("absmax2", absmax2)
-            self.register_buffer("offset", offset)
-        self.register_buffer("absmax", absmax)
+        self.packed = Nf4Weight(dense_weight(base), config.block, config.double_quant)
 
     def weight(self) -> Tensor:
-        """Return the weight (E, D), decoded to float32 (doubleDequant of eq. 6)."""
-        E, D = self.base.out_features, self.base.in_features
-        absmax = self.absmax
-        if self.two_levels:
-            absmax = double_quant.dequantize(self.absmax, self.absmax2, self.offset)  # inner dequant of eq. 6
-        return nf4.dequantize(nf4.unpack(self.codes, E * D), absmax, self.block).view(E, D)  # outer dequant of eq. 6
+        """Return the weight (E, D), decoded to float32."""
+        return self.packed.decoded()
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return x W^T + bias + scaling (x A^T B^T + c), shape (..., E), in the dtype of x (eq. 5)."""
@@ -160,10 +152,13 @@ class QloraLinear(LowRankLayer):
         y_TE: Tensor = linear(x_TD, self.weight().to(x_TD.dtype), self.base.bias) + self.scaling * (h_TR @ self.B.T)
         return self.with_bias(y_TE)
 
+    def packed_weights(self) -> dict[str, Nf4Weight]:
+        """Map the names of the parameters of `base` that are replaced by NF4 to the packed weights."""
+        return {"weight": self.packed}
+
     def state(self) -> dict[str, Tensor]:
         """Return the tensors of the 4-bit weight by name: codes and absmax. Double quantisation adds absmax2 and offset."""
-        names = ("codes", "absmax", "absmax2", "offset") if self.two_levels else ("codes", "absmax")
-        return {name: getattr(self, name) for name in names}
+        return self.packed.tensors()
 
     def merged(self) -> nn.Linear:
         """Return a dense linear layer with the weight W + scaling B A, where W is the decoded weight.
@@ -179,15 +174,30 @@ class QloraLinear(LowRankLayer):
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
-    """Freeze `model` and replace every target by a QloraLinear. A and B start as in LoRA. `generator` draws each A in turn.
+    """Freeze `model`, quantise every target, and add a low-rank update. A and B start as in LoRA.
 
-    If the weight of a target is packed already, it is decoded and quantised again. Because of quantisation, the initial
-    output differs from that of the base model. Raises ValueError if a target names no linear layer.
+    `generator` draws each A in turn. If the weight of a target is packed already, it is decoded and quantised again.
+    Because of quantisation, the initial output differs from that of the base model. Raises ValueError if a target names
+    no linear layer and no module of stacked experts, and for experts with a dropout or with lora_bias. The model is then
+    unchanged.
     """
+    layers: dict[str, AdaptedLayer] = {}
+    for path, base in targets(model, config.targets, KINDS).items():
+        try:
+            layers[path] = _adapted(base, config, generator)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     model.requires_grad_(False)
-    layers = {}
-    for path, base in targets(model, config.targets).items():
-        A, B = linear_factors(base, config.rank, generator)
-        layers[path] = QloraLinear(base, A, B, config)
-        replace(model, path, layers[path])
+    for path, layer in layers.items():
+        replace(model, path, layer)
     return AdaptedLayers(model, layers)
+
+
+def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLayer:
+    """Return a new QLoRA layer around `base`, with its initial A and B."""
+    if kind_of(base) == "linear":
+        return QloraLinear(base, *linear_factors(base, config.rank, generator), config)
+    if config.lora_bias:
+        raise ValueError("lora_bias adapts linear layers only; leave it out, or choose other targets")
+    factors = expert_factors(base, config.rank, "kaiming", config.dropout, generator)
+    return QloraExperts(base, factors, config.alpha / config.rank, config.block, config.double_quant)

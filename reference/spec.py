@@ -37,6 +37,9 @@ class ReferenceSpec:
     """Letters of the low-rank factors that train. LoRA+ (`lr_ratio`) needs a factor B."""
     replaces_weight: str = ""
     """Name in `state()` of the tensor that is used in place of the base weight. Empty if the base weight itself is used."""
+    opt_in_layers: tuple[str, ...] = ()
+    """Kinds of layers (`reference.shared.layers.KINDS`) that only implementations which name them in `offers` get. Older
+    plug-ins would not adapt such a layer, because it was added after they were written."""
     start_from_weight: tuple[str, ...] = ()
     """Names in `state()` of tensors that `attach` computes from the base weight, e.g. PiSSA's residual."""
     quick_start: Mapping[str, int] = field(default_factory=dict)

@@ -64,7 +64,7 @@ def pack(
         for path in (path for path in paths if path in filled):
             layer = model.get_submodule(path)
             if small and judge:
-                found.expected[path] = ExpectedCodes.of(layer)
+                found.expected[path] = ExpectedCodes.of(layer.weight, bias=layer.bias)
             found.forms[path] = PackedLayer(*packs(model, [path], dtype)[path])
             if not small and judge:
                 packed: Any = model.get_submodule(path)

@@ -23,7 +23,7 @@ from harness.conformance.faults.patched_copy import PatchedCopy
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
 from harness.console import print_json, print_lines
 from harness.errors import Exit, UsageError, did_you_mean
-from harness.methods.registry import DTYPES, Implementation, TargetKind, opt_in_fields
+from harness.methods.registry import DTYPES, Implementation, TargetKind, optional_features
 from harness.records.record import Outcome
 
 
@@ -211,5 +211,5 @@ def implementation(target: str, copy: PatchedCopy) -> Implementation:
         function = copy.module().OPERATION.reference
     elif kind == "loader":
         function = copy.module().ReferenceLoader
-    offers = tuple(opt_in_fields(target)) if kind == "method" else ()
+    offers = optional_features(target) if kind == "method" else ()
     return Implementation("planted", kind, target, function, dtypes=DTYPES, offers=offers)

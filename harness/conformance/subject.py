@@ -55,10 +55,10 @@ class ExpectedCodes:
     bias: Tensor | None
 
     @classmethod
-    def of(cls, layer: nn.Linear, block: int = 64) -> ExpectedCodes:
-        """Return the reference quantiser's codes and absmax for the weight of `layer`, with a copy of the bias."""
-        bias = None if layer.bias is None else layer.bias.detach().clone()
-        return cls(*nf4.quantize(layer.weight, block), nf4.near_tie(layer.weight, block), bias)
+    def of(cls, weight: Tensor, block: int = 64, bias: Tensor | None = None) -> ExpectedCodes:
+        """Return the reference quantiser's codes and absmax for a weight of any shape, with a copy of the layer's bias."""
+        kept = None if bias is None else bias.detach().clone()
+        return cls(*nf4.quantize(weight, block), nf4.near_tie(weight, block), kept)
 
 
 LARGEST_COPY = 300_000_000

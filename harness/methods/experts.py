@@ -1,6 +1,6 @@
 """Expert weights that are stacked in one parameter, in mixture-of-experts models. Imports no torch.
 
-They are no linear layers, so `all-linear` and a 4-bit base do not reach them. LoRA's target `experts` does.
+They are no linear layers, so `all-linear` and a 4-bit base do not reach them. The target `experts` of LoRA and QLoRA does.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def note(number: int, weights: int) -> str:
     return (
         f"the experts are stacked weights and no linear layers: {number:,} of {weights:,} weights "
         f"({number / weights:.0%}) are neither adapted nor packed into 4 bits; "
-        "LoRA adapts them by `targets: [all-linear, experts]`"
+        "LoRA and QLoRA adapt them by `targets: [all-linear, experts]`"
     )
 
 

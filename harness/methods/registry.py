@@ -56,7 +56,8 @@ class Implementation:
     requires: tuple[str, ...] = ()
     """Modules that a Cell imports at its start-up, outside every measured phase. If one is missing, the Cell is skipped."""
     offers: tuple[str, ...] = ()
-    """Fields of the Method's Config that it implements although they are marked `opt_in`, e.g. LoRA's `lora_bias`."""
+    """Optional features of the Method that it implements: fields of the Config that are marked `opt_in`, e.g. LoRA's
+    `lora_bias`, and kinds of layers in `opt_in_layers`, e.g. QLoRA's `experts`."""
     distribution: str = ""
     """Name of the Python distribution that has the entry point."""
     version: str = ""
@@ -88,11 +89,12 @@ class Implementation:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function.
 
-        Raises Unsupported if a Method's config has a value that this Implementation does not offer. Raises TypeError if
-        a Method's function does not return an Adapted.
+        Raises Unsupported if this Implementation does not offer a value of the Method's config or a kind of layer.
+        Raises TypeError if a Method's function does not return an Adapted.
         """
         if self.kind == "method":
-            self._require_offered(args[1] if len(args) > 1 else kwargs.get("config"))
+            given = {**dict(zip(("model", "config"), args, strict=False)), **kwargs}
+            self._require_offered(given.get("model"), given.get("config"))
         returned = self.function(*args, **kwargs)
         if self.kind == "method" and (missing := [name for name in _ADAPTED if not hasattr(returned, name)]):
             kind = f"an Adapted without {', '.join(missing)}" if len(missing) < len(_ADAPTED) else "no Adapted"
@@ -102,10 +104,16 @@ class Implementation:
             )
         return returned
 
-    def _require_offered(self, config: Any) -> None:
+    def _require_offered(self, model: Any, config: Any) -> None:
         for name, default in opt_in_fields(self.target).items():
             if name not in self.offers and getattr(config, name, default) != default:
                 raise Unsupported(f"{self.name} does not offer {name} of {self.target}")
+        if kinds := set(opt_in_layers(self.target)) - {*self.offers}:
+            from reference.shared.layers import kind_of, named
+
+            for path, layer in named(model, config.targets).items():
+                if kind_of(layer) in kinds:
+                    raise Unsupported(f"{path}: {self.name} does not offer {kind_of(layer)} for {self.target}")
 
     def __str__(self) -> str:
         return f"{self.kind} {self.target} by {self.name}"
@@ -162,6 +170,16 @@ def opt_in_fields(method: str) -> dict[str, Any]:
     """Map the names of the fields of a Method's Config that are marked `opt_in` to their defaults."""
     fields = {} if method in UNREFERENCED else method_info(method).fields
     return {name: info.default for name, info in fields.items() if info.opt_in}
+
+
+def opt_in_layers(method: str) -> tuple[str, ...]:
+    """Return the kinds of layers in a Method's `opt_in_layers`."""
+    return () if method in UNREFERENCED else method_info(method).spec.opt_in_layers
+
+
+def optional_features(method: str) -> tuple[str, ...]:
+    """Return all values that `Implementation.offers` may have for a Method: fields of its Config, and kinds of layers."""
+    return (*opt_in_fields(method), *opt_in_layers(method))
 
 
 @dataclass(frozen=True)
@@ -268,10 +286,10 @@ def _misfit(implementation: Implementation, known: dict[str, TargetKind]) -> str
         return f"{implementation}: unknown target {target!r}; {did_you_mean(target, known, 'there are')}"
     if known[target] != kind:
         return f"{implementation}: {target} is of kind {known[target]!r}; leave `kind` out of @implements"
-    possible = opt_in_fields(target) if kind == "method" else {}
+    possible = optional_features(target) if kind == "method" else ()
     if unknown := [name for name in implementation.offers if name not in possible]:
         hint = did_you_mean(unknown[0], possible, "there are") if possible else "leave `offers` out"
-        return f"{implementation}: `offers` has {unknown[0]!r}, which is no optional field of {target}; {hint}"
+        return f"{implementation}: `offers` has {unknown[0]!r}, which is no optional feature of {target}; {hint}"
     return ""
 
 

@@ -63,7 +63,7 @@ def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str] = LINEA
         if name in WORDS:
             found |= _layers_of_word(model, name, kinds)
             continue
-        matching = {path: module for path, module in model.named_modules() if path == name or path.endswith(f".{name}")}
+        matching = named(model, [name])
         supported = {path: module for path, module in matching.items() if kind_of(module) in kinds}
         for path, module in matching.items():
             if path not in supported and (kind_of(module) or not supported):
@@ -74,6 +74,12 @@ def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str] = LINEA
             raise ValueError(f"no {_listed(kinds)} layer is named {name!r}; this model has: {', '.join(ends)}")
         found |= supported
     return {path: found[path] for path, _ in model.named_modules() if path in found}
+
+
+def named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """Map paths to the modules of `model`, of any kind, whose path is one of `names` or ends with one of them."""
+    ends = tuple(f".{name}" for name in names)
+    return {path: module for path, module in model.named_modules() if f".{path}".endswith(ends)}
 
 
 def _attention(model: nn.Module) -> dict[str, nn.Module]:

@@ -437,7 +437,7 @@ def test_codes_judged_in_pieces_are_judged_as_a_whole(double: bool, monkeypatch:
     packed, bias = PackedLayer(*form), dense.bias
 
     def verdicts(bias: torch.Tensor | None = bias) -> set[bool]:
-        whole = packed_codes.judge(packed, ExpectedCodes.of(dense), bias)[0]
+        whole = packed_codes.judge(packed, ExpectedCodes.of(dense.weight, bias=dense.bias), bias)[0]
         return {whole.passed, packed_codes.judge_in_pieces(packed, dense, bias)[0].passed}
 
     assert verdicts() == {True}

@@ -64,7 +64,7 @@ def through_the_gate(
     layers = adaptable_layers(model, settled)
     packed, expected = {}, {}
     if base is not None:
-        expected = {path: ExpectedCodes.of(layer) for path, layer in layers.items()}
+        expected = {path: ExpectedCodes.of(layer.weight, bias=layer.bias) for path, layer in layers.items()}
         packed = {path: PackedLayer(*form) for path, form in base(model, list(layers), DTYPES[dtype]).items()}
         layers = {path: model.get_submodule(path) for path in layers}
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64).to(DTYPES[dtype])

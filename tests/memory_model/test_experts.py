@@ -72,8 +72,8 @@ def test_experts_are_counted_until_they_train_or_are_wrapped() -> None:
 )
 def test_a_record_says_it_of_cells_that_mean_all_layers(facts: dict[str, Any], says: bool) -> None:
     notes = experts.notes(cell(**facts), built(), 50_000)
-    assert notes == ([f"{SAID}50,000 weights (74%) are neither adapted nor packed into 4 bits; LoRA adapts "
-                      "them by `targets: [all-linear, experts]`"] if says else [])  # fmt: skip
+    assert notes == ([f"{SAID}50,000 weights (74%) are neither adapted nor packed into 4 bits; LoRA and QLoRA "
+                      "adapt them by `targets: [all-linear, experts]`"] if says else [])  # fmt: skip
 
 
 def test_it_is_at_the_end_of_a_run(tmp_path: Path) -> None:

@@ -44,6 +44,17 @@ def test_a_plugin_that_offers_what_it_ignores_fails() -> None:
     assert "lora/parameters/float32/warm" in failed
 
 
+def test_a_plugin_from_before_a_kind_of_layer_does_not_get_it() -> None:
+    def linear_only(model: Any, config: Any, generator: Any) -> Any:
+        raise AssertionError("it was called")
+
+    old = harness.implements("qlora", name="old")(linear_only)
+    case = parity_suite.MethodCase({"rank": 3, "alpha": 8.0}, "experts", SHAPE, "float32")
+    (refused,) = suite_run.run_case(old, parity_suite.load_plan("qlora"), case)
+    assert refused.execution is Execution.UNSUPPORTED
+    assert refused.result.detail == "unsupported: first: old does not offer experts for qlora"
+
+
 @pytest.mark.parametrize("name", ["loralib", "torchtune", "axolotl"])
 def test_a_cell_of_an_implementation_without_it_is_skipped_with_the_reason(name: str) -> None:
     implementation = discover().find("method", "lora", name)
@@ -53,9 +64,9 @@ def test_a_cell_of_an_implementation_without_it_is_skipped_with_the_reason(name:
 
 def test_those_that_have_it_are_listed_with_it() -> None:
     offered = {(i.target, i.name): i.offers for i in discover().implementations if i.kind == "method" and i.offers}
-    assert offered == {
-        (method, name): ("lora_bias",) for method in ("lora", "qlora") for name in ("reference", "fused", "hf-peft")
-    }
+    names = ("reference", "fused", "hf-peft")
+    expected = {"lora": ("lora_bias",), "qlora": ("lora_bias", "experts")}
+    assert offered == {(method, name): features for method, features in expected.items() for name in names}
 
 
 def test_the_setting_is_in_the_cell_only_if_it_is_on() -> None:

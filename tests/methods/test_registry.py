@@ -82,7 +82,7 @@ def test_entry_points_may_return_several_implementations(install, code: str) -> 
         (GOOD.replace('"cuda"', "7"), "TypeError: devices must be words, got 7"),
         (
             GOOD.replace('name="acme-lora"', 'name="acme-lora", offers=["lora_bais"]'),
-            "`offers` has 'lora_bais', which is no optional field of lora; did you mean `lora_bias`?",
+            "`offers` has 'lora_bais', which is no optional feature of lora; did you mean `lora_bias`?",
         ),
         ("raise RuntimeError('two\\nlines \\x1b[31m')", "RuntimeError: two lines ?[31m"),
         (

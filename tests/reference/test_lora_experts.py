@@ -15,10 +15,14 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from harness.conformance.comparison.stacked_experts import fixed_choice
+from harness.kernels.torch import nf4 as kernels
 from harness.kernels.torch.lora_experts import grouped_lora_linear
+from harness.kernels.torch.support.packed_weight import PackedStack, PackedWeight
 from harness.methods.implementations.hf_peft.adapted import wrappers
-from reference import lora
+from reference import lora, qlora
 from reference.lora_experts import LoraExperts, packed, unpacked
+from reference.operations import nf4
+from reference.operations.double_quant import dequantize, quantize
 from support.two_layer_model import assert_same, generator
 
 D, H, R = 12, 8, 3
@@ -149,3 +153,71 @@ def test_a_dropout_is_rejected_and_the_model_stays() -> None:
     with pytest.raises(ValueError, match=r"^experts: LoRA on stacked experts has no dropout, and dropout is 0.1"):
         lora.attach(block, lora.Config(targets=("experts",), dropout=0.1), generator())
     assert isinstance(block.experts, MixtralExperts)
+
+
+def quantised(K: int, block: int, double_quant: bool) -> tuple[Any, Any]:
+    """Return experts before they were packed, and QLoRA's adapted experts with drawn factors."""
+    dense, config = (
+        Block("gpt-oss", K),
+        qlora.Config(rank=R, block=block, double_quant=double_quant, targets=("experts",)),
+    )
+    adapted = qlora.attach(copy.deepcopy(dense), config, generator())
+    with torch.no_grad():
+        for tensor in adapted.tensors().values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator(2), dtype=torch.float64))
+    return dense, adapted
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_qlora_computes_with_the_decoded_experts_and_their_updates(double_quant: bool) -> None:
+    dense, adapted = quantised(3, 64, double_quant)
+    layer = adapted.layers["experts"]
+    for name in ("gate_up_proj", "down_proj"):
+        weight = dense.experts.get_parameter(name)
+        codes, absmax = nf4.quantize(weight.detach(), 64)
+        if double_quant:
+            absmax = dequantize(*quantize(absmax))
+        decoded = nf4.dequantize(codes, absmax, 64).view(weight.shape).double()
+        assert not torch.equal(decoded, weight)
+        weight.data = decoded + layer.update(name).detach()
+    assert_same({"y": adapted.model(rows())}, {"y": dense(rows())})
+    adapted.merge()
+    assert_same({"y": adapted.model(rows())}, {"y": dense(rows())})
+
+
+def test_detached_qlora_leaves_the_experts_of_before() -> None:
+    dense, adapted = quantised(3, 64, True)
+    adapted.detach()
+    assert torch.equal(adapted.model(rows()), dense(rows()))
+
+
+def test_the_bias_of_b_is_refused_for_packed_experts() -> None:
+    block = Block("mixtral", 3)
+    with pytest.raises(ValueError, match=r"^experts: lora_bias adapts linear layers only"):
+        qlora.attach(block, qlora.Config(lora_bias=True, targets=("experts",)), generator())
+    assert type(block.experts) is MixtralExperts
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("block", [7, 64, 1000])
+def test_a_packed_stack_gives_the_matrix_of_each_expert(block: int, transposed: bool) -> None:
+    weight = torch.randn(5, 9, 6, generator=generator(1))
+    stack = PackedStack(PackedWeight(*kernels.quantize(weight, block), block, (5, 9, 6)), transposed)
+    decoded = kernels.dequantize(*kernels.quantize(weight, block), block, (5, 9, 6), torch.float32)
+    want = decoded.transpose(1, 2) if transposed else decoded
+    assert stack.shape == want.shape
+    assert torch.equal(stack.dense(torch.float32), want)
+    matrix = stack.matrices(torch.float32)
+    assert all(torch.equal(matrix(k), want[k]) for k in (4, 0, 2))
+
+
+def test_packed_experts_have_second_derivatives() -> None:
+    x, dtype = rows(), torch.float64
+    weight = torch.randn(3, D, D, generator=generator(1), dtype=dtype)
+    stack = PackedStack(PackedWeight(*kernels.quantize(weight, 64), 64, (3, D, D)))
+    A, B = (torch.randn(3, *shape, generator=generator(n), dtype=dtype) for n, shape in ((2, (R, D)), (3, (D, R))))
+    counts = torch.tensor([4, 0, 5])
+    tensors = [t.requires_grad_() for t in (x, A, B)]
+    assert torch.autograd.gradgradcheck(
+        lambda x, A, B: grouped_lora_linear(x, stack, A, B, 2.0, counts), tensors, fast_mode=True
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,10 @@ from harness.methods.spec import Adapted, methods
 
 
 def unused(method: str, adapted: Adapted, bases: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Return path -> weight for those adapted layers whose weight the Method has replaced by another form.
+    """Return name -> weight for those weights of adapted layers that the Method has replaced by another form.
 
-    bases: path -> the layer under the adapter. The result leaves out weights that another module also uses (a tied
-    embedding), and weights that share their storage with the new form.
+    bases: path -> the layer under the adapter. A name is the path of the parameter. The result leaves out weights that
+    another module also uses (a tied embedding), and weights that share their storage with the new form.
     """
     info = methods().get(method)
     if info is None or not (instead := info.spec.replaces_weight):
@@ -32,13 +32,14 @@ def unused(method: str, adapted: Adapted, bases: Mapping[str, nn.Module]) -> dic
     others = (module for module in adapted.model.modules() if id(module) not in own)
     shared = {id(p) for module in others for p in module.parameters(recurse=False)}
     found = {}
-    base: Any
     for path, base in bases.items():
-        weight, form = base.weight, state.get(f"{path}.{instead}")
-        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or form is None:
-            continue
-        if id(weight) not in shared and form.untyped_storage()._cdata != weight.untyped_storage()._cdata:
-            found[path] = weight
+        for name, weight in base.named_parameters(recurse=False):
+            # A layer with one weight has its new form directly in its state, stacked experts one for each weight.
+            form = state.get(f"{path}.{instead}" if name == "weight" else f"{path}.{name}.{instead}")
+            if form is None or not weight.is_floating_point() or id(weight) in shared:
+                continue
+            if form.untyped_storage()._cdata != weight.untyped_storage()._cdata:
+                found[f"{path}.{name}"] = weight
     return found
 
 

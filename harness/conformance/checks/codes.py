@@ -11,7 +11,6 @@ from harness.conformance.comparison.packed_codes import judge
 from harness.conformance.comparison.tolerance_policies import worst_of
 from harness.conformance.subject import DTYPES, ExpectedCodes, PackedLayer, Subject
 from harness.records.record import CheckResult
-from reference.operations import double_quant
 
 
 @check(in_cell=[CellStage.START])
@@ -52,9 +51,9 @@ def check_packing(subject: Subject, case: Case) -> CheckResult:
     block, double = subject.config.block, subject.config.double_quant
     for path in subject.bases:
         layer: Any = subject.reference(path, subject.dtype).layer  # with the subject's codes
-        absmax = double_quant.dequantize(layer.absmax, layer.absmax2, layer.offset) if double else layer.absmax
         dense: Any = subject.dense_base(path, DTYPES[subject.dtype])
-        want = ExpectedCodes.of(dense, block)
-        verdict, _ = judge(PackedLayer(layer.codes, absmax, block, double), want, dense.bias)
-        found.append(prefix_tensor(path, verdict))
+        for name, packed in layer.packed_weights().items():
+            want = ExpectedCodes.of(dense.get_parameter(name), block)
+            verdict, _ = judge(PackedLayer(packed.codes, packed.constants(), block, double), want, None)
+            found.append(prefix_tensor(f"{path}.{name}", verdict))
     return judged(subject, case, "packing", worst_of(found, "exact"))

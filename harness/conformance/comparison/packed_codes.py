@@ -37,7 +37,7 @@ def judge_in_pieces(form: PackedLayer, layer: nn.Linear, bias: Tensor | None) ->
     flat = layer.weight.detach().flatten()
     n = flat.numel()
     if (form.block, form.data.numel(), form.absmax.numel()) != (_BLOCK, -(-n // 2), -(-n // _BLOCK)):
-        return judge(form, ExpectedCodes.of(layer), bias)
+        return judge(form, ExpectedCodes.of(layer.weight, bias=layer.bias), bias)
     found, absmax, ties = [], list[Tensor](), 0
     for start in range(0, n, PIECE):
         W = flat[start : start + PIECE]

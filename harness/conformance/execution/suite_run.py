@@ -286,7 +286,11 @@ def attach(
         expected: dict[str, ExpectedCodes] = {}
         unpacked = copied(model) if plan.base else None
         if plan.base:
-            expected = {p: ExpectedCodes.of(layer) for p, layer in bases.items() if isinstance(layer, nn.Linear)}
+            expected = {
+                p: ExpectedCodes.of(layer.weight, bias=layer.bias)
+                for p, layer in bases.items()
+                if isinstance(layer, nn.Linear)
+            }
             packed_forms = implementation(model, list(bases), DTYPES[of.dtype])
             packed = {path: PackedLayer(*form) for path, form in packed_forms.items()}
             bases = _adaptable(model, resolved)

@@ -14,7 +14,7 @@ _READ_A = "return A.reshape(experts, -1, A.shape[-1]), "
 _READ_B = "B.reshape(len(B), -1, experts).permute(2, 0, 1)"
 _ADDED = "return update_KED.transpose(1, 2) if transposed else update_KED"
 _WEIGHTED = "weights[token, n, None]"
-_UPDATED = "self.base.get_parameter(name) + self.update(name) for name in self.A}"
+_UPDATED = "self.weight(name) + self.update(name) for name in self.A}"
 _CALLED = 'vars(called)["_parameters"] = {**called._parameters, **weights}'
 
 _block = partial(line_fault, "lora_experts", file="lora_experts", values=_CASE)
@@ -58,15 +58,16 @@ FAULTS = [
     _layer("runs_the_experts_without_their_adapter", ["forward", "gradient"], _CALLED,
         "return self.base(*arguments, **named)"),
     _layer("detaches_a_of_some_experts", ["gradient", "step"], _UPDATED,
-        "self.base.get_parameter(name) + (self.update(name) if name == 'down_proj' else self.update(name).detach()) "
+        "self.weight(name) + (self.update(name) if name == 'down_proj' else self.update(name).detach()) "
         "for name in self.A}"),
     _layer("merges_only_the_first_projection", ["merge"], "            for name in self.A:\n                dense",
         "            for name in list(self.A)[:1]:\n                dense"),
-    _layer("merges_all_experts_but_the_last", ["merge"], ".add_(self.update(name))", "[:-1].add_(self.update(name)[:-1])"),
+    _layer("merges_all_experts_but_the_last", ["merge"],
+        ".copy_(self.weight(name) + self.update(name))", "[:-1].add_(self.update(name)[:-1])"),
     _layer("keeps_the_update_of_its_first_call", ["forward", "save"], _CALLED,
         "self.kept = getattr(self, 'kept', {n: w.detach() for n, w in weights.items()})\n"
         '        vars(called)["_parameters"] = {**called._parameters, **self.kept}'),
     _layer("ignores_rslora_of_experts", ["forward"],
-        "adapted_experts(base, R, s,", "adapted_experts(base, R, config.alpha / R,",
+        "config.init, p, generator), s)", "config.init, p, generator), config.alpha / R)",
         file="", values={"rank": 3, "alpha": 8.0, "rslora": True}),
 ]

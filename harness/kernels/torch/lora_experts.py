@@ -20,13 +20,14 @@ from torch.nn.functional import silu
 
 from harness.kernels.device import frozen, multiplied_by_triton
 from harness.kernels.torch.support.autocast import cast_by_autocast, outside_autocast
+from harness.kernels.torch.support.packed_weight import PackedStack, PackedWeight
 
 
 @dataclass(frozen=True)
 class StackedLinear:
     """One weight of all experts, and the factors of its update."""
 
-    weight: Tensor
+    weight: Tensor | PackedWeight
     """(K, E, D), or (K, D, E) if `transposed`."""
     A: Tensor
     """(K R, D): the R rows of an expert are adjacent."""
@@ -37,10 +38,19 @@ class StackedLinear:
     bias: Tensor | None = None
     """(K, E)."""
 
+    @property
+    def experts(self) -> int:
+        """Number of experts."""
+        return self.weight.shape[0]
+
+    def _weight(self) -> Tensor | PackedStack:
+        if isinstance(self.weight, PackedWeight):
+            return PackedStack(self.weight, self.transposed)
+        return self.weight.transpose(1, 2) if self.transposed else self.weight
+
     def __call__(self, x: Tensor, counts: Tensor) -> Tensor:
         """Return the output (P, E) for rows x (P, D), which are sorted by expert. counts: the rows of each expert."""
-        K = len(self.weight)
-        W = self.weight.transpose(1, 2) if self.transposed else self.weight
+        K, W = self.experts, self._weight()
         A, B = self.A.view(K, -1, self.A.shape[1]), self.B.view(len(self.B), -1, K).permute(2, 0, 1)
         y = grouped_lora_linear(x, W, A, B, self.scaling, counts)
         return y if self.bias is None else y + self.bias.repeat_interleave(counts, 0, output_size=len(x))
@@ -50,25 +60,30 @@ class _GroupedLora(torch.autograd.Function):
     """Computes x W_k^T + scaling x A_k^T B_k^T for the rows of each expert k."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float, counts: Sequence[int]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor | PackedStack, A: Tensor, B: Tensor, scaling: float, counts: Sequence[int]
+    ) -> Tensor:
         y, low, columns = x.new_empty(len(x), W.shape[1]), x.new_empty(len(x), A.shape[1]), B.contiguous()
+        matrix = _matrices(W, x.dtype)
         for k, rows in _slices(counts):
             torch.mm(x[rows], A[k].T, out=low[rows])
-            torch.mm(x[rows], W[k].T, out=y[rows])
+            torch.mm(x[rows], matrix(k).T, out=y[rows])
             y[rows].addmm_(low[rows], columns[k].T, alpha=scaling)
-        ctx.save_for_backward(x, W, A, B, low)
+        ctx.save_for_backward(x, A, B, low, W if isinstance(W, Tensor) else None)
+        ctx.packed = W if isinstance(W, PackedStack) else None
         ctx.scaling, ctx.counts = scaling, counts
         return y
 
     @staticmethod
     @outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, A, B, low = ctx.saved_tensors
+        x, A, B, low, W = ctx.saved_tensors
+        matrix = _matrices(ctx.packed or W, x.dtype)
         B = B.contiguous()  # here, since a copy that the forward pass saved would have no second derivative
         need_x, need_W, need_A, need_B = ctx.needs_input_grad[:4]
         dx: list[Tensor] = []
         dW, dA, dB = (
-            [torch.zeros_like(t[0])] * len(W) if need else [] for t, need in ((W, need_W), (A, need_A), (B, need_B))
+            [torch.zeros_like(t[0])] * len(A) if need else [] for t, need in ((W, need_W), (A, need_A), (B, need_B))
         )
         for k, rows in _slices(ctx.counts):
             own = dy[rows]
@@ -76,7 +91,7 @@ class _GroupedLora(torch.autograd.Function):
             S = x[rows] @ A[k].T if torch.is_grad_enabled() else low[rows]
             dS = (own @ B[k]).mul_(ctx.scaling)
             if need_x:
-                dx.append((own @ W[k]).addmm_(dS, A[k]))
+                dx.append((own @ matrix(k)).addmm_(dS, A[k]))
             if need_W:
                 dW[k] = own.T @ x[rows]
             if need_A:
@@ -91,6 +106,11 @@ class _GroupedLora(torch.autograd.Function):
         )
 
 
+def _matrices(W: Tensor | PackedStack, dtype: torch.dtype) -> Callable[[int], Tensor]:
+    """Return a function that returns the matrix (E, D) of an expert, for immediate use."""
+    return W.matrices(dtype) if isinstance(W, PackedStack) else W.__getitem__
+
+
 def _slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
     """Yield each expert that has rows, and the slice of its rows."""
     begin = 0
@@ -100,15 +120,19 @@ def _slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
         begin += count
 
 
-def grouped_lora_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float, counts: Tensor) -> Tensor:
+def grouped_lora_linear(
+    x: Tensor, W: Tensor | PackedStack, A: Tensor, B: Tensor, scaling: float, counts: Tensor
+) -> Tensor:
     """Return x_p W_k^T + scaling x_p A_k^T B_k^T for each row p of expert k, shape (P, E).
 
     Shapes: x (P, D) sorted by expert, W (K, E, D), A (K, R, D), B (K, E, R), counts (K,) with the rows of each expert.
-    The tensors have one floating dtype, and any strides. The result is differentiable in x, W, A and B: twice in torch;
-    in Triton once, and W must be frozen. Raises ValueError if the counts do not add up to P. On a GPU, Triton does not
+    The tensors have one floating dtype, and any strides. A packed W is decoded in every pass: torch decodes expert by
+    expert, and Triton decodes the whole stack. The result is differentiable in x, A, B and a dense W: twice in torch; in
+    Triton once, and W must be frozen. Raises ValueError if the counts do not add up to P. On a GPU, Triton does not
     look at the counts.
     """
-    if multiplied_by_triton(x, W, A, B) and frozen(W):
+    stored = W.weight.packed if isinstance(W, PackedStack) else W
+    if multiplied_by_triton(x, stored, A, B) and frozen(stored):
         from harness.kernels.triton import lora_experts as gpu
 
         return gpu.grouped_lora_linear(x, W, A, B, scaling, counts)
@@ -149,7 +173,7 @@ def routed_experts(
     Two calls return the same bits. Raises ValueError for the number of an expert that does not exist; on a GPU, only
     without Triton.
     """
-    K, N, flat = len(up.weight), chosen.shape[1], chosen.reshape(-1)
+    K, N, flat = up.experts, chosen.shape[1], chosen.reshape(-1)
     order = flat.argsort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     counts = torch.zeros(K, dtype=torch.int64, device=x.device)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from harness.kernels.compile.specimen import Specimen
 from harness.kernels.torch.support.autocast import once_outside_autocast
+from harness.kernels.torch.support.packed_weight import PackedStack
 from harness.kernels.triton.support.gemm_tiles import EXACT, FEW_ROWS, LARGE, GemmTile, gemm_tile, rank_block
 from harness.kernels.triton.support.launch import Launch, meta
 from harness.kernels.triton.support.matrix_product import accumulate
@@ -156,37 +157,46 @@ class _Groups:
 
 class _GroupedLora(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float, counts: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor | PackedStack, A: Tensor, B: Tensor, scaling: float, counts: Tensor
+    ) -> Tensor:
         groups, x = _Groups(counts, len(x)), x.contiguous()
         S = groups.product(x, A.transpose(1, 2))
-        ctx.save_for_backward(x, W, A, B, S)
+        ctx.save_for_backward(x, A, B, S, W if isinstance(W, Tensor) else None)
+        ctx.packed = W if isinstance(W, PackedStack) else None
         ctx.scaling, ctx.groups = scaling, groups
-        return groups.product(x, W.transpose(1, 2), S, B.transpose(1, 2), scale=scaling)
+        return groups.product(x, _dense(W, x.dtype).transpose(1, 2), S, B.transpose(1, 2), scale=scaling)
 
     @staticmethod
     @once_outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, A, B, S = ctx.saved_tensors
+        x, A, B, S, W = ctx.saved_tensors
         need_x, _, need_A, need_B = ctx.needs_input_grad[:4]
         groups, dy = ctx.groups, dy.contiguous()
         dx = dA = dB = None
         if need_x or need_A:
             dS = groups.product(dy, B, scale=ctx.scaling)
-            dx = groups.product(dy, W, dS, A) if need_x else None
+            dx = groups.product(dy, _dense(ctx.packed or W, dy.dtype), dS, A) if need_x else None
             dA = groups.outer(dS, x) if need_A else None
         if need_B:
             dB = groups.outer(dy, S, scale=ctx.scaling)
         return dx, None, dA, dB, None, None
 
 
-def grouped_lora_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float, counts: Tensor) -> Tensor:
+def _dense(W: Tensor | PackedStack, dtype: torch.dtype) -> Tensor:
+    return W if isinstance(W, Tensor) else W.dense(dtype)
+
+
+def grouped_lora_linear(
+    x: Tensor, W: Tensor | PackedStack, A: Tensor, B: Tensor, scaling: float, counts: Tensor
+) -> Tensor:
     """Return x_p W_k^T + scaling x_p A_k^T B_k^T for each row p of expert k, shape (P, E).
 
     Shapes: x (P, D) sorted by expert, W (K, E, D), A (K, R, D), B (K, E, R), counts (K,) with the rows of each expert,
     whose sum must be P. The tensors have one dtype, float32, bfloat16 or float16, and any strides. Differentiable once,
     in x, A and B. Raises ValueError for another dtype of W, A or B.
     """
-    if any(t.dtype != x.dtype for t in (W, A, B)):
+    if any(t.dtype != x.dtype for t in (W, A, B) if isinstance(t, Tensor)):
         raise ValueError(f"W, A and B must be {x.dtype} like x")
     if not len(x):
         return x.new_empty(0, W.shape[1]) + 0 * (x.sum() + A.sum() + B.sum())  # keeps the graph

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.methods.implementations import torch_compile
 from harness.methods.loader import ADAPTER_FILES
-from harness.methods.registry import DTYPES, Implementation, implements, opt_in_fields
+from harness.methods.registry import DTYPES, Implementation, implements, optional_features
 from harness.methods.spec import methods
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def implementations() -> list[Implementation]:
 
 
 def _method(name: str) -> Implementation:
-    @implements(name, name="reference", dtypes=DTYPES, offers=opt_in_fields(name))
+    @implements(name, name="reference", dtypes=DTYPES, offers=optional_features(name))
     def attach(model: nn.Module, config: object, generator: Generator) -> Adapted:
         adapted: Adapted = importlib.import_module(f"reference.{name}").attach(model, config, generator)
         return adapted

@@ -6,6 +6,7 @@ Each thread has one buffer per dtype. The next decoded weight overwrites the pre
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -45,14 +46,14 @@ def forget() -> None:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A matrix (E, D) in NF4."""
+    """A matrix (E, D) in NF4, or a stack of matrices."""
 
     packed: Tensor
     """The packed codes: uint8 (ceil(E D / 2),)."""
     absmax: Tensor
     """One float32 number per block. If absmax2 and offset are given, one 8-bit code per block instead."""
     block: int
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     absmax2: Tensor | None = None
     """One float32 number per `block2` codes of `absmax`."""
     offset: Tensor | None = None
@@ -84,3 +85,50 @@ class PackedWeight:
                 return nf4.dequantize(self.packed, self.absmax, self.block, self.shape, dtype, out)
             constants = self.absmax, self.absmax2, self.offset
             return nf4.dequantize_double(self.packed, *constants, self.block, self.block2, self.shape, dtype, out)
+
+
+@dataclass(frozen=True)
+class PackedStack:
+    """The weights of all experts in NF4. They were quantised as one tensor, so a block may hold weights of two experts."""
+
+    weight: PackedWeight
+    """The stack, of shape (K, E, D), or (K, D, E) if `transposed`."""
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Numbers K of experts, E of output features and D of input features."""
+        K, E, D = self.weight.shape
+        return (K, D, E) if self.transposed else (K, E, D)
+
+    def __len__(self) -> int:
+        return self.weight.shape[0]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return all matrices (K, E, D) in fresh memory, decoded to this dtype."""
+        return self._turned(self.weight.decoded(dtype))
+
+    def matrices(self, dtype: torch.dtype) -> Callable[[int], Tensor]:
+        """Return a function that decodes the matrix (E, D) of one expert to this dtype.
+
+        The next call overwrites the result on a CPU, unless autograd records the call.
+        """
+        block, (_, *shape) = self.weight.block, self.weight.shape
+        constants, packed, count = self.weight.constants(), self.weight.packed.reshape(-1), prod(shape)
+
+        def matrix(k: int) -> Tensor:
+            begin = k * count
+            first, last = begin // block, -(-(begin + count) // block)
+            first -= first * block % 2  # a block of odd size may begin in the middle of a byte
+            held = min(last * block, prod(self.weight.shape)) - first * block
+            codes = packed[first * block // 2 :][: -(-held // 2)]
+            reused = codes.device.type == "cpu" and not torch.is_grad_enabled()
+            out = _own.buffers.take(held, dtype) if reused else None
+            with torch.no_grad():
+                values = nf4.dequantize(codes, constants[first:last], block, (held,), dtype, out)
+            return self._turned(values[begin - first * block :][:count].view(*shape))
+
+        return matrix
+
+    def _turned(self, W: Tensor) -> Tensor:
+        return W.transpose(-1, -2) if self.transposed else W

@@ -10,7 +10,7 @@ import pkgutil
 from typing import TYPE_CHECKING
 
 from harness.methods.implementations.fused import bases, methods, operations
-from harness.methods.registry import DTYPES, Implementation, implements, opt_in_fields
+from harness.methods.registry import DTYPES, Implementation, implements, optional_features
 
 if TYPE_CHECKING:
     from torch import Generator, nn
@@ -25,7 +25,7 @@ def implementations() -> list[Implementation]:
 
 
 def _method(name: str) -> Implementation:
-    @implements(name, name="fused", dtypes=DTYPES, offers=opt_in_fields(name))
+    @implements(name, name="fused", dtypes=DTYPES, offers=optional_features(name))
     def attach(model: nn.Module, config: object, generator: Generator) -> Adapted:
         adapted: Adapted = importlib.import_module(f"{methods.__name__}.{name}").attach(model, config, generator)
         return adapted

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.kernels.nf4_format import BLOCK2
 from harness.kernels.torch.lora_experts import StackedLinear, routed_experts
-from reference.lora_experts import LoraExperts
+from harness.kernels.torch.support.packed_weight import PackedWeight
+from reference.lora_experts import LoraExperts, QloraExperts
+from reference.shared.nf4_weight import Nf4Weight
 
 
 class FusedLoraExperts(LoraExperts):
@@ -26,10 +29,28 @@ class FusedLoraExperts(LoraExperts):
         up, down = self._stacked(first), self._stacked("down_proj")
         return routed_experts(x, chosen, weights, up, down, activate).to(x.dtype)
 
+    def stored(self, name: str) -> Tensor | PackedWeight:
+        """Return the stacked parameter `name` in the form in which it is stored."""
+        return self.weight(name)
+
     def _stacked(self, name: str) -> StackedLinear:
         bias = getattr(self.base, f"{name}_bias") if getattr(self.base, "has_bias", False) else None
-        weight = self.base.get_parameter(name)
-        return StackedLinear(weight, self.A[name], self.B[name], self.scaling, self.transposed, bias)
+        return StackedLinear(self.stored(name), self.A[name], self.B[name], self.scaling, self.transposed, bias)
+
+
+class FusedQloraExperts(FusedLoraExperts, QloraExperts):
+    """Stacked experts of transformers in NF4 with LoRA. On a CPU, each expert is decoded when its rows are multiplied."""
+
+    def stored(self, name: str) -> PackedWeight:
+        """Return the packed stacked parameter `name`."""
+        packed: Any = self.packed[name]
+        return packed_weight(packed)
+
+
+def packed_weight(weight: Nf4Weight) -> PackedWeight:
+    """Return the same weight in the form that the kernels take."""
+    second = (weight.absmax2, weight.offset, BLOCK2) if weight.two_levels else ()
+    return PackedWeight(weight.codes, weight.absmax, weight.block, tuple(weight.shape), *second)
 
 
 def why_not(base: nn.Module) -> str:

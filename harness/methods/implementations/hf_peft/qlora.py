@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import Unsupported
 from harness.methods.implementations.bitsandbytes.weights import packed_layer
 from harness.methods.implementations.hf_peft.adapted import PeftAdapted, tuner
 from harness.methods.implementations.hf_peft.lora import lora_config, lora_tensors
@@ -15,15 +16,24 @@ if TYPE_CHECKING:
     from reference.qlora import Config
 
 
-@implements("qlora", name="hf-peft", requires=["peft", "bitsandbytes"], offers=["lora_bias"])
+@implements("qlora", name="hf-peft", requires=["peft", "bitsandbytes"], offers=["lora_bias", "experts"])
 def qlora(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
     """Quantise linear layers to NF4 and attach peft's LoRA. bitsandbytes has no kernels for float64.
 
-    The original layers stay available for `detach`; a Cell offloads their weights while it trains.
+    The original layers stay available for `detach`; a Cell offloads their weights while it trains. Raises Unsupported for
+    stacked experts.
     """
-    from reference.shared.layers import replace, targets
+    from reference.qlora import KINDS
+    from reference.shared.layers import kind_of, replace, targets
 
-    bases = targets(model, config.targets)
+    bases = targets(model, config.targets, KINDS)
+    for path, base in bases.items():
+        if kind_of(base) == "experts":
+            why = (
+                "peft's LoRA over experts that bitsandbytes has packed gives one of both projections no gradient, and its "
+                "second call raises (seen in peft 0.21.2; suites/parity/defects/peft_experts_4bit.py shows it)"
+            )
+            raise Unsupported(f"{path}: {why}")
     for path, base in bases.items():
         replace(model, path, packed_layer(base, base.weight.dtype, config.double_quant, config.block))
     tuner(model, lora_config(config, bases), generator)

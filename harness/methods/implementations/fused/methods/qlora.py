@@ -1,44 +1,45 @@
-"""QLoRA. The weight is decoded into memory that is reused, and the low-rank term is added in place."""
+"""QLoRA. Weights are decoded into memory that is reused, and the low-rank term is added in place."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from harness.kernels.nf4_format import BLOCK2
+from harness.errors import Unsupported
 from harness.kernels.torch.nf4_lora_linear import packed_lora_linear
-from harness.kernels.torch.support.packed_weight import PackedWeight
+from harness.methods.implementations.fused.experts import FusedQloraExperts, packed_weight, why_not
 from reference import qlora
+from reference.lora_experts import QloraExperts
 from reference.shared.adapted import AdaptedLayers
+from reference.shared.layers import kind_of, targets
 
 
 class FusedQloraLinear(qlora.QloraLinear):
     """QLoRA's layer, computed by `packed_lora_linear`."""
 
-    def _packed(self) -> PackedWeight:
-        shape = self.base.out_features, self.base.in_features
-        second = (self.absmax2, self.offset, BLOCK2) if self.two_levels else ()
-        return PackedWeight(self.codes, self.absmax, self.block, shape, *second)
-
     def weight(self) -> Tensor:
         """Return the decoded weight in float32, shape (E, D)."""
-        return self._packed().decoded(torch.float32)
+        return packed_weight(self.packed).decoded(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W x + scaling (B A x + c) with the decoded W, shape (..., E)."""
         mask = None
         if self.dropout.p and self.training:
             mask = nn.functional.dropout(x.new_ones(x.shape), self.dropout.p)
-        y = packed_lora_linear(x, self._packed(), self.base.bias, self.A, self.B, self.scaling, mask)
+        y = packed_lora_linear(x, packed_weight(self.packed), self.base.bias, self.A, self.B, self.scaling, mask)
         return self.with_bias(y)
 
 
 def attach(model: nn.Module, config: qlora.Config, generator: torch.Generator) -> AdaptedLayers:
-    """Attach layers that compute by `packed_lora_linear` to `config.targets`.
+    """Attach layers that compute by `packed_lora_linear` or `routed_experts` to `config.targets`.
 
-    The original layers stay available for `detach`; a Cell offloads their weights while it trains.
+    The original layers stay available for `detach`; a Cell offloads their weights while it trains. Raises Unsupported if
+    a target is a module of experts that transformers cannot group.
     """
+    for path, base in targets(model, config.targets, qlora.KINDS).items():
+        if kind_of(base) == "experts" and (problem := why_not(base)):
+            raise Unsupported(f"{path} is a {type(base).__name__}; {problem}")
     adapted = qlora.attach(model, config, generator)
     for layer in adapted.layers.values():
-        layer.__class__ = FusedQloraLinear
+        layer.__class__ = FusedQloraExperts if isinstance(layer, QloraExperts) else FusedQloraLinear
     return adapted
