@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.conformance.subject import DTYPES, configure
+from harness.kernels.torch import nf4
+from harness.kernels.torch.lora_experts import grouped_lora_linear
 from harness.kernels.torch.nf4_linear import Nf4Linear
+from harness.kernels.torch.support.packed_weight import PackedStack, PackedWeight
 from harness.kernels.triton import lora_linears
 from harness.methods.registry import discover
 
@@ -114,3 +117,18 @@ def test_unused_outputs_get_no_gradient() -> None:
     assert first[3].grad is not None
     assert second[2].grad is None
     assert second[3].grad is None
+
+
+def test_packed_experts_equal_decoded_ones_bit_by_bit() -> None:
+    generator, counts = torch.Generator().manual_seed(0), torch.tensor([3, 0, 4])
+    weight, x, A, B = (
+        torch.randn(shape, generator=generator) for shape in ((3, 16, 20), (7, 20), (3, 2, 20), (3, 16, 2))
+    )
+    stack = PackedStack(PackedWeight(*nf4.quantize(weight, 64), 64, (3, 16, 20)))
+    found = []
+    for W in (stack, stack.dense(torch.float32)):
+        tensors = [t.clone().requires_grad_() for t in (x, A, B)]
+        y = grouped_lora_linear(tensors[0], W, *tensors[1:], 2.0, counts)
+        y.square().sum().backward()
+        found.append([y.detach(), *(t.grad for t in tensors)])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*found, strict=True))
