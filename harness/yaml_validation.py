@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
+import yaml
 from pydantic import BaseModel, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from yaml.reader import ReaderError
 
 from harness.errors import Problem, SuiteError, did_you_mean, sort_problems
 
@@ -29,11 +29,19 @@ _MAX_NODES = 200_000
 """Maximum number of values in a file, with all aliases followed. With nested aliases, a few lines can stand for
 gigabytes."""
 _START = "`suite: NAME`, or see suites/smoke.yaml"
-_SYNTAX_HINTS = {
-    "\\t": "indent with spaces",
-    "undefined alias": "write the value out, or define the anchor above this line",
-}
-"""Part of an error message of ruamel -> hint for the user."""
+_PLAIN_VALUES = (
+    ("null", r"~|null|Null|NULL|", ("~", "n", "N", "")),
+    ("bool", r"true|True|TRUE|false|False|FALSE", tuple("tTfF")),
+    ("int", r"[-+]?(0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)", tuple("-+0123456789")),
+    (
+        "float",
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?"
+        r"|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
+        tuple("-+.0123456789"),
+    ),
+    ("merge", r"<<", ("<",)),
+)
+"""Kind, pattern and first characters of unquoted values that are no texts in YAML 1.2, and the key `<<`."""
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 _TYPE_HINTS = {
     "int_type": "write a whole number, without quotes",
@@ -47,6 +55,16 @@ _TYPE_HINTS = {
     "model_type": "write keys and values: {key: value}",
 }
 """Type of an error of pydantic -> hint for the user."""
+
+
+class Yaml12Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # without libyaml, ten times slower
+    """A parser of YAML with the values of YAML 1.2: `yes` and `2026-01-01` are texts, and `1e-3` is a number."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+
+for _kind_of_value, _pattern, _first in _PLAIN_VALUES:
+    Yaml12Loader.add_implicit_resolver(_TAG + _kind_of_value, re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
 @dataclass(frozen=True)
@@ -167,21 +185,48 @@ def _decode(path: Path, raw: bytes) -> str:
         raise SuiteError([Problem(f"{path}:{line}", what, "save the file as UTF-8")]) from error
 
 
-@lru_cache(maxsize=256)  # some files are read hundreds of times, and ruamel.yaml takes about 50 ms for one
+@lru_cache(maxsize=256)  # some files are read hundreds of times
 def _compose(path: Path, text: str) -> Node | None:
     try:
-        return YAML(typ="safe", pure=True).compose(text)  # type: ignore[no-any-return]
-    except MarkedYAMLError as error:
-        mark, message = error.problem_mark or error.context_mark, error.problem or ""
-        hints = (hint for part, hint in _SYNTAX_HINTS.items() if part in message)
-        hint = next(hints, "correct the YAML here or just above")
-        problem = Problem(f"{path}:{mark.line + 1 if mark else 1}", f"not YAML: {message}", hint)
-    except YAMLError as error:
-        line = text.count("\n", 0, getattr(error, "position", 0)) + 1
-        problem = Problem(f"{path}:{line}", f"not YAML: {getattr(error, 'reason', error)}", "remove the character")
+        return yaml.compose(text, Loader=Yaml12Loader)  # type: ignore[no-any-return]
+    except ReaderError as error:
+        line = text.encode().count(b"\n", 0, error.position) + 1
+        problem = Problem(f"{path}:{line}", f"not YAML: {error.reason}", "remove the character")
+    except yaml.MarkedYAMLError as error:
+        problem = _syntax_problem(path, text, error)
     except RecursionError:
         problem = Problem(f"{path}:1", "not readable as YAML: nested too deeply", "close a bracket")
     raise SuiteError([problem])
+
+
+def _syntax_problem(path: Path, text: str, error: yaml.MarkedYAMLError) -> Problem:
+    mark, message = error.problem_mark or error.context_mark, error.problem or ""
+    line, column = (mark.line, mark.column) if mark else (0, 0)
+    there = (text.split("\n")[line : line + 1] or [""])[0]
+    if "nesting depth" in message:
+        return Problem(f"{path}:{line + 1}", "not readable as YAML: nested too deeply", "close a bracket")
+    if "undefined alias" in message:
+        name = re.split(r"[\s,:\]}]", there[column + 1 :])[0]
+        hint = "write the value out, or define the anchor above this line"
+        return Problem(f"{path}:{line + 1}", f"not YAML: {message} {name!r}", hint)
+    hint = "indent with spaces" if "\t" in there[: column + 1] else "correct the YAML here or just above"
+    return Problem(f"{path}:{line + 1}", f"not YAML: {message}", hint)
+
+
+def _plain(kind: str, text: str) -> Any:
+    """Return the value of a scalar. Raises ValueError, KeyError or IndexError if the text does not fit an explicit tag."""
+    digits = text.replace("_", "")
+    match kind:
+        case "null":
+            return None
+        case "bool":
+            return {"true": True, "false": False}[text.lower()]
+        case "int":
+            prefixed = digits.lstrip("+-")[:2] in ("0b", "0o", "0x")
+            return int(digits, 0) if prefixed else int(digits)
+        case "float":
+            return float(digits.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    return text
 
 
 def _kind(data: object) -> str:
@@ -196,7 +241,6 @@ class _Builder:
         self.lines: dict[KeyPath, int] = {}
         self.problems: list[Problem] = []
         self.unreadable: set[KeyPath] = set()
-        self._constructor = YAML(typ="safe", pure=True).constructor
         self._open: set[int] = set()
         self._visited = 0
 
@@ -241,7 +285,7 @@ class _Builder:
                 return self._cannot_read(node, path, f"the tag `{tag}` is not allowed here", "write a plain value")
             return node.value
         try:
-            value = self._constructor.construct_object(node)
+            value = _plain(tag.removeprefix(_TAG), node.value)
         except ValueError as error:  # Python reads no integer of thousands of digits
             return self._cannot_read(node, path, f"not a readable number: {error}", "write a number of fewer digits")
         except (KeyError, IndexError):

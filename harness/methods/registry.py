@@ -5,6 +5,7 @@ No torch here: an Implementation imports its libraries inside its function.
 
 from __future__ import annotations
 
+import importlib
 import pkgutil
 import re
 import traceback
@@ -109,11 +110,10 @@ class Implementation:
             if name not in self.offers and getattr(config, name, default) != default:
                 raise Unsupported(f"{self.name} does not offer {name} of {self.target}")
         if kinds := set(opt_in_layers(self.target)) - {*self.offers}:
-            from reference.shared.layers import kind_of, named
-
-            for path, layer in named(model, config.targets).items():
-                if kind_of(layer) in kinds:
-                    raise Unsupported(f"{path}: {self.name} does not offer {kind_of(layer)} for {self.target}")
+            layers = importlib.import_module("reference.shared.layers")  # here, because it imports torch
+            for path, layer in layers.named(model, config.targets).items():
+                if (kind := layers.kind_of(layer)) in kinds:
+                    raise Unsupported(f"{path}: {self.name} does not offer {kind} for {self.target}")
 
     def __str__(self) -> str:
         return f"{self.kind} {self.target} by {self.name}"

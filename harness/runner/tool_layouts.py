@@ -16,13 +16,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+import yaml
 
 from harness.errors import UsageError
 from harness.records.base_model import Json
 from harness.records.files import sha256
 from harness.records.imported import Imported, LoggedLoss
+from harness.yaml_validation import Yaml12Loader
 
 _CONFIG, _WEIGHTS, _STATE = "adapter_config.json", "adapter_model.safetensors", "trainer_state.json"
 _PICKLE = "adapter_model.bin"
@@ -228,8 +228,8 @@ def _object(path: Path) -> dict[str, Any]:
 def _yaml(text: str, path: Path) -> dict[str, Any]:
     """Return the YAML mapping in a text. Only plain values are kept. Raises UsageError if the text is no YAML."""
     try:
-        content = YAML(typ="safe").load(text)
-    except YAMLError as error:
+        content = yaml.load(text, Loader=Yaml12Loader)  # noqa: S506  # a subclass of the safe loader
+    except yaml.YAMLError as error:
         reason = str(error).partition("\n")[0]
         hint = "copy the file again, or remove it to import without it"
         raise UsageError(f"its settings are not YAML ({reason})", where=str(path), hint=hint) from error

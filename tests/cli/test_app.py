@@ -29,7 +29,7 @@ from support import recorded_run
 COMMAND = (sys.executable, "-m", "harness.cli")
 
 
-HEAVY = {"torch", "pydantic", "pandas", "jinja2", "rich", "numpy", "ruamel.yaml", "reference"}
+HEAVY = {"torch", "pydantic", "pandas", "jinja2", "rich", "numpy", "yaml", "reference"}
 VERBS = [
     *([name] for name in app.commands.commands),
     *(

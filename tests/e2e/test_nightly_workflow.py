@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
+import yaml
 
 from support.repository import TOP
 
@@ -58,7 +58,7 @@ def git(*words: str) -> str:
 
 def night(tmp_path: Path, *, baseline: bool = True, rows: bool = True, **codes: int) -> Night:
     """Run the job's scripts in a clone, while somebody else pushes. codes: of the command, by part; RUN_2=9: no folder."""
-    workflow: dict[str, Any] = YAML(typ="safe").load(FILE)
+    workflow: dict[str, Any] = yaml.load(FILE.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # `on` is a text
     origin, here, other = (tmp_path / name for name in ("origin.git", "here", "other"))
     git("init", "-q", "--bare", "-b", "main", str(origin))
     git("clone", "-q", str(origin), str(other))

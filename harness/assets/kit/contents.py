@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 NEEDED = (
-    "ruamel.yaml", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions", "click", "rich",
+    "pyyaml", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions", "click", "rich",
     "markdown-it-py", "mdurl", "pygments", "jinja2", "markupsafe", "psutil", "packaging",
 )  # fmt: skip
 """Distributions without which no command starts. The other machine may have them; then they are not unpacked there."""
