@@ -22,10 +22,12 @@ _TINY_IN_FLOAT16 = 2.0**-14
 """Size of `tiny` weights in float16, which holds no smaller number with all digits."""
 _EMBED_SCALE = 4.0
 _PADDING = 1
-"""Number of the entry that stands for padding in a table of the kind `embedding-scaled`."""
+"""Number of the entry that stands for padding in the first table of the kind `embedding-scaled`. In the other table it is
+0, which a program may take for no number.
+"""
 _GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv2d": {"padding": 1},
-    "conv2d-dilated": {"padding": 2, "dilation": 2},
+    "conv2d-dilated": {"padding": (2, 1), "dilation": (2, 1)},  # height and width differ
     "conv2d-reflect": {"padding": 1, "padding_mode": "reflect"},
     "conv2d-grouped": {"padding": 1, "groups": GROUPS},
 }
@@ -118,14 +120,15 @@ def _layers(kind: Kind, D: int, E: int, *, swapped: bool = False) -> tuple[nn.Mo
         return (
             _ScaledEmbedding(D, E, padding_idx=_PADDING),
             nn.Linear(E, E),
-            nn.Embedding(D, E, scale_grad_by_freq=True),
+            nn.Embedding(D, E, padding_idx=0, scale_grad_by_freq=True),
         )
     if kind == "experts":
         return _experts(D, E), nn.Linear(D, D), _experts(D, E)
     if kind.startswith("conv2d"):
         geometry = _GEOMETRIES[kind]
         D, E = _channels(kind, D), _channels(kind, E)
-        return nn.Conv2d(D, E, 3, **geometry), nn.Conv2d(E, E, 1), nn.Conv2d(E, D, 3, stride=2, bias=False, **geometry)
+        second = nn.Conv2d(E, D, 3, stride=(2, 1), bias=False, **geometry)
+        return nn.Conv2d(D, E, 3, **geometry), nn.Conv2d(E, E, 1), second
     from transformers.pytorch_utils import Conv1D
 
     return Conv1D(E, D), Conv1D(E, E), Conv1D(D, E)
@@ -151,7 +154,7 @@ def _input(kind: Kind, D: int, generator: torch.Generator, dtype: torch.dtype) -
     if kind.startswith("embedding"):
         ids = torch.randint(0, D, (2, 5), generator=generator)
         if kind == "embedding-scaled":
-            ids[0, -1] = _PADDING
+            ids[0, -1], ids[1, 0] = _PADDING, 0
         return ids
     shape = (2, _channels(kind, D), SIDE, SIDE) if kind.startswith("conv2d") else (2, 5, D)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
