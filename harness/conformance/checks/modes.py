@@ -35,6 +35,7 @@ from harness.conformance.comparison.inputs import HALF, cast, inputs
 from harness.conformance.comparison.kept_memory import kept_alive
 from harness.conformance.comparison.layer_comparison import Draws, reference_runs, runs_of
 from harness.conformance.comparison.observations import observe, preserved_state
+from harness.conformance.comparison.operation_call import ill_formed
 from harness.conformance.comparison.operation_forms import OperationForm, of_operation
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed, worst_of
 from harness.conformance.operation import OperationSubject
@@ -214,7 +215,8 @@ def _with_other_rows(subject: Subject, case: Case, path: str, call: Call) -> Ite
 def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
     """Yield judgements of outputs and gradients under autocast in both 16-bit dtypes, also after the tensors change.
 
-    Autocast rounds to 16 bits, so the errors may be as large as those of this dtype.
+    Autocast rounds to 16 bits, so the errors may be as large as those of this dtype. The output must have
+    autocast's dtype or that of the reference's output, because later layers may refuse two dtypes.
     """
     wide, own = (subject.reference(path, dtype) for dtype in ("float64", "float32"))
     mine, x, dy, factor = call.tensors, call.x, call.dy, case.factor("calls")
@@ -225,8 +227,12 @@ def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iter
             truth = observe(wide.layer, wide.tensors, cast(x, "float64"), dy.double())
             for dtype in ("bfloat16", "float16"):
                 seen = _autocast(call, call.layer, mine, dtype, x)
-                rounded = _rounded_by_autocast(own, call, dtype)
-                yield _named(path, when.format(dtype), noise_floor(seen, truth, rounded, dtype, factor))
+                rounded = Draws(_rounded_by_autocast(own, call, dtype))
+                verdict = noise_floor(seen, truth, rounded, dtype, factor)
+                own_y = next(iter(rounded))["y"]
+                if seen["y"].dtype != DTYPES[dtype]:
+                    verdict = ill_formed({"y": seen["y"]}, {"y": own_y}) or verdict
+                yield _named(path, when.format(dtype), verdict)
             with torch.no_grad():
                 for tensor in (*mine.values(), *wide.tensors.values(), *own.tensors.values()):
                     tensor.mul_(HALF)

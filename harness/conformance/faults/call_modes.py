@@ -99,6 +99,11 @@ def skips_the_update_under_autocast(copy: PatchedCopy) -> None:
     copy.replace_forward(lambda layer, x, right: layer.base(x) if torch.is_autocast_enabled("cpu") else right(x))
 
 
+@planted_in_methods("calls", only=["lora", "adalora"])  # DoRA and VeRA multiply by a vector in float32
+def returns_float32_under_autocast(copy: PatchedCopy) -> None:
+    copy.replace_forward(lambda _, x, right: right(x).float() if torch.is_autocast_enabled("cpu") else right(x))
+
+
 @planted_in_methods("calls", only=_ADAPTERS)
 def skips_the_update_under_autocast_without_a_bias(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:

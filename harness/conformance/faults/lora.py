@@ -165,6 +165,23 @@ def merges_into_the_base_and_subtracts_again(copy: PatchedCopy) -> None:
     copy.replace_forward(lambda layer, x, right: layer.base(x) if getattr(layer, "merged_in", False) else right(x))
 
 
+@planted("lora", "merge", values=_USUAL)
+def merges_again_what_is_merged(copy: PatchedCopy) -> None:
+    def change(adapted: Any) -> None:
+        right = adapted.merge
+
+        def merge() -> None:
+            merged = {path: adapted.model.get_submodule(path) for path in adapted.layers}
+            right()
+            for path, layer in adapted.layers.items():
+                if merged[path] is not layer:
+                    adapted.model.get_submodule(path).weight.data += layer.delta().data
+
+        adapted.merge = merge
+
+    copy.change_adapted(change)
+
+
 @planted("lora", "dropout", values=_DROP, layer="embedding")
 def drops_in_an_embedding(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
