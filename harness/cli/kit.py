@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import click
 from harness.cli import options
 from harness.console import align_columns, print_lines, print_note
 from harness.errors import Exit
+
+_OLDEST_MINOR = 11
+"""Minor version of the oldest Python 3 on which peft-harness runs; `requires-python` in pyproject.toml."""
 
 
 def _bytes(_: click.Context, __: click.Parameter, value: str) -> int:
@@ -22,6 +26,13 @@ def _bytes(_: click.Context, __: click.Parameter, value: str) -> int:
         raise click.BadParameter(str(error)) from error
 
 
+def _version(_: click.Context, __: click.Parameter, value: str) -> str:
+    minor = re.fullmatch(r"3\.(\d+)", value)
+    if minor is None or int(minor[1]) < _OLDEST_MINOR:
+        raise click.BadParameter(f"`{value}` is no version such as 3.12; peft-harness needs 3.{_OLDEST_MINOR} or newer")
+    return value
+
+
 @click.command()
 @click.argument("folder", type=options.FOLDER, metavar="DIR")
 @click.option(
@@ -30,6 +41,7 @@ def _bytes(_: click.Context, __: click.Parameter, value: str) -> int:
 @click.option(
     "--python",
     "python_version",
+    callback=_version,
     default="3.12",
     show_default=True,
     metavar="VERSION",

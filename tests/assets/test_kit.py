@@ -222,3 +222,12 @@ def test_the_script_runs_the_harness_of_the_kit(index: dict[str, int], tmp_path:
         env=environment | {"PATH": f"{typed}{os.pathsep}{os.defpath}"},
     )  # fmt: skip
     assert again.stdout == done.stdout, again.stderr
+
+
+@pytest.mark.parametrize("version", ["2.7", "3.10", "3", "python3.12"])
+def test_a_python_on_which_the_harness_does_not_run_is_refused(
+    tmp_path: Path, version: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["kit", str(tmp_path / "kit"), "--python", version]) == Exit.USAGE
+    assert f"`{version}`" in capsys.readouterr().err
+    assert not (tmp_path / "kit").exists()

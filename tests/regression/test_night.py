@@ -471,3 +471,9 @@ def test_the_command_for_what_was_left_out_names_the_suite(
         out, err = capsys.readouterr()
         assert f"peft-harness night --device cpu{real} --only {name}" in out
         assert ("--real is not used" in err) is (not real)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["night", "--device", "cpu", "--out", str(tmp_path / "file" / "night")]) == Exit.USAGE
+    assert f"--out {tmp_path / 'file' / 'night'}: cannot be made" in capsys.readouterr().err

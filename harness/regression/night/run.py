@@ -208,7 +208,12 @@ def _chosen(plan: list[Part], only: Sequence[str]) -> list[Part]:
 def _folder(folder: Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError("is not empty", where=f"--out {folder}", hint="name a new folder")
-    (folder / "parts").mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / "parts").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"cannot be made: {error.strerror}", where=f"--out {folder}", hint="name another folder"
+        ) from error
     return folder
 
 
