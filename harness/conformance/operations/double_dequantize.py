@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from harness.conformance.operation import Arguments, Operation
 from harness.conformance.operations import double_quantize
-from harness.conformance.operations.double_quantize import Blocks, Spread
+from harness.conformance.operations.double_quantize import Blocks, SecondBlock, Spread
 from reference.operations import double_quant
 
 
 def arguments(
-    dtype: torch.dtype, generator: torch.Generator, *, blocks: Blocks, block: Literal[256] = 256, spread: Spread = 1.0
+    dtype: torch.dtype, generator: torch.Generator, *, blocks: Blocks, block: SecondBlock = 256, spread: Spread = 1.0
 ) -> Arguments:
     """Draw the absmax of 4-bit blocks, quantised to 8-bit codes."""
     given = double_quantize.arguments(dtype, generator, blocks=blocks, block=block, spread=spread)

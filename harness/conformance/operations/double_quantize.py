@@ -18,9 +18,12 @@ from reference.operations.dynamic_map import dynamic_map, quantize_blockwise
 Blocks = Annotated[int, Factor((256, 1, 257, 1000, 4096), least=1, most=20_000)]
 Spread = Annotated[float, Factor((1.0, 0.0, 0.05, 2.0), least=0.0, most=3.0)]
 
+SecondBlock = Literal[256, 64, 128, 512, 1024]
+"""Number of constants per block of the second level. QLoRA has 256."""
+
 
 def arguments(
-    dtype: torch.dtype, generator: torch.Generator, *, blocks: Blocks, block: Literal[256] = 256, spread: Spread = 1.0
+    dtype: torch.dtype, generator: torch.Generator, *, blocks: Blocks, block: SecondBlock = 256, spread: Spread = 1.0
 ) -> Arguments:
     """Draw the absmax of a weight's blocks: powers of ten with normal exponents of standard deviation `spread`."""
     return {"absmax": 10.0 ** draw(generator, dtype, blocks, spread=spread), "block": block}
