@@ -149,9 +149,10 @@ class Fork:
 
     def kill_group(self) -> None:
         """Kill the process group: the process and its children, even if the process itself has ended."""
-        if self.pid:
+        pid = self.pid  # read once: another thread may close this fork now, and group 0 is that of this process
+        if pid:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)
+                os.killpg(pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Kill the whole process group, and close the pipes. A second call does nothing."""

@@ -145,6 +145,23 @@ time.sleep(600)
         eventually(lambda pid=pid: gone(pid), "it is gone")
 
 
+def test_no_other_group_is_killed_if_a_fork_is_closed_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C kills all workers in one thread, while another thread closes one of them, which then has no id."""
+
+    class ClosedMeanwhile(Fork):
+        def __init__(self) -> None:
+            self.ids = iter([2**22 + 1, 0])
+
+        @property
+        def pid(self) -> int:  # type: ignore[override]
+            return next(self.ids)
+
+    killed: list[int] = []
+    monkeypatch.setattr(os, "killpg", lambda group, _: killed.append(group))
+    ClosedMeanwhile().kill_group()
+    assert killed == [2**22 + 1]
+
+
 @pytest.mark.parametrize(
     "more",
     [
