@@ -156,7 +156,7 @@ class Fork:
 
     def close(self) -> None:
         """Kill the whole process group, and close the pipes. A second call does nothing."""
-        if self.exit_code is None:
+        if self.exit_code is None and self.pid:
             self.kill_group()
             self.wait(_END_S)
         if self._code is None:

@@ -177,11 +177,16 @@ def test_a_server_that_cannot_fork_safely_is_not_used(more: str) -> None:
     server.close()
 
 
-def test_a_fork_that_never_started_may_be_closed_twice(server: ForkServer, tmp_path: Path) -> None:
+def test_a_fork_that_never_started_may_be_closed_twice_and_is_not_waited_for(
+    server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.kill(server._process.pid, signal.SIGSTOP)
     fork = start(server, "", tmp_path / "out")
+    waits: list[float] = []
+    monkeypatch.setattr(Fork, "wait", lambda _, timeout: waits.append(timeout))
     fork.close()
     fork.close()
+    assert waits == []
     assert fork.exit_code == -signal.SIGKILL
     assert server.is_idle
 
