@@ -145,6 +145,28 @@ time.sleep(600)
         eventually(lambda pid=pid: gone(pid), "it is gone")
 
 
+def test_a_fork_that_the_system_refuses_ends_no_other_fork(tmp_path: Path) -> None:
+    more = """
+allowed = iter([True, False, True])
+def fork(given=os.fork):
+    if os.getpid() == own and not next(allowed):
+        raise BlockingIOError("no process is left")
+    return given()
+own, os.fork = os.getpid(), fork
+"""
+    server = started(more)
+    assert server.wait_ready(PATIENCE_S)
+    one = start(server, "time.sleep(600)", tmp_path / "one")
+    refused = start(server, "", tmp_path / "refused")
+    assert (refused.wait(PATIENCE_S), refused.pid) == (-signal.SIGKILL, 0)
+    last = start(server, "", tmp_path / "last")
+    assert last.wait(PATIENCE_S) == 0
+    assert one.exit_code is None
+    for fork in (one, refused, last):
+        fork.close()
+    server.close()
+
+
 def test_no_other_group_is_killed_if_a_fork_is_closed_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C kills all workers in one thread, while another thread closes one of them, which then has no id."""
 
