@@ -127,7 +127,6 @@ def forking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerP
     (tmp_path / "slow_library.py").write_text("calls = 0")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(worker_pool.__file__).parents[2]}")
     monkeypatch.delenv(fork_server.COLD_START, raising=False)
-    monkeypatch.setattr(worker_pool, "_GRACE_S", 0.3)
     with WorkerPool(imports=["slow_library"]) as pool:
         yield pool
 
@@ -183,7 +182,10 @@ def test_a_worker_that_the_server_has_imported_prints_no_warning_of_python(
 
 
 @linux
-def test_a_process_that_a_fork_leaves_behind_is_found_and_killed(forking: WorkerPool, tmp_path: Path) -> None:
+def test_a_process_that_a_fork_leaves_behind_is_found_and_killed(
+    forking: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_pool, "_GRACE_S", 0.3)
     why = re.fullmatch(r"left a process behind: \S+ \((\d+)\); killed", run_forked(forking, tmp_path, "leave")[1])
     assert why
     eventually(lambda: gone(int(why[1])), "the process is killed")
