@@ -123,6 +123,22 @@ def test_an_entry_of_a_step_excuses_other_numbers_of_its_tensors_but_neither_nan
         assert entry.explains(tried) is excused, (tensor, worst)
 
 
+def test_an_entry_of_a_list_of_problems_excuses_no_other_problem() -> None:
+    entry = next(one for one in defects.known() if one.id == "peft-vera-default-dtype")
+    same = "{} differs if torch's default dtype is torch.bfloat16 when the adapter is attached"
+    two = "; ".join(map(same.format, ("first.A", "second.B")))
+    of = {"implementation": "hf-peft", "target": "vera"}
+    for detail, excused in (
+        (two, True),
+        (f"{two}; seeds torch's random numbers", False),
+        (f"the number of threads was 1, is 2; {two}", False),
+        (same.format("first.d"), False),
+    ):
+        outcome = failed("settings", detail, error=1.0, policy="exact")
+        result = outcome.result.model_copy(update={"check": "vera/settings/float32/init"})
+        assert entry.explains(outcome.model_copy(update={**of, "result": result})) is excused, detail
+
+
 def test_an_entry_is_not_kept_alive_by_the_failure_of_another() -> None:
     wide, narrow = known("wide"), known("narrow", shows=["^codes"])
     marked, complaints = defects.explained([failed(tensor="absmax")], [wide, narrow])
