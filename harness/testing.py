@@ -94,8 +94,9 @@ def conformance(
     `attach`; for `adapter_files`, it returns a Loader (harness/methods/loader.py). offers: later settings of the Method
     that the function has, such as `lora_bias`; cases with other such settings are skipped. full: test every combination of
     config, shape and layer in the suite. By default, each config, shape and layer is tested at least once. wide: also
-    test a fixed sample that covers pairs of settings, and run the checks of call forms, of random sequences of calls and
-    of NaN. drawn: number of additional cases with random ranks and shapes. seed: seed of the additional cases.
+    test a fixed sample that covers pairs of settings, run the check of call forms in every case instead of one, and run
+    the checks of unmerging, of random sequences of calls and of NaN. drawn: number of additional cases with random ranks
+    and shapes. seed: seed of the additional cases.
 
     Raises UsageError if a name or dtype is unknown. Also raises it if the suite has no case in these dtypes, because a
     test without cases would always pass.

@@ -20,12 +20,12 @@ class CaseSelection:
     seed: int = 0
     """Seed of the random cases."""
     wide: bool = False
-    """True adds a fixed sample of all settings. It also adds the checks of calls, random walks and NaN. See
-    `is_wide`."""
+    """True adds a fixed sample of all settings. It also adds the checks of unmerging, random walks and NaN, and runs the
+    check `calls` in every case instead of one. See `is_wide`."""
 
     @property
     def is_wide(self) -> bool:
-        """True if the fixed sample and the checks of calls, random walks and NaN are tried.
+        """True if all is tried that `wide` adds.
 
         `full` and `drawn` imply this.
         """

@@ -149,13 +149,14 @@ class Fork:
 
     def kill_group(self) -> None:
         """Kill the process group: the process and its children, even if the process itself has ended."""
-        if self.pid:
+        pid = self.pid  # read once: another thread may close this fork now, and group 0 is that of this process
+        if pid:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)
+                os.killpg(pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Kill the whole process group, and close the pipes. A second call does nothing."""
-        if self.exit_code is None:
+        if self.exit_code is None and self.pid:
             self.kill_group()
             self.wait(_END_S)
         if self._code is None:
@@ -168,7 +169,8 @@ def serve(connection: socket.socket, run: Callable[[int, int], int], *, kills_gr
 
     The code is 1 if forks are not safe: another thread runs, or the kernel cannot bring pages of files into memory. run:
     function that a fork calls with the descriptors of its events and of its lifeline; it returns the exit code.
-    kills_groups: kill what a fork leaves behind when it ends. Otherwise the program that asked for the fork does it.
+    kills_groups: kill what a fork leaves behind when it ends. Otherwise the program that asked for the fork does it. If
+    the system refuses a fork, the program finds that the fork has ended without a process id.
     """
     if threading.active_count() > 1:
         return 1  # a thread that an import started would be missing in the forks
@@ -193,10 +195,12 @@ def serve(connection: socket.socket, run: Callable[[int, int], int], *, kills_gr
             if not request:
                 return 0
             stdin, output, events, lifeline, status = descriptors
-            with warnings.catch_warnings():
-                # Python warns of threads, but those of OpenBLAS and jemalloc, the only ones here, survive a fork.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                pid = os.fork()
+            try:
+                pid = _fork()
+            except OSError:  # no process or no memory is left: the other forks go on
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                continue
             if not pid:
                 signal.set_wakeup_fd(-1)
                 for descriptor in (ended, tell, asked, status, *status_of.values()):
@@ -213,6 +217,13 @@ def serve(connection: socket.socket, run: Callable[[int, int], int], *, kills_gr
                 os.close(descriptor)
             status_of[pid] = status
             _tell(status, f"pid {pid}\n")
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        # Python warns of threads, but those of OpenBLAS and jemalloc, the only ones here, survive a fork.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def _become(parent: int, stdin: int, output: int) -> None:

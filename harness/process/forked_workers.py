@@ -97,6 +97,7 @@ def _run(events: int, lifeline: int) -> int:
     for number in TERMINATION_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     sys.argv = [request["module"], str(events), str(lifeline), request["task"]]
+    sys.modules.pop(request["module"], None)  # runpy warns of a module that is imported already
     runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
     sys.exit(0)  # unlike os._exit, it calls what libraries have registered for the end of the process
 

@@ -19,10 +19,11 @@ def of_run(f: RunFacts) -> list[dict[str, Any]]:
     """Return the alerts of a run, e.g. that it is unfinished, that Cells are missing, or that a file has changed."""
     latest = f.latest.values()
     missing, broken = len(f.verdict.missing), len(f.run.broken)
-    resume = f"{sections.resume_command(f)} measures the rest"
     usual = reproducibility.usual_environment(f.run)
     found = {
-        f"This run {f.unfinished()}. Its results so far are shown below.": [resume] if f.run.how != "finished" else [],
+        f"This run {f.unfinished()}. Its results so far are shown below.": (
+            [sections.resume_sentence(f)] if f.run.how != "finished" else []
+        ),
         "Changed after the run, and not counted (move a Record out of cells/, and --resume measures its Cell again):": [
             f"{name} {what}" for name, what in f.run.changed.items()
         ],

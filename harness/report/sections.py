@@ -239,8 +239,11 @@ def rerun(facts: RunFacts) -> Section:
     }
 
 
-def resume_command(facts: RunFacts) -> str:
-    """Return the command that measures what an unfinished run lacks: that of the run, with `--resume`."""
+def resume_sentence(facts: RunFacts) -> str:
+    """Return a sentence with the command that measures what an unfinished run lacks: that of the run, with `--resume`.
+
+    Other commands, such as `import`, cannot resume a run. They measure it again, in a new folder.
+    """
     kept, where, words = list[str](), facts.run.manifest.run, iter(facts.run.manifest.argv)
     for word in words:
         option, equals, value = word.partition("=")
@@ -248,7 +251,9 @@ def resume_command(facts: RunFacts) -> str:
             where = value if equals else next(words, where)
         else:
             kept.append(word)
-    return shlex.join([*kept, "--resume", where])
+    if kept[1:2] != ["run"]:
+        return f"{shlex.join(kept)} measures it again"
+    return f"{shlex.join([*kept, '--resume', where])} measures the rest"
 
 
 def rerun_command(facts: RunFacts, cell_id: str) -> str:

@@ -14,8 +14,9 @@ from harness.conformance.execution import suite_run
 from harness.conformance.findings import defects
 from harness.conformance.findings.defects import Defect
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
-from harness.methods.registry import discover
+from harness.methods.registry import DTYPES, Implementation, discover
 from harness.records.record import CheckResult, Outcome
+from reference import galore
 
 
 def known(name: str = "one", **changed: Any) -> Defect:
@@ -121,6 +122,45 @@ def test_an_entry_of_a_step_excuses_other_numbers_of_its_tensors_but_neither_nan
         tried = outcome.model_copy(update={**of, "result": result})
         assert entry.matches(tried)
         assert entry.explains(tried) is excused, (tensor, worst)
+
+
+def test_an_entry_of_a_list_of_problems_excuses_no_other_problem() -> None:
+    entry = next(one for one in defects.known() if one.id == "peft-vera-default-dtype")
+    same = "{} differs if torch's default dtype is torch.bfloat16 when the adapter is attached"
+    two = "; ".join(map(same.format, ("first.A", "second.B")))
+    of = {"implementation": "hf-peft", "target": "vera"}
+    for detail, excused in (
+        (two, True),
+        (f"{two}; seeds torch's random numbers", False),
+        (f"the number of threads was 1, is 2; {two}", False),
+        (same.format("first.d"), False),
+    ):
+        outcome = failed("settings", detail, error=1.0, policy="exact")
+        result = outcome.result.model_copy(update={"check": "vera/settings/float32/init"})
+        assert entry.explains(outcome.model_copy(update={**of, "result": result})) is excused, detail
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("error", "is_shown"), [(1.01, "without"), (1.0, "with")])
+def test_a_defect_of_an_optimizer_with_8_bits_hides_none_without(error: float, is_shown: str) -> None:
+    """Otherwise the known defect of galore-torch's optimizer with 8 bits would excuse every defect of its usual one."""
+
+    class Wrong(galore.GaLoreModel):
+        def optimizer(self, lr: float, weight_decay: float, bits: int = 32) -> galore.GaLore:
+            made = super().optimizer(lr, weight_decay)
+            made.param_groups[0]["scale"] *= 100.0 if bits == 8 else error
+            return made
+
+    def attach(model: Any, config: Any, generator: Any) -> Wrong:
+        adapted = galore.attach(model, config, generator)
+        return Wrong(adapted.model, adapted.layers, adapted.config)
+
+    plan = parity_suite.load_plan("galore").model_copy(update={"checks": ["optimizer"]})
+    shape = parity_suite.CaseShape.model_validate({"tokens": 2, "in": 80, "out": 72})  # above the size of many steps
+    case = parity_suite.MethodCase({"rank": 4}, "linear", shape, "float32")
+    mine = Implementation("mine", "method", "galore", attach, dtypes=DTYPES)
+    (found,) = (one.result for one in suite_run.run_case(mine, plan, case) if one.result.outcome is Outcome.FAIL)
+    assert ("with bits=8" in found.tensor) is (is_shown == "with")
 
 
 def test_an_entry_is_not_kept_alive_by_the_failure_of_another() -> None:

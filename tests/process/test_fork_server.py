@@ -145,6 +145,45 @@ time.sleep(600)
         eventually(lambda pid=pid: gone(pid), "it is gone")
 
 
+def test_a_fork_that_the_system_refuses_ends_no_other_fork(tmp_path: Path) -> None:
+    more = """
+allowed = iter([True, False, True])
+def fork(given=os.fork):
+    if os.getpid() == own and not next(allowed):
+        raise BlockingIOError("no process is left")
+    return given()
+own, os.fork = os.getpid(), fork
+"""
+    server = started(more)
+    assert server.wait_ready(PATIENCE_S)
+    one = start(server, "time.sleep(600)", tmp_path / "one")
+    refused = start(server, "", tmp_path / "refused")
+    assert (refused.wait(PATIENCE_S), refused.pid) == (-signal.SIGKILL, 0)
+    last = start(server, "", tmp_path / "last")
+    assert last.wait(PATIENCE_S) == 0
+    assert one.exit_code is None
+    for fork in (one, refused, last):
+        fork.close()
+    server.close()
+
+
+def test_no_other_group_is_killed_if_a_fork_is_closed_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C kills all workers in one thread, while another thread closes one of them, which then has no id."""
+
+    class ClosedMeanwhile(Fork):
+        def __init__(self) -> None:
+            self.ids = iter([2**22 + 1, 0])
+
+        @property
+        def pid(self) -> int:  # type: ignore[override]
+            return next(self.ids)
+
+    killed: list[int] = []
+    monkeypatch.setattr(os, "killpg", lambda group, _: killed.append(group))
+    ClosedMeanwhile().kill_group()
+    assert killed == [2**22 + 1]
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -160,11 +199,16 @@ def test_a_server_that_cannot_fork_safely_is_not_used(more: str) -> None:
     server.close()
 
 
-def test_a_fork_that_never_started_may_be_closed_twice(server: ForkServer, tmp_path: Path) -> None:
+def test_a_fork_that_never_started_may_be_closed_twice_and_is_not_waited_for(
+    server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.kill(server._process.pid, signal.SIGSTOP)
     fork = start(server, "", tmp_path / "out")
+    waits: list[float] = []
+    monkeypatch.setattr(Fork, "wait", lambda _, timeout: waits.append(timeout))
     fork.close()
     fork.close()
+    assert waits == []
     assert fork.exit_code == -signal.SIGKILL
     assert server.is_idle
 

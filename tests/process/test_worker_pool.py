@@ -127,7 +127,6 @@ def forking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerP
     (tmp_path / "slow_library.py").write_text("calls = 0")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(worker_pool.__file__).parents[2]}")
     monkeypatch.delenv(fork_server.COLD_START, raising=False)
-    monkeypatch.setattr(worker_pool, "_GRACE_S", 0.3)
     with WorkerPool(imports=["slow_library"]) as pool:
         yield pool
 
@@ -159,8 +158,34 @@ def test_the_end_of_a_fork_is_described_like_that_of_a_process(
     assert run_forked(forking, tmp_path)[1] == ""  # the server lives on
 
 
+GUARDED = """
+import sys
+from harness.process.event_pipe import event_writer
+if __name__ == "__main__":
+    with event_writer(int(sys.argv[1]), int(sys.argv[2])):
+        print("a last word")
+        sys.exit(3)
+"""
+
+
 @linux
-def test_a_process_that_a_fork_leaves_behind_is_found_and_killed(forking: WorkerPool, tmp_path: Path) -> None:
+def test_a_worker_that_the_server_has_imported_prints_no_warning_of_python(
+    forking: WorkerPool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "workers").mkdir()
+    (tmp_path / "workers" / "__init__.py").touch()
+    (tmp_path / "workers" / "guarded.py").write_text(GUARDED)
+    with WorkerPool(imports=["workers.guarded"]) as pool:
+        (died,) = pool.events("workers.guarded", {}, 60.0)
+    assert "exit code 3" in died["died"]
+    assert capfd.readouterr().err == "| a last word\n"
+
+
+@linux
+def test_a_process_that_a_fork_leaves_behind_is_found_and_killed(
+    forking: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_pool, "_GRACE_S", 0.3)
     why = re.fullmatch(r"left a process behind: \S+ \((\d+)\); killed", run_forked(forking, tmp_path, "leave")[1])
     assert why
     eventually(lambda: gone(int(why[1])), "the process is killed")

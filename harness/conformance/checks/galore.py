@@ -99,11 +99,12 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
         return skipped(subject, case, "optimizer", "the Method has no optimizer")
     if (groups := _groups_after_a_move(fresh)) != 1:
         return listed(subject, case, "optimizer", [f"a parameter that moved to a new group is in {groups} groups"])
-    found, problems = list[Judgement](), list[str]()
-    for index, path in enumerate(fresh.adapted.layers):
-        tensors = fresh.tensors_of(path)
-        small = all(t.numel() <= _SMALL for t in tensors.values())
-        for bits in _bits(fresh):
+    every: list[Judgement] = []
+    for bits in _bits(fresh):  # the default comes first, so that a defect with 8 bits hides none without
+        found, problems = list[Judgement](), list[str]()
+        for index, path in enumerate(fresh.adapted.layers):
+            tensors = fresh.tensors_of(path)
+            small = all(t.numel() <= _SMALL for t in tensors.values())
             number = _MANY_STEPS if small and bits is None else _STEPS
             steps = [_step(step, tensors, case, index) for step in range(number)]
             mine, changed = _steps_of_subject(fresh, tensors, steps, _RESUMED, _BY_CLOSURE, bits)
@@ -111,10 +112,13 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
             problems += [f"{where}: {one}" for one in changed]
             verdict = _judge_optimizer(fresh, case, tensors, steps, mine, bits)
             found.append(prefix_tensor(where, verdict))
-    worst = worst_of(found, found[0].policy)
-    if worst.passed and problems:
-        return listed(subject, case, "optimizer", problems)
-    return judged(subject, case, "optimizer", worst)
+        every += found
+        worst = worst_of(found, found[0].policy)
+        if not worst.passed:
+            return judged(subject, case, "optimizer", worst)
+        if problems:
+            return listed(subject, case, "optimizer", problems)
+    return judged(subject, case, "optimizer", worst_of(every, every[0].policy))
 
 
 def _bits(fresh: Subject) -> list[int | None]:

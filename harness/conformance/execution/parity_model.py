@@ -19,7 +19,7 @@ EXPERTS = 3
 """Number of stacked experts in one module. One of them is chosen by no token."""
 _WEIGHT_SIZES: dict[WeightSize, float] = {"normal": 1.0, "large": 256.0, "small": 1 / 256, "tiny": 2.0**-46}
 _TINY_IN_FLOAT16 = 2.0**-14
-"""Size of `tiny` weights in float16, which holds no smaller number with all digits."""
+"""Size of `tiny` weights in float16: its smallest normal number. Divided by sqrt(inputs), most of them are subnormal."""
 _EMBED_SCALE = 4.0
 _PADDING = 1
 """Number of the entry that stands for padding in the first table of the kind `embedding-scaled`. In the other table it is
