@@ -178,7 +178,10 @@ def _compose(path: Path, text: str) -> Node | None:
         problem = Problem(f"{path}:{mark.line + 1 if mark else 1}", f"not YAML: {message}", hint)
     except YAMLError as error:
         line = text.count("\n", 0, getattr(error, "position", 0)) + 1
-        problem = Problem(f"{path}:{line}", f"not YAML: {getattr(error, 'reason', error)}", "remove the character")
+        code = getattr(error, "character", None)  # of a ReaderError
+        named = f": {chr(code)!r}" if isinstance(code, int) else ""
+        what = f"not YAML: {getattr(error, 'reason', error)}{named}"
+        problem = Problem(f"{path}:{line}", what, "remove the character")
     except RecursionError:
         problem = Problem(f"{path}:1", "not readable as YAML: nested too deeply", "close a bracket")
     raise SuiteError([problem])
