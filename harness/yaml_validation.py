@@ -119,12 +119,12 @@ def read(path: Path, *, tags: bool = False, texts: bool = False, start: str = _S
     return Document(path, raw, data, builder.lines, builder.problems, builder.unreadable)
 
 
-def load_model(path: Path, model: type[_Model]) -> tuple[Document, _Model]:
-    """Read a YAML file. Return the document and its validated keys.
+def load_model(path: Path, model: type[_Model], *, start: str = _START) -> tuple[Document, _Model]:
+    """Read a YAML file. Return the document and its validated keys. start: as in `read`.
 
     Raises SuiteError with every mistake in YAML, keys and values.
     """
-    document = read(path)
+    document = read(path, start=start)
     return document, validate(document, model)
 
 

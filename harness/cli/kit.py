@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -22,6 +23,12 @@ def _bytes(_: click.Context, __: click.Parameter, value: str) -> int:
         raise click.BadParameter(str(error)) from error
 
 
+def _version(_: click.Context, __: click.Parameter, value: str) -> str:
+    if re.fullmatch(r"3\.\d+", value) is None:  # otherwise, pip would refuse each wheel
+        raise click.BadParameter(f"{value!r} is no version of Python, e.g. 3.12")
+    return value
+
+
 @click.command()
 @click.argument("folder", type=options.FOLDER, metavar="DIR")
 @click.option(
@@ -30,6 +37,7 @@ def _bytes(_: click.Context, __: click.Parameter, value: str) -> int:
 @click.option(
     "--python",
     "python_version",
+    callback=_version,
     default="3.12",
     show_default=True,
     metavar="VERSION",

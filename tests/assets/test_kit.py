@@ -55,6 +55,15 @@ def test_what_fits_is_in_the_kit_and_what_does_not_is_told(
     assert "scipy" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("version", ["banana", "3", "2.7", "3.12.1"])
+def test_a_python_that_no_wheel_is_for_is_refused_first(
+    version: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["kit", str(tmp_path / "kit"), "--python", version]) == Exit.USAGE
+    assert f"'{version}' is no version of Python" in capsys.readouterr().err
+    assert not (tmp_path / "kit").exists()
+
+
 def test_a_missing_wheel_without_which_nothing_starts_is_an_error(
     index: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
