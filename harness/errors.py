@@ -30,8 +30,8 @@ EXITS = {
     "without a known cause, a Record was changed after its run, or a history shows more parameters or counted bytes, or a "
     "confirmed change for the worse",
     Exit.USAGE: "wrong use: an option, a name, a path, or a mistake in a suite; nothing was run",
-    Exit.INCONCLUSIVE: "a question could not be decided either way; only with --strict, or because an adapter is too weak "
-    "for `check --served`",
+    Exit.INCONCLUSIVE: "a question could not be decided either way; only with --strict, from `history settle`, or because "
+    "an adapter is too weak for `check --served`",
     Exit.INFRASTRUCTURE: "Cells were not measured (out of memory, timeout, lost, ended by Ctrl-C, SIGTERM or SIGHUP), an "
     "implementation named to `check` could not be tried, a model server stopped, or the machine failed: no GPU, no network, "
     "a full disk",

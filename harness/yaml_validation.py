@@ -137,12 +137,12 @@ def read(path: Path, *, tags: bool = False, texts: bool = False, start: str = _S
     return Document(path, raw, data, builder.lines, builder.problems, builder.unreadable)
 
 
-def load_model(path: Path, model: type[_Model]) -> tuple[Document, _Model]:
-    """Read a YAML file. Return the document and its validated keys.
+def load_model(path: Path, model: type[_Model], *, start: str = _START) -> tuple[Document, _Model]:
+    """Read a YAML file. Return the document and its validated keys. start: as in `read`.
 
     Raises SuiteError with every mistake in YAML, keys and values.
     """
-    document = read(path)
+    document = read(path, start=start)
     return document, validate(document, model)
 
 
@@ -191,7 +191,8 @@ def _compose(path: Path, text: str) -> Node | None:
         return yaml.compose(text, Loader=Yaml12Loader)  # type: ignore[no-any-return]
     except ReaderError as error:
         line = text.encode().count(b"\n", 0, error.position) + 1
-        problem = Problem(f"{path}:{line}", f"not YAML: {error.reason}", "remove the character")
+        named = f": {chr(error.character)!r}" if isinstance(error.character, int) else ""
+        problem = Problem(f"{path}:{line}", f"not YAML: {error.reason}{named}", "remove the character")
     except yaml.MarkedYAMLError as error:
         problem = _syntax_problem(path, text, error)
     except RecursionError:

@@ -6,6 +6,7 @@ that `--help` answers at once. Results go to stdout. Progress and diagnostics go
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 import warnings
@@ -34,6 +35,17 @@ from harness.cli.report import report
 from harness.cli.run import run
 from harness.console import discard_stdout, format_warning, report_bug, report_error
 from harness.errors import Exit, HarnessError, UsageError
+
+_RIGHTS = "change the permissions, or name another path"
+_FILE_HINTS = {
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: _RIGHTS,
+    errno.ENAMETOOLONG: "name a shorter path",
+    errno.ELOOP: "the links lead in a circle; name another path",
+    errno.ENOTDIR: "a part of the path is a file; name another path",
+}
+"""Number of an OSError -> hint. The system raises these errors for paths that a user has named."""
 
 
 class _Group(click.Group):
@@ -64,7 +76,7 @@ def commands() -> None:
 
     \b
     Exit codes:
-      0  pass                        3  undecided (with --strict)
+      0  pass                        3  undecided (mostly with --strict only)
       1  a finding                   4  not measured, interrupted, or the machine failed
       2  wrong use, invalid suite    5  nothing was measured or compared
     `peft-harness explain 4` gives the details of code 4, and so on.
@@ -107,6 +119,12 @@ def launch(argv: Sequence[str] | None = None) -> int:
         code = report_error(UsageError(message, where=where, hint=f"see `{path} --help`"))
     except HarnessError as error:
         code = report_error(error)
+    except OSError as error:
+        if error.errno not in _FILE_HINTS or error.filename is None:
+            raise  # a bug
+        kind = UsageError if error.errno == errno.ENAMETOOLONG else HarnessError
+        what = f"cannot be used: {error.strerror}"
+        code = report_error(kind(what, where=str(error.filename), hint=_FILE_HINTS[error.errno]))
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -70,8 +70,8 @@ def bench(
     """
     if ceilings or crossovers:
         if (ceilings and crossovers) or operations or steps or vs or dtypes or export:
-            what = "measures the card, and no operation"
-            raise UsageError(what, where="--ceilings", hint="give only --device, --patience, --out and --json with it")
+            what, where = "measures the card, and no operation", "--ceilings" if ceilings else "--crossovers"
+            raise UsageError(what, where=where, hint="give only --device, --patience, --out and --json with it")
         from harness.bench import card
 
         return card.measure("ceilings" if ceilings else "crossovers", device, patience, as_json, out)

@@ -42,7 +42,7 @@ def overview(document: Mapping[str, Any]) -> list[str]:
         if kind == "schema" or (kind == "broken" and not rows):
             continue
         names = list(dict.fromkeys(row["name"] for row in rows))
-        head = f"{kind:<{max(map(len, KINDS))}}  {len(rows):>4}  "
+        head = f"{kind:<{max(map(len, KINDS))}}  {len(names):>4}  "
         more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
         text = ", ".join([*names[:_SHOWN], *more])
         lines += textwrap.wrap(
@@ -52,12 +52,12 @@ def overview(document: Mapping[str, Any]) -> list[str]:
 
 
 def lines(document: Mapping[str, Any]) -> list[str]:
-    """Return the rows of each kind in aligned columns."""
+    """Return the rows of each kind in aligned columns with headings."""
     found: list[str] = []
     for kind, rows in document.items():
         if kind == "schema" or (kind == "broken" and not rows):
             continue
-        shown = [[_shown(row[column]) for column in _COLUMNS[kind]] for row in rows]
+        shown = [_COLUMNS[kind], *([_shown(row[column]) for column in _COLUMNS[kind]] for row in rows)]
         found += [*([""] if found else []), kind, *align_columns(shown)]
     return found
 

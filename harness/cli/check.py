@@ -59,12 +59,21 @@ class CheckRequest:
 
 def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html: Path | None = None) -> Exit:
     """Run the checks, print the report, write the requested files, and return the exit code."""
-    refuse_unwritable({"--junit": junit, "--html": html})
+    refuse_unfit_files(junit, html)
     with handle_termination():
         if request.device == "cuda" and (why := no_gpu()):
             raise HarnessError(why, where="--device cuda", hint="without it, the checks run on the CPU")
         report = judge(request)
     return publish(report, as_json, junit, html)
+
+
+def refuse_unfit_files(junit: Path | None, html: Path | None) -> None:
+    """Raise UsageError if a requested file cannot be written, or if `html` is no .html file. Call this before the checks."""
+    refuse_unwritable({"--junit": junit, "--html": html})
+    if html is not None:
+        from harness.report.html import page_path
+
+        page_path(html, "--html")
 
 
 def publish(report: CheckReport, as_json: bool, junit: Path | None, html: Path | None) -> Exit:

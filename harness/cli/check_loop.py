@@ -21,7 +21,6 @@ from harness.errors import Exit
 from harness.process.signals import handle_termination
 from harness.process.worker_pool import WorkerPool
 from harness.records.environment import describe
-from harness.records.files import refuse_unwritable
 
 _WORKER = "harness.cell.loop_checks.worker"
 
@@ -40,7 +39,7 @@ def check(
     environment: name or requirement of the environment in which to check; empty for this Python. If this Python lacks the
     loop's library, the environment that a table declares for the loop is used, if it exists.
     """
-    refuse_unwritable({"--junit": junit, "--html": html})
+    command.refuse_unfit_files(junit, html)
     loop_settings.load(loop)  # reports mistakes before anything runs
     with handle_termination():
         if environment:

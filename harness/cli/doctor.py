@@ -19,6 +19,7 @@ from harness.errors import Exit, plural
 from harness.methods.registry import discover
 from harness.records import environment, store
 from harness.suites import loader
+from harness.suites.tasks import Task
 
 _GIB = 2**30
 _MIN_FREE_B = 2 * _GIB
@@ -129,8 +130,9 @@ def _implementations() -> list[Diagnosis]:
 
 
 def _assets() -> list[Diagnosis]:
-    found = []
-    for source in loader.load("quick").sources.values():
+    found, quick = [], loader.load("quick")
+    used = {name for cell in quick.plan.cells for name in (cell.model, *_data_of(quick.tasks[cell.task]))}
+    for source in (quick.sources[name] for name in sorted(used)):
         if fetch.is_local(source):
             found.append(Diagnosis("models and data", source.name, "ok", "ready", "ready", source.name))
         else:
@@ -140,6 +142,10 @@ def _assets() -> list[Diagnosis]:
         detail = "not in this environment, so models and data in Python packages cannot be fetched: python -m ensurepip"
         found.append(Diagnosis("models and data", "pip", "no", detail))
     return found
+
+
+def _data_of(task: Task) -> list[str]:
+    return [source.name for source in (task.data, task.train) if source]
 
 
 def _disk() -> list[Diagnosis]:

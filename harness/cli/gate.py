@@ -152,7 +152,7 @@ def gate(
       1  a regression, a Cell that is not in the plan of the run, or a file that
          was changed after its run
       4  no regression, but a Cell was not run, the only Record of a Cell cannot
-         be read, the run did not finish, or the canaries closed the gate
+         be read, the run did not finish, or canaries raise the alarm too often
       3  no regression, but a question is undecided or the environment differs
          (with --strict)
       0  otherwise

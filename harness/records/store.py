@@ -375,6 +375,8 @@ def find_run(name: str, runs: Path = RUNS) -> Path:
 
     Raises UsageError if no run or several runs match.
     """
+    if not name:  # an unset variable in a script; an empty prefix would match every run
+        raise UsageError("the name of the run is empty", where="RUN", hint="name a run id, its folder, or `latest`")
     if (Path(name) / "run.json").is_file():
         return Path(name)
     known: Sequence[Path] = sorted(p.parent for p in runs.glob("*/run.json")) if runs.is_dir() else []

@@ -85,7 +85,7 @@ def lines(document: Mapping[str, Any], most: int | None = None) -> list[str]:
     hidden = len(document["cells"]) - len(cells)
     questions = [f"  {c['kind']}: {c['says']}" for c in document["comparisons"]]
     return [
-        f"{document['suite']}: {document['title']}",
+        ": ".join(filter(None, [document["suite"], document["title"]])),
         *align_columns(rows, right=range(2, len(_HEAD))),
         *([f"  ... and {plural(hidden, 'more Cell')}: --all shows them"] if hidden else []),
         *(["compares:", *questions] if questions else []),

@@ -141,7 +141,7 @@ def _three(
     change: Callable[[float, float], float | None],
     flags: Sequence[str],
 ) -> Iterator[Field]:
-    """Yield the fields of both runs and of the change. flags: warning about the number of each run, or empty."""
+    """Yield the fields of both runs and of the change. flags: for each run, a warning about its number, or an empty text."""
     for value, flag in zip((one, other), flags, strict=True):
         yield unmeasured("not measured") if value is None else field(write(value), value, flag=flag)
     if one is None or other is None:

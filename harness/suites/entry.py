@@ -120,12 +120,12 @@ class _EntryChecker:
 
     def check(self) -> SuiteEntry | None:
         keys, before = self.keys, len(self.context.problems)
-        name = self._id()
-        for key in keys.missing():
+        name, missing = self._id(), keys.missing()
+        for key in missing:
             self.context.problem(self.cell, f"`{key}` is missing", "add it here or to the block")
-        if len(self.context.problems) > before:
+        if missing:
             return None
-        self.context.entries[name] = keys
+        self.context.entries.setdefault(name, keys)
         models = {i: self._model(model, self._path("model", i)) for i, model in enumerate(keys.model)}
         known = {i: source for i, source in models.items() if source}
         config = self._configs({keys.model[i]: source.kind for i, source in known.items()})

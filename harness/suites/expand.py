@@ -131,9 +131,9 @@ def select(plan: Plan, expr: str) -> Plan:
 
     The terms of `expr` are separated by commas. A term `key=value` compares one key: id, model, task, method,
     implementation, environment, serve, base, optimizer, dtype, seed, lr, batch, max_tokens, accumulate, checkpointing,
-    lr_ratio, compile, layerwise, tune (true for Cells of a search), or a key of the config. A term without a key is the
-    start of a cell_id, a part of the entry's id, or a part of the name that `plan` prints. For each key in `expr`, a
-    Cell must match at least one of the terms with this key.
+    lr_ratio, compile, layerwise, loop, tune (true for Cells of a search), or a key of the config. A term without a key
+    is the start of a cell_id, a part of the entry's id, or a part of the name that `plan` prints. For each key in
+    `expr`, a Cell must match at least one of the terms with this key.
 
     Raises UsageError if no Cell matches `expr` or one of its terms, or if a key is unknown.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -23,7 +24,7 @@ from harness.records import store
 from harness.records.record import Optimizer, Record, Status, Training
 from harness.report import plan_table
 from harness.runner.executors.local import Local
-from harness.suites import loader
+from harness.suites import loader, tasks
 from support import recorded_run
 
 COMMAND = (sys.executable, "-m", "harness.cli")
@@ -80,6 +81,20 @@ def test_list_shows_every_kind(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in printed.out.splitlines() if line[:1].isalpha()] == list(catalog.KINDS)
     assert max(map(len, printed.out.splitlines())) <= 100
     assert catalog.KINDS == listing.KINDS
+
+
+def test_list_of_a_kind_has_headings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "tasks"]) == Exit.PASS
+    kind, head, *rows = capsys.readouterr().out.splitlines()
+    assert (kind, head.split()) == ("tasks", ["name", "data", "labels", "test"])
+    assert len(rows) == len(tasks.names())
+
+
+def test_doctor_names_the_models_and_data_of_quick_only(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", "--json"])
+    named = {row["subject"] for row in json.loads(capsys.readouterr().out)["findings"]}
+    assert {"minilm-l6", "smollm2-135m-instruct", "movie-reviews"} <= named
+    assert not {"llama-3.1-8b", "gsm8k"} & named
 
 
 def test_list_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -421,6 +436,38 @@ def test_an_empty_path_is_not_the_current_folder(
     assert main([*command, "--out", ""]) == Exit.USAGE
     assert "the name is empty" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", f"{LONG}.yaml"], ["run", f"{LONG}.yaml"], ["report", LONG], ["export", LONG, "--format", "csv"],
+        ["baseline", "promote", LONG, "quick", "--reason", "x"],
+        ["claims", "--file", f"{LONG}.yaml"], ["history", "add", LONG], ["import", f"./{LONG}"], ["check", f"./{LONG}"],
+    ],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_a_name_that_is_too_long_is_no_bug(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert "File name too long" in said
+    assert "hint: " in said
+
+
+def test_a_folder_without_permission_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(name: str) -> Path:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "secret/run.json")  # tests may run as root
+
+    monkeypatch.setattr(store, "find_run", refuse)
+    assert main(["report", "secret"]) == Exit.INFRASTRUCTURE
+    assert capsys.readouterr().err.startswith(
+        "peft-harness: secret/run.json: cannot be used: Permission denied\n  hint: "
+    )
 
 
 @pytest.mark.nightly

@@ -333,6 +333,8 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work(
     assert "there is no folder /nowhere" in said
     assert main(["check", "--junit", str(there), "--html", str(there)]) == Exit.USAGE
     assert "both name " in capsys.readouterr().err
+    assert main(["check", "--html", str(tmp_path / "notes.txt")]) == Exit.USAGE
+    assert "notes.txt is no .html file" in capsys.readouterr().err
     assert main(["check", "--junit", "/dev/null"]) == Exit.USAGE
     assert "--junit: /dev/null is no regular file" in capsys.readouterr().err
     monkeypatch.setattr(files.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(OSError(30, "Read-only")))

@@ -15,6 +15,7 @@ from harness.assets import generated
 from harness.cli import main
 from harness.cli.app import commands as verbs
 from harness.errors import Exit
+from harness.suites.schema import Keys
 
 TOP = Path(__file__).resolve().parents[2]
 MANUALS = sorted(
@@ -105,6 +106,16 @@ def test_the_readme_is_short_and_begins_with_a_command() -> None:
     assert len(text.splitlines()) <= 150
     assert len(text.split()) <= 1300
     assert "peft-harness run quick" in "\n".join(text.splitlines()[:15])
+
+
+def test_the_manual_of_suites_names_every_key() -> None:
+    text = (TOP / "suites" / "README.md").read_text(encoding="utf-8")
+    marked = "\n".join(re.findall(r"```.*?```|`[^`]+`|\*\*[^*]+\*\*|^    [^\n]*$", text, re.DOTALL | re.MULTILINE))
+    suite_keys = [keys for keys in Keys.__subclasses__() if keys.__module__ == Keys.__module__]
+    fields = [field for keys in suite_keys for field in keys.model_fields.items()]
+    names = {field.alias or name for name, field in fields}
+    assert {"head_lr", "same-losses", "passes"} <= names
+    assert sorted(name for name in names if not re.search(rf"(?<![\w-]){name}(?![\w-])", marked)) == []
 
 
 @pytest.mark.slow

@@ -388,6 +388,13 @@ def test_runs_are_found_by_folder_id_prefix_and_latest(tmp_path: Path) -> None:
     assert caught.value.where == str(tmp_path / "gone")
 
 
+def test_an_empty_name_is_not_the_only_run(tmp_path: Path) -> None:
+    """A script with `report "$UNSET"` gives one."""
+    recorded_run.write_run(tmp_path / "20260101-a", run="20260101-a", only=["reference"])
+    with pytest.raises(UsageError, match="is empty"):
+        store.find_run("", tmp_path)
+
+
 @pytest.mark.parametrize(("file", "told"), [("adapter_config.json", "peft-harness import"), ("notes.txt", "copy it")])
 def test_a_folder_of_another_program_is_for_import(tmp_path: Path, file: str, told: str) -> None:
     (tmp_path / file).write_text("{}")

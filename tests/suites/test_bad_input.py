@@ -51,7 +51,7 @@ NOT_YAML = {
     "tab": ("    task:", "\ttask:", 7, "not YAML tab"),
     "open bracket": ("[q_proj]}\n      - id", "[q_proj\n      - id", 14, "not YAML"),
     "two documents": ("matrix:", "---\nmatrix:", 5, "not YAML document"),
-    "control character": ("A small", "A \x07small", 2, "not YAML"),
+    "control character": ("A small", "A \x07small", 2, "not YAML '\\x07'"),
     "unknown anchor": ("{rank: 4,", "{<<: *lora, rank: 4,", 13, "not YAML alias 'lora'"),
     "unknown anchor as a key": ("{rank: 4,", "{rank: 4, *lora : 3,", 13, "not YAML alias 'lora'"),
 }
@@ -312,6 +312,13 @@ def test_mistakes_of_meaning_come_after_those_of_shape(tmp_path: Path) -> None:
     assert mistakes(tmp_path / "suite.yaml", text) == [(2, "unknown key `titel`"), (8, "`steps` is 'four'")]
     text = text.replace("titel:", "title:").replace("steps: four", "steps: 4")
     assert mistakes(tmp_path / "suite.yaml", text) == [(12, "unknown method `lorra`")]
+
+
+def test_a_duplicate_id_hides_no_other_mistake(tmp_path: Path) -> None:
+    text = SUITE.replace("id: exact\n        method: lora", "id: a\n        method: lorra")
+    found = mistakes(tmp_path / "suite.yaml", text)
+    assert has(found, 14, "duplicate id `a`")
+    assert has(found, 15, "unknown method `lorra`")
 
 
 def test_the_sound_suite_is_sound(tmp_path: Path) -> None:

@@ -74,9 +74,14 @@ def path() -> Path:
 def load(file: Path | None = None) -> dict[str, EnvironmentSpec]:
     """Read a table, by default the harness's own. Return the environments by name.
 
-    Raises one SuiteError that lists all mistakes, or UsageError if the file cannot be read.
+    Raises one SuiteError that lists all mistakes.
     """
-    document, table = yaml_validation.load_model(file or path(), _Table)
+    try:
+        document, table = yaml_validation.load_model(
+            file or path(), _Table, start="`environments:`, or see the manual of `check`"
+        )
+    except SuiteError as error:
+        raise SuiteError(error.problems, "table of environments") from error
     found: dict[str, EnvironmentSpec] = {}
     problems = []
     for index, spec in enumerate(table.environments):

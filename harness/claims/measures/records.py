@@ -160,7 +160,7 @@ def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: Entry)
 
 @measure("ratio")
 def scaled_memory_ratio(suite: Suite, of: Depths, to: Depths, model: Model) -> MeasureResult:
-    """Ratio `of` / `to` of two memories, each scaled up as in `scaled_memory`, but without activations and logits."""
+    """Ratio `of` / `to` of two memories without activations and logits, each scaled up as in `scaled_memory`."""
     for a, b in zip(of, to, strict=True):
         pair(suite, a, b)
     (x, above, own), (y, below, _) = _scaled(suite, of, model), _scaled(suite, to, model)

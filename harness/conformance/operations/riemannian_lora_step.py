@@ -114,8 +114,8 @@ def reference(
 ) -> tuple[Tensor, ...]:
     """Return the tensors in the order of `OPERATION.outputs`: A, B and their moments of each layer, then the other tensor.
 
-    gAs, gBs: gradients of the As and Bs. options: step, lr, betas, eps and weight_decay. `role` names the other tensor for
-    the implementation; it gets a plain step. experts: number of matrices in each layer.
+    gAs, gBs: gradients of the As and Bs. options: step, lr, betas, eps and weight_decay. `role` tells the
+    implementation what `other` is; `other` gets a plain step. experts: number of matrices in each layer.
     """
     after: list[Tensor] = []
     for A, B, gA, gB, mA, vA, mB, vB in zip(As, Bs, gAs, gBs, mAs, vAs, mBs, vBs, strict=True):

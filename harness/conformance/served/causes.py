@@ -105,9 +105,9 @@ class _Changed(AdapterFile):
 
 
 def _with_head(adapter: AdapterFile | None, other: AdapterFile) -> _Changed | None:
-    """Return an adapter, or the base if it is None, with the update of the head that another adapter has.
+    """Return `adapter` with the update of the head from `other` in place of its own. None stands for the base.
 
-    Return None if the other adapter has no such update, or if the settings of the two do not fit into one file.
+    Return None if `other` does not update the head, or if the settings of the two do not fit into one file.
     """
     if not any(map(_is_of_head, other.header)):
         return None

@@ -43,7 +43,7 @@ def _speed(cell: CellComparison, metric: str, judged: JudgedPairs) -> Comparison
         )
     word, reason = _KINDS[timed.word], timed.sentence.removeprefix("inconclusive: ")
     if judged.canaries.closed:
-        word, reason = VerdictKind.NOT_RUN, f"the canaries closed the gate, so this is not judged: {reason}"
+        word, reason = VerdictKind.NOT_RUN, f"too many canaries raised the alarm, so this is not judged: {reason}"
     return ComparisonRow(
         FindingKind.SPEED, word, cell.name, ids, metric_text(metric), reason, old, new, "s", timed.interval
     )

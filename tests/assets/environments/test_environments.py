@@ -487,8 +487,16 @@ def test_all_mistakes_of_a_table_are_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(SuiteError) as caught:
         table.load(file)
     text = str(caught.value)
-    for part in ("mine.yaml:2", "mine.yaml:3", "mine.yaml:4", "no requirement"):
+    for part in ("mine.yaml:2", "mine.yaml:3", "mine.yaml:4", "no requirement", "in the table of environments"):
         assert part in text
+
+
+def test_an_empty_table_is_not_called_a_suite(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").touch()
+    with pytest.raises(SuiteError) as caught:
+        table.load(tmp_path / "mine.yaml")
+    assert "suite" not in str(caught.value).replace(str(tmp_path), "")
+    assert "start with `environments:`" in str(caught.value)
 
 
 def test_every_declared_environment_names_implementations_that_exist() -> None:

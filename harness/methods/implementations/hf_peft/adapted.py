@@ -19,7 +19,7 @@ NamedTensors = Callable[[Any], dict[str, Any]]
 
 
 def has_conv1d(found: Mapping[str, nn.Module]) -> bool:
-    """Return whether a layer is a Conv1D. Then peft's config needs fan_in_fan_out; otherwise peft warns and sets it."""
+    """Return whether any layer is a Conv1D. If so, peft's config needs fan_in_fan_out; otherwise peft warns and sets it."""
     from reference.shared.layers import kind_of
 
     return any(kind_of(layer) == "Conv1D" for layer in found.values())
