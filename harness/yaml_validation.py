@@ -29,16 +29,13 @@ _MAX_NODES = 200_000
 """Maximum number of values in a file, with all aliases followed. With nested aliases, a few lines can stand for
 gigabytes."""
 _START = "`suite: NAME`, or see suites/smoke.yaml"
+_EXPONENT = r"[eE][-+]?\d+"
+_FLOAT = rf"[-+]?(\d[\d_]*(\.[\d_]*({_EXPONENT})?|{_EXPONENT})|\.(\d[\d_]*({_EXPONENT})?|inf|Inf|INF))|\.(nan|NaN|NAN)"
 _PLAIN_VALUES = (
     ("null", r"~|null|Null|NULL|", ("~", "n", "N", "")),
     ("bool", r"true|True|TRUE|false|False|FALSE", tuple("tTfF")),
     ("int", r"[-+]?(0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)", tuple("-+0123456789")),
-    (
-        "float",
-        r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?"
-        r"|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
-        tuple("-+.0123456789"),
-    ),
+    ("float", _FLOAT, tuple("-+.0123456789")),
     ("merge", r"<<", ("<",)),
 )
 """Kind, pattern and first characters of unquoted values that are no texts in YAML 1.2, and the key `<<`."""
@@ -64,7 +61,7 @@ class Yaml12Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: igno
 
 
 for _kind_of_value, _pattern, _first in _PLAIN_VALUES:
-    Yaml12Loader.add_implicit_resolver(_TAG + _kind_of_value, re.compile(f"^(?:{_pattern})$"), list(_first))
+    Yaml12Loader.add_implicit_resolver(_TAG + _kind_of_value, re.compile(f"^(?:{_pattern})$", re.ASCII), list(_first))
 
 
 @dataclass(frozen=True)

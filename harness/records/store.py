@@ -1,11 +1,9 @@
 """Read and write run folders. A run writes `run.json` first, then one file per attempt, and `footer.json` last.
 
-Every file is complete: no reader sees a part of a file.
+Every file is complete: no reader sees a part of a file. The footer holds the hashes of the other files. They are no
+signature: who changes a file can change its hash, too.
 
 results/runs/<run>/run.json  cells/<cell_id>.<attempt>.json  logs/  footer.json  report.html  lock
-
-The footer holds the hashes of the other files. The hashes are no signature: a change of a file leaves no trace if its hash
-in the footer is changed too.
 """
 
 from __future__ import annotations

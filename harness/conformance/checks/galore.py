@@ -100,7 +100,7 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
     if (groups := _groups_after_a_move(fresh)) != 1:
         return listed(subject, case, "optimizer", [f"a parameter that moved to a new group is in {groups} groups"])
     every: list[Judgement] = []
-    for bits in _bits(fresh):  # the default comes first, so that a defect with 8 bits hides none without
+    for bits in numbers_of_bits(fresh):  # the default comes first, so that a defect with 8 bits hides none without
         found, problems = list[Judgement](), list[str]()
         for index, path in enumerate(fresh.adapted.layers):
             tensors = fresh.tensors_of(path)
@@ -121,7 +121,7 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "optimizer", worst_of(every, every[0].policy))
 
 
-def _bits(fresh: Subject) -> list[int | None]:
+def numbers_of_bits(fresh: Subject) -> list[int | None]:
     """Return the numbers of bits with which to try the optimizer. None stands for its default."""
     return [None, 8] if "bits" in inspect.signature(fresh.adapted.optimizer).parameters else [None]
 
@@ -152,7 +152,7 @@ def _judge_optimizer(
 
 def _groups_after_a_move(fresh: Subject) -> int:
     """Give a parameter to a new group. Return the number of groups that have it then."""
-    optimizer = _optimizer(fresh)
+    optimizer = new_optimizer(fresh)
     moved = optimizer.param_groups[0]["params"][0]
     with contextlib.suppress(ValueError):  # then the old group keeps it
         optimizer.add_param_group({"params": [moved], "lr": 0.0})
@@ -220,14 +220,14 @@ def _steps_of_subject(
     resumed: the first step of a new optimizer, which loads the state of the first one. by_closure: the step whose gradients
     a closure sets. bits: the optimizer's option of this name. None leaves it out.
     """
-    optimizer = _optimizer(fresh, bits)
+    optimizer = new_optimizer(fresh, bits)
     start = {name: t.detach().clone() for name, t in tensors.items()}
     seen: dict[str, Tensor] = {}
     changed: list[str] = []
     for number, step in enumerate(steps):
         if number == resumed:
             saved = copy.deepcopy(optimizer.state_dict())
-            optimizer = _optimizer(fresh, bits)
+            optimizer = new_optimizer(fresh, bits)
             optimizer.load_state_dict(saved)
         for group in optimizer.param_groups:
             group["lr"], group["weight_decay"] = step.lr, step.decay
@@ -261,7 +261,8 @@ def _steps_of_subject(
     return seen, changed
 
 
-def _optimizer(fresh: Subject, bits: int | None = None) -> torch.optim.Optimizer:
+def new_optimizer(fresh: Subject, bits: int | None = None) -> torch.optim.Optimizer:
+    """Return a new optimizer of the Method. bits: its option of this name. None leaves it out."""
     make: Callable[..., torch.optim.Optimizer | None] = fresh.adapted.optimizer
     optimizer = make(_LR, _DECAY) if bits is None else make(_LR, _DECAY, bits=bits)
     assert optimizer is not None  # noqa: S101  # the checks begin with this question

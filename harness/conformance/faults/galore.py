@@ -54,6 +54,11 @@ FAULTS = [
         'there = {id(p) for g in self.param_groups for p in g["params"] if p.grad is not None}\n'
         "        loss = loss_of(closure)",
         "if p.grad is not None:", "if id(p) in there:"),
+    # galore-torch does so.
+    _galore("calls_its_closure_without_gradients", ["closure"], "loss = loss_of(closure)",
+        "with torch.no_grad():\n            loss = None if closure is None else closure()"),
+    _galore("loads_8_bit_codes_in_the_dtype_of_the_parameter", ["resume"], "        restore_dtypes(self, state_dict)\n", "",
+        values={**_USUAL, "rank": 40}, inputs=264, outputs=280),
     _galore("overwrites_the_gradient", ["optimizer"],
         "    if weight_decay:", "    G.copy_(project_back(N, basis))\n    if weight_decay:"),
     _galore("stores_small_moments_in_8_bits", ["optimizer"],

@@ -1,0 +1,91 @@
+"""Checks of a Method's own optimizer that need no reference: what every optimizer of torch does."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from harness.conformance.case import Case
+from harness.conformance.checks import check
+from harness.conformance.checks.galore import new_optimizer, numbers_of_bits
+from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
+from harness.conformance.comparison.tolerance_policies import unchanged, worst_of
+from harness.conformance.subject import Subject
+from harness.records.record import CheckResult
+
+_LR, _DECAY = 0.1, 0.1
+_STEPS_BEFORE = 2
+"""Number of steps before the state is saved."""
+
+
+@check(of_sizes=False)
+def check_closure(subject: Subject, case: Case) -> CheckResult:
+    """The Method's own optimizer calls a closure in gradient mode, so that the closure can call `loss.backward()`."""
+    fresh = case.attach_again()
+    if fresh is None or fresh.adapted.optimizer(_LR, _DECAY) is None:
+        return skipped(subject, case, "closure", "the Method has no optimizer, or the case cannot attach again")
+    modes = []
+
+    def closure() -> float:
+        modes.append(torch.is_grad_enabled())
+        return 1.0
+
+    new_optimizer(fresh).step(closure)
+    problem = {(): "step does not call the closure", (False,): "step calls the closure without gradients"}
+    odd = problem.get(tuple(modes), "" if modes == [True] else f"step calls the closure {len(modes)} times")
+    return listed(subject, case, "closure", [odd] if odd else [])
+
+
+@check(of_sizes=False)
+def check_resume(subject: Subject, case: Case) -> CheckResult:
+    """An optimizer that loads the state_dict of another one has the state's values and dtypes, and takes the same next step.
+
+    This holds with moments in 32 bits and, if the optimizer has the option `bits`, in 8 bits.
+    """
+    fresh = case.attach_again(update_gap=1000)
+    if fresh is None or fresh.adapted.optimizer(_LR, _DECAY) is None:
+        return skipped(subject, case, "resume", "the Method has no optimizer, or the case cannot attach again")
+    tensors = fresh.adapted.tensors()
+    start = {name: t.detach().clone() for name, t in tensors.items()}
+    generator, found = case.generator(), []
+    gradients = [{name: torch.randn(t.shape, generator=generator) for name, t in start.items()} for _ in range(3)]
+    for bits in numbers_of_bits(fresh):
+        _put(tensors, start)
+        optimizer = new_optimizer(fresh, bits)
+        for number in range(_STEPS_BEFORE):
+            _step(optimizer, tensors, gradients[number])
+        there, state = {name: t.detach().clone() for name, t in tensors.items()}, copy.deepcopy(optimizer.state_dict())
+        saved = _state(optimizer)
+        _step(optimizer, tensors, gradients[-1])
+        want = {name: t.detach().clone() for name, t in tensors.items()}
+        _put(tensors, there)
+        resumed = new_optimizer(fresh, bits)
+        resumed.load_state_dict(state)
+        verdict = unchanged(_state(resumed), saved) if saved else None
+        if verdict is None or verdict.passed:
+            _step(resumed, tensors, gradients[-1])
+            verdict = unchanged({name: t.detach() for name, t in tensors.items()}, want)
+        found.append(verdict if bits is None else prefix_tensor(f"with bits={bits}", verdict))
+    _put(tensors, start)
+    return judged(subject, case, "resume", worst_of(found, "exact"))
+
+
+def _state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return copies of the tensors in an optimizer's state, by name."""
+    states = optimizer.state_dict()["state"].items()
+    named = ((f"state {p} {name}", value) for p, state in states for name, value in state.items())
+    return {name: value.detach().clone() for name, value in named if isinstance(value, Tensor)}
+
+
+def _put(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        tensor.data.copy_(values[name])
+        tensor.grad = None
+
+
+def _step(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        tensor.grad = gradients[name].to(tensor.device, tensor.dtype)
+    optimizer.step()
