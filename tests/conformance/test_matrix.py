@@ -103,7 +103,7 @@ def test_the_checks_that_lora_does_not_have_pass_the_reference(target: str) -> N
 
 
 @pytest.mark.parametrize("dtypes", [["float32", "float16"], ["bfloat16"]])
-@pytest.mark.parametrize("target", ["lora", "lokr", "full", "lora_linear", "adapter_files"])
+@pytest.mark.parametrize("target", ["lora", "lokr", "pissa", "full", "lora_linear", "adapter_files"])
 def test_one_example_of_a_suite_is_typical(target: str, dtypes: list[str]) -> None:
     plan = parity_suite.load_plan(target)
     typical = [case for case in sample.fixed(plan, FEW, dtypes) if case.typical]
@@ -112,6 +112,7 @@ def test_one_example_of_a_suite_is_typical(target: str, dtypes: list[str]) -> No
         if isinstance(case, parity_suite.MethodCase):
             assert not any(value for name, value in case.config.items() if "dropout" in name)
             assert case.kind == "linear"
+            assert case.shape.inputs != case.shape.outputs  # a square layer hides a transposed matrix
 
 
 def test_other_ways_to_call_are_tried_in_the_typical_example_alone() -> None:
