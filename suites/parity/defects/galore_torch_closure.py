@@ -8,6 +8,7 @@ optimizer = GaLoreAdamW([weight], lr=0.1)
 
 
 def closure():
+    """Return the loss, with gradients."""
     loss = weight.square().sum()
     loss.backward()
     return loss
