@@ -128,8 +128,7 @@ def read(path: Path, *, tags: bool = False, texts: bool = False, start: str = _S
     try:
         data = builder.build(root, ()) if root is not None else None
     except RecursionError:
-        what = "nested too deeply once aliases are followed"
-        problem = Problem(f"{path}:1", what, "write it without so many aliases")
+        problem = Problem(f"{path}:1", "nested too deeply once aliases are followed", "write it with fewer aliases")
         raise SuiteError([*builder.problems, problem]) from None
     if not isinstance(data, dict):
         what = "the file is empty" if root is None else f"expected keys and values, got {_kind(data)}"
@@ -191,8 +190,7 @@ def _compose(path: Path, text: str) -> Node | None:
         return yaml.compose(text, Loader=Yaml12Loader)  # type: ignore[no-any-return]
     except ReaderError as error:
         line = text.encode().count(b"\n", 0, error.position) + 1
-        named = f": {chr(error.character)!r}" if isinstance(error.character, int) else ""
-        problem = Problem(f"{path}:{line}", f"not YAML: {error.reason}{named}", "remove the character")
+        problem = Problem(f"{path}:{line}", f"not YAML: {error.reason}: {chr(error.character)!r}", "remove it")
     except yaml.MarkedYAMLError as error:
         problem = _syntax_problem(path, text, error)
     except RecursionError:
@@ -223,8 +221,7 @@ def _plain(kind: str, text: str) -> Any:
         case "bool":
             return {"true": True, "false": False}[text.lower()]
         case "int":
-            prefixed = digits.lstrip("+-")[:2] in ("0b", "0o", "0x")
-            return int(digits, 0) if prefixed else int(digits)
+            return int(digits, 0 if digits.lstrip("+-")[:2] in ("0b", "0o", "0x") else 10)
         case "float":
             return float(digits.lower().replace(".inf", "inf").replace(".nan", "nan"))
     return text

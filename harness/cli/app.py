@@ -57,7 +57,7 @@ class _Group(click.Group):
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
             if close := closest_match(args[0], self.list_commands(ctx)):
-                error.message += f" Did you mean '{close}'?"
+                raise click.UsageError(f"{error.message} Did you mean '{close}'?", ctx) from error
             raise
 
     def invoke(self, ctx: click.Context) -> Any:
