@@ -266,7 +266,7 @@ class _Builder:
         self._visited += nodes
         if self._visited > _MAX_NODES:
             what = f"more than {_MAX_NODES} values once aliases are followed"
-            hint = "write it without so many aliases"
+            hint = "write it with fewer aliases"
             raise SuiteError([*self.problems, Problem(f"{self.path}:1", what, hint)])
 
     def _problem(self, node: Node, what: str, hint: str) -> None:
