@@ -125,8 +125,7 @@ def read(path: Path, *, tags: bool = False, texts: bool = False, start: str = _S
     try:
         data = builder.build(root, ()) if root is not None else None
     except RecursionError:
-        what = "nested too deeply once aliases are followed"
-        problem = Problem(f"{path}:1", what, "write it without so many aliases")
+        problem = Problem(f"{path}:1", "nested too deeply once aliases are followed", "write it with fewer aliases")
         raise SuiteError([*builder.problems, problem]) from None
     if not isinstance(data, dict):
         what = "the file is empty" if root is None else f"expected keys and values, got {_kind(data)}"
@@ -188,8 +187,7 @@ def _compose(path: Path, text: str) -> Node | None:
         return yaml.compose(text, Loader=Yaml12Loader)  # type: ignore[no-any-return]
     except ReaderError as error:
         line = text.encode().count(b"\n", 0, error.position) + 1
-        named = f": {chr(error.character)!r}" if isinstance(error.character, int) else ""
-        problem = Problem(f"{path}:{line}", f"not YAML: {error.reason}{named}", "remove the character")
+        problem = Problem(f"{path}:{line}", f"not YAML: {error.reason}: {chr(error.character)!r}", "remove it")
     except yaml.MarkedYAMLError as error:
         problem = _syntax_problem(path, text, error)
     except RecursionError:
@@ -220,8 +218,7 @@ def _plain(kind: str, text: str) -> Any:
         case "bool":
             return {"true": True, "false": False}[text.lower()]
         case "int":
-            prefixed = digits.lstrip("+-")[:2] in ("0b", "0o", "0x")
-            return int(digits, 0) if prefixed else int(digits)
+            return int(digits, 0 if digits.lstrip("+-")[:2] in ("0b", "0o", "0x") else 10)
         case "float":
             return float(digits.lower().replace(".inf", "inf").replace(".nan", "nan"))
     return text
@@ -266,7 +263,7 @@ class _Builder:
         self._visited += nodes
         if self._visited > _MAX_NODES:
             what = f"more than {_MAX_NODES} values once aliases are followed"
-            hint = "write it without so many aliases"
+            hint = "write it with fewer aliases"
             raise SuiteError([*self.problems, Problem(f"{self.path}:1", what, hint)])
 
     def _problem(self, node: Node, what: str, hint: str) -> None:

@@ -34,7 +34,7 @@ from harness.cli.plan import plan
 from harness.cli.report import report
 from harness.cli.run import run
 from harness.console import discard_stdout, format_warning, report_bug, report_error
-from harness.errors import Exit, HarnessError, UsageError
+from harness.errors import Exit, HarnessError, UsageError, closest_match
 
 _RIGHTS = "change the permissions, or name another path"
 _FILE_HINTS = {
@@ -49,6 +49,17 @@ _FILE_HINTS = {
 
 
 class _Group(click.Group):
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command of a command line. For an unknown name, the error names the closest command."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if close := closest_match(args[0], self.list_commands(ctx)):
+                raise click.UsageError(f"{error.message} Did you mean '{close}'?", ctx) from error
+            raise
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command and return its exit code.
 

@@ -388,9 +388,7 @@ def find_run(name: str, runs: Path = RUNS) -> Path:
     if folder := next((folder for folder in (Path(name), runs / name) if folder.is_dir()), None):
         hint = "copy it from the machine that made the run"
         if any((folder / file).exists() for file in ("adapter_config.json", "trainer_state.json")):
-            hint = (
-                f"another program made this folder: `peft-harness import {shlex.quote(str(folder))}` makes a run of it"
-            )
+            hint = f"another program made it: `peft-harness import {shlex.quote(str(folder))}` makes a run of it"
         raise UsageError("is no run: it has no run.json", where=str(folder), hint=hint)
     if Path(name).is_absolute():
         raise UsageError("no such folder", where=name, hint="name a run id or its folder")

@@ -438,6 +438,13 @@ def test_an_empty_path_is_not_the_current_folder(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_unknown_command_is_followed_by_the_closest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chek", "reference"]) == Exit.USAGE
+    assert "No such command 'chek'. Did you mean 'check'?" in capsys.readouterr().err
+    assert main(["frob"]) == Exit.USAGE
+    assert "Did you mean" not in capsys.readouterr().err
+
+
 LONG = "x" * 300
 
 
