@@ -17,9 +17,9 @@ import click
 
 from harness.cli.baseline import baseline
 from harness.cli.bench import bench
-from harness.cli.check_command import check
+from harness.cli.check import check
 from harness.cli.claims import claims
-from harness.cli.doctor_command import doctor
+from harness.cli.doctor import doctor
 from harness.cli.env import env
 from harness.cli.explain import explain
 from harness.cli.export import export

@@ -1,367 +1,248 @@
-"""Run the command `check`: compare implementations with their references. Only its worker processes import torch."""
+"""The command `check`."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
-from harness.assets.environments import homes
-from harness.assets.environments.folder import MadeEnvironment
-from harness.assets.environments.packages import IndexOptions
-from harness.bench.gpu import no_gpu
-from harness.cli import environments
-from harness.conformance import checks, parity_suite
-from harness.conformance.case_selection import FEW, CaseSelection
-from harness.conformance.execution import worker_processes
-from harness.conformance.execution.worker_protocol import Target, WorkerTask
-from harness.conformance.findings import defects
-from harness.conformance.findings.defects import Defect
-from harness.conformance.findings.outcomes import CheckStatus
-from harness.conformance.findings.report import CheckReport
-from harness.conformance.findings.versions import CheckedEnvironment
-from harness.conformance.parity_suite import ParitySuite, path_of
-from harness.console import print_json, print_lines, print_note
-from harness.errors import Exit, HarnessError, Problem, SuiteError, UsageError, did_you_mean
-from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
-from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
-from harness.process.signals import handle_termination
-from harness.records.check import CheckId
-from harness.records.environment import code_version, describe
-from harness.records.files import refuse_unwritable
-from harness.report import check_terminal, check_versions
+import click
+
+from harness.cli import options
+from harness.cli.env import index, index_options
+from harness.errors import Exit, UsageError
+from harness.resources import user_path
 
 
-@dataclass(frozen=True)
-class CheckRequest:
-    """Targets and options of a check. An empty sequence of names stands for all names."""
+@click.command()
+@click.argument("implementations", nargs=-1)
+@click.option("--method", "methods", multiple=True, metavar="M", help=f"Check only this method. {options.AGAIN}")
+@click.option("--op", "operations", multiple=True, metavar="O", help=f"Check only this operation. {options.AGAIN}")
+@click.option("--dtype", "dtypes", multiple=True, metavar="D", help=f"Check only this dtype. {options.AGAIN}")
+@click.option(
+    "--full", is_flag=True,
+    help="Check every combination of config, shape and layer, and all of --wide.  [default: each one at least once]",
+)  # fmt: skip
+@click.option(
+    "--wide", is_flag=True,
+    help="Also check a fixed sample of pairs of settings, other ways to call a layer in every case instead of one, random "
+    "sequences of calls, and NaN.",
+)  # fmt: skip
+@click.option(
+    "--drawn", type=click.IntRange(0, 100_000), default=0, show_default=True, metavar="N",
+    help="Also check N random cases per parity suite, and all of --wide; reduce each failure to a small case.",
+)  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), metavar="S", help="Random seed of --drawn.  [default: 0]")
+@click.option(
+    "--base-model", metavar="[NAME=]FOLDER",
+    help="For an adapter file: the folder of its base model.  [default: base_model_name_or_path, if it is a folder] With "
+    "--served: also its name on the server.",
+)  # fmt: skip
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+    help="Device of the tensors. On cuda, `fused` runs its Triton kernels.",
+)  # fmt: skip
+@options.jobs
+@click.option(
+    "--patience", callback=options.finite_seconds, default=120.0, show_default=True, metavar="SECONDS",
+    help="Stop an implementation, or a request to a server, that gives no result for this long.",
+)  # fmt: skip
+@click.option(
+    "--served", metavar="URL",
+    help="Check a model server with the OpenAI completions API instead, e.g. http://127.0.0.1:8000.",
+)  # fmt: skip
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="[NAME=]DIR",
+    help=f"With --served: folder of an adapter, and its name on the server.  [default: the folder's name] {options.AGAIN}",
+)  # fmt: skip
+@click.option(
+    "--concurrency", type=click.IntRange(1, 256), metavar="N",
+    help="With --served: largest number of requests at the same time.  [default: 8]",
+)  # fmt: skip
+@click.option(
+    "--echo", is_flag=True, help="With --served: also compare the log-probabilities of the prompts' own tokens."
+)
+@click.option(
+    "--with", "environments", multiple=True, metavar="ENVIRONMENT",
+    help="Check in the environment with this version, e.g. peft==0.19.1, or of this name (`env list`). Repeat it to compare "
+    "versions.",
+)  # fmt: skip
+@click.option(
+    "--loop", metavar="LOOP",
+    help="Check a training loop instead, e.g. `trl`: compare its SFTTrainer with the harness's own loop, and find the "
+    "settings that change training.",
+)  # fmt: skip
+@index_options
+@options.junit
+@options.html
+@click.option(
+    "--self-test", is_flag=True,
+    help="Test the checks themselves, or with --loop those of loops: each planted fault must be detected.",
+)  # fmt: skip
+@click.option(
+    "--mutants", type=click.IntRange(0), is_flag=False, flag_value=0, metavar="[N]",
+    help="With --self-test: instead of planted faults, try N random changes of the reference and of our kernels; without N, "
+    "try all changes.",
+)  # fmt: skip
+@click.option(
+    "--power", is_flag=True,
+    help="With --self-test: print the smallest wrong scaling and the fewest extra roundings that each check notices.",
+)  # fmt: skip
+@options.as_json
+def check(
+    implementations: tuple[str, ...], methods: tuple[str, ...], operations: tuple[str, ...], dtypes: tuple[str, ...],
+    full: bool, wide: bool, drawn: int, seed: int | None, base_model: str | None, device: Literal["cpu", "cuda"],
+    jobs: int | None, patience: float,
+    served: str | None, adapters: tuple[str, ...], concurrency: int | None, echo: bool, environments: tuple[str, ...],
+    loop: str | None, offline: bool, find_links: tuple[str, ...], junit: Path | None, html: Path | None, self_test: bool,
+    mutants: int | None, power: bool, as_json: bool,
+) -> Exit:  # fmt: skip
+    """Check implementations against the reference, or judge one adapter file or a model server.
 
-    implementations: Sequence[str] = ()
-    methods: Sequence[str] = ()
-    operations: Sequence[str] = ()
-    dtypes: Sequence[str] = ()
-    breadth: CaseSelection = FEW
-    """The cases of each parity suite to try."""
-    jobs: int | None = None
-    patience: float = worker_processes.PATIENCE
-    """Seconds without a result after which an implementation counts as hanging."""
-    environments: Sequence[str] = ()
-    """Names or requirements, e.g. `peft==0.19.1`, of the environments in which to check. Empty for this Python."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """The device of the tensors."""
-    index: IndexOptions = field(default_factory=IndexOptions)
-    """Sources from which pip takes the packages of environments that do not exist yet."""
+    IMPLEMENTATIONS are names, or the path of one adapter: a folder with adapter_config.json, or its
+    adapter_model.safetensors. The file is judged without running a loader. If it conforms to a base, the logits of HF peft,
+    or of the loaders that are named beside the path, are compared with those of the reference.
 
-
-def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html: Path | None = None) -> Exit:
-    """Run the checks, print the report, write the requested files, and return the exit code."""
-    refuse_unfit_files(junit, html)
-    with handle_termination():
-        if request.device == "cuda" and (why := no_gpu()):
-            raise HarnessError(why, where="--device cuda", hint="without it, the checks run on the CPU")
-        report = judge(request)
-    return publish(report, as_json, junit, html)
-
-
-def refuse_unfit_files(junit: Path | None, html: Path | None) -> None:
-    """Raise UsageError if a requested file cannot be written, or if `html` is no .html file. Call this before the checks."""
-    refuse_unwritable({"--junit": junit, "--html": html})
-    if html is not None:
-        from harness.report.html import page_path
-
-        page_path(html, "--html")
-
-
-def publish(report: CheckReport, as_json: bool, junit: Path | None, html: Path | None) -> Exit:
-    """Print a report, write the requested files, and return the exit code."""
-    # Printing and each file are independent: a full disk or a closed stdout does not prevent the other outputs.
-    with contextlib.ExitStack() as afterwards:
-        if html is not None:
-            from harness.report.check_page import write_page
-
-            afterwards.callback(write_page, report, html)
-        if junit is not None:
-            from harness.report.check_junit import write_junit
-
-            afterwards.callback(write_junit, report, junit)
-        if as_json:
-            labelled = any(one.environment for one in report.tried)
-            by_version = {"versions": check_versions.document(report)} if labelled else {}
-            print_json(report.document() | by_version)
-        else:
-            print_lines(check_terminal.matrix(report))
-    return report.exit
-
-
-def judge(request: CheckRequest) -> CheckReport:
-    """Run the requested checks in worker processes, and return the report.
-
-    Without environments in the request, an implementation whose libraries are not installed runs in the environment that
-    a table declares for it, if that environment exists. Raises UsageError for unknown names.
+    Without arguments, checks every implementation in all cases that this machine can run. The reference is computed in
+    float64. Each plug-in runs in its own process: a crash or a hang counts as a failure, and the other plug-ins continue.
+    Ctrl-C or SIGTERM prints the results so far and exits with 4; the exit code is also 4 if a named IMPLEMENTATION cannot be
+    tested. With --with, it runs the same checks once per environment, and shows which results differ; an environment that
+    does not exist is made first.
     """
-    if request.environments:
-        reports = []
-        for environment in environments.ensure_all(request.environments, request.index):
-            reports.append(_judge_in(request, environment)[0])
-            if reports[-1].interrupted:
-                break
-        return CheckReport.joined(reports)
-    report, missing = _judge_in(request, None)
-    return report if report.interrupted else _with_homes(report, missing, request)
+    if device == "cuda" and (served or loop or self_test or any(map(_is_adapter_path, implementations))):
+        raise UsageError("applies to implementations only", where="--device", hint="leave it out")
+    if (offline or find_links) and not environments:
+        option = "--offline" if offline else "--find-links"
+        raise UsageError("has no effect without --with", where=option, hint="add --with LIBRARY==VERSION")
+    if loop is not None:
+        names = (implementations, methods, operations, dtypes, served, adapters, base_model)
+        if any(
+            (
+                *names,
+                full,
+                wide,
+                drawn,
+                jobs,
+                echo,
+                concurrency,
+                power,
+                seed is not None,
+                mutants is not None,
+                len(environments) > 1,
+                self_test and any((environments, junit, html)),
+            )
+        ):
+            raise UsageError(
+                "checks a training loop, not an implementation", where="--loop",
+                hint="it takes one --with, --offline, --find-links, --patience, --html, --junit and --json; or --self-test "
+                "and --json",
+            )  # fmt: skip
+        if self_test:
+            from harness.cell.loop_checks import self_test as of_loops
 
+            return of_loops.check(as_json)
+        from harness.cli import check_loop
 
-def _with_homes(report: CheckReport, missing: Collection[Target], request: CheckRequest) -> CheckReport:
-    """Run the targets whose libraries are missing in the environments that a table declares for them, and add the results.
+        return check_loop.check(loop, "".join(environments), index(offline, find_links), patience, as_json, junit, html)
+    if served is not None:
+        of_implementations = (implementations, methods, operations, full, wide, drawn, jobs, environments, junit, html)
+        if any(of_implementations) or self_test or power or mutants is not None:
+            raise UsageError(
+                "checks a server, not an implementation", where="--served",
+                hint="it takes --adapter, --base-model, --dtype, --concurrency, --echo, --patience, --seed and --json",
+            )  # fmt: skip
+        if not adapters or base_model is None:
+            raise UsageError(
+                "needs --adapter and --base-model", where="--served",
+                hint="--adapter DIR --base-model FOLDER with what the server loads",
+            )  # fmt: skip
+        from harness.cli import check_served
 
-    If such an environment does not exist, the reason of the skipped target names the command that makes it.
-    """
-    found = homes.of({name for name, *_ in missing})
-    skipped, there = dict(report.skipped), dict[Path, set[str]]()
-    for name, _, target in missing:
-        home = found.get(name)
-        if isinstance(home, MadeEnvironment):
-            del skipped[f"{name} {target}"]
-            there.setdefault(home.folder, set()).add(name)
-        elif home:
-            skipped[f"{name} {target}"] += f"; `peft-harness env create {home}` makes an environment that has it"
-    moved = {name for names in there.values() for name in names}
-    report = replace(report, skipped=skipped, untried=[name for name in report.untried if name not in moved])
-    others = [
-        _judge_in(replace(request, implementations=sorted(names)), homes.at(folder))[0]
-        for folder, names in there.items()
-    ]
-    known = set(report.skipped.values())  # a reason that does not depend on the environment is given only once
-    others = [replace(one, skipped={n: w for n, w in one.skipped.items() if w not in known}) for one in others]
-    return CheckReport.joined([report, *others])
-
-
-def _judge_in(request: CheckRequest, environment: MadeEnvironment | None) -> tuple[CheckReport, Collection[Target]]:
-    """Run the checks in one environment, or in this Python. Return the report, and targets whose libraries are missing."""
-    python, label = (environment.python, environment.label) if environment is not None else (None, "")
-    registry = worker_processes.discover(request.patience, python)
-    described = registry.environment or describe()
-    if environment is not None and described.code_version != code_version():
-        raise HarnessError(
-            f"environment {label} runs other code of the harness than this command",
-            where=str(python),
-            hint="install the harness, e.g. by `pip install -e .`, and remove the environment: `peft-harness env remove`",
+        return check_served.check(
+            check_served.ServedRequest(
+                served, adapters, base_model, dtypes, concurrency or 8, patience, echo, seed or 0
+            ),
+            as_json,
         )
-    _require_known_names(request, registry)
-    wanted = [i for i in registry.implementations if _is_requested(i, request)]
-    plans, known = _read(wanted)
-    jobs = request.jobs or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
-    tasks, skipped = _tasks(wanted, request, plans, jobs)
+    for option, value in (("--adapter", adapters), ("--concurrency", concurrency), ("--echo", echo)):
+        if value:
+            raise UsageError("has no effect without --served", where=option, hint="add --served URL")
+    for option, given in (("--mutants", mutants is not None), ("--power", power)):
+        if given and not self_test:
+            raise UsageError("has no effect without --self-test", where=option, hint="add --self-test")
+    if self_test:
+        if implementations or dtypes or full or wide or drawn or junit or html or environments:
+            raise UsageError(
+                "tests the checks, not an implementation", where="--self-test",
+                hint="remove all options but --json; --mutants and --power also take --method, --op and --jobs",
+            )  # fmt: skip
+        targets = (*methods, *operations)
+        if power:
+            if mutants is not None or seed is not None:
+                raise UsageError("makes no random choices", where="--power", hint="remove --mutants and --seed")
+            from harness.conformance import power as measurement
 
-    def progress(line: str) -> None:
-        print_note(f"{label}: {line}" if label else line)
+            return measurement.check(jobs, targets, as_json)
+        if mutants is None:
+            if targets or seed is not None:
+                raise UsageError(
+                    "tries every planted fault", where="--self-test",
+                    hint="add --mutants, or remove all options but --json",
+                )  # fmt: skip
+            from harness.conformance import self_test as planted
 
-    findings, interrupted = worker_processes.run(tasks, jobs, progress, request.patience, python)
-    for found in findings:
-        skipped |= {f"{name} {target}": why for (name, _, target), why in found.missing.items()}
-        if interrupted:
-            skipped |= {f"{name} {target}": "interrupted" for name, _, target in found.left}
-    # The options, an interruption or a missing module may have left out the checks that show a defect.
-    omitted = {target for found in findings for target in found.not_tried}
-    done = {target for task in tasks for target in task.targets} - omitted
-    due = [_tried_part(defect, request) for defect in known if _was_fully_tried(defect, request, registry, done)]
-    software = described.software
-    marked, _ = defects.explained([one for found in findings for one in found.tried], known, software)
-    complaints = defects.explained(marked, due, software)[1]
-    needed = {*request.implementations, *(i.point for i in wanted)}
-    broken = {n: w for n, w in registry.broken.items() if not request.implementations or n in needed}
-    compared = {
-        one.implementation for one in marked if one.status not in (CheckStatus.UNSUPPORTED, CheckStatus.SKIPPED)
-    }
-    untried = [name for name in request.implementations if name not in compared and name not in broken]
-    report = CheckReport(marked, skipped, complaints, broken, known, plans, software, interrupted, untried)
-    if environment is not None:
-        checked = CheckedEnvironment(
-            label=label,
-            name=environment.name,
-            requirements=environment.file.spec.requirements,
-            packages=environment.file.packages,
-            environment=described,
+            return planted.check(as_json)
+        from harness.conformance.mutants import run
+
+        return run.check(mutants or None, seed or 0, jobs, targets, as_json)
+    if paths := [one for one in implementations if _is_adapter_path(one)]:
+        unfit = {
+            "--method": methods, "--op": operations, "--dtype": dtypes, "--full": full, "--wide": wide, "--drawn": drawn,
+            "--seed": seed is not None, "--with": environments, "--html": html, "a second path": paths[1:],
+        }  # fmt: skip
+        for option in (name for name, value in unfit.items() if value):
+            raise UsageError(
+                "does not apply to an adapter file",
+                where=option,
+                hint="it takes names of loaders, --base-model, --patience, --json and --junit",
+            )
+        from harness.cli import adapter
+        from harness.records.files import refuse_unwritable
+
+        refuse_unwritable({"--junit": junit})
+        loaders = [one for one in implementations if one not in paths]
+        folder = None if base_model is None else user_path(base_model)
+        return adapter.check(user_path(paths[0]), folder, loaders, patience, as_json, junit)
+    if base_model is not None:
+        raise UsageError(
+            "has no effect without the path of an adapter", where="--base-model", hint="add the path, or --served URL"
         )
-        # With --with, the same implementation runs in several environments. Otherwise its name is enough.
-        report = report.labelled(checked) if request.environments else replace(report, environments=[checked])
-    return report, {target for found in findings for target in found.missing}
+    from harness.cli import check_run as command
+    from harness.conformance.case_selection import CaseSelection
 
-
-def _was_fully_tried(
-    defect: Defect, request: CheckRequest, registry: Registry, done: set[tuple[str, TargetKind, str]]
-) -> bool:
-    """Return whether all checks that could show a known defect were tried.
-
-    If a defect did not show, this is a finding only if all these checks were tried.
-    """
-    by_dtype = all(
-        dtype in request.dtypes
-        or not any(fnmatchcase(dtype, CheckId.parse(pattern).dtype) for pattern in defect.checks)
-        for dtype in DTYPES
+    if seed is not None and not drawn:
+        raise UsageError(
+            "has no effect without --drawn", where="--seed", hint="add the number of cases, e.g. --drawn 50"
+        )
+    breadth = CaseSelection(full, drawn, seed or 0, wide)
+    request = command.CheckRequest(
+        implementations,
+        methods,
+        operations,
+        dtypes,
+        breadth,
+        jobs,
+        patience,
+        environments,
+        device,
+        index(offline, find_links),
     )
-    return (by_dtype or not request.dtypes) and all(
-        (i.name, i.kind, i.target) in done
-        for i in registry.implementations
-        if i.name == defect.implementation and _may_show(defect, i) and path_of(i.target).is_file()
-    )
+    return command.check(request, as_json, junit, html)
 
 
-def _tried_part(defect: Defect, request: CheckRequest) -> Defect:
-    """Return a known defect that names only the checks that the request tries in all cases."""
-    if request.breadth.is_wide:
-        return defect
-    wide = checks.names_of_wide()
-    return defect.model_copy(update={"checks": [one for one in defect.checks if CheckId.parse(one).check not in wide]})
+def _is_adapter_path(argument: str) -> bool:
+    """Return whether an argument is the path of an adapter, and not the name of an implementation.
 
-
-def _may_show(defect: Defect, implementation: Implementation) -> bool:
-    """Return whether the checks of an implementation could show a known defect.
-
-    If the defect names a target, the target decides. Otherwise its check ids decide, except for an implementation of a
-    base: there, check ids name a Method instead of the base.
+    A path contains a slash, ends with .safetensors, or is a folder that holds an adapter.
     """
-    if defect.target or implementation.kind == "base":
-        return defect.target in ("", implementation.target)
-    return any(fnmatchcase(implementation.target, CheckId.parse(pattern).target) for pattern in defect.checks)
-
-
-def _read(wanted: Sequence[Implementation]) -> tuple[dict[str, ParitySuite], Sequence[Defect]]:
-    """Read and return the parity suites of the implementations, by target, and the known defects.
-
-    Raises one SuiteError with the mistakes in all files.
-    """
-    plans: dict[str, ParitySuite] = {}
-    known: Sequence[Defect] = ()
-    problems: list[Problem] = []
-    for target in sorted({i.target for i in wanted if path_of(i.target).is_file()}):
-        try:
-            plans[target] = parity_suite.load_plan(target)
-        except SuiteError as error:
-            problems += error.problems
-    try:
-        known = defects.known()
-    except SuiteError as error:
-        problems += error.problems
-    if problems:
-        raise SuiteError(problems)
-    return plans, known
-
-
-def _is_requested(implementation: Implementation, request: CheckRequest) -> bool:
-    if request.implementations and implementation.name not in request.implementations:
-        return False
-    if not request.methods and not request.operations:
-        return True
-    return implementation.target in (request.operations if implementation.kind == "operation" else request.methods)
-
-
-def _tasks(
-    wanted: Sequence[Implementation], request: CheckRequest, plans: dict[str, ParitySuite], jobs: int
-) -> tuple[list[WorkerTask], dict[str, str]]:
-    """Return the worker tasks, and the reason for each target that is skipped.
-
-    All targets of a task belong to one entry point, which a process needs to import only once. If there are fewer entry
-    points than `jobs`, the targets of each entry point are divided into several tasks of similar size.
-    """
-    grouped: dict[str, list[Implementation]] = {}
-    skipped = {}
-    for one in wanted:
-        if one.target not in plans:
-            none = f"there is no parity suite {path_of(one.target).name}"
-            skipped[f"{one.name} {one.target}"] = NO_REFERENCE if one.target in UNREFERENCED else none
-        elif why := _why_no_case(one, plans[one.target], request):
-            skipped[f"{one.name} {one.target}"] = why
-        else:
-            grouped.setdefault(one.point, []).append(one)
-    sizes = {target: _size(plan) for target, plan in plans.items()}
-    tasks = [
-        WorkerTask(
-            point=point,
-            targets=[(i.name, i.kind, i.target) for i in part],
-            breadth=request.breadth,
-            dtypes=tuple(request.dtypes),
-            device=request.device,
-        )
-        for point, several in grouped.items()
-        for part in _parts(several, max(1, jobs // len(grouped)), sizes)
-    ]
-    # The longest tasks come first, so that no core is idle for long at the end.
-    return sorted(tasks, key=lambda task: -sum(sizes[target] for *_, target in task.targets)), skipped
-
-
-def _parts(several: Sequence[Implementation], number: int, sizes: dict[str, int]) -> list[list[Implementation]]:
-    """Divide implementations into at most `number` lists of similar size, and return the lists. No list is empty."""
-    parts: list[list[Implementation]] = [[] for _ in range(min(number, len(several)))]
-    for one in sorted(several, key=lambda one: -sizes[one.target]):
-        min(parts, key=lambda part: sum(sizes[i.target] for i in part)).append(one)
-    return parts
-
-
-def _why_no_case(one: Implementation, plan: ParitySuite, request: CheckRequest) -> str:
-    """Return why an implementation has no case in its parity suite for the requested dtypes and device.
-
-    If there is such a case, return an empty string.
-    """
-    if request.device not in one.devices:
-        option = "--op" if one.kind == "operation" else "--method"
-        command = f"peft-harness check {one.name} {option} {one.target} --device {one.devices[0]}"
-        return f"runs on {', '.join(one.devices)} only; there, `{command}` checks it"
-    if request.device == "cuda" and one.kind == "loader":
-        return "files are judged on the CPU: run `check` without --device cuda"
-    possible = [dtype for dtype in plan.dtypes if dtype in (request.dtypes or DTYPES)]
-    if set(one.dtypes) & set(possible):
-        return ""
-    if not possible:
-        return f"its parity suite has cases in {', '.join(plan.dtypes)} only; requested: {', '.join(request.dtypes)}"
-    requested = "of the requested dtypes, its" if request.dtypes else "its"
-    return f"offers {', '.join(one.dtypes)}; {requested} parity suite has cases in {', '.join(possible)}"
-
-
-def _size(plan: ParitySuite) -> int:
-    """Return the approximate number of checks of a suite."""
-    return len(list(plan.cases(FEW))) * len(plan.checks)
-
-
-def _require_known_names(request: CheckRequest, registry: Registry) -> None:
-    """Raise one UsageError with all unknown names."""
-    mistakes = [f"unknown {one}" for one in _unknown(request, registry)] or list(_not_offered(request, registry))
-    if mistakes:
-        hint = "`peft-harness list implementations` shows implementations, their targets and dtypes"
-        raise UsageError("; ".join(mistakes), hint=hint)
-
-
-def _unknown(request: CheckRequest, registry: Registry) -> Iterator[str]:
-    kinds = targets()
-    known_targets = {kind: sorted(name for name, of in kinds.items() if of == kind) for kind in get_args(TargetKind)}
-    names = sorted({i.name for i in registry.implementations})
-    yours = f"; for your own, add an entry point of the group {GROUP} and install it"
-    if registry.broken:
-        broken = ", ".join(f"`{point}` ({why})" for point, why in registry.broken.items())
-        yours += f"; entry points that could not be loaded: {broken}"
-    for what, given, known in (
-        ("implementation", request.implementations, names),
-        ("method", request.methods, [*known_targets["method"], *known_targets["base"], *known_targets["loader"]]),
-        ("operation", request.operations, known_targets["operation"]),
-        ("dtype", request.dtypes, DTYPES),
-    ):
-        for name in given:
-            if name in known or (what == "implementation" and name in registry.broken):
-                continue
-            hint = did_you_mean(name, known, "there are")
-            if what != "dtype" and name in kinds:
-                option = "--op" if kinds[name] == "operation" else "--method"
-                hint = f"it is of kind `{kinds[name]}`: {option} {name}"
-            yield f"{what} {name!r}: {hint}{yours if what == 'implementation' else ''}"
-
-
-def _not_offered(request: CheckRequest, registry: Registry) -> Iterator[str]:
-    """Yield a message for each requested implementation that offers none of the requested targets."""
-    for name in request.implementations:
-        offers = [i for i in registry.implementations if i.name == name]
-        if offers and not any(_is_requested(i, request) for i in offers):
-            wanted = ", ".join([*request.methods, *request.operations])
-            yield f"{name} does not offer {wanted}, only {', '.join(sorted({i.target for i in offers}))}"
+    files = (Path(argument) / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+    return "/" in argument or argument.endswith(".safetensors") or any(file.is_file() for file in files)

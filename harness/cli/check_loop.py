@@ -11,7 +11,7 @@ from harness.assets.environments import homes
 from harness.assets.environments.folder import MadeEnvironment
 from harness.assets.environments.packages import IndexOptions
 from harness.cell.loop_checks.protocol import LoopEvent
-from harness.cli import check as command
+from harness.cli import check_run as command
 from harness.cli import environments
 from harness.conformance.findings import loop_settings
 from harness.conformance.findings.outcomes import CheckOutcome, Execution

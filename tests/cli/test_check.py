@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from harness import resources
-from harness.cli import check as command
+from harness.cli import check_run as command
 from harness.cli import main
 from harness.conformance import parity_suite
 from harness.conformance.execution import worker_protocol as protocol

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from harness.assets.environments import folder, table
-from harness.cli import check, main
+from harness.cli import check_run as check
+from harness.cli import main
 from harness.conformance.findings.report import CheckReport
 from harness.errors import Exit
 from harness.records import store

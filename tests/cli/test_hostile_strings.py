@@ -23,7 +23,7 @@ from harness.assets.environments.folder import EnvironmentFile
 from harness.assets.environments.table import EnvironmentSpec
 from harness.claims.judge import ClaimVerdict, JudgedClaim
 from harness.cli import app, main, topics
-from harness.cli import check as checking
+from harness.cli import check_run as checking
 from harness.conformance.findings.outcomes import CheckOutcome
 from harness.conformance.findings.report import CheckReport
 from harness.console import align_columns, print_json, print_lines

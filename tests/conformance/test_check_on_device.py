@@ -55,7 +55,7 @@ def test_no_check_lets_a_tensor_of_the_cpu_meet_one_of_the_device() -> None:
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.cli.check.no_gpu", lambda: "no GPU")
+    monkeypatch.setattr("harness.cli.check_run.no_gpu", lambda: "no GPU")
     assert main(["check", "fused", "--op", "nf4_dequantize", "--device", "cuda"]) == Exit.INFRASTRUCTURE
     assert "no GPU" in capsys.readouterr().err
 

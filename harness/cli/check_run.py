@@ -1,0 +1,367 @@
+"""Run the command `check`: compare implementations with their references. Only its worker processes import torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal, get_args
+
+from harness.assets.environments import homes
+from harness.assets.environments.folder import MadeEnvironment
+from harness.assets.environments.packages import IndexOptions
+from harness.bench.gpu import no_gpu
+from harness.cli import environments
+from harness.conformance import checks, parity_suite
+from harness.conformance.case_selection import FEW, CaseSelection
+from harness.conformance.execution import worker_processes
+from harness.conformance.execution.worker_protocol import Target, WorkerTask
+from harness.conformance.findings import defects
+from harness.conformance.findings.defects import Defect
+from harness.conformance.findings.outcomes import CheckStatus
+from harness.conformance.findings.report import CheckReport
+from harness.conformance.findings.versions import CheckedEnvironment
+from harness.conformance.parity_suite import ParitySuite, path_of
+from harness.console import print_json, print_lines, print_note
+from harness.errors import Exit, HarnessError, Problem, SuiteError, UsageError, did_you_mean
+from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
+from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
+from harness.process.signals import handle_termination
+from harness.records.check import CheckId
+from harness.records.environment import code_version, describe
+from harness.records.files import refuse_unwritable
+from harness.report import check_terminal, check_versions
+
+
+@dataclass(frozen=True)
+class CheckRequest:
+    """Targets and options of a check. An empty sequence of names stands for all names."""
+
+    implementations: Sequence[str] = ()
+    methods: Sequence[str] = ()
+    operations: Sequence[str] = ()
+    dtypes: Sequence[str] = ()
+    breadth: CaseSelection = FEW
+    """The cases of each parity suite to try."""
+    jobs: int | None = None
+    patience: float = worker_processes.PATIENCE
+    """Seconds without a result after which an implementation counts as hanging."""
+    environments: Sequence[str] = ()
+    """Names or requirements, e.g. `peft==0.19.1`, of the environments in which to check. Empty for this Python."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """The device of the tensors."""
+    index: IndexOptions = field(default_factory=IndexOptions)
+    """Sources from which pip takes the packages of environments that do not exist yet."""
+
+
+def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html: Path | None = None) -> Exit:
+    """Run the checks, print the report, write the requested files, and return the exit code."""
+    refuse_unfit_files(junit, html)
+    with handle_termination():
+        if request.device == "cuda" and (why := no_gpu()):
+            raise HarnessError(why, where="--device cuda", hint="without it, the checks run on the CPU")
+        report = judge(request)
+    return publish(report, as_json, junit, html)
+
+
+def refuse_unfit_files(junit: Path | None, html: Path | None) -> None:
+    """Raise UsageError if a requested file cannot be written, or if `html` is no .html file. Call this before the checks."""
+    refuse_unwritable({"--junit": junit, "--html": html})
+    if html is not None:
+        from harness.report.html import page_path
+
+        page_path(html, "--html")
+
+
+def publish(report: CheckReport, as_json: bool, junit: Path | None, html: Path | None) -> Exit:
+    """Print a report, write the requested files, and return the exit code."""
+    # Printing and each file are independent: a full disk or a closed stdout does not prevent the other outputs.
+    with contextlib.ExitStack() as afterwards:
+        if html is not None:
+            from harness.report.check_page import write_page
+
+            afterwards.callback(write_page, report, html)
+        if junit is not None:
+            from harness.report.check_junit import write_junit
+
+            afterwards.callback(write_junit, report, junit)
+        if as_json:
+            labelled = any(one.environment for one in report.tried)
+            by_version = {"versions": check_versions.document(report)} if labelled else {}
+            print_json(report.document() | by_version)
+        else:
+            print_lines(check_terminal.matrix(report))
+    return report.exit
+
+
+def judge(request: CheckRequest) -> CheckReport:
+    """Run the requested checks in worker processes, and return the report.
+
+    Without environments in the request, an implementation whose libraries are not installed runs in the environment that
+    a table declares for it, if that environment exists. Raises UsageError for unknown names.
+    """
+    if request.environments:
+        reports = []
+        for environment in environments.ensure_all(request.environments, request.index):
+            reports.append(_judge_in(request, environment)[0])
+            if reports[-1].interrupted:
+                break
+        return CheckReport.joined(reports)
+    report, missing = _judge_in(request, None)
+    return report if report.interrupted else _with_homes(report, missing, request)
+
+
+def _with_homes(report: CheckReport, missing: Collection[Target], request: CheckRequest) -> CheckReport:
+    """Run the targets whose libraries are missing in the environments that a table declares for them, and add the results.
+
+    If such an environment does not exist, the reason of the skipped target names the command that makes it.
+    """
+    found = homes.of({name for name, *_ in missing})
+    skipped, there = dict(report.skipped), dict[Path, set[str]]()
+    for name, _, target in missing:
+        home = found.get(name)
+        if isinstance(home, MadeEnvironment):
+            del skipped[f"{name} {target}"]
+            there.setdefault(home.folder, set()).add(name)
+        elif home:
+            skipped[f"{name} {target}"] += f"; `peft-harness env create {home}` makes an environment that has it"
+    moved = {name for names in there.values() for name in names}
+    report = replace(report, skipped=skipped, untried=[name for name in report.untried if name not in moved])
+    others = [
+        _judge_in(replace(request, implementations=sorted(names)), homes.at(folder))[0]
+        for folder, names in there.items()
+    ]
+    known = set(report.skipped.values())  # a reason that does not depend on the environment is given only once
+    others = [replace(one, skipped={n: w for n, w in one.skipped.items() if w not in known}) for one in others]
+    return CheckReport.joined([report, *others])
+
+
+def _judge_in(request: CheckRequest, environment: MadeEnvironment | None) -> tuple[CheckReport, Collection[Target]]:
+    """Run the checks in one environment, or in this Python. Return the report, and targets whose libraries are missing."""
+    python, label = (environment.python, environment.label) if environment is not None else (None, "")
+    registry = worker_processes.discover(request.patience, python)
+    described = registry.environment or describe()
+    if environment is not None and described.code_version != code_version():
+        raise HarnessError(
+            f"environment {label} runs other code of the harness than this command",
+            where=str(python),
+            hint="install the harness, e.g. by `pip install -e .`, and remove the environment: `peft-harness env remove`",
+        )
+    _require_known_names(request, registry)
+    wanted = [i for i in registry.implementations if _is_requested(i, request)]
+    plans, known = _read(wanted)
+    jobs = request.jobs or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    tasks, skipped = _tasks(wanted, request, plans, jobs)
+
+    def progress(line: str) -> None:
+        print_note(f"{label}: {line}" if label else line)
+
+    findings, interrupted = worker_processes.run(tasks, jobs, progress, request.patience, python)
+    for found in findings:
+        skipped |= {f"{name} {target}": why for (name, _, target), why in found.missing.items()}
+        if interrupted:
+            skipped |= {f"{name} {target}": "interrupted" for name, _, target in found.left}
+    # The options, an interruption or a missing module may have left out the checks that show a defect.
+    omitted = {target for found in findings for target in found.not_tried}
+    done = {target for task in tasks for target in task.targets} - omitted
+    due = [_tried_part(defect, request) for defect in known if _was_fully_tried(defect, request, registry, done)]
+    software = described.software
+    marked, _ = defects.explained([one for found in findings for one in found.tried], known, software)
+    complaints = defects.explained(marked, due, software)[1]
+    needed = {*request.implementations, *(i.point for i in wanted)}
+    broken = {n: w for n, w in registry.broken.items() if not request.implementations or n in needed}
+    compared = {
+        one.implementation for one in marked if one.status not in (CheckStatus.UNSUPPORTED, CheckStatus.SKIPPED)
+    }
+    untried = [name for name in request.implementations if name not in compared and name not in broken]
+    report = CheckReport(marked, skipped, complaints, broken, known, plans, software, interrupted, untried)
+    if environment is not None:
+        checked = CheckedEnvironment(
+            label=label,
+            name=environment.name,
+            requirements=environment.file.spec.requirements,
+            packages=environment.file.packages,
+            environment=described,
+        )
+        # With --with, the same implementation runs in several environments. Otherwise its name is enough.
+        report = report.labelled(checked) if request.environments else replace(report, environments=[checked])
+    return report, {target for found in findings for target in found.missing}
+
+
+def _was_fully_tried(
+    defect: Defect, request: CheckRequest, registry: Registry, done: set[tuple[str, TargetKind, str]]
+) -> bool:
+    """Return whether all checks that could show a known defect were tried.
+
+    If a defect did not show, this is a finding only if all these checks were tried.
+    """
+    by_dtype = all(
+        dtype in request.dtypes
+        or not any(fnmatchcase(dtype, CheckId.parse(pattern).dtype) for pattern in defect.checks)
+        for dtype in DTYPES
+    )
+    return (by_dtype or not request.dtypes) and all(
+        (i.name, i.kind, i.target) in done
+        for i in registry.implementations
+        if i.name == defect.implementation and _may_show(defect, i) and path_of(i.target).is_file()
+    )
+
+
+def _tried_part(defect: Defect, request: CheckRequest) -> Defect:
+    """Return a known defect that names only the checks that the request tries in all cases."""
+    if request.breadth.is_wide:
+        return defect
+    wide = checks.names_of_wide()
+    return defect.model_copy(update={"checks": [one for one in defect.checks if CheckId.parse(one).check not in wide]})
+
+
+def _may_show(defect: Defect, implementation: Implementation) -> bool:
+    """Return whether the checks of an implementation could show a known defect.
+
+    If the defect names a target, the target decides. Otherwise its check ids decide, except for an implementation of a
+    base: there, check ids name a Method instead of the base.
+    """
+    if defect.target or implementation.kind == "base":
+        return defect.target in ("", implementation.target)
+    return any(fnmatchcase(implementation.target, CheckId.parse(pattern).target) for pattern in defect.checks)
+
+
+def _read(wanted: Sequence[Implementation]) -> tuple[dict[str, ParitySuite], Sequence[Defect]]:
+    """Read and return the parity suites of the implementations, by target, and the known defects.
+
+    Raises one SuiteError with the mistakes in all files.
+    """
+    plans: dict[str, ParitySuite] = {}
+    known: Sequence[Defect] = ()
+    problems: list[Problem] = []
+    for target in sorted({i.target for i in wanted if path_of(i.target).is_file()}):
+        try:
+            plans[target] = parity_suite.load_plan(target)
+        except SuiteError as error:
+            problems += error.problems
+    try:
+        known = defects.known()
+    except SuiteError as error:
+        problems += error.problems
+    if problems:
+        raise SuiteError(problems)
+    return plans, known
+
+
+def _is_requested(implementation: Implementation, request: CheckRequest) -> bool:
+    if request.implementations and implementation.name not in request.implementations:
+        return False
+    if not request.methods and not request.operations:
+        return True
+    return implementation.target in (request.operations if implementation.kind == "operation" else request.methods)
+
+
+def _tasks(
+    wanted: Sequence[Implementation], request: CheckRequest, plans: dict[str, ParitySuite], jobs: int
+) -> tuple[list[WorkerTask], dict[str, str]]:
+    """Return the worker tasks, and the reason for each target that is skipped.
+
+    All targets of a task belong to one entry point, which a process needs to import only once. If there are fewer entry
+    points than `jobs`, the targets of each entry point are divided into several tasks of similar size.
+    """
+    grouped: dict[str, list[Implementation]] = {}
+    skipped = {}
+    for one in wanted:
+        if one.target not in plans:
+            none = f"there is no parity suite {path_of(one.target).name}"
+            skipped[f"{one.name} {one.target}"] = NO_REFERENCE if one.target in UNREFERENCED else none
+        elif why := _why_no_case(one, plans[one.target], request):
+            skipped[f"{one.name} {one.target}"] = why
+        else:
+            grouped.setdefault(one.point, []).append(one)
+    sizes = {target: _size(plan) for target, plan in plans.items()}
+    tasks = [
+        WorkerTask(
+            point=point,
+            targets=[(i.name, i.kind, i.target) for i in part],
+            breadth=request.breadth,
+            dtypes=tuple(request.dtypes),
+            device=request.device,
+        )
+        for point, several in grouped.items()
+        for part in _parts(several, max(1, jobs // len(grouped)), sizes)
+    ]
+    # The longest tasks come first, so that no core is idle for long at the end.
+    return sorted(tasks, key=lambda task: -sum(sizes[target] for *_, target in task.targets)), skipped
+
+
+def _parts(several: Sequence[Implementation], number: int, sizes: dict[str, int]) -> list[list[Implementation]]:
+    """Divide implementations into at most `number` lists of similar size, and return the lists. No list is empty."""
+    parts: list[list[Implementation]] = [[] for _ in range(min(number, len(several)))]
+    for one in sorted(several, key=lambda one: -sizes[one.target]):
+        min(parts, key=lambda part: sum(sizes[i.target] for i in part)).append(one)
+    return parts
+
+
+def _why_no_case(one: Implementation, plan: ParitySuite, request: CheckRequest) -> str:
+    """Return why an implementation has no case in its parity suite for the requested dtypes and device.
+
+    If there is such a case, return an empty string.
+    """
+    if request.device not in one.devices:
+        option = "--op" if one.kind == "operation" else "--method"
+        command = f"peft-harness check {one.name} {option} {one.target} --device {one.devices[0]}"
+        return f"runs on {', '.join(one.devices)} only; there, `{command}` checks it"
+    if request.device == "cuda" and one.kind == "loader":
+        return "files are judged on the CPU: run `check` without --device cuda"
+    possible = [dtype for dtype in plan.dtypes if dtype in (request.dtypes or DTYPES)]
+    if set(one.dtypes) & set(possible):
+        return ""
+    if not possible:
+        return f"its parity suite has cases in {', '.join(plan.dtypes)} only; requested: {', '.join(request.dtypes)}"
+    requested = "of the requested dtypes, its" if request.dtypes else "its"
+    return f"offers {', '.join(one.dtypes)}; {requested} parity suite has cases in {', '.join(possible)}"
+
+
+def _size(plan: ParitySuite) -> int:
+    """Return the approximate number of checks of a suite."""
+    return len(list(plan.cases(FEW))) * len(plan.checks)
+
+
+def _require_known_names(request: CheckRequest, registry: Registry) -> None:
+    """Raise one UsageError with all unknown names."""
+    mistakes = [f"unknown {one}" for one in _unknown(request, registry)] or list(_not_offered(request, registry))
+    if mistakes:
+        hint = "`peft-harness list implementations` shows implementations, their targets and dtypes"
+        raise UsageError("; ".join(mistakes), hint=hint)
+
+
+def _unknown(request: CheckRequest, registry: Registry) -> Iterator[str]:
+    kinds = targets()
+    known_targets = {kind: sorted(name for name, of in kinds.items() if of == kind) for kind in get_args(TargetKind)}
+    names = sorted({i.name for i in registry.implementations})
+    yours = f"; for your own, add an entry point of the group {GROUP} and install it"
+    if registry.broken:
+        broken = ", ".join(f"`{point}` ({why})" for point, why in registry.broken.items())
+        yours += f"; entry points that could not be loaded: {broken}"
+    for what, given, known in (
+        ("implementation", request.implementations, names),
+        ("method", request.methods, [*known_targets["method"], *known_targets["base"], *known_targets["loader"]]),
+        ("operation", request.operations, known_targets["operation"]),
+        ("dtype", request.dtypes, DTYPES),
+    ):
+        for name in given:
+            if name in known or (what == "implementation" and name in registry.broken):
+                continue
+            hint = did_you_mean(name, known, "there are")
+            if what != "dtype" and name in kinds:
+                option = "--op" if kinds[name] == "operation" else "--method"
+                hint = f"it is of kind `{kinds[name]}`: {option} {name}"
+            yield f"{what} {name!r}: {hint}{yours if what == 'implementation' else ''}"
+
+
+def _not_offered(request: CheckRequest, registry: Registry) -> Iterator[str]:
+    """Yield a message for each requested implementation that offers none of the requested targets."""
+    for name in request.implementations:
+        offers = [i for i in registry.implementations if i.name == name]
+        if offers and not any(_is_requested(i, request) for i in offers):
+            wanted = ", ".join([*request.methods, *request.operations])
+            yield f"{name} does not offer {wanted}, only {', '.join(sorted({i.target for i in offers}))}"
