@@ -157,3 +157,19 @@ def test_sums_over_gaps_in_memory_may_round_as_the_reference_does_there() -> Non
     case = OperationCase({"shape": [8, 16000], "rows": [1], "rank": 130, "scaling": 0.25}, "float32", sampled=True)
     (result,) = results(mine, case, "layouts")
     assert result.outcome is Outcome.PASS, result
+
+
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_an_argument_that_is_returned_unchanged_is_no_memory_of_an_output(is_copied: bool) -> None:
+    module = importlib.import_module("harness.conformance.operations.lorafa_step")
+
+    def step(**given: Any) -> tuple[Any, ...]:
+        outputs = list(module.reference(**given))
+        for index, A in ((0, given["As"][0]), (4, given["As"][1])):
+            outputs[index] = A.clone() if is_copied else A
+        return tuple(outputs)
+
+    mine = Implementation("returns-a", "operation", "lorafa_step", step, DTYPES)
+    case = OperationCase({"shape": [12, 20], "ranks": [2, 3]}, "float32")
+    (result,) = results(mine, case, "calls")
+    assert result.outcome is Outcome.PASS, result

@@ -126,11 +126,16 @@ def _under_autocast(subject: OperationSubject, plain: _Named, case: Case) -> Ite
 
 
 def _after_overwriting(subject: OperationSubject, judge: Callable[[str, _Named], Judgement]) -> Iterator[Judgement]:
-    """Overwrite the outputs of a call. That must change neither its arguments nor the outputs of the next call."""
+    """Overwrite the outputs of a call. That must change neither its arguments nor the outputs of the next call.
+
+    An argument that is returned as it was, e.g. the A that LoRA-FA does not train, is not overwritten.
+    """
     given = cloned(subject.arguments)
     with torch.no_grad():
-        before = {name: t.clone() for name, t in operation_call.flatten(given).items()}
-        for output in subject.operation.named(subject.function(**given)).values():
+        arguments = operation_call.flatten(given)
+        before = {name: t.clone() for name, t in arguments.items()}
+        outputs = subject.operation.named(subject.function(**given)).values()
+        for output in [one for one in outputs if not any(one is argument for argument in arguments.values())]:
             output.zero_()
         now = operation_call.finite(operation_call.flatten(given))
         yield prefix_tensor(OperationForm.OUTPUTS_OVERWRITTEN, exact(now, operation_call.finite(before)))
