@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def main(fd: int, line: int, task: dict[str, Any]) -> None:
-    """Measure what the task names, and write the events."""
+    """Run the measurements that `task` names, and write one event for each."""
     if task["device"] == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # the only way in which a CPU runs the kernels
     with event_writer(fd, line) as emit:

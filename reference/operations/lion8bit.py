@@ -56,8 +56,8 @@ def lion8bit_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return p, and the codes and the absmax of m, after a step.
 
-    p, g: one shape, any floating dtypes. m: uint8 codes, flat. m_absmax: float32, one per block. The sum under the sign is
-    computed in float32, or in float64 if p has this dtype, and p is rounded to its own dtype only once.
+    p, g: one shape, any floating dtypes. m: uint8 codes, flat. m_absmax: float32, one per block. The argument
+    of the sign is computed in float32, or in float64 if p has this dtype. p is rounded to its own dtype once.
     """
     dtype, levels = working_dtype(p.dtype), dynamic_map(signed=True)
     wide, moment = g.to(dtype), dequantize_blockwise(m, m_absmax, levels, BLOCK).to(dtype).view(p.shape)

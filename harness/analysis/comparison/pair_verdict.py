@@ -53,9 +53,9 @@ class CellComparison:
         return self.name if metric == STEP else f"{self.name}, {metric_text(metric)}"
 
     def seconds(self, side: int, metric: str = STEP) -> float | None:
-        """Return one time of a side in seconds, as the median over all process runs. If no run has it, return None.
+        """Return the time named by `metric` on one side, in seconds: the median over all process runs.
 
-        side: 0 for the old side, 1 for the new side.
+        side: 0 for the old side, 1 for the new side. If no run has this time, return None.
         """
         found = [s for pair in self.records if (s := times(pair[side]).get(metric)) is not None]
         return median(found) if found else None

@@ -105,10 +105,10 @@ def single(mean: float, error: float, df: float, n: int) -> Trimmed:
 
 
 def hodges_lehmann(log_ratios: Any, level: float) -> tuple[float, tuple[float, float] | None]:
-    """Return the median of all pairwise means of n values, and its exact interval.
+    """Return the median of all pairwise means of n values, and its confidence interval or, if n is too small, None.
 
-    If n is too small for an interval, return None instead of it. For any symmetric distribution, the interval has at
-    least the level `level` (inverted signed-rank test).
+    The interval inverts the signed-rank test. So for any symmetric distribution and any n, its coverage is at least
+    `level`.
     """
     import numpy as np
 

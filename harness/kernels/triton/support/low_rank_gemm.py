@@ -109,7 +109,8 @@ def low_rank_gemm(
 def product_launch(tile: GemmTile, operands: Operands, *, scale: float, **optional: Tensor | None) -> Launch:
     """Return the launch of `low_rank_gemm` with this tile.
 
-    optional: the tensors of the same names. Missing ones are None.
+    optional: tensors for the arguments of `low_rank_gemm` that may be None, under their names there. The kernel gets None
+    for each one that is left out.
     """
     others: dict[str, Any] = dict.fromkeys(_OPTIONAL) | optional
     block_r = rank_block(len(operands[-1]))
