@@ -116,7 +116,7 @@ def _extremes(
 
 
 def random(plan: ParitySuite, dtypes: Collection[str]) -> st.SearchStrategy[AnyCase]:
-    """Return a Hypothesis strategy that draws cases which the reference accepts. For a suite of a loader, it draws nothing."""
+    """Return a Hypothesis strategy that draws cases which the reference accepts. For a loader it draws nothing."""
     if isinstance(plan, LoaderSuite):
         return st.nothing()
     drawn = strategies.case_values(factors(plan, dtypes))
