@@ -59,6 +59,8 @@ class Hooked:
         pass
 
     def merge(self) -> None:
+        if self.weights:
+            return  # it is merged already
         self.detach()
         for path, layer in self.layers.items():
             A, B = self.factors[path]
@@ -67,7 +69,7 @@ class Hooked:
 
     def unmerge(self) -> None:
         for path, layer in self.layers.items():
-            layer.weight.data.copy_(self.weights[path])
+            layer.weight.data.copy_(self.weights.pop(path))
         self.hook()
 
     def detach(self) -> None:
