@@ -23,7 +23,8 @@ def _bytes(_: click.Context, __: click.Parameter, value: str) -> int:
     try:
         return size_units.parse_size(value).number_B
     except ValueError as error:
-        raise click.BadParameter(str(error)) from error
+        what = f"`{value}` is no size of a kit; write a number and its unit, e.g. 60MiB or 60MB"
+        raise click.BadParameter(what) from error
 
 
 def _version(_: click.Context, __: click.Parameter, value: str) -> str:
@@ -56,7 +57,7 @@ def kit(folder: Path, size: int, python_version: str) -> Exit:
 
     \b
       peft-harness kit kit --size 60MiB
-      bash kit/run.sh --budget 9m --out OUT        # there
+      bash kit/run.sh --budget 10m --out night     # there
 
     The exit code is 4 if the kit lacks a wheel that every command needs.
     """

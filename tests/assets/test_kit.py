@@ -80,6 +80,21 @@ def test_a_size_that_the_source_exceeds_is_refused(
 ) -> None:
     assert main(["kit", str(tmp_path / "kit"), "--size", "1MiB"]) == Exit.USAGE
     assert "the source alone takes" in capsys.readouterr().err
+    assert main(["kit", str(tmp_path / "kit"), "--size", "20MiB"]) == Exit.PASS  # the same folder can be named again
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["kit", str(tmp_path / "file" / "kit")]) == Exit.USAGE
+    assert "cannot be made: Not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["60", "60mb", "lots", "0MiB"])
+def test_a_wrong_size_is_refused_with_units_that_a_kit_may_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str
+) -> None:
+    assert main(["kit", str(tmp_path / "kit"), "--size", size]) == Exit.USAGE
+    assert "e.g. 60MiB or 60MB" in capsys.readouterr().err
 
 
 def test_a_wheel_is_unpacked_only_where_its_distribution_is_missing(tmp_path: Path) -> None:

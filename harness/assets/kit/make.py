@@ -52,15 +52,20 @@ class Kit:
 def make(folder: Path, limit_B: int, python_version: str, say: Say) -> Kit:
     """Make a kit of at most `limit_B` bytes, and return it.
 
-    Raises UsageError if the folder is not empty or the source alone is too large, and HarnessError if the harness is not
-    installed.
+    Raises UsageError if the folder is not empty or cannot be made, or if the source alone is too large, which leaves the
+    folder empty. Raises HarnessError if the harness is not installed.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError("is not empty", where=str(folder), hint="name a new folder")
     kit = Kit(folder, limit_B, python_version)
-    (folder / "wheels").mkdir(parents=True)
+    try:
+        (folder / "wheels").mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"cannot be made: {error.strerror}", where=str(folder), hint="name another folder") from error
     kit.items["source"] = _copy_source(folder)
     if kit.bytes > limit_B:
+        for path in folder.iterdir():  # otherwise the next try would be refused, because the folder is not empty
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         what = f"the source alone takes {kit.bytes / 2**20:.1f} MiB"
         raise UsageError(what, where="--size", hint="allow at least 20MiB")
     for name in (*contents.NEEDED, *contents.USEFUL):

@@ -7,6 +7,7 @@ python="${PYTHON:-python3}"
 "$python" -I "$here/unpack.py" "$here/wheels" "$here/site" || exit 4
 # The commands look for baselines in the current folder.
 if [ -d "$here/source/results/baselines" ] && [ ! -e results/baselines ]; then mkdir -p results && cp -R "$here/source/results/baselines" results/; fi
+if [ "${1:-}" = night ]; then shift; fi
 case "${1:-}" in "" | -*) if [ -f "$here/half.yaml" ]; then set -- night --real "$here/half.yaml" "$@"; else set -- night "$@"; fi ;; esac
 echo "note: before you run a \`peft-harness\` command that is printed here, run: export PATH=\"$here/bin:\$PATH\"" >&2
 exec bash "$here/bin/peft-harness" "$@"
