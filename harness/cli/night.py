@@ -21,14 +21,15 @@ def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float 
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", value.strip())
     if found is None or not 0 < (seconds := float(found[1]) * _UNITS[found[2]]) < math.inf:
-        raise click.BadParameter(f"{value!r} is no duration above 0, e.g. 600, 90s, 10m or 1h")
+        raise click.BadParameter(f"`{value}` is no time above 0; write e.g. 90s, 10m or 1h")
     return seconds
 
 
 @click.command()
 @click.option(
     "--budget", callback=_seconds, metavar="TIME",
-    help="Time for all parts, e.g. 90s or 1h. A part that does not fit is not run.  [default: 10m; 12m with --device cpu]",
+    help="Time for the whole night, e.g. 90s, 25m or 1h; a number alone is seconds. A part that does not fit is not "
+    "run.  [default: 10m; 12m with --device cpu]",
 )  # fmt: skip
 @click.option(
     "--only",
@@ -54,10 +55,12 @@ def night(
     Runs, most valuable first: checks of all GPU kernels in every dtype, the ceilings of the card, operations and training
     steps beside other libraries, the papers' claims about hardware, a matrix of all methods, and a comparison of equal runs.
     Each part is a process of its own, so that a kernel that hangs or crashes ends only its part. Results are written at
-    once, and the page index.html shows them at any time. One part compares the matrix with the baseline of the card.
+    once, and the page index.html shows them at any time. One part compares the matrix with the baseline of the card. Ctrl-C
+    ends the night, and keeps what was measured. At the end, `next:` lists the commands to run then.
 
     \b
       peft-harness night                        on a GPU, ten minutes
+      peft-harness night --budget 25m           more parts
       peft-harness night --device cpu           a rehearsal: small shapes, Triton's interpreter
       peft-harness night --only step-dora       one part
 

@@ -116,12 +116,12 @@ def run(
     return code, results, (out / "index.html").read_text()
 
 
-def test_parts_that_pass_make_a_good_night(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_night_passes_if_its_parts_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, results, page = run(tmp_path, monkeypatch, [part("good"), part("good", name="better")])
     assert code == Exit.PASS
     assert {one["status"] for one in results.values()} == {"ok"}
     assert results["good"]["summary"] == "1 pass"
-    assert "good night" in page
+    assert "</span> pass</p>" in page
     assert "all 2 parts ran, and found nothing wrong" in page
 
 
@@ -197,7 +197,7 @@ def test_a_part_that_does_not_fit_is_not_run_and_a_smaller_one_is(
     assert results["large"]["seconds"] is None
     assert results["good"]["status"] == "ok"
     assert "peft-harness night --device cpu --only large" in page
-    assert "good, but not whole" in page
+    assert "pass, but parts are left out" in page
     assert "not-run: large" in page
 
 
@@ -376,7 +376,7 @@ def test_every_command_of_the_plans_is_one_that_the_command_line_takes(monkeypat
 
 def test_a_suite_of_ones_own_takes_the_place_of_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = tmp_path / "half.yaml"
-    own.write_text("suite: half\n")
+    own.write_text(loader.find(parts.REAL_SUITE).read_text())
     real = next(one for one in parts.on_gpu() if one.name == parts.REAL)
     assert parts.REAL_SUITE in real.words
     assert str(own) in parts.with_suite(real, own).words
@@ -464,13 +464,13 @@ def test_the_command_for_what_was_left_out_names_the_suite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     suite = tmp_path / "my suite.yaml"
-    suite.touch()
+    suite.write_text(loader.find(parts.REAL_SUITE).read_text())
     for name, real in (("good", ""), (parts.REAL, f" --real '{suite}'")):
         monkeypatch.setattr(parts, "on_cpu", lambda name=name: [part("good", 30.0, name)])
         night(NightRequest(8.0, "cpu", tmp_path / name, real=suite), as_json=False)
         out, err = capsys.readouterr()
         assert f"peft-harness night --device cpu{real} --only {name}" in out
-        assert ("--real is not used" in err) is (not real)
+        assert (f"--real {suite} is not used" in err) is (not real)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,7 @@ def test_all_that_was_left_out_fits_into_the_budget_of_the_command_for_it(
     night(NightRequest(budget.LAST_S["cuda"], "cuda", tmp_path / "night"), as_json=False)  # no part fits
     (again,) = next_steps(capsys.readouterr().out)
     assert again[:4] == ["peft-harness", "night", "--device", "cuda"]
-    plan = nights._chosen(parts.on_gpu(), values(again, "--only"))
+    plan = nights._chosen(parts.on_gpu(), values(again, "--only"), "cuda")
     assert [one.name for one in plan] == [one.name for one in parts.on_gpu()]
     (told,) = values(again, "--budget")
     assert all(budget.planned(plan, 60.0 * int(told.removesuffix("m")), "cuda"))
@@ -129,7 +129,7 @@ def test_the_command_that_copies_a_table_of_a_card_works_from_every_folder(
 
 def test_a_name_chooses_its_part_and_a_beginning_chooses_all_that_begin_so() -> None:
     def chosen(*only: str) -> list[str]:
-        return [one.name for one in nights._chosen(parts.on_gpu(), only)]
+        return [one.name for one in nights._chosen(parts.on_gpu(), only, "cuda")]
 
     assert chosen("matrix") == ["matrix"]
     assert chosen("step-lora", "ceil") == ["ceilings", "step-lora"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import shlex
 import sys
 import time
 from collections import Counter
@@ -29,6 +30,7 @@ from harness.regression.night.budget import Limit
 from harness.regression.night.parts import Device, Part
 from harness.regression.night.results import Failure, NightFooter, NightManifest, PartResult, PlannedPart
 from harness.report.formatting import seconds as duration
+from harness.suites import loader
 
 PAGE = "index.html"
 _ENDED = {
@@ -130,7 +132,8 @@ def baseline_name(card: str) -> str:
 def night(request: NightRequest, as_json: bool) -> Exit:
     """Run the parts of a night, write its files, print the verdict, and return the exit code.
 
-    Raises UsageError for a part that does not exist, and for a folder that is not empty.
+    Raises UsageError for a part or a suite that does not exist, and for a folder that is not empty. Raises SuiteError for a
+    suite with mistakes.
     """
     began = time.monotonic()
     device: Device = "cpu" if request.device == "cpu" else "cuda"
@@ -139,9 +142,12 @@ def night(request: NightRequest, as_json: bool) -> Exit:
     plan = parts.on_gpu() if device == "cuda" else parts.on_cpu()
     if request.real is not None:
         if not request.real.is_file():
-            raise UsageError("there is no such file", where=f"--real {request.real}", hint="name the file of a suite")
+            hint = f"name the file of a suite; without --real, {parts.REAL} runs `{parts.REAL_SUITE}`"
+            raise UsageError("there is no such file", where=f"--real {request.real}", hint=hint)
         plan = [parts.with_suite(one, request.real.absolute()) if one.name == parts.REAL else one for one in plan]
-    plan = _chosen(plan, request.only)
+    plan = _chosen(plan, request.only, device)
+    if request.real is not None and any(part.name == parts.REAL for part in plan):
+        loader.load(request.real)  # a mistake in it must not wait for its part
     name = f"{store.now().replace(':', '').replace('-', '')}-night-{secrets.token_hex(3)}"
     folder = _folder(request.out or store.RUNS / name)
     manifest = NightManifest(
@@ -153,7 +159,7 @@ def night(request: NightRequest, as_json: bool) -> Exit:
     store.write(folder / "night.json", manifest, new=True)
     run = Night(manifest, folder, missing=gpu.missing, real=request.real and request.real.absolute())
     if request.real is not None and not any(part.name == parts.REAL for part in plan):
-        print_note(f"note: --real is not used: this night has no part {parts.REAL}")
+        print_note(f"note: --real {request.real} is not used, because this night has no part {parts.REAL}")
     for note in manifest.notes:
         print_note(note)
     print_note(f"night {manifest.night}: {plural(len(plan), 'part')} within {duration(budget_s)}, into {folder}")
@@ -196,13 +202,21 @@ def _planned(plan: Sequence[Part], budget_s: float, device: Device, top: Path, b
     ]
 
 
-def _chosen(plan: list[Part], only: Sequence[str]) -> list[Part]:
+def _chosen(plan: list[Part], only: Sequence[str], device: Device) -> list[Part]:
     names = [part.name for part in plan]
     for one in only:
-        if not any(name.startswith(one) for name in names):
-            raise UsageError(f"no part `{one}`", where="--only", hint=did_you_mean(one, names, "parts"))
+        if not one or not any(name.startswith(one) for name in names):
+            raise UsageError(f"no part `{one}`", where="--only", hint=_hint(one, names, device))
     chosen = {name for one in only for name in ([one] if one in names else names) if name.startswith(one)}
     return [part for part in plan if not only or part.name in chosen]
+
+
+def _hint(wrong: str, names: list[str], device: Device) -> str:
+    if "," in wrong:
+        return f"repeat the option: {shlex.join(word for one in wrong.split(',') for word in ('--only', one.strip()))}"
+    if device == "cpu" and any(one.name.startswith(wrong or " ") for one in parts.on_gpu()):
+        return f"only a night on a GPU has it; a rehearsal has {', '.join(names)}"
+    return did_you_mean(wrong, names, "parts")
 
 
 def _folder(folder: Path) -> Path:
