@@ -33,8 +33,8 @@ EXITS = {
     Exit.INCONCLUSIVE: "a question could not be decided either way; only with --strict, from `history settle`, or because "
     "an adapter is too weak for `check --served`",
     Exit.INFRASTRUCTURE: "Cells were not measured (out of memory, timeout, lost, ended by Ctrl-C, SIGTERM or SIGHUP), an "
-    "implementation named to `check` could not be tried, a model server stopped, or the machine failed: no GPU, no network, "
-    "a full disk",
+    "implementation named to `check` could not be tried, a part of `night` failed, a model server stopped, or the machine "
+    "failed: no GPU, no network, a full disk",
     Exit.NOTHING_COMPARED: "nothing was measured or compared, so nothing can pass; or there is nothing to export",
 }
 

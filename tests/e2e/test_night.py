@@ -162,7 +162,7 @@ def test_a_budget_that_ends_in_a_part_keeps_its_checks_and_names_what_is_left(pl
     assert (footer["how"], footer["left_out"].keys()) == ("finished", {"slow", "later"})
     page = (planted.folder / "night" / "index.html").read_text()
     for told in (
-        "good, but not whole",
+        "pass, but parts are left out",
         "the budget was over",
         "peft-harness night --device cpu --only slow --only later",
     ):

@@ -59,7 +59,7 @@ def build(night: Night, waiting: Sequence[PlannedPart]) -> dict[str, Any]:
 def _verdict(night: Night, is_running: bool) -> tuple[str, str]:
     """Return the verdict in one word or two, and its colour."""
     words = {
-        0: ("good, but not whole", "open") if night.left_out else ("good night", "good"),
+        0: ("pass, but parts are left out", "open") if night.left_out else ("pass", "good"),
         1: ("findings", "bad"),
         4: ("interrupted" if night.interrupted else "incomplete", "open"),
         5: ("nothing measured", "quiet"),
