@@ -22,6 +22,7 @@ from harness.conformance.drawing.covering import covering, every_pair, values
 from harness.conformance.drawing.factors import of_config, of_signature
 from harness.conformance.drawing.search import search
 from harness.conformance.execution import suite_run
+from harness.conformance.execution.acceptance import is_accepted
 from harness.conformance.findings.outcomes import CheckOutcome
 from harness.errors import Exit
 from harness.methods.registry import DTYPES, Implementation
@@ -347,3 +348,16 @@ def test_a_walk_names_the_exception_of_a_rule_and_the_rules_before_it() -> None:
     assert "Unexpected key first.A" in outcome.result.detail
     assert outcome.result.detail.endswith("load_state_dict()")
     assert "attach(); " in outcome.result.detail
+
+
+def test_many_experts_are_tried_with_small_weights_only() -> None:
+    plan = parity_suite.load_operation("lora_experts")
+    sizes = {"experts": 300, "rank": 2}
+    small, large = (
+        parity_suite.OperationCase({"shape": shape, **sizes}, "float32", sampled=True)
+        for shape in ([24, 40], [228, 259])
+    )
+    assert is_accepted(plan, small)
+    assert not is_accepted(plan, large)
+    tried = [case.values for case in sample.fixed(plan, CaseSelection(wide=True), ("float32",))]
+    assert any(values["experts"] == 300 for values in tried)
