@@ -48,7 +48,7 @@ def is_accepted(plan: ParitySuite, case: AnyCase) -> bool:
     another target can be tried, unless its stacked experts are too large.
     """
     if isinstance(case, OperationCase) and "experts" in case.values and "shape" in case.values:
-        return math.prod(case.values["shape"]) * case.values["experts"] <= _LARGEST_STACK
+        return bool(math.prod(case.values["shape"]) * case.values["experts"] <= _LARGEST_STACK)
     if not isinstance(case, MethodCase) or not isinstance(plan, MethodSuite):
         return True
     if not is_built(case.kind, case.model):
