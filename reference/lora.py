@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from reference.lora_experts import LoraExperts, expert_factors
-from reference.shared.adapted import AdaptedLayer, AdaptedLayers, LowRankLayer
-from reference.shared.layers import KINDS, floating_dtype, kind_of, replace, sides, targets
+from reference.shared.adapted import AdaptedLayer, AdaptedLayers, LowRankLayer, adapt
+from reference.shared.layers import KINDS, floating_dtype, kind_of, sides, targets
 from reference.shared.lora_layers import LoraConv2d, LoraConv2dKernel, LoraEmbedding
 from reference.shared.lora_start import embedding_factors, initial_factors
 from reference.spec import Deviation, ReferenceSpec
@@ -158,16 +158,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
     Raises ValueError if a target names no layer, or a layer that LoRA cannot adapt with this config. The model is then
     unchanged.
     """
-    layers: dict[str, AdaptedLayer] = {}
-    for path, base in targets(model, config.targets, KINDS).items():
-        try:
-            layers[path] = _adapted(base, config, generator)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-    model.requires_grad_(False)
-    for path, layer in layers.items():
-        replace(model, path, layer)
-    return AdaptedLayers(model, layers)
+    return adapt(model, targets(model, config.targets, KINDS), lambda base: _adapted(base, config, generator))
 
 
 def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLayer:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from reference.lora_experts import QloraExperts, expert_factors
-from reference.shared.adapted import AdaptedLayer, AdaptedLayers, LowRankLayer, add_bias
-from reference.shared.layers import dense_copy, dense_weight, kind_of, replace, targets
+from reference.shared.adapted import AdaptedLayer, AdaptedLayers, LowRankLayer, adapt, add_bias
+from reference.shared.layers import dense_copy, dense_weight, kind_of, targets
 from reference.shared.lora_start import linear_factors
 from reference.shared.nf4_weight import Nf4Weight
 from reference.spec import Deviation, ReferenceSpec
@@ -181,16 +181,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
     no linear layer and no module of stacked experts, and for experts with a dropout or with lora_bias. The model is then
     unchanged.
     """
-    layers: dict[str, AdaptedLayer] = {}
-    for path, base in targets(model, config.targets, KINDS).items():
-        try:
-            layers[path] = _adapted(base, config, generator)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-    model.requires_grad_(False)
-    for path, layer in layers.items():
-        replace(model, path, layer)
-    return AdaptedLayers(model, layers)
+    return adapt(model, targets(model, config.targets, KINDS), lambda base: _adapted(base, config, generator))
 
 
 def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLayer:

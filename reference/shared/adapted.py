@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -170,3 +170,20 @@ class AdaptedLayers(AdaptedModel):
         """Put back the base layers in place of the adapted layers."""
         for path, layer in self.layers.items():
             replace(self.model, path, layer.base)
+
+
+def adapt(model: nn.Module, bases: Mapping[str, nn.Module], make: Callable[[nn.Module], AdaptedLayer]) -> AdaptedLayers:
+    """Freeze `model`, and replace each layer in `bases` by the adapted layer that `make` returns for it.
+
+    bases: path -> layer of `model`. If `make` raises ValueError, this raises it with the path, and `model` is unchanged.
+    """
+    layers = {}
+    for path, base in bases.items():
+        try:
+            layers[path] = make(base)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    model.requires_grad_(False)
+    for path, layer in layers.items():
+        replace(model, path, layer)
+    return AdaptedLayers(model, layers)

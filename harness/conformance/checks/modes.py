@@ -230,9 +230,8 @@ def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iter
                 seen = _autocast(call, call.layer, mine, dtype, x)
                 rounded = Draws(_rounded_by_autocast(own, call, dtype))
                 verdict = noise_floor(seen, truth, rounded, dtype, factor)
-                own_y = next(iter(rounded))["y"]
                 if seen["y"].dtype != DTYPES[dtype] and not subject.packed:
-                    verdict = ill_formed({"y": seen["y"]}, {"y": own_y}) or verdict
+                    verdict = ill_formed({"y": seen["y"]}, {"y": next(iter(rounded))["y"]}) or verdict
                 yield _named(path, when.format(dtype), verdict)
             with torch.no_grad():
                 for tensor in (*mine.values(), *wide.tensors.values(), *own.tensors.values()):

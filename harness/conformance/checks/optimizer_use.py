@@ -33,9 +33,9 @@ def check_closure(subject: Subject, case: Case) -> CheckResult:
         return 1.0
 
     new_optimizer(fresh).step(closure)
-    problem = {(): "step does not call the closure", (False,): "step calls the closure without gradients"}
-    odd = problem.get(tuple(modes), "" if modes == [True] else f"step calls the closure {len(modes)} times")
-    return listed(subject, case, "closure", [odd] if odd else [])
+    odd = [] if len(modes) == 1 else [f"step calls the closure {len(modes)} times"]
+    odd += [] if all(modes) else ["step calls the closure without gradients"]
+    return listed(subject, case, "closure", odd)
 
 
 @check(of_sizes=False)
