@@ -28,9 +28,9 @@ Kind = Literal[
 ]  # fmt: skip
 GROUPS = 2
 """Number of groups of a convolution of the kind `conv2d-grouped`."""
-ModelForm = Literal["plain", "wide", "deep"]
+ModelForm = Literal["plain", "wide", "deep", "tied"]
 """Forms of the ParityModel. `plain` has two target layers. `wide` also has a larger layer that must not be adapted.
-`deep` has ten target layers.
+`deep` has ten target layers. `tied` has three, two of which share their weight.
 """
 Magnitude = Literal["normal", "large", "outlier", "zero-rows", "small", "huge", "tiny", "constant", "positive"]
 """Size of the values of a drawn input; see `harness.conformance.comparison.magnitudes`."""
@@ -72,9 +72,7 @@ class Tolerance(FrozenModel):
 
 
 class SettingRange(FrozenModel):
-    """The bounds within which a setting is drawn, if they are narrower than those in the Config. `because` is the
-    reason.
-    """
+    """Bounds within which a setting is drawn, narrower than those in the Config. `because` gives the reason."""
 
     least: float | None = None
     most: float | None = None
@@ -99,6 +97,8 @@ class MethodSuite(FrozenModel):
     configs: list[Values] = Field(min_length=1)
     layers: list[Kind] = Field(default=["linear"], min_length=1)
     shapes: list[CaseShape] = Field(min_length=1)
+    models: list[ModelForm] = Field(default=["plain"], min_length=1)
+    """Forms of the model. Examples with the first kind of layer have them in turn, others have a plain model."""
     settings: dict[str, SettingRange] = Field(default={})
     """Name of a setting -> the range from which the setting is drawn, if the range in the Config is too wide."""
     dtypes: list[Dtype] = Field(min_length=1)
@@ -122,9 +122,10 @@ class MethodSuite(FrozenModel):
         if not there:
             return
         if wanted.full:
-            for config, kind, shape, dtype in itertools.product(self.configs, self.layers, self.shapes, there):
-                if _fits(config, kind):
-                    yield MethodCase(config, kind, shape, dtype)
+            every = itertools.product(self.configs, self.layers, self.shapes, there, self.models)
+            for config, kind, shape, dtype, model in every:
+                if _fits(config, kind) and (model == "plain" or kind == self.layers[0]):
+                    yield MethodCase(config, kind, shape, dtype, model)
         else:
             few = list(self._few(there))
             main = _main(there)
@@ -139,9 +140,9 @@ class MethodSuite(FrozenModel):
             configs, shapes = self.configs[every] or self.configs, self.shapes[every] or self.shapes
             if not any(map(_drops, configs)):  # only dropout makes training mode differ
                 configs = [*configs, *filter(_drops, self.configs)][: len(configs) + 1]
-            for index in range(max(len(configs), len(shapes))):
-                shape = shapes[(index + shift) % len(shapes)]
-                yield MethodCase(configs[index % len(configs)], self.layers[0], shape, dtype)
+            for index in range(max(len(configs), len(shapes), len(self.models))):
+                shape, model = shapes[(index + shift) % len(shapes)], self.models[index % len(self.models)]
+                yield MethodCase(configs[index % len(configs)], self.layers[0], shape, dtype, model)
             for number, kind in enumerate(self.layers[1:], start=1):
                 if every.step is not None and (number + shift) % every.step:
                     continue

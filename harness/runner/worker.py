@@ -209,7 +209,7 @@ def _failure(error: BaseException, run: CellRun | None) -> Failure:
         traceback="\n".join(lines[-_TRACEBACK_LINES:]),
         phase=run.clock.current if run else "start-up",
         requested_B=short.requested_B if short else None,
-        last_peak_B=peaks[-1] if peaks else None,
+        last_peak_B=max(peaks, default=None),
     )
 
 

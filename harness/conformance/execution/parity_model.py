@@ -40,7 +40,7 @@ class ParityModel(nn.Module):
     `first` and `second` are the targets, which a Method adapts. `other` is never adapted. `second` has no bias if its
     kind of layer allows that. The form `wide` adds the layer `wide` (D + E to D + E features), which is never adapted,
     and which is larger than every target in both dimensions; here every layer has a bias. The form `deep` adds the
-    targets `more.0` to `more.7`.
+    targets `more.0` to `more.7`. The form `tied` adds the target `again`, which has the same weight as `first`.
     Stacked experts map D to D features, with E features in between.
     Weights are normal with standard deviation 1/sqrt(inputs), drawn in float64. weights: size of the weights of all
     layers but `other`.
@@ -63,7 +63,12 @@ class ParityModel(nn.Module):
             self.second, self.wide = _layers(kind, E, D)[0], nn.Linear(D + E, D + E)
         pairs = [_layers(kind, D, E, swapped=n % 2 == 1) for n in range(_PAIRS if form == "deep" else 0)]
         self.more = nn.ModuleList(layer for there, _, back in pairs for layer in (there, back))
-        self.targets = ("first", "second", *(f"more.{index}" for index in range(len(self.more))))
+        self.again: nn.Module | None = None
+        if form == "tied":
+            self.again = _layers(kind, D, E, swapped=True)[0]
+            self.again.weight = self.first.weight
+        further = ["again"] if self.again is not None else [f"more.{index}" for index in range(len(self.more))]
+        self.targets = ("first", "second", *further)
         size = _TINY_IN_FLOAT16 if weights == "tiny" and dtype == torch.float16 else _WEIGHT_SIZES[weights]
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -84,7 +89,7 @@ class ParityModel(nn.Module):
             choice = fixed_choice(EXPERTS, rows)
             y = self.second(torch.tanh(self.other(self.first(rows, *choice))), *choice).view_as(x)
         else:
-            h = torch.tanh(self.first(x))
+            h = torch.tanh(self.first(x) if self.again is None else self.first(x) + self.again(x.flip(-1)))
             y = self.second(torch.tanh(self.other(h)))
             if self.wide is not None:
                 y = y + self.wide(torch.cat([x, h], dim=-1))[..., : y.shape[-1]]
