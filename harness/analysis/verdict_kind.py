@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class VerdictKind(StrEnum):
-    """Kinds of verdicts on a question."""
+    """Kind of a verdict. INCONCLUSIVE: the data do not decide. NOT_RUN: nothing was judged."""
 
     PASS = "pass"  # noqa: S105
     FAIL = "fail"

@@ -15,7 +15,8 @@ from harness.records.record import Environment, Record
 
 CLOCK = "SM clock at the end of training"
 _CODE = (CODE_VERSION, "commit", "uncommitted changes")
-"""Names of differences that are no finding, since a gate compares two versions of the code."""
+"""Names of the differences in the code. They do not make a row inconclusive, since a regression gate compares two
+versions of the code."""
 _Records = Sequence[tuple[Record, Record]]
 
 

@@ -1,4 +1,4 @@
-"""A/A canaries: comparisons of one side with itself. They measure how often the gate raises a false alarm.
+"""A/A canaries: comparisons of one side with itself. They measure how often the regression gate gives a false alarm.
 
 If the rate of false alarms is too high, the gate is closed: it judges no time.
 """
