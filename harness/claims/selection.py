@@ -12,7 +12,7 @@ from harness.claims.judge import ClaimVerdict, JudgedClaim
 from harness.errors import Exit, Problem, UsageError, usage_error
 
 _NAMED = 3
-"""Maximum number of ids in a message."""
+"""Maximum number of similar ids that a hint suggests."""
 _Claim = TypeVar("_Claim", Claim, JudgedClaim)
 
 

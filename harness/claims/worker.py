@@ -28,7 +28,8 @@ claim."""
 
 
 _UNUSED = ("torchao",)
-"""Packages that transformers imports if they are installed, although only a claim about an implementation needs them."""
+"""Packages that are hidden from transformers, which would import them if they are installed. Only a claim about an
+implementation needs them."""
 _LARGEST = 1e300
 """Largest number that a report can show."""
 
@@ -74,7 +75,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 def _reason(error: Exception) -> str:
     """Return an error's message as part of a sentence.
 
-    If the message is not written for users, as that of a KeyError, the type of the error comes first.
+    If the message is not written for users, as that of a KeyError, the name of the error's type comes first.
     """
     if isinstance(error, HarnessError):
         return f"{error.what} ({error.where})" if error.where else error.what

@@ -66,7 +66,7 @@ def counted(pair: CellPair) -> Iterator[ComparisonRow]:
 
 
 def _peak(pair: CellPair, margins: Margins) -> Iterator[ComparisonRow]:
-    """Yield a row on the training peaks. The row is inconclusive if the two peaks were measured in different ways."""
+    """Yield a row that compares the peak memory of training; inconclusive if the peak was measured in two ways."""
     a, b = training_peak(pair.base), training_peak(pair.new)
     before, now = (r.measurements.memory.source if r.measurements else "" for r in (pair.base, pair.new))
     what, limit = TRAINING_PEAK.quantity, 0

@@ -22,7 +22,7 @@ Rates = Annotated[list[Entry], Field(min_length=3)]
 
 @measure("ratio")
 def best_rate_ratio(suite: Suite, of: Rates, to: Rates) -> MeasureResult:
-    """Ratio of two best learning rates, `of` / `to`, as an interval for new seeds.
+    """Ratio of two best learning rates, `of` / `to`, with an interval that is valid for new seeds.
 
     Each side is a list of entries that differ only in their learning rates. With each seed, the loss of an entry is its
     mean training loss over the last third of the steps; all entries train on the same batches. The best rate is where
@@ -47,7 +47,7 @@ def best_rate_ratio(suite: Suite, of: Rates, to: Rates) -> MeasureResult:
 
 
 def _sides(suite: str, of: Sequence[str], to: Sequence[str]) -> list[dict[int, list[Record]]]:
-    """Return, for each side, the Records of each seed, in the order of the entries."""
+    """Return, for `of` and for `to`, seed -> Records with this seed, in the order of the entries."""
     found = record_sources.records(suite, *of, *to)
     record_sources.comparable(*found)
     sides = []

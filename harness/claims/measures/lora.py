@@ -97,7 +97,7 @@ def subtracting_restores_the_base() -> MeasureResult:
 
 @measure("property")
 def merged_has_the_bases_layers() -> MeasureResult:
-    """Check whether merging LoRA gives a model with the modules and shapes of the base, and so no extra computation."""
+    """Check whether merging LoRA leaves the modules and shapes of the base model, and so adds no computation."""
     model = _plain()
     before = _architecture(model)
     adapted = _attach(model, rank=4, alpha=8)
@@ -123,7 +123,7 @@ def b_learns_faster(ratio: Positive) -> MeasureResult:
 
 
 def _plain() -> Any:
-    """Return a model of one linear layer with integer weights in float64."""
+    """Return a model with one linear layer, whose weight holds integers in float64."""
     from collections import OrderedDict
 
     import torch

@@ -95,7 +95,10 @@ def _multiply_adds(method: str, width: int, config: dict[str, Any]) -> int:
 
 
 def _layer(**config: Any) -> Any:
-    """Return LoRA on one layer of zeros in float64."""
+    """Return a model of one linear layer, whose weight is zero in float64, with LoRA attached.
+
+    config: fields of LoRA's config.
+    """
     import torch
     from torch import nn
 
@@ -122,7 +125,7 @@ def _loss(adapted: Any) -> Tensor:
 
 
 def _step(adapted: Any) -> Tensor:
-    """Take the first step of Adam without eps, which moves each number by the learning rate. Return the update of W."""
+    """Take the first step of Adam without eps: each element of B moves by the learning rate. Return the update of W."""
     import torch
 
     layer = adapted.layers["layer"]
