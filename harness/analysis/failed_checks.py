@@ -11,7 +11,7 @@ def failed(record: Record) -> list[CheckResult]:
 
 
 def own(record: Record) -> list[CheckResult]:
-    """Return the checks that this attempt ran itself, without those of a parity gate shared with another Cell."""
+    """Return the checks that this attempt ran itself, without those of a parity gate that another Cell ran."""
     return record.checks[record.gate.checks :] if record.gate and record.gate.record else record.checks
 
 
@@ -24,7 +24,7 @@ def nonconforming(record: Record) -> bool:
 
 
 def of_serving(check: CheckResult) -> bool:
-    """Return whether a check judges a server, and not the code of the Method.
+    """Return whether a check judges the server of a Cell (e.g. vLLM), and not the code of the Method.
 
     If it fails, the Record lacks times of the server. All other times stay valid.
     """

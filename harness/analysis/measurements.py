@@ -78,7 +78,7 @@ def timed_for_comparison(cell: Cell, latency: Latency) -> bool:
 def served_times(record: Record, load: Load, *, alone: bool) -> ServedTimes | None:
     """Return the times of a Cell's server under one load; None if the load was not timed.
 
-    alone: True for one request at a time, False for several.
+    load: the models to which the requests go. alone: True for one request at a time, False for several.
     """
     served = record.measurements.served if record.measurements else None
     found = served.times if served else []

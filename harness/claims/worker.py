@@ -58,7 +58,7 @@ def _quantity(value: Any) -> Any:
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Compute the measure that a request names, and return the answer for JSON.
 
-    If there is no result, the answer has the reason, and `failed` says whether the reason is a failure.
+    If there is no result, `missing` holds the reason, and `failed` says whether an error is the reason.
     """
     try:
         found = find(request)
@@ -95,7 +95,7 @@ def _written(value: Any) -> bool | str | None:
 
 
 def main(argv: list[str]) -> None:
-    """Answer every request of the file named on the command line."""
+    """Write the answer to each request of the file REQUESTS to the file ANSWERS. argv: the command line."""
     die_with_parent(int(argv[1]))
     record_sources.look_in(map(Path, argv[4:]))
     requests = [json.loads(line) for line in Path(argv[2]).read_text(encoding="utf-8").splitlines()]

@@ -109,7 +109,7 @@ Unit = Literal["B", "1", "s", "1/s", "J", "share", "nats", ""]
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """Comparison of one quantity."""
+    """Comparison of one quantity between a baseline and a run."""
 
     kind: FindingKind
     """Kind of the row, e.g. memory or accuracy. It determines how the row is judged."""

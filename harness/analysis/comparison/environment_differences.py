@@ -1,4 +1,4 @@
-"""Differences in environment and assets between a run and its baseline. Cells with the same differences share a row."""
+"""Rows for differences in environment and assets between a run and its baseline, one row per set of differences."""
 
 from __future__ import annotations
 

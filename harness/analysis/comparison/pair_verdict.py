@@ -95,7 +95,8 @@ def judge(
     - NOTHING_COMPARED: no Cell could be timed, and none failed.
     - FAIL: on the new side, a Cell is slower, takes more memory, has other counts, or fails although the old side does
       not.
-    - INFRASTRUCTURE: the canaries had too many false alarms, so no time was judged; or a Cell could not be timed.
+    - INFRASTRUCTURE: the canaries (comparisons of the old side with itself) had too many false alarms, so no time was
+      judged; or a Cell could not be timed.
     - INCONCLUSIVE: a time is undecided, or only some process runs of a Cell counted their memory. This code is returned
       only if `strict` is set.
     - PASS: otherwise.

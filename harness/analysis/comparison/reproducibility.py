@@ -1,4 +1,4 @@
-"""Reproducibility: compare the losses of reruns bitwise, and find the first differing step and the causes.
+"""Reproducibility: bitwise comparison of the losses of reruns, with the first differing step and the causes.
 
 A different machine, library, code version, number of threads, model or data set can explain different losses. A
 different initial state or order of the data cannot, because both follow from the seed, which is part of the Cell. Such

@@ -19,7 +19,7 @@ TIMES = 3.0
 
 @dataclass(frozen=True)
 class Canaries:
-    """Numbers of A/A runs and of their false alarms."""
+    """Numbers of A/A runs, which compare one side with itself, and of their false alarms."""
 
     alarms: int
     """Number of A/A runs with an alarm."""

@@ -44,7 +44,7 @@ class PairFinding(StrEnum):
 
 @dataclass(frozen=True)
 class Look:
-    """Judgement of all Cells after n pairs of each, a planned look. Each array has one value per Cell."""
+    """Result of judging all Cells after n pairs of each. Each array has one value per Cell."""
 
     seen: Trimmed
     """Trimmed means of the log ratios, and their errors."""

@@ -13,7 +13,7 @@ from harness.claims.measure import MeasureResult, Model, Positive, measure
 
 @measure("count")
 def kept_parameters(model: Model, targets: list[str], rank: Positive, budget: Positive) -> MeasureResult:
-    """Parameters of the triplets that remain after pruning.
+    """Number of parameters in AdaLoRA's triplets that remain after pruning.
 
     A triplet is one singular value (lambda) with its two vectors. rank: number of triplets of each layer before
     pruning. budget: number of triplets of the whole model after pruning. The result is a range, because the layers may

@@ -37,7 +37,7 @@ def added_share(of: Quantity, model: Model, whole: Literal["base", "base+adapter
 
 @measure("count")
 def prefixes(model: Model, tokens: Positive, before: list[str] = ["k_proj", "v_proj"]) -> MeasureResult:
-    """Parameters of prefix tuning, which trains `tokens` vectors before the keys and before the values of every layer.
+    """Number of parameters of prefix tuning: `tokens` vectors before the keys and before the values of every layer.
 
     before: names of the layers that compute keys and values: the last parts of their paths. The vectors of a layer have
     the length of the layer's output.
@@ -49,7 +49,7 @@ def prefixes(model: Model, tokens: Positive, before: list[str] = ["k_proj", "v_p
 def bottlenecks(
     model: Model, size: Positive, after: list[str] | None = None, beside: list[str] | None = None, bias: bool = False
 ) -> MeasureResult:
-    """Parameters of adapters: two linear layers with `size` features between them.
+    """Number of parameters of adapters: two linear layers with `size` features between them.
 
     after: layers with an adapter on their output. The adapter has the width of this output. beside: layers with an
     adapter in parallel, from the layer's inputs to the layer's outputs. A layer is named by its path, or by the last
@@ -65,7 +65,7 @@ def bottlenecks(
 
 @measure("count")
 def linear_layers(sides: list[Sides], bias: bool = True) -> MeasureResult:
-    """Parameters of linear layers with these numbers of inputs and outputs, with or without biases."""
+    """Number of parameters of linear layers with these numbers of inputs and outputs, with or without biases."""
     weights = [(inputs, outputs) for inputs, outputs in sides]
     return summed([*weights, *((outputs,) for _, outputs in weights if bias)])
 
@@ -74,7 +74,7 @@ def linear_layers(sides: list[Sides], bias: bool = True) -> MeasureResult:
 def vision_transformer(
     width: Positive, mlp: Positive, layers: Positive, patch: Positive, image: Positive
 ) -> MeasureResult:
-    """Parameters of CLIP's vision tower: patches, positions, blocks and norms, without the projection to the text.
+    """Number of parameters of CLIP's vision tower: patches, positions, blocks and norms, without the text projection.
 
     patch, image: side of a patch, and of the image, in pixels.
     """

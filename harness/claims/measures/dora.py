@@ -14,7 +14,7 @@ _OUT, _IN, _RANK, _TOKENS = 24, 40, 4, 64
 
 @measure("count")
 def with_magnitudes(model: Model, method: Method, config: Config, magnitudes: list[str]) -> MeasureResult:
-    """Trainable parameters of DoRA, with the Method `method` for the directions.
+    """Number of trainable parameters of DoRA, with the Method `method` for the directions.
 
     `lora` gives DoRA itself, and `vera` gives DVoRA. magnitudes: names of the layers with magnitudes: the last parts of
     their paths.

@@ -169,7 +169,7 @@ def scaled_memory_ratio(suite: Suite, of: Depths, to: Depths, model: Model) -> M
 
 @measure("count")
 def trained_parameters(suite: Suite, cell: Entry) -> MeasureResult:
-    """Parameters that a Cell's Method trains, without a new head."""
+    """Number of parameters that a Cell's Method trains, without a new head."""
     (own,) = record_sources.records(suite, cell)
     counts = {record.measurements.parameters.adapter for record in own if record.measurements}
     return MeasureResult(max(counts), f"counted in {own[0].cell.label}; {record_sources.place(own[0])}")
