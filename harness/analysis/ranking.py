@@ -85,7 +85,7 @@ class RankingEntry:
     records: tuple[Record, ...]
     """Records of the recipe, in the order of the seeds."""
     score: Score
-    """Accuracy."""
+    """Accuracy of the recipe, with its interval."""
     standing: Standing
     """Place relative to the best recipe: `below` if the recipe is significantly less accurate, otherwise `tied`."""
     difference: float = 0.0
@@ -123,8 +123,8 @@ class Group:
     """Smallest difference of accuracies that one comparison in this group can detect. None if there is nothing to
     compare."""
     disagreement: float
-    """Share of items that two recipes answered differently. `detectable` is computed from it, except if the basis is
-    `seeds`. Then this field is 0."""
+    """Share of items that the two recipes named under `basis` answered differently. `detectable` is computed from it,
+    except if the basis is `seeds`. Then this field is 0."""
     basis: Basis
     """Assumption behind `detectable`.
 
@@ -277,7 +277,7 @@ class RecipePair:
     p: float
     """p value for the hypothesis of no difference."""
     detectable: float
-    """Smallest difference that this pair can detect."""
+    """Smallest true difference that a comparison like this one detects with 80 % power."""
     disagreement: float | None = None
     """Share of items that exactly one of two runs answered correctly. None if each recipe has several seeds."""
 

@@ -21,7 +21,7 @@ _FOOTER = "footer.json"
 class RunFacts:
     """A run with its verdict, its rankings and the names of its Cells.
 
-    Terminal summary, page, exit code and baseline comparison all take this one object.
+    The terminal summary, the HTML page, the exit code and the comparison with a baseline are all made from this object.
     """
 
     run: Run

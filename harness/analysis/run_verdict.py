@@ -20,7 +20,8 @@ from harness.records.record import Cell, Outcome, Record, Status
 from harness.records.store import Run
 
 _SHOWN = 4
-"""Largest number of reasons that the verdict `not-run` lists in its sentence. A matrix may have hundreds of reasons."""
+"""Largest number of reasons that the verdict `not-run` lists in its sentence. A suite with a matrix may have
+hundreds."""
 UNMEASURED = (Status.OOM, Status.TIMEOUT, Status.ERROR, Status.LOST)
 
 
@@ -78,8 +79,8 @@ def judge(run: Run) -> RunVerdict:
 
     The exit code is the first in this list whose condition holds:
 
-    - FAIL: a Cell is nonconforming or untrained, a comparison is refuted, or a file was changed after the run. This
-      holds even if other Cells are missing.
+    - FAIL: a Cell departs from its Method, the training of a Cell diverged or left a tensor as it was, a comparison is
+      refuted, or a file was changed after the run. This holds even if other Cells are missing.
     - NOTHING_COMPARED: no Cell was measured.
     - INFRASTRUCTURE: some Cells were not measured.
     - PASS: otherwise, even if questions are open (see `exit_code`).

@@ -31,7 +31,7 @@ class TrackedMetrics:
     """Values of one Record that the history of nightly runs stores."""
 
     values: dict[str, float]
-    """Values by the name of the metric."""
+    """Name of the metric in the history -> value."""
     untimed: str = ""
     """Reason why `values` has no times; empty if times are allowed."""
 
@@ -100,7 +100,7 @@ def times(record: Record) -> dict[str, float]:
 
 
 def _short(value: float) -> float:
-    """Round a value to six significant digits. Smaller differences are no finding, and files stay small."""
+    """Round a value to six significant digits. Smaller differences do not matter, and files stay small."""
     return float(f"{value:.6g}")
 
 

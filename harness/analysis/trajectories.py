@@ -34,7 +34,7 @@ class JudgedTrajectory:
     cell_id: str
     """Id of the Cell."""
     verdict: Verdict
-    """Verdict."""
+    """Verdict on this run."""
     by: str = ""
     """Source of the allowed errors. `noise`: the errors of the reference run in the same dtype. `growth`: the growth of
     rounding errors from step to step, which limits float64 runs and the reference run itself."""

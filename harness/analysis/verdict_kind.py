@@ -18,7 +18,7 @@ class VerdictKind(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Verdict on one question."""
+    """Verdict, with its reason and the Records that it rests on."""
 
     word: VerdictKind
     """Kind of verdict."""

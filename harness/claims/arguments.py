@@ -18,7 +18,7 @@ from harness.yaml_validation import Document, KeyPath
 
 
 class Arguments:
-    """Checker of the measures in one file. It appends errors to `problems`."""
+    """Checker of the measures and arguments in one claim file. It appends errors to `problems`."""
 
     def __init__(self, document: Document, problems: list[Problem]) -> None:
         self.document, self.problems = document, problems

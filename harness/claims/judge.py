@@ -40,7 +40,7 @@ STAND_IN = "by a stand-in: "
 
 @dataclass(frozen=True)
 class Missing:
-    """Stand-in for the result of a measure that could not be computed."""
+    """Outcome of a measure that could not be computed, in place of a result."""
 
     why: str
     """The reason why there is no result."""
@@ -87,8 +87,8 @@ class JudgedClaim(FrozenModel):
     """The rule of comparison in words, if it is looser than rounding; otherwise empty. None in ledgers of an older
     version."""
     scale: str = ""
-    """Description of our measurement if it is smaller than the paper's (a rehearsal, a small model); otherwise
-    empty."""
+    """Description of our measurement if it is smaller than the paper's (counted operations instead of a time, a small
+    model); otherwise empty."""
     tried: list[MeasureOutcome]
     failed: bool = False
     """True if the computation of the claim failed."""
@@ -177,7 +177,7 @@ def _open(claim: Claim, found: MeasureResult) -> bool:
 
 
 def _allowed(claim: Claim, found: MeasureResult) -> str:
-    """Return, as text, the range of results that the rounding of the paper's figures allows, if it decides nothing.
+    """Return, as text, the range of results that the paper's rounded figures allow, if the claim fits only part of it.
 
     If the claim agrees with the whole range, or with no part of it, return an empty string.
     """

@@ -1,4 +1,4 @@
-"""Parse figures that papers print, and compare them with computed numbers. Uses exact fractions. No torch."""
+"""Parsing of figures that papers print, and comparison with computed numbers, in exact fractions. Imports no torch."""
 
 from __future__ import annotations
 

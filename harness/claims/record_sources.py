@@ -1,4 +1,4 @@
-"""Find the Records that decide a claim. No torch.
+"""Search for the Records that decide a claim. Imports no torch.
 
 Runs that the caller names come first. If none of them is suitable, the newest suitable published run is used.
 """

@@ -1,4 +1,4 @@
-"""Select claims, and derive the exit code from their verdicts. No torch."""
+"""Selection of claims, and the exit code for their verdicts. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The claim ledger as text for a terminal. No torch."""
+"""The claim ledger, i.e. all judged claims, as text for a terminal. Imports no torch."""
 
 from __future__ import annotations
 

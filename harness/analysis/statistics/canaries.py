@@ -22,7 +22,7 @@ class Canaries:
     """Numbers of A/A runs, which compare one side with itself, and of their false alarms."""
 
     alarms: int
-    """Number of A/A runs with an alarm."""
+    """Number of A/A runs that raised a false alarm."""
     runs: int
     """Number of A/A runs."""
     nominal: float = NOMINAL

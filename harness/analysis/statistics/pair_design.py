@@ -28,8 +28,8 @@ class Design:
     first: int = 6
     """Number of pairs that every Cell gets in the first stage."""
     fresh: tuple[int, ...] = (10, 20)
-    """Numbers of fresh pairs after which the second stage is judged. A later look includes the pairs of the earlier
-    looks."""
+    """Numbers of fresh pairs, run for the second stage, after which this stage is judged. A later look includes the
+    pairs of the earlier looks."""
     levels: tuple[float, ...] = (0.001, 0.009)
     """One-sided significance level of the verdicts `slower` and `faster` at each look at fresh pairs. The first look
     has few degrees of freedom, so its level is stricter."""

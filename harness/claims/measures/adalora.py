@@ -74,9 +74,10 @@ def budget_only_falls(
     target_rank: Positive,
     layers: Positive,
 ) -> MeasureResult:
-    """Check whether the reference's budget b(t) stays constant, then never rises, and then stays constant again.
+    """Check whether AdaLoRA's budget b(t) stays constant, then never rises, and then stays constant again.
 
-    It must be b(0) up to step t_i, and b(T) in the last t_f steps, where T is the last step.
+    The budget is that of the reference. It must be b(0) up to step t_i, and b(T) in the last t_f steps, where T is the
+    last step.
     """
     from reference.adalora import budget
 
@@ -90,7 +91,7 @@ def budget_only_falls(
 
 @measure("property")
 def regularizer_is_eq_4(form: Literal["mean-norm", "squared-sum"]) -> MeasureResult:
-    """Check whether the regularizer R is the sum of |P^T P - I|^2 and |Q Q^T - I|^2 over layers (eq. 4).
+    """Check whether AdaLoRA's regularizer R is the sum of |P^T P - I|^2 and |Q Q^T - I|^2 over layers (eq. 4).
 
     R is computed for two layers by the reference. It may differ by float32 rounding. form: the reference's option
     `regularization`. The authors' code and HF peft compute `mean-norm`.

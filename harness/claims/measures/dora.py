@@ -51,7 +51,7 @@ def gradient_is(equation: Literal["eq. 6", "eq. 11"], detach_norm: bool) -> Meas
 
 @measure("property")
 def gradient_leaves_direction(detach_norm: bool) -> MeasureResult:
-    """Check whether the gradient of V' = W0 + B A is orthogonal to V' in every row.
+    """Check whether the gradient of DoRA's V' = W0 + B A is orthogonal to V' in every row.
 
     If it is, removing the part along V' does not change the gradient. detach_norm: whether the norm |V'| is a constant
     in the backward pass.

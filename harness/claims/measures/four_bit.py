@@ -70,7 +70,7 @@ def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out
 def equally_full_bins(type: Type, block: Positive = 64) -> MeasureResult:
     """Check whether each level of a 4-bit type gets an equal share of normally distributed weights.
 
-    A deviation by sampling error is allowed. block: number of weights that share a constant.
+    A deviation by sampling error is allowed. block: number of weights that share a quantisation constant.
     """
     from harness.conformance.tolerance_constants import INITIAL_SIGMAS
 
@@ -92,7 +92,7 @@ def squared_error(type: Type, block: Positive = 64, double: bool = False) -> Mea
 
     The 2^18 weights are drawn with seed 0. type: `nf4`; `fp4`, which is bitsandbytes' float; `e2m1` or `e3m0`, floats
     with as many bits of exponent (e) and mantissa (m) as the name says; `int4` (-7 .. 7); or `int4-both-ends` (-8 ..
-    7). block: number of weights that share a constant. double: whether the constants are stored in 8 bits.
+    7). block: number of weights that share a quantisation constant. double: whether the constants are stored in 8 bits.
     """
     from reference.operations import double_quant
     from reference.operations.dynamic_map import dequantize_blockwise

@@ -85,7 +85,7 @@ def refresh_share_by_operations(refresh: Count, step: Count, gap: Positive) -> M
 
 @measure("bytes")
 def left_after_saving(saved: Quantity, share: Quantity) -> MeasureResult:
-    """Bytes that remain if the share `share` of all bytes is saved, and this share is `saved` bytes."""
+    """Bytes that remain after a saving of `saved` bytes, which is the share `share` of all bytes."""
     return MeasureResult(saved / share - saved, f"{written(saved)} B / {written(100 * share)}% - {written(saved)} B")
 
 

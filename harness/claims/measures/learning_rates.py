@@ -17,7 +17,8 @@ from harness.claims.measures.records import Entry, Suite
 from harness.records.record import Record
 
 Rates = Annotated[list[Entry], Field(min_length=3)]
-"""A parameter that lists the ids of entries. The entries differ only in the learning rate, which rises."""
+"""A parameter that lists the ids of entries of a suite. They differ only in the learning rate; the lowest rate comes
+first."""
 
 
 @measure("ratio")
@@ -72,7 +73,10 @@ def _without_rate(record: Record) -> str:
 
 
 def _best(records: Sequence[Record]) -> float:
-    """Return the learning rate at the vertex of the parabola through the lowest loss and its neighbours."""
+    """Return the best learning rate: the vertex of the parabola through the lowest loss and its two neighbours.
+
+    records: one Record per learning rate, the lowest rate first.
+    """
     x = [math.log(record.cell.training.lr) for record in records]
     y = [_loss(record) for record in records]
     at = min(range(len(y)), key=y.__getitem__)

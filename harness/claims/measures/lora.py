@@ -43,7 +43,7 @@ def rank_times_sides(model: Model, method: Method, config: Config = {}, split: S
 
 @measure("property")
 def only_b_learns_at_first() -> MeasureResult:
-    """Check whether, while B is still zero, the gradient of A is zero and the gradient of B is not."""
+    """Check whether, while LoRA's B is still zero, the gradient of A is zero and the gradient of B is not."""
     import torch
 
     adapted = _attach(_plain(), rank=4, alpha=8)
@@ -81,7 +81,7 @@ def update_is_scaled_by(
 
 @measure("property")
 def subtracting_restores_the_base() -> MeasureResult:
-    """Check whether subtracting alpha/r B A from the merged weight restores the original weight."""
+    """Check whether subtracting alpha/r B A from LoRA's merged weight restores the original weight."""
     import torch
 
     layer = _attach(_plain(), rank=4, alpha=8).layers["layer"]

@@ -1,4 +1,4 @@
-"""Measures: parameters of BART, of vision transformers and of single layers, for which there are no shape presets."""
+"""Measures: numbers of parameters of BART, vision transformers and single layers, which have no shape presets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures: parameters, counted on a meta model with the Method's reference attached."""
+"""Measures: numbers of parameters, counted on the meta device with the Method's reference attached."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ Entry = Annotated[str, AfterValidator(_entry)]
 """A parameter that is the id of an entry of `suite`. If the parameter is called `whole`, it is the id of an entry of
 `whole_suite`."""
 Depths = Annotated[list[Entry], Field(min_length=2)]
-"""A parameter that lists the ids of entries. The entries differ only in the number of blocks of their model."""
+"""A parameter that lists the ids of entries of a suite. They differ only in the number of blocks of their model."""
 LABELS = 2
 """Number of classes of the new classification head of an encoder, as in tasks with random labels."""
 _RECIPE = ("method", "base", "dtype", "optimizer")
