@@ -1,4 +1,4 @@
-"""Choice among the recipes of a group: the winner, or the cheapest recipe near the top."""
+"""Recommendation of one recipe of a ranking: the clear winner, or the cheapest recipe near the highest accuracy."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from harness.analysis import metrics
 from harness.analysis.ranking import Group, RankingEntry
 
 MARGIN = 0.05
-"""A recipe is near the top if its accuracy is at most this much below the highest, and no test tells it apart from the
-highest."""
+"""Largest distance from the highest accuracy, as a share, at which a recipe still counts as near the top. In addition,
+no test may tell the recipe apart from the one with the highest accuracy."""
 FULL = "full"
-"""Method that trains all weights: full fine-tuning. The costs of the recommended recipe are compared with its costs."""
+"""Name of the Method that trains all weights (full fine-tuning). The costs of the recommended recipe are shown next to
+the costs of this Method."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Choice:
     near: tuple[RankingEntry, ...]
     """The recipes near the top, best first, the highest included."""
     undecided: int
-    """Number of recipes that no test tells apart from the highest."""
+    """Number of other recipes whose accuracy no test tells apart from the highest."""
     against: RankingEntry | None
     """The recipe to compare the costs of the pick with: full fine-tuning or, without it, the recipe with the highest
     accuracy. None if that is the pick itself."""

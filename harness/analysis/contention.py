@@ -14,15 +14,15 @@ ONE_CORE = 0.9
 """Least CPU time, in seconds, that an undisturbed step uses per second of wall time. At every moment of such a step, at
 least one thread has work."""
 ALL_THREADS = 0.8
-"""Least CPU time that an undisturbed step uses per second of wall time and thread, in seconds. Steps with less are busy
-only if the load average is above the limit LOAD_ABOVE, because a Cell may leave threads idle by itself."""
+"""Least CPU time that an undisturbed step uses per second of wall time and thread, in seconds. Less counts as disturbed
+only if the load average is also above the limit (`LOAD_ABOVE`), because a Cell may leave threads idle by itself."""
 LOAD_ABOVE = 0.5
 """If the load average exceeds the number of cores by more than this, other processes compete for the cores."""
 
 SPREAD = 1.5
-"""Largest ratio of the ends of the 95 % interval of a median latency that counts as steady. In the published runs of one
-Cell at a time, 1 of 161 intervals is wider, without that of `2026-11-28-serve-cpu`, which other programs disturbed and
-where 9 of 10 are; in the one of two Cells at a time, 38 of 195."""
+"""Largest ratio of the ends of the 95 % interval of a median latency that counts as steady. In the published runs with
+one Cell at a time, 1 of 161 intervals is wider. This does not include `2026-11-28-serve-cpu`, which other programs
+disturbed: there, 9 of 10 are wider. In the published run with two Cells at a time, 38 of 195 are wider."""
 OTHERS = 0.1
 """Most CPU time that other processes may use while a server is timed, in seconds per second and core."""
 
@@ -63,9 +63,10 @@ def busy(record: Record) -> str:
 
 
 def disturbed(record: Record, latencies: Iterable[Latency]) -> tuple[str, str]:
-    """Return the flag of latencies that were timed in turn, `unsteady` or `busy`, and the evidence for it as text.
+    """Return the flag of some latencies, `unsteady` or `busy`, and the evidence for it as text.
 
-    Without evidence, and if none was timed, return two empty strings. Too few passes for an interval are no evidence.
+    latencies: those of the base, the unmerged and the merged model that were timed in turn. Without evidence, and if
+    none was timed, return two empty strings. Too few passes for an interval are no evidence.
     """
     medians = [(one.variant, median_interval(one.seconds)) for one in latencies if one.seconds]
     if not medians:
@@ -82,7 +83,7 @@ def disturbed(record: Record, latencies: Iterable[Latency]) -> tuple[str, str]:
 
 
 def unsteady(record: Record) -> str:
-    """Return evidence, as text, that some of a Record's latencies are unsteady. Empty without evidence."""
+    """Return evidence, as text, that the interval of some median latency is too wide. Empty without evidence."""
     latencies = record.measurements.latency if record.measurements else []
     passes = group(((x.kind, x.batch, x.tokens, x.adapters is None), x) for x in latencies)
     found = [(kind, *disturbed(record, timed)) for (kind, *_), timed in passes.items()]

@@ -13,8 +13,8 @@ FEW = 5
 be hard."""
 TIMES = 2.0
 NATS = math.log(2)
-"""Training diverged if the loss rose by more than the factor TIMES and by more than NATS. Either rise alone may be
-chance: a loss near 0 may double, and a loss of 5 may rise by log(2)."""
+"""Smallest rise of the loss, in nats, that counts as divergence. The loss must also rise by more than the factor TIMES.
+Either rise alone may be chance: a loss near 0 may double, and a loss of 5 may rise by log(2)."""
 
 
 def rose(losses: Sequence[float]) -> str:

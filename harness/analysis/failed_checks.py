@@ -11,20 +11,20 @@ def failed(record: Record) -> list[CheckResult]:
 
 
 def own(record: Record) -> list[CheckResult]:
-    """Return the checks that the attempt ran itself, without those of a parity gate that it shares."""
+    """Return the checks that this attempt ran itself, without those of a parity gate that another Cell ran."""
     return record.checks[record.gate.checks :] if record.gate and record.gate.record else record.checks
 
 
 def nonconforming(record: Record) -> bool:
     """Return whether a Record departs from its Method: its status says so, or one of its checks failed.
 
-    A server that departs from the adapter files counts too.
+    A failed check of a server counts, too.
     """
     return record.status.departs or bool(failed(record))
 
 
 def of_serving(check: CheckResult) -> bool:
-    """Return whether a check judges a server, and not the code of the Method.
+    """Return whether a check judges the server of a Cell (e.g. vLLM), and not the code of the Method.
 
     If it fails, the Record lacks times of the server. All other times stay valid.
     """
@@ -32,7 +32,7 @@ def of_serving(check: CheckResult) -> bool:
 
 
 def only_of_serving(record: Record) -> bool:
-    """Return whether checks failed, and all of them judge a server."""
+    """Return whether a Record has failed checks, and all of them judge a server."""
     return bool(found := failed(record)) and all(map(of_serving, found))
 
 

@@ -9,7 +9,7 @@ from harness.records.record import Cell, Latency, Record, TrainingMeasured
 from harness.records.served import Load, ServedTimes
 
 STARTUP = "start-up"
-"""The phase from the start of the process to the first work on the Cell."""
+"""Name of the phase from the start of the process to the first work on the Cell."""
 TRAIN = "train"
 _WHOLE_MACHINE = "rapl"
 
@@ -28,14 +28,15 @@ def step_time(training: TrainingMeasured) -> Median:
 
 
 def timed_training(record: Record) -> TrainingMeasured | None:
-    """Return the training of a Record; None if no step was timed."""
+    """Return the training measurements of a Record; None if no step was timed."""
     return record.training if record.training and record.training.step_seconds else None
 
 
 def why_untrained(record: Record, fact: str) -> str:
     """Return the reason why a Record without timed steps lacks a fact about its training.
 
-    fact: a key of `Imported.unknown`, where the Record of an imported training may give its own reason.
+    fact: name of the fact, e.g. `peak memory`. The Record of an imported training may give its own reason for it, in
+    `Imported.unknown`.
     """
     if record.imported is None:
         return "not trained"
@@ -67,7 +68,7 @@ def throughput(training: TrainingMeasured) -> float | None:
 
 
 def timed_for_comparison(cell: Cell, latency: Latency) -> bool:
-    """Return whether a latency was measured only for comparison with the latencies of several adapters.
+    """Return whether a latency serves only as the reference for latencies of a batch with several adapters.
 
     Such a latency has one adapter and the batch size that the suite requests.
     """
@@ -77,7 +78,7 @@ def timed_for_comparison(cell: Cell, latency: Latency) -> bool:
 def served_times(record: Record, load: Load, *, alone: bool) -> ServedTimes | None:
     """Return the times of a Cell's server under one load; None if the load was not timed.
 
-    alone: True for one request at a time, False for several.
+    load: the models to which the requests go. alone: True for one request at a time, False for several.
     """
     served = record.measurements.served if record.measurements else None
     found = served.times if served else []
@@ -85,7 +86,10 @@ def served_times(record: Record, load: Load, *, alone: bool) -> ServedTimes | No
 
 
 def served_rate(times: ServedTimes) -> Median | None:
-    """Return the generated tokens per second over all requests of a round. If the clock did not move, return None."""
+    """Return the tokens that a server generates per second, as the median over the timed rounds, with its interval.
+
+    A round sends all of its requests at the same time. If the clock did not move, return None.
+    """
     tokens = times.requests * times.tokens
     return median_interval([tokens / s for s in times.round_s]) if times.round_s and min(times.round_s) > 0 else None
 

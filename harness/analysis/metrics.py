@@ -1,8 +1,9 @@
 """Metrics: one declaration for each number of a Record that the harness shows, exports, tracks or judges.
 
-`METRICS` feeds the comparison table (terminal and page), the export table `cells`, the history and the baseline gate.
-To add a metric, add one entry here. Latencies have no entry, except one that a chart uses: a Record has several, each with
-many samples. See `tracked_metrics.times`, and `report.served` for the loads of servers.
+`METRICS` feeds the comparison table (in the terminal and on the HTML page), the export table `cells`, the history of
+nightly runs, and the regression gate. To add a metric, add one entry here. Latencies have no entry, except one that a
+chart uses: a Record has several, each with many samples. See `tracked_metrics.times`, and `report.served` for the loads
+of servers.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Metric:
     """
 
     name: str
-    """Key of the metric in the file that the page offers for download."""
+    """Key of the metric in the JSON data that a reader can download from the HTML page."""
     unit: Unit
     """Base unit of the value."""
     meaning: str
@@ -49,16 +50,17 @@ class Metric:
     better: Literal["lower", "higher"] | None = None
     """The better direction. If None, any difference is a regression."""
     slack_B: int = 0
-    """Largest difference in bytes that the history does not report as a change."""
+    """Largest difference in bytes that the history does not report as a change, and largest growth in bytes that the
+    regression gate allows for a counted metric."""
     slack_share: float = 0.0
     """Largest difference, as a share of the level, that the history does not report as a change. If `slack_B` allows
     more, `slack_B` counts."""
     applies: Callable[[Record], bool] = lambda _: True
-    """Function that returns whether the history and the baseline gate use the value of a Record."""
+    """Function that returns whether the history and the regression gate use the value of a given Record."""
     always_there: bool = True
-    """True if the history reports each night that lacks the metric."""
+    """True if the history reports each nightly run that lacks the metric."""
     heading: str = ""
-    """Heading of the column in the comparison table on the page, with the unit."""
+    """Heading of the column in the comparison table on the HTML page, with the unit."""
     terminal_heading: str = ""
     """Heading of the column in the comparison table in the terminal."""
     axis: str = ""
@@ -66,14 +68,17 @@ class Metric:
     column: str = ""
     """Name of the column in the export table `cells`."""
     history: str = ""
-    """Name of the metric in the history."""
+    """Name of the metric in the history of nightly runs."""
     quantity: str = ""
-    """Name of the metric in the baseline gate."""
+    """Name of the metric in the regression gate that compares a run with a baseline."""
     finding: FindingKind = FindingKind.MEMORY
-    """Kind of the row that the baseline gate makes from the metric."""
+    """Kind of the row that the regression gate makes from the metric."""
 
     def value(self, record: Record) -> Number | None:
-        """Return the value to show. Return None for a missing value, and for a time that `no_speed` hides."""
+        """Return the value to show; None if it is missing, or if it is a time that may not be shown.
+
+        `failed_checks.no_speed` decides whether times may be shown.
+        """
         return None if self.kind == "timed" and failed_checks.no_speed(record) else self.read(record)
 
     def got_worse(self, old: float, new: float) -> bool:
@@ -272,7 +277,7 @@ METRICS: tuple[Metric, ...] = (
 
 
 def in_history(name: str) -> Metric | None:
-    """Return the metric with this name in the history. If there is none, return None."""
+    """Return the metric whose `history` is `name`. If there is none, return None."""
     return next((metric for metric in METRICS if metric.history == name), None)
 
 

@@ -46,7 +46,10 @@ class Budget:
         return cls(cell.model, cell.task, cell.dtype, t.steps, t.batch, t.max_tokens, e.items, e.skip)
 
     def same_test(self, other: Budget) -> bool:
-        """Return whether both budgets score the same items in the same way. Only steps and batch may differ."""
+        """Return whether both budgets are equal except for the number of steps and the batch size.
+
+        If so, both score the same items in the same way.
+        """
         return replace(self, steps=other.steps, batch=other.batch) == other
 
 
@@ -66,13 +69,13 @@ def why_not_comparable(left: Cell, right: Cell) -> str:
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy of one run, or mean accuracy over seeds, with its interval."""
+    """Accuracy of one Record, or mean accuracy of several Records with different seeds, with its interval."""
 
     value: float
     low: float
     high: float
     means: str
-    """Kind of the interval, in words."""
+    """Method of the interval and what it covers, in words."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,9 @@ class RankingEntry:
     records: tuple[Record, ...]
     """Records of the recipe, in the order of the seeds."""
     score: Score
-    """Accuracy."""
+    """Accuracy of the recipe, with its interval."""
     standing: Standing
-    """Place relative to the best recipe."""
+    """Place relative to the best recipe: `below` if the recipe is significantly less accurate, otherwise `tied`."""
     difference: float = 0.0
     """Accuracy minus the accuracy of the best recipe."""
     p: float | None = None
@@ -115,13 +118,13 @@ class Group:
     seeds: tuple[int, ...]
     """Seeds with which the recipes were run."""
     tries: int
-    """Number of learning rates tried and scored for each recipe."""
+    """Number of learning rates that were tried and scored to choose the learning rate of each recipe."""
     detectable: float | None
     """Smallest difference of accuracies that one comparison in this group can detect. None if there is nothing to
     compare."""
     disagreement: float
-    """Share of items that two recipes answered differently. `detectable` is computed from it, except if the basis is
-    `seeds`. Then this field is 0."""
+    """Share of items that the two recipes named under `basis` answered differently. `detectable` is computed from it,
+    except if the basis is `seeds`. Then this field is 0."""
     basis: Basis
     """Assumption behind `detectable`.
 
@@ -274,7 +277,7 @@ class RecipePair:
     p: float
     """p value for the hypothesis of no difference."""
     detectable: float
-    """Smallest difference that this pair can detect."""
+    """Smallest true difference that a comparison like this one detects with 80 % power."""
     disagreement: float | None = None
     """Share of items that exactly one of two runs answered correctly. None if each recipe has several seeds."""
 
@@ -313,8 +316,9 @@ def _resolution(
 ) -> tuple[float | None, Basis, float]:
     """Return the smallest detectable difference, its basis, and the share of items that were answered differently.
 
-    The pair that disagrees most represents the group, because it is the hardest to separate. Pairs of tied recipes are
-    preferred, because a pair with a large difference says little about close pairs.
+    tied: comparisons of the best recipe with each tied recipe. rivals: its comparisons with each other recipe. top: its
+    score. The pair that disagrees most represents the group, because it is the hardest to separate. Pairs of tied
+    recipes are preferred, because a pair with a large difference says little about close pairs.
     """
     both: tuple[tuple[Basis, Sequence[RecipePair | None]], ...] = (("tied", tied), ("all", rivals))
     for basis, pairs in both:

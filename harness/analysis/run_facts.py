@@ -21,7 +21,7 @@ _FOOTER = "footer.json"
 class RunFacts:
     """A run with its verdict, its rankings and the names of its Cells.
 
-    Terminal summary, page, exit code and baseline comparison all take this one object.
+    The terminal summary, the HTML page, the exit code and the comparison with a baseline are all made from this object.
     """
 
     run: Run
@@ -36,7 +36,7 @@ class RunFacts:
 
     @cached_property
     def doubtful(self) -> dict[str, str]:
-        """Reasons why the newest Record of a Cell does not count, by cell_id."""
+        """Cells whose newest Record does not count: cell_id -> reason."""
         return self.run.doubtful()
 
     @cached_property
@@ -94,7 +94,7 @@ class RunFacts:
         return f"{record.status.value}: {record.because}"
 
     def unfinished(self) -> str:
-        """Return how an unfinished run ended. The text continues a sentence about the run, e.g. `was interrupted`."""
+        """Return how an unfinished run ended, as a predicate whose subject is the run, e.g. `was interrupted`."""
         if self.run.footer is not None:
             return f"was {self.run.how}"
         if _FOOTER in self.run.broken:

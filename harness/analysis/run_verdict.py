@@ -20,16 +20,17 @@ from harness.records.record import Cell, Outcome, Record, Status
 from harness.records.store import Run
 
 _SHOWN = 4
-"""Largest number of reasons in one sentence about a missing verdict. A matrix may have hundreds of reasons."""
+"""Largest number of reasons that the verdict `not-run` lists in its sentence. A suite with a matrix may have
+hundreds."""
 UNMEASURED = (Status.OOM, Status.TIMEOUT, Status.ERROR, Status.LOST)
 
 
 @dataclass(frozen=True)
 class QuestionVerdict:
-    """Verdict on one question of the suite."""
+    """Verdict on one question of the suite, which is a declared comparison of Cells."""
 
     comparison: Comparison
-    """The question, as the suite declares it."""
+    """The comparison, as the suite declares it."""
     verdict: Verdict
     trajectories: tuple[JudgedTrajectory, ...] | None = None
     """Verdict on each Cell of a `same-losses` comparison. None for another kind of comparison."""
@@ -55,7 +56,7 @@ class RunVerdict:
     verdict: Verdict
     """Verdict on the run as a whole."""
     exit: Exit
-    """Exit code without `--strict`."""
+    """Exit code of the run if the option `--strict` is not set."""
     counts: dict[str, int]
     """Number of Cells per status, `missing` and `changed` included."""
     nonconforming: tuple[str, ...]
@@ -78,8 +79,8 @@ def judge(run: Run) -> RunVerdict:
 
     The exit code is the first in this list whose condition holds:
 
-    - FAIL: a Cell is nonconforming or untrained, a comparison is refuted, or a file was changed after the run. No missing
-      Cell can undo such a finding.
+    - FAIL: a Cell departs from its Method, the training of a Cell diverged or left a tensor as it was, a comparison is
+      refuted, or a file was changed after the run. This holds even if other Cells are missing.
     - NOTHING_COMPARED: no Cell was measured.
     - INFRASTRUCTURE: some Cells were not measured.
     - PASS: otherwise, even if questions are open (see `exit_code`).
@@ -133,7 +134,8 @@ class _PairOutcome:
     """Verdict on one pair of recipes."""
 
     gap: float
-    """Lower end of the interval of the difference left - right. The pair with the smallest gap represents all pairs."""
+    """Lower end of the interval of the difference left - right. The sentence of the joint verdict is about the pair
+    with the smallest gap."""
     sentence: str
     kind: VerdictKind = field(compare=False)
 

@@ -22,7 +22,7 @@ from harness.records.record import Record
 
 @dataclass(frozen=True)
 class TargetLoss:
-    """Training loss that the recipes of a group are timed to."""
+    """Training loss that ends the timing: each recipe of a group is timed until it first reaches this loss."""
 
     loss: float
     """Smoothed training loss."""

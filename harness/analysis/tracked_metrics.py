@@ -1,4 +1,4 @@
-"""Values of a Record that the history stores, and the place of the Record: its machine and software.
+"""Values of a Record that the history of nightly runs stores, and the Record's place: its machine and software.
 
 The history stores each metric of `metrics.METRICS` that has a name in the history. It also stores the median of each
 latency, under the name `latency_s/<variant>/<kind>/<batch>x<tokens>`.
@@ -23,15 +23,15 @@ SENTINEL = f"{LATENCY}/base/"
 """Prefix of the names of latencies of the bare base model. No adapter changes these latencies. Every Cell that measures
 latencies measures them too."""
 CONCURRENT = "beside it"
-"""Key in the dict of a place. The key is present if other Cells ran at the same time."""
+"""Key in the dict that `place` returns. The key is present if other Cells ran at the same time."""
 
 
 @dataclass(frozen=True)
 class TrackedMetrics:
-    """Values of one Record that the history stores."""
+    """Values of one Record that the history of nightly runs stores."""
 
     values: dict[str, float]
-    """Values by the name of the metric."""
+    """Name of the metric in the history -> value."""
     untimed: str = ""
     """Reason why `values` has no times; empty if times are allowed."""
 
@@ -45,7 +45,7 @@ def kind(metric: str) -> MetricKind | None:
 
 
 def names() -> list[str]:
-    """Return the names of all metrics. The single name `latency_s` stands for all latencies."""
+    """Return the names of all metrics in the history. The single name `latency_s` stands for all latencies."""
     return [LATENCY, *(metric.history for metric in metrics.METRICS if metric.history)]
 
 
@@ -64,7 +64,8 @@ def got_worse(metric: str, old: float, new: float) -> bool:
 def tracked(record: Record) -> TrackedMetrics:
     """Return the values of a Record that the history stores. Only an ok Record has any.
 
-    Times are left out if `no_speed` hides them, or if the steps waited for a CPU.
+    Times are left out if a failed check forbids showing them (`failed_checks.no_speed`), or if the steps waited for a
+    CPU.
     """
     if record.measurements is None or record.status is not Status.OK:
         return TrackedMetrics({})
@@ -99,7 +100,7 @@ def times(record: Record) -> dict[str, float]:
 
 
 def _short(value: float) -> float:
-    """Round a value to six significant digits. Smaller differences are no finding, and files stay small."""
+    """Round a value to six significant digits. Smaller differences do not matter, and files stay small."""
     return float(f"{value:.6g}")
 
 

@@ -29,17 +29,17 @@ EXACT = "float64"
 
 @dataclass(frozen=True)
 class JudgedTrajectory:
-    """Comparison of one run with its float64 run."""
+    """Comparison of the losses of one run with those of the same training in float64."""
 
     cell_id: str
     """Id of the Cell."""
     verdict: Verdict
-    """Verdict."""
+    """Verdict on this run."""
     by: str = ""
     """Source of the allowed errors. `noise`: the errors of the reference run in the same dtype. `growth`: the growth of
     rounding errors from step to step, which limits float64 runs and the reference run itself."""
     limited_by: str = ""
-    """Id of the Cell of the reference run."""
+    """Id of the Cell of the reference run in the same dtype."""
     errors: tuple[float, ...] = ()
     """Error of each step: the distance of its loss from the loss in float64."""
     allowed: tuple[float, ...] = ()
@@ -143,7 +143,7 @@ def _measure(subject: Record, exact: Record, noise: Record) -> JudgedTrajectory:
 
 
 def allowed_errors(true_losses: Sequence[float], own_errors: Sequence[float], dtype: str) -> list[float]:
-    """Return the largest allowed error of each step.
+    """Return the largest allowed error of the loss at each step.
 
     true_losses: losses in float64. own_errors: errors of the reference run in `dtype`.
     """

@@ -1,4 +1,4 @@
-"""Searches for learning rates that a suite declares: the score of each rate, and of the chosen rate."""
+"""Searches for learning rates that a suite declares, with the accuracy at each rate that was tried."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Try:
 
 @dataclass(frozen=True)
 class Search:
-    """One declared search and the learning rates that it tried."""
+    """One search for a learning rate that the suite declares, and the rates that it tried."""
 
     tuning: Tuning
-    """The declared search."""
+    """The search, as the suite declares it."""
     cells: tuple[Cell, ...]
     """Cells of the run that use the chosen learning rate."""
     tries: tuple[Try, ...]
@@ -54,7 +54,7 @@ class Search:
 
     @property
     def better(self) -> tuple[float, ...]:
-        """Learning rates whose interval lies completely above the interval of the chosen rate.
+        """Learning rates whose accuracy has an interval completely above that of the chosen rate.
 
         If there are any, the suite has probably chosen a poor rate.
         """

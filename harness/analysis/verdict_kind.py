@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class VerdictKind(StrEnum):
-    """Kinds of verdicts on a question."""
+    """Kind of a verdict. INCONCLUSIVE: the data do not decide. NOT_RUN: nothing was judged."""
 
     PASS = "pass"  # noqa: S105
     FAIL = "fail"
@@ -18,7 +18,7 @@ class VerdictKind(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Verdict on one question."""
+    """Verdict, with its reason and the Records that it rests on."""
 
     word: VerdictKind
     """Kind of verdict."""

@@ -1,4 +1,4 @@
-"""Check the measure names and arguments of a claim file. Each error has its line. Imports no torch."""
+"""Checks of the measure names and arguments in a claim file. Each error has its line. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from harness.yaml_validation import Document, KeyPath
 
 
 class Arguments:
-    """Checker of the measures in one file. It appends errors to `problems`."""
+    """Checker of the measures and arguments in one claim file. It appends errors to `problems`."""
 
     def __init__(self, document: Document, problems: list[Problem]) -> None:
         self.document, self.problems = document, problems
 
     def problem(self, way: KeyPath, what: str, hint: str) -> None:
-        """Add a problem, but only once if several claims share it."""
+        """Add a problem at the place `way` of the file, but only once if several claims share it."""
         one = Problem(self.document.where(*way), what, hint)
         if one not in self.problems:
             self.problems.append(one)
@@ -91,7 +91,7 @@ class Arguments:
             )
 
     def _nested(self, measure: Measure, key: str, written: Any, way: KeyPath) -> Any:
-        """Check an argument that must be a quantity or a list of quantities, and return it."""
+        """Check an argument that must be a quantity or a list of quantities. Return it in parsed form."""
         nested = measure.nested[key]
         if nested.is_list != isinstance(written, list):
             form = "a list of quantities: [a, b]" if nested.is_list else "one quantity, no list"

@@ -1,6 +1,6 @@
-"""Attach a Method's reference to a model on the meta device, to count its tensors without data.
+"""Models on the meta device, with a Method's reference attached, to count tensors without data.
 
-The model is built from a shape, which is a preset or a config.json. Imports torch only when a model is built.
+A model is built from a shape, which is a preset or a config.json. Imports torch only when a model is built.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def _tensors(name: str, split: str, method: str, config: str) -> tuple[Shapes, S
 
 
 def _peft_tensors(name: str, split: str, method: str, config: str) -> tuple[Shapes, Shapes]:
-    """Do the same as `_tensors` for a Method without a reference, with peft's own layers, on a model that nothing else uses.
+    """Return name -> shape of the trained and of the frozen tensors of a Method that has no reference.
 
-    Raises ValueError with peft's message if peft refuses the config.
+    peft attaches the Method to a new model. Raises ValueError with peft's message if peft refuses the config.
     """
     import torch
 
@@ -152,7 +152,8 @@ def trained(name: str, method: str, config: Mapping[str, Any], split: Mapping[st
 def frozen(name: str, method: str, config: Mapping[str, Any], split: Mapping[str, Sequence[str]]) -> Shapes:
     """Return name -> shape for the frozen tensors that a Method adds to a model.
 
-    A tensor that layers share occurs once, such as VeRA's pair of projections. The arguments are those of `trained`.
+    A tensor that layers share occurs once, such as VeRA's pair of projections. The arguments are those of the function
+    `trained`.
     """
     return _tensors(name, json.dumps(split), method, json.dumps(config))[1]
 

@@ -19,7 +19,7 @@ class MeasureRequest:
 
     measure: str
     arguments: Mapping[str, Any]
-    """Name of each argument -> its value. A value may be another MeasureRequest, or a list of them. The measure then
+    """Name of each argument -> its value. A value may be another MeasureRequest, or a list of them; then the measure
     gets the numbers that these requests give."""
 
 
@@ -58,7 +58,8 @@ class Claim:
     """Description of our measurement if it is smaller than the paper's; otherwise empty. A different result at a
     smaller scale does not refute the claim."""
     headline: str = ""
-    """The headline to which the claim belongs, if any."""
+    """Short name of the paper's main claim that this claim supports, e.g. `no added latency`; empty if there is
+    none."""
     needs: str = ""
     """Information that the paper leaves out and that is needed to decide the claim; empty if nothing is left out."""
     note: str = ""

@@ -40,7 +40,7 @@ _SMALL = "small scale"
 
 
 class OtherwiseKeys(Keys):
-    """One entry of `otherwise:`. It changes the claim's measure and arguments."""
+    """One entry of `otherwise:`, another way to read a claim. It changes the claim's measure and arguments."""
 
     under: Word | None = None
     measure: Word | None = None
@@ -48,7 +48,7 @@ class OtherwiseKeys(Keys):
 
 
 class RowKeys(Keys):
-    """One entry of `rows:`. It is a claim that inherits missing keys from its table."""
+    """One entry of `rows:`, a claim that inherits missing keys from the entry of `claims:` around it."""
 
     id: Id | None = None
     sentence: Word | None = None
@@ -64,7 +64,7 @@ class RowKeys(Keys):
 
 
 class ClaimKeys(RowKeys):
-    """One entry of `claims:`."""
+    """One entry of `claims:`, which is a single claim or, with `rows:`, a table of similar claims."""
 
     tier: Tier | None = None
     scale: Word | None = None
@@ -79,7 +79,7 @@ class FileKeys(Keys):
     version: Word | None = None
     about: str = ""
     shared: Any = None
-    """Not read. In a claim file, it is the place to define YAML anchors."""
+    """Any content. Nothing reads it: here a claim file can define YAML anchors."""
     claims: list[ClaimKeys] | None = Field(default=None, min_length=1)
 
 

@@ -18,7 +18,7 @@ from harness.process.supervisor import Subprocess, python_module
 from harness.records.files import whole_lines
 
 _PATIENCE_S = 1800.0
-"""Seconds after which a worker is killed."""
+"""Longest time that a worker may take, in seconds. Then it is killed."""
 
 
 def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path] = ()) -> list[JudgedClaim]:
@@ -51,7 +51,7 @@ def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path
 
 
 def _wait(worker: Subprocess) -> str:
-    """Wait until a worker ends. Return a reason, for the case that some measures have no result."""
+    """Wait until a worker ends. Return the reason to report for measures that it has not computed."""
     if worker.wait(_PATIENCE_S) is None:
         return f"not computed within {_PATIENCE_S:.0f} s"
     worker.close()  # so that all its output is read
@@ -64,7 +64,7 @@ def _requests(claim: Claim) -> list[MeasureRequest]:
 
 
 def _shares(claims: Sequence[Claim], jobs: int) -> list[list[Claim]]:
-    """Divide claims into at most `jobs` shares of similar size. All claims about one model are in the same share."""
+    """Divide claims into at most `jobs` lists of similar length. All claims about one model are in the same list."""
     of_model: dict[str, list[Claim]] = {}
     for claim in claims:
         of_model.setdefault(_model(plain(claim.request)), []).append(claim)
@@ -75,7 +75,7 @@ def _shares(claims: Sequence[Claim], jobs: int) -> list[list[Claim]]:
 
 
 def _model(request: Any) -> str:
-    """Return the name of the model in a request, or in a request among its arguments.
+    """Return the first name of a model in a measure's request, or in a request among its arguments.
 
     Return an empty string if no model is named.
     """

@@ -19,7 +19,10 @@ KIND = "claims"
 
 
 def document(rows: Sequence[JudgedClaim], software: Mapping[str, str]) -> dict[str, Any]:
-    """Return the ledger as a document for JSON. software: library -> version used for the computation."""
+    """Return the ledger of judged claims as a document for JSON.
+
+    software: library -> version used for the computation.
+    """
     claims = [row.model_dump(mode="json") for row in rows]
     return {"schema": SCHEMA, "kind": KIND, "software": dict(software), "claims": claims}
 

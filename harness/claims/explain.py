@@ -73,7 +73,10 @@ def claim_ids() -> set[str]:
 
 
 def _ids() -> dict[Path, list[str]]:
-    """Return the ids in each claim file, found in its lines. A row's id is appended to the id of its table."""
+    """Return the ids of the claims and tables in each claim file. The id of a row begins with the id of its table.
+
+    The ids are found in the lines of the files, without a YAML reader, which is slow.
+    """
     found: dict[Path, list[str]] = {}
     for file in claim_file.paths(claim_file.names()):
         table, ids = "", found.setdefault(file, [])

@@ -18,12 +18,12 @@ class Interval:
 
     @classmethod
     def around(cls, value: Number, least: Number, most: Number) -> Interval:
-        """Return the interval of these three numbers."""
+        """Return the interval with these three numbers, as exact fractions."""
         return cls(Fraction(value), Fraction(least), Fraction(most))
 
     @classmethod
     def printed(cls, value: Number, last: Number) -> Interval:
-        """Return the interval of all numbers that round to a printed figure.
+        """Return the interval of all numbers that round to a printed figure. `value` is the figure.
 
         last: one unit of the figure's last digit; 0 if the figure is exact.
         """

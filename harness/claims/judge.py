@@ -40,7 +40,7 @@ STAND_IN = "by a stand-in: "
 
 @dataclass(frozen=True)
 class Missing:
-    """Placeholder for the result of a measure that has none."""
+    """Outcome of a measure that could not be computed, in place of a result."""
 
     why: str
     """The reason why there is no result."""
@@ -87,8 +87,8 @@ class JudgedClaim(FrozenModel):
     """The rule of comparison in words, if it is looser than rounding; otherwise empty. None in ledgers of an older
     version."""
     scale: str = ""
-    """Description of our measurement if it is smaller than the paper's (a rehearsal, a small model); otherwise
-    empty."""
+    """Description of our measurement if it is smaller than the paper's (counted operations instead of a time, a small
+    model); otherwise empty."""
     tried: list[MeasureOutcome]
     failed: bool = False
     """True if the computation of the claim failed."""
@@ -110,9 +110,9 @@ class JudgedClaim(FrozenModel):
 
 
 def judge(claim: Claim, answers: Sequence[MeasureResult | Missing]) -> JudgedClaim:
-    """Judge a claim by its results and return the judged claim.
+    """Judge a claim by the results of its measures and return the judged claim.
 
-    answers: first the result under the paper's own reading, and then one result for each reading in `otherwise`.
+    answers: first the result under the paper's own reading, and then one result for each reading in `claim.otherwise`.
     """
     answers = [_placed(claim, one) for one in answers]
     readings = [("", claim.request), *((one.under, one.request) for one in claim.otherwise)]
@@ -156,9 +156,9 @@ def _placed(claim: Claim, answer: MeasureResult | Missing) -> MeasureResult | Mi
 
 
 def _reproduces(claim: Claim, found: MeasureResult) -> str | None:
-    """Return how the printed figure must be read to agree with the result. If no reading agrees, return None.
+    """Return, in words, how the printed figure must be read to agree with the result; None if no reading agrees.
 
-    An empty string is the plain reading. Other readings, for example, take MB for MiB.
+    An empty string stands for the plain reading. Another reading, for example, takes MB for MiB.
     """
     if claim.figure is None:
         return "" if found.value else None
@@ -177,7 +177,7 @@ def _open(claim: Claim, found: MeasureResult) -> bool:
 
 
 def _allowed(claim: Claim, found: MeasureResult) -> str:
-    """Return, as text, the range of results that the rounding of the paper's figures allows.
+    """Return, as text, the range of results that the paper's rounded figures allow, if the claim fits only part of it.
 
     If the claim agrees with the whole range, or with no part of it, return an empty string.
     """

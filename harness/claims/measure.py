@@ -44,7 +44,7 @@ class MeasureResult:
 
 @dataclass(frozen=True)
 class Nested:
-    """Mark of a parameter that is a number, or the result of another measure."""
+    """Annotation of a measure's parameter whose value may be a number or the result of another measure."""
 
     dimensions: tuple[Dimension, ...] = ()
     """Allowed dimensions of the other measure. If empty, all dimensions except `property` are allowed."""
@@ -61,11 +61,12 @@ class Measure:
     """Pydantic model that checks what a claim writes under `with:`."""
     function: Callable[..., MeasureResult]
     nested: Mapping[str, Nested] = field(default_factory=dict)
-    """Name of each parameter that may be the result of another measure -> which measures are allowed."""
+    """Name of each parameter that may be the result of another measure -> its annotation, which says which measures are
+    allowed."""
 
     @property
     def about(self) -> str:
-        """The function's docstring."""
+        """Docstring of the function."""
         return inspect.getdoc(self.function) or ""
 
 

@@ -51,9 +51,9 @@ class MetaStep:
 
 @dataclass(eq=False)
 class _Saved:
-    """The storage of a tensor that autograd saves.
+    """Storage of a tensor that autograd saves.
 
-    Only the storage is kept here. Even a detached tensor would refer to the tensor from which it comes.
+    The object does not keep the tensor itself: even a detached tensor would refer to the tensor from which it comes.
     """
 
     storage: Any
@@ -61,10 +61,10 @@ class _Saved:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """The count of a whole step, as a sum over the first blocks and each further block."""
+    """Count for a whole step: operations or bytes, as a sum over the first blocks and each further block."""
 
     few: int
-    """Count of the first blocks and of everything outside of blocks."""
+    """Count of the first blocks, at most two, and of everything outside of blocks."""
     each: int
     """Count of each further block."""
     further: int
@@ -82,7 +82,7 @@ class StepCounts:
 
 
 def step(model: str, method: str, config: Mapping[str, Any], tokens: int, batch: int, **others: Any) -> MetaStep:
-    """Return the `MetaStep` with these arguments. others: further fields of `MetaStep`."""
+    """Return the `MetaStep` with these arguments; it stores `config` as JSON. others: further fields of `MetaStep`."""
     return MetaStep(model, method, json.dumps(config), tokens, batch, **others)
 
 

@@ -1,4 +1,4 @@
-"""Parse figures that papers print, and compare them with computed numbers. Uses exact fractions. No torch."""
+"""Parsing of figures that papers print, and comparison with computed numbers, in exact fractions. Imports no torch."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ RULES = {
     "nearest": "", "cut": _CUT, "magnitude": "of the same order of magnitude, by the nearest power of ten",
     "about": "equal to the printed figure",
 }  # fmt: skip
-"""Rule -> its words. The words for `about` are right only for a difference of 0."""
+"""Rule of `Rounding` -> description for a report. The description of `about` holds only for `within` = 0; see
+`Rounding.words`."""
 NEAREST = Rounding()
 
 
@@ -109,7 +110,7 @@ def _example(dimension: Dimension) -> str:
 
 
 def exact(written: Any) -> Fraction | None:
-    """Return a written number, such as `1.5e6`, `2/3` or `20%`, as an exact fraction. Otherwise return None."""
+    """Return a written number, such as `1.5e6`, `2/3` or `20%`, as an exact fraction. Return None for anything else."""
     if isinstance(written, bool) or not isinstance(written, int | float | str):
         return None
     text = getattr(written, "text", str(written)).strip()
@@ -191,7 +192,7 @@ def _matches(printed: Printed, value: Fraction, rounding: Rounding) -> bool:
 
 
 def _power(value: Fraction) -> int:
-    """Return the exponent of the power of ten that is nearest on a logarithmic scale."""
+    """Return the exponent of the power of ten that is nearest to `value` on a logarithmic scale."""
     return round(math.log10(value))
 
 

@@ -53,7 +53,7 @@ class Quantised:
 
 
 def of(name: str, config: Mapping[str, Any]) -> Quantised:
-    """Attach QLoRA to the model `name` on the meta device, and return the counts.
+    """Attach QLoRA to a model on the meta device, and return the counts. name: a preset, or the path of a config.json.
 
     Raises ValueError for a config that does not fit the model.
     """

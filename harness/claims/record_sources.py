@@ -1,4 +1,4 @@
-"""Find the Records that decide a claim. No torch.
+"""Search for the Records that decide a claim. Imports no torch.
 
 Runs that the caller names come first. If none of them is suitable, the newest suitable published run is used.
 """
@@ -25,7 +25,7 @@ _named: list[Path] = []
 
 
 def look_in(runs: Iterable[Path]) -> None:
-    """Search these run folders before the published ones."""
+    """Make the functions of this module search these run folders before the published ones."""
     _named[:] = runs
     runs_of.cache_clear()
 
@@ -67,7 +67,7 @@ def records(suite: str, *entries: str) -> list[list[Record]]:
 
 
 def cell(suite: str, entry: str) -> Cell:
-    """Return the Cell that an entry has for its first seed. Raises ValueError for an unknown entry."""
+    """Return the Cell of a suite's entry, for the entry's first seed. Raises ValueError for an unknown entry."""
     first = _cells(suite, entry)[0]
     return next(one for one in _plan(suite).cells if one.cell_id == first)
 
@@ -81,7 +81,7 @@ def comparable(*sides: Sequence[Record]) -> None:
 
 
 def place(record: Record) -> str:
-    """Return the machine and the run of a Record as text."""
+    """Return the machine that made a Record and the name of its run, as text."""
     machine = record.environment.machine
     gpu = machine.get("gpu0", "").split(",")
     name = gpu[1].strip() if record.device == "cuda" and len(gpu) > 1 else machine.get("cpu", "an unknown machine")

@@ -1,4 +1,4 @@
-"""Select claims, and derive the exit code from their verdicts. No torch."""
+"""Selection of claims, and the exit code for their verdicts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.claims.judge import ClaimVerdict, JudgedClaim
 from harness.errors import Exit, Problem, UsageError, usage_error
 
 _NAMED = 3
-"""Maximum number of ids in a message."""
+"""Maximum number of similar ids that a hint suggests."""
 _Claim = TypeVar("_Claim", Claim, JudgedClaim)
 
 
@@ -53,7 +53,14 @@ def _hint(start: str, known: Sequence[str]) -> str:
 
 
 def exit_of(rows: Sequence[JudgedClaim], *, strict: bool) -> Exit:
-    """Return the exit code for judged claims. If any claim is not reproduced, the code is FAIL."""
+    """Return the exit code for judged claims: the first in this list whose condition holds.
+
+    - FAIL: a claim is not reproduced.
+    - INFRASTRUCTURE: the computation of a claim failed.
+    - NOTHING_COMPARED: no claim was computed.
+    - INCONCLUSIVE: a claim is undecided, or was not computed. This code is returned only if `strict` is set.
+    - PASS: otherwise.
+    """
     verdicts = {row.verdict for row in rows}
     if ClaimVerdict.NOT_REPRODUCED in verdicts:
         return Exit.FAIL

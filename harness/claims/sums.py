@@ -1,4 +1,4 @@
-"""Add up tensor sizes, and write the addition as text. No torch."""
+"""Sums of tensor sizes, as numbers and as text. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The claim ledger as text for a terminal. No torch."""
+"""The claim ledger, i.e. all judged claims, as text for a terminal. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from harness.claims.judge import ClaimVerdict, JudgedClaim
 from harness.errors import plural
 
 _WIDEST_HOW = 160
-"""Number of characters after which a line cuts off a calculation. The JSON document and the page show it in full."""
+"""Number of characters after which a line of the table cuts off the arithmetic of a result. The JSON document and the
+HTML page show it in full."""
 
 NO_RULES = "This ledger is from an older version, which does not show rules looser than rounding."
 
 
 def lines(rows: Sequence[JudgedClaim]) -> list[str]:
-    """Return the ledger as lines of text, with one line per claim. Details follow if the verdict is not `reproduced`."""
+    """Return the judged claims as lines of text, one line per claim.
+
+    Further lines with details follow a claim whose verdict is not `reproduced`.
+    """
     found: list[str] = []
     paper = ""
     for row in rows:

@@ -28,7 +28,8 @@ claim."""
 
 
 _UNUSED = ("torchao",)
-"""Packages that transformers imports if they are installed, although only a claim about an implementation needs them."""
+"""Packages that are hidden from transformers, which would import them if they are installed. Only a claim about an
+implementation needs them."""
 _LARGEST = 1e300
 """Largest number that a report can show."""
 
@@ -57,7 +58,7 @@ def _quantity(value: Any) -> Any:
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Compute the measure that a request names, and return the answer for JSON.
 
-    If there is no result, the answer has the reason, and `failed` says whether the reason is a failure.
+    If there is no result, `missing` holds the reason, and `failed` says whether an error is the reason.
     """
     try:
         found = find(request)
@@ -74,7 +75,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 def _reason(error: Exception) -> str:
     """Return an error's message as part of a sentence.
 
-    If the message is not written for users, as that of a KeyError, the type of the error comes first.
+    If the message is not written for users, as that of a KeyError, the name of the error's type comes first.
     """
     if isinstance(error, HarnessError):
         return f"{error.what} ({error.where})" if error.where else error.what
@@ -94,7 +95,7 @@ def _written(value: Any) -> bool | str | None:
 
 
 def main(argv: list[str]) -> None:
-    """Answer every request of the file named on the command line."""
+    """Write the answer to each request of the file REQUESTS to the file ANSWERS. argv: the command line."""
     die_with_parent(int(argv[1]))
     record_sources.look_in(map(Path, argv[4:]))
     requests = [json.loads(line) for line in Path(argv[2]).read_text(encoding="utf-8").splitlines()]

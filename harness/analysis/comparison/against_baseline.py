@@ -20,7 +20,7 @@ from harness.records import naming
 from harness.records.record import Cell, Outcome, Record, Status
 
 _DIFFERENCES = (FindingKind.ENVIRONMENT, FindingKind.ASSETS)
-"""Kinds of rows that every verdict lists last."""
+"""Kinds of rows for differences between the environments and the assets. Every verdict names these differences last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,24 +28,24 @@ class Against(Findings):
     """Verdict on a run compared with a baseline."""
 
     exit: Exit
-    """Exit code of the command."""
+    """Exit code of `peft-harness gate`."""
     cells: int
     """Number of Cells in the baseline."""
     margins: Margins
-    """Largest differences that are no finding."""
+    """Largest differences from the baseline that do not fail the gate."""
     notes: tuple[str, ...]
-    """Further reasons for the verdict."""
+    """Reasons why the comparison is incomplete: the run did not finish, or a side has no hashes of its files."""
 
 
 def judge(base: RunFacts, new: RunFacts, *, margins: Margins | None = None, strict: bool = False) -> Against:
-    """Compare each Cell of the baseline with its Record in the run; return the verdict, the exit code and all rows.
+    """Compare each Cell of the baseline with its Record in the run. Return the verdict, the exit code and all rows.
 
-    The exit code is the first in this list whose condition holds:
+    A row compares one quantity. The exit code is the first in this list whose condition holds:
 
     - NOTHING_COMPARED: no Cell has a Record both in the baseline and in the run.
     - FAIL: a row failed, or a file was changed after its run.
-    - INFRASTRUCTURE: a Cell was not reached, its Record is unreadable, the run did not finish, or the baseline or the
-      run has no hashes of its files.
+    - INFRASTRUCTURE: the run did not reach a Cell, its Record is unreadable, the run did not finish, or the baseline or
+      the run has no hashes of its files.
     - INCONCLUSIVE: a row is inconclusive. This code is returned only if `strict` is set.
     - PASS: otherwise.
     """
@@ -76,7 +76,7 @@ def judge(base: RunFacts, new: RunFacts, *, margins: Margins | None = None, stri
 
 
 def _matched(base: RunFacts, new: RunFacts, names: Mapping[str, str]) -> tuple[list[CellPair], list[ComparisonRow]]:
-    """Pair the Records of each Cell that can be compared. Return the pairs, and a row for every other Cell."""
+    """Pair the Records of each Cell that can be compared. Return the pairs, and a row for every Cell without a pair."""
     expected, planned = ({cell.cell_id for cell in side.run.manifest.cells} for side in (base, new))
     sides = {"baseline": base, "run": new}
     torn = {side: _torn(facts) for side, facts in sides.items()}
@@ -117,9 +117,9 @@ def _status(record: Record | None) -> str | None:
 
 
 def _torn(side: RunFacts) -> dict[str, str]:
-    """Return the Cells whose newest attempt is unreadable: cell_id -> name of the file and reason, as text.
+    """Return the Cells whose newest Record file is unreadable: cell_id -> name of the file and reason, as text.
 
-    Such a Cell is not compared, because an older attempt must not replace the newest.
+    Such a Cell is not compared: an older Record of it must not take the place of the newest.
     """
     found = {}
     for name, why in side.run.broken.items():
@@ -166,7 +166,10 @@ def _looser(base: Record, new: Record) -> list[str]:
 
 
 def _recipe_names(cells: Mapping[str, Cell], names: Mapping[str, str]) -> dict[str, str]:
-    """Return the names of recipes, by recipe_id. A recipe with a single Cell has the name of this Cell."""
+    """Return recipe_id -> name of the recipe. A recipe is all Cells that differ only in the seed.
+
+    A recipe with a single Cell has the name of this Cell.
+    """
     recipes = group((cell.recipe_id, cell) for cell in cells.values())
     several = [cell for same in recipes.values() if len(same) > 1 for cell in same]
     return {recipe: names[same[0].cell_id] for recipe, same in recipes.items()} | naming.recipes(several)
@@ -201,6 +204,6 @@ def _whole(against: Against, strict: bool) -> tuple[Verdict, Exit]:
 
 
 def _counted(rows: Sequence[ComparisonRow]) -> list[str]:
-    """Return one text for each kind of finding in `rows`: the first few Cells, and how many others there are."""
+    """Return one text for each kind of row in `rows`: the kind, the first few Cells, and how many others there are."""
     kinds = group(dict.fromkeys((row.kind, row.name) for row in rows))
     return [f"{kind.value}: {first_names(kinds[kind])}" for kind in FindingKind if kind in kinds]

@@ -66,7 +66,7 @@ def counted(pair: CellPair) -> Iterator[ComparisonRow]:
 
 
 def _peak(pair: CellPair, margins: Margins) -> Iterator[ComparisonRow]:
-    """Yield a row on the training peaks. The row is inconclusive if the two peaks were measured in different ways."""
+    """Yield a row that compares the peak memory of training; inconclusive if the peak was measured in two ways."""
     a, b = training_peak(pair.base), training_peak(pair.new)
     before, now = (r.measurements.memory.source if r.measurements else "" for r in (pair.base, pair.new))
     what, limit = TRAINING_PEAK.quantity, 0
@@ -98,7 +98,7 @@ def _growth(
 
 
 def _one_sided(pair: CellPair, what: str, a: Number | None, b: Number | None, unit: Unit) -> Iterator[ComparisonRow]:
-    """Yield a row if only one of the values `a` and `b` is known. If both are None, yield nothing."""
+    """Yield a row if only one of two values is known: `a` of the baseline, or `b` of the run. Otherwise yield none."""
     if b is not None:
         yield pair.row(FindingKind.NEW, VerdictKind.NOT_RUN, what, "was not measured in the baseline", a, b, unit)
     elif a is not None:
@@ -107,7 +107,10 @@ def _one_sided(pair: CellPair, what: str, a: Number | None, b: Number | None, un
 
 
 def _times(record: Record) -> dict[str, float]:
-    """Return the median times of a Record in seconds, by name. If `no_speed` hides the times, the dict is empty."""
+    """Return the median times of a Record in seconds, by name.
+
+    The dict is empty if no time of this Record may be shown (`failed_checks.no_speed`).
+    """
     m = record.measurements
     if m is None or failed_checks.no_speed(record):
         return {}
@@ -123,7 +126,10 @@ def _latency(cell: Cell, latency: Latency) -> str:
 
 
 def _loss(pair: CellPair) -> Iterator[ComparisonRow]:
-    """Yield a row on the training losses. Yield nothing if a Record has no training, or if the batches differ."""
+    """Yield a row that compares the mean training loss over the last quarter of the steps.
+
+    Yield nothing if a Record has no training, or if the batches differ.
+    """
     a, b = pair.base.training, pair.new.training
     if a is None or b is None or a.data_order_sha256 != b.data_order_sha256:
         return

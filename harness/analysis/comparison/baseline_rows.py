@@ -1,4 +1,4 @@
-"""Rows of a comparison with a baseline: one row for each compared quantity. The kind of a row sets its rule."""
+"""Rows of a comparison with a baseline: one row for each compared quantity. Its kind determines how it is judged."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.records.record import Record
 
 PROCESS_PEAK_B = 16 * 2**20
-"""Largest growth of the memory of a process, in bytes, that is no finding. The memory is VmHWM or a sampled value.
+"""Largest growth of the memory of a process, in bytes, that does not fail. The memory is VmHWM or a sampled value.
 
 The limit rests on results/published/2026-11-25-tune-small-cpu. There, three Cells of each of nine methods differ only
-in the learning rate. Their training peak above the imports varies between processes, with a standard deviation of 1.7
+in the learning rate. Their peak memory above the imports varies between processes, with a standard deviation of 1.7
 MiB. The upper 95 % bound of this deviation is 2.4 MiB (18 degrees of freedom). Even with 2.4 MiB, a process exceeds
 another process by 16 MiB in only one of a million pairs."""
 PROCESS_SHARE = 0.05
-"""Largest growth of the memory of a process that is no finding, as a share of the peak. The overhead of an allocator
+"""Largest growth of the memory of a process that does not fail, as a share of the peak. The overhead of an allocator
 grows with the requested memory: two runs of SmolLM2 had peaks of 1.4 GiB that differed by 2.7 %, although the tensors
 of their steps had equal sizes."""
 COUNTED_PEAK_B = 64 * 2**10
-"""Largest growth of the counted peak, in bytes, that is no finding. The counted peak is the number of bytes of all
+"""Largest growth of the counted peak, in bytes, that does not fail. The counted peak is the number of bytes of all
 tensors that exist at the same time in a step on a CPU. The limit has room for some scalars or a short vector. It was
 chosen, not measured. In two processes, thirty Cells of a small Llama had equal counted peaks. These Cells cover six
 methods, packed bases, four providers, 32 and 16 bits, 8-bit and paged optimizers, checkpointing, and torch.compile."""
 ACCURACY = 0.02
-"""Largest drop of an accuracy that is no finding: two percentage points."""
+"""Largest drop of an accuracy that does not fail: two percentage points."""
 LOOSER = 10.0
-"""Largest factor by which the error that a check allows may grow without a finding. The allowed error follows the noise
-that each run measures, and this noise differs between machines."""
+"""Largest factor by which the error that a check allows may grow; a larger one makes the row inconclusive. The allowed
+error follows the noise that each run measures, and this noise differs between machines."""
 LOSS_SHARE, LOSS = 0.1, 0.05
-"""Largest rise of a training loss that is no finding: LOSS_SHARE times the loss of the baseline, plus LOSS nats. Both
+"""Largest rise of a training loss that does not fail: LOSS_SHARE times the loss of the baseline, plus LOSS nats. Both
 numbers were chosen, not measured. Both runs see the same batches in the same order, so their losses differ only by
 rounding errors. These errors may grow during training."""
 ONE_SEED = "one seed: valid for this checkpoint, not for the method"
@@ -39,7 +39,7 @@ TIMES = "not judged here: `peft-harness gate --pairs` judges times"
 
 
 class FindingKind(StrEnum):
-    """Kinds of rows. `MEANING` says what the rows of each kind compare, and when they fail."""
+    """Kind of a `ComparisonRow`. `MEANING` says what the rows of each kind compare, and when they fail."""
 
     PARITY = "parity"
     OUTCOME = "outcome"
@@ -109,12 +109,12 @@ Unit = Literal["B", "1", "s", "1/s", "J", "share", "nats", ""]
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """Comparison of one quantity."""
+    """Comparison of one quantity between a baseline and a run."""
 
     kind: FindingKind
-    """Kind of the finding."""
+    """Kind of the row, e.g. memory or accuracy. It determines how the row is judged."""
     word: VerdictKind
-    """Verdict."""
+    """Verdict on this quantity."""
     name: str
     """Name of the compared Cell or recipe. If the row is about several Cells, their number as text, e.g. `3 Cells`."""
     cells: tuple[str, ...]
@@ -136,7 +136,7 @@ class ComparisonRow:
 
     @property
     def judged(self) -> bool:
-        """True if the row counts for the verdict."""
+        """True if the row counts for the verdict of the whole comparison."""
         return self.kind not in (FindingKind.TIME, FindingKind.NEW)
 
     @property
@@ -177,14 +177,14 @@ class CellPair:
 
 @dataclass(frozen=True)
 class Margins:
-    """Largest differences that are no finding."""
+    """Largest differences from the baseline that do not fail the regression gate."""
 
     memory_B: int | None = None
     """Allowed growth of a training peak, in bytes. If None, the allowed growth depends on how the peak was measured.
     Memory that torch allocated on a GPU may not grow at all. Tensors counted on a CPU may grow by COUNTED_PEAK_B. The
     memory of a process may grow by PROCESS_PEAK_B or by PROCESS_SHARE of the peak, whichever is larger."""
     accuracy: float = ACCURACY
-    """Allowed drop of an accuracy."""
+    """Allowed drop of an accuracy, as a share."""
 
     def growth_limit(self, default: int) -> int:
         """Return the allowed growth of a peak in bytes: `memory_B`, or `default` if `memory_B` is None."""
@@ -193,16 +193,16 @@ class Margins:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """All findings of one gate. Every output format is made from them."""
+    """Result of a regression gate. Every output format is made from it."""
 
     verdict: Verdict
     """Verdict of the gate."""
     rows: tuple[ComparisonRow, ...]
-    """All comparisons."""
+    """One row per compared quantity."""
     compared: int
     """Number of Cells or benchmarks that were measured on both sides."""
     unreadable: tuple[str, ...] = ()
-    """Unreadable files of both sides, with the reason."""
+    """Unreadable files of both sides: one text per file, with the reason."""
     changed: tuple[str, ...] = ()
     """Files that were changed after their run."""
 

@@ -1,4 +1,4 @@
-"""Compare the accuracies of a run with those of its baseline, paired by item and by seed."""
+"""Comparison of the accuracies of a run with those of its baseline, paired by test item and by seed."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ def rows(pairs: Sequence[_Matched], names: Mapping[str, str], margins: Margins) 
 
 
 def _difference(pairs: Sequence[_Matched]) -> RecipePair | tuple[VerdictKind, str]:
-    """Compare the accuracies of one recipe: run minus baseline.
+    """Return the difference of the accuracies of one recipe: run minus baseline.
 
-    If no difference can be estimated, return a verdict and its reason instead.
+    Return a verdict and its reason instead if all answers are equal, or if no difference can be estimated. pairs: for
+    each seed, the Record in the baseline and the Record in the run.
     """
     base, new = (accuracies(side) for side in zip(*pairs, strict=True))
     metrics = dict.fromkeys(a.metric for a in (*base, *new))

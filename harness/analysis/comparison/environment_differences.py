@@ -1,4 +1,4 @@
-"""Differences in environment and assets between a run and its baseline. Cells with the same differences share a row."""
+"""Rows for differences in environment and assets between a run and its baseline, one row per set of differences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from harness.records.record import Environment, Record
 
 CLOCK = "SM clock at the end of training"
 _CODE = (CODE_VERSION, "commit", "uncommitted changes")
-"""Names of differences that are no finding, since a gate compares two versions of the code."""
+"""Names of the differences in the code. They do not make a row inconclusive, since a regression gate compares two
+versions of the code."""
 _Records = Sequence[tuple[Record, Record]]
 
 

@@ -1,4 +1,4 @@
-"""Log ratios (new / old) of the times of one pair of process runs."""
+"""Log ratios (new / old) of the times of two process runs of one Cell, with the old and with the new code."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from harness.records.record import Record, TrainingMeasured
 
 
 def times(record: Record) -> dict[str, float]:
-    """Return the times that the code under test can change, in seconds, by metric.
+    """Return the times that the code under test can change: name of the metric -> seconds.
 
-    These are the step and all latencies except those of the bare base model.
+    These are the time of a training step and all latencies except those of the bare base model.
     """
     return {metric: s for metric, s in tracked_metrics.times(record).items() if not metric.startswith(SENTINEL)}
 

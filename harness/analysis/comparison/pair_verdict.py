@@ -1,4 +1,4 @@
-"""Verdict on two sides, old and new, from the times, memory and outcomes of pairs of process runs."""
+"""Verdict on an A/B comparison of an old and a new side: times, memory and outcomes of pairs of process runs."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ from harness.records.record import Record, Status
 
 Records = Sequence[tuple[Record, Record]]
 _INTENDED = (CODE_VERSION, PROVIDER)
-"""Names of differences that are intended between the two sides."""
+"""Names of differences between the two sides that are the purpose of the comparison, so that no verdict reports
+them."""
 _SIDES = ("old", "new")
 PEAK_B = 2**20
-"""Largest difference, in bytes, between the median process peaks of the two sides that is no finding. A smaller
-difference is no finding even if it is statistically significant."""
+"""Largest growth of the median peak memory of the processes, in bytes, that does not fail. A smaller growth does not
+fail even if it is statistically significant."""
 _PEAK_LEVEL = 0.0011
-"""Level of the rank test on process peaks. Six process runs per side are just enough to reach it."""
+"""Significance level of the rank test on the peak memory of the processes. Six process runs per side are just enough to
+reach it."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,12 @@ class CellComparison:
     records: Records
     """Pairs of Records (old, new)."""
     timed: Mapping[str, PairVerdict] = field(default_factory=dict)
-    """Verdicts by metric; empty if nothing was timed."""
+    """Name of a timed metric -> verdict on it; empty if nothing was timed."""
     because: str = ""
     """Reason why `timed` is empty."""
 
     def title(self, metric: str) -> str:
-        """Return the name of the Cell. Unless the metric is the step, the name of the metric follows."""
+        """Return the name of the Cell, followed by the name of the metric if this is not the step time."""
         return self.name if metric == STEP else f"{self.name}, {metric_text(metric)}"
 
     def seconds(self, side: int, metric: str = STEP) -> float | None:
@@ -68,14 +70,14 @@ class JudgedPairs:
     verdict: Verdict
     """Verdict on all Cells together."""
     exit: Exit
-    """Exit code of the command."""
+    """Exit code of `peft-harness gate --pairs`."""
     cells: tuple[CellComparison, ...]
     """Comparisons of the Cells."""
     adjusted: Mapping[str, float]
     """Title of a time -> its p value after the Benjamini-Hochberg adjustment. `CellComparison.title` makes the
     titles."""
     rows: tuple[ComparisonRow, ...]
-    """All comparisons except those of times."""
+    """One row per compared quantity other than a time. A latency that only the old side measured has a row, too."""
     canaries: Canaries
     """Count of false alarms when the old side is compared with itself."""
     differences: tuple[str, ...]
@@ -86,19 +88,22 @@ class JudgedPairs:
 def judge(
     cells: Sequence[CellComparison], canaries: Canaries, *, strict: bool = False, runs_fresh: bool = True
 ) -> JudgedPairs:
-    """Judge all Cells of one comparison. runs_fresh: False if no fresh pairs run; then no time can fail.
+    """Judge all Cells of one A/B comparison.
 
     The exit code is the first in this list whose condition holds:
 
     - NOTHING_COMPARED: no Cell could be timed, and none failed.
     - FAIL: on the new side, a Cell is slower, takes more memory, has other counts, or fails although the old side does
       not.
-    - INFRASTRUCTURE: the canaries had too many false alarms, so no time was judged; or a Cell could not be timed.
+    - INFRASTRUCTURE: the canaries (comparisons of the old side with itself) had too many false alarms, so no time was
+      judged; or a Cell could not be timed.
     - INCONCLUSIVE: a time is undecided, or only some process runs of a Cell counted their memory. This code is returned
       only if `strict` is set.
     - PASS: otherwise.
 
-    Each time (a step or a latency) is judged separately. The level of the Design is strict enough for a comparison with
+    runs_fresh: False if the second stage, with fresh pairs, is switched off. Then no time can fail.
+
+    Each time (a step or a latency) is judged separately. The level of `Design` is strict enough for a comparison with
     500 such times. The adjusted p values are shown, but decide nothing: ten or twenty pairs are too few for them. In
     simulated gates with 8 Cells, of which one is 3 % slower, 99 % of the gates find this Cell; adjusted p values would
     find it in 83 %. With 50 Cells, they would find it in 53 %.
@@ -200,11 +205,11 @@ def _untimed(pair: CellPair) -> Iterator[ComparisonRow]:
 
 
 def _peaks(first: CellPair, whole: Records) -> Iterator[ComparisonRow]:
-    """Compare the training peaks over all process runs. Yield a row on counted peaks if they are known.
+    """Compare the peak memory of training over all process runs. Yield up to two rows, for two ways to measure it.
 
-    Yield another row on the peaks of the processes. Equal programs have equal counted peaks, so a difference needs no
-    test. A process peak also includes memory other than tensors, e.g. a library's own allocations. On a GPU, both peaks
-    are the same number, so there is only one row.
+    The counted peak is the bytes of all tensors that exist at one time. Equal programs have equal counted peaks, so a
+    difference needs no test. The peak of the process also includes memory other than tensors, e.g. a library's own
+    allocations. On a GPU, both peaks are the same number, so there is only one row.
     """
     allocated = any(m.memory.source == ALLOCATED for pair in whole for r in pair if (m := r.measurements) is not None)
     counted, of_process = _sides(whole, COUNTED_PEAK), _sides(whole, PEAK_ABOVE_IMPORTS)
@@ -227,7 +232,7 @@ def _sides(whole: Records, metric: Metric) -> tuple[list[Number], list[Number]] 
 
 
 def _uncounted(whole: Records) -> str:
-    """Say how many process runs of each side lack a counted peak. If all of them lack it, return an empty string.
+    """Say how many process runs of each side have no counted peak of the tensors' memory; empty if all have none.
 
     A step that needs too much memory is not counted. So if only one side lacks counts, its memory has probably grown.
     """

@@ -1,4 +1,4 @@
-"""Reproducibility: compare the losses of reruns bitwise, and find the first differing step and the causes.
+"""Reproducibility: bitwise comparison of the losses of reruns, with the first differing step and the causes.
 
 A different machine, library, code version, number of threads, model or data set can explain different losses. A
 different initial state or order of the data cannot, because both follow from the seed, which is part of the Cell. Such
@@ -21,7 +21,8 @@ from harness.records.store import Run
 _GPU = "on a GPU some kernels sum in an order that varies from run to run"
 _NOT_RECORDED = "not recorded"
 CODE_VERSION, PROVIDER = "code version", "implementation from"
-"""Names of the two differences that concern the code."""
+"""Values of `Difference.what` for the two differences in code: of the harness, and of the library that provides the
+implementation."""
 
 
 class Difference(NamedTuple):
@@ -42,7 +43,7 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Rerun:
-    """One Cell with several ok Records."""
+    """Comparison of all ok Records of one Cell."""
 
     cell_id: str
     """Id of the Cell."""
@@ -57,9 +58,9 @@ class Rerun:
     first_step: int | None
     """Number of the first step whose losses differ, counted from 0; None if no step differs."""
     causes: tuple[str, ...]
-    """Differences that may explain why Records have different results."""
+    """Differences between the Records, as texts, that may explain their different results."""
     seeded: tuple[str, ...]
-    """Differences in the initial state or the order of the data. The seed should make both equal."""
+    """Differences in the initial state or the order of the data, as texts. The seed should make both equal."""
     unexplained: bool
     """True if two Records have different results without a known cause."""
 
@@ -215,8 +216,8 @@ def _unequal(
 def usual_environment(run: Run) -> Environment:
     """Return the most frequent environment of a run's ok Records. On a tie, prefer the environment of the runner.
 
-    The environment of the runner itself may be unusual. On a cluster, Cells may run on other machines. If several Cells
-    run at the same time, they share the threads of a machine.
+    The runner is the process that starts the Cells. Its own environment may be unusual: on a cluster, Cells may run on
+    other machines. If several Cells run at the same time, they share the threads of a machine.
     """
     ok = [record.environment for record in run.latest().values() if record.status is Status.OK]
     found = Counter(_key(e) for e in ok)

@@ -1,4 +1,4 @@
-"""Anchor of a night: the factor by which the whole machine was slower or faster than usual.
+"""Anchor of a nightly run: the factor by which the whole machine was slower or faster than usual.
 
 The anchor is the median over all series of (value in this night) / (usual value of the series). Every time of a night
 is divided by the anchor of the night. So a slow night of the whole machine does not look like a change of a Cell. But
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.change_points import Array
 
 FEWEST_SERIES = 5
-"""Fewest series for an anchor. With a single series, each value would be divided by itself."""
+"""Fewest series for an anchor. A series is one time of one Cell in each night. With a single series, each value would
+be divided by itself."""
 FEWEST_SENTINELS = 3
 
 

@@ -1,4 +1,4 @@
-"""A/A canaries: comparisons of one side with itself. They measure how often the gate raises a false alarm.
+"""A/A canaries: comparisons of one side with itself. They measure how often the regression gate gives a false alarm.
 
 If the rate of false alarms is too high, the gate is closed: it judges no time.
 """
@@ -19,10 +19,10 @@ TIMES = 3.0
 
 @dataclass(frozen=True)
 class Canaries:
-    """Numbers of A/A runs and of their false alarms."""
+    """Numbers of A/A runs, which compare one side with itself, and of their false alarms."""
 
     alarms: int
-    """Number of A/A runs with an alarm."""
+    """Number of A/A runs that raised a false alarm."""
     runs: int
     """Number of A/A runs."""
     nominal: float = NOMINAL

@@ -1,10 +1,10 @@
-"""Find changes of level in a series of nights: an optimal segmentation by `ruptures`, without the small changes.
+"""Changes of level in a series with one value per night: optimal segmentation by `ruptures`, without small changes.
 
 The values are logarithms, so that a relative change is the same at every level. They are divided by their noise. The
 segmentation minimises the sum of the squared deviations from the levels, plus a penalty for each change
 (ruptures.KernelCPD with the linear kernel). A level has at least three nights, so a single slow night is never a
-change. But such a night would shift the level of the nights beside it, so the median of its neighbours replaces it
-first.
+change. But such a night would shift the level of the nights beside it. So the median of its neighbours replaces its
+value first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 LEVEL_NIGHTS = 3
-"""The fewest nights of a level."""
+"""Fewest consecutive nights that can form a level."""
 FEWEST = 2 * LEVEL_NIGHTS
 """The fewest nights of a series in which a change can be seen."""
 PENALTY = 18.0
@@ -75,7 +75,7 @@ def steps(
     """Return the changes of level of a series (1-d, finite), oldest first. With fewer than FEWEST values, return ().
 
     least: smallest change to return. shared: noise of similar series; 0 if unknown. own: noise of this series; if None,
-    it is estimated. floor: smallest assumed noise, since even a constant series is not infinitely exact. All four have
+    it is estimated. floor: smallest noise to assume, because even a constant series has some uncertainty. All four have
     the unit of the values.
     """
     if len(values) < FEWEST or values.max() - values.min() < least:
@@ -114,7 +114,7 @@ def suspect(
 
 
 def _pooled_noise(values: Array, shared: float, floor: float, own: float | None) -> float:
-    """Return the noise of a series, estimated from its own nights and from the noise that all series share."""
+    """Return the noise of a series, pooled from its own noise and the noise that all series share; at least `floor`."""
     sigma = noise(values) if own is None else own
     if shared:
         nights = len(values) - 1

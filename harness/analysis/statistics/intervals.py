@@ -13,7 +13,7 @@ from statistics import NormalDist, median
 LEVEL = 0.95
 POWER = 0.8
 SHARES = (0.50, 0.95, 0.99)
-"""Percentiles that reports show."""
+"""Percentiles that reports show, as shares of the samples."""
 
 
 def wilson(correct: int, n: int, level: float = LEVEL) -> tuple[float, float]:

@@ -25,7 +25,7 @@ class Spread:
     """An estimate and its standard error."""
 
     value: float
-    """Estimate."""
+    """The estimate."""
     error: float
     """Standard error."""
     df: float
@@ -33,7 +33,7 @@ class Spread:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The interval at LEVEL."""
+        """Interval of the estimate at the confidence level LEVEL."""
         half = _quantile(0.5 + LEVEL / 2, self.df) * self.error
         return self.value - half, self.value + half
 
@@ -99,7 +99,7 @@ def paired(left: Sequence[Accuracy], right: Sequence[Accuracy]) -> Spread | None
 
 
 def same_items(runs: Sequence[Accuracy]) -> bool:
-    """Return whether all runs scored the same items. Runs without items return False."""
+    """Return whether all runs scored the same items. If a run has no items, return False."""
     first = runs[0].answers.keys()
     return bool(first) and all(run.answers.keys() == first for run in runs)
 

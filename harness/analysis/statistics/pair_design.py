@@ -17,22 +17,25 @@ FEWEST = 6
 
 @dataclass(frozen=True)
 class Design:
-    """Numbers of pairs, planned looks at the pairs, and levels of an alarm. At a look, the pairs so far are judged.
+    """Sequential design of an A/B comparison: numbers of pairs, planned looks at the pairs, and significance levels.
 
-    The level limits the rate of false alarms under any symmetric noise. On steady machines, the pairs vary little
-    compared with the margin, and false alarms are far rarer. On other machines, the rate comes near the level, e.g. if
-    a kernel runs at one of two speeds in each process. Such a Cell has a large `PairVerdict.mde80`.
+    At a look, all pairs so far are judged. An alarm is a verdict `slower` or `faster`. The level limits the rate of
+    false alarms under any symmetric noise. On steady machines, the pairs vary little compared with the margin, and
+    false alarms are far rarer. On other machines, the rate comes near the level, e.g. if a kernel runs at one of two
+    speeds in each process. Such a Cell has a large `PairVerdict.mde80`.
     """
 
     first: int = 6
     """Number of pairs that every Cell gets in the first stage."""
     fresh: tuple[int, ...] = (10, 20)
-    """Numbers of fresh pairs at which the second stage is judged. Later numbers include the earlier pairs."""
+    """Numbers of fresh pairs, run for the second stage, after which this stage is judged. A later look includes the
+    pairs of the earlier looks."""
     levels: tuple[float, ...] = (0.001, 0.009)
-    """One-sided level of an alarm at each look at fresh pairs, for each direction. The first look has few degrees of
-    freedom, so its level is stricter."""
+    """One-sided significance level of the verdicts `slower` and `faster` at each look at fresh pairs. The first look
+    has few degrees of freedom, so its level is stricter."""
     slower_by: float = 0.01
-    """Largest slow-down, as a share, that is no finding."""
+    """Margin, as a share: a Cell is judged slower only if its slow-down exceeds this margin significantly, and faster
+    only if its speed-up does."""
     same_within: float = 0.03
     """Largest change of a Cell, as a share, that counts as unchanged."""
     interval: float = 0.95
@@ -71,11 +74,11 @@ class Design:
 
     @property
     def level(self) -> float:
-        """The one-sided level of an alarm over all looks together, for each direction."""
+        """One-sided level of the verdict `slower`, and of `faster`, over all looks at fresh pairs together."""
         return sum(self.levels)
 
     def looks(self, stage: Stage) -> tuple[int, ...]:
-        """Return the numbers of pairs at which a stage may be judged."""
+        """Return the numbers of pairs after which a stage may be judged."""
         return (self.first,) if stage == "first" else self.fresh
 
 

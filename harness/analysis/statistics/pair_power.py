@@ -1,4 +1,4 @@
-"""Find the smallest slow-down that the planned looks at pairs detect, given the spread of the observed pairs."""
+"""Power of an A/B comparison: the smallest slow-down that its planned looks detect, given the spread of the pairs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FAR = 60
 
 
 def reach(scale: float, design: Design) -> float:
-    """Return the smallest slow-down that is detected with the power POWER, as a log ratio.
+    """Return the smallest slow-down that a design detects with the probability POWER, as a log ratio.
 
     scale: standard deviation of the log ratio of a pair.
     """
@@ -38,11 +38,11 @@ def least(found: Callable[[float], float], low: float, high: float) -> float:
 
 
 def power(change: float, scale: float, design: Design) -> float:
-    """Return the probability that a Cell is called slower, if its true log ratio is `change` (noncentral t).
+    """Return the probability that a Cell is judged slower, if its true log ratio is `change` (noncentral t).
 
-    The result is a product of probabilities. One is that the last look finds the change. The others are that no earlier
-    look calls the Cell unchanged. The product treats the looks as independent, so it is too low rather than too high.
-    Almost all changes that an early look finds are found at the last look too.
+    The result is a product of probabilities. One is that the last planned look finds the change. The others are that no
+    earlier look judges the Cell unchanged. The product treats the looks as independent, so it is too low rather than
+    too high. Almost all changes that an early look finds are found at the last look too.
     """
     last = design.fresh[-1]
     chance = _found(change - math.log1p(design.slower_by), scale, last, design.trim, design.levels[-1])

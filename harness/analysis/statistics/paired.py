@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.trimmed import Array, Mask
 
 IMPLAUSIBLE = 0.3
-"""Speed-up, as a share, beyond which the verdict asks whether the code still does the same work."""
+"""Speed-up, as a share, beyond which the sentence of a verdict asks whether the code still does the same work."""
 
 NO_FRESH = "--no-fresh ran no fresh pairs, and only those can find a slow-down"
 """Reason why times stay undecided if no fresh pairs run."""
 
 
 class PairFinding(StrEnum):
-    """Verdicts on B against A."""
+    """Verdict on the time of B compared with A."""
 
     SLOWER = "slower"
     FASTER = "faster"
@@ -44,7 +44,7 @@ class PairFinding(StrEnum):
 
 @dataclass(frozen=True)
 class Look:
-    """Result of one look at n pairs of each Cell. Each array has one value per Cell."""
+    """Result of judging all Cells after n pairs of each. Each array has one value per Cell."""
 
     seen: Trimmed
     """Trimmed means of the log ratios, and their errors."""
@@ -113,7 +113,8 @@ class PairVerdict:
     rank_interval: tuple[float, float] | None
     """Hodges-Lehmann interval of B / A - 1, which is valid for any symmetric noise. None if there are too few pairs."""
     p: float
-    """p value, see `Look`."""
+    """One-sided p value of the hypothesis that the change is within the margin `Design.slower_by`. `Look.p` explains
+    its adjustment for several looks."""
     n: int
     """Number of pairs of this stage."""
     mde80: float | None
@@ -126,7 +127,10 @@ class PairVerdict:
 
 
 def judge(log_ratios: Sequence[float], design: Design, stage: Stage, *, runs_fresh: bool = True) -> PairVerdict:
-    """Judge the pairs of one Cell at one planned look. runs_fresh: as in `decide`."""
+    """Judge the pairs of one Cell at one planned look.
+
+    runs_fresh: False if fresh pairs are switched off (--no-fresh).
+    """
     found = look([list(log_ratios)], design, stage)
     masks = {PairFinding.SLOWER: found.slower, PairFinding.FASTER: found.faster, PairFinding.SAME: found.same}
     word = next((word for word, mask in masks.items() if mask[0]), PairFinding.INCONCLUSIVE)
@@ -148,8 +152,9 @@ def judge(log_ratios: Sequence[float], design: Design, stage: Stage, *, runs_fre
 def decide(first: Sequence[float], fresh: Sequence[float], design: Design, *, runs_fresh: bool = True) -> PairVerdict:
     """Return the verdict of the first planned look that decides. If none decides, return the verdict of the last look.
 
-    fresh: empty, or enough pairs for at least one planned look. Pairs after the deciding look are not read.
-    runs_fresh: False if fresh pairs are switched off (--no-fresh). Then no Cell is called slower or faster.
+    first, fresh: log ratio of each pair of the first and the second stage. fresh: empty, or enough pairs for at least
+    one planned look. Pairs after the deciding look are not read. runs_fresh: False if fresh pairs are switched off
+    (--no-fresh). Then no Cell is called slower or faster.
     """
     found = judge(first, design, "first", runs_fresh=runs_fresh)
     for planned in design.fresh:

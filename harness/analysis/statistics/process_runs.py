@@ -28,7 +28,7 @@ from harness.analysis.statistics.trimmed import single, trimmed
 from harness.errors import plural
 
 MARGIN = 0.10
-"""Largest slow-down, as a share, that is no finding. Sessions on one machine differ by some per cent without a
+"""Largest slow-down, as a share, that is not reported. Sessions on one machine differ by some per cent without a
 change."""
 ALARM = 0.01
 """One-sided level of the verdicts `slower` and `faster`. It applies to each benchmark separately."""
@@ -48,7 +48,7 @@ _LARGEST = 700.0
 
 
 class Pace(StrEnum):
-    """Verdicts on the speed of the timed code."""
+    """Verdict on the speed of the timed code."""
 
     SLOWER = "slower"
     FASTER = "faster"

@@ -17,7 +17,7 @@ from statistics import fmean
 from harness.records.record import Accuracy
 
 FEWEST, FEWEST_SEEDS = 5, 3
-"""Fewest recipes for an estimate of the distribution of variances, and fewest seeds of each recipe."""
+"""Fewest recipes for an estimate of the distribution of variances, and fewest seeds of each of these recipes."""
 _COUNTS = 0.5
 """Weight of the degrees of freedom of the other recipes. It is below 1 for two reasons: the distribution is only
 estimated, and the best recipe was selected."""

@@ -56,7 +56,7 @@ class Trimmed:
 
     @property
     def mirrored(self) -> Trimmed:
-        """The result with the two sides exchanged."""
+        """Result with A and B exchanged, i.e. for the negated log ratios."""
         return Trimmed(-self.mean, self.error, self.df, self.n)
 
     def interval(self, level: float) -> tuple[Array, Array]:

@@ -13,7 +13,7 @@ from harness.claims.measure import MeasureResult, Model, Positive, measure
 
 @measure("count")
 def kept_parameters(model: Model, targets: list[str], rank: Positive, budget: Positive) -> MeasureResult:
-    """Parameters of the triplets that remain after pruning.
+    """Number of parameters in AdaLoRA's triplets that remain after pruning.
 
     A triplet is one singular value (lambda) with its two vectors. rank: number of triplets of each layer before
     pruning. budget: number of triplets of the whole model after pruning. The result is a range, because the layers may
@@ -45,7 +45,7 @@ def budget_at(
     target_rank: Positive,
     layers: Positive,
 ) -> MeasureResult:
-    """The budget b(t), a number of triplets, at the first or the last step t of the cubic phase.
+    """AdaLoRA's budget b(t), a number of triplets, at the first or the last step t of the cubic phase.
 
     equation: `printed` is eq. 12 as printed, with t - t_i - t_f; `reference` is the formula of the reference. T is the
     number of steps of all epochs over `examples` examples. The last batch of an epoch may be smaller.
@@ -74,9 +74,10 @@ def budget_only_falls(
     target_rank: Positive,
     layers: Positive,
 ) -> MeasureResult:
-    """Check whether the reference's budget b(t) stays constant, then never rises, and then stays constant again.
+    """Check whether AdaLoRA's budget b(t) stays constant, then never rises, and then stays constant again.
 
-    It must be b(0) up to step t_i, and b(T) in the last t_f steps, where T is the last step.
+    The budget is that of the reference. It must be b(0) up to step t_i, and b(T) in the last t_f steps, where T is the
+    last step.
     """
     from reference.adalora import budget
 
@@ -90,7 +91,7 @@ def budget_only_falls(
 
 @measure("property")
 def regularizer_is_eq_4(form: Literal["mean-norm", "squared-sum"]) -> MeasureResult:
-    """Check whether the regularizer R is the sum of |P^T P - I|^2 and |Q Q^T - I|^2 over layers (eq. 4).
+    """Check whether AdaLoRA's regularizer R is the sum of |P^T P - I|^2 and |Q Q^T - I|^2 over layers (eq. 4).
 
     R is computed for two layers by the reference. It may differ by float32 rounding. form: the reference's option
     `regularization`. The authors' code and HF peft compute `mean-norm`.
@@ -118,7 +119,7 @@ def regularizer_is_eq_4(form: Literal["mean-norm", "squared-sum"]) -> MeasureRes
 
 @measure("property")
 def scored_weights_are(weights: Literal["before", "after"]) -> MeasureResult:
-    """Check whether the sensitivity |w dL/dw| is computed with the weights w before, or after, the update of a step.
+    """Check whether AdaLoRA's sensitivity |w dL/dw| is computed with the weights w before, or after, a step's update.
 
     weights: which of the two the claim states.
     """
@@ -139,7 +140,7 @@ def scored_weights_are(weights: Literal["before", "after"]) -> MeasureResult:
 
 @measure("property")
 def pruned_triplets_recover() -> MeasureResult:
-    """Check whether pruning sets only lambdas to zero, and whether they grow again before the next pruning."""
+    """Check whether AdaLoRA prunes by setting only lambdas to zero, and whether these grow before the next pruning."""
     import torch
 
     adapted, layer = _adapted(target_rank=2)
@@ -159,7 +160,7 @@ def pruned_triplets_recover() -> MeasureResult:
 
 @measure("property")
 def keeps_exactly(rule: Literal["reference", "kthvalue"]) -> MeasureResult:
-    """Check whether pruning keeps exactly as many triplets as the budget allows, if some scores are equal.
+    """Check whether AdaLoRA keeps exactly as many triplets as the budget allows, if some scores are equal.
 
     rule: `reference` is the rule of the reference. `kthvalue` keeps the scores above torch.kthvalue, as the authors'
     code and HF peft do.
@@ -198,7 +199,7 @@ def _layer(seed: int, dtype: str) -> Any:
 
 
 def _adapted(target_rank: int) -> tuple[Any, Any]:
-    """Attach AdaLoRA to a model with a single layer, and set random lambdas. Return the result and the layer."""
+    """Attach AdaLoRA to a model with a single layer, and set random lambdas. Return the adapted model and the layer."""
     import torch
 
     from reference.adalora import Config, attach

@@ -75,7 +75,7 @@ def count_product(of: Counts) -> MeasureResult:
 
 @measure("bytes")
 def bytes_sum(of: Sizes, last: Quantity = Fraction(0)) -> MeasureResult:
-    """The sum of bytes.
+    """The sum of sizes in bytes.
 
     last: one unit of the last digit of the coarsest figure; 0 if all are exact.
     """
@@ -85,7 +85,7 @@ def bytes_sum(of: Sizes, last: Quantity = Fraction(0)) -> MeasureResult:
 
 @measure("bytes")
 def bytes_of(count: Count, each: Quantity) -> MeasureResult:
-    """Bytes of `count` numbers. each: bytes per number, e.g. 2 for a number in 16 bits."""
+    """Bytes that `count` numbers take. each: bytes per number, e.g. 2 for a number in 16 bits."""
     return MeasureResult(count * each, f"{written(count)} x {written(each)} B")
 
 
@@ -117,10 +117,10 @@ def mean(of: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
 
 @measure("number")
 def mean_score(of: list[Any], last: Quantity) -> MeasureResult:
-    """The mean of printed scores.
+    """The mean of printed scores over tasks.
 
-    A task may have several scores, e.g. accuracy and F1. If they are written as a list inside the list, their mean
-    counts as one score. last: one unit of the scores' last digit, e.g. 0.1.
+    of: one score per task. A task with several scores, e.g. accuracy and F1, is a list of them, whose mean counts as
+    one score. last: one unit of the scores' last digit, e.g. 0.1.
     """
     tasks = [one if isinstance(one, list) else [one] for one in of]
     scores = [sum((Fraction(str(score)) for score in task), Fraction(0)) / len(task) for task in tasks]

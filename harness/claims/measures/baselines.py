@@ -1,4 +1,4 @@
-"""Measures: parameters, by formula, of baselines that no Method implements. Imports no torch.
+"""Measures: numbers of parameters, by formula, of baselines that no Method implements. Imports no torch.
 
 These are adapters, prefixes and projectors.
 """
@@ -18,8 +18,8 @@ from harness.claims.sums import summed
 Sides = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 """The number of inputs and the number of outputs of a layer, e.g. `[1024, 4096]`."""
 _MIN_STEP = 5
-"""A rank may be chosen to fit a printed figure only if each further rank adds at least this many units of the figure's
-last digit."""
+"""Smallest growth of a number of parameters per rank, in units of the printed figure's last digit, at which a rank may
+be chosen to fit the figure. With less growth, nearly any figure would fit."""
 
 
 @measure("share")
@@ -37,7 +37,7 @@ def added_share(of: Quantity, model: Model, whole: Literal["base", "base+adapter
 
 @measure("count")
 def prefixes(model: Model, tokens: Positive, before: list[str] = ["k_proj", "v_proj"]) -> MeasureResult:
-    """Parameters of prefix tuning, which trains `tokens` vectors before the keys and before the values of every layer.
+    """Number of parameters of prefix tuning: `tokens` vectors before the keys and before the values of every layer.
 
     before: names of the layers that compute keys and values: the last parts of their paths. The vectors of a layer have
     the length of the layer's output.
@@ -49,7 +49,7 @@ def prefixes(model: Model, tokens: Positive, before: list[str] = ["k_proj", "v_p
 def bottlenecks(
     model: Model, size: Positive, after: list[str] | None = None, beside: list[str] | None = None, bias: bool = False
 ) -> MeasureResult:
-    """Parameters of adapters: two linear layers with `size` features between them.
+    """Number of parameters of adapters: two linear layers with `size` features between them.
 
     after: layers with an adapter on their output. The adapter has the width of this output. beside: layers with an
     adapter in parallel, from the layer's inputs to the layer's outputs. A layer is named by its path, or by the last
@@ -65,7 +65,7 @@ def bottlenecks(
 
 @measure("count")
 def linear_layers(sides: list[Sides], bias: bool = True) -> MeasureResult:
-    """Parameters of linear layers with these numbers of inputs and outputs, with or without biases."""
+    """Number of parameters of linear layers with these numbers of inputs and outputs, with or without biases."""
     weights = [(inputs, outputs) for inputs, outputs in sides]
     return summed([*weights, *((outputs,) for _, outputs in weights if bias)])
 
@@ -74,7 +74,7 @@ def linear_layers(sides: list[Sides], bias: bool = True) -> MeasureResult:
 def vision_transformer(
     width: Positive, mlp: Positive, layers: Positive, patch: Positive, image: Positive
 ) -> MeasureResult:
-    """Parameters of CLIP's vision tower: patches, positions, blocks and norms, without the projection to the text.
+    """Number of parameters of CLIP's vision tower: patches, positions, blocks and norms, without the text projection.
 
     patch, image: side of a patch, and of the image, in pixels.
     """
@@ -86,7 +86,7 @@ def vision_transformer(
 
 @measure("count")
 def at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted: bool = False) -> MeasureResult:
-    """A number of parameters that depends on the rank, if the paper prints the number `to` but not the rank.
+    """Number of parameters that depends on the rank, if the paper prints this number as `to`, but not the rank.
 
     of_rank_1: the number at rank 1. last: one unit of the last digit of `to`. If some rank gives `to`, the result is a
     range over ranks, because a rank that is chosen to fit cannot confirm the figure. If no rank gives `to`, the result
@@ -106,12 +106,12 @@ def share_at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted
 
 
 def of_some(start: Fraction, step: Fraction, to: Fraction, last: Fraction, fitted: bool, what: str) -> MeasureResult:
-    """Find the n among 1, 2, ... for which `start + n * step` is nearest to the printed figure `to`. Return the result.
+    """Find the n among 1, 2, ... for which `start + n * step` is nearest to the figure `to`. Return a result for it.
 
-    If the nearest value gives the figure, return a range of values, because an n that is chosen to fit cannot confirm
-    the figure. If it does not, no n gives the figure, and the nearest value is returned. fitted: return the nearest
-    value in both cases; this raises ValueError as in `at_some_rank`. last: one unit of the figure's last digit. what:
-    the word for one step, e.g. `rank`.
+    If the nearest value gives the printed figure, return a range of values, because an n that is chosen to fit cannot
+    confirm the figure. If it does not, no n gives the figure, and the nearest value is returned. fitted: return the
+    nearest value in both cases; this raises ValueError if `step` is less than 5 times `last`. last: one unit of the
+    figure's last digit. what: the word for one step, e.g. `rank`.
     """
     nearest = max(1, round((to - start) / step))
     value = start + nearest * step

@@ -24,7 +24,7 @@ def wins(of: Quantities, over: Quantities) -> MeasureResult:
 
 @measure("property")
 def increasing(of: Quantities) -> MeasureResult:
-    """Check whether each number is larger than the previous one."""
+    """Check whether each number of a list is larger than the previous one."""
     return MeasureResult(all(one < after for one, after in pairwise(of)), ", ".join(map(written, of)))
 
 
@@ -38,5 +38,5 @@ def falls_by(of: Quantity, to: Quantity, share: Quantity) -> MeasureResult:
 
 @measure("number")
 def printed_elsewhere(figure: Quantity, place: str) -> MeasureResult:
-    """The figure that the paper prints for the same quantity in another place."""
+    """The figure that the paper prints for the same quantity in another place. place: section or table of it."""
     return MeasureResult(figure, f"{written(figure)} in {place}")

@@ -14,7 +14,7 @@ _OUT, _IN, _RANK, _TOKENS = 24, 40, 4, 64
 
 @measure("count")
 def with_magnitudes(model: Model, method: Method, config: Config, magnitudes: list[str]) -> MeasureResult:
-    """Trainable parameters of DoRA, if a Method of your choice trains the directions.
+    """Number of trainable parameters of DoRA, with the Method `method` for the directions.
 
     `lora` gives DoRA itself, and `vera` gives DVoRA. magnitudes: names of the layers with magnitudes: the last parts of
     their paths.
@@ -51,7 +51,7 @@ def gradient_is(equation: Literal["eq. 6", "eq. 11"], detach_norm: bool) -> Meas
 
 @measure("property")
 def gradient_leaves_direction(detach_norm: bool) -> MeasureResult:
-    """Check whether the gradient of V' = W0 + B A is orthogonal to V' in every row.
+    """Check whether the gradient of DoRA's V' = W0 + B A is orthogonal to V' in every row.
 
     If it is, removing the part along V' does not change the gradient. detach_norm: whether the norm |V'| is a constant
     in the backward pass.
@@ -75,7 +75,10 @@ def gradient_leaves_direction(detach_norm: bool) -> MeasureResult:
 
 
 def _by_equation(drawn: dict[str, Any], equation: str) -> dict[str, Any]:
-    """Return the gradients of A, B and m by name. They are computed by an equation of the paper, without autograd."""
+    """Return the gradients of A, B and m by name, computed by an equation of the paper, without autograd.
+
+    drawn: the tensors from `_drawn`. equation: `eq. 6` or `eq. 11`.
+    """
     A, B, m = drawn["A"], drawn["B"], drawn["m"]
     V = drawn["W0"] + B @ A
     norm = V.square().sum(1, keepdim=True).sqrt()

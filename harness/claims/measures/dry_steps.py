@@ -31,7 +31,7 @@ def step_peak(suite: Suite, cell: Entry) -> MeasureResult:
 
 @measure("bytes")
 def step_peak_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """The `step_peak` of `of` minus that of `than`."""
+    """Difference of the peak memory of two Cells' training steps: `of` minus `than`, each as in `step_peak`."""
     a, b = step_peak(suite, of), step_peak(suite, than)
     return MeasureResult(a.value - b.value, f"{a.value:,} B - {b.value:,} B: {a.how}; {b.how}")
 

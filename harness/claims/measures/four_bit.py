@@ -19,8 +19,8 @@ Type = Literal["nf4", "fp4", "e2m1", "e3m0", "int4", "int4-both-ends"]
 mantissa (m) as the name says. `int4` has the values -7 .. 7 divided by 7, like eq. 1 for 8 bits. `int4-both-ends` has
 the values -8 .. 7 divided by 8."""
 _DRAWN = 2**18
-"""Number of weights that are drawn from a normal distribution. With so many, the error of NF4 is known to a third of a
-percent."""
+"""Number of weights that are drawn from a normal distribution to measure an error. With so many, the error of NF4 is
+known to a third of a percent."""
 
 
 @measure("count")
@@ -48,7 +48,7 @@ def nf4_has(printed: list[float]) -> MeasureResult:
 
 @measure("property")
 def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out"] = "as printed") -> MeasureResult:
-    """Check whether the levels of eq. 4, divided by the largest magnitude, are the printed levels.
+    """Check whether the levels of the QLoRA paper's eq. 4, divided by the largest magnitude, are the printed levels.
 
     Eq. 4 is q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2, where Q is the quantile function of the normal
     distribution. ends: whether levels that are not finite are kept (`as printed`) or left out.
@@ -70,7 +70,7 @@ def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out
 def equally_full_bins(type: Type, block: Positive = 64) -> MeasureResult:
     """Check whether each level of a 4-bit type gets an equal share of normally distributed weights.
 
-    A deviation by sampling error is allowed. block: number of weights that share a constant.
+    A deviation by sampling error is allowed. block: number of weights that share a quantisation constant.
     """
     from harness.conformance.tolerance_constants import INITIAL_SIGMAS
 
@@ -92,7 +92,7 @@ def squared_error(type: Type, block: Positive = 64, double: bool = False) -> Mea
 
     The 2^18 weights are drawn with seed 0. type: `nf4`; `fp4`, which is bitsandbytes' float; `e2m1` or `e3m0`, floats
     with as many bits of exponent (e) and mantissa (m) as the name says; `int4` (-7 .. 7); or `int4-both-ends` (-8 ..
-    7). block: number of weights that share a constant. double: whether the constants are stored in 8 bits.
+    7). block: number of weights that share a quantisation constant. double: whether the constants are stored in 8 bits.
     """
     from reference.operations import double_quant
     from reference.operations.dynamic_map import dequantize_blockwise
@@ -180,7 +180,7 @@ def _levels(type: Type) -> Tensor:
 
 
 def _float(exponent: int, mantissa: int) -> Tensor:
-    """Return all numbers of a floating-point format with so many exponent and mantissa bits, divided by the largest.
+    """Return all numbers of a floating-point format with this many exponent and mantissa bits, divided by the largest.
 
     The format has a sign bit and subnormal numbers, but no infinities.
     """

@@ -44,7 +44,7 @@ def optimizer_bytes(
 
 @measure("count")
 def matrix_states(rows: Positive, columns: Positive, rank: Positive, side: Side = "paper") -> MeasureResult:
-    """Count of the numbers in GaLore's state of one matrix: the projector and two moments."""
+    """Number of elements in GaLore's optimizer state for one matrix: the projector and two moments."""
     from reference.galore import state_elements
 
     count = state_elements(rows, columns, rank, side)
@@ -70,7 +70,7 @@ def refresh_operations(model: Model, method: Method, config: Config = {}) -> Mea
 
 @measure("share")
 def refresh_share_by_operations(refresh: Count, step: Count, gap: Positive) -> MeasureResult:
-    """Time of GaLore's refreshes as a share of the time of all steps, if time is proportional to operations.
+    """GaLore's refreshes of its projectors as a share of the time of all steps, if time is proportional to operations.
 
     refresh, step: operations of a refresh, and of a step. gap: steps from one refresh to the next. No time is measured.
     The true share is larger, because an operation of a decomposition takes longer than one of a matrix product.
@@ -85,7 +85,7 @@ def refresh_share_by_operations(refresh: Count, step: Count, gap: Positive) -> M
 
 @measure("bytes")
 def left_after_saving(saved: Quantity, share: Quantity) -> MeasureResult:
-    """Bytes that remain after `saved` bytes are saved, which were the share `share` of all bytes."""
+    """Bytes that remain after a saving of `saved` bytes, which is the share `share` of all bytes."""
     return MeasureResult(saved / share - saved, f"{written(saved)} B / {written(100 * share)}% - {written(saved)} B")
 
 
@@ -104,7 +104,7 @@ def heads_divide(width: Positive, heads: Positive) -> MeasureResult:
 
 @measure("property")
 def states_by_formula(rows: Positive, columns: Positive, ranks: list[Positive]) -> MeasureResult:
-    """Check whether weight and optimizer states together have as many numbers as Table 1 says.
+    """Check whether a weight and its optimizer states have as many numbers in all as Table 1 of the GaLore paper says.
 
     For a weight of m x n, m <= n, and rank r, these are mn + mr + 2nr numbers with GaLore, and mn + 3mr + 3nr with
     LoRA. They are counted after a step of Adam.
@@ -120,7 +120,7 @@ def states_by_formula(rows: Positive, columns: Positive, ranks: list[Positive]) 
 
 @measure("property")
 def full_rank_keeps_gradient(rows: Positive, columns: Positive, side: Side) -> MeasureResult:
-    """Check whether a gradient that is projected at full rank, and then projected back, is restored (section 3.3).
+    """Check whether projecting a gradient at full rank, and then projecting it back, restores it (section 3.3).
 
     The full rank is the smaller side of the matrix.
     """
@@ -162,7 +162,10 @@ def projects(rows: Positive, columns: Positive, on: Literal["left", "right"], si
 
 @measure("property")
 def moments_are(rows: Positive, columns: Positive, rank: Positive, shape: list[Positive]) -> MeasureResult:
-    """Check whether Adam's moments have this shape, if the paper's rule selects the projected side of the gradient."""
+    """Check whether Adam's moments have the shape `shape`, if GaLore's rule `paper` selects the projected side.
+
+    The gradient has `rows` rows and `columns` columns.
+    """
     M = _step(_gradient(rows, columns, 0), rank=rank, side="paper")[1]["M"]
     return MeasureResult(list(M.shape) == shape, f"W is {rows}x{columns}, M and V are {'x'.join(map(str, M.shape))}")
 

@@ -17,12 +17,13 @@ from harness.claims.measures.records import Entry, Suite
 from harness.records.record import Record
 
 Rates = Annotated[list[Entry], Field(min_length=3)]
-"""A parameter that lists the ids of entries. The entries differ only in the learning rate, which rises."""
+"""A parameter that lists the ids of entries of a suite. They differ only in the learning rate; the lowest rate comes
+first."""
 
 
 @measure("ratio")
 def best_rate_ratio(suite: Suite, of: Rates, to: Rates) -> MeasureResult:
-    """Ratio of two best learning rates, `of` / `to`, as an interval for new seeds.
+    """Ratio of two best learning rates, `of` / `to`, with an interval that is valid for new seeds.
 
     Each side is a list of entries that differ only in their learning rates. With each seed, the loss of an entry is its
     mean training loss over the last third of the steps; all entries train on the same batches. The best rate is where
@@ -47,7 +48,7 @@ def best_rate_ratio(suite: Suite, of: Rates, to: Rates) -> MeasureResult:
 
 
 def _sides(suite: str, of: Sequence[str], to: Sequence[str]) -> list[dict[int, list[Record]]]:
-    """Return, for each side, the Records of each seed, in the order of the entries."""
+    """Return, for `of` and for `to`, seed -> Records with this seed, in the order of the entries."""
     found = record_sources.records(suite, *of, *to)
     record_sources.comparable(*found)
     sides = []
@@ -72,7 +73,10 @@ def _without_rate(record: Record) -> str:
 
 
 def _best(records: Sequence[Record]) -> float:
-    """Return the learning rate at the vertex of the parabola through the lowest loss and its neighbours."""
+    """Return the best learning rate: the vertex of the parabola through the lowest loss and its two neighbours.
+
+    records: one Record per learning rate, the lowest rate first.
+    """
     x = [math.log(record.cell.training.lr) for record in records]
     y = [_loss(record) for record in records]
     at = min(range(len(y)), key=y.__getitem__)

@@ -43,7 +43,7 @@ def rank_times_sides(model: Model, method: Method, config: Config = {}, split: S
 
 @measure("property")
 def only_b_learns_at_first() -> MeasureResult:
-    """Check whether, while B is still zero, the gradient of A is zero and the gradient of B is not."""
+    """Check whether, while LoRA's B is still zero, the gradient of A is zero and the gradient of B is not."""
     import torch
 
     adapted = _attach(_plain(), rank=4, alpha=8)
@@ -81,7 +81,7 @@ def update_is_scaled_by(
 
 @measure("property")
 def subtracting_restores_the_base() -> MeasureResult:
-    """Check whether subtracting alpha/r B A from the merged weight restores the original weight."""
+    """Check whether subtracting alpha/r B A from LoRA's merged weight restores the original weight."""
     import torch
 
     layer = _attach(_plain(), rank=4, alpha=8).layers["layer"]
@@ -97,7 +97,7 @@ def subtracting_restores_the_base() -> MeasureResult:
 
 @measure("property")
 def merged_has_the_bases_layers() -> MeasureResult:
-    """Check whether merging LoRA gives a model with the modules and shapes of the base, and so no extra computation."""
+    """Check whether merging LoRA leaves the modules and shapes of the base model, and so adds no computation."""
     model = _plain()
     before = _architecture(model)
     adapted = _attach(model, rank=4, alpha=8)
@@ -123,7 +123,7 @@ def b_learns_faster(ratio: Positive) -> MeasureResult:
 
 
 def _plain() -> Any:
-    """Return a model of one linear layer with integer weights in float64."""
+    """Return a model with one linear layer, whose weight holds integers in float64."""
     from collections import OrderedDict
 
     import torch

@@ -29,7 +29,7 @@ attention and one after the MLP. `lin` has one after the MLP and the norm. `pfei
 
 @measure("count")
 def adapters(model: Model, design: Design, rank: Positive) -> MeasureResult:
-    """Parameters of adapters: L_Adpt (2 d r + r + d) + 2 L_LN d.
+    """Number of parameters of adapters: L_Adpt (2 d r + r + d) + 2 L_LN d.
 
     L_Adpt is the number of adapters, and L_LN the number of trained layer norms. d is the width of the model, and r is
     `rank`, the inner width of an adapter. An adapter is two linear layers with biases.
@@ -45,7 +45,7 @@ def adapters(model: Model, design: Design, rank: Positive) -> MeasureResult:
 def adapters_of_some_rank(
     model: Model, design: Design, printed: Quantity, last: Quantity, fitted: bool = False
 ) -> MeasureResult:
-    """Parameters of adapters, if the paper prints their number but not the rank.
+    """Number of parameters of adapters, if the paper prints this number but not the rank.
 
     printed: the printed number. The result, `last` and `fitted` are explained in `at_some_rank`.
     """
@@ -56,7 +56,7 @@ def adapters_of_some_rank(
 
 @measure("count")
 def prefix_embedding(model: Model, prefix: Tokens, infix: Tokens) -> MeasureResult:
-    """Parameters of prefix-embedding tuning, which trains the embeddings of virtual tokens: d (l_p + l_i).
+    """Number of parameters of prefix-embedding tuning, which trains the embeddings of virtual tokens: d (l_p + l_i).
 
     d is the width of the model, l_p is `prefix`, and l_i is `infix`.
     """
@@ -66,7 +66,7 @@ def prefix_embedding(model: Model, prefix: Tokens, infix: Tokens) -> MeasureResu
 
 @measure("count")
 def prefix_layer(model: Model, prefix: Tokens, infix: Tokens) -> MeasureResult:
-    """Parameters of prefix-layer tuning: L d (l_p + l_i).
+    """Number of parameters of prefix-layer tuning: L d (l_p + l_i).
 
     It trains the activations of virtual tokens after every block. L is the number of blocks, d is the width of the
     model, l_p is `prefix`, and l_i is `infix`.
@@ -77,7 +77,7 @@ def prefix_layer(model: Model, prefix: Tokens, infix: Tokens) -> MeasureResult:
 
 @measure("count")
 def prefix_layer_of_some_length(model: Model, printed: Quantity, last: Quantity, fitted: bool = False) -> MeasureResult:
-    """Parameters of prefix-layer tuning, if the paper prints their number but not the number of virtual tokens.
+    """Number of parameters of prefix-layer tuning, if the paper prints it but not the number of virtual tokens.
 
     printed: the printed number. The result, `last` and `fitted` are explained in `at_some_rank`, for ranks instead of
     tokens.
@@ -88,7 +88,7 @@ def prefix_layer_of_some_length(model: Model, printed: Quantity, last: Quantity,
 
 @measure("count")
 def last_blocks(model: Model, blocks: Positive) -> MeasureResult:
-    """Parameters of the last `blocks` blocks of a model."""
+    """Number of parameters of the last `blocks` blocks of a model."""
     of_block: dict[int, list[Shape]] = {}
     for name, tensor in attached_model.parameters(model).items():
         if index := re.search(r"\.(\d+)\.", name):

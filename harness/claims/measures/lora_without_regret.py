@@ -37,10 +37,11 @@ def operations_are_2nn_6nr(widths: list[Positive], ranks: list[Positive]) -> Mea
 
 @measure("property")
 def adam_ignores(p: Positive, q: Positive, steps: Positive) -> MeasureResult:
-    """Check whether training stays the same if alpha, A's start and the two learning rates are scaled together.
+    """Check whether LoRA's training stays the same if alpha, A's start and the two learning rates are scaled together.
 
-    alpha is divided by p q, the start of A and its learning rate are multiplied by p, and the learning rate of B by q. The
-    optimizer is Adam without eps. If p and q are powers of two, the weights are equal to the last bit after every step.
+    alpha is divided by p q, the start of A and its learning rate are multiplied by p, and the learning rate of B by q.
+    The optimizer is Adam without eps. If p and q are powers of two, the weights are equal to the last bit after every
+    step.
     """
     import torch
 
@@ -58,10 +59,10 @@ def adam_ignores(p: Positive, q: Positive, steps: Positive) -> MeasureResult:
 
 @measure("property")
 def first_step_averages(rank: Positive) -> MeasureResult:
-    """Check whether the first update of W at this rank is the mean of the updates at rank 1 with each row of A alone.
+    """Check whether LoRA's first update of W is the mean of its updates at rank 1 with each row of A alone.
 
-    If this holds, and the rows of A are drawn alike at every rank, the expected first update does not depend on the rank,
-    with LoRA's factor 1/r. The rank is a power of two, so that the mean is exact up to the order of the sum.
+    If this holds, and the rows of A are drawn alike at every rank, the expected first update does not depend on the
+    rank, with LoRA's factor 1/r. The rank is a power of two, so that the mean is exact up to the order of the sum.
     """
     import torch
 
@@ -95,7 +96,10 @@ def _multiply_adds(method: str, width: int, config: dict[str, Any]) -> int:
 
 
 def _layer(**config: Any) -> Any:
-    """Return LoRA on one layer of zeros in float64."""
+    """Return a model of one linear layer, whose weight is zero in float64, with LoRA attached.
+
+    config: fields of LoRA's config.
+    """
     import torch
     from torch import nn
 
@@ -122,7 +126,7 @@ def _loss(adapted: Any) -> Tensor:
 
 
 def _step(adapted: Any) -> Tensor:
-    """Take the first step of Adam without eps, which moves each number by the learning rate. Return the update of W."""
+    """Take the first step of Adam without eps: each element of B moves by the learning rate. Return the update of W."""
     import torch
 
     layer = adapted.layers["layer"]

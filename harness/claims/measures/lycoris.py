@@ -1,4 +1,4 @@
-"""Measures: the blocks and the ranks of LoKr."""
+"""Measures: numbers of parameters and ranks of LoKr's two blocks, whose Kronecker product is the update."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures: parameters of BART, of vision transformers and of single layers, for which there are no shape presets."""
+"""Measures: numbers of parameters of BART, vision transformers and single layers, which have no shape presets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Shape = dict[str, int]
 
 @measure("count")
 def bart_parameters(shape: Shape, only: list[str] | None = None) -> MeasureResult:
-    """Parameters of BART without a head. Tied parameters count once.
+    """Number of parameters of BART without a head. Tied parameters count once.
 
     only: count only parameters whose names contain one of these texts.
     """
@@ -26,7 +26,7 @@ def bart_parameters(shape: Shape, only: list[str] | None = None) -> MeasureResul
 
 @measure("count")
 def bart_trainable_parameters(shape: Shape, method: Method, config: Config) -> MeasureResult:
-    """Trainable parameters of a Method attached to BART."""
+    """Number of trainable parameters of a Method attached to BART."""
     return _trainable(_bart(shape), method, config)
 
 
@@ -34,7 +34,7 @@ def bart_trainable_parameters(shape: Shape, method: Method, config: Config) -> M
 def vision_parameters(
     width: Positive, blocks: Positive, heads: Positive, mlp: Positive, patch: Positive, pixels: Positive
 ) -> MeasureResult:
-    """Parameters of a vision transformer without its head.
+    """Number of parameters of a vision transformer without its head.
 
     patch, pixels: side of a patch, and of the image, in pixels.
     """
@@ -52,13 +52,13 @@ def vision_trainable(
     method: Method,
     config: Config = {},
 ) -> MeasureResult:
-    """Trainable parameters of a Method attached to a vision transformer, without a new head."""
+    """Number of trainable parameters of a Method attached to a vision transformer, without a new head."""
     return _trainable(_vision(width, blocks, heads, mlp, patch, pixels), method, config)
 
 
 @measure("count")
 def linear_trainable(inputs: Positive, outputs: Positive, method: Method, config: Config = {}) -> MeasureResult:
-    """Trainable parameters of a Method attached to a single linear layer without a bias."""
+    """Number of trainable parameters of a Method attached to a single linear layer without a bias."""
     return _trainable(_linear(inputs, outputs), method, {**config, "targets": ["layer"]})
 
 

@@ -1,4 +1,4 @@
-"""Measures: parameters, counted on a meta model with the Method's reference attached."""
+"""Measures: numbers of parameters, counted on the meta device with the Method's reference attached."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Split = dict[str, list[str]]
 
 @measure("count")
 def parameters(model: Model, without: list[str] | None = None, only: list[str] | None = None) -> MeasureResult:
-    """Parameters of a model. Tied parameters count once.
+    """Number of parameters of a model. Tied parameters count once.
 
     without: regular expressions; a parameter whose name matches one of them does not count. only: regular expressions;
     a parameter whose name matches none of them does not count. Raises ValueError for an expression that matches no
@@ -38,7 +38,7 @@ def trainable_parameters(
     only: list[str] | None = None,
     also: list[str] | None = None,
 ) -> MeasureResult:
-    """Trainable parameters of a Method attached to a model, without a classifier's new head.
+    """Number of trainable parameters of a Method attached to a model, without a classifier's new head.
 
     only: regular expressions; a tensor of the Method counts only if its name matches one of them. also: regular
     expressions; a parameter of the model counts as trainable, too, if its name matches one of them, e.g. `classifier`
@@ -55,7 +55,7 @@ def frozen_tensors_of_the_method(
     split: Split = {},
     only: list[str] | None = None,
 ) -> MeasureResult:
-    """Elements of the tensors that a Method adds but does not train, such as VeRA's projections.
+    """Number of elements of the tensors that a Method adds but does not train, such as VeRA's projections.
 
     A tensor that several layers share counts once.
     """

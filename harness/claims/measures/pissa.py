@@ -59,9 +59,9 @@ def pissa_takes_the_principal_part(
 def fast_svd_error(
     rank: Positive, niter: Positive, rows: Positive = 192, columns: Positive = 256, decay: float = 0.5
 ) -> MeasureResult:
-    """Sum of the absolute differences between two principal parts of a weight: by the fast SVD, and by the exact SVD.
+    """Error of the fast SVD: sum of the absolute differences between its principal part of a weight and the exact one.
 
-    Both are computed in float64. niter: iterations of the fast SVD.
+    Both parts are computed in float64. niter: iterations of the fast SVD.
     """
     import torch
 
@@ -146,7 +146,7 @@ def quantisation_error_reduced(
 def each_turn_is_another(
     rank: Positive, iterations: Positive, residual_of: ResidualOf, size: Positive = 128, decay: float = 0.5
 ) -> MeasureResult:
-    """Check whether each iteration of QPiSSA's Algorithm 1 changes A and B.
+    """Check whether each iteration of the QPiSSA paper's Algorithm 1 changes A and B.
 
     residual_of: whether line 5 updates the residual with the A and B of this step or of the step before.
     """
@@ -159,7 +159,7 @@ def each_turn_is_another(
 
 
 def _iterate(W: Tensor, rank: int, iterations: int, residual_of: ResidualOf) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the residual and B A after each iteration of Algorithm 1. PiSSA's initialisation is the first iteration.
+    """Yield the residual and B A after each iteration of QPiSSA's Algorithm 1. The first is PiSSA's initialisation.
 
     In the second iteration, line 5 reads A_1 and B_1, but no printed line sets them. Here they are the initial A and B.
     """
@@ -174,7 +174,7 @@ def _iterate(W: Tensor, rank: int, iterations: int, residual_of: ResidualOf) -> 
 
 
 def _loftq(W: Tensor, rank: int, iterations: int) -> Tensor:
-    """Return Q + B A by LoftQ, where Q is the quantised weight (eq. 11).
+    """Return Q + B A after `iterations` iterations of LoftQ, where Q is the quantised weight (eq. 11).
 
     LoftQ begins with B A = 0, and alternates between quantisation and SVD.
     """
@@ -248,7 +248,7 @@ def _normal(rows: int, columns: int, seed: int = 3) -> Tensor:
 
 
 def _judged(found: dict[str, Tensor], truth: dict[str, Tensor], dtype: str) -> MeasureResult:
-    """Return whether `found` agrees with `truth`.
+    """Return, as the result of a property, whether the tensors in `found` agree with those in `truth`.
 
     As in the conformance suite, the tolerance comes from the error of rounding `truth` to the dtype.
     """

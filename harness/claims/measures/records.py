@@ -52,11 +52,11 @@ Entry = Annotated[str, AfterValidator(_entry)]
 """A parameter that is the id of an entry of `suite`. If the parameter is called `whole`, it is the id of an entry of
 `whole_suite`."""
 Depths = Annotated[list[Entry], Field(min_length=2)]
-"""A parameter that lists the ids of entries. The entries differ only in the number of blocks of their model."""
+"""A parameter that lists the ids of entries of a suite. They differ only in the number of blocks of their model."""
 LABELS = 2
-"""Number of classes of an encoder's new head, as in tasks with random labels."""
+"""Number of classes of the new classification head of an encoder, as in tasks with random labels."""
 _RECIPE = ("method", "base", "dtype", "optimizer")
-"""Fields in which a Cell must agree with its rehearsal at a smaller size."""
+"""Fields in which a Cell must agree with the smaller Cells from which its memory is scaled up."""
 _LEFT_OUT = "without CUDA's context and memory that the allocator holds beyond tensors"
 
 
@@ -107,7 +107,7 @@ def memory_less(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
 
 @measure("bytes")
 def memory_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """Peak memory in training, in bytes: that of `of` minus that of `than`."""
+    """Difference of the peak memory in training, in bytes: that of `of` minus that of `than`."""
     a, b = pair(suite, of, than)
     return (_peak(a) - _peak(b)).measured(f"{_peaks(a)} - {_peaks(b)}; {record_sources.place(a[0])}")
 
@@ -133,12 +133,12 @@ def extrapolated_memory_ratio(suite: Suite, of: Depths, to: Depths) -> MeasureRe
 
 @measure("bytes")
 def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: Entry) -> MeasureResult:
-    """Memory of a Cell, scaled up from Cells with a narrower model.
+    """Training memory of a Cell, scaled up from Cells with a narrower model.
 
     cells: two entries with the narrower model, one with a single block and one with two blocks. Their ranks are smaller
-    in proportion. The measure counts the bytes of weights, adapter, gradients, the optimizer's states and the temporary
-    tensors of the optimizer's step. These bytes grow in proportion to the parameters, separately inside and outside of
-    the blocks.
+    in proportion. whole: the entry with the whole model, whose memory is computed. The measure counts the bytes of
+    weights, adapter, gradients, the optimizer's states and the temporary tensors of the optimizer's step. These bytes
+    grow in proportion to the parameters, separately inside and outside of the blocks.
 
     `harness.memory_model` predicts the rest: activations, logits, and the states that a paged optimizer leaves on the
     GPU because they are small. The result is a range. The least value is without activations and logits, and the
@@ -169,7 +169,7 @@ def scaled_memory_ratio(suite: Suite, of: Depths, to: Depths, model: Model) -> M
 
 @measure("count")
 def trained_parameters(suite: Suite, cell: Entry) -> MeasureResult:
-    """Parameters that a Cell's Method trains, without a new head."""
+    """Number of parameters that a Cell's Method trains, without a new head."""
     (own,) = record_sources.records(suite, cell)
     counts = {record.measurements.parameters.adapter for record in own if record.measurements}
     return MeasureResult(max(counts), f"counted in {own[0].cell.label}; {record_sources.place(own[0])}")
@@ -177,7 +177,7 @@ def trained_parameters(suite: Suite, cell: Entry) -> MeasureResult:
 
 @measure("property")
 def undecidable(needs: str) -> MeasureResult:
-    """A property that the harness cannot decide, e.g. a score of GPT-3. needs: what a decision would require."""
+    """Property that the harness cannot decide, e.g. a score of GPT-3. needs: what a decision would require."""
     raise NotRunError(f"a decision requires {needs}")
 
 
@@ -196,7 +196,7 @@ def pair(suite: str, of: str, to: str) -> tuple[list[Record], list[Record]]:
 
 
 def _depths(suite: str, cells: Sequence[str]) -> tuple[str, dict[int, list[Record]]]:
-    """Return the name of the model, and number of blocks -> Records.
+    """Return the name of the model that Cells of several depths share, and number of blocks -> Records.
 
     The name does not include the number of blocks. The dict is in ascending order. Raises ValueError if the Cells
     differ in anything but the number of blocks.
@@ -223,7 +223,7 @@ def _extrapolated(suite: str, cells: Sequence[str]) -> tuple[Interval, str, Reco
 
 
 def _scaled(suite: str, cells: Sequence[str], model: str, paged: int | None = None) -> tuple[Interval, str, Record]:
-    """Scale the counted bytes of Cells to `model`. Return the bytes, the arithmetic as text, and one Record.
+    """Scale the counted bytes of Cells up to `model`. Return the bytes, the arithmetic as text, and one Record of them.
 
     paged: bytes of the states that a paged optimizer leaves on the GPU when it trains `model`.
     """
@@ -269,7 +269,7 @@ def _is_paged(record: Record) -> bool:
 
 
 def predicted(cell: Cell) -> Predicted:
-    """Return the predicted memory of a Cell on a GPU."""
+    """Return the memory that a Cell's training would need on a GPU, as `harness.memory_model` predicts it."""
     from harness.memory_model import counting, plan_prediction
 
     config, kind = shape_of(cell)

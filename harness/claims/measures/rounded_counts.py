@@ -1,4 +1,4 @@
-"""Measures: counts in fewer digits than printed, or in unusual units. Imports no torch."""
+"""Measures: counts that a paper prints after an earlier rounding, or in unusual units. Imports no torch."""
 
 from __future__ import annotations
 

@@ -57,14 +57,17 @@ def step_time_ratio(suite: Suite, of: Entry, to: Entry) -> MeasureResult:
 
 @measure("share")
 def step_time_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """Relative increase of the step time, `of` / `than` - 1; negative if `of` is faster."""
+    """Relative increase of the time of a training step, `of` / `than` - 1; negative if `of` is faster."""
     ratio, times, how = _compared(suite, of, than, _steps)
     return (ratio - ONE).measured(f"{times} per step, minus 1; {how}")
 
 
 @measure("ratio")
 def latency_ratio(suite: Suite, cell: Entry, of: Variant, to: Variant, at: Kind) -> MeasureResult:
-    """Ratio `of` / `to` of the times that two variants of a Cell's model take for a pass, in the same process."""
+    """Ratio of the times that two variants of a Cell's model take for a pass in the same process: `of` / `to`.
+
+    at: kind of pass.
+    """
     (own,) = record_sources.records(suite, cell)
     x, y = (_merge([_latency(record, variant, at) for record in own]) for variant in (of, to))
     shape = next(one for one in _latencies(own[0]) if one.kind == at)
@@ -112,7 +115,7 @@ def _compared(suite: str, of: str, to: str, time: Callable[[Sequence[Record]], I
 
 
 def _merge(intervals: Sequence[Interval]) -> Interval:
-    """Return the interval that covers the intervals of all processes. Its value is the median of their values."""
+    """Return the smallest interval that covers these intervals, one per process. Its value is their median value."""
     values = sorted(x.value for x in intervals)
     return Interval(values[len(values) // 2], min(x.least for x in intervals), max(x.most for x in intervals))
 

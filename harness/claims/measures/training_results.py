@@ -30,7 +30,7 @@ def scores_higher(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
 
 @measure("property")
 def scores_no_lower(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """Check whether the mean accuracy of `of` is less than 2 points below that of `than`, or above it.
+    """Check whether the mean accuracy of `of` is above that of `than` minus 2 percentage points.
 
     The 2 points are the margin of the command `gate`.
     """
@@ -66,7 +66,10 @@ def _scores(suite: str, of: str, than: str) -> tuple[Spread, str]:
 
 
 def _above(spread: Spread, least: float, how: str) -> MeasureResult:
-    """Return whether a difference is above `least`. It is undecided if its interval has values on both sides of `least`."""
+    """Return, as the result of a property, whether a difference is above `least`.
+
+    It is undecided if the interval of the difference has values on both sides of `least`. how: the arithmetic as text.
+    """
     low, high = spread.interval
     return MeasureResult(low > least, how, None if low > least or high < least else True)
 

@@ -25,7 +25,7 @@ def adam_training(
     gradient: Each = 2,
     moment: Each = 2,
 ) -> MeasureResult:
-    """Bytes of a model's weights, and of gradients and two moments of the parameters that a Method trains.
+    """Bytes of a model's weights, and of the gradients and Adam's two moments of the parameters that a Method trains.
 
     weight, gradient, moment: bytes per number. The Method `full` trains all parameters, and `frozen` trains none.
     """
