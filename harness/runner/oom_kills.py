@@ -18,7 +18,7 @@ _MACHINE = "vmstat"
 
 
 class KernelKills:
-    """Watches for processes that the kernel kills because memory runs out. Kills before its creation do not count.
+    """Watches for processes that the kernel kills because memory runs out. Earlier kills do not count.
 
     log: the kernel's log. proc: the folder /proc. cgroups: the folder of the cgroups.
     """
@@ -65,7 +65,7 @@ class KernelKills:
                 yield from (int(found[1] or found[2]) for found in _NAMED.finditer(lines))
 
     def _counts(self) -> tuple[int | None, int]:
-        """Return two numbers of killed processes: in this cgroup, or None if unknown, and on the whole machine."""
+        """Return the numbers of killed processes in this process's cgroup (None if unknown) and on the whole machine."""
         own = next(
             (n for folder in self._folders() for name in _COUNTERS if (n := _count(folder / name)) is not None), None
         )

@@ -35,7 +35,7 @@ class MissingPathError(StoreError):
 
 
 class _Listener:
-    """Reports nothing, and ends the run when the file `permit` is deleted."""
+    """A listener that reports nothing. If the file `permit` is deleted, it raises RecalledError to end the Cells."""
 
     def __init__(self, permit: Path | None) -> None:
         self._permit = permit

@@ -40,7 +40,7 @@ _LOOK_S = 0.5
 _POLL_S = 15.0
 _GRACE_S = 10.0
 _CANCEL_S, _CANCEL_LOOK_S = 45.0, 1.0
-"""Seconds to wait until cancelled elements have ended, and seconds between two looks. Slurm itself may take 30 s."""
+"""Seconds to wait until cancelled elements have ended, and seconds between two queries. Slurm itself may take 30 s."""
 GONE = "GONE"
 _UNKNOWN_S = 600.0  # Slurm's accounting may be late by this time
 _QUERY_TIMEOUT_S = 30.0
@@ -52,7 +52,7 @@ _STATES = {"TIMEOUT": Status.TIMEOUT, "OUT_OF_MEMORY": Status.OOM}
 
 
 class Element:
-    """One element of the array. submitit sends it to the machine of the element, and calls it there."""
+    """Code that an element of the job array runs. submitit calls this object on the machine of the element."""
 
     def __call__(self, specs: list[str], timeout: float, command: list[str] | None, permit: str) -> None:
         """Run the Cells of the element one after the other.
