@@ -43,10 +43,11 @@ class _Evaluated:
 
 
 def checks(run: CellRun, model: nn.Module, folder: Path, data: CellData | RandomData) -> Iterator[CheckResult]:
-    """Yield the checks of an imported adapter: its logits by a loader, and by the model that the Cell evaluates.
+    """Yield two checks of an imported adapter: of the logits after loading it anew, and of the logits of `model`.
 
-    Both are compared with the logits of the probe texts that the reference computes from the file in float64. If the
-    reference does not implement the config, the check `reference` is skipped with the reason, so that no time is shown.
+    `model` is the model that the Cell evaluates. Both checks compare the logits on the probe texts with those that the
+    reference computes from the file in float64. If the reference does not implement the adapter's config, the only
+    result is a skipped check `reference` with the reason. folder: folder of the adapter.
     """
     base, case = Path(run.job.model.path), Case("trained", seed=run.cell.seed)
     evaluated = _Evaluated(run.cell.method, run.cell.dtype)

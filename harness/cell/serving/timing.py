@@ -25,7 +25,7 @@ ROUNDS = 6
 class _Target:
     load: Load
     models: Sequence[str]
-    """Model of each request of a round."""
+    """Name of the model that each request of a round goes to."""
     adapters: int
     first_token_s: list[float] = field(default_factory=list)
     token_s: list[float] = field(default_factory=list)
@@ -64,9 +64,10 @@ def measure(
 
 
 def swaps(session: Session, ids: Sequence[int], prompt_tokens: int, rounds: int) -> list[float]:
-    """Replace an adapter by another one `rounds` times. Return the seconds from each request to its first token.
+    """Replace an adapter on the server by another one `rounds` times, and send a prompt after each replacement.
 
-    session: a session in which `swapped_alone` has loaded an adapter. ids, prompt_tokens: as in `measure`.
+    Return the seconds from the start of each replacement to the first token of the answer. session: a session in
+    which `swapped_alone` has loaded an adapter. ids, prompt_tokens: as in `measure`.
     """
     draw = random.Random(f"{session.seed} swaps")  # noqa: S311  # prompts, not secrets
     names, found = list(session.adapters), []

@@ -75,7 +75,7 @@ class Ray:
         self._cpus = 1
         """Cores for each Cell."""
         self._max_threads: int = 2**20
-        """Maximum number of threads per Cell. On a cluster it has no effect: `node.run_jobs` limits the threads there."""
+        """Maximum number of threads per Cell. No effect on a cluster: `node.run_jobs` limits the threads there."""
         self._visible_s = node.VISIBLE_S
         self._blind: set[str] = set()
         """Names of the nodes that cannot see the run's folder or an asset."""
