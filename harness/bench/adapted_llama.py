@@ -84,7 +84,7 @@ class StepSetting:
 
     @property
     def step(self) -> StepBenchmark:
-        """The training step."""
+        """The entry of `STEPS`, with the Method and its config."""
         return STEPS[self.name]
 
 

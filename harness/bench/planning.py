@@ -34,10 +34,8 @@ class BenchRequest:
 
     operations: Sequence[str] = ()
     vs: Sequence[str] = ()
-    """Implementations to compare with. If empty, these are all except the reference and the variants of a library, e.g.
-    `bitsandbytes-paged`.
-
-    If there is no such implementation, the reference is compared."""
+    """Names of the implementations to compare with. If empty, all except the reference and variants of a library, e.g.
+    `bitsandbytes-paged`, or the reference alone if there are no others."""
     steps: Sequence[str] = ()
     shapes: str = "small"
     dtypes: Sequence[str] = ()

@@ -53,7 +53,10 @@ class Samples(FrozenModel):
     """Side -> for each sample, the times from which it was computed. Empty if the samples were timed directly."""
 
     def disagrees(self, elapsed_s: float) -> bool:
-        """Return whether the samples are far shorter than the time that passed in another process meanwhile."""
+        """Return whether the samples are far shorter than the time in which they were taken.
+
+        elapsed_s: this time, by the clock of another process.
+        """
         if self.parts:
             return False  # gradients are drawn between these samples
         times = {"ours": self.ours, "other": self.other, "limit": self.limit}
@@ -82,7 +85,7 @@ class Products(FrozenModel):
 
 
 class BenchRow(FrozenModel):
-    """One benchmark of two implementations."""
+    """The result of one benchmark of two implementations."""
 
     name: str
     shape: str

@@ -79,9 +79,9 @@ def row(
 
 
 def _while_device_works(sides: Iterable[Iterable[CheckOutcome]], device: torch.device) -> list[CheckOutcome]:
-    """Return the outcomes of both sides. If the first side loses the GPU by a failed check, those of the second are missing.
+    """Return the outcomes of both implementations, or of the first alone if it fails a check and loses the GPU.
 
-    Raises DeviceLostError if the GPU is lost and no check has failed.
+    sides: outcomes of each implementation. Raises DeviceLostError if the GPU is lost although no check has failed.
     """
     found: list[CheckOutcome] = []
     for outcomes in sides:
