@@ -20,7 +20,7 @@ from harness.records.record import Cell, CheckResult, Gate, Note, Outcome
 
 @dataclass
 class CellRun:
-    """A running Cell: its job, its instruments, and the results so far."""
+    """A running Cell: its job, its meters of time and memory, and the results so far."""
 
     job: Job
     registry: Registry

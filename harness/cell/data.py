@@ -167,7 +167,7 @@ def _own(job: Job, data: Asset) -> tuple[Any, list[Any], list[Any]]:
 
 
 class _Tokenised(Sequence[Example]):
-    """The examples of some rows. Each row is tokenised when its example is first read.
+    """The rows of a data set as a sequence of examples. Each row is tokenised when its example is first read.
 
     A short training reads few rows, so most rows are never tokenised.
     """

@@ -1,4 +1,4 @@
-"""Load a finished adapter into a Cell's model, compare the logits with the reference, and the loss with the log."""
+"""Check a finished adapter in a Cell: its logits against the reference, and its loss against the logged losses."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from harness.records.imported import Imported, LossAgreement
 from harness.records.record import CheckResult
 
 _PROBE_TOKENS = 64
-"""Largest number of tokens of a probe text."""
+"""Largest number of tokens of a text on which logits are compared."""
 _SPREADS = 3.0
-"""Margin below and above the range of the last logged losses, in standard deviations of the loss over the batches."""
+"""Allowed distance of the loss from the range of logged losses, in standard deviations of the loss over batches."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class _Evaluated:
 def checks(run: CellRun, model: nn.Module, folder: Path, data: CellData | RandomData) -> Iterator[CheckResult]:
     """Yield two checks of an imported adapter: of the logits after loading it anew, and of the logits of `model`.
 
-    `model` is the model that the Cell evaluates. Both checks compare the logits on the probe texts with those that the
-    reference computes from the file in float64. If the reference does not implement the adapter's config, the only
-    result is a skipped check `reference` with the reason. folder: folder of the adapter.
+    `model` is the model that the Cell evaluates. Both checks compare the logits on the probe texts of `data` with those
+    that the reference computes from the file in float64. If the reference does not implement the adapter's config, the
+    only result is a skipped check `reference` with the reason. folder: folder of the adapter.
     """
     base, case = Path(run.job.model.path), Case("trained", seed=run.cell.seed)
     evaluated = _Evaluated(run.cell.method, run.cell.dtype)
@@ -90,7 +90,7 @@ def notes(facts: Imported) -> list[str]:
 
 
 def compare_loss(model: nn.Module, facts: Imported, data: CellData | RandomData) -> LossAgreement:
-    """Compare the loss on training texts of the task with the last logged losses."""
+    """Compare the loss of `model` on training texts of the task with the second half of the logged losses."""
     if not facts.logged:
         return LossAgreement(because="the folder has no logged training loss")
     if isinstance(data, RandomData):

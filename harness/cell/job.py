@@ -57,7 +57,7 @@ class KnownGate(FrozenModel):
 
 
 class Job(FrozenModel):
-    """One attempt at one Cell."""
+    """One attempt at one Cell, with everything that its worker needs to know."""
 
     run: str
     folder: str
@@ -98,5 +98,5 @@ class Job(FrozenModel):
 
 
 def used(model: Asset, data: Asset | None, task: JobTask) -> list[AssetUse]:
-    """Return the Record's entries: one for each model, data set and task that a Cell uses."""
+    """Return the entries of `Record.assets`: one for each model, data set and task that a Cell uses."""
     return [model.use, *(asset.use for asset in (data, task.train) if asset), task.use]

@@ -46,7 +46,7 @@ class Attached:
 
     subject: Subject
     logits: Callable[[], Tensor]
-    """Function that returns the adapted model's logits on the probe texts, in inference mode."""
+    """Function that returns the adapted model's logits on the texts of the parity gate, in inference mode."""
     base_logits: Tensor | None
     """The logits of the same texts before the adapter was attached. They are deleted after the parity gate. None if the
     Cell reuses the gate of an earlier Cell."""

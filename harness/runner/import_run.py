@@ -56,7 +56,7 @@ class ImportRequest:
     beside: str | None = None
     """Suite whose Cells are run too. None for the imported Cell alone."""
     only: str | None = None
-    """Expression that selects Cells of `beside`."""
+    """Expression that selects Cells of `beside`. None for all of them."""
     items: int = 100
     max_tokens: int = 64
     dtype: Dtype = "float32"

@@ -12,9 +12,9 @@ _NAMED = re.compile(rb"Killed process (\d+)|oom-kill:[^\n]*,pid=(\d+)")
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
 """The namespace whose process ids the kernel's log uses. In a container, process ids differ from those in the log."""
 _COUNTERS = ("memory.events", "memory.oom_control")
-"""Names of the files of a cgroup that count kills. The first is for cgroups v2, the second for v1."""
+"""Names of the files of a cgroup that count processes killed for lack of memory, for cgroups v2 and for v1."""
 _MACHINE = "vmstat"
-"""Name of the file in /proc that counts the kills on the whole machine."""
+"""Name of the file in /proc that counts processes killed for lack of memory on the whole machine."""
 
 
 class KernelKills:

@@ -1,4 +1,4 @@
-"""Make a whole run: read the suite, fetch assets, write run.json, run the Cells, write the footer and the report."""
+"""Make a whole run: read the suite, fetch assets, write run.json, run the Cells, write footer.json and the report."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class _Session:
 
 
 def _measure(session: _Session, executor: Executor, context: RunContext) -> store.Run:
-    """Run the Cells that are not done, and write the footer, even after an error. Return the run as it is on disk."""
+    """Run the Cells that are not done, and write footer.json, even after an error. Return the run as it is on disk."""
     progress = session.progress
     how: _How = "finished"
     measured: set[str] = set()
@@ -294,7 +294,7 @@ def _reopen(
 
 
 def _is_of(record: Record, here: Environment, *, is_remote: bool) -> bool:
-    """Return whether a Record was made with this software and code and, unless `is_remote`, on this machine."""
+    """Return whether a Record has the software and code of `here` and, unless `is_remote`, is of the same machine."""
     there = record.environment
     same = there.software == here.software if is_remote else there.id == here.id
     return same and there.code_version == here.code_version
@@ -341,7 +341,7 @@ def _open(
 
 
 def _finish(session: _Session, how: _How, measured: set[str]) -> tuple[store.Run, Footer]:
-    """Read the run from its folder and write its footer. Return the run and the footer.
+    """Read the run from its folder and write its footer.json. Return the run and the content of this file.
 
     measured: ids of the Cells that this invocation measured.
     """

@@ -1,4 +1,4 @@
-"""Read the folder of a finished training of trl, Axolotl, LLaMA-Factory, ms-swift or Unsloth. No torch, and no pickle.
+"""Read the folder of a finished training of trl, Axolotl, LLaMA-Factory, ms-swift or Unsloth. Imports no torch.
 
 All of them are Trainers of transformers. They leave an adapter (adapter_config.json, adapter_model.safetensors) in the
 folder or in checkpoint-N, a log (trainer_state.json), and some of them their own settings as text. `training_args.bin`

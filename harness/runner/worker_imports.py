@@ -1,4 +1,4 @@
-"""List the modules that a Cell needs. A worker imports them before it measures. No torch."""
+"""List the modules that a Cell needs. A worker imports them before it measures. This module imports no torch."""
 
 from __future__ import annotations
 

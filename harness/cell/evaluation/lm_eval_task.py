@@ -21,8 +21,8 @@ from harness.suites.lm_eval_keys import METRICS
 class LmEvalTask:
     """A task from a local file, scored by lm-eval.
 
-    config: the keys of the file. test: the rows to score. judge: name of the lm-eval filter whose output must equal the
-    right answer.
+    config: the task's config for lm-eval. test: the rows to score. judge: name of the lm-eval filter whose output must
+    equal the right answer.
     """
 
     def __init__(self, config: dict[str, Any], test: Sequence[AnyRow], judge: str = "none") -> None:

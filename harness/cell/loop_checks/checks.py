@@ -41,11 +41,11 @@ class Yardstick:
 
     @cached_property
     def truth(self) -> Observed:
-        """The training in float64."""
+        """The training of the reference in float64."""
         return observe(loop.train, self._trainee.of_reference("float64"))
 
     def draws(self) -> Iterator[Observed]:
-        """Yield trainings in the trainee's dtype. Each has different rounding errors."""
+        """Yield trainings of the reference in the trainee's dtype. Each has different rounding errors."""
         for index, seed in enumerate(_DRAWS):
             if index == len(self._draws):
                 self._draws.append(observe(loop.train, self._trainee, seed))
@@ -114,8 +114,8 @@ def check_schedule(evidence: Evidence) -> Findings:
 
 
 def check_gradients(evidence: Evidence) -> Findings:
-    """The optimizer gets the gradient of the mean loss over the answers' tokens plus the Method's own term. Nothing else is
-    added to this gradient, and nothing clips or scales it."""
+    """The optimizer gets the gradient of the mean loss over the answers' tokens plus the Method's own loss term.
+    Nothing else is added to this gradient, and nothing clips or scales it."""
     return _gradients(evidence.trainee, evidence.whole)
 
 

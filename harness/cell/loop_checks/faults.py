@@ -66,7 +66,7 @@ class FaultyLoop:
         return parts
 
     def _seen(self, part: Batch) -> Batch:
-        """Return the part as the model sees it."""
+        """Return the batch that goes through the model for this part."""
         return part
 
     def _weight(self, part: Batch, batch: Batch, parts: Sequence[Batch]) -> float:

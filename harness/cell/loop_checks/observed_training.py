@@ -105,7 +105,7 @@ def batches(recipe: Training) -> list[Batch]:
 def attached(trainee: Trainee, moved_by: int | None = None) -> Adapted:
     """Return the adapted model of a trainee before training. None of its factors is zero.
 
-    moved_by: seed of a random move of each number by up to half a unit in the last place. None: no move.
+    moved_by: seed of a random perturbation of each number by up to half a unit in the last place, or None for none.
     """
     start, state = _start(trainee)
     if moved_by is not None:
@@ -193,7 +193,7 @@ def gradients_at(
 ) -> dict[str, Tensor]:
     """Return the gradients of the reference in `dtype` for each batch, at the given weights, by `step N NAME`.
 
-    weights: the trained tensors before each step. seed: seed of a random move of the weights, as in `attached`.
+    weights: the trained tensors before each step. seed: seed of a random perturbation of the weights, as in `attached`.
     """
     adapted, found = _attach(trainee.of_reference(dtype)), dict[str, Tensor]()
     load(adapted, {}, _start(trainee)[1])

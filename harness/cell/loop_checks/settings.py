@@ -74,7 +74,7 @@ def _pair(trainee: Trainee) -> tuple[Trainee, Trainee]:
 
 
 def _compared(setting: LoopSetting, defaults: dict[str, bool], seen: Observed, own: _Own) -> SettingFound:
-    """Compare a training with that of the harness's loop.
+    """Compare a training with that of the harness's loop, and return the effect of the setting.
 
     Losses are compared by the rule of the check `losses`, and final tensors by that of `weights`.
     """

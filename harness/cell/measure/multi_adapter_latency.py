@@ -86,8 +86,7 @@ def _failed(
 def _untimed(prompt: Prompt, because: str) -> list[Latency]:
     """Return latencies without times, for one adapter and for several adapters. because: the reason.
 
-    Their field `adapters` is set. It is not set in latencies that a suite requests, even if the batch has the same
-    size.
+    Their field `adapters` is set. In the latencies that a suite requests, it is None.
     """
     return prompt.latencies("unmerged", because, 1) + prompt.latencies("multi-adapter", because, ADAPTERS)
 

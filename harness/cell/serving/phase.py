@@ -106,7 +106,10 @@ def _served(
     run: CellRun, subject: Subject, kind: ServerKind, python: ServerPython, base: Path, adapters: dict[str, Path],
     served: Served,
 ) -> Served:  # fmt: skip
-    """Start the server, judge its answers and time it. Raises HarnessError if it does not answer."""
+    """Start the server, judge its answers and time it. Return `served` with the results.
+
+    Raises HarnessError if the server does not answer.
+    """
     case = Case("trained", seed=run.cell.seed)
     prompt_tokens = _prompt_tokens(subject.model, run.cell.evaluation.prompt_tokens)
     launch = Launch(

@@ -46,7 +46,7 @@ print(json.dumps([importlib.util.find_spec(sys.argv[1]) is not None, found]))
 
 @dataclass(frozen=True)
 class ServerPython:
-    """A Python that has a server."""
+    """A Python interpreter that can run a model server."""
 
     path: str
     """Path of the interpreter."""

@@ -18,7 +18,8 @@ TOGETHER = 4
 TOKENS = 16
 """Number of tokens that the server generates for each request."""
 ROUNDS = 6
-"""Smallest number of timed rounds of each load. With fewer, a median has no 95 % interval."""
+"""Smallest number of timed rounds of each load. A round is a set of simultaneous requests. With fewer rounds, a median
+has no 95 % interval."""
 
 
 @dataclass

@@ -35,9 +35,9 @@ class PassedOptimizer(torch.optim.Optimizer):
         """Ignore the state, because nothing was saved."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take a step. `closure` is not used."""
+        """Take a step of `inner`. `closure` is not used."""
         self.inner.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients."""
+        """Drop the gradients of all parameters."""
         self.inner.zero_grad(set_to_none=set_to_none)

@@ -1,8 +1,8 @@
 """Run Cells as one Slurm job array, with the library submitit. An element of the array runs one Cell.
 
-If Slurm limits the size of the array, an element runs several Cells. The array continues after the end of its runner. A
-resumed run uses the Records that the array has written, and ends the remaining elements. Slurm never restarts an
-element (`--no-requeue`). Only `--resume` tries a Cell again, with a new attempt.
+If Slurm limits the size of the array, an element runs several Cells. The array continues if the process that
+submitted it ends. A resumed run uses the Records that the array has written, and ends the remaining elements. Slurm
+never restarts an element (`--no-requeue`). Only `--resume` tries a Cell again, with a new attempt.
 """
 
 from __future__ import annotations
