@@ -36,7 +36,7 @@ class Crossing:
     """Type of the device -> (output features E, input features D) of the measured weights, E ascending. On a CPU,
     Triton's interpreter runs the kernels, only to rehearse the measurement, so the weights are small."""
     sizes: Mapping[str, Sequence[int]]
-    """Type of the device -> values of the size at which both ways are timed, ascending."""
+    """Type of the device -> values, ascending, of the size on which the choice depends, e.g. of the rank."""
     cases: Sequence[str]
     """Uses of the Operation that are timed, e.g. `forward`. To replace the default, a way must be faster in all."""
     ways: Callable[[str, int, int, int, torch.device], tuple[Run, Run]]

@@ -138,7 +138,7 @@ def measure(request: BenchRequest, threads: int, report: BenchReport, save: Call
 
 @dataclass
 class TaskRunner:
-    """A runner of the tasks of a bench, in worker processes."""
+    """A runner of the tasks of `bench`, in worker processes."""
 
     request: BenchRequest
     threads: int

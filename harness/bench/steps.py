@@ -1,4 +1,4 @@
-"""The training steps that a bench can time: their Methods, configs, and model. Imports no torch."""
+"""The training steps that `bench` can time: their Methods, configs, and model. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write the results of a bench as a table of aligned text. Notes follow below it. Imports no torch."""
+"""Write the results of `bench` as a table of aligned text. Notes follow below it. Imports no torch."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def checks(run: CellRun, model: nn.Module, folder: Path, data: CellData | Random
 
 
 def _prompts(probe: Batch) -> Iterator[list[int]]:
-    """Yield the token ids of each probe text, without padding, at most `_PROBE_TOKENS` of them."""
+    """Yield the last `_PROBE_TOKENS` token ids of each text of `probe`, without padding."""
     ids = probe.inputs["input_ids"].cpu()
     mask = probe.inputs.get("attention_mask", torch.ones_like(ids)).cpu().bool()
     for row, real in zip(ids, mask, strict=True):

@@ -53,7 +53,7 @@ class _Times:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        """Name of an activity -> seconds."""
+        """Name of an activity, e.g. `fetch` -> seconds that it has taken so far."""
         self._lap = time.monotonic()
 
     def lap(self, activity: str) -> None:

@@ -198,7 +198,7 @@ class Slurm:
 
 
 def recall(folder: Path) -> None:
-    """End elements of the run in `folder` that still run although their runner was killed. They end within seconds."""
+    """End array elements of the run in `folder` that still run although the runner was killed. This takes seconds."""
     for permit in folder.glob(f"{_EXCHANGE}/{_PERMIT}*"):
         permit.unlink(missing_ok=True)
 
