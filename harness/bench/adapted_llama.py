@@ -76,7 +76,7 @@ class StepSetting:
     """A training step to time, with its model, dtype and device."""
 
     name: str
-    """Name in `STEPS`."""
+    """Key of the step in `STEPS`, e.g. `lora`."""
     shape: Backbone
     dtype: str
     device: torch.device
@@ -84,7 +84,7 @@ class StepSetting:
 
     @property
     def step(self) -> StepBenchmark:
-        """The training step."""
+        """The entry of `STEPS`, with the Method and its config."""
         return STEPS[self.name]
 
 

@@ -1,7 +1,8 @@
-"""`bench --ceilings` and `bench --crossovers`: measure the limits of a card, its crossovers and its tiles.
+"""`bench --ceilings` and `bench --crossovers`: measure a GPU, here called a card.
 
-A worker measures. As soon as it has a number, the number is kept, so that a kernel that hangs loses only what follows.
-Imports no torch.
+Ceilings are its highest rates. A crossover is the size up to which a fused kernel is faster than another way to compute
+an Operation. A tile is the part of a matrix product that one program of a kernel computes. A worker process measures,
+and sends each number at once, so that a kernel that hangs loses only the numbers after it. Imports no torch.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ What = Literal["ceilings", "crossovers"]
 
 @dataclass
 class CardReport:
-    """The numbers of one card."""
+    """The measurements of one card or of the CPU."""
 
     what: What
     device: str
     environment: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """One dict per measurement, in their order. `name`, `value` and `unit` of a ceiling. For crossovers the rows of
-    `harness.bench.tiles.measure`, then those of `harness.bench.crossovers.measure`."""
+    """One dict per measurement, in order. Each ceiling has `name`, `value` and `unit`. With `--crossovers`, these are
+    the rows of `harness.bench.tiles.measure`, then those of `harness.bench.crossovers.measure`."""
     table: dict[str, Any] = field(default_factory=dict)
-    """The table of the card, as `harness.kernels` reads it. It has only the crossovers whose measurement is
-    complete, and the tiles of the dtypes whose measurement is complete."""
+    """The card's crossovers and tiles, in the form that `harness.kernels` reads. An Operation or a dtype whose
+    measurement is not complete is missing. Empty with `--ceilings`."""
     file: str = ""
-    """Name of the table."""
+    """File name for `table`. Empty as long as `table` is."""
     card: str = ""
     """Name of the card; empty for a CPU."""
     failed: str = ""
@@ -81,11 +82,11 @@ COLUMNS = [
     "B: other way, or chosen tile",
     "A / B",
 ]
-"""Columns of the table of crossovers and tiles."""
+"""Titles of the columns of the printed table of crossovers and tiles."""
 
 
 def fields(row: dict[str, Any]) -> list[str]:
-    """Return a row of crossovers or tiles as the texts of `COLUMNS`."""
+    """Return the texts of a row of crossovers or tiles, one for each of `COLUMNS`."""
     ratio = f"{row['ratio']:.2f}"
     if row["operation"] == "tile":
         default, chosen = (short_tile(row[name]) for name in ("default", "tile"))
@@ -119,7 +120,10 @@ def findings(table: dict[str, Any]) -> list[str]:
 
 
 def _limit(E: int, most: int | None, size: str) -> str:
-    """Return a row of a crossover as text, such as `fused up to rank 63 if E >= 4096`. size: name of the size."""
+    """Return a crossover as text, such as `fused up to rank 63 if E >= 4096`.
+
+    most: largest size at which the fused kernel is used; None for no limit. size: name of the size.
+    """
     one = f"rank {most}" if size == "rank" else f"{most} {size.replace('_', ' ')}"
     limit = "never fused" if most == 0 else "always fused" if most is None else f"fused up to {one}"
     return f"{limit} if E >= {E}"
@@ -133,9 +137,9 @@ def rate(value: float, unit: str) -> str:
 def measure(
     what: What, device: Literal["auto", "cpu", "cuda"], patience: float, as_json: bool, out: Path | None
 ) -> Exit:
-    """Measure the card, print the numbers, and return the exit code.
+    """Measure the GPU or the CPU, print the numbers, and return the exit code.
 
-    out: folder for the document and, for a GPU, the card's table under the name that `harness.kernels` reads.
+    out: folder for a JSON file of all numbers and, for a GPU, the table under the name that `harness.kernels` reads.
     Raises HarnessError if a GPU was requested and there is none, and UsageError under Triton's interpreter.
     """
     refuse_interpreter()

@@ -1,8 +1,9 @@
-"""Worker process that measures a card: `python -m harness.bench.card_worker FD LINE TASK`.
+"""Worker process that measures a GPU ("card") or the CPU: `python -m harness.bench.card_worker FD LINE TASK`.
 
-TASK is a dict in JSON: `what` is `ceilings` or `crossovers`, `device` is `cpu` or `cuda`. The events: `card` has the name
-of the card, `row` one measurement, `file` and `table` the name and the content of the card's table as far as it is
-measured, `failed` and `traceback` the error that ends the process.
+FD and LINE are file descriptors: the worker writes events as JSON lines to FD, and is killed when the other end of LINE
+closes. TASK is a dict in JSON: `what` is `ceilings` or `crossovers`, `device` is `cpu` or `cuda`. The events: `card`
+has the name of the card, `row` one measurement, `file` and `table` the name and the content of the card's table as far
+as it is measured, `failed` and `traceback` the error that ends the process.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def main(fd: int, line: int, task: dict[str, Any]) -> None:
-    """Run the measurements that `task` names, and write one event for each."""
+    """Run the measurements that `task` names, and write an event after each."""
     if task["device"] == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # the only way in which a CPU runs the kernels
     with event_writer(fd, line) as emit:
@@ -57,7 +58,7 @@ def _run(task: dict[str, Any], emit: Emit) -> None:
 def _measure_crossovers(clock: Clock, emit: Emit) -> None:
     """Measure the tiles, then the crossovers with these tiles, always in the same order.
 
-    The kernels read no other table meanwhile. Emit the table after each dtype of the tiles and after each crossover.
+    Meanwhile, the kernels ignore earlier tables. Emit the table after each dtype of the tiles and after each crossover.
     """
     import torch
     import triton

@@ -29,7 +29,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class TimedOperation:
-    """Function that draws the arguments of a timed Operation, and the least work of a call."""
+    """The arguments for calls of an Operation that `bench` times, and the least work of a call."""
 
     case: Callable[[BenchSize], dict[str, Any]]
     """Function (size) -> keyword arguments. The Operation's function `arguments` takes them and draws the inputs."""

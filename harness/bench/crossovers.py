@@ -1,4 +1,4 @@
-"""Measure up to which size the fused kernel of an Operation is faster than another way. Needs Triton."""
+"""Measure up to which size the fused kernel of an Operation is faster than another way to compute it. Needs Triton."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from harness.bench.timing import Clock, Run, pairs
 from harness.kernels.card_tables import CROSSOVERS
 
 MARGIN = 1.03
-"""The default way is kept unless the median ratio of pairs shows that the other way is faster by this factor."""
+"""A way or tile replaces the default only if it is faster by more than this factor, in the median ratio of pairs."""
 PAIRS = {"cuda": 11, "cpu": 3}
 _BLOCK = 64
 _RANK = 16
 _ADAPTERS = {"cuda": 4, "cpu": 2}
-"""Type of the device -> adapters in a batch."""
+"""Type of the device -> number of adapters in a batch."""
 
 
 @dataclass(frozen=True)
 class Crossing:
-    """An Operation that is computed in two ways. The better one depends on a size."""
+    """The measurement of an Operation that has a fused kernel and another way. Which is faster depends on a size."""
 
     other: str
-    """Name of the way that is not the fused kernel."""
+    """Name of the other way, e.g. `separate products`."""
     by_default: Literal["fused", "other"]
-    """The way for sizes at which neither is known to be faster."""
+    """The way to use at sizes at which neither was measured to be faster."""
     weights: Mapping[str, Sequence[tuple[int, int]]]
-    """Type of the device -> (E, D) of the measured weights, E ascending. On a CPU the interpreter runs the kernels, so
-    small weights rehearse the measurement, and the times mean nothing."""
+    """Type of the device -> (output features E, input features D) of the measured weights, E ascending. On a CPU,
+    Triton's interpreter runs the kernels, only to rehearse the measurement, so the weights are small."""
     sizes: Mapping[str, Sequence[int]]
-    """Type of the device -> the measured sizes, ascending."""
+    """Type of the device -> values, ascending, of the size on which the choice depends, e.g. of the rank."""
     cases: Sequence[str]
-    """The measured uses. A way is faster at a size if it is faster in each of them."""
+    """Uses of the Operation that are timed, e.g. `forward`. To replace the default, a way must be faster in all."""
     ways: Callable[[str, int, int, int, torch.device], tuple[Run, Run]]
-    """Takes the case, E, D, the size and the device. Returns the fused kernel and the other way, ready to be timed."""
+    """Function (case, E, D, size, device) -> two functions to time, which call the fused kernel and the other way."""
 
 
 def _dtype(device: torch.device) -> torch.dtype:
@@ -81,7 +81,7 @@ def _adapters(case: str, E: int, D: int, tokens: int, device: torch.device) -> t
 
 
 _TOKENS = {_FORWARD: {"cuda": 16, "cpu": 16}, _TRAINED: {"cuda": 4096, "cpu": 16}}
-"""Case of `lora_linear` -> type of the device -> tokens. Few tokens are those of a decoding model, many of training."""
+"""Case of `lora_linear` -> type of the device -> number of tokens: few as in decoding, many as in training."""
 
 
 def _adapted(case: str, E: int, D: int, rank: int, device: torch.device) -> tuple[Run, Run]:
@@ -127,8 +127,7 @@ CROSSINGS = {
         sizes={"cuda": (16, 32, 64, 128, 256), "cpu": (4,)}, cases=(_FORWARD, _TRAINED), ways=_adapted,
     ),
 }  # fmt: skip
-"""Operation -> what is measured for its crossover. On a GPU the weights have sizes of Llama 3, and some
-in between."""
+"""Operation -> the measurement of its crossover. On a GPU the weights have sizes of Llama 3, and some in between."""
 
 
 def measure(operation: str, clock: Clock) -> Iterator[dict[str, Any]]:
@@ -151,7 +150,7 @@ def measure(operation: str, clock: Clock) -> Iterator[dict[str, Any]]:
 
 
 def table(operation: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the section of an Operation in a card's table, from the rows of `measure`.
+    """Return the crossovers of an Operation, as a section of the card's table, from the rows of `measure`.
 
     Between two measured sizes, and wherever neither way is faster by `MARGIN`, the default way is kept.
     """

@@ -1,4 +1,4 @@
-"""Write the files of a bench. This module imports no torch.
+"""Write the result files of `bench`. This module imports no torch.
 
 Paths are checked before anything runs. Each row is written as soon as it is measured.
 """
@@ -21,7 +21,7 @@ _WRITABLE = "name a writable path"
 
 
 def check_writable(out: Path | None, export: Path | None) -> None:
-    """Raise UsageError if a path cannot be written, or if the folder `out` already holds a bench."""
+    """Raise UsageError if a path cannot be written, or if the folder `out` already holds results of `bench`."""
     if out is not None:
         where = f"--out {out}"
         if any(out.glob("[0-9][0-9][0-9]*-vs-*.json")):

@@ -1,4 +1,7 @@
-"""Test whether torch can use a GPU, in a separate process: `python -m harness.bench.gpu_probe FD LINE {}`."""
+"""Test whether torch can use a GPU, in a separate process: `python -m harness.bench.gpu_probe FD LINE {}`.
+
+FD and LINE are file descriptors: the process writes its answer to FD, and is killed when the other end of LINE closes.
+"""
 
 from __future__ import annotations
 

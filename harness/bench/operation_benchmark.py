@@ -63,8 +63,8 @@ class OperationBenchmark:
         """Yield the rows of one size. The first row is for the forward pass alone.
 
         If the Operation is differentiable, a second row is for the forward and the backward pass together. Raises
-        DeviceLostError if the GPU accepts no more work of this process. If a check of one side caused this, the row
-        with this check comes first. The other side is then not blamed.
+        DeviceLostError if the GPU accepts no more work of this process. If a check of one implementation caused this,
+        a row with this check is yielded before, so that the other implementation is not blamed.
         """
         arguments, parity = self._arguments(size), list[CheckOutcome]()
         try:
@@ -164,9 +164,9 @@ class OperationBenchmark:
         return TimedCall(self.definition, implementation.function, arguments, backward=backward)
 
     def _after(self, size: BenchSize, calls: Sequence[TimedCall]) -> Iterator[CheckOutcome]:
-        """After timing, check the timed calls with new values. Yield the outcomes, up to one that loses the GPU.
+        """After timing, run `TimedCall.check` on each call, and yield the outcomes. Stop after one that loses the GPU.
 
-        If memory runs out, the check is skipped with this reason: the timed call itself had enough.
+        If memory runs out, the check is skipped instead of failed, because memory sufficed for the timed call itself.
         """
         words = parity_suite.in_words(self.timed.case(size))
         case = Case("call", seed=suite_run.SEED, factors=self.plan.factors())

@@ -1,4 +1,4 @@
-"""Plan a bench: make one task per benchmark, compared implementation and dtype. Each task runs in its own process.
+"""Plan the work of `bench`: one task per benchmark, compared implementation and dtype, each in its own process.
 
 A benchmark is an Operation or a training step. The implementations are those of the installed plug-ins. This module
 imports no torch.
@@ -34,10 +34,8 @@ class BenchRequest:
 
     operations: Sequence[str] = ()
     vs: Sequence[str] = ()
-    """Implementations to compare with. If empty, these are all except the reference and the variants of a library, e.g.
-    `bitsandbytes-paged`.
-
-    If there is no such implementation, the reference is compared."""
+    """Names of the implementations to compare with. If empty, all except the reference and variants of a library, e.g.
+    `bitsandbytes-paged`, or the reference alone if there are no others."""
     steps: Sequence[str] = ()
     shapes: str = "small"
     dtypes: Sequence[str] = ()
@@ -62,7 +60,7 @@ class BenchTask:
     target: str
     """The Operation or Method that both implementations implement."""
     names: tuple[str, ...]
-    """Names of the two implementations, ours first. A task that measures memory has only one of them."""
+    """Names of the two implementations, `BenchRequest.ours` first. A task that measures memory has only one of them."""
     points: tuple[str, ...]
     """Entry points that provide the implementations."""
     dtype: str
@@ -99,7 +97,7 @@ class BenchTask:
 
 
 def plan(request: BenchRequest, registry: Registry, no_gpu: str) -> tuple[list[BenchTask], list[BenchRow]]:
-    """Return the tasks of a bench, and a row for each benchmark that cannot run.
+    """Return the tasks of a request, and a row for each benchmark that cannot run.
 
     no_gpu: the reason why no GPU can be used, or an empty string if one can. Raises UsageError for unknown names.
     """
@@ -163,7 +161,7 @@ class _Plan:
                 self._add(replace(task, packers=packers))
 
     def _others(self, name: str, kind: str, target: str) -> list[str]:
-        """Return the implementations that are compared with ours.
+        """Return the names of the implementations that are compared with `request.ours`.
 
         For each requested implementation that cannot be compared, add a row with the reason.
         """

@@ -53,7 +53,10 @@ class Samples(FrozenModel):
     """Side -> for each sample, the times from which it was computed. Empty if the samples were timed directly."""
 
     def disagrees(self, elapsed_s: float) -> bool:
-        """Return whether the samples are far shorter than the time that passed in another process meanwhile."""
+        """Return whether the samples are far shorter than the time in which they were taken.
+
+        elapsed_s: this time, by the clock of another process.
+        """
         if self.parts:
             return False  # gradients are drawn between these samples
         times = {"ours": self.ours, "other": self.other, "limit": self.limit}
@@ -82,7 +85,7 @@ class Products(FrozenModel):
 
 
 class BenchRow(FrozenModel):
-    """One benchmark of two implementations."""
+    """The result of one benchmark of two implementations, `ours` and `other`."""
 
     name: str
     shape: str
@@ -127,9 +130,9 @@ class BenchRow(FrozenModel):
 
     @property
     def ratio(self) -> Median | None:
-        """Time of the other implementation divided by our time: the median over all pairs, with its interval.
+        """Time of `other` divided by the time of `ours`: the median over all pairs, with its interval.
 
-        If it is above 1, ours is faster. None if there are no samples.
+        If it is above 1, `ours` is faster. None if there are no samples.
         """
         if self.samples is None:
             return None
@@ -137,14 +140,14 @@ class BenchRow(FrozenModel):
 
     @property
     def limit_ratio(self) -> float | None:
-        """Our time divided by the time of the lower bound: the median over all pairs. None without a lower bound."""
+        """Time of `ours` divided by `samples.limit`, a lower bound: the median over pairs. None if there is none."""
         if self.samples is None or not self.samples.limit:
             return None
         return median(a / least for a, least in zip(self.samples.ours, self.samples.limit, strict=True))
 
     @property
     def products_ratio(self) -> float | None:
-        """FLOPs of our matrix products divided by those of the frozen pass. None if the FLOPs were not counted.
+        """FLOPs of the matrix products of `ours` divided by those of the frozen pass. None if they were not counted.
 
         If all other work took no time, `limit_ratio` would have the same value.
         """
@@ -186,7 +189,7 @@ class BenchRow(FrozenModel):
 
     @property
     def memory_ratio(self) -> float | None:
-        """`step_memory` of the other implementation divided by that of ours. None if one of them is unknown."""
+        """`step_memory` of `other` divided by that of `ours`. None if one of them is unknown."""
         ours, other = self.step_memory(self.ours), self.step_memory(self.other)
         return None if not ours or not other else other / ours
 

@@ -138,13 +138,13 @@ def measure(request: BenchRequest, threads: int, report: BenchReport, save: Call
 
 @dataclass
 class TaskRunner:
-    """A runner of the tasks of a bench, in worker processes."""
+    """A runner of the tasks of `bench`, in worker processes."""
 
     request: BenchRequest
     threads: int
     workers: WorkerPool
     in_environments: dict[str, WorkerPool] = field(default_factory=dict)
-    """Workers with the interpreter of an environment, by the name of the implementation that needs it."""
+    """Name of an implementation that has its own Python environment -> workers that run in this environment."""
 
     def stop(self) -> None:
         """Stop all workers."""
@@ -190,7 +190,7 @@ class TaskRunner:
         """Run a task in a process. Yield (`begin`, number), (`row`, BenchRow) and (`memory`, bytes by name).
 
         The number is the position of a size in `task.sizes`. If the process fails, the last row reports the failure. If it
-        loses the GPU, and the last row already has the check that caused it, (`lost`, reason) follows instead.
+        loses the GPU, and the last row already has the check that caused this, the last item is (`lost`, reason).
         """
         at, error, lost, complete, timed = 0, "", "", False, dict[str, float]()
         row: BenchRow | None = None

@@ -1,4 +1,4 @@
-"""Sizes of the layers that a bench times, and smaller sizes for the parity checks. Imports no torch.
+"""Sizes of the layers that `bench` times, and smaller sizes for the parity checks. Imports no torch.
 
 The layers are those of Llama-3-8B and Llama-3-70B, and some small ones.
 """

@@ -37,7 +37,7 @@ def row(
     setting: StepSetting, both: Sequence[Implementation], packers: Sequence[str], pairs: int, facts: dict[str, Any],
     announce: timing.Announce = lambda _: None,
 ) -> BenchRow:  # fmt: skip
-    """Check the parity of two implementations, time their training steps, and return the row of the bench.
+    """Check the parity of two implementations, time their training steps, and return the result.
 
     packers: for each implementation, the name of the implementation that packs its base. facts: copied into the row.
     announce: see `timing.pairs`.
@@ -79,9 +79,9 @@ def row(
 
 
 def _while_device_works(sides: Iterable[Iterable[CheckOutcome]], device: torch.device) -> list[CheckOutcome]:
-    """Return the outcomes of both sides. If the first side loses the GPU by a failed check, those of the second are missing.
+    """Return the outcomes of both implementations, or of the first alone if it fails a check and loses the GPU.
 
-    Raises DeviceLostError if the GPU is lost and no check has failed.
+    sides: outcomes of each implementation. Raises DeviceLostError if the GPU is lost although no check has failed.
     """
     found: list[CheckOutcome] = []
     for outcomes in sides:
@@ -176,7 +176,7 @@ class _Products:
 
 
 def _galore(setting: StepSetting, both: Sequence[Implementation], pairs: int, facts: dict[str, Any]) -> BenchRow:
-    """Check the parity of two implementations of GaLore, time their steps, and return the row of the bench.
+    """Check the parity of two implementations of GaLore, time their steps, and return the result.
 
     The steps are timed in cycles. A cycle is one step that refreshes the projector, and some ordinary steps. Each cycle
     gives one sample: the mean time of a step in a training that refreshes in one of `GALORE_GAP` steps. For parity, both

@@ -1,4 +1,4 @@
-"""The training steps that a bench can time: their Methods, configs, and model. Imports no torch."""
+"""The training steps that `bench` can time: their Methods, configs, and model. Imports no torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class StepBenchmark:
     """A training step of one Method."""
 
     method: str
-    """Name of a module in `reference/`."""
+    """Name of the Method, which is also its module in `reference/`."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the Method's Config."""
     base: str = ""
@@ -65,4 +65,4 @@ STEPS: dict[str, StepBenchmark] = {
 }
 """Value of `--step` -> the step. The value names Method and base in the same way as the names of Cells."""
 FORMER_NAMES = {"lora-nf4": "lora on nf4"}
-"""Former name of a step, which `--step` still takes -> its name."""
+"""Former name of a step, which `--step` still accepts -> its present name."""

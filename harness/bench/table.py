@@ -1,4 +1,4 @@
-"""Write the results of a bench as a table of aligned text. Notes follow below it. Imports no torch."""
+"""Write the results of `bench` as a table of aligned text. Notes follow below it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def lines(rows: Sequence[BenchRow]) -> list[str]:
 
 
 def fields(row: BenchRow) -> tuple[str, ...]:
-    """Return the texts of a row. If it was not measured, the last is its outcome with the reason."""
+    """Return the text of each column of a row. If it was not measured, the last is its outcome with the reason."""
     start = (row.name, row.shape, row.dtype, row.device)
     if row.outcome != "measured" or row.samples is None:  # a step is `failed`, with samples, if its memory is unknown
         return (*start, "-", row.other, "-", "-", "-", "-", f"{row.outcome}: {row.because}")

@@ -1,7 +1,8 @@
-"""Measure which tile of a matrix product is fastest on a card. Needs Triton.
+"""Measure which tile of a matrix product is fastest on a GPU ("card"). Needs Triton.
 
-The search is bounded: `SHAPES` times the few candidates of `harness.kernels.triton.support.gemm_tiles`. It always runs in
-the same order, and the default stays unless another tile is clearly faster.
+A tile is the part of the output that one program of the kernel computes. The search is bounded: `SHAPES`
+times the few candidates of `harness.kernels.triton.support.gemm_tiles`. It always runs in the same order, and the
+default stays unless another tile is clearly faster.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ SHAPES = {
     "cuda": ((16, 32, 64, 256, 1024, 2048, 4096, 8192), ((1024, 4096), (4096, 4096), (14336, 4096))),
     "cpu": ((16,), ((64, 64),)),
 }
-"""Device -> the rows M of the output, and the pairs of its columns N and of the terms K of a sum. A call uses the tile of
-the shape in its bucket, if both have the same default tile."""
+"""Device -> the measured shapes: rows M of the output, and pairs of its columns N and the terms K of each sum. A call
+uses the tile of the measured shape in its bucket (`tuned_tiles.bucket`), if both have the same default tile."""
 DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.float16,)}
 RANK = 64
-"""Rank of the measured products. 64 is the largest block of ranks, which takes the most shared memory."""
+"""Rank of the low-rank term in the measured products. 64 is the largest block of ranks, and needs the most shared
+memory."""
 _COMPILER_FAILED = "PassManager::run failed"
 """Text of the RuntimeError that Triton raises if a pass of its compiler fails."""
 
@@ -40,9 +42,9 @@ class Choice:
 
     tile: GemmTile
     ratio: float
-    """Time of the default / time of this tile, the median of pairs. 1 for the default."""
+    """Time of the default tile divided by the time of this tile, the median of pairs. 1 if this is the default tile."""
     refused: dict[str, str]
-    """Candidate -> the reason why it was not timed."""
+    """Candidate tile, as text -> reason why it was not timed."""
 
 
 def choose(
@@ -86,9 +88,9 @@ def measure(clock: Clock) -> Iterator[dict[str, Any]]:
 
 
 class _Product:
-    """The products of one shape as launches with any tile: once with the weight as in a forward pass, once transposed.
+    """Two matrix products of one shape: one with the weight as in a forward pass, one with the weight transposed.
 
-    The first has all the optional tensors for which tiles are tuned, so that no call needs more registers.
+    The first also has all optional tensors for which tiles are tuned, so that no call with a tile needs more registers.
     """
 
     def __init__(self, clock: Clock, M: int, N: int, K: int, dtype: torch.dtype, default: GemmTile) -> None:
@@ -115,7 +117,7 @@ class _Product:
     def reason(self, tile: GemmTile) -> str:
         """Return the reason why a tile cannot be used: it does not compile, spills registers or changes the result.
 
-        The outputs are NaN before, so that a tile which does not write all of them is noticed.
+        The outputs are filled with NaN first, so that a tile that does not write all of them is noticed.
         """
         from triton.compiler.errors import CompilationError
         from triton.runtime.errors import OutOfResources, PTXASError
@@ -150,9 +152,10 @@ class _Product:
 
 
 def section(rows: Sequence[dict[str, Any]], stamp: dict[str, Any]) -> dict[str, Any]:
-    """Return the section of a card's table, from rows of `measure`: the tiles that differ from the default.
+    """Return the section `tiles` of a card's table. Its `rows` are those rows whose tile is not the default.
 
-    stamp: what the tiles depend on, as `tuned_tiles.stamp` returns it. `shapes` is the number of rows of `measure`.
+    rows: rows of `measure`; `shapes` in the result is their number. stamp: what the tiles depend on, as
+    `tuned_tiles.stamp` returns it.
     """
     changed = [row for row in rows if row["tile"] != row["default"]]
     standing = "measured by `peft-harness bench --crossovers`"

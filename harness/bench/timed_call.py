@@ -74,12 +74,12 @@ class TimedCall:
                 tensor.copy_(values[name])
 
     def check(self, dtype: str, fresh: Arguments, case: Case) -> CheckResult:
-        """With new values in the same tensors, the timed call returns what a call on other tensors returns.
+        """Check that with new values in the same tensors, the timed call returns what a call on other tensors returns.
 
-        fresh: arguments with the new values, of the same shapes. The results must be ordinary tensors, must not equal those
-        of the old values, and are copied before any other work waits for the device. They are equal to the last bit or,
-        because a kernel may add up in another order, as right as the check `outputs` or `backward` demands. Afterwards,
-        the call has no tensors any more, so that large ones are in memory only once.
+        fresh: arguments with the new values, of the same shapes. The results must be ordinary tensors, and must differ
+        from those of the old values. They are copied before any other work waits for the device. They must be equal to
+        the last bit or, because a kernel may sum in another order, as accurate as the check `outputs` or `backward`
+        demands. Afterwards this object has no tensors any more, so that large ones are in memory only once.
         """
         subject = OperationSubject(self.operation, self.function, dtype, fresh, lambda: fresh)
         old = _digests(self.results())
@@ -137,7 +137,7 @@ def _equal(ours: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
 
 
 def _digests(named: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """Return a digest of the values of each tensor. 0.0 and -0.0 have the same."""
+    """Return a digest of the values of each tensor. 0.0 and -0.0 have the same digest."""
     found: dict[str, bytes] = {}
     for name, tensor in named.items():
         digest = blake2b()

@@ -20,7 +20,7 @@ from harness.bench.results import Samples
 Run = Callable[[], object]
 Side = Literal["ours", "other"]
 Announce = Callable[[Literal["begin", "end"]], object]
-"""Called before the first sample and after the last one."""
+"""Function that is called with `begin` before the first sample, and with `end` after the last one."""
 SIDES: tuple[Side, Side] = ("ours", "other")
 
 WARMUP = 3
@@ -110,7 +110,8 @@ def pairs(
     """Time two programs in `count` pairs of alternating order. Return the samples in seconds per call.
 
     limit: a third program, timed once after each pair. overhead: copied into the result. single: if true, a sample is
-    always one call, even a short one. announce: lets another process time all samples together.
+    always one call, even a short one. announce: called before the first and after the last sample, so that
+    another process can time them together.
     """
     runs = {"ours": ours, "other": other} | ({"limit": limit} if limit is not None else {})
     clock.warm_up(other, WARM_S)

@@ -36,10 +36,10 @@ def judge_parity(parity: Sequence[CheckOutcome]) -> tuple[list[CheckOutcome], Ou
 
 
 def with_own_clock(row: BenchRow, elapsed_s: float) -> BenchRow:
-    """Return a row, without its samples if the timer of the measured process was wrong.
+    """Return the row, or if the timer of the measured process was wrong, a copy with a failed check and no samples.
 
-    elapsed_s: seconds that passed in this process while the samples were taken. Nothing is compared on a GPU, where the
-    samples are times between events of the device, and the host waits between them on purpose.
+    elapsed_s: seconds that passed in this process while the samples were taken. On a GPU the row is returned unchanged,
+    because its samples are times between events of the device, and the host waits between them on purpose.
     """
     if row.samples is None or row.device != "cpu" or not row.samples.disagrees(elapsed_s):
         return row

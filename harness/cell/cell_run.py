@@ -20,7 +20,7 @@ from harness.records.record import Cell, CheckResult, Gate, Note, Outcome
 
 @dataclass
 class CellRun:
-    """A running Cell: its job, its instruments, and the results so far."""
+    """A running Cell: its job, its meters of time and memory, and the results so far."""
 
     job: Job
     registry: Registry
@@ -40,7 +40,7 @@ class CellRun:
     layers: list[str] = field(default_factory=list)
     """Paths of the adapted layers."""
     loss_agreement: LossAgreement | None = None
-    """For an imported adapter, the comparison of its loss with its log."""
+    """Comparison of an imported adapter's loss with its logged losses. None until it is made, and for other Cells."""
     adapted: Mapping[str, object] = field(default_factory=dict)
     """Path of each adapted layer -> the module that the implementation put there."""
 
@@ -61,7 +61,7 @@ class CellRun:
 
     @property
     def known_gate(self) -> KnownGate | None:
-        """The gate of an earlier Cell that this Cell rests on. None if it takes its own."""
+        """The parity gate of an earlier Cell, whose result this Cell reuses. None if it runs its own."""
         known = self.job.known_gate
         return known if known is not None and known.key == self.gate_key else None
 

@@ -1,4 +1,4 @@
-"""The data of a Cell: training batches, probe texts for the parity gate, and the scorer."""
+"""The data of a Cell: training batches, texts for the parity gate (probe texts), and the scorer."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from harness.records.record import Accuracy, Cell
 from harness.suites.lm_eval_keys import max_answer_tokens, too_long
 
 _PROBED, _PROBED_CAUSAL = 8, 4
-"""Number of probe texts for an encoder, and for a causal model. A causal model gets fewer, because it returns more
-logits per text."""
+"""Number of texts on which the parity gate compares logits (probe texts), for an encoder and for a causal model. A
+causal model gets fewer, because it returns more logits per text."""
 _PROBED_RANDOM, _PROBED_TOKENS = 2, 32
 _COMPARED = 8
 """Number of training batches on which the loss of an imported adapter is computed."""
@@ -167,7 +167,7 @@ def _own(job: Job, data: Asset) -> tuple[Any, list[Any], list[Any]]:
 
 
 class _Tokenised(Sequence[Example]):
-    """The examples of some rows. Each row is tokenised when its example is first read.
+    """The rows of a data set as a sequence of examples. Each row is tokenised when its example is first read.
 
     A short training reads few rows, so most rows are never tokenised.
     """

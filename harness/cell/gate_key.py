@@ -1,8 +1,8 @@
-"""Keys of parity gates. Cells with equal keys share one gate, because its result does not depend on anything else.
+"""Keys of parity gates. A key is a hash of all that a gate's result depends on, so Cells with equal keys share a gate.
 
-A gate tries the adapted layers, and the whole model on probe texts, with random adapter tensors. It steps no optimizer. So
-the seed, the optimizer, the schedule and the texts are not part of a key: they choose the numbers that are tried, not the
-code. Imports no torch.
+A gate runs the adapted layers, and the whole model on a few texts, with random adapter tensors. It takes no optimizer
+step. So the seed, the optimizer, the schedule and the texts are not part of a key: they change the numbers that are
+compared, but not the code that runs. Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ _LEFT_OUT = (
     "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PEFT_HARNESS_API_KEY", "PEFT_HARNESS_CACHE", "PEFT_HARNESS_CHILD",
     "PEFT_HARNESS_NIGHT",
 )  # fmt: skip
-"""Variables that may differ between processes with equal results. CUDA_VISIBLE_DEVICES chooses a device. Ray sets
-OMP_NUM_THREADS, and a run on one machine may not. The key has the number of threads that torch reports instead. The
-others are a secret, a folder, and marks of processes."""
+"""Exceptions from `_VARIABLES`, on which no result depends. CUDA_VISIBLE_DEVICES chooses a device. Not every run sets
+OMP_NUM_THREADS, so the key has the number of threads instead. The others are a secret, a folder, and marks of
+processes."""
 
 
 def of_cell(cell: Cell, model: Asset, task: JobTask, device: str) -> str:
     """Return the part of a Cell's key that is known before its process starts.
 
-    The result is empty for a Cell that never shares its gate. An imported adapter is compared with its own tensors. With
-    `compile`, the gate also compiles the model, which would otherwise happen in measured steps.
+    The result is empty for a Cell that never shares its gate. This is a Cell with an imported adapter, whose own
+    tensors are compared, or with `compile`, whose gate also compiles the model before the measured steps.
 
-    Long texts reach other code than short ones, so `max_tokens` counts. The labels give the model's last layer.
+    `max_tokens` is part of the key, because long texts may run other code than short ones. So is the number of labels,
+    which is the size of the model's last layer.
     """
     if cell.training.compile or ADAPTER_SHA256 in cell.config:
         return ""
@@ -49,7 +50,10 @@ def of_cell(cell: Cell, model: Asset, task: JobTask, device: str) -> str:
 
 
 def of_process(job: Job, provider: Provider, environment: Environment) -> str:
-    """Return the key of a job in this process. It is empty if the Cell never shares its gate."""
+    """Return the complete key of a job's gate: `of_cell`, plus the machine, software and variables of this process.
+
+    The result is empty for a Cell that never shares its gate.
+    """
     known = of_cell(job.cell, job.model, job.task, job.device)
     if not known:
         return ""

@@ -1,4 +1,4 @@
-"""Load a finished adapter into a Cell's model, compare the logits with the reference, and the loss with the log."""
+"""Check a finished adapter in a Cell: its logits against the reference, and its loss against the logged losses."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from harness.records.imported import Imported, LossAgreement
 from harness.records.record import CheckResult
 
 _PROBE_TOKENS = 64
-"""Largest number of tokens of a probe text."""
+"""Largest number of tokens of a text on which logits are compared."""
 _SPREADS = 3.0
-"""Margin below and above the range of the last logged losses, in standard deviations of the loss over the batches."""
+"""Allowed distance of the loss from the range of logged losses, in standard deviations of the loss over batches."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,11 @@ class _Evaluated:
 
 
 def checks(run: CellRun, model: nn.Module, folder: Path, data: CellData | RandomData) -> Iterator[CheckResult]:
-    """Yield the checks of an imported adapter: its logits by a loader, and by the model that the Cell evaluates.
+    """Yield two checks of an imported adapter: of the logits after loading it anew, and of the logits of `model`.
 
-    Both are compared with the logits of the probe texts that the reference computes from the file in float64. If the
-    reference does not implement the config, the check `reference` is skipped with the reason, so that no time is shown.
+    `model` is the model that the Cell evaluates. Both checks compare the logits on the probe texts of `data` with those
+    that the reference computes from the file in float64. If the reference does not implement the adapter's config, the
+    only result is a skipped check `reference` with the reason. folder: folder of the adapter.
     """
     base, case = Path(run.job.model.path), Case("trained", seed=run.cell.seed)
     evaluated = _Evaluated(run.cell.method, run.cell.dtype)
@@ -68,7 +69,7 @@ def checks(run: CellRun, model: nn.Module, folder: Path, data: CellData | Random
 
 
 def _prompts(probe: Batch) -> Iterator[list[int]]:
-    """Yield the token ids of each probe text, without padding, at most `_PROBE_TOKENS` of them."""
+    """Yield the last `_PROBE_TOKENS` token ids of each text of `probe`, without padding."""
     ids = probe.inputs["input_ids"].cpu()
     mask = probe.inputs.get("attention_mask", torch.ones_like(ids)).cpu().bool()
     for row, real in zip(ids, mask, strict=True):
@@ -89,7 +90,7 @@ def notes(facts: Imported) -> list[str]:
 
 
 def compare_loss(model: nn.Module, facts: Imported, data: CellData | RandomData) -> LossAgreement:
-    """Compare the loss on training texts of the task with the last logged losses."""
+    """Compare the loss of `model` on training texts of the task with the second half of the logged losses."""
     if not facts.logged:
         return LossAgreement(because="the folder has no logged training loss")
     if isinstance(data, RandomData):

@@ -46,10 +46,10 @@ class ImportedAdapter(FrozenModel):
 
 
 class KnownGate(FrozenModel):
-    """The parity gate that an earlier Cell of the run has taken. A Cell with the same key rests on it."""
+    """The parity gate of an earlier Cell of the run. A Cell with the same key reuses its result."""
 
     key: str
-    """See `Gate.key`."""
+    """Hash of everything that the result of the gate depends on."""
     record: str
     """The Record of the earlier Cell, as `cell_id.attempt`."""
     because: str = ""
@@ -57,7 +57,7 @@ class KnownGate(FrozenModel):
 
 
 class Job(FrozenModel):
-    """One attempt at one Cell."""
+    """One attempt at one Cell, with everything that its worker needs to know."""
 
     run: str
     folder: str
@@ -85,7 +85,7 @@ class Job(FrozenModel):
     imported: ImportedAdapter | None = None
     """The adapter that is loaded. None for a Cell that trains, or that evaluates the base."""
     known_gate: KnownGate | None = None
-    """A gate that the Cell may rest on. None if it must take its own."""
+    """Parity gate of an earlier Cell, which this Cell reuses if the keys are equal. None if it must run its own."""
 
     def record(self, *, notes: Sequence[str] = (), **outcome: Any) -> Record:
         """Return the Record of this attempt. outcome: values of the fields that the job does not determine."""
@@ -98,5 +98,5 @@ class Job(FrozenModel):
 
 
 def used(model: Asset, data: Asset | None, task: JobTask) -> list[AssetUse]:
-    """Return the Record's entries: one for each model, data set and task that a Cell uses."""
+    """Return the entries of `Record.assets`: one for each model, data set and task that a Cell uses."""
     return [model.use, *(asset.use for asset in (data, task.train) if asset), task.use]

@@ -46,10 +46,10 @@ class Attached:
 
     subject: Subject
     logits: Callable[[], Tensor]
-    """Function that returns the adapted model's logits on the probe texts, in inference mode."""
+    """Function that returns the adapted model's logits on the texts of the parity gate, in inference mode."""
     base_logits: Tensor | None
     """The logits of the same texts before the adapter was attached. They are deleted after the parity gate. None if the
-    Cell rests on the gate of an earlier one."""
+    Cell reuses the gate of an earlier Cell."""
     start: dict[str, Tensor]
     """Name of each trained tensor -> copy of its initial value."""
 
@@ -113,7 +113,7 @@ def measure(run: CellRun, predict: Predict) -> Measurements:
 def _load(run: CellRun) -> models.Loaded:
     """Load and return the model.
 
-    If the job names a shape, there is no checkpoint and the weights are random. If the base of such a model is
+    If the job names a shape (a config.json without weights), the weights are random. If the base of such a model is
     quantised, `_quantise` draws the weights later.
     """
     with run.clock.phase("load"):
@@ -180,9 +180,9 @@ def _attach(
 
 
 def _check_parity(run: CellRun, attached: Attached, data: Data) -> None:
-    """Compare the adapted model with the reference. Then free the data that only this comparison needs.
+    """Run the parity gate, or use the result of an earlier Cell's gate. Then free the data that only the gate needs.
 
-    If the gate of an earlier Cell is known, its verdict counts. Raises NonconformingError if model and reference differ.
+    Raises NonconformingError if the adapted model and the reference differ.
     """
     subject = attached.subject
     with run.clock.phase("parity"):
@@ -202,9 +202,9 @@ def _check_parity(run: CellRun, attached: Attached, data: Data) -> None:
 
 
 def _gate(run: CellRun, attached: Attached, data: Data) -> list[CheckResult]:
-    """Take the parity gate, and return the results of its checks.
+    """Run the parity gate, and return the results of its checks.
 
-    An imported adapter is compared as it is, by the logits of the whole model.
+    An imported adapter keeps its own tensors, and only the logits of the whole model are compared.
     """
     subject, base = attached.subject, run.cell.base
     if imported := run.job.imported:
@@ -239,10 +239,10 @@ def _save(run: CellRun, subject: Subject, loaded: models.Loaded, model_B: int) -
 
 
 def _time(run: CellRun, subject: Subject, data: Data, offloaded: OffloadedWeights) -> list[Latency]:
-    """Measure and return the latencies. Check the merged model too.
+    """Check the merged model, and measure and return the latencies.
 
     If memory runs out, the Cell does not fail. The returned latencies then have a reason instead of times. If the suite
-    wants no latencies, the check of the merged model remains. It takes seconds, and the phase is named after it.
+    requests no latencies, only the merged model is checked, in a phase called `merge`, and the list is empty.
     """
     model: Any = subject.model
     cell = run.cell

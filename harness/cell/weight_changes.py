@@ -34,7 +34,7 @@ def state_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_of_names(cell: Cell, name: str, violations: list[str], what: str) -> CheckResult:
-    """Return a check that passes if `violations` is empty.
+    """Return the result of a check, which passes if `violations` is empty.
 
     violations: names of tensors. what: what these tensors did wrong, e.g. `changed`. If the check fails, the message
     consists of the names and this text.

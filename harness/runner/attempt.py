@@ -29,7 +29,7 @@ def _do_nothing() -> None:
 
 @dataclass(frozen=True)
 class RunContext:
-    """Facts that all attempts of a run share."""
+    """Settings and callbacks that are the same for all attempts of a run."""
 
     folder: store.RunFolder
     environment: Environment
@@ -37,16 +37,16 @@ class RunContext:
     timeout: float
     """Maximum duration of an attempt, in seconds."""
     on_imports: Callable[[], object] = _do_nothing
-    """Function that is called while no Cell runs, after `WorkerStarter.prepare`, in which a fork server may import."""
+    """Callback after the imports of a fork server, if no Cell runs meanwhile. The runner times the imports by it."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """End of an attempt. This is used only if the attempt left no Record."""
+    """Reason why an attempt ended. The runner writes it into a Record if the worker has not written one."""
 
     status: Status
     kind: str
-    """The value of `Failure.kind`."""
+    """Value for `Failure.kind` of the Record, e.g. `timeout`, `SIGKILL` or `exit 1`."""
     because: str
     """The cause in a sentence."""
     phase: str = ""
@@ -95,7 +95,7 @@ class Attempt:
         return time.monotonic() >= self.deadline or self._worker.is_over
 
     def end(self) -> Record:
-        """Kill the remaining processes and return the Record. If the worker has left none, write one."""
+        """Kill the remaining processes and return the Record. If the worker has not written a Record, write one."""
         late = not self._worker.events.is_closed and time.monotonic() >= self.deadline
         try:
             if not late:
@@ -132,7 +132,7 @@ class Attempt:
 
 
 def record_of(job: Job, context: RunContext, ending: Ending, started: str, begun: float) -> Record:
-    """Return the Record of an attempt that is over. If its worker left none, write one with the cause of the end.
+    """Return the Record of an attempt that is over. If its worker has not written one, write one from `ending`.
 
     started: UTC time of the attempt's start. begun: time.monotonic() of this process at the attempt's start.
     """

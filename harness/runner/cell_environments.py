@@ -1,4 +1,6 @@
-"""Environments of Cells, which are made before the run, and of their model servers, which must exist."""
+"""Python environments for the Cells of a suite and for the model servers that the Cells start.
+
+A missing environment of a Cell is created before the run. A missing environment of a server is not."""
 
 from __future__ import annotations
 
@@ -20,18 +22,19 @@ _DESCRIBE = "from harness.records import environment as e; print(e.describe(e.th
 
 @dataclass(frozen=True)
 class CellEnvironment:
-    """The environment of a Cell."""
+    """A Python environment in which Cells run."""
 
     python: str
-    """Path of its interpreter."""
+    """Path of the environment's interpreter."""
     described: Environment
-    """Machine and software, as its interpreter sees them."""
+    """The machine, and the versions of the software in this environment."""
 
 
 def ensure(cells: Iterable[Cell], say: Callable[[str], None]) -> dict[str, CellEnvironment]:
-    """Make the environments that Cells name, if they do not exist, and return them by `Cell.environment`.
+    """Create the missing environments of Cells. Return a dict: value of `Cell.environment` -> environment.
 
-    Raises UsageError for a version that does not exist, and HarnessError if an environment cannot be made or used.
+    say: prints a line of progress. Raises UsageError for a version that does not exist, and HarnessError if an
+    environment cannot be created or used.
     """
     known = {one.name: one.file.spec for one in folder.made() if one.is_current} | table.load()
     texts = dict.fromkeys(cell.environment for cell in cells if cell.environment)
@@ -40,9 +43,10 @@ def ensure(cells: Iterable[Cell], say: Callable[[str], None]) -> dict[str, CellE
 
 
 def server_pythons(cells: Iterable[Cell]) -> dict[str, str]:
-    """Return the interpreters of the servers that Cells name, by `Cell.serve`. No environment is made.
+    """Return a dict that maps each model server in `Cell.serve` to the path of its interpreter.
 
-    A server without an environment is left out, because the Python of the Cell may have the server.
+    No environment is created. A server without an environment is left out, because it may be installed in the Python
+    that runs the Cell.
     """
     known = {one.name: one.file.spec for one in folder.made() if one.is_current} | table.load()
     found: dict[str, str] = {}

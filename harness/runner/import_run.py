@@ -39,7 +39,7 @@ matrix:
     training: {{steps: 0, max_tokens: {max_tokens}}}
     evaluation: {{{items}}}
 """
-"""A suite with one Cell, whose Method and config are replaced by those of the imported adapter."""
+"""Template of a suite with one Cell. Later, the imported adapter replaces the Method and the config of this Cell."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,15 @@ class ImportRequest:
 
     folder: Path
     model: str | None = None
-    """Name or folder of the base. None for the one that the adapter names, or of the first Cell of `beside`."""
+    """Name or folder of the base model. If None, the first Cell of `beside` decides; without `beside`, the adapter's
+    config."""
     task: str | None = None
-    """Name or file of the task. None for that of the first Cell of `beside`, or else for no score."""
+    """Name or file of the task. If None, the first Cell of `beside` decides; without `beside`, nothing is scored."""
     checkpoint: int | None = None
     beside: str | None = None
     """Suite whose Cells are run too. None for the imported Cell alone."""
     only: str | None = None
-    """Expression that selects Cells of `beside`."""
+    """Expression that selects Cells of `beside`. None for all of them."""
     items: int = 100
     max_tokens: int = 64
     dtype: Dtype = "float32"
@@ -94,9 +95,10 @@ def import_run(
 
 
 def _judge(adapter: AdapterFile, base: Path) -> Exit:
-    """Print the findings about a file. Return FAIL if it does not conform.
+    """Print the findings about an adapter file. Return FAIL if it does not conform.
 
-    Raises UsageError if the adapter's task needs another class of the base, since a Cell evaluates the base as it is.
+    Raises UsageError if the adapter's `task_type` needs another class of the base model (e.g. with a classification
+    head). A Cell evaluates the base model unchanged.
     """
     from harness.conformance.adapter_files.findings import judge
     from harness.methods.base_model import empty_base
@@ -119,7 +121,10 @@ def _judge(adapter: AdapterFile, base: Path) -> Exit:
 
 
 def _suite(request: ImportRequest, adapter: AdapterFile) -> Suite:
-    """Return the suite to run beside the imported Cell, or a suite with one Cell on its model and task."""
+    """Return the suite `request.beside`, with a Cell of the requested model and task as the first.
+
+    Without `beside`, return a suite with a single Cell, from the template `_SUITE`.
+    """
     if request.beside is not None:
         suite = loader.load(request.beside)
         plan = select(suite.plan, request.only) if request.only else suite.plan
@@ -170,7 +175,10 @@ def _sources() -> Mapping[str, Source]:
 
 
 def _with_import(suite: Suite, first: Cell, request: ImportRequest, adapter: AdapterFile, facts: Imported) -> Suite:
-    """Return the suite with the Cell of the imported adapter in the place of `first`, or after all Cells of `beside`."""
+    """Return the suite with a Cell for the imported adapter, which has the model and task of `first`.
+
+    It is the last Cell if there is a suite `beside`. Otherwise it is the only one.
+    """
     config: dict[str, Any] = {KEY: dict(adapter.config), ADAPTER_SHA256: facts.adapter_sha256}
     training = Training(steps=0, batch=first.training.batch, max_tokens=first.training.max_tokens)
     cell = first.model_copy(

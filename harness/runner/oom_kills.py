@@ -12,13 +12,13 @@ _NAMED = re.compile(rb"Killed process (\d+)|oom-kill:[^\n]*,pid=(\d+)")
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
 """The namespace whose process ids the kernel's log uses. In a container, process ids differ from those in the log."""
 _COUNTERS = ("memory.events", "memory.oom_control")
-"""Names of the files of a cgroup that count kills. The first is for cgroups v2, the second for v1."""
+"""Names of the files of a cgroup that count processes killed for lack of memory, for cgroups v2 and for v1."""
 _MACHINE = "vmstat"
-"""Name of the file in /proc that counts the kills on the whole machine."""
+"""Name of the file in /proc that counts processes killed for lack of memory on the whole machine."""
 
 
 class KernelKills:
-    """Watches for processes that the kernel kills because memory runs out. Kills before its creation do not count.
+    """Watches for processes that the kernel kills because memory runs out. Earlier kills do not count.
 
     log: the kernel's log. proc: the folder /proc. cgroups: the folder of the cgroups.
     """
@@ -65,7 +65,7 @@ class KernelKills:
                 yield from (int(found[1] or found[2]) for found in _NAMED.finditer(lines))
 
     def _counts(self) -> tuple[int | None, int]:
-        """Return two numbers of killed processes: in this cgroup, or None if unknown, and on the whole machine."""
+        """Return how many processes were killed in this process's cgroup (None if unknown) and on the whole machine."""
         own = next(
             (n for folder in self._folders() for name in _COUNTERS if (n := _count(folder / name)) is not None), None
         )

@@ -1,4 +1,4 @@
-"""Make a whole run: read the suite, fetch assets, write run.json, run the Cells, write the footer and the report."""
+"""Make a whole run: read the suite, fetch assets, write run.json, run the Cells, write footer.json and the report."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from harness.suites.suite import Suite
 
 DEFAULT_TIMEOUT_S = 3600.0
 _IN_CELLS = "cells"
-"""Name of the activity "Cells are running"."""
+"""Key of `_Times.seconds` for the time in which Cells run."""
 
 _How = Literal["finished", "interrupted", "failed"]
 CellAssets = dict[str, tuple[Asset, Asset | None, JobTask]]
@@ -53,7 +53,7 @@ class _Times:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        """Name of an activity -> seconds."""
+        """Name of an activity, e.g. `fetch` -> seconds that it has taken so far."""
         self._lap = time.monotonic()
 
     def lap(self, activity: str) -> None:
@@ -80,8 +80,8 @@ def run_suite(
     """Run a suite, write its report, print the summary on stdout, and return the exit code.
 
     suite_name: name or path, or the suite itself. executor: runs the Cells. By default, they run one at a time on this
-    machine. imported: the adapter of the Cells whose config has the hash of an adapter. own_gates: every Cell takes its own
-    parity gate.
+    machine. imported: a finished adapter, loaded by the Cells with the key `ADAPTER_SHA256` in their config. own_gates:
+    if true, every Cell runs its own parity gate, and reuses that of no earlier Cell.
     """
     times = _Times()
     suite = suite_name if isinstance(suite_name, Suite) else loader.load(suite_name)
@@ -123,7 +123,7 @@ class _Session:
     assets: CellAssets
     homes: Mapping[str, CellEnvironment]
     servers: Mapping[str, str]
-    """Kind of model server -> its interpreter. A server without an environment of its own is left out."""
+    """Name of a model server -> path of its interpreter. A server without an environment of its own is left out."""
     done: set[str]
     """Ids of the Cells that need not run again."""
     folder: store.RunFolder
@@ -132,7 +132,7 @@ class _Session:
     times: _Times
     progress: Progress
     imported: ImportedAdapter | None
-    """The adapter of the Cells whose config has the hash of an adapter."""
+    """A finished adapter, loaded by the Cells with the key `ADAPTER_SHA256` in their config. None if there are none."""
     gates: SharedGates
 
     def jobs(self) -> Iterator[Job]:
@@ -159,7 +159,7 @@ class _Session:
 
 
 def _measure(session: _Session, executor: Executor, context: RunContext) -> store.Run:
-    """Run the Cells that are not done, and write the footer, even after an error. Return the run as it is on disk."""
+    """Run the Cells that are not done, and write footer.json, even after an error. Return the run as it is on disk."""
     progress = session.progress
     how: _How = "finished"
     measured: set[str] = set()
@@ -190,7 +190,7 @@ def _measure(session: _Session, executor: Executor, context: RunContext) -> stor
 
 
 def _gate_key(assets: CellAssets, record: Record, device: Device) -> str:
-    """Return the key of the parity gate of a Record, or an empty string if the Record is of no Cell of this plan."""
+    """Return the key of the parity gate of a Record. Empty if its Cell is not in `assets` or never shares its gate."""
     if record.cell_id not in assets:
         return ""
     model, _, task = assets[record.cell_id]
@@ -294,7 +294,7 @@ def _reopen(
 
 
 def _is_of(record: Record, here: Environment, *, is_remote: bool) -> bool:
-    """Return whether a Record was made with this software and code and, unless `is_remote`, on this machine."""
+    """Return whether a Record has the software and code of `here` and, unless `is_remote`, is of the same machine."""
     there = record.environment
     same = there.software == here.software if is_remote else there.id == here.id
     return same and there.code_version == here.code_version
@@ -341,7 +341,7 @@ def _open(
 
 
 def _finish(session: _Session, how: _How, measured: set[str]) -> tuple[store.Run, Footer]:
-    """Read the run from its folder and write its footer. Return the run and the footer.
+    """Read the run from its folder and write its footer.json. Return the run and the content of this file.
 
     measured: ids of the Cells that this invocation measured.
     """

@@ -1,7 +1,7 @@
-"""The parity gates that the Cells of a run have taken, and that later Cells may rest on.
+"""Results of the parity gates of a run, which later Cells with the same gate key reuse.
 
-No Cell waits for a gate: a Cell that starts before a gate with its key has ended takes its own. A resumed run takes its
-gates anew, because the code of a plug-in may have changed in between.
+No Cell waits for the gate of another Cell. If no gate with its key has ended when a Cell starts, the Cell runs its own.
+A resumed run does not reuse earlier results, because the code of a plug-in may have changed in between.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from harness.records.record import Outcome, Record
 
 
 class SharedGates:
-    """The gates of a run, by the part of the key that is known before a Cell's process starts.
+    """The results of the parity gates of a run, by the key that `gate_key.of_cell` returns.
 
-    own: every Cell takes its own gate.
+    own: if true, nothing is stored, so every Cell runs its own gate.
     """
 
     def __init__(self, *, own: bool = False) -> None:
@@ -22,10 +22,10 @@ class SharedGates:
         self._gates: dict[str, KnownGate] = {}
 
     def add(self, key: str, record: Record) -> None:
-        """Add the gate of a Record, if its attempt took one. key: from `gate_key.of_cell`.
+        """Store the result of the parity gate in a Record. key: from `gate_key.of_cell`.
 
-        An attempt that ended before its gate did adds nothing. If Cells that ran at the same time took gates with one key, a
-        failure is kept.
+        Nothing is stored if the attempt ended before its gate, or reused the gate of another Cell. If concurrent Cells
+        ran gates with the same key, a failure replaces a pass, but not the reverse.
         """
         if not key or not record.gate or record.gate.record or self._own:
             return
@@ -37,11 +37,11 @@ class SharedGates:
             self._gates[key] = made
 
     def known(self, job: Job) -> KnownGate | None:
-        """Return the gate that a job may rest on. None if it must take its own."""
+        """Return the gate that the Cell of a job may reuse. None if the Cell must run its own."""
         return self._gates.get(gate_key.of_cell(job.cell, job.model, job.task, job.device))
 
 
 def _why_failed(record: Record) -> str:
-    """Return the reason why the gate of a Record failed. Empty if it passed, or if there was none."""
+    """Return the reason why the gate of a Record failed. Empty if it passed, or if the Record has no gate."""
     results = record.checks[: record.gate.checks] if record.gate else []
     return record.because if any(result.outcome is Outcome.FAIL for result in results) else ""

@@ -1,4 +1,4 @@
-"""Read the folder of a finished training of trl, Axolotl, LLaMA-Factory, ms-swift or Unsloth. No torch, and no pickle.
+"""Read the folder of a finished training of trl, Axolotl, LLaMA-Factory, ms-swift or Unsloth. Imports no torch.
 
 All of them are Trainers of transformers. They leave an adapter (adapter_config.json, adapter_model.safetensors) in the
 folder or in checkpoint-N, a log (trainer_state.json), and some of them their own settings as text. `training_args.bin`
@@ -35,7 +35,7 @@ _SETTINGS = (
     "max_length", "sample_packing", "packing", "load_in_4bit", "load_in_8bit", "quantization_bit",
     "quantization_method", "quant_bits", "quant_method",
 )  # fmt: skip
-"""Keys of the text files that a Record keeps."""
+"""Settings that are copied into the Record, by their keys in the text files of these programs."""
 _QUANTISED = ("load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits")
 _OF_STATE = ("global_step", "max_steps", "num_train_epochs", "train_batch_size", "logging_steps")
 _MEMORY = "memory(GiB)"
@@ -44,20 +44,21 @@ _MEMORY = "memory(GiB)"
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A folder that a training program left, and the adapter in it that was chosen."""
+    """The folder of a finished training, and the adapter in it that was chosen for the import."""
 
     folder: Path
     """Folder that the user named."""
     adapter: Path
     """Folder with the chosen adapter: `folder` itself, or a checkpoint in it."""
     checkpoint: int | None
-    """Number of the checkpoint. None if the adapter stands in `folder` itself."""
+    """N of the folder `checkpoint-N` that holds the adapter. None if the adapter is in no such folder."""
 
     @classmethod
     def find(cls, folder: Path, checkpoint: int | None = None) -> FinishedRun:
-        """Choose the adapter of a folder: that of `checkpoint`, or else its own, or else that of the last checkpoint.
+        """Choose the adapter to import from `folder`.
 
-        Raises UsageError if there is no such adapter.
+        If `checkpoint` is given, the adapter is in `checkpoint-N` with this number. Otherwise it is in `folder` itself,
+        or, if `folder` has no weights, in the last checkpoint. Raises UsageError if there is no adapter there.
         """
         if not folder.is_dir():
             raise UsageError(
@@ -122,7 +123,10 @@ class FinishedRun:
         return _object(self.adapter / _CONFIG)
 
     def _file(self, name: str) -> Path | None:
-        """Return the path of a file of the run: beside the adapter, in the folder, or in the run of a checkpoint."""
+        """Return the path of a file with this name, or None. Search the folder of the adapter, then `folder`.
+
+        If `folder` is itself a `checkpoint-N`, search its parent folder last.
+        """
         places = [self.adapter, self.folder]
         if _CHECKPOINT.fullmatch(self.folder.resolve().name):
             places.append(self.folder.resolve().parent)
@@ -130,7 +134,10 @@ class FinishedRun:
 
     @cached_property
     def _state_path(self) -> Path | None:
-        """Path of the log. An adapter in the folder itself belongs to the log there, or to that of the last checkpoint."""
+        """Path of trainer_state.json, which holds the log. None if there is no such file.
+
+        For an adapter in `folder` itself, a missing file is replaced by that of the last checkpoint.
+        """
         found = self._file(_STATE)
         if found is None and self.checkpoint is None and (checkpoints := _checkpoints(self.folder)):
             path = checkpoints[max(checkpoints)] / _STATE
@@ -151,7 +158,7 @@ class FinishedRun:
 
     @cached_property
     def _logged(self) -> list[LoggedLoss]:
-        """Logged losses up to the chosen checkpoint. Losses that are no finite number are left out."""
+        """The logged losses up to the chosen checkpoint, without those that are NaN or infinite."""
         return [
             LoggedLoss(step=entry["step"], loss=float(entry["loss"]))
             for entry in self._log
@@ -163,7 +170,10 @@ class FinishedRun:
 
     @cached_property
     def _tool(self) -> tuple[str, str, dict[str, Any]]:
-        """The program that wrote the folder, the file that shows it, and the settings in its text files."""
+        """Name of the program that wrote the folder, the file that shows this, and the settings in its text files.
+
+        All of them are empty if no file shows the program.
+        """
         if path := self._file("args.json"):
             return "ms-swift", "args.json", _object(path)
         for name in ("training_args.yaml", "llamaboard_config.yaml"):

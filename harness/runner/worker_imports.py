@@ -1,4 +1,4 @@
-"""List the modules that a Cell needs. A worker imports them before it measures. No torch."""
+"""List the modules that a Cell needs. A worker imports them before it measures. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def modules(job: Job, registry: Registry) -> list[str]:
 
 
 def shared(job: Job) -> list[str]:
-    """Return the modules that a fork server imports for a Cell: those it needs, and that of its model's classes.
+    """Return the modules that a fork server imports for a Cell, including the transformers module of its model type.
 
     Only the worker imports plug-ins of other distributions. A plug-in could start threads, which a fork would lack.
     """
@@ -49,7 +49,7 @@ def _always(job: Job) -> list[str]:
 
 @functools.cache
 def _own() -> Registry:
-    """Return the harness's own implementations."""
+    """Return a registry of the implementations that are part of the harness, without those of other distributions."""
     points = entry_points_by_name()
     return discover(
         [name for name, point in points.items() if point.dist is not None and point.dist.name == OWN_DISTRIBUTION]

@@ -26,23 +26,23 @@ Libraries = tuple[str | int | None, ...]
 """Key of a fork server: an interpreter, a number of threads, and the modules that are imported."""
 
 _MOST_SERVERS = 3
-"""Number of fork servers above which an idle one is ended. Each holds about 0.4 GB, for one set of libraries."""
+"""Maximum number of fork servers, except if all are busy. Each holds about 0.4 GB, for one set of libraries."""
 _READY_S = 120.0
-"""Largest duration of a fork server's imports, in seconds. If one takes longer, all later workers are new processes."""
+"""Time limit for the imports of a fork server, in seconds. If one takes longer, all later workers are new processes."""
 
 
 class WorkerStarter:
     """Starts workers. Leaving the context ends the fork servers.
 
-    command: command that starts a new process as a worker. The numbers of two file descriptors are appended to it. Only the
-    usual command may be replaced by a fork.
+    command: command that starts a new process as a worker. The numbers of two file descriptors are appended to it. A
+    worker is forked only if the command is the default.
     """
 
     def __init__(self, command: Sequence[str] = WORKER) -> None:
         self._command = command
         self._forks = command == WORKER and fork_server.is_allowed()
         self._servers: dict[Libraries, ForkServer] = {}
-        """The running servers. The one that was used last is the last."""
+        """The running fork servers, from the least to the most recently used."""
 
     def __enter__(self) -> WorkerStarter:
         return self
@@ -84,7 +84,7 @@ class WorkerStarter:
             raise _no_worker(error, str(log)) from error
 
     def _server(self, job: Job) -> ForkServer | None:
-        """Return a server that forks workers for such a job, or None if the worker must be a new process."""
+        """Return the fork server for a job, started if necessary. None if the worker must be a new process."""
         # If there is a GPU, a library may use it during its import, and no fork could use it afterwards.
         if not self._forks or job.device != "cpu" or environment.gpus():
             return None

@@ -12,7 +12,7 @@ GROUPS = 4
 
 
 def _outputs(s: BenchSize, *, qkv: bool) -> list[tuple[int, int]]:
-    """Return (E, D) of each layer. s: sizes of the layer of the query, or of the gate."""
+    """Return (E, D) of each layer of the block. s: size of its query layer (`qkv`) or of its gate layer (MLP)."""
     if qkv:
         return [(s.E, s.D), *[(max(1, s.E // GROUPS), s.D)] * 2]
     return [(s.E, s.D), (s.E, s.D), (s.D, s.E)]

@@ -16,7 +16,7 @@ def _constants(s: BenchSize) -> int:
 
 
 def _double(flops: int) -> TimedOperation:
-    """Return the TimedOperation that quantises or decodes the absmax values of a weight.
+    """Return the TimedOperation of double quantisation, which quantises or decodes the absmax values of a weight.
 
     flops: number of FLOPs per absmax value.
     """

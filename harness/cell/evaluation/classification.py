@@ -15,7 +15,7 @@ from harness.records.record import Item
 def score(
     model: nn.Module, examples: Sequence[Example], pad: int, batch: int, report: Callable[[int, int], None]
 ) -> list[Item]:
-    """Return one Item per example, in the order of the examples.
+    """Return one Item (id, and whether the prediction is right) per example, in the order of the examples.
 
     pad: id of the padding token. batch: texts per forward pass; texts of similar length share a batch. report: called
     after each batch with two numbers, the scored examples so far and all examples.

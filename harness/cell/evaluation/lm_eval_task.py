@@ -21,8 +21,8 @@ from harness.suites.lm_eval_keys import METRICS
 class LmEvalTask:
     """A task from a local file, scored by lm-eval.
 
-    config: the keys of the file. test: the rows to score. judge: name of the lm-eval filter whose output must equal the
-    right answer.
+    config: the task's config for lm-eval. test: the rows to score. judge: name of the lm-eval filter whose output must
+    equal the right answer.
     """
 
     def __init__(self, config: dict[str, Any], test: Sequence[AnyRow], judge: str = "none") -> None:
@@ -34,7 +34,7 @@ class LmEvalTask:
         self._places = range(len(test))
 
     _places: range
-    """For each of `ids`, the position of its document among the task's documents."""
+    """Positions of the scored items among the documents of the lm-eval task, in the order of `ids`."""
 
     def _take(self, config: dict[str, Any], data: Any, judge: str) -> None:
         from lm_eval.api.task import ConfigurableTask
@@ -78,7 +78,7 @@ class LmEvalTask:
         return [f"{self.task.config.target_delimiter}{choice}" for choice in self.task.doc_to_choice(doc)]
 
     def score(self, scorer: CausalScorer) -> list[Item]:
-        """Run lm-eval and return one Item per test row."""
+        """Run lm-eval and return one Item (id, and whether the answer is right) per test row."""
         from lm_eval.evaluator import evaluate
 
         # `limit` would start at the first document. A range is fast, because lm-eval tests each document for membership.

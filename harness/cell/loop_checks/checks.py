@@ -1,4 +1,4 @@
-"""Checks of a training loop. The docstring of each check is its rule.
+"""Checks of a training loop. The docstring of each check states what a correct loop does.
 
 A gradient is judged at the weights at which the loop computed it, so that one fault does not hide in the consequences of
 another one. Losses and final weights are those of the whole training, so a fault also shows in all later steps.
@@ -30,7 +30,10 @@ _DRAWS = (None, *range(PERTURBED_DRAWS))
 
 
 class Yardstick:
-    """Trainings of the reference by the harness's own loop. All implementations of a Method in one dtype share them."""
+    """Trainings to compare with: the reference by the harness's own loop, in float64 and in the trainee's dtype.
+
+    All implementations of a Method in one dtype share them.
+    """
 
     def __init__(self, trainee: Trainee) -> None:
         self._trainee = trainee.of_reference(trainee.dtype)
@@ -38,11 +41,11 @@ class Yardstick:
 
     @cached_property
     def truth(self) -> Observed:
-        """The training in float64."""
+        """The training of the reference in float64."""
         return observe(loop.train, self._trainee.of_reference("float64"))
 
     def draws(self) -> Iterator[Observed]:
-        """Yield trainings in the trainee's dtype. Each has different rounding errors."""
+        """Yield trainings of the reference in the trainee's dtype. Each has different rounding errors."""
         for index, seed in enumerate(_DRAWS):
             if index == len(self._draws):
                 self._draws.append(observe(loop.train, self._trainee, seed))
@@ -51,7 +54,7 @@ class Yardstick:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Trainings of one trainee by a loop, and of the reference by the harness's own loop."""
+    """Trainings that a check compares: `trainee` by the loop under test, the reference by the harness's own loop."""
 
     trainee: Trainee
     train: Callable[..., StepSamples]
@@ -59,12 +62,12 @@ class Evidence:
 
     @cached_property
     def whole(self) -> Observed:
-        """The training, with each batch in one part."""
+        """The training by the loop under test, without gradient accumulation."""
         return observe(self.train, self.trainee)
 
     @cached_property
     def parts(self) -> Observed:
-        """The training, with each batch in several parts."""
+        """The training by the loop under test, with gradient accumulation over `PARTS` parts of each batch."""
         recipe = self.trainee.recipe.model_copy(update={"accumulate": PARTS})
         return observe(self.train, replace(self.trainee, recipe=recipe))
 
@@ -111,8 +114,8 @@ def check_schedule(evidence: Evidence) -> Findings:
 
 
 def check_gradients(evidence: Evidence) -> Findings:
-    """The optimizer gets the gradient of the mean loss over the answers' tokens plus the Method's own term. Nothing else is
-    added to this gradient, and nothing clips or scales it."""
+    """The optimizer gets the gradient of the mean loss over the answers' tokens plus the Method's own loss term.
+    Nothing else is added to this gradient, and nothing clips or scales it."""
     return _gradients(evidence.trainee, evidence.whole)
 
 
@@ -191,7 +194,7 @@ CHECKS: dict[str, Callable[[Evidence], Findings]] = {
     for name, function in list(globals().items())
     if name.startswith("check_") and inspect.isfunction(function)
 }
-"""Name -> check."""
+"""Name of a check -> its function."""
 
 
 def outcome_of(name: str, check: str, evidence: Evidence) -> CheckOutcome:

@@ -62,11 +62,11 @@ class FaultyLoop:
         return batches
 
     def _used(self, parts: Sequence[Batch]) -> Sequence[Batch]:
-        """Return the parts of a batch that have a loss."""
+        """Return those parts of a batch that are trained on."""
         return parts
 
     def _seen(self, part: Batch) -> Batch:
-        """Return the part as the model sees it."""
+        """Return the batch that goes through the model for this part."""
         return part
 
     def _weight(self, part: Batch, batch: Batch, parts: Sequence[Batch]) -> float:
@@ -78,10 +78,10 @@ class FaultyLoop:
         return adapted.regularizer()
 
     def _between(self, adapted: Adapted, optimizer: torch.optim.Optimizer, index: int) -> None:
-        """Work between the backward passes and the optimizer's step."""
+        """Do nothing. Some subclasses put their fault here, between the backward passes and the optimizer's step."""
 
     def _after(self, adapted: Adapted, index: int) -> None:
-        """Work after the optimizer's step."""
+        """Call the Method's `after_step` after the optimizer's step."""
         adapted.after_step(index + 1)
 
     def _reported(self, losses: list[float], before: list[float]) -> float:
@@ -108,7 +108,7 @@ class SkipsTheLastPart(FaultyLoop):
 
 
 class AveragesTheParts(FaultyLoop):
-    """Takes the mean over the parts, whatever their number of tokens."""
+    """Gives each part of a batch the same weight in the loss, whatever its number of tokens."""
 
     caught_by = "accumulation"
 
@@ -146,7 +146,7 @@ class SkipsABatch(FaultyLoop):
 
 
 class TrainsOnPrompts(FaultyLoop):
-    """Has a loss on the tokens of the prompts too."""
+    """Includes the tokens of the prompts in the loss."""
 
     caught_by = "gradients"
 
@@ -166,7 +166,7 @@ class ForgetsTheMethodsTerm(FaultyLoop):
 
 
 class ForgetsAfterStep(FaultyLoop):
-    """Does not do the Method's work after a step."""
+    """Does not call the Method's `after_step`."""
 
     caught_by = "method_steps"
 
@@ -175,7 +175,7 @@ class ForgetsAfterStep(FaultyLoop):
 
 
 class ReportsAMean(FaultyLoop):
-    """Reports the mean over the steps so far, as the log of transformers does."""
+    """Reports the mean loss over the steps so far, as the log of transformers does."""
 
     caught_by = "losses"
 
@@ -184,7 +184,7 @@ class ReportsAMean(FaultyLoop):
 
 
 class DecaysAgain(FaultyLoop):
-    """Changes the weights after the optimizer's step."""
+    """Shrinks the weights after the optimizer's step, as a second weight decay would."""
 
     caught_by = "weights"
 

@@ -39,7 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Trainee:
-    """The subject of a loop: a Method by an implementation, in a dtype, trained on the batches of a recipe."""
+    """What a loop trains in a check: a Method by an implementation, in a dtype, with the steps of a recipe."""
 
     method: str
     implementation: str
@@ -48,7 +48,7 @@ class Trainee:
     recipe: Training = RECIPE
 
     def of_reference(self, dtype: str) -> Trainee:
-        """Return the same trainee by the reference, in `dtype`."""
+        """Return a copy of this trainee with the implementation `reference` and with `dtype`."""
         return Trainee(self.method, "reference", dtype, self.registry, self.recipe)
 
 
@@ -64,9 +64,9 @@ class Observed:
     weights: list[dict[str, Tensor]] = field(default_factory=list)
     """Trained tensors before each optimizer step."""
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
-    """Gradients that the optimizer stepped by."""
+    """Gradients of the trained tensors in each optimizer step."""
     end: dict[str, Tensor] = field(default_factory=dict)
-    """Trained tensors at the end."""
+    """Trained tensors after the last step."""
     method_steps: list[int] = field(default_factory=list)
     """Arguments of the calls of the Method's `after_step`."""
     changed: list[str] = field(default_factory=list)
@@ -105,7 +105,7 @@ def batches(recipe: Training) -> list[Batch]:
 def attached(trainee: Trainee, moved_by: int | None = None) -> Adapted:
     """Return the adapted model of a trainee before training. None of its factors is zero.
 
-    moved_by: seed of a random move of each number by up to half a unit in the last place. None: no move.
+    moved_by: seed of a random perturbation of each number by up to half a unit in the last place, or None for none.
     """
     start, state = _start(trainee)
     if moved_by is not None:
@@ -133,7 +133,10 @@ def _attach(trainee: Trainee) -> Adapted:
 
 
 def observe(train: Callable[..., StepSamples], trainee: Trainee, moved_by: int | None = None) -> Observed:
-    """Train by a loop, and return the observations. train: as `loop.train`. moved_by: as in `attached`."""
+    """Train `trainee` by the function `train`, and return the observations.
+
+    train: has the arguments and the result of `loop.train`. moved_by: as in `attached`.
+    """
     adapted = attached(trainee, moved_by)
     seen = Observed(StepSamples())
     optimizer, schedule = optimizers.make(adapted, [], trainee.recipe, implementation=trainee.implementation)
@@ -188,9 +191,9 @@ class _WatchedOptimizer(PassedOptimizer):
 def gradients_at(
     trainee: Trainee, weights: Sequence[dict[str, Tensor]], dtype: str, seed: int | None
 ) -> dict[str, Tensor]:
-    """Return the gradients of the reference in `dtype` for each batch, at the given weights.
+    """Return the gradients of the reference in `dtype` for each batch, at the given weights, by `step N NAME`.
 
-    weights: the trained tensors before each step. seed: seed of a random move of the weights, as in `attached`.
+    weights: the trained tensors before each step. seed: seed of a random perturbation of the weights, as in `attached`.
     """
     adapted, found = _attach(trainee.of_reference(dtype)), dict[str, Tensor]()
     load(adapted, {}, _start(trainee)[1])

@@ -1,4 +1,4 @@
-"""Events that the worker of `check --loop` reports. No torch."""
+"""Events that the worker of `check --loop` reports. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Self-test of `check --loop`: does the named check catch each planted fault, and does no check accuse a right loop?"""
+"""Self-test of `check --loop`: does a check catch each planted fault, and do all checks pass on correct loops?"""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _RIGHT: dict[str, Callable[..., StepSamples]] = {"the harness's own loop": loop.
 
 @dataclass(frozen=True)
 class LoopSelfTest:
-    """Results of all faults."""
+    """Results of the self-test."""
 
     caught: dict[str, bool]
-    """Name of a fault -> whether the check caught it that must."""
+    """Name of a faulty loop -> whether the check named in its `caught_by` failed, as it must."""
     wrong: Sequence[str]
-    """Checks that a loop without a fault failed, as `loop/check`."""
+    """Checks that failed on a loop without a fault, as `loop/check`."""
 
     @property
     def exit(self) -> Exit:
-        """FAIL if a fault was missed, or if a loop without a fault was accused."""
+        """FAIL if a fault was missed, or if a check failed on a loop without a fault."""
         return Exit.PASS if all(self.caught.values()) and not self.wrong else Exit.FAIL
 
     def lines(self) -> Iterator[str]:
-        """Yield one line per fault, then the accusations, then the number of faults caught."""
+        """Yield one line per fault, then one per failed check of a correct loop, then the number of faults caught."""
         by = {fault.__name__: fault.caught_by for fault in FAULTS}
         width = max(map(len, self.caught), default=0)
         for name, caught in self.caught.items():
@@ -46,7 +46,7 @@ class LoopSelfTest:
 
 
 def run(faults: Sequence[type[FaultyLoop]] = FAULTS) -> LoopSelfTest:
-    """Try each fault by its check, and all checks on loops without a fault."""
+    """Run on each faulty loop the check that must catch it, and run all checks on loops without a fault."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are tiny, and threads would wait for each other
     try:

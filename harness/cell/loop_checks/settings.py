@@ -1,4 +1,4 @@
-"""Train with each setting of a foreign loop in turn, and compare with the harness's own loop."""
+"""Train with each setting of another library's loop in turn, and compare with the harness's own loop."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _STEPS = 12
 
 @dataclass(frozen=True)
 class _Own:
-    """The same training by the harness's own loop, in float32 and in float64."""
+    """The training to compare with, by the harness's own loop, in float32 and in float64."""
 
     float32: Observed
     float64: Observed
 
 
 class SettingTrials:
-    """Trainings of one model with many settings of a loop."""
+    """Trains the same model with different settings of a library's loop, and compares with the harness's own loop."""
 
     def __init__(self, registry: Registry, foreign: TrainingLoop) -> None:
         self._registry, self._loop = registry, foreign
@@ -74,7 +74,7 @@ def _pair(trainee: Trainee) -> tuple[Trainee, Trainee]:
 
 
 def _compared(setting: LoopSetting, defaults: dict[str, bool], seen: Observed, own: _Own) -> SettingFound:
-    """Compare a training with that of the harness's loop.
+    """Compare a training with that of the harness's loop, and return the effect of the setting.
 
     Losses are compared by the rule of the check `losses`, and final tensors by that of `weights`.
     """

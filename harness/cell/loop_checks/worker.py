@@ -27,7 +27,7 @@ TRAINEES = (
 
 
 def main(events: int, lifeline: int, name: Loop) -> None:
-    """Run all checks and settings of a loop."""
+    """Run all checks of a loop, try all its settings, and write the results as events."""
     with event_writer(events, lifeline) as emit:
         for event in _events(name):
             emit(**event.model_dump(mode="json", exclude_defaults=True))

@@ -43,7 +43,7 @@ class Counter:
 
 @dataclass
 class EnergyMeter:
-    """A meter of the energy in one time window after another."""
+    """A meter of the energy that a GPU or the CPU packages use in a window of time."""
 
     counter: Counter | None
     because: str = ""

@@ -34,7 +34,7 @@ class NvmlGpu:
         self._nvml, self._handle, self.uuid = nvml, handle, uuid
 
     def energy(self) -> float | None:
-        """Return the joules that the GPU has used since its driver was loaded. GPUs older than Volta cannot tell."""
+        """Return the joules that the GPU has used since its driver was loaded. None for GPUs older than Volta."""
         spent = self._read(self._nvml.nvmlDeviceGetTotalEnergyConsumption)
         return None if spent is None else spent / 1000  # from mJ
 

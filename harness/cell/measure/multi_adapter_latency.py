@@ -47,8 +47,8 @@ def measure(
     instead of times.
 
     An implementation can mix adapters in one of two ways. It has the Operation `multi_lora_linear`, or its adapted
-    model (`Adapted`) has a method `mixed`. This method takes several adapters, each in the form of `tensors()`, and
-    returns a context manager.
+    model (`Adapted`) has a method `mixed`. This method takes several adapters, each a dict like that of
+    `Adapted.tensors()`, and returns a context manager.
     """
     prompt = Prompt(subject.model, causal, vocabulary, cell.evaluation, ADAPTERS)
     try:
@@ -86,8 +86,7 @@ def _failed(
 def _untimed(prompt: Prompt, because: str) -> list[Latency]:
     """Return latencies without times, for one adapter and for several adapters. because: the reason.
 
-    Their field `adapters` is set. It is not set in latencies that a suite requests, even if the batch has the same
-    size.
+    Their field `adapters` is set. In the latencies that a suite requests, it is None.
     """
     return prompt.latencies("unmerged", because, 1) + prompt.latencies("multi-adapter", because, ADAPTERS)
 

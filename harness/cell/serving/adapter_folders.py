@@ -39,13 +39,13 @@ def save(subject: Subject, tensors: Mapping[str, Tensor], base: Path, folder: Pa
 
 
 def _key(name: str) -> str:
-    """Return peft's key for `<path>.A`, `<path>.B` or `<path>.c`."""
+    """Return the name that peft gives to the tensor `<path>.A`, `<path>.B` or `<path>.c` in its file."""
     path, _, letter = name.rpartition(".")
     return f"base_model.model.{path}.lora_" + ("B.bias" if letter == "c" else f"{letter}.weight")
 
 
 def _targets(subject: Subject) -> list[str]:
-    """Return the last parts of the adapted paths. If other layers share these names, return the whole paths."""
+    """Return peft's `target_modules`: last parts of the adapted paths, or whole paths if other layers share parts."""
     model: Any = subject.original.model or subject.model
     last = {path.rpartition(".")[2] for path in subject.bases}
     named = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in last]

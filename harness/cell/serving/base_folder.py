@@ -1,4 +1,4 @@
-"""Find the folder from which a server loads the base: that of the model, or a new one for a shape."""
+"""Find or make the folder from which a model server loads the base model of a Cell."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from harness.conformance.subject import DTYPES
 
 
 def find(job: Job, new: Path) -> Path:
-    """Return the folder of a Cell's base. For a shape, save the base into `new`, with the same random weights.
+    """Return the folder of a Cell's base model.
 
-    Servers need a tokenizer, so a shape gets one with a word for every token. The harness sends token ids only.
+    If the model is a shape (a config.json without weights), save it into `new`, with the same random weights as in the
+    Cell, and return `new`. Servers need a tokenizer, so `new` gets one with a word for every token. The harness sends
+    token ids only.
     """
     given = Path(job.model.path)
     if job.model.source.scheme != "shape":

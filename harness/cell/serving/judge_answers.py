@@ -1,4 +1,7 @@
-"""Compare the answers of a server under each load with the float64 reference of the adapter files."""
+"""Compare the answers of a server under each load with the float64 reference of the adapter files.
+
+A load is a mix of models that requests go to, such as `one adapter` or `base and adapters`.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +30,17 @@ _CHECKS: dict[str, tuple[str, Phase]] = {
     "base and adapters": ("served-mixed", Phase.MIXED),
     SWAP: ("served-swap", Phase.SWAPPED),
 }
-"""Load, or SWAP -> name of its check, and phase of its answers."""
+"""Load, or SWAP (an adapter is replaced by another one) -> name of its check, and phase in which its answers are
+collected."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """The judgement of a server."""
+    """The results of the checks of a server, and the loads that they forbid to time."""
 
     checks: list[CheckResult]
     refused: dict[str, str]
-    """Load, or SWAP -> reason why it must not be timed. Loads that may be timed are left out."""
+    """Load, or SWAP -> reason why it must not be timed. If it may be timed, there is no entry."""
 
 
 def judge(session: Session, base: Path, subject: Named, case: Case) -> Judged:
@@ -108,7 +112,7 @@ def _check(subject: Named, case: Case, name: str, phase: Phase, results: Sequenc
 
 
 def _wrong_together(result: SubjectResult) -> bool:
-    """Return whether the answers are wrong as a whole, although no single answer is."""
+    """Return whether the answers of a model are judged wrong together, although no single answer is."""
     return result.verdict is Verdict.NONCONFORMING and not any(part.wrong for part in result.phases)
 
 

@@ -35,7 +35,7 @@ ADAPTERS = 4
 CONCURRENT = 8
 """Largest number of requests at the same time while answers are judged."""
 ALIVE = "served-alive"
-"""Check that a server starts and answers every request."""
+"""Name of the check that a server starts and answers every request."""
 
 
 def draw(run: CellRun, subject: Subject) -> Adapters:
@@ -106,7 +106,10 @@ def _served(
     run: CellRun, subject: Subject, kind: ServerKind, python: ServerPython, base: Path, adapters: dict[str, Path],
     served: Served,
 ) -> Served:  # fmt: skip
-    """Start the server, judge its answers and time it. Raises HarnessError if it does not answer."""
+    """Start the server, judge its answers and time it. Return `served` with the results.
+
+    Raises HarnessError if the server does not answer.
+    """
     case = Case("trained", seed=run.cell.seed)
     prompt_tokens = _prompt_tokens(subject.model, run.cell.evaluation.prompt_tokens)
     launch = Launch(
@@ -144,7 +147,10 @@ def _served(
 
 
 def _agree(session: Session) -> None:
-    """Find the dialect of the server, and use it in the session. Prompts are token ids, so no tokenizer is needed."""
+    """Find the dialect (form of requests) that the server accepts, and use it in the session.
+
+    Only dialects with token ids as prompts are tried, so no tokenizer is needed.
+    """
     client = session.client
 
     def try_one(dialect: Dialect) -> None:
@@ -158,7 +164,7 @@ def _timed(
     run: CellRun, server: RunningServer, session: Session, ids: Sequence[int], prompt_tokens: int,
     refused: dict[str, str],
 ) -> tuple[list[ServedTimes], list[float], dict[str, Any]]:  # fmt: skip
-    """Return the times of each load, the seconds of each replacement of an adapter, and the cost of the timing."""
+    """Return the times of each load, the seconds of each replacement of an adapter, and the memory and CPU use."""
     names, rounds = list(session.adapters), max(timing.ROUNDS, run.cell.evaluation.passes or 0)
     begun, own, others = time.perf_counter(), _own_cpu(server), _machine_cpu()
     times = timing.measure(server.client, session.base, names, ids, prompt_tokens, run.cell.seed, refused, rounds)

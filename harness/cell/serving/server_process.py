@@ -46,12 +46,12 @@ print(json.dumps([importlib.util.find_spec(sys.argv[1]) is not None, found]))
 
 @dataclass(frozen=True)
 class ServerPython:
-    """A Python that has a server."""
+    """A Python interpreter that can run a model server."""
 
     path: str
     """Path of the interpreter."""
     software: dict[str, str]
-    """Version of each of the kind's distributions that is installed there."""
+    """Name -> version of those of the server's distributions (`ServerKind.distributions`) that are installed there."""
 
 
 def find_python(kind: ServerKind, own: str) -> ServerPython | str:
@@ -83,13 +83,13 @@ def free_port() -> int:
 
 
 class RunningServer:
-    """A server that answers."""
+    """A model server that has started and answers requests."""
 
     def __init__(self, process: Subprocess, client: Client, start_s: float) -> None:
         self._process, self.client, self.start_s = process, client, start_s
 
     def ended(self) -> str:
-        """Return words for the end of the process. If it still runs after `_END_S` seconds, return an empty string."""
+        """Return how the process ended, as text. If it still runs after `_END_S` seconds, return an empty string."""
         self._process.wait(_END_S)
         return _ended(self._process)
 
@@ -140,7 +140,10 @@ def running(kind: ServerKind, python: ServerPython, own: str, launch: Launch) ->
 
 
 def _wait(process: Subprocess, client: Client, kind: ServerKind, name: str, begun: float) -> None:
-    """Wait until the server lists the base. Raises ServerError if it ends, or if no server or another one answers."""
+    """Wait until the server lists the base model, which it calls `name`.
+
+    Raises ServerError if the process ends, if it does not answer in time, or if another server answers on the port.
+    """
     while True:
         if ended := _ended(process):
             raise ServerError(f"{kind.name} {ended} before it answered", hint="the log of the Cell has its output")
@@ -172,7 +175,10 @@ def _ended(process: Subprocess) -> str:
 
 
 def _environment(own: str) -> dict[str, str]:
-    """Return the environment variables of a server. In an environment of its own, it must not see this PYTHONPATH."""
+    """Return this process's environment variables for a server, without PYTHONPATH if the server has its own Python.
+
+    own: as in `find_python`.
+    """
     return {key: value for key, value in os.environ.items() if not (own and key == "PYTHONPATH")}
 
 

@@ -18,14 +18,15 @@ TOGETHER = 4
 TOKENS = 16
 """Number of tokens that the server generates for each request."""
 ROUNDS = 6
-"""Smallest number of timed rounds of each load. With fewer, a median has no 95 % interval."""
+"""Smallest number of timed rounds of each load. A round is a set of simultaneous requests. With fewer rounds, a median
+has no 95 % interval."""
 
 
 @dataclass
 class _Target:
     load: Load
     models: Sequence[str]
-    """Model of each request of a round."""
+    """Name of the model that each request of a round goes to."""
     adapters: int
     first_token_s: list[float] = field(default_factory=list)
     token_s: list[float] = field(default_factory=list)
@@ -64,9 +65,10 @@ def measure(
 
 
 def swaps(session: Session, ids: Sequence[int], prompt_tokens: int, rounds: int) -> list[float]:
-    """Replace an adapter by another one `rounds` times. Return the seconds from each request to its first token.
+    """Replace an adapter on the server by another one `rounds` times, and send a prompt after each replacement.
 
-    session: a session in which `swapped_alone` has loaded an adapter. ids, prompt_tokens: as in `measure`.
+    Return the seconds from the start of each replacement to the first token of the answer. session: a session in
+    which `swapped_alone` has loaded an adapter. ids, prompt_tokens: as in `measure`.
     """
     draw = random.Random(f"{session.seed} swaps")  # noqa: S311  # prompts, not secrets
     names, found = list(session.adapters), []

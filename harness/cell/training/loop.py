@@ -175,7 +175,7 @@ def trainable(adapted: Adapted, head: Sequence[nn.Parameter]) -> list[nn.Paramet
 def step(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimizer, seed: int) -> Tensor:
     """Take one optimizer step over the parts of a batch. Return the loss of the batch, a scalar tensor.
 
-    seed: the seed for the global random state, which is set again before each further attempt in float16.
+    seed: seed to which the global random state is reset before the step is repeated, if float16 gradients overflow.
     """
     loss = backward(adapted, parts, optimizer)
     while isinstance(optimizer, MasterWeights) and bool(loss.isfinite()) and optimizer.lower_loss_scale():
@@ -212,7 +212,7 @@ def norm_of(trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -
 def _diverged(
     loss: float, norm: float, samples: StepSamples, optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> str:
-    """Return a message with the step, the last loss, the usual causes and a hint."""
+    """Return the message for a training that diverged: the step, the last loss, the usual causes and a hint."""
     step = len(samples.losses) + 1
     last = f"; the loss of step {step - 1} was {samples.losses[-1]:.4g}" if samples.losses else ""
     rate = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)

@@ -16,7 +16,7 @@ class RefusedOptions(ValueError):  # noqa: N818  # an answer of a library, not a
 
 @dataclass(frozen=True)
 class TrainingLoop:
-    """A training loop."""
+    """The functions of a training loop, and the options of its library."""
 
     name: Loop
     train: Callable[..., StepSamples]

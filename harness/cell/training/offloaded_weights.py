@@ -19,10 +19,10 @@ from harness.methods.spec import Adapted, methods
 
 
 def unused(method: str, adapted: Adapted, bases: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Return name -> weight for those weights of adapted layers that the Method has replaced by another form.
+    """Return the weights of adapted layers that the Method has replaced by other tensors, by path of the parameter.
 
-    bases: path -> the layer under the adapter. A name is the path of the parameter. The result leaves out weights that
-    another module also uses (a tied embedding), and weights that share their storage with the new form.
+    bases: path -> the layer under the adapter. The result leaves out weights that another module also uses (a tied
+    embedding), and weights that share their storage with the replacement.
     """
     info = methods().get(method)
     if info is None or not (instead := info.spec.replaces_weight):

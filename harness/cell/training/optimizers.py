@@ -208,7 +208,10 @@ def build(name: Optimizer, implementation: str, groups: Any, lr: float, weight_d
 
 
 def _of_body(adapted: Adapted, body: Sequence[nn.Parameter], recipe: Training) -> list[dict[str, Any]]:
-    """Return the parameter groups of the Method's tensors. With LoRA+ the factors B and their biases c are a group."""
+    """Return the parameter groups of the Method's tensors.
+
+    If `recipe.lr_ratio` is not 1 (LoRA+), the factors B and their biases c are a second group with another rate.
+    """
     if recipe.lr_ratio == 1:
         return [{"params": list(body), "lr": recipe.lr}] if body else []
     faster = {id(tensor) for name, tensor in adapted.tensors().items() if name.rpartition(".")[2] in ("B", "c")}

@@ -1,4 +1,4 @@
-"""Optimizer to pass to other code. It shares groups and states with the Cell's optimizer."""
+"""Wrapper of the Cell's optimizer for use by other libraries, which must not save or load its state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class PassedOptimizer(torch.optim.Optimizer):
-    """An optimizer that steps `inner` and drops its gradients, but whose state cannot be saved or loaded.
+    """A wrapper of the optimizer `inner`, with the same parameter groups and state. Saving and loading do nothing.
 
     accelerate saves the state of each optimizer and loads it again. This would cast float32 masters and 8-bit codes to the
     dtype of the parameters.
@@ -28,16 +28,16 @@ class PassedOptimizer(torch.optim.Optimizer):
         return self.inner.state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing, because nothing is saved."""
+        """Return an empty dict, so that nothing is saved."""
         return {}
 
     def load_state_dict(self, state_dict: Any) -> None:
         """Ignore the state, because nothing was saved."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take a step. `closure` is not used."""
+        """Take a step of `inner`. `closure` is not used."""
         self.inner.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients."""
+        """Drop the gradients of all parameters."""
         self.inner.zero_grad(set_to_none=set_to_none)

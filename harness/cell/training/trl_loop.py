@@ -41,7 +41,7 @@ ALIGNED: Mapping[str, Any] = {
     "max_length": None,
     "gradient_checkpointing": False,  # `harness.cell.training.model.checkpointing` switches it on, if the suite says so
 }
-"""Field of SFTConfig -> its value here. The default of each field changes training, or the suite decides on it."""
+"""Field of SFTConfig -> the value set here, because its default would change training, or the suite decides on it."""
 _QUIET: Mapping[str, Any] = {
     "save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True,
     "dataloader_pin_memory": False,

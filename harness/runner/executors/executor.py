@@ -26,7 +26,7 @@ class Listener(Protocol):
         """Handle an event that the worker of `cell` has reported."""
 
     def tick(self) -> None:
-        """Update the listener. The executor calls this about once a second; an exception ends the run."""
+        """Do periodic work, e.g. redraw a display. Executors call this about once a second. An error ends the run."""
 
 
 class Executor(Protocol):

@@ -21,7 +21,7 @@ GPU_PATIENCE_S = 60.0
 _PROBE_S = 2.0
 """Minimum seconds between two probes of the GPUs. A probe takes a third of a second."""
 _ANSWER_S = 0.1
-"""Seconds between two tests whether a probe is finished."""
+"""Maximum seconds to wait for events of workers while a probe of the GPUs runs."""
 Probe = Future[list[gpus.GpuDevice]]
 
 

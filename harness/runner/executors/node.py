@@ -35,7 +35,7 @@ class MissingPathError(StoreError):
 
 
 class _Listener:
-    """Reports nothing, and ends the run when the file `permit` is deleted."""
+    """A listener that reports nothing. If the file `permit` is deleted, it raises RecalledError to end the Cells."""
 
     def __init__(self, permit: Path | None) -> None:
         self._permit = permit
@@ -96,9 +96,10 @@ def _each(jobs: Sequence[Job], folder: store.RunFolder, node: str) -> Iterator[J
 
 
 def final_record(job: Job, context: RunContext, ending: Ending, submitted: str, over: float) -> Record:
-    """Return the Record of an attempt on another machine. If the attempt left none, write one.
+    """Return the Record of an attempt on another machine. If its worker has not written one, write one from `ending`.
 
-    over: end of the attempt, by time.monotonic(). The Record's duration excludes the time before a machine started the
+    submitted: UTC time of the submission, used as the start if the attempt never started. over: value of
+    time.monotonic() at the end of the attempt. The Record's duration excludes the time before a machine started the
     attempt. If no machine started it, the Record's status is `lost`.
     """
     started = _started(context.folder.log_path(job.cell.cell_id, job.attempt))

@@ -75,8 +75,7 @@ class Ray:
         self._cpus = 1
         """Cores for each Cell."""
         self._max_threads: int = 2**20
-        """Maximum number of threads per Cell. It is set only for Ray on this machine; the nodes of a cluster set their
-        own."""
+        """Maximum number of threads per Cell. No effect on a cluster: `node.run_jobs` limits the threads there."""
         self._visible_s = node.VISIBLE_S
         self._blind: set[str] = set()
         """Names of the nodes that cannot see the run's folder or an asset."""
@@ -166,9 +165,10 @@ class Ray:
                     ray.cancel(reference, force=True)
 
     def _ending(self, reference: Any) -> Ending:
-        """Return how a task ended. The result is used only if the attempt left no Record.
+        """Return how a task ended. The result is used only if the worker has not written a Record.
 
-        Raises an error that the task itself raised, except if only some nodes lack a path that the Cell needs.
+        If the task raised an error, raise this error. Exception: a MissingPathError is returned as an Ending as long as
+        other nodes may see the path.
         """
         errors = self._ray.exceptions
         try:

@@ -1,8 +1,8 @@
 """Run Cells as one Slurm job array, with the library submitit. An element of the array runs one Cell.
 
-If Slurm limits the size of the array, an element runs several Cells. The array continues after the end of its runner. A
-resumed run uses the Records that the array has written, and ends the remaining elements. Slurm never restarts an
-element (`--no-requeue`). Only `--resume` tries a Cell again, with a new attempt.
+If Slurm limits the size of the array, an element runs several Cells. The array continues if the process that
+submitted it ends. A resumed run uses the Records that the array has written, and ends the remaining elements. Slurm
+never restarts an element (`--no-requeue`). Only `--resume` tries a Cell again, with a new attempt.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LOOK_S = 0.5
 _POLL_S = 15.0
 _GRACE_S = 10.0
 _CANCEL_S, _CANCEL_LOOK_S = 45.0, 1.0
-"""Seconds to wait until cancelled elements have ended, and seconds between two looks. Slurm itself may take 30 s."""
+"""Seconds to wait until cancelled elements have ended, and seconds between two queries. Slurm itself may take 30 s."""
 GONE = "GONE"
 _UNKNOWN_S = 600.0  # Slurm's accounting may be late by this time
 _QUERY_TIMEOUT_S = 30.0
@@ -52,7 +52,7 @@ _STATES = {"TIMEOUT": Status.TIMEOUT, "OUT_OF_MEMORY": Status.OOM}
 
 
 class Element:
-    """One element of the array. submitit sends it to the machine of the element, and calls it there."""
+    """Code that an element of the job array runs. submitit calls this object on the machine of the element."""
 
     def __call__(self, specs: list[str], timeout: float, command: list[str] | None, permit: str) -> None:
         """Run the Cells of the element one after the other.
@@ -198,7 +198,7 @@ class Slurm:
 
 
 def recall(folder: Path) -> None:
-    """End elements of the run in `folder` that still run although their runner was killed. They end within seconds."""
+    """End array elements of the run in `folder` that still run although the runner was killed. This takes seconds."""
     for permit in folder.glob(f"{_EXCHANGE}/{_PERMIT}*"):
         permit.unlink(missing_ok=True)
 
