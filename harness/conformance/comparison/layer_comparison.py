@@ -22,9 +22,9 @@ Look = Callable[..., dict[str, Tensor]]
 
 
 class Draws:
-    """Observations of a layer that correct programs with other rounding errors might make.
+    """Outputs and gradients of a layer as correct programs with other rounding errors might compute them.
 
-    Each observation is made when it is first needed, and then stored.
+    Each item has both by name. It is computed when it is first needed, and then stored.
     """
 
     def __init__(self, make: Iterator[dict[str, Tensor]]) -> None:
