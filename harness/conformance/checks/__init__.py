@@ -58,7 +58,7 @@ class CellStage(Enum):
     """The stages of a Cell at which the parity gate tries a check."""
 
     ATTACHED = auto()
-    """Before all other stages. If a check fails at this stage, the gate tries no check of another stage."""
+    """Right after attaching. If a check fails at this stage, the gate tries no check of another stage."""
     START = auto()
     """In the state from which training starts."""
     WARM = auto()

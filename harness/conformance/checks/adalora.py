@@ -155,8 +155,8 @@ def check_pruned(subject: Subject, case: Case) -> CheckResult:
 def check_regularizer(subject: Subject, case: Case) -> CheckResult:
     """The term that AdaLoRA adds to the loss equals the reference's, with its gradients.
 
-    gamma R(P, Q), where R is made of ||P^T P - I|| and ||Q Q^T - I|| over all layers  (eq. 4). If gamma is 0, there is no
-    term, or all its numbers are 0.
+    The term is gamma R(P, Q), where R is made of ||P^T P - I|| and ||Q Q^T - I|| over all layers  (eq. 4). If gamma is
+    0, there is no term, or all its numbers are 0.
     """
     mine, truth = (_regularizer(adapted) for adapted in (subject.adapted, _reference(subject, "float64")))
     if not truth and not mine:
@@ -185,9 +185,9 @@ def _regularizers_in_dtype(subject: Subject) -> Iterator[dict[str, Tensor]]:
 
 
 def _reference(subject: Subject, dtype: str) -> Adapted:
-    """Attach the reference to all layers together, and return it in the subject's present state.
+    """Attach the reference to all layers of a model together, since they share a budget, and return it.
 
-    All layers belong together because they share a budget.
+    Its tensors and its state have the subject's present values.
     """
     adapted = subject.fresh_reference(dtype)
     places: dict[str, Any] = {**adapted.tensors(), **adapted.state()}

@@ -22,7 +22,7 @@ from harness.conformance.tolerance_constants import DRAWS_AT_ONCE, DROPOUT_SIGMA
 from harness.records.record import CheckResult
 
 FEATURES = 32
-"""With at least this number of features, nearly every token has both dropped and retained features."""
+"""Number of features with which a right mask drops some features and retains others in nearly every token."""
 TOKENS = 64
 """Smallest number of tokens that the check uses. For a convolution of few channels, the number of images."""
 CHANNELS = 4_096
@@ -31,7 +31,7 @@ convolution in 16 bits takes minutes."""
 IMAGES = 8
 """Smallest number of images with which a convolution is checked."""
 MANY = 8_192
-"""Number of equal tokens that show the share of dropped tokens, and whether the mask repeats itself."""
+"""Number of equal tokens with which `_share` finds a wrong share of dropped tokens or a mask that repeats itself."""
 
 
 @check(States.WARM)
@@ -149,7 +149,7 @@ def _rows_as(subject: Subject, path: str, ys: Sequence[Tensor], x: Tensor, masks
 def _masked_outputs(
     masks: Sequence[float], layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor
 ) -> dict[str, Tensor]:
-    """Return the outputs of the reference's layer in training mode, one for each mask in place of dropout."""
+    """Return an output of the reference's layer in training mode for each factor in `masks`, in place of dropout."""
     return {f"y {number}": _masked(mask, layer, tensors, x, dy)["y"] for number, mask in enumerate(masks)}
 
 

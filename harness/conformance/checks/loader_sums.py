@@ -85,7 +85,7 @@ def check_merge_two(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_merge_training(subject: LoaderSubject, case: Case) -> CheckResult:
-    """An adapter that is merged in training mode gives the same as one that is merged in evaluation mode.
+    """An adapter that is merged in training mode gives the same logits as one that is merged in evaluation mode.
 
     The adapter's config has dropout, which must not be merged. The logits are compared in evaluation mode.
     """
@@ -122,7 +122,7 @@ def check_merge_undone(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_disabled(subject: LoaderSubject, case: Case) -> CheckResult:
-    """With adapters disabled, the logits are those of the base. Enabled again, the adapter gives the same as before."""
+    """With adapters disabled, the logits are those of the base. After enabling, they are as before."""
     loader, prompts = subject.loaded(), subject.prompts
     with loader.disabled():
         have = {"disabled": loader.logits(prompts, FIRST)}

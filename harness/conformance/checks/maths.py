@@ -137,7 +137,7 @@ def check_step(subject: Subject, case: Case) -> CheckResult:
 def _moved(
     layer: nn.Module, tensors: Mapping[str, Tensor], adapted: Adapted, x: Tensor, dy: Tensor, dtype: str
 ) -> dict[str, Tensor]:
-    """Take one optimizer step, and return the moved tensors. Then restore the layer's own tensors.
+    """Take one optimizer step on `tensors`, restore their old values, and return the new values.
 
     dtype: dtype of the subject, also if the layer is the reference's layer in float64.
     """
@@ -161,7 +161,7 @@ def _moved_reference(subject: Subject, path: str, dtype: str, x: Tensor, dy: Ten
 
 
 def _moved_draws(subject: Subject, path: str, x: Tensor, dy: Tensor) -> Iterator[dict[str, Tensor]]:
-    """Yield the moved tensors as correct programs with other rounding errors might compute them.
+    """Yield the tensors after one optimizer step as correct programs with other rounding errors might compute them.
 
     The first result is that of the reference in the subject's dtype. For the other results, the inputs are moved by up
     to half a unit in the last place, and the reference computes in float64. These results show how much the step

@@ -241,7 +241,7 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
 
 
 def _merged(reference: ReferenceLayer, x: Tensor) -> dict[str, Tensor]:
-    """Return the output of the merged reference. Merging in the reference's dtype rounds the weight once more."""
+    """Return the output of a merged copy of the reference. Merging rounds the weight to the reference's dtype."""
     merged = copy.deepcopy(reference)
     merged.adapted.merge()
     return {"y": merged.adapted.model.get_submodule("layer").eval()(x)}

@@ -250,7 +250,7 @@ def _autocast(call: Call, layer: nn.Module, tensors: Mapping[str, Tensor], dtype
 
 
 def _rounded_by_autocast(own: ReferenceLayer, call: Call, dtype: str) -> Iterator[dict[str, Tensor]]:
-    """Yield observations under autocast that correct programs might make. own: the reference's layer in float32."""
+    """Yield output and gradients as correct programs might give them under autocast. own: the reference in float32."""
     yield _autocast(call, own.layer, own.tensors, dtype, call.x)
     for seed in range(PERTURBED_DRAWS):
         generator, moved = torch.Generator().manual_seed(seed), copy.deepcopy(own)
@@ -314,7 +314,7 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
     x_other, dy_other = cast(x, other), dy.to(DTYPES[other])
 
     def moved(of: nn.Module, named: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-        """Run a copy of the layer in `dtype`, after rounding its values to `other`, and return the observation."""
+        """Run a copy of the layer in `dtype`, after rounding its values to `other`; return output and gradients."""
         made = copy.deepcopy(of).to(DTYPES[other]).to(DTYPES[dtype])
         named = tensors_of_copy(of, made, named)
         return observe(made, named, cast(x_other, dtype), dy_other.to(DTYPES[dtype]), training=subject.trains_plainly)

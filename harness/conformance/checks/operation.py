@@ -38,7 +38,7 @@ def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
 
 @check()
 def check_rounded_once(subject: OperationSubject, case: Case) -> CheckResult:
-    """A 16-bit result that takes one rounding is the float64 result, correctly rounded, in nearly every element.
+    """A 16-bit result that needs one rounding equals the correctly rounded float64 result in nearly every element.
 
     The noise floor of `outputs` would not notice a second rounding, such as that of a table of levels in bfloat16.
     """

@@ -21,7 +21,7 @@ from harness.records.record import CheckResult
 from reference.shared.row_dropout import RowDropout
 
 CALLS = 12
-"""Number of calls whose dropped rows are counted."""
+"""Number of calls of each layer in which the dropped rows are counted."""
 
 
 @check(States.WARM)

@@ -302,9 +302,9 @@ def _compiled(call: Call) -> dict[str, Tensor]:
 
 
 def _repeated(call: Call) -> dict[str, Tensor]:
-    """Run forward and backward many times, and return an observation that differs from the first.
+    """Run forward and backward many times. Return output and gradients of a run that differs from the first.
 
-    If none differs, return the first.
+    If none differs, return those of the first run.
     """
     first = call.observe(call.x, call.dy)
     later = (call.observe(call.x, call.dy) for _ in range(REPEATS))
@@ -353,7 +353,7 @@ MODES: dict[str, Form] = {
     "with deterministic algorithms": _under(lambda: torch.use_deterministic_algorithms(True)),
     "with autocast switched off again": _under(_autocast_off),
 }
-"""Name -> form that calls a layer on its input in another mode."""
+"""Name -> form that calls a layer on its input in a mode of torch, of autograd or of the layer."""
 LONG_FORMS: dict[str, Form] = {
     "under torch.compile": Form(_compiled),
     f"{REPEATS} times": Form(_repeated),
@@ -369,14 +369,14 @@ def leaf_of(x: Tensor) -> Tensor:
 
 
 def collected(call: Call, y: Tensor, gradients: list[Tensor | None]) -> dict[str, Tensor]:
-    """Return an observation: the output, the gradients of the parts of x joined, and the tensors' own gradients."""
+    """Return the output, the gradients of the parts of x joined to one tensor, and the gradients of `call.tensors`."""
     parts = [one for one in gradients if one is not None]
     seen = {"y": y.detach().clone()} | ({"grad x": torch.cat(parts)} if parts else {})
     return seen | {f"grad {name}": t.grad.detach().clone() for name, t in call.tensors.items() if t.grad is not None}
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Return whether two observations are equal to the last bit."""
+    """Return whether two dicts have the same names and tensors that are equal to the last bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 

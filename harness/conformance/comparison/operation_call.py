@@ -219,7 +219,10 @@ def reference_gradients(subject: OperationSubject, dtype: torch.dtype, case: Cas
 def judge_gradients(
     subject: OperationSubject, case: Case, factor: float, of: Collection[str] | None = None, **how: Any
 ) -> Judgement:
-    """Judge the gradients of the arguments in `of`, dtype included. of, how: see `gradients`."""
+    """Judge the gradients of the arguments in `of`, dtype included.
+
+    factor: see `noise_floor`. of, how: see `gradients`.
+    """
 
     def computed(one: OperationSubject, function: Callable[..., object], dtype: torch.dtype) -> dict[str, Tensor]:
         return gradients(one, function, dtype, case, of, **how)

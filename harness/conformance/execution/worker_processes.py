@@ -40,7 +40,7 @@ _SHARED = (
     "harness.conformance.execution.suite_run",
     "harness.conformance.execution.worker",
 )
-"""Modules that nearly every worker imports."""
+"""Modules that nearly every worker imports, and that one process can import before it forks the workers."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Messages between `check` and its workers: the task of a worker, and the events that a worker reports. Imports no torch.
+"""Messages between `check` and its workers: the task of a worker, and the events that it reports. Imports no torch.
 
 An event is one JSON object on the worker's pipe. Its keys tell which event it is.
 """

@@ -131,7 +131,7 @@ def reference(
     adamw: Any,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    """Return A, B and the moments m and v of B for each layer, then the other tensor and its moments.
+    """Return A, B and the moments m and v of B for each layer, then `other` and its moments.
 
     gs: gradients of the Bs. options: step, lr, betas, eps, weight_decay and bias_correction. experts: number of matrices in
     each layer. other: one more trainable tensor of the model; it gets a plain step of AdamW. role: tells the

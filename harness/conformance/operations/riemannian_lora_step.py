@@ -112,7 +112,7 @@ def reference(
     delta: float,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    """Return the tensors in the order of `OPERATION.outputs`: A, B and their moments of each layer, then the other tensor.
+    """Return the tensors in the order of `OPERATION.outputs`: A, B and their moments of each layer, then `other`.
 
     gAs, gBs: gradients of the As and Bs. options: step, lr, betas, eps and weight_decay. other: one more trainable
     tensor of the model; it gets a plain step of the optimizer. role: tells the implementation what `other` is. experts:
