@@ -23,7 +23,7 @@ from harness.methods.peft_config import UNREFERENCED
 from harness.records.record import CheckResult, Outcome
 
 _NO_ADAPTER = "frozen"
-"""The Method that adds no layers to the base and trains nothing."""
+"""Name of the Method that adds no layers to the base and trains nothing."""
 
 
 def gate(
@@ -82,7 +82,7 @@ def _without_reference(subject: Subject, case: Case) -> list[CheckResult]:
 
 @dataclass(frozen=True)
 class _Base:
-    """The subject of a check of a base to which no Method is attached."""
+    """Name and dtype of a base without a Method, which a check result shows in place of a subject."""
 
     method: str
     dtype: str
@@ -118,7 +118,8 @@ def after_training(
     """Run the checks that must wait until training has ended, and return their results.
 
     They must wait because some libraries merge into the base weight. If memory is too small to merge, run no check, and
-    return a skip of the check of merging instead. forward: as in `gate`; only for adapters without a reference.
+    return a skip of the check of merging instead. forward: runs a given model so that gradients can be computed. It is
+    needed only for adapters without a reference.
     """
     if why := memory_headroom.merge_shortage(subject):
         name = "merge_itself" if subject.method in UNREFERENCED else "merge"

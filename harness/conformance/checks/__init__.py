@@ -1,4 +1,4 @@
-"""The checks. Each tests one property that an implementation can violate, and returns numbers.
+"""The checks. Each tests one property that an implementation can violate, and returns a `CheckResult`.
 
 There is one file per topic. A check is a function with this decorator, which also declares when the check is tried:
 
@@ -8,7 +8,8 @@ There is one file per topic. A check is a function with this decorator, which al
 
 The harness finds checks by this decorator. A check has the name of its function without `check_`. Parity suites
 (`suites/parity/*.yaml`) refer to the check by this name, and `peft-harness explain strides` prints the function's
-docstring. A check restores the subject's state before it returns.
+docstring. Its first argument is the subject: an implementation that is attached to a model, an Operation with its
+arguments, or a loader of adapter files. A check restores the subject's state before it returns.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ class States(Enum):
     is for checks that show nothing new at the start, where most updates are zero."""
 
     def include(self, state: str, listed: Iterable[str]) -> bool:
-        """Return whether the check is tried in `state`. listed: the states that the parity suite lists."""
+        """Return whether a check that declares this value is tried in `state`.
+
+        listed: the states that the parity suite lists.
+        """
         if self is States.INIT:
             return state == "init"
         return self is States.ALL or state == "warm" or "warm" not in listed
@@ -54,7 +58,7 @@ class CellStage(Enum):
     """The stages of a Cell at which the parity gate tries a check."""
 
     ATTACHED = auto()
-    """Before all other stages. If a check fails at this stage, the gate tries no check of another stage."""
+    """Right after attaching. If a check fails at this stage, the gate tries no check of another stage."""
     START = auto()
     """In the state from which training starts."""
     WARM = auto()
@@ -64,7 +68,7 @@ class CellStage(Enum):
 
 
 class Reference(Enum):
-    """Need of a check for a reference of the Method."""
+    """Whether a check needs a reference implementation of the Method."""
 
     REQUIRED = auto()
     UNUSED = auto()
@@ -75,7 +79,7 @@ class Reference(Enum):
 
 @dataclass(frozen=True)
 class Check(Generic[_Subject]):
-    """A check, with the states and stages in which it is tried."""
+    """A check, with the states of an adapter and the stages of a Cell in which it is tried."""
 
     name: str
     function: Callable[[_Subject, Case], CheckResult]
@@ -86,9 +90,9 @@ class Check(Generic[_Subject]):
     """True if the checked property depends on sizes and settings. Otherwise the check is tried only in the examples
     that the parity suite lists."""
     only_wide: bool
-    """True if the check is tried only when `CaseSelection.is_wide` is true."""
+    """True if the check is tried only in a wide selection of cases (`CaseSelection.is_wide`)."""
     in_typical: bool
-    """True if a check with `only_wide` is also tried without a wide selection, in the suite's typical case."""
+    """True if a check with `only_wide` is also tried in the suite's typical case of a selection that is not wide."""
 
     def __call__(self, subject: _Subject, case: Case) -> CheckResult:
         """Run the check and return its result."""
@@ -97,8 +101,8 @@ class Check(Generic[_Subject]):
     def is_tried(self, *, wide: bool, sampled: bool, typical: bool) -> bool:
         """Return whether the check is tried in a case.
 
-        wide: whether the selection is wide. sampled, typical: whether the case is one of the sample, or the suite's
-        typical case.
+        wide: whether the selection of cases is wide. sampled: whether the case belongs to the sample that a wide
+        selection adds to the suite's examples. typical: whether the case is the suite's typical case.
         """
         selected = wide or not self.only_wide or (self.in_typical and typical)
         return selected and (self.of_sizes or not sampled)
@@ -143,7 +147,7 @@ def every() -> dict[str, AnyCheck]:
 
 
 def of_cell(stage: CellStage, names: Iterable[str]) -> list[AnyCheck]:
-    """Return those of the checks `names` that a Cell's parity gate tries at `stage`, in the same order."""
+    """Return the checks in `names` that a Cell's parity gate tries at `stage`, in the order of `names`."""
     return [every()[name] for name in names if stage in every()[name].in_cell]
 
 

@@ -1,4 +1,4 @@
-"""Checks of AdaLoRA: its averages of gradients, its pruning schedule, and its term of the loss."""
+"""Checks of AdaLoRA: its importance averages, its pruning schedule, and the term that it adds to the loss."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from harness.records.record import CheckResult
 # A complete schedule in 24 steps, with every kind of step. tfinal is no multiple of delta_t.
 _SHORT = {"total_steps": 24, "tinit": 4, "tfinal": 5, "delta_t": 3}
 _FIRST_PRUNING = 6
-"""The first step of this schedule that prunes."""
+"""The first step of the schedule `_SHORT` that prunes."""
 _RESUMED = (13, 21)
-"""Steps at which a fresh model continues: halfway between the first and the last pruning, and after the last."""
+"""Steps before which `check_budget` moves to a fresh model: halfway between the prunings, and after the last one."""
 _LOADED = 20
-"""Step at which other masks are loaded: after the last pruning, into the model that pruned."""
+"""Step before which `check_budget` loads other pruning masks into the model. The last pruning is over by then."""
 _SMALL = 2.0**-18
 """Size of gradients that are subnormal in float16, so that their products with weights vanish there."""
 _LARGEST = 20_000
@@ -38,8 +38,9 @@ def check_importance(subject: Subject, case: Case) -> CheckResult:
     """After each step AdaLoRA's averages of sensitivity and uncertainty equal the reference's, for every weight.
 
     I = |w dL/dw|; I_bar <- beta1 I_bar + (1 - beta1) I; U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar|  (eqs. 8 to
-    10). beta1 and beta2 differ here. The check sets random gradients, and nothing is pruned yet. It does so again with the
-    betas of the config, and with gradients so small that float16 could not hold I; the averages have at least float32.
+    10). The check sets random gradients in three steps before the first pruning: once with beta1 and beta2 that differ,
+    and once with the betas of the config and with gradients so small that float16 could not hold I. The averages must
+    therefore be stored in float32 or float64.
     """
     found = []
     for size, betas in ((1.0, {"beta1": 0.85, "beta2": 0.7}), (_SMALL, {})):
@@ -63,8 +64,8 @@ def check_importance(subject: Subject, case: Case) -> CheckResult:
 def check_unused(subject: Subject, case: Case) -> CheckResult:
     """After a step in which a layer got no gradient, AdaLoRA's averages equal those after gradients of zero.
 
-    So the importance of a layer that takes no part in a step declines, as that of an expert that no token reaches. The
-    other layers' averages follow their gradients.
+    The importance of a layer without a gradient, such as an expert that no token reaches, therefore declines. The
+    averages of all other layers follow their gradients.
     """
     fresh = case.attach_again(**_SHORT)
     if fresh is None or not any(".exp_avg_ipt_" in name for name in fresh.state()):
@@ -83,13 +84,13 @@ def check_unused(subject: Subject, case: Case) -> CheckResult:
 
 @check()
 def check_budget(subject: Subject, case: Case) -> CheckResult:
-    """Over a short schedule AdaLoRA leaves as many lambdas as its budget b(t) allows.
+    """Over a short schedule AdaLoRA leaves as many lambdas (singular values) unpruned as its budget b(t) allows.
 
     b(t) = target + (start - target) (1 - (t - t_i) / (T - t_f - t_i))^3, rounded down  (eq. 12): at the end target_rank
     per layer on average. Between two prunings lambdas may grow back, as they do here at each step. In float32 and
     float64 the same lambdas are left as in the reference, by the scores of eq. 7. In half precision two lambdas with close
     scores may change places. Twice, the check continues with a fresh model that gets `tensors()` and `state()`, as after an
-    interruption. Once, the model itself gets other masks by `state()`, if this has them, which must then apply.
+    interruption. Once, if `state()` contains the pruning masks, other masks are written there and must take effect.
     """
     if sum(t.numel() for t in subject.added().values()) > _LARGEST:
         return skipped(subject, case, "budget", "the schedule does not depend on the size of an adapter")
@@ -154,8 +155,8 @@ def check_pruned(subject: Subject, case: Case) -> CheckResult:
 def check_regularizer(subject: Subject, case: Case) -> CheckResult:
     """The term that AdaLoRA adds to the loss equals the reference's, with its gradients.
 
-    gamma R(P, Q), where R is made of ||P^T P - I|| and ||Q Q^T - I|| over all layers  (eq. 4). If gamma is 0, there is no
-    term, or all its numbers are 0.
+    The term is gamma R(P, Q), where R is made of ||P^T P - I|| and ||Q Q^T - I|| over all layers  (eq. 4). If gamma is
+    0, there is no term, or all its numbers are 0.
     """
     mine, truth = (_regularizer(adapted) for adapted in (subject.adapted, _reference(subject, "float64")))
     if not truth and not mine:
@@ -184,9 +185,9 @@ def _regularizers_in_dtype(subject: Subject) -> Iterator[dict[str, Tensor]]:
 
 
 def _reference(subject: Subject, dtype: str) -> Adapted:
-    """Attach the reference to all layers together, and return it in the subject's present state.
+    """Attach the reference to all layers of a model together, since they share a budget, and return it.
 
-    All layers belong together because they share a budget.
+    Its tensors and its state have the subject's present values.
     """
     adapted = subject.fresh_reference(dtype)
     places: dict[str, Any] = {**adapted.tensors(), **adapted.state()}
@@ -204,7 +205,10 @@ def _averages(adapted: Adapted) -> dict[str, Tensor]:
 def _judge_averages(
     subject: Subject, case: Case, name: str, mine: Adapted, truth: Adapted, rounded: Adapted
 ) -> Judgement:
-    """Compare the averages of the subject with the reference's in float64 and in the subject's dtype."""
+    """Judge the averages of the subject, `mine`, by those of the reference.
+
+    truth: the reference in float64. rounded: the reference in the subject's dtype.
+    """
     averages = _averages(mine), _averages(truth), _averages(rounded)
     return noise_floor(*averages, subject.dtype, case.factor(name))
 

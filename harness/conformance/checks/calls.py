@@ -1,4 +1,4 @@
-"""Check that calls of an implementation do not disturb each other while they are under way."""
+"""Check that calls of an implementation whose backward passes are still to come do not disturb each other."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
 
 _SALTS = (0, 500, 600)
-"""Salts of the inputs of a layer's calls. Two calls would not show a ring of two buffers."""
+"""Salts of the random inputs of three calls. Two calls would not reveal a layer that alternates between two buffers."""
 
 
 @check(States.WARM, of_sizes=False)
 def check_overlap(subject: Subject | OperationSubject, case: Case) -> CheckResult:
-    """Several calls with different inputs of one shape may be under way at once.
+    """Calls with inputs of one shape do not disturb each other, even if all run before the first backward pass.
 
-    A layer is called three times, then the backward passes run in the same order. Each call gives what the reference
-    gives for its own input. A later call changes nothing that an earlier one returned or saved for its backward pass, and
-    the gradients of all are added up, as when gradients are accumulated over batches. Of an Operation, two calls are
-    under way. A fault that one call alone shows is left to other checks.
+    A layer is called three times with different inputs and an Operation twice, then the backward passes run in the same
+    order. Each call gives what the reference gives for its own input. A later call changes nothing that an earlier one
+    returned or saved for its backward pass, and the gradients of all calls are added up, as when gradients are
+    accumulated over batches. What is wrong in a single call already is left to other checks.
     """
     found = list(_of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:

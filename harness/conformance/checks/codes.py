@@ -1,4 +1,4 @@
-"""Checks of the codes of a packed weight."""
+"""Checks of the NF4 codes of a packed (4-bit) weight."""
 
 from __future__ import annotations
 

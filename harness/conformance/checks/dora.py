@@ -74,10 +74,11 @@ def check_zero_rows(subject: Subject, case: Case) -> CheckResult:
 
 @torch.no_grad()
 def _matrix(layer: nn.Module, base: Any) -> Tensor | None:
-    """Return the matrix (E, D) of a layer of any class: its outputs for the unit vectors. base: the layer that it adapts.
+    """Return the weight matrix (E, D) that a merged layer applies, computed from its outputs for the unit vectors.
 
-    The matrix of a table is its transpose. That of a kernel has one row for each output channel. It is None for a
-    convolution of another class than nn.Conv2d, because outputs do not show its kernel.
+    base: the layer that was adapted. For an embedding, the matrix is the transposed table. For nn.Conv2d, it is the
+    kernel with one row per output channel. It is None for a convolution of any other class, because outputs do not show
+    a kernel.
     """
     layer.eval()
     if isinstance(base, nn.Conv2d):

@@ -22,16 +22,16 @@ from harness.conformance.tolerance_constants import DRAWS_AT_ONCE, DROPOUT_SIGMA
 from harness.records.record import CheckResult
 
 FEATURES = 32
-"""With at least this number of features, nearly every token has both dropped and retained features."""
+"""Number of features with which a right mask drops some features and retains others in nearly every token."""
 TOKENS = 64
 """Smallest number of tokens that the check uses. For a convolution of few channels, the number of images."""
 CHANNELS = 4_096
 """Largest number of channels of all images together, unless that leaves fewer than `IMAGES` images. With more channels, a
 convolution in 16 bits takes minutes."""
 IMAGES = 8
-"""Smallest number of images."""
+"""Smallest number of images with which a convolution is checked."""
 MANY = 8_192
-"""Number of equal tokens that show the share of dropped tokens, and whether the mask repeats itself."""
+"""Number of equal tokens with which `_share` finds a wrong share of dropped tokens or a mask that repeats itself."""
 
 
 @check(States.WARM)
@@ -42,10 +42,11 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
     uses the mask of the forward pass. A mask must not drop a token of many features as a whole, must differ between
     tokens, and must differ between calls. The random numbers need not equal the reference's.
 
-    Every token has only one feature that is not zero. Its output must equal the reference's, with that feature retained
-    or dropped, which reveals the mask. The gradients are compared with those of the reference with this mask. The
-    binomial distribution bounds the number of dropped features. For a convolution, an image is a token, and the middle
-    pixel of a channel is the feature. An embedding drops nothing: training mode gives what eval mode gives.
+    In the check's input, every token has only one feature that is not zero. The output must equal the reference's with
+    this feature retained or dropped, which reveals the mask. The gradients are compared with those of the reference
+    with this mask. The binomial distribution bounds the number of dropped features. For a convolution, an image is a
+    token, and the middle pixel of a channel is the feature. An embedding drops nothing: training mode gives what eval
+    mode gives.
     """
     p = getattr(subject.config, "dropout", 0.0)
     if not p:
@@ -75,7 +76,7 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
             truth, draws = reference_runs(subject, path, only, dy, look=masked)
 
             def known(seen: dict[str, Tensor], where: Tensor = where) -> dict[str, Tensor]:
-                """Return the observation without the gradients of features with an unknown mask."""
+                """Return the observation with `grad x` only at the nonzero features. Only their mask is known."""
                 return {**seen, "grad x": seen["grad x"].flatten(1).gather(1, where)}
 
             factor = case.factor("gradient")
@@ -126,9 +127,10 @@ def _single(x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows_as(subject: Subject, path: str, ys: Sequence[Tensor], x: Tensor, masks: Sequence[float]) -> list[Tensor]:
-    """Return a mask for each of `ys` and each of `masks`. It is True for the rows that agree with the reference's output.
+    """Return which rows of each output in `ys` agree with the reference's output, one bool tensor (T,) per comparison.
 
-    The reference multiplies by a mask instead of dropping features.
+    masks: factors by which the reference multiplies all features instead of dropping some. Every output is compared
+    with the reference's output for every factor; the comparisons of the first output come first.
     """
     # x[:0] fits no output, so that no gradients are computed.
     truth, draws = reference_runs(subject, path, x, x[:0], look=partial(_masked_outputs, masks))
@@ -147,7 +149,7 @@ def _rows_as(subject: Subject, path: str, ys: Sequence[Tensor], x: Tensor, masks
 def _masked_outputs(
     masks: Sequence[float], layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor
 ) -> dict[str, Tensor]:
-    """Return the outputs of the reference's layer in training mode, one for each mask in place of dropout."""
+    """Return an output of the reference's layer in training mode for each factor in `masks`, in place of dropout."""
     return {f"y {number}": _masked(mask, layer, tensors, x, dy)["y"] for number, mask in enumerate(masks)}
 
 

@@ -1,4 +1,4 @@
-"""Checks of GaLore's optimizer: across a refresh of the subspace, and in the hands of a training program."""
+"""Checks of GaLore's optimizer: across a refresh of the subspace, and with the calls that a training program makes."""
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ _STEPS, _WITHOUT_GRADIENT, _CHANGED, _RESUMED, _BY_CLOSURE = 12, 3, 5, 7, 9
 learning rate and weight decay, the first step of an optimizer that has loaded the state of the old one, and the step whose
 gradients a closure computes."""
 _ONE_GRADIENT, _STANDING, _WITHOUT_DECAY = 4, 10, 11
-"""Further such steps: one in which only the first tensor has a gradient, one with a learning rate of 0, and one without
-weight decay."""
+"""Further steps of `check_optimizer`, counted from 0: one in which only the first tensor has a gradient, one with a
+learning rate of 0, and one without weight decay."""
 _MANY_STEPS, _SMALL = 270, 5_000
-"""Number of steps if no tensor has more elements than `_SMALL`. Only the first and the last steps are compared."""
+"""Number of steps of `check_optimizer` if no tensor has more than `_SMALL` elements.
+
+Only the first `_STEPS` and the last two are compared."""
 Signs = tuple[float, ...]
 """Sign (1 or -1) of each singular vector. The vectors of P come first, then those of Q."""
 
 
 _Bases = dict[tuple[Any, ...], Projector]
-"""(name of a tensor, number of a step, dtype, what the old subspace depends on) -> singular vectors of the gradient."""
+"""Cache: (tensor name, step number, dtype, what the old subspace depends on) -> singular vectors of the gradient."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
     steps with a new subspace at the fourth and the seventh, and three steps with a new subspace at each. Before each
     step the weights are restored, so that no step inherits the rounding of another.
 
-    The sign of a singular vector is arbitrary. It shows after a refresh, since M is carried over, and any choice of
-    signs is right.
+    The sign of a singular vector is arbitrary. It influences the weights after a refresh, since M is carried over, and
+    the check accepts every choice of signs.
     """
     found = []
     for steps, gap, rank, square in _HISTORIES:
@@ -122,7 +124,7 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
 
 
 def numbers_of_bits(fresh: Subject) -> list[int | None]:
-    """Return the numbers of bits with which to try the optimizer. None stands for its default."""
+    """Return the values of the option `bits` with which to try the Method's optimizer. None leaves the option out."""
     return [None, 8] if "bits" in inspect.signature(fresh.adapted.optimizer).parameters else [None]
 
 
@@ -136,7 +138,8 @@ def _judge_optimizer(
 ) -> Judgement:
     """Compare the tensors after each step with the reference's.
 
-    With 8 bits, the step may add eps where the authors' code adds it, as the paper's algorithm 2 does.
+    With 8 bits, eps may be added to sqrt(V), as the reference does, or to sqrt(V / (1 - beta2^t)), as the authors'
+    8-bit optimizer and algorithm 2 of the paper do.
     """
     judgements = []
     for as_printed in (False,) if bits is None else (False, True):
@@ -151,7 +154,7 @@ def _judge_optimizer(
 
 
 def _groups_after_a_move(fresh: Subject) -> int:
-    """Give a parameter to a new group. Return the number of groups that have it then."""
+    """Add a parameter of the optimizer to a new parameter group. Return the number of groups that then contain it."""
     optimizer = new_optimizer(fresh)
     moved = optimizer.param_groups[0]["params"][0]
     with contextlib.suppress(ValueError):  # then the old group keeps it
@@ -214,11 +217,11 @@ def _steps_of_subject(
     by_closure: int | None = None,
     bits: int | None = None,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors after each step, each step taken from the same tensors, and a description of each gradient that a
-    step has changed.
+    """Take steps with the Method's optimizer. Return the tensors after each step, and messages about changed gradients.
 
+    Before each step, the tensors get their initial values again. A message names a gradient that a step has changed.
     resumed: the first step of a new optimizer, which loads the state of the first one. by_closure: the step whose gradients
-    a closure sets. bits: the optimizer's option of this name. None leaves it out.
+    a closure sets. bits: value of the optimizer's option `bits`. None leaves the option out.
     """
     optimizer = new_optimizer(fresh, bits)
     start = {name: t.detach().clone() for name, t in tensors.items()}
@@ -262,7 +265,7 @@ def _steps_of_subject(
 
 
 def new_optimizer(fresh: Subject, bits: int | None = None) -> torch.optim.Optimizer:
-    """Return a new optimizer of the Method. bits: its option of this name. None leaves it out."""
+    """Return a new optimizer of the Method. bits: value of its option `bits`. None leaves the option out."""
     make: Callable[..., torch.optim.Optimizer | None] = fresh.adapted.optimizer
     optimizer = make(_LR, _DECAY) if bits is None else make(_LR, _DECAY, bits=bits)
     assert optimizer is not None  # noqa: S101  # the checks begin with this question
@@ -339,9 +342,9 @@ def _steps_of_reference(
 
 
 def _turned(basis: Projector, exactly: Projector, signs: Signs) -> Projector:
-    """Return `basis`, with each column turned so that its sign agrees with the same column of `exactly`.
+    """Return `basis` with some columns negated, so that each points the same way as the same column of `exactly`.
 
-    If `signs` are given, each column is then multiplied by its sign.
+    If `signs` are given, each column is then multiplied by its item of `signs`.
     """
     columns = 0 if basis.P is None else basis.P.shape[1]
     return Projector(_with_signs(basis.P, exactly.P, signs[:columns]), _with_signs(basis.Q, exactly.Q, signs[columns:]))

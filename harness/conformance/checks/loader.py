@@ -15,9 +15,9 @@ from harness.records.record import CheckResult
 def check_logits(subject: LoaderSubject, case: Case) -> CheckResult:
     """The logits of the base with the adapter loaded are those that the adapter file gives.
 
-    Truth: the logits in float64 beside the adapter in suites/adapters. They were computed from the effective weights
-    that the file gives (reference/adapter_file.py). The allowed error is a multiple of the error that the reference has
-    in the dtype of the base.
+    They are compared with the float64 logits that are stored beside the adapter in suites/adapters, computed from the
+    effective weights that the file gives (reference/adapter_file.py). The allowed error is a multiple of the error that
+    the reference has in the dtype of the base.
     """
     have = by_prompt(subject.loaded().logits(subject.adapter.prompts, FIRST))
     factor = case.factors.get("logits", CARRIED_FACTOR)

@@ -35,7 +35,7 @@ def check_switch(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_renamed(subject: LoaderSubject, case: Case) -> CheckResult:
-    """A file gives the same logits under a second name, also if this name is deleted and loaded again."""
+    """An adapter file gives the same logits under a second name, also if it is deleted and loaded again there."""
     loader, prompts = subject.loaded(), subject.prompts
     loader.load(subject.adapter.folder, _RENAMED)
     have = {name: loader.logits(prompts, name) for name in (_RENAMED, FIRST)}
@@ -77,7 +77,7 @@ def check_hotswap_beside(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_hotswap_scale(subject: LoaderSubject, case: Case) -> CheckResult:
-    """A factor on the scaling refers to the file that was swapped in, not to the one before it."""
+    """After a hot-swap, a factor on the scaling multiplies the scaling of the new file, not of the replaced one."""
     loader = subject.fresh()
     loader.load(subject.another, FIRST)
     loader.hotswap(subject.adapter.folder, FIRST)

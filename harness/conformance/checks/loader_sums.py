@@ -2,8 +2,9 @@
 
 The effective update of a parameter is its value with the adapter minus its value in the base. The truth of every sum is
 the base plus the weighted sum of the effective updates in float64, whatever the adapters are. For LoRA this is the sum
-of w s B A, for lora_bias that of w s c, and for modules_to_save that of w (P' - P). DoRA has a sum too: its update is
-m (W + s B A) / ||W + s B A|| - W. A program that cannot represent a sum should refuse it (harness.Unsupported).
+of w s B A with the weights w, for the bias c of B (lora_bias) that of w s c, and for modules_to_save that of w (P' -
+P). DoRA has a sum too: its update is m (W + s B A) / ||W + s B A|| - W. A program that cannot represent a sum should
+refuse it (harness.Unsupported).
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def check_merge_two(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_merge_training(subject: LoaderSubject, case: Case) -> CheckResult:
-    """An adapter that is merged in training mode gives the same as one that is merged in evaluation mode.
+    """An adapter that is merged in training mode gives the same logits as one that is merged in evaluation mode.
 
     The adapter's config has dropout, which must not be merged. The logits are compared in evaluation mode.
     """
@@ -121,7 +122,7 @@ def check_merge_undone(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_disabled(subject: LoaderSubject, case: Case) -> CheckResult:
-    """With adapters disabled, the logits are those of the base. Enabled again, the adapter gives the same as before."""
+    """With adapters disabled, the logits are those of the base. After enabling, they are as before."""
     loader, prompts = subject.loaded(), subject.prompts
     with loader.disabled():
         have = {"disabled": loader.logits(prompts, FIRST)}

@@ -36,8 +36,8 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
     """At its start the adapted model computes what the base model computes.
 
     The outputs are equal to the last bit if the update is exactly zero (LoRA: B = 0) and the base's own product is
-    unchanged. Otherwise they lie within the noise floor around the base model in float64, because a kernel may sum in
-    another order, and some starts cancel only in exact arithmetic (PiSSA: residual + s B A = W).
+    unchanged. But a kernel may sum in another order, and some starts cancel only in exact arithmetic (PiSSA: residual +
+    s B A = W). Then the error against the base model in float64 may be a multiple of the rounding error in this dtype.
     """
     if case.inputs is None or case.base_output is None:
         return skipped(subject, case, "identity", "no whole-model input in this case")
@@ -62,7 +62,8 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
 def check_forward(subject: Subject, case: Case) -> CheckResult:
     """The output of every adapted layer equals the reference's.
 
-    The layer has its own weights and a random input. Errors must be within the noise floor.
+    The layer keeps its weights and gets a random input. Errors must be within the noise floor: a multiple of the
+    reference's rounding error in this dtype.
     """
     return judged(subject, case, "forward", case.once(_judge_layers, subject).outputs)
 
@@ -71,7 +72,8 @@ def check_forward(subject: Subject, case: Case) -> CheckResult:
 def check_gradient(subject: Subject, case: Case) -> CheckResult:
     """The gradients of every adapted layer equal the reference's.
 
-    These are the gradients of its input and of each of its trainable tensors. Errors must be within the noise floor.
+    These are the gradients of its input and of each of its trainable tensors. Errors must be within the noise floor: a
+    multiple of the reference's rounding error in this dtype.
     """
     return judged(subject, case, "gradient", case.once(_judge_layers, subject).gradients)
 
@@ -80,8 +82,8 @@ def check_gradient(subject: Subject, case: Case) -> CheckResult:
 def check_strides(subject: Subject, case: Case) -> CheckResult:
     """Outputs and gradients equal the reference's for other memory layouts, and for an input without tokens.
 
-    The input is a transposed view. The gradient is one row expanded, as in the backward pass of `y.sum(0)`, or one
-    number expanded, as in that of `y.sum()`.
+    The input is a transposed view. The incoming gradient is one row expanded, as in the backward pass of `y.sum(0)`, or
+    one number expanded, as in that of `y.sum()`.
     """
     found = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
@@ -135,7 +137,7 @@ def check_step(subject: Subject, case: Case) -> CheckResult:
 def _moved(
     layer: nn.Module, tensors: Mapping[str, Tensor], adapted: Adapted, x: Tensor, dy: Tensor, dtype: str
 ) -> dict[str, Tensor]:
-    """Take one optimizer step, and return the moved tensors. Then restore the layer's own tensors.
+    """Take one optimizer step on `tensors`, restore their old values, and return the new values.
 
     dtype: dtype of the subject, also if the layer is the reference's layer in float64.
     """
@@ -159,7 +161,7 @@ def _moved_reference(subject: Subject, path: str, dtype: str, x: Tensor, dy: Ten
 
 
 def _moved_draws(subject: Subject, path: str, x: Tensor, dy: Tensor) -> Iterator[dict[str, Tensor]]:
-    """Yield the moved tensors as correct programs with other rounding errors might compute them.
+    """Yield the tensors after one optimizer step as correct programs with other rounding errors might compute them.
 
     The first result is that of the reference in the subject's dtype. For the other results, the inputs are moved by up
     to half a unit in the last place, and the reference computes in float64. These results show how much the step

@@ -129,11 +129,11 @@ def check_unmerge(subject: Subject, case: Case) -> CheckResult:
 
 
 def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Tensor], Iterable[dict[str, Tensor]]]]:
-    """Return what a layer should output, first with its adapter, then with HALF times its adapter.
+    """Return what a layer should output, first with its adapter, then with the tensors of the adapter times HALF.
 
     Each of the two items is a pair: the output of the float64 reference, and outputs that correct programs with other
-    rounding errors might give. For a large model, they are computed at once, and the check calls this function for one
-    layer at a time, because all reference layers would not fit into memory.
+    rounding errors might give. For a small model, the latter are computed when they are needed. For a large model, they
+    are computed at once, because the reference layers of all paths would not fit into memory together.
     """
     whole = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
     half = copy.deepcopy(whole)
@@ -155,9 +155,9 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
     """Detaching restores the base layers themselves and their outputs, and every parameter and buffer of the model.
 
     This also holds after the layers were used. A parameter that the Method froze may stay frozen; detaching freezes no
-    other. An adapter that is then attached to the same model starts and computes as one on a fresh copy of the model does.
-    If it is merged when it is detached, the base layers come back too; `unmerge` judges their values. A quantised base is
-    not tried again, because its layers cannot be packed twice.
+    other. An adapter that is then attached to the same model starts and computes as one on a fresh copy of the model
+    does. If it is merged when it is detached, the base layers come back too; the check `unmerge` judges their values.
+    No second adapter is attached to a quantised base, because its layers cannot be packed twice.
     """
     fresh = case.attach_again()
     if fresh is None or fresh.original.model is None:
@@ -194,7 +194,7 @@ def _start(subject: Subject | None) -> dict[str, Tensor]:
 
 
 def _used(subject: Subject | None, case: Case) -> dict[str, Tensor]:
-    """Fill the added tensors with noise, run every layer forward and backward, and return what was observed."""
+    """Fill the added tensors with noise, run every layer forward and backward, and return outputs and gradients."""
     if subject is None:
         return {}
     warm(subject.added(), case.generator(salt=1))
@@ -241,7 +241,7 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
 
 
 def _merged(reference: ReferenceLayer, x: Tensor) -> dict[str, Tensor]:
-    """Return the output of the merged reference. Merging in the reference's dtype rounds the weight once more."""
+    """Return the output of a merged copy of the reference. Merging rounds the weight to the reference's dtype."""
     merged = copy.deepcopy(reference)
     merged.adapted.merge()
     return {"y": merged.adapted.model.get_submodule("layer").eval()(x)}

@@ -45,15 +45,18 @@ from harness.records.record import CheckResult
 from reference.shared.layers import kind_of
 
 TINY = 2.0**-13
-"""Factor that makes a tensor tiny. The update still exceeds the rounding errors of float32."""
+"""Factor that makes a tensor of an adapter tiny. The adapter's update still exceeds the rounding errors of float32."""
 OTHER_DTYPE = {"float64": "float32", "float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
 """dtype of a layer -> dtype to which a copy of the layer is cast."""
 LAYERS = 2
-"""Number of layers to try. More layers would show little, because all layers of a model are of one class."""
+"""Number of adapted layers on which `check_calls` tries its forms. All layers of a model are of one class."""
 
 
 class LayerForm(StrEnum):
-    """Ways to call a layer that are in none of the tables of forms. `{}` stands for a tensor or a dtype."""
+    """Names of ways to call a layer, besides those in the tables of `call_forms` and `call_histories`.
+
+    `{}` stands for the name of a tensor or a dtype.
+    """
 
     ONE_TRAINED = "with only {} trained"
     ONE_ROW = "one row expanded"
@@ -67,7 +70,7 @@ class LayerForm(StrEnum):
 
 
 def forms() -> dict[str, list[str]]:
-    """Return the names of all forms that `calls` tries, by what they apply to."""
+    """Return the names of all ways to call (forms) that the check `calls` tries, grouped by what is called."""
     return {
         "a layer, in layouts of its input": [*LAYOUTS, *IMAGE_LAYOUTS],
         "a layer": [*MODES, *HISTORIES, *NEW_VALUES, *NEW_VALUES_UNDER_AUTOCAST, *LayerForm, *LONG_FORMS],
@@ -80,8 +83,9 @@ def forms() -> dict[str, list[str]]:
 def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Every way to call an implementation gives what the reference gives for the same numbers.
 
-    A form is left out where it cannot apply, for example an input in place for token numbers. copy.deepcopy must copy a
-    layer. pickle may refuse it, but a pickled layer must compute the same. No call may make memory grow.
+    The ways are modes of torch, shapes and layouts of the input, earlier calls, copies, threads and more. A way is left
+    out where it cannot apply, for example a change of the input in place if the input is token numbers. copy.deepcopy
+    must copy a layer. pickle may refuse it, but a pickled layer must compute the same. No call may make memory grow.
     """
     found = list(of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:
@@ -91,7 +95,7 @@ def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
 
 @dataclass
 class _LayerJudge:
-    """Judges observations of one layer on one input."""
+    """Judge of one layer: compares what calls on one input give, called observations, with the float64 reference."""
 
     subject: Subject
     case: Case
@@ -108,10 +112,10 @@ class _LayerJudge:
         wanted: Collection[str],
         further: Iterable[Mapping[str, Tensor]] = (),
     ) -> Judgement:
-        """Judge the observation of the form `name`.
+        """Judge the output and the gradients `mine` of a call in the form `name`.
 
-        wanted: names of the tensors that it must have. further: observations in this form that correct programs might
-        make.
+        wanted: names of the tensors that `mine` must have. further: results of this form that correct programs might
+        give, in addition to `draws`.
         """
         expected = {n: t for n, t in self.truth.items() if n in wanted}
         known = ({n: one[n] for n in expected} for one in self.passed if expected.keys() <= one.keys())
@@ -163,7 +167,7 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
 
 
 def _by_reference(subject: Subject, path: str, call: Call, form: Form) -> Iterator[dict[str, Tensor]]:
-    """Call the reference's layer in the same form and yield its observation, if the form rounds differently."""
+    """If a correct layer rounds differently in `form`, call the reference's layer in this form and yield the result."""
     if form.rounds_differently:
         own = subject.reference(path, subject.dtype)
         seen = form.run(replace(call, layer=own.layer, tensors=own.tensors, numbers=()))
@@ -172,7 +176,7 @@ def _by_reference(subject: Subject, path: str, call: Call, form: Form) -> Iterat
 
 
 def _with_new_values(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
-    """Yield judgements of copies that got half of all numbers after they were called."""
+    """Yield judgements of copies of the layer whose tensors were halved after a first call."""
     autocast = NEW_VALUES_UNDER_AUTOCAST if subject.dtype == "float32" else {}
     seen = {name: form.run(call) for name, form in (NEW_VALUES | autocast).items()}
     found = {name: one for name, one in seen.items() if one is not None}
@@ -246,7 +250,7 @@ def _autocast(call: Call, layer: nn.Module, tensors: Mapping[str, Tensor], dtype
 
 
 def _rounded_by_autocast(own: ReferenceLayer, call: Call, dtype: str) -> Iterator[dict[str, Tensor]]:
-    """Yield observations under autocast that correct programs might make. own: the reference's layer in float32."""
+    """Yield output and gradients as correct programs might give them under autocast. own: the reference in float32."""
     yield _autocast(call, own.layer, own.tensors, dtype, call.x)
     for seed in range(PERTURBED_DRAWS):
         generator, moved = torch.Generator().manual_seed(seed), copy.deepcopy(own)
@@ -272,7 +276,7 @@ def _untrained(subject: Subject, case: Case, path: str, call: Call) -> Iterator[
 
 @contextmanager
 def _only_trained(tensors: Mapping[str, Tensor], name: str) -> Iterator[None]:
-    """Within this context, only the tensor `name` requires a gradient. LoRA-FA, for example, trains only one factor."""
+    """Let only the tensor `name` require a gradient in this context. LoRA-FA, for example, trains only one factor."""
     others = [tensor for key, tensor in tensors.items() if key != name]
     for tensor in others:
         tensor.requires_grad_(False)
@@ -284,10 +288,7 @@ def _only_trained(tensors: Mapping[str, Tensor], name: str) -> Iterator[None]:
 
 
 def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
-    """Yield judgements of the first adapted layer.
-
-    They judge derivatives of other kinds, and a copy of the layer in another dtype.
-    """
+    """Yield judgements of the first adapted layer: second derivatives, torch.func, and a copy in another dtype."""
     path = next(iter(subject.adapted.layers), None)
     if path is None:
         return
@@ -313,7 +314,7 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
     x_other, dy_other = cast(x, other), dy.to(DTYPES[other])
 
     def moved(of: nn.Module, named: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-        """Run a copy of the layer in `dtype`, after rounding its values to `other`, and return the observation."""
+        """Run a copy of the layer in `dtype`, after rounding its values to `other`; return output and gradients."""
         made = copy.deepcopy(of).to(DTYPES[other]).to(DTYPES[dtype])
         named = tensors_of_copy(of, made, named)
         return observe(made, named, cast(x_other, dtype), dy_other.to(DTYPES[dtype]), training=subject.trains_plainly)
@@ -346,7 +347,7 @@ def _second(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tens
 def _by_functorch(
     layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor, *, training: bool = False
 ) -> dict[str, Tensor]:
-    """Return outputs by torch.func.vmap, and the derivative along dx = x by torch.func.jvp, as far as the layer has them.
+    """Return outputs by torch.func.vmap, and the derivative along dx = x by torch.func.jvp, unless torch refuses one.
 
     vmap maps over inputs of one row each. torch refuses both for an autograd.Function without the rules for them.
     """

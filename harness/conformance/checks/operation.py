@@ -21,14 +21,15 @@ from harness.records.record import CheckResult
 def check_outputs(subject: OperationSubject, case: Case) -> CheckResult:
     """Every output of the Operation has the reference's dtype, shape, device and values.
 
-    Codes are equal bit for bit, other values within the noise floor.
+    An Operation may have a rule of its own for the values, for example for codes. Otherwise they must be within the
+    noise floor: a multiple of the reference's rounding error in this dtype.
     """
     return judged(subject, case, "outputs", *operation_call.judge(subject, subject.call(), case))
 
 
 @check()
 def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
-    """Every code that the Operation returns is that of the nearest value, unless rounding decides between two."""
+    """Every code that the Operation returns is that of the nearest level, unless rounding decides between two."""
     if subject.operation.codes is None:
         return skipped(subject, case, "output_codes", "this Operation returns no codes, or `outputs` judges them")
     found = operation_call.judge_codes(subject, subject.operation.codes, subject.call(), case)
@@ -37,7 +38,7 @@ def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
 
 @check()
 def check_rounded_once(subject: OperationSubject, case: Case) -> CheckResult:
-    """A 16-bit result that takes one rounding is the float64 result, correctly rounded, in nearly every element.
+    """A 16-bit result that needs one rounding equals the correctly rounded float64 result in nearly every element.
 
     The noise floor of `outputs` would not notice a second rounding, such as that of a table of levels in bfloat16.
     """
@@ -100,7 +101,7 @@ def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
 
     Every tensor is a view with gaps between its elements, is transposed in memory as a `.T` is, or is a contiguous slice
     that does not begin at the start of its storage. The outputs are equal to the last bit or, since another layout may
-    take another path, as right as `outputs` demands.
+    take another path through the code, pass the rules of the checks `outputs` and `output_codes`.
     """
     plain, found = subject.call(), []
     for name, change in (("every second element", _gapped), ("transposed", _transposed), ("slice", _sliced)):

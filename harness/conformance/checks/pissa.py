@@ -32,7 +32,7 @@ _STARTS = 4
 _REFERENCE_STARTS = 32
 """Number of the reference's randomised SVDs, which give the mean and the standard error."""
 _LEAST_RESIDUAL = 0.125
-"""Least norm of W_res, as a share of that of W, with which float32 errors of W - s B A are far below a unit in 16 bits."""
+"""Least ||W_res|| / ||W|| at which float32 errors of W - s B A are far below the 16-bit rounding errors of W_res."""
 
 
 @check()
@@ -41,7 +41,7 @@ def check_residual(subject: Subject, case: Case) -> CheckResult:
 
     The allowed error is that of the reference's own split in this dtype: W_res contains the rounding errors of A and
     B  (PiSSA, eqs. 2 to 5). In 16 bits, W_res is also W - s B A of the rounded factors, correctly rounded, in nearly every
-    element. A W_res that is much smaller than W shows errors of float32, and is left out there.
+    element. This is not required of a W_res much smaller than W, in which the errors of float32 show.
     """
     fresh = case.attach_again()
     if fresh is None or not all(f"{path}.residual" in fresh.state() for path in fresh.bases):
@@ -77,8 +77,9 @@ def _rounding_of_residual(fresh: Subject, path: str) -> Judgement | None:
 def check_principal(subject: Subject, case: Case) -> CheckResult:
     """At PiSSA's start, s B A equals U_r S_r V_r^T, the best rank-r approximation of the weight.
 
-    Each factor holds the square root of every singular value: A A^T = B^T B = S_r / s  (PiSSA, eqs. 2 and 3). A randomised
-    SVD only approximates it: over some starts, ||s B A||^2 must have the reference's mean. It grows with each iteration.
+    Each factor holds the square root of every singular value: A A^T = B^T B = S_r / s  (PiSSA, eqs. 2 and 3). A
+    randomised SVD only approximates it: the mean of ||s B A||^2 over some starts must be the reference's. This mean
+    grows with the number of iterations.
     """
     fresh = case.attach_again()
     if fresh is None:
@@ -96,7 +97,10 @@ def check_principal(subject: Subject, case: Case) -> CheckResult:
 
 
 def _of_randomised_starts(subject: Subject, case: Case) -> Iterator[str]:
-    """Yield the layers whose mean share of ||U_r S_r V_r^T||^2 is not the reference's, within the standard error."""
+    """Yield a message for each layer whose mean of ||s B A||^2 over some randomised starts is not the reference's.
+
+    The mean may be off by a multiple of its standard error.
+    """
     starts = [one for seed in range(_STARTS) if (one := case.attach_again(seed=seed)) is not None]
     for path in subject.bases:
         W, config = subject.original_weight(path).double(), subject.config

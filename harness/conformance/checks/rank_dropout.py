@@ -21,7 +21,7 @@ from harness.records.record import CheckResult
 from reference.shared.row_dropout import RowDropout
 
 CALLS = 12
-"""Number of calls whose dropped rows are counted."""
+"""Number of calls of each layer in which the dropped rows are counted."""
 
 
 @check(States.WARM)
@@ -80,9 +80,10 @@ def _differs_with_one_seed(subject: Subject, path: str, layer: nn.Module, x: Ten
 
 
 def _kept(subject: Subject, path: str, y: Tensor, x: Tensor, dy: Tensor) -> Tensor:
-    """Return a mask (E,) that is True for the output features whose update is nearer to a kept one than to none.
+    """Return a mask (E,) of the rows that rank dropout has kept in the output y. A row is an output feature.
 
-    A kept row is multiplied by 1 or more, so that the projection on the whole update separates the two.
+    Dropout multiplies a kept row of the update by 1 or more, and a dropped row by 0. The projection of the observed
+    update on the whole update tells them apart.
     """
     base, whole = (
         reference_runs(subject, path, x, dy[:0], look=partial(_masked, x.new_full((), factor)))[0]["y"].double()

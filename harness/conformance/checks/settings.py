@@ -40,9 +40,9 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
 
 
 def _by_default_dtype(subject: Subject, case: Case) -> Iterator[str]:
-    """Yield the tensors of `state()` that differ if torch's default dtype is another one when the adapter is attached.
+    """Yield a message for each tensor of `state()` that depends on torch's default dtype at the time of attaching.
 
-    A tensor that an SVD of the weight gives is left out, because its random sketch may be another one then.
+    A tensor that is computed by an SVD of the weight is left out, because a randomised SVD may depend on this dtype.
     """
     from_weight = method_info(subject.method).spec.start_from_weight
     usual = {name: t for name, t in subject.state().items() if name.rpartition(".")[2] not in from_weight}

@@ -69,8 +69,8 @@ def check_parameters(subject: Subject, case: Case) -> CheckResult:
 def check_base(subject: Subject, case: Case) -> CheckResult:
     """Attaching changes no parameter and no buffer of the model, not by one bit.
 
-    Packing a base changes none outside the packed layers; the check `codes` judges these.
-    For `method: peft` the adapted weights are left out where the method's start rewrites them (OLoRA, PiSSA, LoftQ).
+    Quantising (packing) the base changes none outside the packed layers; the check `codes` judges the packed ones. For
+    `method: peft` the adapted weights are left out where the method's start rewrites them (OLoRA, PiSSA, LoftQ).
     """
     if subject.original.model is None and not subject.original.crc32:
         return skipped(subject, case, "base", "there is neither a copy nor a checksum of the model before attaching")
@@ -142,8 +142,8 @@ def check_deterministic(subject: Subject, case: Case) -> CheckResult:
 def check_poison(subject: Subject, case: Case) -> CheckResult:
     """No output and no gradient contains memory that was never written.
 
-    Every fresh buffer is filled with NaN (`torch.utils.deterministic.fill_uninitialized_memory`), and no result may contain
-    one.
+    Memory that torch allocates is filled with NaN (`torch.utils.deterministic.fill_uninitialized_memory`), and no
+    result may contain a NaN.
     """
     odd: list[str] = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):

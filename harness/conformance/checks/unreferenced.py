@@ -23,13 +23,13 @@ from harness.process.out_of_memory import shortage
 from harness.records.record import CheckResult
 
 _NUDGE = 0.05
-"""Size of the noise that is added to a tensor. A random matrix that preserves lengths would have the size 1. Training
-moves a tensor about as far as this noise."""
+"""Factor of the noise that is added to a tensor. With 1, a noise matrix would keep the length of a vector. Training
+moves a tensor about as far as the scaled noise."""
 _TOO_LARGE = "the model is too large to be copied"
 
 
 class Unreferenced(Adapted, Protocol):
-    """An adapter that `method: peft` attaches. It may be of any kind that its library offers."""
+    """An adapter without a reference, which `method: peft` attaches. It may be of any kind that its library offers."""
 
     starts_as_base: bool
     """True if the library promises that the output at the start equals that of the base model."""
@@ -42,7 +42,7 @@ class Unreferenced(Adapted, Protocol):
 def nudged(subject: Subject, generator: torch.Generator) -> Subject:
     """Return a copy of the subject with noise added to every trainable tensor.
 
-    Without the noise, the start could make a gradient zero.
+    At the start, before any noise, a gradient may be zero: in LoRA, that of A while B is zero.
     """
     adapted = copy.deepcopy(cast("Unreferenced", subject.adapted))
     with torch.no_grad():

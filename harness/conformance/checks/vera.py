@@ -1,4 +1,4 @@
-"""Check of VeRA's frozen projections, which are drawn from a key."""
+"""Check of VeRA's frozen projections, which are drawn from a seed, the `projection_key`."""
 
 from __future__ import annotations
 

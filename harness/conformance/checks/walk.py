@@ -33,9 +33,10 @@ copies of the model."""
 def check_walk(subject: Subject, case: Case) -> CheckResult:
     """Random walks leave outputs, gradients and tensors where the float64 reference, taken through the same walk, has them.
 
-    A walk has up to 20 rules: forward and backward, micro-batches, optimizer steps, a scheduler, train and eval, no_grad,
-    inference_mode, checkpointing, hooks, deepcopy, load_state_dict, resuming from a file, merging and unmerging, freezing,
-    and a second model in the process. A failure is shrunk to the shortest walk that shows it.
+    A walk is a sequence of up to 20 actions, called rules: forward and backward, micro-batches, optimizer steps, a
+    scheduler, train and eval, no_grad, inference_mode, checkpointing, hooks, deepcopy, load_state_dict, resuming from a
+    file, merging and unmerging, freezing, and a second model in the process. A failure is shrunk to the shortest walk
+    that shows it.
     """
     if subject.dtype == "float64":
         return skipped(subject, case, "walk", "the float64 reference cannot show how much noise the rules carry on")
@@ -58,7 +59,7 @@ def check_walk(subject: Subject, case: Case) -> CheckResult:
 
 
 def _other_numbers(config: Any) -> dict[str, float]:
-    """Return half of each real number of a Config but dropout, so that another adapter has another scaling."""
+    """Return the float settings of a Config except dropout, each halved. A second adapter thus gets another scaling."""
     return {
         f.name: HALF * getattr(config, f.name) for f in fields(config) if f.type == "float" and "dropout" not in f.name
     }

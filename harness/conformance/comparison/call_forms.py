@@ -34,9 +34,9 @@ class Call:
     """The input: rows of features (ROWS, D), token numbers (ROWS,), or a few images."""
     dy: Tensor
     training: bool
-    """True if training mode is tried, because the layer has no dropout and must compute the same in both modes."""
+    """True if the layer is run in training mode. It then has no dropout, so that both modes must compute the same."""
     numbers: Sequence[Tensor] = ()
-    """The tensors that the reference has too: those of the adapter, its state, and those of the base layer."""
+    """All tensors that determine the output: those of the adapter, of its state, and of the base layer."""
 
     def observe(
         self, x: Tensor, dy: Tensor, layer: nn.Module | None = None, training: bool | None = None, **how: Any
@@ -44,7 +44,7 @@ class Call:
         """Run the layer forward from `x` and backward from `dy`, and return the output and the gradients.
 
         The output has the shape of `self.dy`, and the gradient of the input has the shape of `self.x`. layer: if given,
-        the copy of the layer that is run instead. training: if given, the mode of the layer.
+        the copy of the layer that is run instead. training: if given, the mode of the layer. how: passed to `observe`.
         """
         tensors = self.tensors if layer is None else tensors_of_copy(self.layer, layer, self.tensors)
         mode = self.training if training is None else training
@@ -52,8 +52,9 @@ class Call:
         return self.in_shape(seen, dy)
 
     def in_shape(self, seen: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
-        """Return an observation in which an output of the shape of `dy` has that of `self.dy`, and so has the gradient
-        of x that of `self.x`.
+        """Give the output in `seen` the shape of `self.dy`, and the gradient of x the shape of `self.x`. Return `seen`.
+
+        An output that has not the shape of the incoming gradient `dy` stays as it is, so that a comparison fails.
         """
         if seen["y"].shape == dy.shape:
             seen["y"] = seen["y"].reshape(self.dy.shape)
@@ -74,7 +75,7 @@ class Form:
     run: Callable[[Call], dict[str, Tensor] | None]
     """Function that calls the layer and returns the output and the gradients; None if the form does not apply."""
     leaves_out: Literal["", "all gradients", "grad x", "the tensors' gradients"] = ""
-    """Part of an observation that does not exist in this form."""
+    """Part that is missing from the result of `run`, compared with the output and all gradients."""
     rounds_differently: bool = False
     """True if a correct layer rounds differently in this form.
 
@@ -83,7 +84,7 @@ class Form:
     """
 
     def shown(self, names: Iterable[str]) -> list[str]:
-        """Return those names of a full observation that this form shows."""
+        """Return the part of `names`, names of an output and gradients, that the result of `run` contains."""
         outputs, gradients = ("y",), ("y", "grad x")
         match self.leaves_out:
             case "all gradients":
@@ -98,7 +99,7 @@ Layout = Callable[[Tensor], Tensor]
 
 
 def _swapped(rows: Tensor) -> Tensor:
-    """Return three dimensions whose batch and tokens are swapped in memory."""
+    """Return the four rows as (2, 2, D), with the batch and token dimensions swapped in memory."""
     return rows.reshape(2, 2, -1).transpose(0, 1).contiguous().transpose(0, 1)
 
 
@@ -123,7 +124,7 @@ LAYOUTS: dict[str, Layout] = {
     "the middle of a tensor": _middle,
     "rows transposed in memory": lambda rows: rows.T.contiguous().T,
 }
-"""Name -> layout of the rows of a linear layer."""
+"""Name -> layout of the rows that a linear layer gets as its input."""
 IMAGE_LAYOUTS: dict[str, Layout] = {
     "channels_last": lambda images: images.contiguous(memory_format=torch.channels_last)
 }
@@ -131,7 +132,7 @@ IMAGE_LAYOUTS: dict[str, Layout] = {
 
 
 def layouts_with_gradients(layouts: Mapping[str, Layout]) -> dict[str, Form]:
-    """Return forms that run forward and backward from the input in each of the layouts."""
+    """Return a form for each layout, by name. It runs forward and backward with the input in this layout."""
 
     def form(layout: Layout) -> Form:
         return Form(lambda call: call.observe(layout(call.x), layout(call.dy)), rounds_differently=True)
@@ -203,7 +204,10 @@ def _checkpointed(call: Call) -> dict[str, Tensor]:
 
 
 def _checkpointed_again(call: Call) -> dict[str, Tensor] | None:
-    """Use torch's older checkpointing, whose first pass runs without gradients. It needs an input with a gradient."""
+    """Call the layer under torch's reentrant checkpointing, whose first pass runs without gradients.
+
+    Return None for token numbers, because this checkpointing needs an input with a gradient.
+    """
     if not call.x.is_floating_point():
         return None
     return call.observe(call.x, call.dy, call=partial(checkpoint, use_reentrant=True))
@@ -241,7 +245,7 @@ def _gradients_of_zeros(call: Call) -> dict[str, Tensor]:
 def _output_in_place(call: Call) -> dict[str, Tensor] | None:
     """Double the output in place, as `nn.ReLU(inplace=True)` would change it.
 
-    torch may refuse it, as it does if the backward pass needs the output, but must not compute wrongly.
+    torch may refuse it, as it does if the backward pass needs the output: return None then.
     """
     try:
         seen = call.observe(call.x, call.dy / 2, call=lambda layer, x: layer(x).mul_(2))
@@ -251,7 +255,7 @@ def _output_in_place(call: Call) -> dict[str, Tensor] | None:
 
 
 def _input_in_place(call: Call) -> dict[str, Tensor] | None:
-    """Change the input in place between forward and backward. torch may refuse it, but must not compute wrongly."""
+    """Change the input in place between forward and backward. If torch refuses it, return None."""
     if not call.x.is_floating_point():
         return None
 
@@ -283,7 +287,7 @@ def _under(context: Callable[[], Any]) -> Form:
 
 @contextmanager
 def _autocast_off() -> Iterator[None]:
-    """Be within an autocast that an inner one switches off."""
+    """Switch autocast on and, inside it, off again."""
     with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
         yield
 
@@ -298,9 +302,9 @@ def _compiled(call: Call) -> dict[str, Tensor]:
 
 
 def _repeated(call: Call) -> dict[str, Tensor]:
-    """Run forward and backward many times, and return an observation that differs from the first.
+    """Run forward and backward many times. Return output and gradients of a run that differs from the first.
 
-    If none differs, return the first.
+    If none differs, return those of the first run.
     """
     first = call.observe(call.x, call.dy)
     later = (call.observe(call.x, call.dy) for _ in range(REPEATS))
@@ -349,14 +353,14 @@ MODES: dict[str, Form] = {
     "with deterministic algorithms": _under(lambda: torch.use_deterministic_algorithms(True)),
     "with autocast switched off again": _under(_autocast_off),
 }
-"""Name -> form that calls a layer on its input in another mode."""
+"""Name -> form that calls a layer on its input in a mode of torch, of autograd or of the layer."""
 LONG_FORMS: dict[str, Form] = {
     "under torch.compile": Form(_compiled),
     f"{REPEATS} times": Form(_repeated),
     f"{LONG_RUN} times without gradients": Form(_long_run, "all gradients"),
     f"in {THREADS} threads": Form(_threaded, "all gradients"),
 }
-"""Name -> form that takes long. Only the first layer of a model is called so."""
+"""Name -> form that takes long. Only the first layer of a model is called in these forms."""
 
 
 def leaf_of(x: Tensor) -> Tensor:
@@ -365,14 +369,14 @@ def leaf_of(x: Tensor) -> Tensor:
 
 
 def collected(call: Call, y: Tensor, gradients: list[Tensor | None]) -> dict[str, Tensor]:
-    """Return an observation: the output, the gradients of the parts of x joined, and the tensors' own gradients."""
+    """Return the output, the gradients of the parts of x joined to one tensor, and the gradients of `call.tensors`."""
     parts = [one for one in gradients if one is not None]
     seen = {"y": y.detach().clone()} | ({"grad x": torch.cat(parts)} if parts else {})
     return seen | {f"grad {name}": t.grad.detach().clone() for name, t in call.tensors.items() if t.grad is not None}
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Return whether two observations are equal to the last bit."""
+    """Return whether two dicts have the same names and tensors that are equal to the last bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 

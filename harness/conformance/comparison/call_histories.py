@@ -61,7 +61,7 @@ def _after_other_sizes(call: Call) -> dict[str, Tensor]:
 
 
 def _after_overwritten_outputs(call: Call) -> dict[str, Tensor]:
-    """Overwrite the output of earlier calls, which a caller may do with tensors that it got."""
+    """Call the layer after the outputs of earlier calls were overwritten, as a caller may do."""
     with torch.no_grad():
         call.layer(call.x).fill_(torch.nan)
         call.layer(leaf_of(call.x)).fill_(torch.nan)
@@ -83,7 +83,10 @@ def _with_strided_tensors(call: Call) -> dict[str, Tensor]:
 
 
 def _with_hooks(call: Call) -> dict[str, Tensor]:
-    """Call the layer with hooks of every kind. If one is not called once, also return how often they were called."""
+    """Call the layer with a forward pre-hook, a forward hook and a backward hook.
+
+    If they are not called once each and in order, add the entry `calls of hooks`, which lets the comparison fail.
+    """
     called: list[str] = []
     handles = [
         call.layer.register_forward_pre_hook(lambda *_: called.append("before forward")),
@@ -118,7 +121,7 @@ def _pickled(call: Call) -> dict[str, Tensor] | None:
 
 
 def _widened(call: Call) -> dict[str, Tensor] | None:
-    """Call a copy that was in float64 for one call, and is in its own dtype again."""
+    """Call a copy that was cast to float64, called once, and cast back to its own dtype."""
     numbers = [t for t in (*call.layer.parameters(), *call.layer.buffers()) if t.is_floating_point()]
     own = next(iter(call.tensors.values())).dtype if call.tensors else torch.float64
     if not owns(call.layer, call.tensors) or any(t.dtype != own for t in numbers) or _is_packed(call.layer):
@@ -154,7 +157,10 @@ def _functional(call: Call) -> dict[str, Tensor] | None:
 
 
 def _after(restore: Restore) -> Form:
-    """Return a form that calls a copy in three modes, then gives it half of all numbers, and calls it again."""
+    """Return a form that calls a copy of the layer before and after `restore` has halved its tensors.
+
+    The calls before are made with and without gradients.
+    """
 
     def run(call: Call) -> dict[str, Tensor] | None:
         if not owns(call.layer, call.tensors) or _is_packed(call.layer):
@@ -172,7 +178,7 @@ def _after(restore: Restore) -> Form:
 
 
 def _halved(call: Call) -> dict[str, Tensor]:
-    """Return new values of the layer's floating-point parameters and buffers: half of `call.numbers`."""
+    """Return the layer's floating-point parameters and buffers by name, with those in `call.numbers` halved."""
     # By storage: an adapter may hand out its state as a transposed view of a parameter.
     halved = {t.untyped_storage().data_ptr() for t in call.numbers}
     values = {n: t.detach() for n, t in _named(call.layer).items()}
@@ -184,7 +190,10 @@ Mode = Callable[[str], AbstractContextManager[object]]
 
 
 def _in_mode_after(mode: Mode, restore: Restore) -> Form:
-    """Return a form that calls a copy in eval mode within `mode`, halves its numbers outside, and calls it so again."""
+    """Return a form that calls a copy in the context `mode` before and after `restore` has halved its tensors.
+
+    `restore` runs outside the context. The copy is in eval mode.
+    """
 
     def run(call: Call) -> dict[str, Tensor] | None:
         if not owns(call.layer, call.tensors) or _is_packed(call.layer):
@@ -203,7 +212,7 @@ def _in_mode_after(mode: Mode, restore: Restore) -> Form:
 
 @contextmanager
 def _autocast(device: str) -> Iterator[None]:
-    """Be within autocast to bfloat16, without gradients."""
+    """Switch on autocast to bfloat16, and switch off gradients."""
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
         yield
 
@@ -281,7 +290,7 @@ _WAYS: dict[str, Restore] = {
     ".data.copy_()": _copy_data,
     "load_state_dict()": _load_state_dict(assign=False),
 }
-"""Name -> way to give a layer new values between two calls in one mode."""
+"""Name -> function that gives a layer new values between two calls in one mode of `_MODES` or under autocast."""
 NEW_VALUES: dict[str, Form] = {
     "after .data.copy_()": _after(_copy_data),
     "after .data = ...": _after(_set_data),
@@ -293,8 +302,8 @@ NEW_VALUES: dict[str, Form] = {
     for name, mode in _MODES.items()
     for way, restore in _WAYS.items()
 }
-"""Name -> form that calls a layer whose `numbers` were halved after it was called."""
+"""Name -> form that calls a layer, halves its tensors (`Call.numbers`), and calls it again."""
 NEW_VALUES_UNDER_AUTOCAST: dict[str, Form] = {
     f"under autocast before and after {way}": _in_mode_after(_autocast, restore) for way, restore in _WAYS.items()
 }
-"""The same before and after under autocast to bfloat16, without gradients."""
+"""Name -> form like those of `NEW_VALUES`, with both calls under autocast to bfloat16 and without gradients."""

@@ -1,4 +1,4 @@
-"""Make the results of checks from judgements, lists of mistakes and reasons to skip."""
+"""Functions that make a `CheckResult` from a judgement, from a list of mistakes, or from a reason to skip."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class Named(Protocol):
 def judged(subject: Named, case: Case, name: str, judgement: Judgement, detail: str = "") -> CheckResult:
     """Return the result of the check `name` for a judgement.
 
-    If the judgement is not decided, the result is a skip. Its reason is `judgement.worst`.
+    If the judgement is not decided, because the reference is too inaccurate, the result is a skip with the reason
+    `judgement.worst`.
     """
     if not judgement.decided:
         return skipped(subject, case, name, judgement.worst)
@@ -47,7 +48,7 @@ def judged(subject: Named, case: Case, name: str, judgement: Judgement, detail: 
 def listed(subject: Named, case: Case, name: str, odd: Sequence[str], otherwise: str = "") -> CheckResult:
     """Return the result of the check `name`: a pass if `odd` is empty, otherwise a failure.
 
-    odd: descriptions of what is wrong. The failure shows the first five. otherwise: the detail of a pass.
+    odd: descriptions of what is wrong. The failure shows the first five. otherwise: text for the `detail` of a pass.
     """
     return CheckResult(
         check=identifier(subject, case, name),

@@ -29,14 +29,15 @@ class Distance:
 
 @dataclass(frozen=True)
 class _Scaled:
-    """A truth, and what every distance from it needs."""
+    """A float64 tensor (the truth), with the numbers that every distance from it needs."""
 
     truth: Tensor
     """The truth in float64."""
     unit: float
-    """Its largest element: squares of numbers below 1e-154 are 0. 1 if it is 0 or infinite."""
+    """Largest magnitude in `truth`, or 1 if that is 0 or infinite. Distances are computed in this unit, because the
+    squares of numbers below 1e-154 are 0."""
     units: Tensor
-    """The truth in this unit."""
+    """`truth` divided by `unit`."""
     scale: float
     """Norm of `units`, or 1 if that is 0."""
 
@@ -60,7 +61,10 @@ class _Scaled:
 
 
 class Distances:
-    """Distances of a subject and of draws from the truths of one judgement."""
+    """Distances from the float64 truths of one judgement, which are several tensors by name.
+
+    subject: the tensors to judge. truth: the tensors of the reference in float64.
+    """
 
     def __init__(self, subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> None:
         self.truth = truth
@@ -73,7 +77,7 @@ class Distances:
         return self._scaled[name].distance_of(value)
 
     def of_subject(self, name: str) -> Distance:
-        """Return the distance of the subject's tensor. It is computed once, although every further draw asks for it."""
+        """Return the distance of the subject's tensor. It is computed once and kept."""
         if name not in self._own:
             self._own[name] = self.of(name, self._subject[name])
         return self._own[name]
@@ -92,7 +96,7 @@ def describe_worst_element(value: Tensor, truth: Tensor) -> str:
 
 
 def place(index: int, shape: Sequence[int]) -> tuple[int, ...]:
-    """Return where the element `index` of a flattened tensor is in the tensor of this shape.
+    """Return the position, one index per dimension, of element `index` of a flattened tensor of this shape.
 
     `torch.unravel_index` does the same, but its first call imports sympy and torch's compiler, which takes seconds.
     """

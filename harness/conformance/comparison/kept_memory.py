@@ -1,4 +1,4 @@
-"""Find out whether calls keep memory alive that grows with their number."""
+"""Find out whether a function leaves memory behind at every call."""
 
 from __future__ import annotations
 

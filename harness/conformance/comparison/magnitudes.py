@@ -16,8 +16,8 @@ _HUGE = {torch.float16: 2.0**10}
 _HUGE_ELSEWHERE = 2.0**110
 _TINY = {torch.float16: 2.0**-18}
 _TINY_ELSEWHERE = 2.0**-129
-"""_TINY, _TINY_ELSEWHERE: factors with which normal noise becomes subnormal: less than the smallest number that has all
-digits. float64 gets those of float32."""
+"""_TINY, _TINY_ELSEWHERE: factors with which normal noise becomes subnormal (below the smallest number with full
+precision). float64 gets the factor of float32."""
 _OUTLIER = 2.0**6
 
 

@@ -103,9 +103,8 @@ def judge_form(
 ) -> Judgement:
     """Judge the outputs `mine` of a call in another form, such as another memory layout; return the judgement.
 
-    If they equal the outputs `plain` of the plain call to the last bit, they pass. Otherwise they must be as right as
-    the Operation demands, since the form may take another path through the code. form: name of the form. given: see
-    `judge`.
+    If they equal the outputs `plain` of the plain call to the last bit, they pass. Otherwise they must pass the rules
+    of the Operation, since the form may take another path through the code. form: name of the form. given: see `judge`.
     """
     verdict = ill_formed(mine, plain) or exact(finite(mine), finite(plain))
     if not verdict.passed:
@@ -123,9 +122,9 @@ def forward(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Call `function` on the arguments, cast to `dtype`.
 
-    Return the outputs, and the arguments that need a gradient, by name. of: names of the arguments, or of
-    items of lists such as `As[0]`, that need a gradient; by default all differentiable arguments. leaves: if False, the
-    function gets results of other operators, as in the middle of a model.
+    Return the outputs, and the arguments that need a gradient, by name. of: names of the arguments, or of items of
+    lists such as `As[0]`, that need a gradient; by default all differentiable arguments. leaves: if False, these
+    arguments are not leaves but results of another operator, as in the middle of a model.
     """
     given = cloned(subject.arguments, {DTYPES[subject.dtype]: dtype})
     found = require_gradients(subject, given, of)
@@ -220,7 +219,10 @@ def reference_gradients(subject: OperationSubject, dtype: torch.dtype, case: Cas
 def judge_gradients(
     subject: OperationSubject, case: Case, factor: float, of: Collection[str] | None = None, **how: Any
 ) -> Judgement:
-    """Judge the gradients of the arguments in `of`, dtype included. of, how: see `gradients`."""
+    """Judge the gradients of the arguments in `of`, dtype included.
+
+    factor: see `noise_floor`. of, how: see `gradients`.
+    """
 
     def computed(one: OperationSubject, function: Callable[..., object], dtype: torch.dtype) -> dict[str, Tensor]:
         return gradients(one, function, dtype, case, of, **how)

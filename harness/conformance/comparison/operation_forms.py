@@ -143,7 +143,7 @@ def _after_overwriting(subject: OperationSubject, judge: Callable[[str, _Named],
 
 
 def _gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
-    """Yield judgements of the gradients of some arguments, from some outputs, in other layouts, and of second order."""
+    """Yield judgements of gradients: of one argument, from one output, in other layouts, in a second backward pass."""
     differentiable, factor = subject.operation.differentiable, case.factor("calls")
 
     def judge(form: str, **how: Any) -> Judgement:
@@ -170,7 +170,10 @@ def _gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
 
 
 def _repeated(subject: OperationSubject, judge: Callable[[str, _Named], Judgement], case: Case) -> Iterator[Judgement]:
-    """Yield judgements of the first differing gradients and outputs of many calls, if the arguments are small."""
+    """Call the Operation many times. Yield judgements of the first outputs and gradients that differ from earlier ones.
+
+    With large arguments there are only two calls, without gradients.
+    """
     small = sum(t.numel() for t in operation_call.flatten(subject.arguments).values()) < SMALL
     if subject.operation.differentiable and small:
         yield from _repeated_gradients(subject, case)
@@ -226,8 +229,8 @@ def _judge_changed(
 ) -> Judgement:
     """Call the Operation twice with different numbers, and judge the second call.
 
-    The first call gets the subject's own arguments, and the second call gets `arguments`. in_place: if given, both calls
-    get the same tensors, and those of these arguments change between the calls.
+    The first call gets the subject's own arguments, and the second call gets `arguments`. in_place: names of arguments.
+    If given, both calls get the same tensors, and the tensors of the named arguments are changed in between.
     """
     given = cloned(dict(arguments))
     with torch.no_grad():

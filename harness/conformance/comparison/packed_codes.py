@@ -30,7 +30,7 @@ def judge(form: PackedLayer, want: ExpectedCodes, bias: Tensor | None) -> tuple[
 
 
 def judge_in_pieces(form: PackedLayer, layer: nn.Linear, bias: Tensor | None) -> tuple[Judgement, int]:
-    """Do the same as `judge`, but hold the expected codes of at most `PIECE` elements in memory.
+    """Judge a packed weight and its bias, with the expected codes of at most `PIECE` elements in memory. See `judge`.
 
     layer: the dense layer that was packed. bias: bias of the packed layer.
     """
@@ -68,9 +68,9 @@ def _named(bias: Tensor | None) -> dict[str, Tensor]:
 
 
 def _near_tie(W: Tensor, requested: Tensor) -> Tensor:
-    """Compute the mask of `nf4.near_tie` for those blocks that contain a requested element, and return it.
+    """Return the mask `nf4.near_tie` of the elements of W, computed only for blocks that contain a requested element.
 
-    In all other blocks the mask is False.
+    In all other blocks the mask is False. requested: mask of the elements.
     """
     rows, requested = (torch.nn.functional.pad(t, (0, -len(W) % _BLOCK)).view(-1, _BLOCK) for t in (W, requested))
     mask = torch.zeros_like(requested)

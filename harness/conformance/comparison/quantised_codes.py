@@ -92,10 +92,9 @@ def judge_codes(
 
 
 class FourBit:
-    """Parts of two Operations on a 4-bit format, one to quantise and one to decode.
+    """Arguments, references and judgements of the two Operations on a 4-bit format: quantise and decode.
 
-    For each Operation, there is a function that draws arguments and a function that computes the expected result. form:
-    module of the format, reference.operations.nf4 or fp4.
+    form: module of the format, reference.operations.nf4 or fp4.
     """
 
     def __init__(self, form: Any) -> None:

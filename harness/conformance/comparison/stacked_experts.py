@@ -1,4 +1,4 @@
-"""Call stacked experts like any other layer, with an input alone, and in float64.
+"""Stacked experts that can be called like any other layer: with an input alone, and in float64.
 
 In a model, the router chooses the experts. A check calls one layer on a random input, and every program under test must
 get the same choice, which is fixed here.
@@ -16,7 +16,7 @@ from reference.shared.layers import kind_of, stacked_weights
 _EIGHTHS = 8
 """Weights of the chosen experts are multiples of 1/8, which every dtype represents exactly."""
 _CHOSEN = 2
-"""Number of chosen experts per token, if there are as many."""
+"""Largest number of chosen experts per token."""
 
 
 def fix_routing(module: nn.Module) -> None:

@@ -37,7 +37,7 @@ ROUNDED_SUMS = ("float32", "float64")
 
 @dataclass(frozen=True)
 class Judgement:
-    """Result of a comparison: whether all tensors passed, and details of the tensor that uses most of its allowance."""
+    """Result of a comparison: whether all tensors passed, and details of the tensor with the worst error / allowed."""
 
     passed: bool
     error: float | None
@@ -233,9 +233,9 @@ def _equal(have: Tensor, want: Tensor) -> bool:
 
 
 def rounded_once(subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Judgement:
-    """Judge 16-bit tensors by the share of their elements that are not the float64 truth, correctly rounded.
+    """Judge 16-bit tensors by the share of their elements that differ from the correctly rounded float64 truth.
 
-    The error is this share. A program that rounds once more, or rounds in another way, may have a small Frobenius error.
+    The error is this share. It reveals a second rounding, or another way of rounding, whose Frobenius error is small.
     """
     policy, judged = f"rounded once: share of wrongly rounded elements at most {DOUBLE_ROUNDED_SHARE:g} + 1 / n", []
     for name, value in subject.items():
@@ -256,7 +256,7 @@ def unchanged(now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Judgem
 
 
 def worst_of(judged: list[Judgement], policy: str) -> Judgement:
-    """Return the judgement that uses most of its allowance.
+    """Return the judgement with the largest ratio of error to allowed error. A failure comes before a pass.
 
     Its `nonfinite` is the total over all judgements. Undecided judgements count only if all are undecided. If there is
     no judgement at all, return a failure.

@@ -63,7 +63,7 @@ def base(subject: Subject, dtype: str) -> nn.Module:
 
 
 def start(subject: Subject, dtype: str) -> nn.Module:
-    """Return a model like that of `base`, with the reference attached at the reference's own start."""
+    """Return a model like that of `base`, with the Method's reference attached in the state from which it trains."""
     model = base(subject, dtype)
     attach_reference(subject.method, model, subject.config, None, torch.Generator().manual_seed(0))
     return model.eval()

@@ -1,4 +1,7 @@
-"""Combinations of values that the fixed sample tries once, because some faults show only where the values meet. No torch."""
+"""Combinations of settings that the fixed sample of cases tries once, because some faults show only in combination.
+
+A factor is a setting of a case. The module imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,16 @@ from harness.conformance.drawing.factors import Factor
 BEYOND_16_BITS = 65_600
 """Number of rows or blocks that exceeds 65,535, the largest number of 16 bits and the largest second side of a CUDA grid."""
 _THIN = (4, 4)
-"""Sides of a weight that keep a case with so many rows small."""
+"""Sides of the weight in a case with `BEYOND_16_BITS` rows, which keep this case small."""
 _VOCABULARY = (BEYOND_16_BITS, 8)
 _SLOW_DECAY = 0.99
 """Least beta2 for which the bias correction still differs from 1 after a hundred steps."""
 
 
 def beyond_16_bits(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
-    """Yield values with more rows of a thin weight, or with more blocks of the smallest size, than 16 bits can count.
+    """Yield values of factors with more rows, or more blocks of a quantised weight, than 16 bits can count.
 
-    The other factors of such a case have their plainest values, as in `combinations`. Stacked experts have no such case:
+    The other factors of such a case have their plainest values. Stacked experts have no such case:
     the rounding errors of their gradients, which are sums over all rows, exceed the tolerance.
     """
     shape = factors.get("shape")
@@ -34,12 +37,12 @@ def beyond_16_bits(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
 
 
 def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
-    """Yield values of some of the factors. The other factors of the case have their plainest values.
+    """Yield each combination as values of some factors. The other factors of its case have their plainest values.
 
     - beta2 near 1, with a step shortly after 1 / (1 - beta2), where the bias correction is 0.8.
     - In float16 a large gate before each activation. Without DoRA, which would divide by the norm of its weight.
-    - A square layer with each kind of layer, and with each option that is a word or a switch. There, no shape shows a
-      transposed weight.
+    - A square layer with each kind of layer, and with each option that is a word or a switch. In a square layer, a
+      transposed weight has the right shape and is noticed only by its values.
     - An embedding with more entries than 16 bits can count.
     - A scaling of 1, for which a program may have a shorter path, with dropout.
     - A bias of B in a model whose layers all have a bias. HF peft can merge it only there.

@@ -1,4 +1,4 @@
-"""A small sample of cases in which every pair of levels of two factors occurs. No torch.
+"""A small sample of cases in which every pair of levels of two factors occurs. Imports no torch.
 
 A factor is a setting of a case. Its levels are the values to try.
 """

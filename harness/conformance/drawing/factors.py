@@ -1,7 +1,7 @@
-"""Factors of a case: every setting of a Method or an Operation, with the values that cases try. No torch.
+"""Factors of a case: every setting of a Method or an Operation, with the values that cases try. Imports no torch.
 
-No list names the settings. A Method's settings are the fields of its Config. An Operation's settings are the keyword
-parameters of its function `arguments`, whose annotations hold a `Factor`:
+A Method's settings are the fields of its Config. An Operation's settings are the keyword parameters of its function
+`arguments`, whose annotations hold a `Factor`:
 
     def arguments(dtype, generator, *, shape: Matrix, rows: Rows, rank: Rank, bias: bool = True) -> Arguments: ...
 """
@@ -114,7 +114,10 @@ Rows = Annotated[
 
 
 def of_field(field: FieldInfo, *, is_rank: bool = False) -> Factor | None:
-    """Return the factor for a field of a Config. If the field is a list of layers, return None."""
+    """Return the factor for a field of a Config. If the field is a list of layers, return None.
+
+    is_rank: whether the setting is a rank, which has extreme values of its own.
+    """
     if field.is_list:
         return None
     if field.type == "bool":
@@ -176,7 +179,7 @@ def _of_hint(parameter: inspect.Parameter, hint: Any) -> Factor:
 
 
 def _others(values: Sequence[Any], levels: Sequence[Any], least: float | None, most: float | None) -> tuple[Any, ...]:
-    """Return those values within the bounds that are no levels."""
+    """Return the items of `values` that lie between `least` and `most` and are not in `levels`. None is no bound."""
     low, high = -math.inf if least is None else least, math.inf if most is None else most
     return tuple(value for value in values if low <= value <= high and value not in levels)
 

@@ -39,7 +39,7 @@ _SIDES = Factor(
     ((4100, 8), (8, 4100), (264, 264), (9, 11), (31, 17), (17, 13)),
     dimensions=(2,),
 )
-"""Numbers of input features and output features of the first adapted layer. The usual rank of 8 is just below half of 17."""
+"""Numbers of input and output features of the first adapted layer. 17 is just above twice the usual rank, 8."""
 _LEAST_SIDE = 8
 _TOKENS = Factor((9, 1, 515), (2, 16, 130, 2060), least=1, most=600)
 _MAGNITUDES = Factor(get_args(Magnitude)[:MAIN_MAGNITUDES], get_args(Magnitude)[MAIN_MAGNITUDES:])
@@ -48,7 +48,7 @@ _SIZES = ("sides", "tokens", "model", "magnitude", "weights")
 """Names of the factors that set a layer's size and input. An implementation must support every level of these
 factors."""
 _TRIES = 12
-"""Number of rows beside which an extreme value is tried until one is valid."""
+"""Number of rows of the sample into which an extreme value is put, until the row with this value is valid."""
 _IN_EVERY_DTYPE = ("magnitude", "weights")
 """Names of the factors whose extreme values depend on the dtype."""
 
@@ -60,11 +60,11 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     lack it, such as an option of the Method or another kind of layer.
 
     The sample has five parts. In the first part, optional factors have their plainest level, and every pair of levels
-    of two other factors occurs. In the second part, every other level of each optional factor occurs. With
-    `wanted.full`, every pair of two factors occurs, optional ones too. In the third part, each of these
-    levels occurs without another option. Otherwise an implementation that lacks one option would miss the options that
-    share its cases. In the fourth part, each extreme value occurs once, beside plain values. The fifth part has the
-    combinations of `drawing.combinations`, and for an Operation those beyond 16 bits.
+    of two other factors occurs. In the second part, every other level of each optional factor occurs, or with
+    `wanted.full` every pair of levels of any two factors. In the third part, every other level of each optional factor
+    occurs while all other factors have their plainest level: an implementation that lacks one option skips every case
+    that combines it with other options. In the fourth part, each extreme value occurs once, beside plain values. The
+    fifth part has the combinations of `drawing.combinations`, and for an Operation those of `beyond_16_bits`.
     """
     # 16 bits first, so that what a first call caches in its dtype shows in the wider ones.
     examples: list[AnyCase] = [*plan.cases(wanted, dtypes)]

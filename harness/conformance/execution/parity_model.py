@@ -22,8 +22,8 @@ _TINY_IN_FLOAT16 = 2.0**-14
 """Size of `tiny` weights in float16: its smallest normal number. Divided by sqrt(inputs), most of them are subnormal."""
 _EMBED_SCALE = 4.0
 _PADDING = 1
-"""Number of the entry that stands for padding in the first table of the kind `embedding-scaled`. In the other table it is
-0, which a program may take for no number.
+"""padding_idx of the first embedding of a model of the kind `embedding-scaled`. The second embedding has padding_idx 0,
+which a program may mistake for None.
 """
 _GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv2d": {"padding": 1},
@@ -41,9 +41,9 @@ class ParityModel(nn.Module):
     kind of layer allows that. The form `wide` adds the layer `wide` (D + E to D + E features), which is never adapted,
     and which is larger than every target in both dimensions; here every layer has a bias. The form `deep` adds the
     targets `more.0` to `more.7`. The form `tied` adds the target `again`, which has the same weight as `first`.
-    Stacked experts map D to D features, with E features in between.
-    Weights are normal with standard deviation 1/sqrt(inputs), drawn in float64. weights: size of the weights of all
-    layers but `other`.
+    Stacked experts map D to D features, with E features in between. Weights are normal with standard deviation
+    1/sqrt(inputs), drawn in float64. weights: name of the factor by which the weights of all layers but `other` are
+    multiplied.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class ParityModel(nn.Module):
 
 
 class _ScaledEmbedding(nn.Embedding):
-    """An embedding that multiplies its output, as the models of BART and Gemma do."""
+    """An embedding that multiplies its output by a constant, as the embeddings of BART and Gemma do."""
 
     embed_scale = _EMBED_SCALE
 
@@ -150,7 +150,10 @@ def _experts(D: int, E: int) -> nn.Module:
 
 
 def _channels(kind: Kind, features: int) -> int:
-    """Return the number of channels with which a 3 x 3 kernel reads about `features` numbers. Groups divide it."""
+    """Return the number of channels with which a 3 x 3 kernel reads about `features` numbers.
+
+    For a grouped convolution, it is a multiple of the number of groups.
+    """
     channels = max(2, features // 9)
     return channels - channels % GROUPS if kind == "conv2d-grouped" else channels
 

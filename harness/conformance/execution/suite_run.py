@@ -77,8 +77,8 @@ def stream(
 
     dtypes: the dtypes to try. If empty, all dtypes of the implementation are tried. begin: called with the name of each
     case before it starts. device: see `run_case`. An exception during a check is a failure of this check, and an
-    exception during attaching is a failure of `attach`. If the implementation raises harness.Unsupported, it does not
-    offer the case. Raises DeviceLostError if the GPU accepts no more work: no later check would be fair.
+    exception during attaching is a failure of `attach`. If the implementation raises harness.Unsupported, the
+    outcome is a skip. Raises DeviceLostError if the GPU accepts no more work: no later check would be fair.
     """
     wanted = [dtype for dtype in implementation.dtypes if dtype in (dtypes or implementation.dtypes)]
     plan = parity_suite.load_plan(implementation.target)
@@ -327,9 +327,9 @@ def _adaptable(model: ParityModel, config: Any) -> dict[str, nn.Module]:
 
 
 def require_device(device: torch.device) -> None:
-    """Raise DeviceLostError if the GPU has ended its work for this process. Most exceptions leave it usable.
+    """Raise DeviceLostError if the GPU accepts no more work of this process, as after an illegal memory access.
 
-    Nothing is asked of a CPU.
+    If `device` is a CPU, do nothing.
     """
     if device.type != "cuda":
         return
@@ -340,7 +340,7 @@ def require_device(device: torch.device) -> None:
 
 
 def require_device_after(outcome: CheckOutcome, device: torch.device) -> None:
-    """Ask the device as `require_device` does, if the check ended by an exception."""
+    """Call `require_device` if the check of this outcome ended with an exception."""
     if outcome.execution is Execution.RAISED:
         require_device(device)
 

@@ -1,4 +1,4 @@
-"""Run checks in worker processes. No torch.
+"""Run checks in worker processes, without importing torch in this process.
 
 A crash or a hang of an implementation thus becomes a finding about this implementation.
 """
@@ -40,7 +40,7 @@ _SHARED = (
     "harness.conformance.execution.suite_run",
     "harness.conformance.execution.worker",
 )
-"""Modules that nearly every worker imports."""
+"""Modules that nearly every worker imports, and that one process can import before it forks the workers."""
 
 
 @dataclass
@@ -94,7 +94,7 @@ def _not_callable(*_: object, **__: object) -> NoReturn:
 
 @dataclass(frozen=True)
 class _Run:
-    """One run of several tasks."""
+    """One run of several worker tasks in a pool of processes."""
 
     pool: WorkerPool
     progress: Callable[[str], None]
@@ -173,9 +173,10 @@ def run(
 
 
 def _imports(tasks: Sequence[WorkerTask]) -> Sequence[str]:
-    """Return the modules that a process imports once for the workers of several tasks; none if that would not help.
+    """Return the modules that one process imports before it forks the workers; none if the workers are not forked.
 
-    Not the libraries under test: a worker imports these itself, so that what their import changes is a finding.
+    The libraries under test are not among them: each worker imports these itself, and reports what their import
+    changes.
     """
     # If there is a GPU, a library may use it during its import, and no fork could use it afterwards.
     forks = len(tasks) > 1 and all(task.device == "cpu" for task in tasks) and not environment.gpus()

@@ -1,4 +1,4 @@
-"""Messages between `check` and its workers: the task of a worker, and the events that a worker reports. No torch.
+"""Messages between `check` and its workers: the task of a worker, and the events that it reports. Imports no torch.
 
 An event is one JSON object on the worker's pipe. Its keys tell which event it is.
 """
@@ -114,7 +114,7 @@ def worker_events(pool: WorkerPool, task: WorkerTask, patience: float) -> Iterat
 
 
 def parsed(events: Iterator[Mapping[str, Any]], event: TypeAdapter[_Event]) -> Iterator[_Event | Died]:
-    """Yield the events of a worker as models. If one is no such event, `Died` is the last."""
+    """Yield the events of a worker as models. If an object is no valid event, yield `Died` and stop."""
     for one in events:
         try:
             parsed = event.validate_python(one, strict=False)  # JSON has strings for enums, and lists for tuples

@@ -15,6 +15,6 @@ from harness.conformance.operation import Operation
 
 @cache
 def every() -> dict[str, Operation]:
-    """Map the names of all Operations to the Operations."""
+    """Return all Operations by name."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     return {name: importlib.import_module(f"{__name__}.{name}").OPERATION for name in names}

@@ -64,7 +64,7 @@ def reference(
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments, operation: Operation | None = None) -> tuple[Judgement, str]:
-    """Judge p by the noise floor of its dtype, and every absmax as `judge_absmax` does.
+    """Judge the parameter p by the noise floor of its dtype, and every absmax as `judge_absmax` does.
 
     operation: another Operation with the same moments. By default, it is this one.
     """
@@ -79,8 +79,8 @@ def judge(outputs: Mapping[str, Tensor], given: Arguments, operation: Operation 
 def _draws_of_p(operation: Operation, given: Arguments) -> Iterator[dict[str, Tensor]]:
     """Yield p as the reference computes it in p's dtype, first from contiguous tensors, then from strided ones.
 
-    torch sums the norms of LAMB in another order if a tensor is strided. AdamW has no sum, and 16-bit tensors are copied to
-    contiguous ones before they are summed, so there the second result would be the first.
+    torch sums the norms of LAMB in another order if a tensor is strided. The second result is left out for AdamW, which
+    has no sum, and for 16-bit tensors, which are copied to contiguous ones before they are summed.
     """
     yield {"p": operation.named(operation.reference(**cloned(given)))["p"]}
     if operation is not OPERATION and given["p"].dtype in (torch.float32, torch.float64):

@@ -19,7 +19,7 @@ Blocks = Annotated[int, Factor((256, 1, 257, 1000, 4096), least=1, most=20_000)]
 Spread = Annotated[float, Factor((1.0, 0.0, 0.05, 2.0), least=0.0, most=3.0)]
 
 SecondBlock = Literal[256, 64, 128, 512, 1024]
-"""Number of constants per block of the second level. QLoRA has 256."""
+"""Number of absmax values that share one scale (`absmax2`) when they are quantised to 8 bits. QLoRA has 256."""
 
 
 def arguments(
@@ -30,9 +30,7 @@ def arguments(
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge the mean by the noise floor of a sum. The codes must be those that the reference gives for the subject's
-    own mean.
-    """
+    """Judge the mean `offset` by its noise floor, and the codes by those of the reference for the subject's mean."""
     absmax, block, levels = given["absmax"], given["block"], dynamic_map(signed=True)
     truth, rounded = {"offset": absmax.double().mean()}, {"offset": absmax.mean()}
     mean = noise_floor({"offset": outputs["offset"]}, truth, rounded, "float32")

@@ -1,4 +1,4 @@
-"""dynamic_quantize: quantises a tensor in blocks to 8-bit codes of the dynamic map, as for optimizer states and absmax."""
+"""dynamic_quantize: quantises a tensor in blocks to 8-bit dynamic codes, as for optimizer states and absmax."""
 
 from __future__ import annotations
 

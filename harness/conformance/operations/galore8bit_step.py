@@ -56,10 +56,7 @@ def reference(
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge W and every absmax by the noise floor of the gradient's dtype.
-
-    The projected gradient has the same dtype.
-    """
+    """Judge W and every absmax by the noise floor of the gradient's dtype, which the projected gradient has, too."""
     dtype = given["W"].dtype
     own = next(name for name, one in DTYPES.items() if one == dtype)
     # Even a float64 step stores every absmax in float32.

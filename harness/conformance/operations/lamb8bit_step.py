@@ -23,7 +23,7 @@ def reference(
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge p and every absmax as `adamw8bit_step` does."""
+    """Judge the parameter p and every absmax by their noise floors, as `adamw8bit_step.judge` does."""
     return adamw8bit_step.judge(outputs, given, OPERATION)
 
 

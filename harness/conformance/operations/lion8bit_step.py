@@ -35,8 +35,9 @@ def arguments(
 ) -> Arguments:
     """Draw a parameter, its gradient, and the codes and the absmax of its moment.
 
-    state: `zero` is that before the first step. gradient: `sparse` makes gradient and moment zero in every second block, and
-    at every second element of the other blocks. By default lr is so large that a step is nearly as large as the parameter.
+    state: `zero` is the state before the first step. gradient: `sparse` makes gradient and moment zero in every second
+    block, and at every second element of the other blocks. By default lr is so large that a step is nearly as large as
+    the parameter.
     """
     step = 2 if state == "trained" else 1
     given = adamw8bit_step.arguments(dtype, generator, shape=shape, step=step, gradient=gradient)
@@ -52,7 +53,8 @@ def reference(p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, **options: Any)
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
     """Judge p by the noise floor of its dtype, and the absmax by that of float32.
 
-    If the sum under the sign is within a few roundings of 0, a weight may go up, go down or stay.
+    Where beta1 m + (1 - beta1) g is within a few rounding errors of 0, its sign is uncertain, and p may go up, go down
+    or stay.
     """
     dtype = given["p"].dtype
     own = next(name for name, one in DTYPES.items() if one == dtype)
@@ -67,12 +69,12 @@ def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, s
 
 
 def judge_codes_of_moment(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge every code of m: it must be the code of the moment computed in float64, except near a middle of two levels."""
+    """Judge every code of the moment m as `adamw8bit_step.judge_moment` does."""
     return judge_moment(outputs, "m", *_terms(given, 1), signed=True)
 
 
 def _is_near_zero(given: Arguments) -> Tensor:
-    """Return a mask of the elements whose sum under the sign is within a few roundings of 0, but has terms."""
+    """Return a mask that is True where beta1 m + (1 - beta1) g nearly cancels. It is False where both terms are 0."""
     decayed, new = _terms(given, 0)
     size = decayed.abs() + new.abs()
     near: Tensor = ((decayed + new).abs() <= CODE_TIE_EPS * EPSILON["float32"] * size) & (size > 0)

@@ -33,9 +33,10 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of one call.
 
-    shape: (D, H), the features of a token, and those between up and down. chosen: experts per token. used: only the
-    last `used` experts are chosen. padding: ranks beyond `rank` that are zero, as in a server's slot for any adapter.
-    transposed: the weights are (K, inputs, outputs), as in gpt-oss.
+    shape: (D, H), the features of a token, and those between up and down. experts: their number K. chosen: experts per
+    token. used: only the last `used` experts are chosen. padding: number of further ranks, in which A and B are zero,
+    as in a server that reserves the same memory for every adapter. transposed: the weights are (K, inputs, outputs), as
+    in gpt-oss.
     """
     (D, H), K, total = shape, experts, rank + padding
 

@@ -53,12 +53,13 @@ def arguments(
     """Draw the tensors of one call. For step 1, all moments are zero.
 
     shape: (E, D); the first layer has D inputs and E outputs, the second E inputs and D outputs. ranks: those of both
-    layers, at most as large as the inputs of the layer. scaling: that of the first layer; the second has 3 / 4 of it. B:
-    `zero` is LoRA's start. gradient: `zero` makes all gradients zero. unused: `second` gives the B of the second layer no
-    gradient, as if the layer had not run. other: which trainable tensor the model has besides: the bias of the first
-    layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts: number of
-    matrices in each layer; above 1 the layers are stacks (peft's `target_parameters`), packed as in
-    reference/lora_experts.py. By default lr is so large that the step is as large as the weights.
+    layers, at most as large as the inputs of the layer. scaling: that of the first layer; the second has 3 / 4 of it.
+    B: `zero` is LoRA's start. gradient: `zero` makes all gradients zero. unused: `second` gives the B of the second
+    layer no gradient, as if the layer had not run. other: which trainable tensor the model has besides: the bias of the
+    first layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts: number of matrices in
+    each layer; above 1 the layers are stacks (peft's `target_parameters`), packed as in reference/lora_experts.py.
+    correction: how the gradient of B is corrected (LoRA-FA's version 2), or `none` (version 1). adamw: the library
+    whose form of AdamW takes the step. By default lr is so large that the step is as large as the weights.
     """
     scalings = [scaling, 0.75 * scaling]
     given: Arguments = {name: [] for name in ("As", "Bs", "gs", "ms", "vs")}
@@ -130,10 +131,11 @@ def reference(
     adamw: Any,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    """Return A, B and the moments m and v of B for each layer, then the other tensor and its moments.
+    """Return A, B and the moments m and v of B for each layer, then `other` and its moments.
 
     gs: gradients of the Bs. options: step, lr, betas, eps, weight_decay and bias_correction. experts: number of matrices in
-    each layer. `role` names the other tensor for the implementation; this tensor gets a plain step of AdamW.
+    each layer. other: one more trainable tensor of the model; it gets a plain step of AdamW. role: tells the
+    implementation what `other` is.
     """
     options["form"] = adamw
     after = lorafa_steps(As, Bs, gs, ms, vs, scalings, correction=correction, experts=experts, **options)

@@ -43,10 +43,11 @@ def arguments(
 ) -> Arguments:
     """Draw the tensors of a model, their gradients, and the settings.
 
-    The model has `layers` adapted linear layers `linear0`, ... with `width` inputs and `width + 1` outputs. Their weights
-    are frozen. embedding: `embed`, with LoRA. vector: what each adapter has besides A and B: the bias of B (peft's
-    `lora_bias`), or the magnitude of DoRA. norm: a trained norm, `layer_norm` or `rms_norm`. head: a trained linear layer
-    `head` without adapter (peft's `modules_to_save`).
+    The model has `layers` adapted linear layers `linear0`, ... with `width` inputs and `width + 1` outputs. Their
+    weights are frozen. embedding: `adapted` adds an embedding `embed` with LoRA. vector: what each adapter has besides
+    A and B: the bias of B (peft's `lora_bias`), or the magnitude of DoRA. norm: which trained norm to add. head:
+    `trained` adds a trained linear layer `head` without adapter (peft's `modules_to_save`). lr_embedding: learning rate
+    of the embedding's A and B.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for n in range(layers):

@@ -112,10 +112,11 @@ def reference(
     delta: float,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    """Return the tensors in the order of `OPERATION.outputs`: A, B and their moments of each layer, then the other tensor.
+    """Return the tensors in the order of `OPERATION.outputs`: A, B and their moments of each layer, then `other`.
 
-    gAs, gBs: gradients of the As and Bs. options: step, lr, betas, eps and weight_decay. `role` tells the
-    implementation what `other` is; `other` gets a plain step. experts: number of matrices in each layer.
+    gAs, gBs: gradients of the As and Bs. options: step, lr, betas, eps and weight_decay. other: one more trainable
+    tensor of the model; it gets a plain step of the optimizer. role: tells the implementation what `other` is. experts:
+    number of matrices in each layer.
     """
     after: list[Tensor] = []
     for A, B, gA, gB, mA, vA, mB, vB in zip(As, Bs, gAs, gBs, mAs, vAs, mBs, vBs, strict=True):

@@ -23,7 +23,7 @@ REPEATS = 100
 
 @dataclass(frozen=True)
 class Worlds:
-    """The three programs that take the same walk: the subject, and the reference in two dtypes."""
+    """The four programs that take the same walk: the subject, and three references."""
 
     subject: World
     wide: World
@@ -31,12 +31,12 @@ class Worlds:
     own: World
     """The reference in the subject's dtype."""
     near: World
-    """The reference in the subject's dtype, from tensors moved within their last place: another draw of rounding errors."""
+    """The reference in the subject's dtype, with slightly moved tensors, so that it rounds differently than `own`."""
     dtype: str
     factor: float
     """Largest allowed error of the subject, as a multiple of the reference's own error."""
     another: Callable[[], World]
-    """Attaches the subject's implementation to another model, and returns the new World."""
+    """Function that attaches the subject's implementation to a second model, and returns this as a new World."""
 
     def every(self) -> tuple[World, World, World, World]:
         """Return the worlds, the subject's first."""
@@ -129,7 +129,7 @@ class AdapterWalk(RuleBasedStateMachine):
                 raise
 
     def _compare(self, look: str) -> None:
-        """Compare what `World.look` returns in every world: outputs and gradients."""
+        """Compare the outputs and gradients of all worlds. look: how to run the models, a key of LOOKS."""
         self._judge(*(world.look(look) for world in self.worlds.every()))
 
     def _compare_numbers(self) -> None:
@@ -158,7 +158,7 @@ class AdapterWalk(RuleBasedStateMachine):
     @rule(number=st.integers(1, 9))
     @precondition(lambda self: not self.merged and not self.frozen)
     def backward(self, number: int) -> None:
-        """Add the gradients of a micro-batch."""
+        """Run forward and backward on a micro-batch, and add its gradients. number: its seed."""
         self._all(f"backward({number})", lambda world: world.backward(number))
 
     @rule(number=st.integers(1, 9))
@@ -173,7 +173,7 @@ class AdapterWalk(RuleBasedStateMachine):
 
     @rule(factor=st.sampled_from([0.5, 2.0]))
     def scheduler(self, factor: float) -> None:
-        """Change the learning rate."""
+        """Multiply the learning rate by `factor`."""
         self._all(f"scheduler({factor})", lambda world: world.scale_learning_rate(factor))
 
     @rule(training=st.booleans())

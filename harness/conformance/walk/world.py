@@ -23,14 +23,14 @@ CHANGE = 1.5
 
 @dataclass
 class World:
-    """One of the programs that take the same walk."""
+    """One of the programs that take the same walk: a model, its adapter and its optimizer."""
 
     model: nn.Module
     adapted: Adapted
     attach: Callable[[], tuple[nn.Module, Adapted]]
-    """Attaches again, to a fresh copy of the model, and returns the copy and what is attached."""
+    """Function that attaches to a fresh copy of the model, and returns the copy and what is attached."""
     forward: Forward
-    """Runs a model on the inputs of the walk."""
+    """Function that runs a given model on the inputs of the walk, and returns the output."""
     may_train: bool
     """True if the model may be in training mode.
 
@@ -48,7 +48,7 @@ class World:
         self.model.train(training and self.may_train)
 
     def backward(self, seed: int) -> None:
-        """Add the gradients of one micro-batch."""
+        """Run forward and backward, and add the gradients. seed: decides the incoming gradient of the micro-batch."""
         y = self.forward(self.model)
         if y.requires_grad:
             y.backward(incoming(y, seed))
@@ -71,7 +71,7 @@ class World:
         return {name: t.detach().clone() for name, t in (state | self.adapted.tensors()).items()}
 
     def scale_learning_rate(self, factor: float) -> None:
-        """Change the learning rate, as a scheduler does."""
+        """Multiply the learning rate by `factor`, as a scheduler does."""
         for group in self.optimizer.param_groups:
             group["lr"] *= factor
 
