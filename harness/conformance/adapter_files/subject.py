@@ -21,7 +21,7 @@ from harness.methods.loader import ADAPTER_FILES, Loader
 from harness.methods.module_copy import copied
 
 FIRST, SECOND = "style", "style-2"
-"""Names of loaded adapters. SECOND begins with FIRST, because some programs confuse such names."""
+"""Names under which checks load adapters. SECOND begins with FIRST, because some programs confuse such names."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class LoaderSubject:
 
     @property
     def method(self) -> str:
-        """The target. Check ids contain it instead of a Method's name."""
+        """The target's name, which is the same for every loader. Check ids contain it in the place of a Method's name."""
         return ADAPTER_FILES
 
     def fresh(self) -> Loader:
@@ -107,9 +107,9 @@ class LoaderSubject:
         return variants.another(self.adapter.folder, self.adapter.base)
 
     def compare(self, have: Mapping[str, Sequence[Tensor]], want: Mapping[str, Sequence[Part]]) -> Judgement:
-        """Compare logits with the reference's logits of weighted sums of adapters, in float64.
+        """Compare logits with those that the reference computes in float64 for weighted sums of adapters.
 
-        have: name -> logits of `prompts`. want: the same name -> the parts of the sum. Without parts, it is the base.
+        have: name -> logits of `prompts`. want: the same name -> the adapters in the sum; none for the base model alone.
         """
 
         def expected(dtype: str, seed: int | None = None) -> dict[str, Tensor]:
