@@ -11,12 +11,12 @@ from harness.conformance.served.report import PhaseResult
 from harness.conformance.served.session import Observation, Phase
 
 _LARGEST_EXPONENT = 700.0
-"""A larger one overflows."""
+"""Largest exponent that is passed to `math.exp`. One above 709 would overflow."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """The reference's numbers for one answer."""
+    """The numbers that the reference computes for the tokens of one answer."""
 
     values: tuple[tuple[float, ...], ...]
     """Log-probabilities in nats, one tuple per position: first that of the token, then those of the other tokens."""
