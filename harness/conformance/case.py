@@ -60,8 +60,8 @@ class Case:
     walk_seed: int = 0
     """Seed that decides the calls in the random walks."""
     fresh: Attach | None = None
-    """Function that attaches the implementation once more, to a model with the same weights. None if this is impossible,
-    as with the model of a Cell."""
+    """Function that attaches the implementation once more, to a model with the same weights. None if this is
+    impossible, as with the model of a Cell."""
     factors: Mapping[str, float] = field(default_factory=dict)
     """Check name -> largest error, as a multiple of the reference's own rounding error. For a check without an entry,
     NOISE_FACTOR is used."""
@@ -76,7 +76,7 @@ class Case:
         return self.factors.get(check, NOISE_FACTOR)
 
     def attach_again(self, **config: Any) -> Subject | None:
-        """Attach the implementation once more by `fresh`, and return the new Subject. If `fresh` is None, return None."""
+        """Attach the implementation once more by `fresh`, and return the new Subject, or None if `fresh` is None."""
         return None if self.fresh is None else self.fresh(**config)
 
     def once(self, compute: Callable[[Subject, Case], _T], subject: Subject) -> _T:

@@ -46,8 +46,8 @@ class Operation:
     If None, every output must be within the noise floor around the float64 reference.
     """
     codes: Judge | None = None
-    """Function like `judge` that judges only the outputs that hold quantisation codes, for the check `output_codes`. None
-    if the Operation has no such outputs."""
+    """Function like `judge` that judges only the outputs that hold quantisation codes, for the check `output_codes`.
+    None if the Operation has no such outputs."""
 
     def named(self, returned: object) -> dict[str, Tensor]:
         """Map the names of the outputs to the tensors that a call returned.
@@ -81,7 +81,7 @@ class KnownResults:
     def judgement(
         self, rule: str, case: Case, outputs: dict[str, Tensor], judge: Callable[[], tuple[Judgement, str]]
     ) -> tuple[Judgement, str]:
-        """Return `judge()`, the judgement of `outputs` by `rule`, or the cached judgement of outputs with the same bits."""
+        """Return the judgement of `outputs` by `rule`: `judge()`, or the earlier one of outputs with the same bits."""
         for known_rule, known_case, known, verdict in self._judged:
             if known_rule == rule and known_case is case and _same_bits(outputs, known):
                 return verdict
@@ -144,7 +144,7 @@ def cloned(value: _T, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) -
 
 
 def mapped(value: _T, change: Callable[[object], object]) -> _T:
-    """Return a copy of `value`, which may nest dicts, lists and tuples, with `change` applied to each innermost item."""
+    """Return a copy of nested dicts, lists and tuples, with `change` applied to every item that is none of these."""
     changed: object
     if isinstance(value, dict):
         changed = {key: mapped(one, change) for key, one in value.items()}
@@ -156,7 +156,7 @@ def mapped(value: _T, change: Callable[[object], object]) -> _T:
 
 
 def moved(value: _T, device: torch.device) -> _T:
-    """Return a copy of `value`, which may nest dicts, lists and tuples, with every tensor on `device`."""
+    """Return a copy of nested dicts, lists and tuples, with every tensor moved to `device`."""
     return mapped(value, lambda one: one.to(device) if isinstance(one, Tensor) else one)
 
 

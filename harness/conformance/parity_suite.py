@@ -35,7 +35,7 @@ ModelForm = Literal["plain", "wide", "deep"]
 Magnitude = Literal["normal", "large", "outlier", "zero-rows", "small", "huge", "tiny", "constant", "positive"]
 """Size of the values of a drawn input; see `harness.conformance.comparison.magnitudes`."""
 MAIN_MAGNITUDES = 5
-"""Number of Magnitudes, from the first, that the fixed sample combines with the other settings. The rest are tried alone."""
+"""Number of Magnitudes that the fixed sample combines with the other settings. The remaining ones are tried alone."""
 WeightSize = Literal["normal", "large", "small", "tiny"]
 """Size of the weights of the ParityModel's targets. `large` is 256 times as large as `normal`, and `small` a 256th. Usual
 guards against a division by zero would count `tiny` weights as 0.

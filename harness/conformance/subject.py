@@ -138,13 +138,14 @@ class Subject:
     disturbed: list[str] = field(default_factory=list)
     """Descriptions of the process-wide settings that attaching changed."""
     reference_cache: dict[tuple[str, str], ReferenceLayer] | None = None
-    """Cache of `reference`: (path, dtype) -> ReferenceLayer. Building one may take an SVD or a quantisation of the weight.
+    """Cache of `reference`: (path, dtype) -> ReferenceLayer. Building one may take an SVD or a quantisation of the
+    weight.
 
     None for large models, which have no cache.
     """
 
     def __post_init__(self) -> None:
-        """Fix the choice of experts in modules of stacked experts, so that checks can call them with the input alone."""
+        """Fix the choice of experts in stacked experts, so that checks can call these modules with the input alone."""
         for path, base in self.bases.items():
             if kind_of(base) == "experts":
                 adapted = self.adapted.layers.get(path)

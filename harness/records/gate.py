@@ -17,11 +17,11 @@ class Gate(FrozenModel):
     key: str
     """Hash of everything that the result of the gate depends on. Cells with equal keys may share a gate."""
     record: str = ""
-    """Record of the same run whose gate counts for this attempt too, as `cell_id.attempt`. Empty if the attempt took the
-    gate itself."""
+    """Record of the same run whose gate counts for this attempt too, as `cell_id.attempt`. Empty if the attempt took
+    the gate itself."""
     checks: Count = 0
-    """Number of entries at the start of `Record.checks` that are results of the gate. It is 0 in the file of a Record whose
-    gate was taken by another one."""
+    """Number of entries at the start of `Record.checks` that are results of the gate. It is 0 in the file of a Record
+    whose gate was taken by another one."""
 
 
 def shared(records: Iterable[Record]) -> tuple[list[Record], dict[str, str]]:

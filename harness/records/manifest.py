@@ -87,8 +87,8 @@ class Footer(FrozenModel):
     missing: list[str]
     """cell_ids of the expected Cells without any Record."""
     kept: int = 0
-    """Number of Cells with a Record from before the run was resumed. The fields in seconds belong to the last invocation
-    only."""
+    """Number of Cells with a Record from before the run was resumed. The fields in seconds belong to the last
+    invocation only."""
     seconds_total: Seconds
     """Wall time of the last invocation."""
     seconds_in_cells: Seconds

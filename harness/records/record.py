@@ -63,7 +63,7 @@ class Status(StrEnum):
 
     @property
     def departs(self) -> bool:
-        """True for NONCONFORMING and UNTRAINED: the implementation differs from the reference, or leaves a tensor untrained."""
+        """True if the implementation is at fault: it differs from the reference, or leaves a tensor untrained."""
         return self in (Status.NONCONFORMING, Status.UNTRAINED)
 
 
@@ -338,7 +338,7 @@ class Record(FrozenModel):
     checks: list[CheckResult] = []
     """Results of the checks. Those of a shared parity gate are only in the file of the Record that took the gate."""
     gate: Gate | None = None
-    """The parity gate that counts for the attempt. None in older Records, for a Cell that never shares its gate, and if the
+    """Parity gate that counts for the attempt. None in older Records, for a Cell that never shares its gate, and if the
     gate did not end."""
     measurements: Measurements | None = None
     """Everything that was measured. None unless the status is `ok`."""

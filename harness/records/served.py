@@ -9,7 +9,7 @@ from pydantic import Field
 from harness.records.base_model import Bytes, Count, FrozenModel, Seconds
 
 Load = Literal["base", "one adapter", "several adapters", "base and adapters"]
-"""A load: the models to which timed requests go. In the last two loads, simultaneous requests go to different models."""
+"""A load: the models to which timed requests go. In the last two, simultaneous requests go to different models."""
 
 
 class ServedTimes(FrozenModel):

@@ -100,7 +100,7 @@ class Run:
     """Paths of files that were changed, removed or added after the run, each with what happened to it. Records in such
     files do not count."""
     ungated: dict[str, str] = field(default_factory=dict)
-    """Path of a Record that does not count -> the reason, which names the Record with its parity gate: that one is missing,
+    """Path of a Record that does not count -> the reason: the Record with its parity gate, which it names, is missing,
     unreadable or changed."""
 
     @property

@@ -115,7 +115,7 @@ def training_problems(
 
 
 def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator[FieldProblem]:
-    """Yield a problem for each optimizer that cannot be used, because nothing is trained, or because a Method has its own optimizer."""
+    """Yield a problem for each optimizer that cannot be used: nothing trains, or a Method has an optimizer of its own."""
     for index, optimizer in enumerate(keys.optimizer):
         if optimizer == "adamw":
             continue
@@ -132,7 +132,7 @@ def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator
 def _checkpointing(
     config: Mapping[str, Mapping[str, list[Any]]], training: Mapping[str, list[Any]]
 ) -> Iterator[FieldProblem]:
-    """Yield a problem for gradient checkpointing, which drops the key-value cache, with adapters that use this cache."""
+    """Yield a problem for gradient checkpointing with adapters that use the key-value cache, which it drops."""
     adapters = {value["peft_type"] for fields in config.values() for value in fields.get(KEY, ())}
     for index, checkpointing in enumerate(training.get("checkpointing", ())):
         for kind in sorted(adapters & set(IN_THE_CACHE)) if checkpointing else ():

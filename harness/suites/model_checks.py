@@ -1,8 +1,8 @@
 """Check whether Cells fit the models that are on this machine: their layers and the lengths of texts. No torch.
 
-The check runs before anything is fetched, and again when all models have been fetched. The headers of the weight files show most
-layers, but not layers without weights of their own, e.g. tied layers. If a target is not found in the headers, a child
-process builds the model without weights and looks for the layer there.
+The check runs before anything is fetched, and again when all models have been fetched. The headers of the weight files
+show most layers, but not layers without weights of their own, e.g. tied layers. If a target is not found in the
+headers, a child process builds the model without weights and looks for the layer there.
 """
 
 from __future__ import annotations

@@ -63,13 +63,13 @@ def read_json_object(path: Path, hint: str) -> dict[str, Any]:
 
 
 def require_lora(config: Mapping[str, Any], where: Path) -> None:
-    """Raise UsageError unless this is the valid config of a LoRA adapter. where: path of the config, for the message."""
+    """Raise UsageError unless this is the valid config of a LoRA adapter. where: its path, for the message."""
     for what, hint in _mistakes(config):
         raise UsageError(what, where=str(where), hint=hint)
 
 
 def _mistakes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield pairs (mistake, hint). Only the first is certain, because later tests assume that earlier ones found nothing."""
+    """Yield pairs (mistake, hint). Only the first is certain, because each test assumes that earlier ones passed."""
     if (kind := config.get("peft_type")) != "LORA":
         hint = "`peft-harness check PATH` judges LoRA adapters: peft_type LORA"
         yield f"unknown type of adapter: peft_type is {_short(kind)}", hint

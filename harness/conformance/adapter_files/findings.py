@@ -291,7 +291,7 @@ class _Judge:
         return 0 if count in {len(one) for one in tables.values()} else int(count)
 
     def _of_biases(self, reading: AdapterReading, base: nn.Module) -> Iterator[Finding]:
-        """Yield a finding if the file lacks biases of the base model that, by the config's key `bias`, it should have."""
+        """Yield a finding if the file lacks biases of the base model that the config's key `bias` promises."""
         setting = self.adapter.settings.bias
         adapted = {update.path for update in reading.updates}
         wanted = [name for name, _ in base.named_parameters(remove_duplicate=False) if name.endswith(".bias")]

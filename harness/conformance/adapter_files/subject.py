@@ -66,7 +66,7 @@ class LoaderSubject:
 
     @property
     def method(self) -> str:
-        """The target's name, which is the same for every loader. Check ids contain it in the place of a Method's name."""
+        """The target's name, the same for every loader. Check ids contain it in the place of a Method's name."""
         return ADAPTER_FILES
 
     def fresh(self) -> Loader:
@@ -109,7 +109,7 @@ class LoaderSubject:
     def compare(self, have: Mapping[str, Sequence[Tensor]], want: Mapping[str, Sequence[Part]]) -> Judgement:
         """Compare logits with those that the reference computes in float64 for weighted sums of adapters.
 
-        have: name -> logits of `prompts`. want: the same name -> the adapters in the sum; none for the base model alone.
+        have: name -> logits of `prompts`. want: the same name -> the adapters in the sum; none for the base alone.
         """
 
         def expected(dtype: str, seed: int | None = None) -> dict[str, Tensor]:

@@ -40,7 +40,8 @@ class Defect(FrozenModel):
     implementation: str
     """Name of the implementation that shows the defect."""
     target: str = ""
-    """Name of the affected Method, Operation or other target. Empty if all targets of the implementation are affected."""
+    """Name of the affected Method, Operation or other target. Empty if all of the implementation's targets are
+    affected."""
     checks: list[str] = Field(min_length=1)
     """Patterns of the ids of checks that show the defect, e.g. `dora/zero_rows/*/*`."""
     cases: list[str] = Field(default=["*"], min_length=1)

@@ -15,8 +15,8 @@ from harness.records.check import CheckId, CheckResult, Outcome
 from harness.resources import data_folder
 
 Effect = Literal["same", "changes", "refused", "untried"]
-"""Effect of a setting on training. `untried`: the setting could not be tried, e.g. because the library has no such option,
-or because it needs a GPU."""
+"""Effect of a setting on training. `untried`: the setting could not be tried, e.g. because the library has no such
+option, or because it needs a GPU."""
 _OUT_OF_SCOPE = ("dpo", "grpo")
 WORDS: dict[Effect, str] = {
     "same": "does not change training",
@@ -59,7 +59,8 @@ class SettingFound(FrozenModel):
     step: int | None = None
     """First step, counted from 1, whose loss differs by more than the noise. None if there is none."""
     weights: float | None = None
-    """Distance of the final trained tensors from those of the harness's loop, relative to their norm. None as for `first`."""
+    """Distance of the final trained tensors from those of the harness's loop, relative to their norm. None as for
+    `first`."""
     because: str = ""
     """Reason why no training was completed. Otherwise empty."""
 

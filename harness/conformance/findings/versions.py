@@ -71,7 +71,7 @@ class DefectField:
     shown: int
     """Number of failures that look like the defect, whether or not the version is in the range."""
     tried: int
-    """Number of outcomes that passed or look like the defect. Other failures are not counted: they tell nothing about it."""
+    """Number of outcomes that passed or look like the defect. Other failures tell nothing about it."""
 
 
 @dataclass(frozen=True)

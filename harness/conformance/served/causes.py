@@ -20,8 +20,9 @@ from harness.conformance.served.scores import score
 _UNKNOWN = "no typical mistake explains them"
 _HEAD = "lm_head"
 _ROW_PARALLEL = ("o_proj", "out_proj", "c_proj", "down_proj", "fc2", "w2")
-"""Names of row-parallel layers, whose inputs a server with tensor parallelism divides. It divides the outputs of all other
-layers."""
+"""Names of row-parallel layers. A server with tensor parallelism divides their inputs, and the outputs of all other
+layers.
+"""
 
 
 def cause(
@@ -29,8 +30,8 @@ def cause(
 ) -> str:
     """Return a sentence with the mistakes that explain wrong positions, and the number of positions that each explains.
 
-    adapter: the right adapter, or None for the base. others: the other adapters of the server, by name. wrong: the wrong
-    answers. limit: the largest allowed errors.
+    adapter: the right adapter, or None for the base. others: the other adapters of the server, by name. wrong: the
+    wrong answers. limit: the largest allowed errors.
     """
     # An answer without a wrong position is wrong as a whole: its errors together exceed rounding. All its positions count.
     positions = [

@@ -51,9 +51,9 @@ class Comparison:
     def noise_floor(self, alone: Sequence[Observation], dtypes: Sequence[str]) -> NoiseFloor:
         """Return the noise floor of the server, from its answers for the base model.
 
-        alone: these answers. Those with NaN are left out, because no dtype explains them. dtypes: dtypes that the server
-        may use, the one with the smallest errors first. Raises UsageError if the answers are neither those of the base
-        nor those of one of the adapters.
+        alone: these answers. Those with NaN are left out, because no dtype explains them. dtypes: dtypes that the
+        server may use, the one with the smallest errors first. Raises UsageError if the answers are neither those of
+        the base nor those of one of the adapters.
         """
         alone = [one for one in alone if not one.missing]
         if not alone:
@@ -154,7 +154,7 @@ class Comparison:
         return Finding("; ".join(found), text, command)
 
     def _command(self, one: Request, tokens: int = 0) -> str:
-        """Return a curl command that sends a request again. tokens: number of tokens to generate; 0 for as many as before."""
+        """Return a curl command that sends a request again. tokens: number of tokens to generate; 0: as before."""
         body = self.again(one, tokens)
         headers = f"""-H "Authorization: Bearer ${TOKEN_VARIABLE}" -H 'Content-Type: application/json'"""
         return f"curl {shlex.quote(self.url + '/v1/completions')} {headers} -d {shlex.quote(json.dumps(body))}"
@@ -172,7 +172,7 @@ def _failures(failed: Sequence[Failure]) -> str:
 
 
 def _lengths(every: Sequence[Observation], wrong: Sequence[Observation], failed: Sequence[Failure]) -> list[str]:
-    """Return a list with one sentence if all wrong answers are to longer prompts than the right ones, else an empty list."""
+    """Return one sentence in a list if all wrong answers are to longer prompts than the right ones, else nothing."""
     # An answer with `echo` begins after the first token, so its context is not the prompt.
     asked: list[Observation | Failure] = [*every, *failed]
     asked = [one for one in asked if one.request.phase is not Phase.ECHO]

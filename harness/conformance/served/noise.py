@@ -49,8 +49,8 @@ def allowed(own: Errors, measured: Errors | None, want: Sequence[Sequence[float]
     """Return the largest errors that a right server may have.
 
     own: errors of the reference in `dtype`. measured: errors of the server's answers for the base model, or None if
-    these are wrong. want: the reference's log-probabilities in float64, one list per answer. The rule is that of `carried_noise`, applied to the
-    larger of CARRIED_FACTOR times `own` and NOISE_FACTOR times `measured`.
+    these are wrong. want: the reference's log-probabilities in float64, one list per answer. The rule is that of
+    `carried_noise`, applied to the larger of CARRIED_FACTOR times `own` and NOISE_FACTOR times `measured`.
     """
     numbers = [one for row in want for one in row]
     floor = NOISE_FLOOR_EPS[dtype] * EPSILON[dtype] * rms(numbers)

@@ -21,8 +21,8 @@ LENGTHS = (1, 3, 7, 12, 20, 40)
 """Lengths of the prompts in tokens. All models get the same prompts, so that the check notices a prefix cache that mixes up
 adapters. 40 tokens fill two blocks of vLLM's cache."""
 LONG = 600
-"""Length of the long prompt in tokens, or less if the base has too few positions. Some mistakes show only in long prompts: vLLM
-returned NaN after some 400 tokens."""
+"""Length of the long prompt in tokens, or less if the base has too few positions. Some mistakes show only in long
+prompts: vLLM returned NaN after some 400 tokens."""
 TOKENS = 8
 """Number of tokens that the server generates per request."""
 TEXTS = (

@@ -43,11 +43,11 @@ class PhaseResult:
     differ: int
     """Number of generated tokens that are not the most likely token of the reference, ties excluded."""
     ties: int
-    """Number of generated tokens that are not the reference's most likely token, but close enough to it (within twice the
-    allowed error, in nats) that rounding may decide."""
+    """Number of generated tokens that are not the reference's most likely token, but close enough to it (within twice
+    the allowed error, in nats) that rounding may decide."""
     margin: float
-    """Largest difference, in nats, between the reference's log-probability of its most likely token and that of a different
-    token that the server generated. 0 if no token differs."""
+    """Largest difference, in nats, between the reference's log-probability of its most likely token and that of a
+    different token that the server generated. 0 if no token differs."""
 
 
 @dataclass(frozen=True)

@@ -276,7 +276,7 @@ class Session:
         return self.client.body(one.served_as, self._sent(one.prompt), tokens, echo)
 
     def _answer(self, request: Request) -> Observation | Failure:
-        """Send a request, and return the answer. If the server fails with status 500 and `skip_failed`, return a Failure."""
+        """Send a request and return the answer. For status 500, return a Failure if `skip_failed`, else raise the error."""
         try:
             return self._observe(request)
         except RequestFailedError as error:
