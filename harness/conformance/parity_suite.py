@@ -266,7 +266,7 @@ class LoaderCase:
     adapter: str
     dtype: Dtype
     sampled: bool = False
-    """Always False: the sample adds no cases for loaders."""
+    """Always False: `harness.conformance.drawing.sample` makes no cases for loaders."""
     typical: bool = False
     """Always False: no check of a loader is limited to a typical case."""
 
@@ -300,9 +300,9 @@ def _main(dtypes: Sequence[Dtype]) -> Dtype:
 def _fits(config: Values, kind: Kind) -> bool:
     """Return whether a layer of this kind accepts a config of the suite.
 
-    Stacked experts have no dropout. Only linear layers have a magnitude per input. Neither experts nor embeddings have a
-    bias of B. In a grouped convolution, each group uses an equal part of the rank. So the rank must be a multiple of
-    GROUPS, and init=orthogonal is impossible, because its B A is zero only over the whole rank.
+    Stacked experts have no dropout. Only linear layers have a magnitude per input feature. Neither experts nor
+    embeddings have a bias of B. In a grouped convolution, each group uses an equal part of the rank. So the rank must
+    be a multiple of GROUPS, and init=orthogonal is impossible, because its B A is zero only over the whole rank.
     """
     if config.get("lora_bias") and kind in ("experts", "embedding", "embedding-scaled"):
         return False

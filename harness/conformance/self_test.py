@@ -50,7 +50,7 @@ class FaultVerdict:
 
 @dataclass(frozen=True)
 class SelfTestReport:
-    """Results of the self-test: the verdict on each fault, and the mistakes of the checks themselves."""
+    """Results of the self-test: the verdict on each fault, and checks that work wrongly or catch nothing."""
 
     verdicts: Sequence[FaultVerdict]
     wrong: Sequence[str] = field(default=())

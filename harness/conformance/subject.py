@@ -157,7 +157,7 @@ class Subject:
         return _select(path, self.adapted.tensors())
 
     def state(self) -> dict[str, Tensor]:
-        """Map canonical names to the Method's own frozen tensors."""
+        """Map names `<path>.<letter>` to the frozen tensors that the Method made, such as VeRA's A and B."""
         return self.adapted.state()
 
     @property
@@ -166,7 +166,7 @@ class Subject:
         return not any(value for name, value in vars(self.config).items() if name.endswith("dropout"))
 
     def added(self) -> dict[str, Tensor]:
-        """Map canonical names to the trainable tensors that the Method added.
+        """Map names `<path>.<letter>` to the trainable tensors that the Method added.
 
         The model's own parameters, which train in full fine-tuning, are left out.
         """
@@ -181,7 +181,9 @@ class Subject:
         return self.bases[path] if self.original.model is None else self.original.model.get_submodule(path)
 
     def dense_base(self, path: str, dtype: torch.dtype) -> nn.Module:
-        """Return a plain copy of the base layer at `path` in `dtype`. The reference decodes a weight that is packed."""
+        """Return an ordinary layer with the weights of the base layer at `path`, in `dtype`. A packed weight is
+        decoded.
+        """
         base: Any = self.original_base(path)
         if path not in self.packed:
             dense: nn.Module = copied(base).to(dtype)
@@ -201,7 +203,10 @@ class Subject:
         return dense_weight(base)
 
     def fresh_reference(self, dtype: str) -> Adapted:
-        """Attach the reference to plain copies of all base layers in `dtype`. Return it with its own initial values."""
+        """Attach the reference to plain copies of all base layers in `dtype`, and return the result.
+
+        Its tensors have the reference's own initial values.
+        """
         model = skeleton({path: self.dense_base(path, DTYPES[dtype]) for path in self.bases})
         return attach_reference(self.method, model, self.config, list(self.bases), torch.Generator().manual_seed(0))
 

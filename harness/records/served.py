@@ -53,7 +53,7 @@ class Served(FrozenModel):
     memory_B: Bytes | None = None
     """Resident memory of all processes of the server after the timing."""
     wall_s: Seconds | None = None
-    """Wall time of the timing."""
+    """Wall time of all timed requests and replacements together."""
     own_cpu_s: Seconds | None = None
     """CPU seconds of the server and of the Cell's process during the timing."""
     other_cpu_s: Seconds | None = None

@@ -115,7 +115,7 @@ def training_problems(
 
 
 def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator[FieldProblem]:
-    """Yield a problem for each optimizer that cannot be used: nothing trains, or a Method has an optimizer of its own."""
+    """Yield a problem for each optimizer that cannot be used: nothing trains, or a Method brings its own optimizer."""
     for index, optimizer in enumerate(keys.optimizer):
         if optimizer == "adamw":
             continue

@@ -81,7 +81,7 @@ def _not_compared(loader: str, reason: str) -> LoaderLogits:
 
 
 def _reason(adapter: AdapterFile, base: nn.Module) -> str:
-    """Return the reason why the logits cannot be compared, or an empty string."""
+    """Return the reason why the logits cannot be compared. If they can, return an empty string."""
     config: Any = getattr(base, "config", None)
     if (task := adapter.settings.task_type) not in _TASKS:
         return f"task_type is {task}; only logits of causal models and of classifiers are compared"

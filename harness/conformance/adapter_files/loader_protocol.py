@@ -20,7 +20,7 @@ class LoaderTask(FrozenModel):
     base: str
     """Folder of the base model."""
     loaders: list[tuple[str, str]]
-    """Name of each loader, and the entry point that offers it."""
+    """Pairs (name of a loader, entry point that offers it)."""
 
 
 class LoaderLogits(FrozenModel):

@@ -108,7 +108,10 @@ class _Float64(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Call `func`. If the first argument is a tensor in float64, replace float32 by float64."""
+        """Call `func`, with float64 in place of float32 if the first argument is a float64 tensor.
+
+        `Tensor.float` always gives float64.
+        """
         named = dict(kwargs or {})
         if args and isinstance(args[0], Tensor) and args[0].dtype is torch.float64:
             if func is Tensor.float:

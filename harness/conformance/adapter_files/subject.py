@@ -26,7 +26,7 @@ FIRST, SECOND = "style", "style-2"
 
 @dataclass(frozen=True)
 class CorpusAdapter:
-    """One adapter of the corpus."""
+    """An adapter on disk, with prompts and the logits that it must give; usually one of those in suites/adapters."""
 
     name: str
     folder: Path
@@ -41,7 +41,7 @@ class CorpusAdapter:
 
 @cache
 def corpus_adapter(name: str) -> CorpusAdapter:
-    """Read one adapter of the corpus."""
+    """Read one adapter of the corpus in suites/adapters. name: name of its folder."""
     file = AdapterFile.read(corpus.folder() / name)
     expected = load_file(file.folder / "expected.safetensors")
     count = sum(key.startswith("prompt.") for key in expected)
@@ -70,7 +70,7 @@ class LoaderSubject:
         return ADAPTER_FILES
 
     def fresh(self) -> Loader:
-        """Load the base of the case again, and return the loader without an adapter."""
+        """Return a new loader with the base of the case, and without an adapter."""
         return self.function(self.adapter.base, self.dtype)
 
     def loaded(self) -> Loader:

@@ -55,12 +55,12 @@ class SettingFound(FrozenModel):
     first: float | None = None
     """Distance of the first loss from that of the harness's loop, in nats. None if no training was completed."""
     worst: float | None = None
-    """Largest distance of any step's loss from that of the harness's loop, in nats. None as for `first`."""
+    """Largest distance of a step's loss from that of the harness's loop, in nats. None if no training was completed."""
     step: int | None = None
     """First step, counted from 1, whose loss differs by more than the noise. None if there is none."""
     weights: float | None = None
-    """Distance of the final trained tensors from those of the harness's loop, relative to their norm. None as for
-    `first`."""
+    """Distance of the final trained tensors from those of the harness's loop, relative to their norm. None if no
+    training was completed."""
     because: str = ""
     """Reason why no training was completed. Otherwise empty."""
 

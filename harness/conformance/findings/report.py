@@ -23,7 +23,7 @@ class CheckReport:
     complaints: list[str] = field(default_factory=list)
     """Messages about known defects that did not show, although they should have."""
     broken: dict[str, str] = field(default_factory=dict)
-    """Entry point -> reason why it cannot be loaded."""
+    """Entry point of a plug-in -> reason why it cannot be loaded."""
     defects: Sequence[Defect] = ()
     """All known defects, of any library."""
     plans: dict[str, ParitySuite] = field(default_factory=dict)

@@ -25,7 +25,7 @@ class CheckedEnvironment(FrozenModel):
     """Name of the environment in the commands `peft-harness env`."""
     requirements: list[str]
     packages: list[str]
-    """Packages that the environment adds or replaces, as pins."""
+    """Packages that the environment adds or replaces, each as a requirement that allows exactly one file."""
     environment: Environment
     """Machine and software that the workers saw."""
 

@@ -33,7 +33,7 @@ class Mutant:
     """End of the changed part. The characters of the source from `start` up to `end` are replaced."""
     text: str
     probe: tuple[int, int]
-    """Two positions in the source, where `source` inserts the call of `probe`. For a compound statement, they enclose
+    """Two positions in the source, where `source` can insert a call. For a compound statement, they enclose
     its head expression. For a simple statement, both are its start. (-1, -1) for code outside functions."""
 
     @property

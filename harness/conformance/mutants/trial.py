@@ -52,7 +52,7 @@ class Catch:
     form: str
     """Form of `check` that catches the mutant: `default` for plain `check`, or `wide` for `check --wide`."""
     check: str
-    """Id of the check that failed."""
+    """Name of the check that failed, or `import: ` and the exception if the mutant could not be imported."""
     raised: bool
     """True if the mutant raised an exception, False if a comparison failed."""
 

@@ -124,7 +124,7 @@ _NAMES = (
 
 
 def _number(value: Any, needed: bool, half: Callable[[str], ServerError]) -> float | None:
-    """Return a log-probability from an answer. For null, return NaN if `needed`, else None (first token of a prompt)."""
+    """Return a log-probability from an answer. For null, return NaN if `needed`, else None (a prompt's first token)."""
     if value is None:
         return math.nan if needed else None
     if isinstance(value, bool) or not isinstance(value, int | float):

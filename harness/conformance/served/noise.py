@@ -27,7 +27,7 @@ class Errors:
     rms: float
     """Root mean square of all errors."""
     row_rms: float
-    """The largest root mean square of the errors in one answer."""
+    """Root mean square of the errors in one answer, the largest over all answers."""
     largest: float
     """The largest absolute error."""
 
@@ -41,7 +41,7 @@ class Errors:
 
 
 def errors(rows: Sequence[Sequence[float]]) -> Errors:
-    """Return the errors from absolute differences, one list per answer."""
+    """Return the Errors of answers. rows: absolute errors of the log-probabilities, one list per answer."""
     return Errors(rms([one for row in rows for one in row]), max(map(rms, rows)), max(map(max, rows)))
 
 

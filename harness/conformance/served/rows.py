@@ -21,7 +21,7 @@ class Score:
     values: tuple[tuple[float, ...], ...]
     """Log-probabilities in nats, one tuple per position: first that of the token, then those of the other tokens."""
     best: tuple[int, ...]
-    """The most likely token at each position."""
+    """Id of the most likely token at each position."""
     margins: tuple[float, ...]
     """Log-probability of the most likely token minus that of the server's token, in nats, at each position."""
 
@@ -55,11 +55,11 @@ class Row:
         return [i for i, margin in enumerate(margins) if margin > 2 * limit.largest]
 
     def inaccurate(self, limit: Errors) -> list[int]:
-        """Return the positions with a difference above the allowed one."""
+        """Return the positions with a difference above `limit.largest`."""
         return [i for i, several in enumerate(self.differences) if max(several) > limit.largest]
 
     def is_wrong(self, limit: Errors) -> bool:
-        """Return whether no right server can have given this answer."""
+        """Return whether the errors of the answer exceed `limit`, the largest errors of a right server."""
         return bool(self.inaccurate(limit) or self.unlikely(limit)) or rms(self.flat) > limit.row_rms
 
 

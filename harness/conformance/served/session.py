@@ -41,7 +41,7 @@ class Phase(StrEnum):
     RELOADED = "reloaded"
     """The first adapter loaded under the same name again, after the name was unloaded."""
     ECHO = "echo"
-    """Log-probabilities of the prompt's tokens."""
+    """Requests for the log-probabilities of the prompt's own tokens."""
 
 
 @dataclass(frozen=True)
@@ -211,9 +211,9 @@ class Session:
         self._replace(SWAPPED, self.adapters[name])
 
     def echoes(self) -> None:
-        """Ask every model for the log-probabilities of the prompts' tokens, without the long prompt.
+        """Ask every model for the log-probabilities of the tokens of each prompt, except the long prompt.
 
-        The first token of a prompt has none.
+        The first token of a prompt has no log-probability.
         """
         several = self._of_all(Phase.ECHO)
         self._send([one for one in several if len(self.prompts[one.prompt]) > 1 and one.prompt != self.long], 1)
@@ -276,7 +276,7 @@ class Session:
         return self.client.body(one.served_as, self._sent(one.prompt), tokens, echo)
 
     def _answer(self, request: Request) -> Observation | Failure:
-        """Send a request and return the answer. For status 500, return a Failure if `skip_failed`, else raise the error."""
+        """Send a request and return the answer. For status 500, return a Failure if `skip_failed`, else raise."""
         try:
             return self._observe(request)
         except RequestFailedError as error:
