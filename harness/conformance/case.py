@@ -18,14 +18,14 @@ _T = TypeVar("_T")
 
 
 class Attach(Protocol):
-    """A function that attaches the implementation again."""
+    """Type of the function that attaches the implementation under test to a model once more."""
 
     def __call__(self, *, seed: int = ..., square: bool = ..., model: nn.Module | None = ..., **config: Any) -> Subject:
-        """Attach the implementation again, and return the subject.
+        """Attach the implementation under test once more, and return the new Subject.
 
-        seed: seed of the generator that `attach` gets. square: attach to a model with two layers of one shape. model:
-        attach to this model, from which an earlier adapter was detached. config: values of the Method's config that
-        replace those of the case.
+        seed: seed of the generator that the implementation's `attach` gets. square: True for a model whose two layers
+        have the same shape. model: a model from which an earlier adapter was detached; by default, a new model.
+        config: values of the Method's config that replace those of the case.
         """
 
 
@@ -52,16 +52,16 @@ class Case:
     """Function that runs a given model on the inputs of `inputs`, and returns an output from which gradients can be
     computed."""
     forward_of: Callable[[nn.Module], Callable[[nn.Module], Tensor]] | None = None
-    """Function that takes another model, which `fresh` made, and returns the `forward` of that model."""
+    """Function that takes a model made by `fresh`, and returns the function to use as `forward` with that model."""
     walks: int = 0
-    """Number of random walks: random sequences of calls. With 0, the case skips the other long checks too."""
+    """Number of random walks (random sequences of calls) to try. If it is 0, other long tests are left out too."""
     is_brief: bool = False
     """True if checks do not repeat a call many times, because the selection of cases is not wide."""
     walk_seed: int = 0
     """Seed that decides the calls in the random walks."""
     fresh: Attach | None = None
-    """Function that attaches the implementation again, to the same weights. None if this is impossible, as with the
-    model of a Cell."""
+    """Function that attaches the implementation once more, to a model with the same weights. None if this is
+    impossible, as with the model of a Cell."""
     factors: Mapping[str, float] = field(default_factory=dict)
     """Check name -> largest error, as a multiple of the reference's own rounding error. For a check without an entry,
     NOISE_FACTOR is used."""
@@ -76,7 +76,7 @@ class Case:
         return self.factors.get(check, NOISE_FACTOR)
 
     def attach_again(self, **config: Any) -> Subject | None:
-        """Attach the implementation again, and return the subject. If `fresh` is None, return None. See `Attach`."""
+        """Attach the implementation once more by `fresh`, and return the new Subject, or None if `fresh` is None."""
         return None if self.fresh is None else self.fresh(**config)
 
     def once(self, compute: Callable[[Subject, Case], _T], subject: Subject) -> _T:

@@ -11,7 +11,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class CaseSelection:
-    """Settings that select cases of a target."""
+    """Options of `check` that decide which cases of a target are tried."""
 
     full: bool = False
     """True selects every combination of the parity suite's configs, shapes, layers and dtypes. False selects few."""
@@ -25,10 +25,7 @@ class CaseSelection:
 
     @property
     def is_wide(self) -> bool:
-        """True if all is tried that `wide` adds.
-
-        `full` and `drawn` imply this.
-        """
+        """True if `wide` or `full` is set, or if `drawn` is above 0: each of them adds everything that `wide` adds."""
         return self.wide or self.full or self.drawn > 0
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _KEPT = 4
-"""Number of judgements that are kept for the outputs of one case."""
+"""Number of judgements that a KnownResults keeps: the latest ones."""
 Arguments = dict[str, Any]
 """Keyword arguments of a call: tensors, numbers, dtypes, and lists of them."""
 Judge = Callable[[Mapping[str, Tensor], Arguments], tuple[Judgement, str]]
@@ -46,7 +46,8 @@ class Operation:
     If None, every output must be within the noise floor around the float64 reference.
     """
     codes: Judge | None = None
-    """A function like `judge` that judges only outputs that are codes. The check `output_codes` calls it."""
+    """Function like `judge` that judges only the outputs that hold quantisation codes, for the check `output_codes`.
+    None if the Operation has no such outputs."""
 
     def named(self, returned: object) -> dict[str, Tensor]:
         """Map the names of the outputs to the tensors that a call returned.
@@ -62,7 +63,7 @@ class Operation:
 
 
 class KnownResults:
-    """Results for the arguments of one case, which several checks need.
+    """Cache of the reference's results and of judgements for the arguments of one case, which several checks need.
 
     The implementation never gets these tensors, nor the arguments themselves: it is called with copies.
     """
@@ -72,7 +73,7 @@ class KnownResults:
         self._judged: deque[tuple[str, Case, dict[str, Tensor], tuple[Judgement, str]]] = deque(maxlen=_KEPT)
 
     def once(self, name: Hashable, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Return what the reference computes under this name. The first call computes it."""
+        """Return the reference's result that is cached under `name`. The first call gets it from `compute`."""
         if name not in self._of_reference:
             self._of_reference[name] = compute()
         return self._of_reference[name]
@@ -80,7 +81,7 @@ class KnownResults:
     def judgement(
         self, rule: str, case: Case, outputs: dict[str, Tensor], judge: Callable[[], tuple[Judgement, str]]
     ) -> tuple[Judgement, str]:
-        """Return the judgement of outputs by a rule. Outputs that equal earlier ones in every bit are not judged again."""
+        """Return the judgement of `outputs` by `rule`: `judge()`, or the earlier one of outputs with the same bits."""
         for known_rule, known_case, known, verdict in self._judged:
             if known_rule == rule and known_case is case and _same_bits(outputs, known):
                 return verdict
@@ -108,7 +109,7 @@ class OperationSubject:
     another: Callable[[], Arguments]
     """Function that draws other arguments of the same shapes."""
     known: KnownResults = field(default_factory=KnownResults, init=False, repr=False, compare=False)
-    """Results for these arguments. A copy with other arguments has none."""
+    """Cache of results for these arguments. A copy made by `dataclasses.replace` starts with an empty cache."""
 
     @property
     def method(self) -> str:
@@ -143,7 +144,7 @@ def cloned(value: _T, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) -
 
 
 def mapped(value: _T, change: Callable[[object], object]) -> _T:
-    """Return the same structure of dicts, lists and tuples, with `change` applied to every item in it."""
+    """Return a copy of nested dicts, lists and tuples, with `change` applied to every item that is none of these."""
     changed: object
     if isinstance(value, dict):
         changed = {key: mapped(one, change) for key, one in value.items()}
@@ -155,7 +156,7 @@ def mapped(value: _T, change: Callable[[object], object]) -> _T:
 
 
 def moved(value: _T, device: torch.device) -> _T:
-    """Return the same structure with every tensor on `device`."""
+    """Return a copy of nested dicts, lists and tuples, with every tensor moved to `device`."""
     return mapped(value, lambda one: one.to(device) if isinstance(one, Tensor) else one)
 
 

@@ -35,7 +35,7 @@ ModelForm = Literal["plain", "wide", "deep", "tied"]
 Magnitude = Literal["normal", "large", "outlier", "zero-rows", "small", "huge", "tiny", "constant", "positive"]
 """Size of the values of a drawn input; see `harness.conformance.comparison.magnitudes`."""
 MAIN_MAGNITUDES = 5
-"""Number of magnitudes that the fixed sample combines with every other setting. The others are tried alone."""
+"""Number of Magnitudes that the fixed sample combines with the other settings. The remaining ones are tried alone."""
 WeightSize = Literal["normal", "large", "small", "tiny"]
 """Size of the weights of the ParityModel's targets. `large` is 256 times as large as `normal`, and `small` a 256th. Usual
 guards against a division by zero would count `tiny` weights as 0.
@@ -53,8 +53,8 @@ class CaseShape(FrozenModel):
     outputs: int = Field(ge=1, alias="out")
 
     def square(self) -> CaseShape:
-        """Return a shape whose input and output features are the smaller of both numbers. Both layers then have one
-        size.
+        """Return a shape with as many input as output features: the smaller of the two numbers. Both layers then have
+        the same size.
         """
         side = min(self.inputs, self.outputs)
         return CaseShape.model_validate({"tokens": self.tokens, "in": side, "out": side})
@@ -64,7 +64,7 @@ class CaseShape(FrozenModel):
 
 
 class Tolerance(FrozenModel):
-    """A factor for the noise floor of one check, in place of the usual factor. The report shows the reason."""
+    """The factor that replaces NOISE_FACTOR for one check of a suite. The report shows the reason, `because`."""
 
     factor: float = Field(gt=0, le=1000)
     because: str = Field(min_length=10)
@@ -72,7 +72,7 @@ class Tolerance(FrozenModel):
 
 
 class SettingRange(FrozenModel):
-    """Bounds within which a setting is drawn, narrower than those in the Config. `because` gives the reason."""
+    """Bounds of a setting's random values, narrower than those in the Method's Config. `because` is the reason."""
 
     least: float | None = None
     most: float | None = None
@@ -91,7 +91,8 @@ class MethodSuite(FrozenModel):
     Empty if the suite judges the Method.
     """
     follows: str = "the paper"
-    """The interpretation of the paper that the cases follow. It matters only where interpretations differ."""
+    """The authority that the reference follows in these cases, in words: the paper, or a library where the paper leaves
+    something open."""
     checks: list[str] = Field(min_length=1)
     states: list[Literal["init", "warm"]] = Field(min_length=1)
     configs: list[Values] = Field(min_length=1)
@@ -100,7 +101,7 @@ class MethodSuite(FrozenModel):
     models: list[ModelForm] = Field(default=["plain"], min_length=1)
     """Forms of the model. Examples with the first kind of layer have them in turn, others have a plain model."""
     settings: dict[str, SettingRange] = Field(default={})
-    """Name of a setting -> the range from which the setting is drawn, if the range in the Config is too wide."""
+    """Name of a setting -> the range for its random values, if the range in the Method's Config is too wide."""
     dtypes: list[Dtype] = Field(min_length=1)
     tolerances: dict[str, Tolerance] = Field(default={})
 
@@ -169,7 +170,7 @@ class MethodCase:
     suite's last state, where the check sees most.
     """
     typical: bool = False
-    """True for one example with few settings, which stands for the others in checks that take long."""
+    """True for one case of the suite, with few settings, which stands for all others in some checks that take long."""
 
     def __str__(self) -> str:
         kind = "" if self.kind == "linear" else self.kind
@@ -266,9 +267,9 @@ class LoaderCase:
     adapter: str
     dtype: Dtype
     sampled: bool = False
-    """Always false, because no further adapters are made."""
+    """Always False: `harness.conformance.drawing.sample` makes no cases for loaders."""
     typical: bool = False
-    """Always false."""
+    """Always False: no check of a loader is limited to a typical case."""
 
     def __str__(self) -> str:
         return self.adapter
@@ -300,9 +301,9 @@ def _main(dtypes: Sequence[Dtype]) -> Dtype:
 def _fits(config: Values, kind: Kind) -> bool:
     """Return whether a layer of this kind accepts a config of the suite.
 
-    Stacked experts have no dropout. Only linear layers have a magnitude per input. Neither experts nor embeddings have a
-    bias of B. The groups of a convolution share the rank, and each of them has a part of it, so that init=orthogonal
-    cannot cancel.
+    Stacked experts have no dropout. Only linear layers have a magnitude per input feature. Neither experts nor
+    embeddings have a bias of B. In a grouped convolution, each group uses an equal part of the rank. So the rank must
+    be a multiple of GROUPS, and init=orthogonal is impossible, because its B A is zero only over the whole rank.
     """
     if config.get("lora_bias") and kind in ("experts", "embedding", "embedding-scaled"):
         return False
@@ -337,7 +338,7 @@ def names() -> list[str]:
 
 
 def kind_of(name: str) -> TargetKind:
-    """Return what the parity suite of this name judges."""
+    """Return what the parity suite of this name judges: `method`, `base`, `operation` or `loader`."""
     data = yaml_validation.load(_existing(name)).data
     kinds: tuple[TargetKind, ...] = ("operation", "loader", "base")
     return next((kind for kind in kinds if isinstance(data, dict) and data.get(kind)), "method")

@@ -50,7 +50,8 @@ class Power:
     check: str
     dtype: str
     scaling: float | None
-    """Smallest relative error of the scaling that the check notices; None if it notices none, or nothing scales."""
+    """Smallest relative error of the scaling that the check notices. None if it notices none, or if the target has no
+    scaling."""
     roundings: int | None
     """Fewest extra roundings of the result that the check notices; None if it notices none of ROUNDINGS."""
 
@@ -60,7 +61,7 @@ class Power:
 
 
 def check(jobs: int | None, only: Sequence[str], as_json: bool) -> Exit:
-    """Measure the power of every check, print a table or JSON, and return the exit code.
+    """Measure the smallest mistakes that each check notices, print a table or JSON, and return the exit code.
 
     jobs: number of processes, by default one per physical core. only: names of targets; empty for all. Raises UsageError for
     a name that has no parity suite.
@@ -75,7 +76,7 @@ def check(jobs: int | None, only: Sequence[str], as_json: bool) -> Exit:
 
 
 def measure(targets: Collection[str], jobs: int) -> Iterator[Power]:
-    """Yield the power of every check of CHECKS in every dtype of the targets."""
+    """Yield the Power of each check in CHECKS that the suites of the targets have, for each dtype of the suite."""
     checks.every(), operations.every(), methods()  # imported once, before the forks
     torch.set_num_threads(1)  # a fork of a process with several threads may hang
     tasks = [
@@ -195,7 +196,7 @@ def _forward(layer: nn.Module, wide: nn.Module, rounded: Callable[[Any], Any], x
 
 
 def _wide(one: Any, own: torch.dtype) -> Any:
-    """Return tensors of the dtype `own` in float64, `own` itself as float64, and anything else unchanged."""
+    """Return a tensor of dtype `own` in float64, torch.float64 for `own` itself, and anything else unchanged."""
     if isinstance(one, Tensor):
         return one.double() if one.dtype == own and one.is_floating_point() else one
     return torch.float64 if one is own else one

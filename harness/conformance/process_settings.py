@@ -55,9 +55,9 @@ else:
 
 
 def set_deterministic(on: bool, *, warn_only: bool = False) -> None:
-    """Do what `torch.use_deterministic_algorithms` does, but do not import torch's compiler for it.
+    """Do what `torch.use_deterministic_algorithms` does, but without importing torch's compiler.
 
-    The compiler has a setting of its own, which does not exist before something has imported the compiler.
+    The compiler has a setting of its own for this, which is changed only if the compiler is already imported.
     """
     if "torch._inductor.config" in sys.modules:
         torch.use_deterministic_algorithms(on, warn_only=warn_only)
@@ -87,7 +87,7 @@ def restored() -> Iterator[list[str]]:
 
 
 def restore(before: dict[str, object]) -> None:
-    """Restore the settings that differ from `before`."""
+    """Restore the settings that differ from `before`, which is a result of `snapshot`."""
     for name, value in snapshot().items():
         if value != before[name]:
             _SETTINGS[name][1](before[name])

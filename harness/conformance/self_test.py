@@ -41,7 +41,7 @@ class FaultVerdict:
         return tuple(name for name in self.fault.expected if name not in self.caught)
 
     def document(self) -> dict[str, object]:
-        """Return the JSON document."""
+        """Return the entry of this fault in the document that `--json` prints."""
         return {
             "fault": self.fault.name, "of": self.fault.target, "case": str(self.fault.case),
             "expected": list(self.fault.expected), "caught": list(self.caught), "missed": list(self.missed),
@@ -50,7 +50,7 @@ class FaultVerdict:
 
 @dataclass(frozen=True)
 class SelfTestReport:
-    """Results of all faults."""
+    """Results of the self-test: the verdict on each fault, and checks that work wrongly or catch nothing."""
 
     verdicts: Sequence[FaultVerdict]
     wrong: Sequence[str] = field(default=())
@@ -165,7 +165,7 @@ def _failures(
 
 
 def _needs_wide(fault: Fault) -> bool:
-    """Return whether an expected check is one that only `--wide` tries, because the check takes long."""
+    """Return whether one of the fault's expected checks takes so long that only `check --wide` tries it."""
     return any(checks.every()[name].only_wide for name in fault.expected)
 
 

@@ -129,22 +129,23 @@ class Subject:
     packed: dict[str, PackedLayer] = field(default_factory=dict)
     """Path of a layer whose base weight is quantised -> the weight in 4 bits."""
     expected_codes: dict[str, ExpectedCodes] = field(default_factory=dict)
-    """Path -> the codes that the reference quantiser gives for the original weight."""
+    """Path of a layer -> the codes that the reference quantiser gives for its original weight."""
     judged_codes: dict[str, tuple[Judgement, int]] = field(default_factory=dict)
-    """Path -> (judgement of the layer's codes, number of ties).
+    """Path of a layer -> (judgement of its codes, number of codes that differ only by a tie).
 
-    Used for models that are too large to hold all expected codes at once.
+    Used instead of `expected_codes` for models that are too large to hold all expected codes at once.
     """
     disturbed: list[str] = field(default_factory=list)
     """Descriptions of the process-wide settings that attaching changed."""
     reference_cache: dict[tuple[str, str], ReferenceLayer] | None = None
-    """(path, dtype) -> the reference's layer. None for large models.
+    """Cache of `reference`: (path, dtype) -> ReferenceLayer. Building one may take an SVD or a quantisation of the
+    weight.
 
-    With this cache, W is decomposed or quantised only once.
+    None for large models, which have no cache.
     """
 
     def __post_init__(self) -> None:
-        """Let checks call stacked experts with an input alone."""
+        """Fix the choice of experts in stacked experts, so that checks can call these modules with the input alone."""
         for path, base in self.bases.items():
             if kind_of(base) == "experts":
                 adapted = self.adapted.layers.get(path)
@@ -156,7 +157,7 @@ class Subject:
         return _select(path, self.adapted.tensors())
 
     def state(self) -> dict[str, Tensor]:
-        """Map canonical names to the Method's own frozen tensors."""
+        """Map names `<path>.<letter>` to the frozen tensors that the Method made, such as VeRA's A and B."""
         return self.adapted.state()
 
     @property
@@ -165,7 +166,7 @@ class Subject:
         return not any(value for name, value in vars(self.config).items() if name.endswith("dropout"))
 
     def added(self) -> dict[str, Tensor]:
-        """Map canonical names to the trainable tensors that the Method added.
+        """Map names `<path>.<letter>` to the trainable tensors that the Method added.
 
         The model's own parameters, which train in full fine-tuning, are left out.
         """
@@ -180,7 +181,9 @@ class Subject:
         return self.bases[path] if self.original.model is None else self.original.model.get_submodule(path)
 
     def dense_base(self, path: str, dtype: torch.dtype) -> nn.Module:
-        """Return a plain copy of the base layer at `path` in `dtype`. The reference decodes a weight that is packed."""
+        """Return an ordinary layer with the weights of the base layer at `path`, in `dtype`. A packed weight is
+        decoded.
+        """
         base: Any = self.original_base(path)
         if path not in self.packed:
             dense: nn.Module = copied(base).to(dtype)
@@ -195,12 +198,15 @@ class Subject:
         return dense
 
     def original_weight(self, path: str) -> Tensor:
-        """Return the weight (E, D) of the base layer before attaching, in its own dtype."""
+        """Return the weight (output features, input features) of the base layer before attaching, in its own dtype."""
         base: Any = self.original_base(path)
         return dense_weight(base)
 
     def fresh_reference(self, dtype: str) -> Adapted:
-        """Attach the reference to plain copies of all base layers in `dtype`. Return it with its own initial values."""
+        """Attach the reference to plain copies of all base layers in `dtype`, and return the result.
+
+        Its tensors have the reference's own initial values.
+        """
         model = skeleton({path: self.dense_base(path, DTYPES[dtype]) for path in self.bases})
         return attach_reference(self.method, model, self.config, list(self.bases), torch.Generator().manual_seed(0))
 
@@ -237,7 +243,7 @@ def _select(path: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def configure(method: str, config: dict[str, Any]) -> Any:
-    """Return the Method's Config with these values. Lists become tuples, and so does a single word of a list's field.
+    """Return the Method's Config with these values. Lists become tuples, and a string for a tuple becomes a 1-tuple.
 
     Raises TypeError for an unknown key.
     """
@@ -291,9 +297,9 @@ def initial_tensors(
     """Return the reference's initial adapter tensors over `bases`, by name. If the config has no targets, return {}.
 
     Random tensors are drawn from `generator`. Every implementation starts from the result, so that training runs can be
-    compared step by step (see `load_start`). PiSSA's start also computes a residual from the weight. The result then
-    includes the residual, because the factors of another program's SVD do not fit it. To save memory, the result for a
-    large model omits base weights that train (GaLore), and it is empty if the start has a residual.
+    compared step by step (see `load_start`). For PiSSA, the result also has the residual of the weight, which fits only
+    the factors of the same SVD. To save memory, the result for a large model omits base weights that train (GaLore),
+    and it is empty if there is a residual.
     """
     started = _attach_to_skeleton(method, bases, config, generator)
     if started is None:

@@ -29,7 +29,7 @@ def of_checks(
 def of_settings(
     document: yaml_validation.Document, method: str, configs: Sequence[Mapping[str, Any]], settings: Collection[str]
 ) -> Iterator[Problem]:
-    """Yield a problem for each key and value of `configs`, and for each of `settings`, that the Method does not have."""
+    """Yield a problem for each key of `configs` and `settings` that the Method lacks, and for each invalid value."""
     fields = methods()[method].fields if method in methods() else {}
     for index, config in enumerate(configs):
         for key, value in config.items():

@@ -17,7 +17,7 @@ class CheckId(NamedTuple):
     """Identifier of a check. Each part may also be a pattern, e.g. `lora/merge/*/*`."""
 
     target: str
-    """The Method or Operation."""
+    """Name of the Method, Operation or other target that is checked."""
     check: str = ""
     """The check's name, e.g. `gradient`."""
     dtype: str = ""
@@ -56,7 +56,7 @@ class CheckResult(FrozenModel):
     error: float | None = None
     """Worst error, in the norm that `policy` names. None if the error was not finite or was not measured."""
     allowed: float | None = None
-    """Largest error that passes."""
+    """Largest error that passes, in the same norm as `error`."""
     tensor: str = ""
     """Name of the tensor with the largest ratio of error to allowed error."""
     worst: str = ""

@@ -27,11 +27,11 @@ class Checkpoint(FrozenModel):
 
 
 class Energy(FrozenModel):
-    """Origin of the energy values of the phases."""
+    """Origin of the energy values `Phase.energy_J`."""
 
     source: str = ""
     """Energy counter: `nvml` for one GPU with its memory, or `rapl` for all CPU packages and all processes of the
-    machine."""
+    machine. Empty if no energy was measured."""
     because: str = ""
     """Reason why no energy was measured."""
 
@@ -48,9 +48,9 @@ class GpuState(FrozenModel):
     uuid: str
     """UUID of the GPU."""
     sm_clock_Hz: int | None = None
-    """Clock of the streaming multiprocessors."""
+    """Clock rate of the streaming multiprocessors."""
     memory_clock_Hz: int | None = None
-    """Clock of the memory."""
+    """Clock rate of the memory."""
     power_W: float | None = None
     """Power draw."""
     temperature_C: float | None = None
@@ -60,7 +60,7 @@ class GpuState(FrozenModel):
 
 
 class GpuPhase(FrozenModel):
-    """A GPU during one phase. The peak of allocated bytes is the phase's `peak_memory_B`."""
+    """State and memory of a GPU during one phase of a Cell. The peak of allocated bytes is in `Phase.peak_memory_B`."""
 
     start: GpuState | None = None
     """State at the start of the phase."""

@@ -12,23 +12,23 @@ if TYPE_CHECKING:
 
 
 class Gate(FrozenModel):
-    """The parity gate of an attempt."""
+    """The parity gate that counts for an attempt at a Cell."""
 
     key: str
     """Hash of everything that the result of the gate depends on. Cells with equal keys may share a gate."""
     record: str = ""
-    """Record of the same run whose gate this attempt rests on, as `cell_id.attempt`. Empty if the attempt took the gate
-    itself."""
+    """Record of the same run whose gate counts for this attempt too, as `cell_id.attempt`. Empty if the attempt took
+    the gate itself."""
     checks: Count = 0
-    """Number of the gate's results. They are the first entries of the Record's `checks`. In the file of a Record that
-    rests on another one, the number is 0."""
+    """Number of entries at the start of `Record.checks` that are results of the gate. It is 0 in the file of a Record
+    whose gate was taken by another one."""
 
 
 def shared(records: Iterable[Record]) -> tuple[list[Record], dict[str, str]]:
-    """Add the results of shared gates to the Records that rest on them.
+    """Copy the results of each shared parity gate into the Records that use it, as their first checks.
 
-    Return the Records, and the reason why a Record does not count, by its id: the Record that it rests on is missing.
-    The other Record stays as it is, and both have the gate's results as their first checks.
+    Return the Records that count, and a dict: id of a Record that does not count -> the reason. A Record does not count
+    if the Record with its gate is missing or was changed.
     """
     records = list(records)
     by_id = {record.id: record for record in records}

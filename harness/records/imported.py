@@ -37,7 +37,7 @@ class LossAgreement(FrozenModel):
 
     @property
     def contradiction(self) -> str:
-        """The warning, in one sentence without a full stop. Empty if the losses agree or were not compared."""
+        """A warning that the losses do not agree, without a full stop. Empty if they agree or were not compared."""
         if self.evaluated is None or self.margin is None or self.lowest is None or self.highest is None:
             return ""
         if self.lowest - self.margin <= self.evaluated <= self.highest + self.margin:
@@ -53,13 +53,13 @@ class Imported(FrozenModel):
     """Origin of an adapter that another program trained."""
 
     folder: str
-    """Path of the folder, as the user wrote it."""
+    """Path of the imported folder, as the user wrote it."""
     checkpoint: Count | None = None
     """Number of the checkpoint that was read. None if the adapter stands in the folder itself."""
     tool: str = ""
     """Program that wrote the folder. Empty if its files do not show that."""
     tool_file: str = ""
-    """File that shows the program."""
+    """File in the folder that shows which program wrote it."""
     adapter_sha256: str
     """SHA-256 of adapter_model.safetensors."""
     config_sha256: str

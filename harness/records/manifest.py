@@ -10,7 +10,7 @@ from harness.records.record import SCHEMA, Cell, Environment, FrozenModel, Secon
 
 
 class Comparison(FrozenModel):
-    """A question of the suite about its Records. `harness.analysis` answers it."""
+    """A comparison of two groups of Cells that the suite declares. `harness.analysis` judges it."""
 
     kind: Literal["better", "same-losses"]
     """`better`: the accuracy interval of `left` lies above that of `right`. `same-losses`: every Cell of `left`
@@ -57,17 +57,17 @@ class Manifest(FrozenModel):
     suite_text: str = ""
     """Content of the suite's file, which may change later. Empty in older runs."""
     comparisons: list[Comparison] = Field(default=[])
-    """Questions of the suite about its Records."""
+    """Comparisons of Cells that the suite declares."""
     tuning: list[Tuning] = Field(default=[])
     """Searches for learning rates."""
     cells: list[Cell]
     """Expected Cells."""
     environment: Environment
-    """Environment of the runner."""
+    """Machine and software of the runner, the process that starts the workers."""
     argv: list[str]
-    """Command line."""
+    """Command line that started the run."""
     started: str
-    """Start in UTC, ISO 8601."""
+    """Start of the run in UTC, ISO 8601."""
     harness_version: str
     """Version of peft-harness."""
 
@@ -79,7 +79,7 @@ class Footer(FrozenModel):
     run: str
     """Id of the run."""
     ended: str
-    """End in UTC, ISO 8601."""
+    """End of the run in UTC, ISO 8601."""
     how: Literal["finished", "interrupted", "failed"]
     """Way in which the run ended."""
     counts: dict[str, int]
@@ -87,15 +87,15 @@ class Footer(FrozenModel):
     missing: list[str]
     """cell_ids of the expected Cells without any Record."""
     kept: int = 0
-    """Number of Cells with a Record of an earlier invocation. The fields in seconds belong to the last invocation
-    only."""
+    """Number of Cells with a Record from before the run was resumed. The fields in seconds belong to the last
+    invocation only."""
     seconds_total: Seconds
     """Wall time of the last invocation."""
     seconds_in_cells: Seconds
-    """Time in which a Cell was running."""
+    """Time in which at least one Cell was running."""
     seconds_outside: dict[str, float]
     """Seconds in which no Cell was running, by activity: `startup`, `fetch`, `imports` (of the fork servers of the
-    workers), `scheduling`. The page is made after the footer, in about half a second."""
+    workers), `scheduling`. The HTML report is made after the footer, in about half a second."""
     sha256: dict[str, str] = Field(default={})
     """Hashes of run.json and of each Record, by path in the run's folder, so that later changes are detected.
     Empty in older runs."""

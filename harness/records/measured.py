@@ -93,7 +93,7 @@ class Accuracy(FrozenModel):
     """Lower end of the confidence interval of the accuracy. The interval accounts for the choice of items, but not for
     other seeds."""
     high: float
-    """Upper end of the same interval."""
+    """Upper end of the confidence interval of the accuracy."""
     interval: str
     """Kind of interval, e.g. `Wilson 95 %`."""
     items: list[Item]

@@ -22,7 +22,7 @@ def full(cells: Iterable[Cell]) -> dict[str, str]:
 
 
 def in_group(cells: Iterable[Cell]) -> dict[str, str]:
-    """Map each cell_id to a name without model and task. Cells with the same model and task have different names."""
+    """Map each cell_id to a name without model and task. It is unique among the Cells with the same model and task."""
     return _named(cells, short, lambda cell: (cell.model, cell.task, short(cell)))
 
 

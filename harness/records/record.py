@@ -63,7 +63,7 @@ class Status(StrEnum):
 
     @property
     def departs(self) -> bool:
-        """True if the code of the Cell is at fault: it computes something else, or leaves a tensor untrained."""
+        """True if the implementation is at fault: it differs from the reference, or leaves a tensor untrained."""
         return self in (Status.NONCONFORMING, Status.UNTRAINED)
 
 
@@ -82,7 +82,7 @@ class Base(FrozenModel):
 
 DECODED = 8
 """Number of tokens that are decoded after each prompt, when latencies are measured. If more tokens are requested, the
-decoding starts again after the prompt. A prompt leaves this number of the model's positions free."""
+decoding starts again after the prompt. Prompts are so short that the model has this many positions after them."""
 
 
 class Evaluation(ExtendedModel):
@@ -105,7 +105,7 @@ class Evaluation(ExtendedModel):
     prompts."""
     passes: int | None = None
     """Smallest number of timed passes for each variant of the model. When decoding, smallest number of timed tokens.
-    None stands for a few."""
+    If None, the harness chooses a small number."""
 
     later_fields: ClassVar = ("skip", "latency", "prompt_batch", "prompt_tokens", "passes")
 
@@ -229,7 +229,7 @@ class Failure(FrozenModel):
     """Cause of a failed attempt."""
 
     kind: str
-    """Class of the exception, name of the signal, or the runner's own term."""
+    """Class of the exception, name of the signal, or a term of the runner, e.g. `never started`."""
     message: str
     """Message of the exception. If the worker left no Record, the end of the worker's log."""
     traceback: str = ""
@@ -336,9 +336,9 @@ class Record(FrozenModel):
     phases: list[Phase] = []
     """Phases of the attempt, in order."""
     checks: list[CheckResult] = []
-    """Results of the checks. If the attempt rests on the parity gate of another Record, that Record has the gate's."""
+    """Results of the checks. Those of a shared parity gate are only in the file of the Record that took the gate."""
     gate: Gate | None = None
-    """The parity gate that the attempt rests on. None in older Records, for a Cell that never shares its gate, and if the
+    """Parity gate that counts for the attempt. None in older Records, for a Cell that never shares its gate, and if the
     gate did not end."""
     measurements: Measurements | None = None
     """Everything that was measured. None unless the status is `ok`."""
@@ -376,7 +376,7 @@ class Record(FrozenModel):
 
     @cached_property
     def unpassed(self) -> list[CheckResult]:
-        """The checks that failed or were skipped."""
+        """Results of the checks that failed or were skipped."""
         return [check for check in self.checks if check.outcome is not Outcome.PASS]
 
     @property

@@ -9,14 +9,14 @@ from pydantic import Field
 from harness.records.base_model import Bytes, Count, FrozenModel, Seconds
 
 Load = Literal["base", "one adapter", "several adapters", "base and adapters"]
-"""Models to which the requests of a load go. In the last two loads, the requests of a round go to different models."""
+"""A load: the models to which timed requests go. In the last two, simultaneous requests go to different models."""
 
 
 class ServedTimes(FrozenModel):
-    """Times of a server under one load. A round sends `requests` requests at the same time."""
+    """Times of a server under one load. It gets rounds of `requests` simultaneous requests."""
 
     load: Load
-    """The models to which the requests go."""
+    """Models to which the requests go."""
     requests: Count
     """Number of requests at the same time."""
     adapters: Count
@@ -41,7 +41,7 @@ class Served(FrozenModel):
     server: str
     """Kind of server, e.g. `vllm`."""
     software: dict[str, str] = Field(default={})
-    """Versions of the server and of the libraries that its kind names, in the server's Python."""
+    """Library -> version, for the server and libraries that matter to it, as installed in the server's Python."""
     start_s: Seconds | None = None
     """Seconds from the start of the server's process to its first answer. None if it gave none."""
     times: list[ServedTimes] = Field(default=[])
@@ -53,7 +53,7 @@ class Served(FrozenModel):
     memory_B: Bytes | None = None
     """Resident memory of all processes of the server after the timing."""
     wall_s: Seconds | None = None
-    """Wall time of the timing."""
+    """Wall time of all timed requests and replacements together."""
     own_cpu_s: Seconds | None = None
     """CPU seconds of the server and of the Cell's process during the timing."""
     other_cpu_s: Seconds | None = None

@@ -100,8 +100,8 @@ class Run:
     """Paths of files that were changed, removed or added after the run, each with what happened to it. Records in such
     files do not count."""
     ungated: dict[str, str] = field(default_factory=dict)
-    """Records that do not count, because the Record with their parity gate is missing, unreadable or changed: path ->
-    name of the Record with the gate."""
+    """Path of a Record that does not count -> the reason: the Record with its parity gate, which it names, is missing,
+    unreadable or changed."""
 
     @property
     def how(self) -> str:
@@ -134,7 +134,7 @@ class Run:
 
     @cached_property
     def _not_counted(self) -> dict[str, str]:
-        """Return the paths of newest Records that do not count, by cell_id."""
+        """For each Cell whose newest Record does not count: cell_id -> path of this Record."""
         newest, found = self._newest, dict[str, str]()
         for name in (*self.changed, *self.ungated):
             cell_id, _, attempt = Path(name).stem.partition(".")
@@ -204,9 +204,9 @@ class RunFolder:
         return self.last_attempts().get(cell_id, 0) + 1
 
     def last_attempts(self) -> dict[str, int]:
-        """Map each cell_id to the number of its last attempt. An attempt at a Cell without an entry is the first.
+        """Map each cell_id to the number of its last attempt. Cells that were never attempted are left out.
 
-        Reads the names of all files once, which would take too long for every Cell of a large run.
+        Lists all files of the run, so a caller with many Cells should call it only once.
         """
         names = [path.name for path in (*(self.path / "cells").glob("*.json"), *(self.path / "logs").glob("*.txt"))]
         names += [name.removeprefix("cells/") for name in _sealed(self.path)]

@@ -8,7 +8,7 @@ from harness.records.base_model import ExtendedModel
 
 Loop = Literal["harness", "trl"]
 LOOP_MODULES = {"trl": "trl.trainer.sft_trainer"}
-"""Loop -> the optional module that it needs. The other loops need none."""
+"""Training loop -> the optional module that it needs. The other loops need none."""
 
 
 class Training(ExtendedModel):

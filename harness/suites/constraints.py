@@ -1,4 +1,4 @@
-"""Check an entry for values that are valid separately but impossible together."""
+"""Check an entry of a suite for values that are valid separately but impossible together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def combination_problems(
 ) -> Iterator[FieldProblem]:
     """Yield a problem for each combination of values with which every Cell would fail.
 
-    config: Method -> field -> values. steps: number of training steps.
+    config: Method -> field -> values. bases: values of `base:`. steps: number of training steps.
     """
     for name, fields in config.items():
         yield from _starts(name, fields)
@@ -77,7 +77,7 @@ def _bases(info: MethodInfo, bases: list[BaseKeys]) -> Iterator[FieldProblem]:
 
 
 def duplicate_problems(keys: CellKeys, config: Mapping[str, Mapping[str, list[Any]]]) -> Iterator[FieldProblem]:
-    """Yield a problem for each value that an axis lists more than once, because equal values give the same Cell."""
+    """Yield a problem for each value that a list of the entry repeats, because equal values would give equal Cells."""
     axes: dict[tuple[str, ...], Any] = {(key,): getattr(keys, key) for key in _AXES}
     axes |= {("training", key): values for key, values in keys.training}
     axes |= {("config", key): values for fields in config.values() for key, values in fields.items()}
@@ -102,7 +102,7 @@ def training_problems(
 ) -> Iterator[FieldProblem]:
     """Yield a problem for each value of `training` or `optimizer` that contradicts a Method or another value.
 
-    config, steps: as in `combination_problems`. training: the entry's lists of values, by their keys in `training`.
+    config: Method -> field -> values. training: key of `training:` -> values. steps: number of training steps.
     """
     infos = [methods[name] for name in config]
     yield from _optimizers(infos, keys, steps)
@@ -115,7 +115,7 @@ def training_problems(
 
 
 def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator[FieldProblem]:
-    """Yield a problem for each optimizer that cannot be used, because nothing trains or a Method has its own."""
+    """Yield a problem for each optimizer that cannot be used: nothing trains, or a Method brings its own optimizer."""
     for index, optimizer in enumerate(keys.optimizer):
         if optimizer == "adamw":
             continue
@@ -132,7 +132,7 @@ def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator
 def _checkpointing(
     config: Mapping[str, Mapping[str, list[Any]]], training: Mapping[str, list[Any]]
 ) -> Iterator[FieldProblem]:
-    """Yield a problem for checkpointing with adapters that need the cache. Checkpointing drops the cache."""
+    """Yield a problem for gradient checkpointing with adapters that use the key-value cache, which it drops."""
     adapters = {value["peft_type"] for fields in config.values() for value in fields.get(KEY, ())}
     for index, checkpointing in enumerate(training.get("checkpointing", ())):
         for kind in sorted(adapters & set(IN_THE_CACHE)) if checkpointing else ():
@@ -143,7 +143,7 @@ def _checkpointing(
 def _layerwise(
     infos: list[MethodInfo], able: str, keys: CellKeys, training: Mapping[str, list[Any]]
 ) -> Iterator[tuple[str, str]]:
-    """Yield pairs (reason, hint): why the option `layerwise` is impossible here.
+    """Yield a pair (reason, hint) for each reason why the entry cannot use the option `layerwise`.
 
     With `layerwise`, the backward pass frees each gradient as soon as it has updated its weight.
     """

@@ -81,7 +81,7 @@ class SuiteContext:
 
     @property
     def folder(self) -> Path:
-        """The folder to which relative paths refer."""
+        """The folder of the suite's file, to which relative paths in the suite refer."""
         return self.document.path.resolve().parent
 
     def problem(self, path: KeyPath, what: str, hint: str) -> None:
@@ -105,8 +105,8 @@ class SuiteContext:
 def check_entry(context: SuiteContext, block: KeyPath, cell: KeyPath) -> SuiteEntry | None:
     """Check one entry and return it. If it has a mistake, return None.
 
-    block, cell: paths of the entry's block and of the entry itself in the file. If keys are missing, nothing else is
-    checked.
+    block, cell: paths of the entry's block and of the entry itself in the file. A block is an item of `matrix:`, whose
+    keys its entries share. If keys are missing, nothing else is checked.
     """
     return _EntryChecker(context, block, cell).check()
 

@@ -26,7 +26,7 @@ _OWN = {
     "multiple_choice": ("doc_to_choice", "metric_list"),
     "generate_until": ("generation_kwargs", "metric_list"),
 }
-"""Kind of a task -> keys that only this kind requires."""
+"""Kind of a task -> keys that it requires in addition to _NEEDED."""
 _FREE = ("target_delimiter", "metadata", "tag", "task_alias")
 METRICS = {"multiple_choice": "acc", "generate_until": "exact_match"}
 """Kind of a task -> its metric, which is 1 for an item with the right answer and 0 for any other item."""

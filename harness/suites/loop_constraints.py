@@ -1,4 +1,4 @@
-"""Find settings of a suite that a foreign training loop does not support. No torch."""
+"""Find settings of a suite that the training loop of another library does not support. No torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def problems(
 ) -> Iterator[FieldProblem]:
     """Yield a problem for each setting that `loop: trl` does not support.
 
-    config: Method -> field -> values. training: the entry's lists of values, by their keys in `training`. steps: number of
+    config: Method -> field -> values. training: key of `training:` -> values. steps: number of
     training steps. encoders: the entry's models that are encoders.
     """
     for index, loop in enumerate(training.get("loop", ())):

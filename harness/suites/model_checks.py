@@ -1,8 +1,8 @@
 """Check whether Cells fit the models that are on this machine: their layers and the lengths of texts. No torch.
 
-The check runs before anything is fetched, and again when all models are here. The headers of the weight files show most
-layers, but not layers without weights of their own, e.g. tied layers. If a target is not found in the headers, a child
-process builds the model without weights and looks for the layer there.
+The check runs before anything is fetched, and again when all models have been fetched. The headers of the weight files
+show most layers, but not layers without weights of their own, e.g. tied layers. If a target is not found in the
+headers, a child process builds the model without weights and looks for the layer there.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Ite
 
 
 def _dropout(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
-    """Yield a problem for each Cell of a foreign training loop whose model has dropout.
+    """Yield a problem for each Cell that trains with another library's loop although its model has dropout.
 
     SFTTrainer pads texts on the other side than the harness, so dropout would hit other tokens.
     """

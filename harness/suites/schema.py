@@ -46,7 +46,7 @@ class TrainingKeys(Keys):
     warmup: Count | None = None
     weight_decay: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: OneOrMany[Annotated[int, Field(ge=4, le=1_000_000)]] | None = None
-    """The minimum of 4 leaves room for the two special tokens of an encoder and two tokens of text."""
+    """Number of tokens to which texts are truncated. At least 4: two special tokens of an encoder and two of text."""
     accumulate: OneOrMany[Positive] | None = None
     checkpointing: OneOrMany[bool] | None = None
     lr_ratio: OneOrMany[Annotated[float, Field(gt=0, le=10_000)]] | None = None
@@ -68,7 +68,7 @@ class PromptKeys(Keys):
     batch: Positive | None = Field(default=None, serialization_alias="prompt_batch")
     tokens: Positive | None = Field(default=None, serialization_alias="prompt_tokens")
     passes: Annotated[int, Field(ge=6, le=1_000_000)] | None = None
-    """The minimum is 6, because fewer passes give no 95 % interval."""
+    """Smallest number of timed passes. At least 6, because fewer passes give no 95 % interval."""
 
 
 class TuneKeys(Keys):
@@ -81,7 +81,7 @@ class TuneKeys(Keys):
 
 
 Timed = Literal["every-seed", "first-seed", "never"]
-"""The Cells of an entry that have measured latencies. The Cells of a search (`tune:`) never have any."""
+"""The Cells of an entry whose latencies are measured, by seed. Those of a search (`tune:`) never have latencies."""
 
 
 class CellKeys(Keys):

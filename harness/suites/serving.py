@@ -1,7 +1,7 @@
 """Check the key `serve:` of an entry, which names the kinds of model servers for the trained adapters. No torch.
 
 A server loads the base from a folder and the adapters from files in the format of peft. So the base must not be quantised,
-and the Method must be LoRA. The random weights of a shape are saved in a folder first.
+and the Method must be LoRA. If only the shape of a model is given, random weights are saved in a folder first.
 """
 
 from __future__ import annotations

@@ -26,6 +26,6 @@ class Suite:
     entries: tuple[SuiteEntry, ...]
     plan: Plan
     sources: dict[str, Source]
-    """Name -> source, for built-in sources and those of the suite."""
+    """Name -> source of a model or data set, for built-in sources and those that the suite adds."""
     tasks: dict[str, Task]
-    """Name -> task, for each task of an entry."""
+    """Name -> task, for each task that an entry names."""

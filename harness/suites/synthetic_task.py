@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def problems(keys: CellKeys, models: Mapping[int, Source]) -> Iterator[FieldProblem]:
-    """Yield a problem for each value of an entry that does not fit the entry's task.
+    """Yield a problem for each value that does not fit the task `synthetic`, or that fits only this task.
 
     models: index in the entry's list of models -> source. Unknown models are left out.
     """

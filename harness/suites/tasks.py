@@ -126,8 +126,8 @@ def names() -> list[str]:
 def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
     """Load a task by its name, or by its path relative to the folder `base`.
 
-    As in `loader.load`, there are two stages. Raises SuiteError with all mistakes of the first stage that finds any.
-    The second stage also reads local data files, so that mistakes in them are found before anything runs.
+    The file is checked in two stages: types in `metadata`, then all else. Raises SuiteError with all mistakes of the
+    first stage that finds any. The second stage also reads local data files, to find mistakes before anything runs.
     """
     if name == SYNTHETIC:
         return Task(name=name, path=Path(name), spec={}, data=None, labels=2, test=0, shuffle_seed=0)

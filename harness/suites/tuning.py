@@ -30,7 +30,7 @@ class Tune:
     """
 
     def axes(self, method: str) -> dict[str, list[Any]]:
-        """Return the config of a Method in the form of axes: field -> list of its one value."""
+        """Return the values of `config` for a Method as one-element lists: field -> [value]."""
         return {key: [value] for key, value in self.config.get(method, {}).items()}
 
 

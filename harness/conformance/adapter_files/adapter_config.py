@@ -1,4 +1,4 @@
-"""Read the adapter_config.json of a LoRA, and refuse values that have no meaning."""
+"""Read the adapter_config.json of a LoRA adapter, and refuse invalid values."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _FORMS = {
 }  # fmt: skip
 """Key of the config -> the regular expression into which peft puts a pattern of this key."""
 _LARGEST = 2**31
-"""Largest rank and alpha that are accepted. No layer has so many features."""
+"""Largest rank and largest absolute alpha that are accepted. No layer has so many features."""
 _META = "a dot, a bracket or a star has a special meaning; `\\.` stands for a dot"
 _AS_PEFT = "write it as peft's `save_pretrained` does"
 
@@ -63,13 +63,13 @@ def read_json_object(path: Path, hint: str) -> dict[str, Any]:
 
 
 def require_lora(config: Mapping[str, Any], where: Path) -> None:
-    """Raise UsageError unless the config is that of a LoRA, and every value has a meaning. where: the file."""
+    """Raise UsageError unless this is the valid config of a LoRA adapter. where: its path, for the message."""
     for what, hint in _mistakes(config):
         raise UsageError(what, where=str(where), hint=hint)
 
 
 def _mistakes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield mistakes in a config, each with a hint. Only the first is certain: later tests assume that it is repaired."""
+    """Yield pairs (mistake, hint). Only the first is certain, because each test assumes that earlier ones passed."""
     if (kind := config.get("peft_type")) != "LORA":
         hint = "`peft-harness check PATH` judges LoRA adapters: peft_type LORA"
         yield f"unknown type of adapter: peft_type is {_short(kind)}", hint
@@ -99,7 +99,10 @@ def _mistakes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _with_patterns(config: Mapping[str, Any], key: str, patterns: str) -> Iterator[tuple[str, Any]]:
-    """Yield pairs (name for messages, value): of a key, unless it is missing or null, and of each of its patterns."""
+    """Yield pairs (name for messages, value): one for `key` unless it is missing or null, one per entry of `patterns`.
+
+    patterns: key of a dict that maps patterns of layer names to values, such as `rank_pattern`.
+    """
     if config.get(key) is not None:
         yield key, config[key]
     for pattern, value in (config.get(patterns) or {}).items():

@@ -34,7 +34,7 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """One adapter. The tensors are read only by `tensors`."""
+    """One LoRA adapter on disk. Its tensors stay in the file until `tensors` or `stream` reads them."""
 
     weights: Path
     """Path of the safetensors file. The config is in the same folder."""
@@ -79,7 +79,10 @@ class AdapterFile:
         return None
 
     def base(self, folder: Path) -> Path:
-        """Return the folder of a base of the class on which this adapter was trained: see `task_base`."""
+        """Return a folder with the base model in the class on which this adapter was trained, e.g. as a classifier.
+
+        folder: the base model. If its config.json names another class, the result is a temporary copy; see `task_base`.
+        """
         shapes: dict[str, tuple[int, ...]] = {}
         for key, one in self.header.items():
             name = key.removeprefix(PREFIX).replace(".base_layer", "")
@@ -88,7 +91,7 @@ class AdapterFile:
 
     @property
     def settings(self) -> AdapterSettings:
-        """The keys of the config that decide the weights."""
+        """The settings of the config on which the adapted weights depend, such as rank and alpha."""
         return AdapterSettings.of(self.config)
 
     def tensors(self) -> dict[str, Tensor]:

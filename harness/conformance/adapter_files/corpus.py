@@ -8,10 +8,10 @@ from harness.resources import data_folder
 
 
 def folder() -> Path:
-    """Return the folder of the corpus."""
+    """Return the path of suites/adapters, which holds one folder per adapter of the corpus."""
     return data_folder("suites") / "adapters"
 
 
 def names() -> list[str]:
-    """List the names of the adapters, sorted. Each is the name of a folder."""
+    """List the adapters of the corpus by the names of their folders, sorted."""
     return sorted(file.parent.name for file in folder().glob("*/adapter_config.json"))

@@ -49,24 +49,24 @@ KINDS = {
 }
 """Name of a kind of finding -> its meaning."""
 _NOTES = ("unused-pattern", "unknown-key", "missing-target", "resized", "not-judged", "not-compared", "unsupported")
-"""Kinds of findings after which the file still conforms."""
+"""Kinds of findings that are only notes: a file with such findings conforms."""
 _LEAVE_ALL = ("not-compared", "unsupported")
-"""Kinds of findings after which nothing was compared."""
+"""Kinds of findings because of which the file was not compared with the base model."""
 _NOT_NULL = ("r", "lora_alpha", "bias", "rank_pattern", "alpha_pattern")
 """Keys of the config for which peft 0.21.2 raises an exception if the value is null."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _HALF = re.compile(r"(?P<start>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?:\.weight)?")
 _NAMED = re.compile(r"\.lora_[AB]\.(?!weight$|bias$)|\.lora_embedding_[AB]\.|\.lora_magnitude_vector\.(?!weight$)")
-"""A key that holds the name of an adapter, as in the state_dict of a PeftModel."""
+"""Part of a key that contains the name of an adapter, as in the state_dict of a PeftModel."""
 _EMBEDDING = re.compile(r".*\.(embed_tokens|lm_head|wte|embed_in|embed_out|word_embeddings|shared)\.(weight|bias)")
-"""A key of a whole embedding or head."""
+"""Key of the weight or bias of a whole embedding or output head."""
 _WRAPPER = re.compile(r"\.(modules_to_save|original_module)\.")
 """Part of the key under which peft saves the bias of a module of modules_to_save a second time, with `bias="all"`."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One finding about a file."""
+    """One finding about an adapter file: a mistake, or a note."""
 
     kind: str
     """One of `KINDS`."""
@@ -82,7 +82,7 @@ class Finding:
 
     @property
     def leaves_all(self) -> bool:
-        """True if nothing was compared because of this finding."""
+        """True if the file was not compared with the base model because of this finding."""
         return self.kind in _LEAVE_ALL
 
 
@@ -116,7 +116,7 @@ class _Judge:
 
     @cached_property
     def pairs(self) -> dict[str, dict[str, str]]:
-        """Beginning of keys -> `A` or `B` -> the whole key."""
+        """Key up to `.lora_A` or `.lora_B` -> `A` or `B` -> the whole key."""
         found: dict[str, dict[str, str]] = {}
         for key in self.adapter.header:
             if match := _HALF.fullmatch(key):
@@ -124,7 +124,7 @@ class _Judge:
         return found
 
     def alone(self) -> Iterator[Finding]:
-        """Yield the findings that need no base."""
+        """Yield the findings about the file by itself, without a base model."""
         if not self.pairs:
             hint = "save the adapter by `save_pretrained` of the PeftModel, with gathered weights if it was sharded"
             yield Finding("empty", self.adapter.weights.name, f"{len(self.adapter.header)} tensors, no lora_A", hint)
@@ -236,7 +236,7 @@ class _Judge:
         return any(f".{name}." in key for name in self.adapter.settings.saved)
 
     def against(self, base: nn.Module) -> Iterator[Finding]:
-        """Yield the findings from a comparison of the file with a base."""
+        """Yield the findings from a comparison of the file with a base model."""
         reading = read(self.adapter.settings, list(self.adapter.header), base)
         tokens = self._tokens(reading, base)
         misfits = {update: list(self._misfits(update, base, tokens)) for update in reading.updates}
@@ -271,9 +271,9 @@ class _Judge:
         return _WRAPPER.search(key) is not None and _WRAPPER.sub(".", key) in self.adapter.header
 
     def _tokens(self, reading: AdapterReading, base: nn.Module) -> int:
-        """Return the number of tokens of the embeddings in the file if it differs from the base's. Otherwise return 0.
+        """Return the vocabulary size of the embeddings in the file, if it differs from that of the base model.
 
-        The file must have all embeddings of the base.
+        Return 0 if it does not differ, or if the file lacks one of the embeddings of the base model.
         """
         sides = [_embeddings(base, side) for side in ("input", "output")]
         tables = {id(one.weight): one.weight for one in sides if one is not None}
@@ -291,7 +291,7 @@ class _Judge:
         return 0 if count in {len(one) for one in tables.values()} else int(count)
 
     def _of_biases(self, reading: AdapterReading, base: nn.Module) -> Iterator[Finding]:
-        """Yield a finding if the file lacks biases of the base that `bias` promises."""
+        """Yield a finding if the file lacks biases of the base model that the config's key `bias` promises."""
         setting = self.adapter.settings.bias
         adapted = {update.path for update in reading.updates}
         wanted = [name for name, _ in base.named_parameters(remove_duplicate=False) if name.endswith(".bias")]
@@ -303,7 +303,7 @@ class _Judge:
             yield Finding("bias", "bias", f"bias is {setting}, but the file has no {first_names(missing)}")
 
     def _misfits(self, update: LayerUpdate, base: nn.Module, resized: int) -> Iterator[Finding]:
-        """Yield tensors with wrong shapes. resized: number of tokens that the file gives the base, or 0."""
+        """Yield a finding for each tensor of an update whose shape is wrong. resized: result of `_tokens`."""
         module = base.get_submodule(update.path)
         is_head = module is _embeddings(base, "output")
         if update.kind != "stack":  # `rank` reports a rank that differs from the config

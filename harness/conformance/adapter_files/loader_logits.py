@@ -1,6 +1,6 @@
 """Compare the logits that loaders compute from one adapter file with those of the reference, in worker processes.
 
-A loader that hangs, crashes, prints or leaves processes behind thus costs only its own row.
+So a loader that hangs, crashes, prints or leaves processes behind spoils only its own result.
 """
 
 from __future__ import annotations
@@ -36,32 +36,33 @@ DEFAULT = "hf-peft"
 """Loader to compare if none is named."""
 _OWN = (DEFAULT, "reference")
 _B_PER_PARAMETER = 12
-"""Bytes of memory per parameter: 8 for the reference in float64, and 4 for a copy in float32 beside it."""
+"""Bytes of memory that a comparison needs per parameter: 8 for the reference in float64, and 4 for a float32 copy."""
 _TASKS = (None, "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")
 """Values of task_type whose models return logits for token ids alone."""
 
 
 @dataclass(frozen=True)
 class LoaderRequest:
-    """Loaders to compare."""
+    """Request of a user: which loaders to compare with the reference, and how long to wait for them."""
 
     names: Sequence[str] = ()
-    """Names of loaders. Empty for DEFAULT."""
+    """Names of loaders. If empty, DEFAULT is compared."""
     patience: float = PATIENCE
     """Seconds without a result after which a loader counts as hanging."""
 
     def registry(self) -> Registry:
-        """Return a Registry that has the named loaders. A plug-in is imported in another process only."""
+        """Return a Registry that has the named loaders. Plug-ins are imported only in another process."""
         return discover(only=_OWN) if set(self.names) <= set(_OWN) else worker_processes.discover(self.patience)
 
 
 def compare(
     adapter: AdapterFile, folder: Path, base: nn.Module, used: Sequence[str], request: LoaderRequest
 ) -> list[LoaderLogits]:
-    """Return the comparison of each loader with the reference.
+    """Compare each requested loader with the reference, and return one result per loader.
 
-    folder: the base. base: the same without weights. used: features of the adapter. A loader whose library is not
-    installed is not compared. Raises ImplementationError for an unknown name.
+    folder: folder of the base model. base: the same model without weights. used: the adapter's features, from
+    `loader_readings.features`. A loader whose library is not installed gets the verdict `not compared`. Raises
+    ImplementationError for an unknown name.
     """
     registry = request.registry()
     loaders = [registry.find("loader", ADAPTER_FILES, name) for name in request.names or [DEFAULT]]
@@ -80,7 +81,7 @@ def _not_compared(loader: str, reason: str) -> LoaderLogits:
 
 
 def _reason(adapter: AdapterFile, base: nn.Module) -> str:
-    """Return the reason why the logits cannot be compared, or an empty string."""
+    """Return the reason why the logits cannot be compared. If they can, return an empty string."""
     config: Any = getattr(base, "config", None)
     if (task := adapter.settings.task_type) not in _TASKS:
         return f"task_type is {task}; only logits of causal models and of classifiers are compared"

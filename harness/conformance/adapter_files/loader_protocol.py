@@ -13,14 +13,14 @@ from harness.records.base_model import FrozenModel
 
 
 class LoaderTask(FrozenModel):
-    """Loaders that one process runs with one adapter file."""
+    """Task of a worker: an adapter file, and the loaders to run with it."""
 
     adapter: str
     """Path of the safetensors file."""
     base: str
-    """Folder of the base."""
+    """Folder of the base model."""
     loaders: list[tuple[str, str]]
-    """Name of each loader, and the entry point that offers it."""
+    """Pairs (name of a loader, entry point that offers it)."""
 
 
 class LoaderLogits(FrozenModel):
@@ -39,26 +39,26 @@ class LoaderLogits(FrozenModel):
 
 
 class ReferenceComputed(FrozenModel):
-    """The reference has computed logits. This event shows that the worker does not hang."""
+    """Event: the reference has computed logits. It shows that the worker does not hang."""
 
     runs: int
     """Number of computations so far for this loader, or 0 for the computation in float64."""
 
 
 class LoaderBegun(FrozenModel):
-    """A loader begins."""
+    """Event: the worker starts with the loader that `begin` names."""
 
     begin: str
 
 
 class Compared(FrozenModel):
-    """A loader was compared, or it raised an exception."""
+    """Event: a loader was compared, or it raised an exception."""
 
     result: LoaderLogits
 
 
 class NotComparable(FrozenModel):
-    """The reference cannot compute the logits, so neither the loader that began nor a later one is compared."""
+    """Event: the reference cannot compute the logits, so neither the current loader nor a later one is compared."""
 
     reason: str
 

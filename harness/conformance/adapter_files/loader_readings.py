@@ -29,7 +29,7 @@ _WORST_FIRST: tuple[Verdict, ...] = ("wrong", "refused", "not known", "ok")
 
 
 class Reading(FrozenModel):
-    """Result of a loader for one feature of an adapter file."""
+    """How one loader treats adapter files with one feature."""
 
     reading: Literal["wrong", "refused", "ok"]
     because: str = ""
@@ -37,7 +37,7 @@ class Reading(FrozenModel):
 
 
 class KnownLoader(FrozenModel):
-    """A loader, and its known readings of features."""
+    """A loader, and how it treats features of adapter files: feature -> Reading."""
 
     loader: str
     readings: dict[str, Reading]
@@ -50,12 +50,12 @@ class _File(FrozenModel):
 
 @dataclass(frozen=True)
 class LoaderVerdict:
-    """The worst of a loader's readings of the features of a file."""
+    """How one loader treats an adapter file: its result for the feature of the file that it treats worst."""
 
     loader: str
     verdict: Verdict
     feature: str
-    """The feature that decides. Empty if the verdict is `ok`."""
+    """Feature of the file that the verdict is about. Empty if the verdict is `ok`."""
     because: str
     source: str
 
@@ -68,7 +68,8 @@ def _read() -> _File:
 def features(adapter: AdapterFile, findings: Sequence[Finding] = (), base: nn.Module | None = None) -> list[str]:
     """List the features that an adapter uses, in the order of loader_readings.yaml.
 
-    findings: findings about the adapter. base: the base. Its parameters may be on the device `meta`.
+    findings: findings about the adapter. base: the base model, whose parameters may be on the device `meta`. Without
+    it, features that depend on the base model are left out.
     """
     settings, keys = adapter.settings, list(adapter.header)
     head = any(".lm_head.lora_" in key for key in keys)
@@ -118,7 +119,7 @@ def _convolutions(adapter: AdapterFile, base: nn.Module | None) -> Iterator[Any]
 
 
 def verdicts(used: list[str]) -> Iterator[LoaderVerdict]:
-    """Yield how each known loader reads a file with these features."""
+    """Yield a verdict on each known loader, for a file with these features."""
     for known in _read().loaders:
         found = [_of_feature(known, feature) for feature in used]
         yield min(found, key=lambda one: (_WORST_FIRST.index(one.verdict), not one.because))

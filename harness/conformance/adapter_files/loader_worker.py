@@ -87,7 +87,7 @@ def _reference() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """The logits that every loader must give."""
+    """Compares loaders with the reference, by their logits for one adapter file and the same prompts."""
 
     adapter: CorpusAdapter
     emit: Emit
@@ -103,7 +103,7 @@ class _Comparison:
         return cls(CorpusAdapter("file", adapter.folder, base, prompts, truth), emit)
 
     def judge(self, loader: Implementation) -> LoaderLogits:
-        """Load the file, and compare the logits with those of the reference."""
+        """Load the adapter file with `loader`, and compare its logits with those of the reference."""
         subject = LoaderSubject(loader.function, _DTYPE, self.adapter)
 
         def load() -> list[Tensor]:

@@ -30,11 +30,11 @@ def reference_logits(
     """Return the logits of the base with the weights that the adapter file gives, one tensor per prompt, in `dtype`.
 
     adapter: None for the base alone. prompts: token ids. The shapes are (tokens, vocabulary), or (labels,) for a
-    classifier. starts: first token of each prompt whose logits are returned; empty for all tokens. A model computes some
-    parts in float32 for every dtype; if `dtype` is float64, they are in float64 too.
-    perturbation: generator that moves each weight by up to half a unit in its last place, as correct rounding may do.
-    The model is of the class that task_type names. Raises UsageError if the file does not fit the base, or if neither has
-    the weights of a layer, and Unsupported for a config that the reference does not implement.
+    classifier. starts: index of the first token of each prompt whose logits are returned; empty for all tokens. A model
+    computes some parts in float32 for every dtype; if `dtype` is float64, they are in float64 too. perturbation:
+    generator that moves each weight by up to half a unit in its last place, as correct rounding may do. The model is of
+    the class that task_type names. Raises UsageError if the file does not fit the base, or if neither has the weights
+    of a layer, and Unsupported for a config that the reference does not implement.
     """
     model = load_base(base_folder if adapter is None else adapter.base(base_folder), dtype)
     if dtype is torch.float64:
@@ -84,7 +84,11 @@ def logits_of(
     perturbation: torch.Generator | None = None,
     starts: Sequence[int] = (),
 ) -> list[Tensor]:
-    """Return the logits of a model that `combined` or `reference_logits` has made. perturbation: moves its weights."""
+    """Return the logits of a model that `combined` or `reference_logits` has made. For arguments, see
+    `reference_logits`.
+
+    A perturbation changes the weights of `model` in place.
+    """
     dtype = next(model.parameters()).dtype
     if perturbation is not None:
         for parameter in model.parameters():
@@ -104,7 +108,10 @@ class _Float64(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Call `func`. If the first argument is a tensor in float64, replace float32 by float64."""
+        """Call `func`, with float64 in place of float32 if the first argument is a float64 tensor.
+
+        `Tensor.float` always gives float64.
+        """
         named = dict(kwargs or {})
         if args and isinstance(args[0], Tensor) and args[0].dtype is torch.float64:
             if func is Tensor.float:

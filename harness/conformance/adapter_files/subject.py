@@ -21,12 +21,12 @@ from harness.methods.loader import ADAPTER_FILES, Loader
 from harness.methods.module_copy import copied
 
 FIRST, SECOND = "style", "style-2"
-"""Names of loaded adapters. SECOND begins with FIRST, because some programs confuse such names."""
+"""Names under which checks load adapters. SECOND begins with FIRST, because some programs confuse such names."""
 
 
 @dataclass(frozen=True)
 class CorpusAdapter:
-    """One adapter of the corpus."""
+    """An adapter on disk, with prompts and the logits that it must give; usually one of those in suites/adapters."""
 
     name: str
     folder: Path
@@ -41,7 +41,7 @@ class CorpusAdapter:
 
 @cache
 def corpus_adapter(name: str) -> CorpusAdapter:
-    """Read one adapter of the corpus."""
+    """Read one adapter of the corpus in suites/adapters. name: name of its folder."""
     file = AdapterFile.read(corpus.folder() / name)
     expected = load_file(file.folder / "expected.safetensors")
     count = sum(key.startswith("prompt.") for key in expected)
@@ -66,11 +66,11 @@ class LoaderSubject:
 
     @property
     def method(self) -> str:
-        """The target. Check ids contain it instead of a Method's name."""
+        """The target's name, the same for every loader. Check ids contain it in the place of a Method's name."""
         return ADAPTER_FILES
 
     def fresh(self) -> Loader:
-        """Load the base of the case again, and return the loader without an adapter."""
+        """Return a new loader with the base of the case, and without an adapter."""
         return self.function(self.adapter.base, self.dtype)
 
     def loaded(self) -> Loader:
@@ -107,9 +107,9 @@ class LoaderSubject:
         return variants.another(self.adapter.folder, self.adapter.base)
 
     def compare(self, have: Mapping[str, Sequence[Tensor]], want: Mapping[str, Sequence[Part]]) -> Judgement:
-        """Compare logits with the reference's logits of weighted sums of adapters, in float64.
+        """Compare logits with those that the reference computes in float64 for weighted sums of adapters.
 
-        have: name -> logits of `prompts`. want: the same name -> the parts of the sum. Without parts, it is the base.
+        have: name -> logits of `prompts`. want: the same name -> the adapters in the sum; none for the base alone.
         """
 
         def expected(dtype: str, seed: int | None = None) -> dict[str, Tensor]:

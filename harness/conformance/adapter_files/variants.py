@@ -26,7 +26,7 @@ _SEED = 7
 @dataclass(frozen=True)
 class _Written:
     folder: tempfile.TemporaryDirectory[str]
-    """The folder disappears with this object."""
+    """Temporary folder with the adapter. It is removed together with this object."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> _Written:
@@ -41,15 +41,15 @@ class _Written:
 
 
 def another(folder: Path, base: Path) -> Path:
-    """Return a folder with another adapter of the same layers: other values, a rank larger by 1, and twice the alpha.
+    """Return the folder of a variant of the adapter in `folder`: other values, a rank larger by 1, and twice the alpha.
 
-    base: the folder of the base model.
+    The variant adapts the same layers. base: the folder of the base model.
     """
     return _another(folder, base).path
 
 
 def with_dropout(folder: Path, base: Path) -> Path:
-    """Return a folder with the same adapter, whose config has dropout. With stacked experts, the dropout is 0.
+    """Return a folder with a copy of the adapter in `folder`, but with dropout DROPOUT, or 0 if it adapts experts.
 
     base: the folder of the base model.
     """

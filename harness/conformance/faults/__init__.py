@@ -36,7 +36,7 @@ Spoil = Callable[[PatchedCopy], None]
 
 @dataclass(frozen=True)
 class FaultCase:
-    """The case in which a fault shows."""
+    """The case in which a planted fault is tried. The fault must show there."""
 
     values: Values = field(default_factory=dict)
     """Values of the Method's config, or of an Operation's case."""
@@ -50,7 +50,7 @@ class FaultCase:
     weights: parity_suite.WeightSize = "normal"
 
     adapter: str = ""
-    """Adapter of the corpus, for a loader."""
+    """Name of the adapter in suites/adapters, if the target is a loader. Otherwise empty."""
 
     def __str__(self) -> str:
         if self.adapter:

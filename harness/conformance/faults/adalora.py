@@ -1,4 +1,4 @@
-"""Faults of AdaLoRA."""
+"""Planted faults of AdaLoRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults of the Operations that compute several adapted layers: lora_qkv and lora_mlp."""
+"""Planted faults of the Operations that compute several adapted layers: lora_qkv and lora_mlp."""
 
 from __future__ import annotations
 

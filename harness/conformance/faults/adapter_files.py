@@ -1,4 +1,4 @@
-"""Faults of loaders of adapter files. A comment names the public issue in which a program had the fault."""
+"""Planted faults of loaders of adapter files. A comment names a public issue of a program that had the fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults that appear only after other calls, after new values of the tensors, or in a rare mode of torch."""
+"""Planted faults that appear only after other calls, after new values of the tensors, or in a rare mode of torch."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def computes_otherwise_with_deterministic_algorithms(copy: PatchedCopy) -> None:
 
 
 class _Deaf(nn.Module):
-    """A mixin for layers. Such a layer calls no hook."""
+    """A mixin for a layer that never calls its forward hooks."""
 
     def __call__(self, *given: Any) -> Any:
         return self.forward(*given)
@@ -263,7 +263,7 @@ def notices_no_change_of_its_input(copy: PatchedCopy) -> None:
 
 
 class _Reduced(nn.Module):
-    """A mixin for layers. A pickled copy of such a layer forgets its scaling, and a deep copy does not."""
+    """A mixin for a layer whose pickled copies have a scaling of 1. Deep copies keep the scaling."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         layer: Any = self

@@ -1,4 +1,4 @@
-"""Faults that appear only in one mode, with one memory layout, or after certain earlier calls."""
+"""Planted faults that appear only in one mode, with one memory layout, or after certain earlier calls."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def has_no_second_derivative(copy: PatchedCopy) -> None:
 
 
 class _Forgetful(nn.Module):
-    """A mixin for layers. A deep copy of such a layer forgets its scaling."""
+    """A mixin for a layer whose deep copies have a scaling of 1."""
 
     scaling: float
 

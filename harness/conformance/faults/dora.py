@@ -1,4 +1,4 @@
-"""Faults of DoRA."""
+"""Planted faults of DoRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults of full fine-tuning and of the frozen model."""
+"""Planted faults of full fine-tuning and of the frozen model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults of GaLore."""
+"""Planted faults of GaLore."""
 
 from __future__ import annotations
 

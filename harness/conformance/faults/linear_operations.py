@@ -1,4 +1,4 @@
-"""Faults of two groups of Operations: the adapted linear layers, and the scores of AdaLoRA."""
+"""Planted faults of two groups of Operations: the adapted linear layers, and the importance scores of AdaLoRA."""
 
 from __future__ import annotations
 

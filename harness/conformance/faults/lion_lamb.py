@@ -1,4 +1,4 @@
-"""Faults of Lion and LAMB with 8-bit moments."""
+"""Planted faults of Lion and LAMB with 8-bit moments."""
 
 from __future__ import annotations
 

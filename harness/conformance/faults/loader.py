@@ -1,6 +1,6 @@
-"""Faults of loaders that hold several adapters, or that add, merge, swap or copy them.
+"""Planted faults of loaders that hold several adapters, or that add, merge, swap or copy them.
 
-A comment names the public issue in which a program had the fault.
+A comment names a public issue of a program that had the fault.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ def _fault(name: str, check: str, *lines: str, adapter: str = "plain") -> Fault:
 
 
 def _swap(change: str) -> str:
-    """Return the code of a swap that keeps the old parts as `old` and the new ones as `new`, and then makes `change`."""
+    """Return source lines that replace the adapter `name`, with its old parts in `old` and the new ones in `new`.
+
+    change: source of a statement that follows, in which the mistake is made.
+    """
     kept = "        old = self.adapters[name]\n        self.load(folder, name)\n        new = self.adapters[name]\n"
     return f"            {_REFUSED}\n{kept}        {change}"
 

@@ -1,4 +1,4 @@
-"""Faults of LoKr."""
+"""Planted faults of LoKr."""
 
 from __future__ import annotations
 
@@ -75,5 +75,5 @@ FAULTS = [
 
 @planted("lokr", "merge", values=_DROP)
 def merges_the_rank_dropout_of_training_mode(copy: PatchedCopy) -> None:
-    """Merge the masked update, as in peft#3586."""
+    """Merge the update with rank dropout applied, as in peft#3586."""
     copy.change_layers(merge_the_rank_dropout)

@@ -1,4 +1,4 @@
-"""Faults of LoRA.
+"""Planted faults of LoRA.
 
 Some of them could occur in any Method with adapted layers. They are planted only in LoRA, as an example.
 """

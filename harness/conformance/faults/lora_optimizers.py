@@ -1,4 +1,4 @@
-"""Faults of the optimizers of LoRA."""
+"""Planted faults of the optimizers of LoRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults of NF4 bases. In their cases, the base carries the reference's LoRA."""
+"""Planted faults of NF4 bases. In their cases, the base carries the reference's LoRA."""
 
 from __future__ import annotations
 

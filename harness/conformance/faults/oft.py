@@ -1,4 +1,4 @@
-"""Faults of OFT."""
+"""Planted faults of OFT."""
 
 from __future__ import annotations
 

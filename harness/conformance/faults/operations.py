@@ -1,4 +1,4 @@
-"""Faults of the Operations."""
+"""Planted faults of the Operations."""
 
 from __future__ import annotations
 

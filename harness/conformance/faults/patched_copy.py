@@ -81,11 +81,11 @@ class PatchedCopy:
         self._packing = wrong
 
     def packing(self, right: Pack) -> Pack:
-        """Return the packing that a fault has registered, which is wrong, or `right` if none has."""
+        """Return the function that packs the base: the wrong one that a fault has registered, or else `right`."""
         return right if self._packing is None else partial(self._packing, right)
 
     def attach(self, model: nn.Module, config: Any, generator: torch.Generator) -> Adapted:
-        """Attach by the copied module, apply the registered changes, and return the Adapted."""
+        """Call `attach` of the copied module, apply the registered changes to its result, and return the result."""
         adapted: Adapted = self.module().attach(model, config, generator)
         for change in self._changes:
             change(adapted)

@@ -1,4 +1,4 @@
-"""Faults of PiSSA."""
+"""Planted faults of PiSSA."""
 
 from __future__ import annotations
 

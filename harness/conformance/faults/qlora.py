@@ -1,4 +1,4 @@
-"""Faults of QLoRA."""
+"""Planted faults of QLoRA."""
 
 from __future__ import annotations
 

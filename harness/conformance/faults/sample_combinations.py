@@ -1,4 +1,4 @@
-"""Faults that show only where a size, a step or a number of adapters exceeds a limit, or where two settings meet."""
+"""Planted faults that show only above some size, step or number of adapters, or with two settings together."""
 
 from __future__ import annotations
 

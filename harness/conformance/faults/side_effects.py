@@ -1,4 +1,4 @@
-"""Faults that change other calls or the process."""
+"""Planted faults that change the results of other calls, or settings of the process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults of VeRA."""
+"""Planted faults of VeRA."""
 
 from __future__ import annotations
 

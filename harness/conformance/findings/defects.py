@@ -30,7 +30,7 @@ from harness.resources import data_folder
 
 
 class Defect(FrozenModel):
-    """One known deviation of a library."""
+    """One known defect of a library: an entry of the file of known defects."""
 
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
     library: str
@@ -40,7 +40,8 @@ class Defect(FrozenModel):
     implementation: str
     """Name of the implementation that shows the defect."""
     target: str = ""
-    """Target of the implementation that is affected. Empty if all its targets are affected."""
+    """Name of the affected Method, Operation or other target. Empty if all of the implementation's targets are
+    affected."""
     checks: list[str] = Field(min_length=1)
     """Patterns of the ids of checks that show the defect, e.g. `dora/zero_rows/*/*`."""
     cases: list[str] = Field(default=["*"], min_length=1)
@@ -55,7 +56,7 @@ class Defect(FrozenModel):
     """Largest error that the defect explains. None if it explains an error of any size."""
     summary: str = Field(min_length=10)
     reproduction: str
-    """Name of a script next to the file of defects; the script needs only this library and torch."""
+    """Name of the script that shows the defect with only this library and torch. It lies beside the file of defects."""
     link: str = ""
     feature: str = ""
     """Feature of an adapter file, as in loader_readings.yaml, with which loading shows the defect. Empty for none."""
@@ -107,7 +108,10 @@ class Defect(FrozenModel):
         return small and (not self.shows or any(re.search(one, description) for one in self.shows))
 
     def explains_file(self, loader: str, features: Collection[str], failure: str) -> bool:
-        """Return whether this is the reason why a loader fails with an adapter file that has these features."""
+        """Return whether this defect explains why a loader fails with an adapter file that has these features.
+
+        failure: text that describes the failure.
+        """
         shown = not self.shows or any(re.search(one, failure) for one in self.shows)
         return loader == self.implementation and self.feature in features and shown and self.applies()
 

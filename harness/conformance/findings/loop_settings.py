@@ -15,7 +15,8 @@ from harness.records.check import CheckId, CheckResult, Outcome
 from harness.resources import data_folder
 
 Effect = Literal["same", "changes", "refused", "untried"]
-"""`untried`: the setting could not be tried, e.g. because the library has no such option, or because it needs a GPU."""
+"""Effect of a setting on training. `untried`: the setting could not be tried, e.g. because the library has no such
+option, or because it needs a GPU."""
 _OUT_OF_SCOPE = ("dpo", "grpo")
 WORDS: dict[Effect, str] = {
     "same": "does not change training",
@@ -26,7 +27,7 @@ WORDS: dict[Effect, str] = {
 
 
 class LoopSetting(FrozenModel):
-    """One setting of a training loop, as the table declares it."""
+    """One setting of a training loop, as a file in `suites/loops/` declares it."""
 
     name: str
     """Name of the setting, and of its check."""
@@ -46,21 +47,22 @@ class SettingFound(FrozenModel):
     """Effect of one setting on training, compared with the harness's own loop."""
 
     setting: LoopSetting
-    """The setting."""
+    """The setting that was tried."""
     defaults: dict[str, bool] = Field(default={})
     """Option -> whether the value that was tried is the library's default."""
     effect: Effect
     """Effect that the check found. `changes`: a loss or a trained tensor differs by more than the noise of the dtype."""
     first: float | None = None
-    """Distance of the first loss from that of the harness's loop, in nats. None if there was no whole training."""
+    """Distance of the first loss from that of the harness's loop, in nats. None if no training was completed."""
     worst: float | None = None
-    """Largest distance of a loss over all steps, in nats."""
+    """Largest distance of a step's loss from that of the harness's loop, in nats. None if no training was completed."""
     step: int | None = None
     """First step, counted from 1, whose loss differs by more than the noise. None if there is none."""
     weights: float | None = None
-    """Distance of all trained tensors at the end, relative to their norm."""
+    """Distance of the final trained tensors from those of the harness's loop, relative to their norm. None if no
+    training was completed."""
     because: str = ""
-    """Reason why there was no whole training."""
+    """Reason why no training was completed. Otherwise empty."""
 
     @property
     def slug(self) -> str:
@@ -69,17 +71,17 @@ class SettingFound(FrozenModel):
 
     @property
     def shown(self) -> list[str]:
-        """Options that the setting tries. The others have the recipe's values."""
+        """Names of the options in `setting.config` that are tried. The other options have the values of the recipe."""
         option = self.setting.name.partition(",")[0]
         return [key for key in self.setting.config if not self.setting.own_optimizer or key == option]
 
     @property
     def is_default(self) -> bool:
-        """True if these options have the library's defaults."""
+        """True if the setting gives every option in `shown` the default of the library."""
         return bool(self.shown) and all(self.defaults.get(option, False) for option in self.shown)
 
     def outcome(self, loop: str) -> CheckOutcome:
-        """Return a check outcome. The check passes if the setting has its declared effect."""
+        """Return the outcome of the check of this setting, which passes if the setting has its declared effect."""
         wanted, found = self.setting.effect, self.effect
         detail = f"{WORDS[found]}; the table says that it {WORDS[wanted]}" if wanted != found else WORDS[found]
         return CheckOutcome(

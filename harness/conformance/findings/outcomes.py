@@ -20,7 +20,7 @@ class CheckStatus(StrEnum):
 
 
 class Execution(StrEnum):
-    """End of the run of a check."""
+    """The way in which the run of a check ended."""
 
     COMPLETED = "completed"
     UNSUPPORTED = "unsupported"

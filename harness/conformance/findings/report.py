@@ -23,13 +23,13 @@ class CheckReport:
     complaints: list[str] = field(default_factory=list)
     """Messages about known defects that did not show, although they should have."""
     broken: dict[str, str] = field(default_factory=dict)
-    """Entry point -> reason why it cannot be loaded."""
+    """Entry point of a plug-in -> reason why it cannot be loaded."""
     defects: Sequence[Defect] = ()
     """All known defects, of any library."""
     plans: dict[str, ParitySuite] = field(default_factory=dict)
     """Target -> its parity suite."""
     software: dict[str, str] = field(default_factory=dict)
-    """Library -> version."""
+    """Library -> version, for the libraries with which the checks ran."""
     interrupted: bool = False
     untried: Sequence[str] = ()
     """Implementations that were requested by name but not compared."""
@@ -40,7 +40,7 @@ class CheckReport:
 
     @classmethod
     def joined(cls, reports: Sequence[CheckReport]) -> CheckReport:
-        """Return one report of all findings. The versions of libraries are those of the first report."""
+        """Return one report with the findings of all `reports`. The versions of libraries are those of the first."""
         first = reports[0]
         return cls(
             tried=[one for report in reports for one in report.tried],
@@ -56,7 +56,7 @@ class CheckReport:
         )
 
     def labelled(self, environment: CheckedEnvironment) -> CheckReport:
-        """Return the report with the environment's label at everything that was found in it."""
+        """Return a copy of the report in which every outcome and message names the environment where it was found."""
         label = environment.label
         return replace(
             self,

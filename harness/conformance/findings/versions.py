@@ -22,10 +22,10 @@ class CheckedEnvironment(FrozenModel):
     label: str
     """Required projects with their versions, e.g. `peft 0.19.1`."""
     name: str
-    """Name for `peft-harness env`."""
+    """Name of the environment in the commands `peft-harness env`."""
     requirements: list[str]
     packages: list[str]
-    """Packages that the environment adds or replaces, as pins."""
+    """Packages that the environment adds or replaces, each as a requirement that allows exactly one file."""
     environment: Environment
     """Machine and software that the workers saw."""
 
@@ -35,9 +35,9 @@ class CheckField:
     """Outcomes of one check in one environment."""
 
     summary: MatrixField | None
-    """None if the check was not tried."""
+    """Summary of the outcomes. None if the check was not tried."""
     failed: frozenset[tuple[str, str]]
-    """Ids and cases of the failures."""
+    """Pairs (check id, case) of the failures."""
     defects: tuple[str, ...]
     """Ids of the known defects that explain failures."""
 
@@ -48,11 +48,11 @@ class CheckRow:
 
     implementation: str
     target: str
-    """Target of the implementation: for a base, the quantisation."""
+    """Target of the implementation: a Method, an Operation, a loader, or a quantisation of the base."""
     check: str
     """`method/check`, without dtype and state."""
     fields: tuple[CheckField, ...]
-    """One per environment."""
+    """Outcomes of the check, one entry per environment."""
 
     @property
     def differs(self) -> bool:
@@ -65,13 +65,13 @@ class DefectField:
     """One known defect in one environment."""
 
     version: str
-    """Version of the library. Empty if it is not installed."""
+    """Version of the defective library in the environment. Empty if it is not installed."""
     in_range: bool
-    """True if the entry's range contains this version."""
+    """True if `Defect.versions`, the range of affected versions, contains this version."""
     shown: int
-    """Number of failures that look like the defect, whatever the entry's range says."""
+    """Number of failures that look like the defect, whether or not the version is in the range."""
     tried: int
-    """Number of outcomes that passed or look like the defect. One that failed in another way tells nothing about it."""
+    """Number of outcomes that passed or look like the defect. Other failures tell nothing about it."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class DefectRow:
 
     defect: Defect
     fields: tuple[DefectField, ...]
-    """One per environment."""
+    """Occurrence of the defect, one entry per environment."""
 
     @property
     def differs(self) -> bool:
@@ -89,7 +89,7 @@ class DefectRow:
 
     @property
     def is_misdated(self) -> bool:
-        """True if the defect shows in a version outside the entry's range, or does not show in a version inside it."""
+        """True if the defect shows in a version outside `Defect.versions`, or does not show in a version inside it."""
         return any(
             field.tried and not self.defect.sometimes and field.in_range != (field.shown > 0) for field in self.fields
         )

@@ -69,9 +69,9 @@ def _observed(
 
 
 def _life(implementation: Implementation, plan: MethodSuite, of: MethodCase) -> Iterator[Mapping[str, object]]:
-    """Yield what a training program sees of an adapter.
+    """Yield the tensors that a training program sees of an adapter, from attaching to detaching.
 
-    This covers a fresh adapter, training steps with dropout, merging, unmerging and detaching.
+    They are those of the fresh adapter, of training steps with dropout, of merging, of unmerging and of detaching.
     """
     subject, case = suite_run.attach(implementation, plan, of)
     if case.forward is None:

@@ -33,8 +33,8 @@ class Mutant:
     """End of the changed part. The characters of the source from `start` up to `end` are replaced."""
     text: str
     probe: tuple[int, int]
-    """Two positions in the source, between which `source` puts the probe. For a compound statement, they enclose its
-    head expression. For a simple statement, both are its start."""
+    """Two positions in the source, where `source` can insert a call. For a compound statement, they enclose
+    its head expression. For a simple statement, both are its start. (-1, -1) for code outside functions."""
 
     @property
     def name(self) -> str:
@@ -134,7 +134,7 @@ _Found = tuple[str, ast.stmt | None, ast.AST]
 
 
 def _nodes(tree: ast.Module) -> Iterator[_Found]:
-    """Yield each node that may be changed, with its function and its statement."""
+    """Yield each node of the syntax tree that a mutant may change, with the function and the statement around it."""
     for statement in tree.body:
         if isinstance(statement, ast.Assign | ast.AnnAssign):
             target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target

@@ -27,7 +27,7 @@ from harness.resources import data_folder
 PACKAGES = ("reference", "harness.kernels.torch", "harness.methods.implementations.fused.methods")
 """Packages whose modules have mutants."""
 _TARGETS = 3
-"""Largest number of targets whose checks try one mutant. Without this limit, there may be twenty for shared code."""
+"""Largest number of targets whose checks try one mutant. Shared code may be called by twenty targets."""
 _LIMITS = forks.Limits(cpu_s=300, memory_b=8 << 30)
 
 
@@ -208,7 +208,10 @@ class _Trials:
     """The mutants whose changed statement has run."""
 
     def run_checks(self, form: str) -> None:
-        """Run the checks of `form` on every mutant that survives so far."""
+        """Run the checks on every mutant that survives so far.
+
+        form: `default` for the cases that plain `check` tries, `wide` for the cases of `check --wide`.
+        """
         alive = self._alive()
 
         def act(mutant: Mutant) -> tuple[dict[str, Any] | None, bool]:
@@ -255,7 +258,7 @@ class _Trials:
     def _note(self, mutant: Mutant, ended: forks.Ended[Any]) -> Any:
         """Record how a fork ended and whether it ran the changed statement.
 
-        Return the rest of its result, or None if it returned nothing.
+        Return what the fork computed. Return None if the fork died or raised an error.
         """
         if ended.returned is None:
             # An error means that the trial failed. It does not count as caught.
@@ -312,7 +315,7 @@ def modules() -> list[str]:
 
 
 def equivalent() -> dict[str, str]:
-    """Return the reasons why mutants are no mistakes, by name of the mutant.
+    """Map names of mutants that are no mistakes to the reasons, from suites/equivalent_mutants.yaml.
 
     The name of a module stands for all mutants of the module.
     """

@@ -28,7 +28,7 @@ from harness.methods.implementations import fused
 from harness.methods.registry import Implementation
 
 Owner = Literal["reference", "fused"]
-"""Whose code a module is: the reference's, or that of the implementation `fused`."""
+"""Owner of a module with mutants: the reference, or the implementation `fused`."""
 _CODE = {"reference": ("reference.",), "fused": ("harness.kernels.torch.", f"{fused.methods.__name__}.")}
 PROBE = "_mutant_is_reached"
 """Name of a built-in function that exists only in the process of a trial. A mutant calls it just before the changed
@@ -52,7 +52,7 @@ class Catch:
     form: str
     """Form of `check` that catches the mutant: `default` for plain `check`, or `wide` for `check --wide`."""
     check: str
-    """Id of the check that failed."""
+    """Name of the check that failed, or `import: ` and the exception if the mutant could not be imported."""
     raised: bool
     """True if the mutant raised an exception, False if a comparison failed."""
 
@@ -80,7 +80,7 @@ def implementation(target: str, of: Owner, mutant: Mutant | None) -> Implementat
 
 
 def targets(of: Owner) -> list[str]:
-    """List the targets that the reference or `fused` implements and that have a parity suite, without the loader."""
+    """List the targets of the reference or of `fused` that have a parity suite, except loaders."""
     if of == "reference":
         return [name for name in parity_suite.names() if parity_suite.kind_of(name) != "loader"]
     return [one.target for one in fused.implementations() if one.target in parity_suite.names()]

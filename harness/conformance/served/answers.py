@@ -19,12 +19,12 @@ _LARGEST_ID = 2**31
 
 @dataclass(frozen=True)
 class Position:
-    """The log-probabilities of one position."""
+    """One token of an answer or of an echoed prompt, with log-probabilities."""
 
     token: int
-    """Id of the token at this position."""
+    """Id of the token."""
     logprob: float | None
-    """Log-probability of this token in nats. NaN if the server returned none. None for the first token of a prompt."""
+    """Log-probability of the token in nats. NaN if the server returned none. None for the first token of a prompt."""
     others: Mapping[int, float]
     """Log-probabilities of the most likely other tokens, by id."""
 
@@ -40,9 +40,9 @@ class Answer:
 
     positions: tuple[Position, ...]
     prompt_tokens: int | None
-    """Number of tokens of the prompt, as the server counts them."""
+    """Number of tokens of the prompt, as the server counts them. None if it does not say."""
     prompt_ids: tuple[int, ...] | None
-    """Token ids of the prompt, if the server returns them."""
+    """Token ids of the prompt. None if the server does not return them."""
 
 
 def token_id(name: str) -> int | None:
@@ -52,7 +52,7 @@ def token_id(name: str) -> int | None:
 
 
 def message(content: bytes) -> str:
-    """Return the server's error message as one short line."""
+    """Return the error message in the body of a server's answer, as one short line."""
     try:
         document = json.loads(content)
     except (ValueError, RecursionError):
@@ -66,7 +66,9 @@ def message(content: bytes) -> str:
 
 
 def read(document: Any, tokens: int, echo: bool, names: TokenNames, where: str) -> Answer:
-    """Return the answer to one prompt. tokens: number of tokens requested. where: address of the request, for messages.
+    """Read the answer to one prompt from a JSON document. tokens: number of tokens requested.
+
+    echo: whether the prompt's tokens were requested too. where: address of the request, for messages.
 
     Raises UsageError for an answer without log-probabilities, and ServerError for an incomplete answer.
     """
@@ -122,7 +124,7 @@ _NAMES = (
 
 
 def _number(value: Any, needed: bool, half: Callable[[str], ServerError]) -> float | None:
-    """Return a log-probability. null is NaN, which JSON cannot represent, except where no log-probability is needed."""
+    """Return a log-probability from an answer. For null, return NaN if `needed`, else None (a prompt's first token)."""
     if value is None:
         return math.nan if needed else None
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -20,7 +20,9 @@ from harness.conformance.served.scores import score
 _UNKNOWN = "no typical mistake explains them"
 _HEAD = "lm_head"
 _ROW_PARALLEL = ("o_proj", "out_proj", "c_proj", "down_proj", "fc2", "w2")
-"""Layers whose inputs a server with tensor parallelism divides. It divides the outputs of the others."""
+"""Names of row-parallel layers. A server with tensor parallelism divides their inputs, and the outputs of all other
+layers.
+"""
 
 
 def cause(
@@ -28,7 +30,8 @@ def cause(
 ) -> str:
     """Return a sentence with the mistakes that explain wrong positions, and the number of positions that each explains.
 
-    adapter: the right one, or None for the base. others: the other adapters of the server, by name.
+    adapter: the right adapter, or None for the base. others: the other adapters of the server, by name. wrong: the
+    wrong answers. limit: the largest allowed errors.
     """
     # An answer without a wrong position is wrong as a whole: its errors together exceed rounding. All its positions count.
     positions = [
@@ -149,7 +152,7 @@ def _transpose(tensors: dict[str, Tensor]) -> None:
 
 
 def _shard(kind: str, half: int, factor: float, tensors: dict[str, Tensor]) -> None:
-    """Multiply one half of the updates of row-parallel layers (halves of A) or of the other layers (halves of B).
+    """Multiply by `factor` one half (0 or 1) of A in row-parallel layers (kind `row`), or of B in all other layers.
 
     These are the halves that a server with tensor parallelism on two GPUs computes in different processes.
     """
@@ -170,5 +173,5 @@ def _without(module: str, tensors: dict[str, Tensor]) -> None:
 
 
 def _module(key: str) -> str:
-    """Return the last part of a module's path from a key of its B."""
+    """Return the name of the adapted layer, such as `q_proj`, from the key of its B."""
     return key.partition(".lora_B.")[0].rpartition(".")[2]

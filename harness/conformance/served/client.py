@@ -76,9 +76,9 @@ class Client:
     """Client of one server. Several threads may use it."""
 
     def __init__(self, url: str, token: str = "", patience: float = 120.0) -> None:
-        """url: address, with or without `/v1`. token: sent with each request. patience: timeout of a request, in
-        seconds.
+        """Prepare requests to the server at `url`, with or without `/v1`, but send none.
 
+        token: API key that is sent with each request; empty for none. patience: timeout of a request, in seconds.
         Raises UsageError if url is not the address of a server, or if token is not printable ASCII.
         """
         parts = _parsed(url)
@@ -244,7 +244,10 @@ class Client:
     def _request(
         self, method: str, path: str, body: dict[str, Any] | None = None, read: _Read | None = None
     ) -> tuple[bytes, str]:
-        """Return the body and the content type of the answer. read: reads the body of an accepted request."""
+        """Send a request, and return the body and the content type of the answer.
+
+        read: function that reads the body if the server accepts the request; by default, the function `_read`.
+        """
         where = self.url + path
         headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
         if self._token:
@@ -322,7 +325,7 @@ def _parsed(url: str) -> Any:
 
 
 def _read(answer: http.client.HTTPResponse, deadline: float) -> bytes:
-    """Read the body. Raises TimeoutError after the deadline, even if bytes still arrive."""
+    """Read and return the body of an answer. Raises TimeoutError after the deadline, even if bytes still arrive."""
     parts: list[bytes] = []
     length = 0
     while part := answer.read1(1 << 16):

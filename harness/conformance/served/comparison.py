@@ -24,22 +24,22 @@ from harness.errors import UsageError, plural
 _LONG = 64
 """Number of tokens of a request that keeps the server busy while another one is sent."""
 _EFFECT = 0.125
-"""Relative error of a simulated scaling. The effect of this error gives the smallest error that the check notices."""
+"""Relative error of the scaling whose effect is simulated, to find the smallest such error that the check notices."""
 
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """Errors of the server's answers for the base model."""
+    """Errors of the server's answers for the base model, which define the errors to allow for adapters."""
 
     dtype: str
-    """Dtype whose rounding errors explain the errors of the base rows."""
+    """Dtype whose rounding errors explain the errors of these answers."""
     measured: Errors | None
-    """Errors of the server. None if its base rows are wrong."""
+    """Errors of these answers. None if the answers are wrong: NaN, or those of an adapter."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The data that all comparisons of a run share."""
+    """Compares the answers of one server with the reference."""
 
     url: str
     base: Path
@@ -49,11 +49,11 @@ class Comparison:
     """Function (request, tokens) that returns the body of a request, to repeat it. tokens: 0 for as many as before."""
 
     def noise_floor(self, alone: Sequence[Observation], dtypes: Sequence[str]) -> NoiseFloor:
-        """Return the noise floor of the server from its base rows.
+        """Return the noise floor of the server, from its answers for the base model.
 
-        Rows with NaN are left out, because no dtype explains them. dtypes: dtypes that the server may use, the one with
-        the smallest errors first. Raises UsageError if the base rows are neither those of the base nor those of one of the
-        adapters.
+        alone: these answers. Those with NaN are left out, because no dtype explains them. dtypes: dtypes that the
+        server may use, the one with the smallest errors first. Raises UsageError if the answers are neither those of
+        the base nor those of one of the adapters.
         """
         alone = [one for one in alone if not one.missing]
         if not alone:
@@ -81,7 +81,7 @@ class Comparison:
     def judge(
         self, name: str, every: Sequence[Observation], floor: NoiseFloor, failures: Sequence[Failure] = ()
     ) -> SubjectResult:
-        """Return the result of one adapter, or of the base.
+        """Return the result of the adapter `name`, or of the base if `name` is BASE.
 
         every: the answers of all adapters and of the base. failures: the requests that the server failed to answer.
         """
@@ -123,7 +123,7 @@ class Comparison:
         return noise.allowed(own, floor.measured, [_numbers(row) for row in rows], floor.dtype)
 
     def _notices(self, adapter: AdapterFile, rows: Sequence[Row], limit: Errors) -> float:
-        """Return the smallest relative error of the scaling that would be a finding."""
+        """Return the smallest relative error of an adapter's scaling that the check would notice."""
         scaled = score(self.base, causes.rescaled(adapter, 1 + _EFFECT), [row.observation for row in rows])
         effect = noise.errors(distances(scaled, [row.score for row in rows]))
         return noise.smallest_noticed(effect, _EFFECT, limit)
@@ -131,7 +131,10 @@ class Comparison:
     def _finding(
         self, name: str, rows: Sequence[Row], failed: Sequence[Failure], limit: Errors, every: Sequence[Observation]
     ) -> Finding:
-        """Return the evidence. rows: the answers; all of them are wrong together if none is wrong alone."""
+        """Return the evidence that an adapter, or the base, does not conform.
+
+        rows: its answers. If none of them is wrong by itself, their errors are too large on average.
+        """
         company = next((one for one in every if one.request.subject not in (BASE, name)), None)
         others = {other: adapter for other, adapter in self.adapters.items() if other != name}
         wrong = [row for row in rows if row.is_wrong(limit)] or ([] if failed else rows)
@@ -151,7 +154,7 @@ class Comparison:
         return Finding("; ".join(found), text, command)
 
     def _command(self, one: Request, tokens: int = 0) -> str:
-        """Return the command that sends a request again. tokens: number of tokens to generate; 0: as before."""
+        """Return a curl command that sends a request again. tokens: number of tokens to generate; 0: as before."""
         body = self.again(one, tokens)
         headers = f"""-H "Authorization: Bearer ${TOKEN_VARIABLE}" -H 'Content-Type: application/json'"""
         return f"curl {shlex.quote(self.url + '/v1/completions')} {headers} -d {shlex.quote(json.dumps(body))}"
@@ -169,7 +172,7 @@ def _failures(failed: Sequence[Failure]) -> str:
 
 
 def _lengths(every: Sequence[Observation], wrong: Sequence[Observation], failed: Sequence[Failure]) -> list[str]:
-    """Return a sentence if the length of the prompt decides whether an answer is wrong. Otherwise return none."""
+    """Return one sentence in a list if all wrong answers are to longer prompts than the right ones, else nothing."""
     # An answer with `echo` begins after the first token, so its context is not the prompt.
     asked: list[Observation | Failure] = [*every, *failed]
     asked = [one for one in asked if one.request.phase is not Phase.ECHO]

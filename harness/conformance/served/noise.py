@@ -22,35 +22,35 @@ NARROWEST_NOISE_FIRST = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Errors:
-    """Sizes of the differences of log-probabilities, in nats."""
+    """Sizes of the errors of the log-probabilities in several answers, in nats."""
 
     rms: float
-    """Root mean square of all differences."""
+    """Root mean square of all errors."""
     row_rms: float
-    """The largest root mean square of the differences of one answer."""
+    """Root mean square of the errors in one answer, the largest over all answers."""
     largest: float
-    """The largest difference."""
+    """The largest absolute error."""
 
     def at_most(self, other: Errors) -> bool:
-        """Return whether no error is larger than in `other`."""
+        """Return whether each of the three numbers is at most as large as in `other`."""
         return self.rms <= other.rms and self.row_rms <= other.row_rms and self.largest <= other.largest
 
     def share_of(self, other: Errors) -> float:
-        """Return the largest ratio of an error to that in `other`."""
+        """Return the largest of the ratios of the three numbers to those in `other`."""
         return max(self.rms / other.rms, self.row_rms / other.row_rms, self.largest / other.largest)
 
 
 def errors(rows: Sequence[Sequence[float]]) -> Errors:
-    """Return the errors from absolute differences, one list per answer."""
+    """Return the Errors of answers. rows: absolute errors of the log-probabilities, one list per answer."""
     return Errors(rms([one for row in rows for one in row]), max(map(rms, rows)), max(map(max, rows)))
 
 
 def allowed(own: Errors, measured: Errors | None, want: Sequence[Sequence[float]], dtype: str) -> Errors:
     """Return the largest errors that a right server may have.
 
-    own: errors of the reference in `dtype`. measured: errors of the server's base rows, if these are right. want: the
-    reference's log-probabilities in float64, one list per answer. The rule is that of `carried_noise`, applied to the
-    larger of CARRIED_FACTOR times `own` and NOISE_FACTOR times `measured`.
+    own: errors of the reference in `dtype`. measured: errors of the server's answers for the base model, or None if
+    these are wrong. want: the reference's log-probabilities in float64, one list per answer. The rule is that of
+    `carried_noise`, applied to the larger of CARRIED_FACTOR times `own` and NOISE_FACTOR times `measured`.
     """
     numbers = [one for row in want for one in row]
     floor = NOISE_FLOOR_EPS[dtype] * EPSILON[dtype] * rms(numbers)
@@ -77,5 +77,5 @@ def smallest_noticed(effect: Errors, factor: float, limit: Errors) -> float:
 
 
 def rms(numbers: Sequence[float]) -> float:
-    """Return the root mean square."""
+    """Return the root mean square of `numbers`."""
     return math.sqrt(sum(one * one for one in numbers) / len(numbers))

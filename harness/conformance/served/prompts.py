@@ -21,8 +21,8 @@ LENGTHS = (1, 3, 7, 12, 20, 40)
 """Lengths of the prompts in tokens. All models get the same prompts, so that the check notices a prefix cache that mixes up
 adapters. 40 tokens fill two blocks of vLLM's cache."""
 LONG = 600
-"""Length of the long prompt in tokens, where the base has as many positions. Some mistakes show only in long prompts: vLLM
-returned NaN after some 400 tokens."""
+"""Length of the long prompt in tokens, or less if the base has too few positions. Some mistakes show only in long
+prompts: vLLM returned NaN after some 400 tokens."""
 TOKENS = 8
 """Number of tokens that the server generates per request."""
 TEXTS = (
@@ -54,7 +54,7 @@ class Tokenizer:
         return list(self._loaded(text)["input_ids"])
 
     def name_id(self, name: str) -> int | None:
-        """Return the id of the only token with this text, or None."""
+        """Return the id of the token with this text. Return None if no token or several tokens have this text."""
         return self._ids.get(name)
 
     @cached_property
@@ -98,7 +98,7 @@ def room(folder: Path, longest: int | None) -> int | None:
 def long_prompt(folder: Path, seed: int, tokens: int) -> list[int]:
     """Return a prompt of LONG random token ids, or fewer, so that it and its answer have at most `tokens` tokens.
 
-    Return none if the prompt would not be longer than the others.
+    Return an empty list if the prompt would not be longer than those of LENGTHS.
     """
     length = min(LONG, tokens - TOKENS)
     draw = random.Random(f"{seed} long")  # noqa: S311  # a prompt, not a secret
@@ -157,9 +157,9 @@ def _listed(value: Any) -> list[int]:
 
 
 def adapters(given: Sequence[str]) -> Mapping[str, Path]:
-    """Map each name on the server to its folder, from values NAME=DIR or DIR of `--adapter`.
+    """Parse the values NAME=DIR or DIR of `--adapter`, and map each adapter's name on the server to its folder.
 
-    Raises UsageError for a name that occurs twice.
+    For DIR, the name is that of the folder. Raises UsageError for a name that occurs twice.
     """
     found: dict[str, Path] = {}
     for one in given:

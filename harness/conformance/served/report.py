@@ -25,7 +25,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """Metrics of one adapter, or of the base, in one phase."""
+    """Metrics of the answers for one adapter, or for the base, in one phase of the check (see `session.Phase`)."""
 
     phase: Phase
     requests: int
@@ -43,9 +43,11 @@ class PhaseResult:
     differ: int
     """Number of generated tokens that are not the most likely token of the reference, ties excluded."""
     ties: int
-    """Number of generated tokens that differ where the reference's margin is within twice the allowed error."""
+    """Number of generated tokens that are not the reference's most likely token, but close enough to it (within twice
+    the allowed error, in nats) that rounding may decide."""
     margin: float
-    """Largest margin, in nats, of the reference's most likely token over a different one that the server chose."""
+    """Largest difference, in nats, between the reference's log-probability of its most likely token and that of a
+    different token that the server generated. 0 if no token differs."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,12 @@ class SubjectResult:
     """Result of one adapter, or of the base."""
 
     name: str
-    """Name on the server."""
+    """Name of the adapter on the server. Empty for the base."""
     folder: str
     """Folder of the adapter, or of the base."""
     verdict: Verdict
     reason: str = ""
-    """Reason why the subject was not compared."""
+    """Reason why nothing was compared."""
     allowed: Errors | None = None
     """Largest errors that a right server may have."""
     notices: float | None = None
@@ -85,13 +87,13 @@ class ServedReport:
 
     url: str
     dtype: str
-    """Dtype whose rounding errors explain the errors of the base rows."""
+    """Dtype whose rounding errors explain the errors of the server's answers for the base model."""
     subjects: Sequence[SubjectResult]
     """The base first, then the adapters."""
     not_offered: Mapping[str, str] = field(default_factory=dict)
-    """Function -> reason why the server does not offer it."""
+    """Function of a server, such as `hot-swap` -> reason why this server does not offer it."""
     findings: Sequence[str] = ()
-    """Findings that belong to no adapter."""
+    """Mistakes of the server that belong to no single adapter, as sentences."""
     stopped: str = ""
     """Error that ended the requests early. Empty if all requests were answered."""
     stopped_exit: Exit = Exit.INFRASTRUCTURE

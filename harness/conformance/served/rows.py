@@ -11,17 +11,17 @@ from harness.conformance.served.report import PhaseResult
 from harness.conformance.served.session import Observation, Phase
 
 _LARGEST_EXPONENT = 700.0
-"""A larger one overflows."""
+"""Largest exponent that is passed to `math.exp`. One above 709 would overflow."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """The reference's numbers for one answer."""
+    """The numbers that the reference computes for the tokens of one answer."""
 
     values: tuple[tuple[float, ...], ...]
     """Log-probabilities in nats, one tuple per position: first that of the token, then those of the other tokens."""
     best: tuple[int, ...]
-    """The most likely token at each position."""
+    """Id of the most likely token at each position."""
     margins: tuple[float, ...]
     """Log-probability of the most likely token minus that of the server's token, in nats, at each position."""
 
@@ -55,11 +55,11 @@ class Row:
         return [i for i, margin in enumerate(margins) if margin > 2 * limit.largest]
 
     def inaccurate(self, limit: Errors) -> list[int]:
-        """Return the positions with a difference above the allowed one."""
+        """Return the positions with a difference above `limit.largest`."""
         return [i for i, several in enumerate(self.differences) if max(several) > limit.largest]
 
     def is_wrong(self, limit: Errors) -> bool:
-        """Return whether no right server can have given this answer."""
+        """Return whether the errors of the answer exceed `limit`, the largest errors of a right server."""
         return bool(self.inaccurate(limit) or self.unlikely(limit)) or rms(self.flat) > limit.row_rms
 
 

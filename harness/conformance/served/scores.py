@@ -23,7 +23,7 @@ def score(
 ) -> list[Score]:
     """Return the reference's score of each answer, computed in `dtype` for the server's own tokens.
 
-    So a tie that the server decides in another way changes one token, and not all that follow. Raises UsageError if the
+    With the server's tokens, a tie changes one token only, not all that follow. Raises UsageError if the
     adapter does not fit the base, or if the base does not have the server's tokens.
     """
     # Only the logits of the answers are kept: those of a long prompt would take a gigabyte.

@@ -20,13 +20,13 @@ BASE = ""
 SWAPPED = "peft-harness-swap"
 """Name under which the check itself loads, replaces and unloads adapters."""
 ALLOW = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
-"""Variable of the server's environment that makes vLLM offer load and unload."""
+"""Environment variable of the server that makes vLLM offer to load and unload adapters."""
 ROUNDS = 2
 """Rounds of mixed requests before the check loads adapters. Each sends every prompt to every model, in a new order."""
 
 
 class Phase(StrEnum):
-    """State of the server while it answers a request."""
+    """Phase of the check: what the server does while it answers a request."""
 
     ALONE = "alone"
     """One request at a time, one model after the other."""
@@ -41,7 +41,7 @@ class Phase(StrEnum):
     RELOADED = "reloaded"
     """The first adapter loaded under the same name again, after the name was unloaded."""
     ECHO = "echo"
-    """Log-probabilities of the prompt's tokens."""
+    """Requests for the log-probabilities of the prompt's own tokens."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Request:
     subject: str
     """Name of the adapter that must answer, or BASE."""
     served_as: str
-    """Name of the model in the request."""
+    """Name of the model in the request. It differs from `subject` for an adapter that the check loads as SWAPPED."""
     prompt: int
-    """Index of the prompt."""
+    """Index of the prompt in `Session.prompts`."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,20 @@ class Observation:
 
     request: Request
     context: tuple[int, ...]
-    """Token ids before the first position."""
+    """Ids of the tokens before those in `positions`."""
     positions: tuple[Position, ...]
-    """Positions of the answer. Each has a log-probability."""
+    """Tokens of the answer in order, each with its log-probability."""
     greedy: bool
     """True if the server chose the tokens. Otherwise they are from the prompt."""
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """The token ids of the positions."""
+        """Ids of the tokens in `positions`."""
         return tuple(one.token for one in self.positions)
 
     @property
     def missing(self) -> set[int]:
-        """Indices of the positions where the server returned NaN or null instead of a log-probability."""
+        """Indices in `positions` where the server returned NaN or null instead of a log-probability."""
         return {i for i, one in enumerate(self.positions) if any(map(math.isnan, one.values))}
 
 
@@ -114,15 +114,15 @@ class Session:
     seed: int
     observations: list[Observation] = field(default_factory=list)
     not_offered: dict[str, str] = field(default_factory=dict)
-    """Function -> reason why the server does not offer it."""
+    """Function of a server, such as `hot-swap` -> reason why this server does not offer it."""
     findings: list[str] = field(default_factory=list)
-    """Mistakes of the server that show without a comparison."""
+    """Mistakes of the server that show without a comparison of log-probabilities, as sentences."""
     notes: list[str] = field(default_factory=list)
-    """Messages beside the results."""
+    """Messages to the user about what was not compared."""
     long: int = -1
     """Index of the long prompt. -1 if there is none."""
     skip_failed: bool = False
-    """True if a request that the server answers with status 500 becomes a Failure. Otherwise, it ends the requests."""
+    """True to record a request that the server answers with status 500 as a Failure. False to stop with an error."""
     failures: list[Failure] = field(default_factory=list)
     _loaded: list[str] = field(default_factory=list)
 
@@ -211,9 +211,9 @@ class Session:
         self._replace(SWAPPED, self.adapters[name])
 
     def echoes(self) -> None:
-        """Ask every model for the log-probabilities of the prompts' tokens, without the long prompt.
+        """Ask every model for the log-probabilities of the tokens of each prompt, except the long prompt.
 
-        The first token of a prompt has none.
+        The first token of a prompt has no log-probability.
         """
         several = self._of_all(Phase.ECHO)
         self._send([one for one in several if len(self.prompts[one.prompt]) > 1 and one.prompt != self.long], 1)
@@ -267,16 +267,16 @@ class Session:
             self.client.reopen()  # all threads have ended; the adapters are still to be unloaded
 
     def again(self, one: Request, tokens: int = 0) -> dict[str, Any]:
-        """Return the body of a request, in the dialect of the server.
+        """Return the body of a request, to send the request again.
 
-        tokens: number of tokens to generate; 0: as before.
+        tokens: number of tokens to generate; 0 for as many as before.
         """
         echo = one.phase is Phase.ECHO
         tokens = tokens or (1 if echo else self.tokens)
         return self.client.body(one.served_as, self._sent(one.prompt), tokens, echo)
 
     def _answer(self, request: Request) -> Observation | Failure:
-        """Return the answer, or the failure of a server that is to be judged by its failures, too."""
+        """Send a request and return the answer. For status 500, return a Failure if `skip_failed`, else raise."""
         try:
             return self._observe(request)
         except RequestFailedError as error:
