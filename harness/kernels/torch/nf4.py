@@ -24,7 +24,7 @@ from harness.kernels.torch.support.chunks import for_each, size
 from harness.kernels.torch.support.huge_pages import empty
 
 _CELLS = 32
-"""Number of cells per unit of the axis. It is a power of two, so that multiplying by it is exact."""
+"""Number of cells per interval of length 1, for encoding. It is a power of two, so that multiplying by it is exact."""
 
 
 @cache
@@ -42,7 +42,7 @@ def _words(device: torch.device) -> Tensor:
 
 @cache
 def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (lower, border), with one entry for each cell of the axis.
+    """Return the tables (lower, border) for encoding, with one entry for each cell of the axis from -1 to 1.
 
     lower: the code at the cell's lower end (uint8). border: the next midpoint above that end (float32). Cell i covers i
     / 32 - 1 to (i + 1) / 32 - 1. Levels are at least 0.079 apart, so that a cell has at most one midpoint. Near a
@@ -105,7 +105,7 @@ def _encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int) -> None:
 def dequantize(
     packed: Tensor, absmax: Tensor, block: int, shape: Sequence[int], dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
-    """Return level x absmax, computed in float32 and cast once, as a tensor of `shape` and `dtype`.
+    """Return the decoded values, level x absmax, computed in float32 and cast once, in the given shape and dtype.
 
     packed, absmax: as returned by `quantize`. out: contiguous memory for the result, with the same number of elements
     and the same dtype. Raises ValueError if the length of `packed` or `absmax` does not fit `shape`.
