@@ -241,7 +241,7 @@ def _rows(request: FitRequest, counted: ModelCount, method: str, tokens: int) ->
 def requested_row(
     request: FitRequest, counted: ModelCount, tokens: int, one: MethodCount, method: str, base: str, optimizer: str
 ) -> FitRow:
-    """Return the row of one rank with the batch that the user asks about."""
+    """Return the row for the batch that the user asks about, at the rank of `one`."""
     needed = _ledger(request, counted, one, method, base, optimizer, tokens * (request.batch or 1))
     left = request.memory.number_B - needed.total
     known = counted["logits"] is not None

@@ -64,7 +64,7 @@ def search_by_steps(request: FitRequest, counted: ModelCount, document: Mapping[
 
 @cache
 def provider(method: str) -> str:
-    """Return the implementation that takes the steps of a Method."""
+    """Return the name of the Implementation that takes a Method's steps: `fused` if it has the Method, else `reference`."""
     return OURS if OURS in discover().names("method", method) else _REFERENCE
 
 
@@ -198,9 +198,9 @@ def run_steps(requests: list[StepRequest]) -> list[StepAnswer]:
 
 
 def tried_sizes(row: Row, found: StepAnswer) -> dict[int, int]:
-    """Return the peak in device memory, in bytes, of each batch or length that was tried, by this batch or length.
+    """Map each batch or text length that was tried to the peak in device memory, in bytes.
 
-    The keys in `found` are strings, because it comes from JSON.
+    found: answer to the search of the row. Its keys are strings, because it comes from JSON.
     """
     return {int(number): peak - row["ledger"]["host_B"] for number, peak in found.get("tried", {}).items()}
 

@@ -40,8 +40,9 @@ class _NotCacheable(Exception):  # noqa: N818
 
 
 outputs: dict[Hashable, _Output] = {}
-"""The cache. It maps the call of an operation to a description of its output. It can be pickled, so that child
-processes can send their entries to the parent."""
+"""Cache of `cached_output`: the call of an operation -> a description of its output. It can be pickled, so that child
+processes can send their entries to the parent.
+"""
 
 
 def cached_output(fake: FakeTensorMode, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -32,9 +32,9 @@ class MethodCount(TypedDict, total=False):
     trainable: int
     """Number of trainable parameters."""
     untouched: int
-    """Number of expert weights that do not train."""
+    """Number of weights of experts that neither train nor have an adapter."""
     weights: dict[str, int]
-    """Bytes of everything except the adapter, by base."""
+    """Base (`none`, `nf4`, ...) -> bytes of all tensors except the adapter."""
     adapter: int
     gradients: int
     optimizer: dict[str, tuple[int, int]]
@@ -42,7 +42,7 @@ class MethodCount(TypedDict, total=False):
     step: int
     """Bytes that exist only while the optimizer steps."""
     layerwise: int
-    """Bytes of `gradients` and `step` together with layer-wise updates. Only the largest tensor counts then."""
+    """Bytes of `gradients` plus `step` if updates are layer-wise. Only the largest trainable tensor counts then."""
     activations: tuple[int, int] | None
     """Bytes of saved activations per token, as a pair: without and with gradient checkpointing. None for a model
     without a formula."""
@@ -76,7 +76,7 @@ class StepRequest(TypedDict):
     answer: int
     """Number of tokens with a loss in each text."""
     checkpoint: NotRequired[str]
-    """See `CountRequest.checkpoint`."""
+    """Folder with an encoder's checkpoint. Its missing weights train, too. Empty for a model without a checkpoint."""
     largest: NotRequired[SearchOptions]
     """Options of a search for the largest step that fits. Without this key, the request is for one step."""
 

@@ -67,7 +67,7 @@ def _weights(
     """Update one tile of the averages of one A or B, and store sums of I U.
 
     jobs: three numbers per program: the layer; the row of A, or -1 for B; the number of the tile. sums: `columns`
-    numbers per program.
+    numbers per program. For A, the first one is the sum over the tile. For B, there is one sum per rank.
     """
     job = tl.program_id(0).to(tl.int64)
     row = table + tl.load(jobs + 3 * job).to(tl.int64) * _COLUMNS

@@ -93,9 +93,10 @@ def _table(
     addresses: tuple[tuple[int, int], ...], ranks: tuple[int, ...], scalings: tuple[float, ...], D: int, E: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the table of addresses and the scalings on the device.
+    """Return the table for the kernels of `grouped_lora`, int64 (adapters, 5), and the scalings, on the device.
 
-    The result is cached, so that nothing is uploaded unless an adapter has moved.
+    addresses: those of each adapter's A and B. The result is cached, so that nothing is uploaded unless an adapter has
+    moved.
     """
     rows, before = [], 0
     for pair, rank in zip(addresses, ranks, strict=True):

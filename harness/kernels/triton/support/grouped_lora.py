@@ -152,9 +152,9 @@ def outer(
 
 
 def tile(dtype: torch.dtype, tokens: int) -> dict[str, int]:
-    """Return the size of the tile that a program computes: the largest one without spilled registers.
+    """Return the size of the tile that a program computes: its `rows`, `ranks` and `columns`.
 
-    In float32 the tile is smaller.
+    It is the largest one without spilled registers, and smaller in float32. tokens: number of tokens per sequence.
     """
     if dtype == torch.float32:
         return {"rows": 16 if tokens <= 16 else 32, "ranks": 16, "columns": 64}

@@ -142,7 +142,7 @@ def low_rank_launch(
 def _specimens() -> list[Specimen]:
     """Return specimens of the products in training, for a layer with 4096 inputs, 14336 outputs and 8192 tokens.
 
-    Those of candidates for a tile have the form in which `peft-harness bench --crossovers` measures them.
+    The specimens of `CANDIDATES` have the arguments with which `peft-harness bench --crossovers` measures these tiles.
     """
     M, D, E = 8192, 4096, 14336
 
