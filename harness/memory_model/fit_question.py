@@ -28,8 +28,8 @@ _STEP_ERROR, _FORMULA_ERROR = 0.03, 0.2
 """Largest relative errors of a simulated step and of a closed form in tests. Both leave out the allocator's waste, the
 workspaces of kernels and the CUDA context."""
 _DOUBT = 0.25
-"""Assumed largest relative error of a closed form. If the result is this close to the limit, a step decides. In tests, the
-error is at most 20 %."""
+"""Assumed largest relative error of a closed form. If the result is this close to the limit, a simulated step
+decides. In tests, the error is at most 20 %."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Count the bytes of all tensors that exist while a program runs on fake tensors.
 
-A step repeats the same operations for every block and every trainable tensor. Torch would take several times as long to
-compute each output again, so a cache stores descriptions of the outputs. The cache holds no tensors, because cached
+A training step repeats the same operations for every block and every trainable tensor. Torch would take several times
+as long to compute each output again, so a cache stores descriptions of the outputs. The cache holds no tensors, because cached
 tensors would never be freed.
 """
 
@@ -36,7 +36,7 @@ class _Output(NamedTuple):
 
 
 class _NotCacheable(Exception):  # noqa: N818
-    """Raised for an argument that cannot be part of a key of the cache."""
+    """Raised for an argument that cannot be part of a key of `outputs`, the cache."""
 
 
 outputs: dict[Hashable, _Output] = {}

@@ -28,7 +28,7 @@ differ only in these options then share one step.
 
 
 class PlannedMemory(Predicted):
-    """Prediction for a Cell of a plan."""
+    """Predicted memory of one Cell of a plan."""
 
     trainable: int
     """Number of trainable parameters, counted with the reference of the Cell's Method."""

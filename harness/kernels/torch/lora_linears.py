@@ -24,13 +24,13 @@ class LoraFactors:
     """Factors of y = x W^T + bias + scaling (x A^T) B^T."""
 
     W: Tensor | PackedWeight
-    """Shape (E, D), dense or in NF4."""
+    """Weight of the base layer, (E, D), dense or in NF4."""
     bias: Tensor | None
-    """Shape (E,)."""
+    """Bias of the base layer, (E,). None for a layer without bias."""
     A: Tensor
-    """Shape (R, D)."""
+    """LoRA's A, (R, D)."""
     B: Tensor
-    """Shape (E, R)."""
+    """LoRA's B, (E, R)."""
     scaling: float
 
 

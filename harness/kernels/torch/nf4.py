@@ -34,7 +34,7 @@ def _numbers() -> tuple[float, ...]:
 
 @cache
 def _words(device: torch.device) -> Tensor:
-    """Return a table, int64 (256,). Entry i holds the two levels of byte i as adjacent float32 numbers."""
+    """Return a table, int64 (256,). Entry i holds the levels of both codes in byte i as adjacent float32 numbers."""
     with torch.inference_mode(False):
         byte = torch.arange(256, device="cpu")
         return torch.stack([levels()[byte >> 4], levels()[byte & 15]], dim=1).view(torch.int64).flatten().to(device)
@@ -199,7 +199,7 @@ def _times_absmax(values: Tensor, absmax: Tensor, block: int, out: Tensor) -> No
 
 
 def _step(block: int, values: int, device: torch.device) -> int:
-    """Return the number of values per piece. A piece has an even number of blocks, so that no byte is split."""
+    """Return how many values to encode or decode at a time: an even number of blocks, so that no byte is split."""
     return 2 * block * max(1, -(-size(values, device) // (2 * block)))
 
 

@@ -148,7 +148,7 @@ def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
 def dequantize(
     packed: Tensor, absmax: Tensor, block: int, shape: Sequence[int], dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
-    """Return level x absmax, computed in float32 and rounded once, as a tensor of `shape` and `dtype`.
+    """Return the decoded values, level x absmax, computed in float32 and rounded once, in the given shape and dtype.
 
     packed, absmax: as returned by `quantize`. out: contiguous memory for the result. Raises ValueError for a block that
     is not a power of two of at least 32, and if the length of `packed` or `absmax` does not fit `shape`.

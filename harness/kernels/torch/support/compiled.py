@@ -52,7 +52,7 @@ _OPTIONS: dict[str, Any] = {
 
 
 class NotCompiled(Exception):  # noqa: N818 - control flow, not an error
-    """Raised where a function would run uncompiled."""
+    """Raised where a function would run uncompiled. `Compiled` catches it."""
 
 
 def only_compiled() -> None:

@@ -215,7 +215,7 @@ def _factors(layer: SharedInputLayer, x: Tensor) -> LoraFactors | None:
 
 
 def _trains(factors: LoraFactors, x: Tensor) -> bool:
-    """Return whether the output requires a gradient. All outputs of one call must agree in this."""
+    """Return whether the output of these factors requires a gradient. All outputs of one call must agree in this."""
     dense = factors.W if isinstance(factors.W, Tensor) else None
     return any(t is not None and t.requires_grad for t in (x, dense, factors.bias, factors.A, factors.B))
 

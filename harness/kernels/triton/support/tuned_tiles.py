@@ -45,7 +45,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def tuned(default: GemmTile, kernel: Any, M: int, N: int, dtype: torch.dtype, device: torch.device) -> GemmTile:
-    """Return the tile for an output (M, N) that the card's table has in place of the default, or the default.
+    """Return the tile that the card's table has for an output (M, N) in place of `default`, or `default` itself.
 
     Raises ValueError for a table with a mistake.
     """
@@ -60,7 +60,7 @@ def stamp(kernel: Any, device: torch.device) -> dict[str, Any]:
 
 
 def tiles(section: Entry) -> dict[_Key, GemmTile]:
-    """Map each key to the tile that replaces its default tile. section: the section `tiles` of a table.
+    """Return the rows of a table's section `tiles` as a dict: key -> the tile that replaces the default tile in the key.
 
     Raises ValueError for a row that is not as expected, for two rows of one bucket, and for an unknown key.
     """
