@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 def most(operation: str, on: str, E: int) -> float:
     """Return the crossover of an Operation for a weight of E rows. Infinity means that all sizes use the fused kernel.
 
-    on: name of the card; empty for the CPU. Each row of a table holds for weights of at least a certain E. Of the rows
-    that hold for the weight, the one with the largest E decides. If no row holds, or if a table lacks the Operation,
+    on: name of the card; empty for the CPU. Each row of a table has an E, and applies to weights with at least E rows.
+    Of the rows that apply, the one with the largest E decides. If no row applies, or if a table lacks the Operation,
     the next table decides. Raises ValueError for a table with a mistake.
     """
     return next(size for table in tables(on) for least, size in limits(table, operation) if least <= E)

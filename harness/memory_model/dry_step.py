@@ -98,7 +98,7 @@ def registry() -> Registry:
 
 
 def longest_batches(cell: Cell, kind: str, answer: int) -> list[Batch]:
-    """Return a batch as a list of its micro-batches. Every text has the maximum length, `max_tokens` tokens.
+    """Return the largest batch of a Cell as a list of its micro-batches. Every text has `max_tokens` tokens.
 
     answer: number of tokens with a loss in each text of a causal model.
     """

@@ -69,7 +69,7 @@ def provider(method: str) -> str:
 
 
 class Search:
-    """A search for several rows at once. All its steps run in one child process."""
+    """A search for the batch, the text length and the rank that fit, for several rows at once in one child process."""
 
     def __init__(self, request: FitRequest, counted: ModelCount, document: Mapping[str, Any]) -> None:
         self.request, self.counted, self.document = request, counted, document

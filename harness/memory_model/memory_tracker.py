@@ -1,8 +1,8 @@
 """Count the bytes of all tensors that exist while a program runs on fake tensors.
 
 A training step repeats the same operations for every block and every trainable tensor. Torch would take several times
-as long to compute each output again, so a cache stores descriptions of the outputs. The cache holds no tensors, because cached
-tensors would never be freed.
+as long to compute each output again, so a cache stores descriptions of the outputs. The cache holds no tensors, because
+cached tensors would never be freed.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ class CountRequest(TypedDict):
     """Kind of the model, `causal` or `encoder`."""
     dtype: str
     methods: dict[str, list[dict[str, Any]]]
-    """Configs to count, by Method."""
+    """Method -> the configs to count."""
     targets: list[str]
     """Layers to adapt for configs without targets. An empty list means every linear layer except the output layer."""
     checkpoint: NotRequired[str]
@@ -38,7 +38,7 @@ class MethodCount(TypedDict, total=False):
     adapter: int
     gradients: int
     optimizer: dict[str, tuple[int, int]]
-    """Bytes of the states of each optimizer, as a pair: on the device, in host memory."""
+    """Optimizer -> bytes of its states, as a pair: on the device, in host memory."""
     step: int
     """Bytes that exist only while the optimizer steps."""
     layerwise: int
@@ -105,4 +105,4 @@ class StepAnswer(TypedDict, total=False):
     """True if another attempt may have another answer: a step took too long, its process died, or a file could not be
     read. Absent otherwise."""
     tried: dict[int, int]
-    """Peak in bytes of each step of a search, by its batch or length. JSON turns the keys into strings."""
+    """Batch or text length of each step of a search -> its peak in bytes. JSON turns the keys into strings."""

@@ -103,7 +103,7 @@ def galore8bit_step(
     W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, M_absmax: Tensor, V: Tensor, V_absmax: Tensor,
     **options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return W, M, M_absmax, V and V_absmax after a step.
+    """Return W, M, M_absmax, V and V_absmax after a step with 8-bit moments.
 
     The arguments are those of `galore_step_`, in any memory layout.
     """

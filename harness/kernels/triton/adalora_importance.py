@@ -1,9 +1,9 @@
 """AdaLoRA's importance scores (arXiv:2303.10512, eqs. 7 to 11) of all layers in two launches.
 
 Plain torch expressions launch some thirty kernels per layer. Here one launch reaches all tensors, whatever their
-shapes, through a table of their addresses. The table is made at each call, because gradients move. In this launch,
-every program updates one tile of averages and sums the tile's importance. The second launch adds these sums, always in
-the same order, and updates the averages of E.
+shapes, through a table of their addresses. The table is made at each call, because gradients get new addresses. In this
+launch, every program updates one tile of averages and sums the tile's importance. The second launch adds these sums,
+always in the same order, and updates the averages of E.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class _AdapterGroup:
         )  # fmt: skip
 
     def outer(self, x: Tensor, S: Tensor, ids: Tensor, which: int) -> list[Tensor]:
-        """Return the gradients of all A or all B, as `which` says. The gradient of an unused adapter is zero.
+        """Return the gradients of all A (if `which` is _A) or all B (if it is _B). They are zero for an unused adapter.
 
         For A, x is the layer's input, and S is scaling dy B. For B, x holds the gradient dy, and S is scaling x A^T.
         """

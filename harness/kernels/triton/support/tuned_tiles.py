@@ -60,7 +60,7 @@ def stamp(kernel: Any, device: torch.device) -> dict[str, Any]:
 
 
 def tiles(section: Entry) -> dict[_Key, GemmTile]:
-    """Return the rows of a table's section `tiles` as a dict: key -> the tile that replaces the default tile in the key.
+    """Return the rows of a table's section `tiles`: key -> the tile that replaces the default tile in the key.
 
     Raises ValueError for a row that is not as expected, for two rows of one bucket, and for an unknown key.
     """
