@@ -1,8 +1,10 @@
-"""Tables of what is faster on a card: crossovers, and tiles of matrix products.
+"""Tables of measured tuning values per card (GPU): crossovers, and tiles of matrix products.
 
-A table is a JSON file in `crossovers/`: `default.json`, or a file with the name of a card (see `file_name`) that
-`peft-harness bench --crossovers` has measured. The environment variable PEFT_HARNESS_CROSSOVERS names a folder whose
-tables come first. So a measured table can be tried without changing the package. This module imports no torch.
+A crossover is the largest size for which an Operation uses its fused kernel; see `harness.kernels.crossover`. A table
+is a JSON file in `crossovers/`: `default.json`, or a file with the name of a card (see `file_name`) that `peft-harness
+bench --crossovers` has measured. If the environment variable PEFT_HARNESS_CROSSOVERS names a folder, the tables in this
+folder take precedence, so that a measured table can be tried without changing the package. This module imports no
+torch.
 """
 
 from __future__ import annotations
@@ -23,19 +25,19 @@ if TYPE_CHECKING:
 
 VARIABLE = "PEFT_HARNESS_CROSSOVERS"
 DEFAULT = "default.json"
-"""Name of the table for cards that have none. It has every crossover, and no tiles."""
+"""File name of the default table. It has every crossover, and no tiles. It supplies what a card's own table lacks."""
 CROSSOVERS = {"nf4_linear": "tokens", "multi_lora_linear": "tokens_per_adapter", "lora_linear": "rank"}
-"""Operation -> the size for which its crossover is stated."""
+"""Operation -> the size that its crossover limits. This is also the key of the crossover in a row of a table."""
 TILES = "tiles"
 _KEYS = ("card", "torch", "triton", *CROSSOVERS, TILES)
 PACKAGED = Path(__file__).with_name("crossovers")
-"""Folder of the tables of this package. A kit and an installed package have their own."""
+"""Folder with the tables that are part of the package."""
 _HINT = "measure the card again by `peft-harness bench --crossovers --out DIR`, or remove the file"
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A value of a table and its place, so that a mistake is reported with its file and key."""
+    """A JSON value in a table, with its file and key, so that error messages can name them."""
 
     file: Path
     key: str
@@ -63,7 +65,7 @@ class Entry:
         return [Entry(self.file, f"{self.key}[{at}]", one) for at, one in enumerate(self.value)]
 
     def integer(self, least: int = 0) -> int:
-        """Return the value as an integer. Raises ValueError if it is none, or smaller than `least`."""
+        """Return the value. Raises ValueError unless it is an integer of at least `least`."""
         if type(self.value) is not int or self.value < least:
             raise self.wrong(f"an integer of at least {least}")
         return self.value
@@ -77,14 +79,20 @@ class Entry:
             raise ValueError(f"{self.file}: {where}: unknown key; {what}; hint: {_HINT}")
 
     def check_distinct(self, keys: Sequence[object], what: str) -> None:
-        """Raise ValueError if two items of this list have the same key. what: name of the key, for the message."""
+        """Raise ValueError if two items of this list have the same key.
+
+        keys: the key of each item. what: name of the key in the error message.
+        """
         for at, key in enumerate(keys):
             if key in keys[:at]:
                 raise self.items()[at].wrong(f"a row with another {what} than row {keys.index(key)}")
 
 
 def file_name(card: str) -> str:
-    """Return the name of a card's table, e.g. `nvidia-h100-80gb-hbm3.json`. card: empty for a CPU, which is `cpu.json`."""
+    """Return the file name of a card's table, such as `nvidia-h100-80gb-hbm3.json`.
+
+    card: name of the GPU. Empty for the CPU, whose table is `cpu.json`.
+    """
     return f"{re.sub('[^a-z0-9]+', '-', card.lower()).strip('-') or 'cpu'}.json"
 
 
@@ -97,12 +105,12 @@ def card(device: torch.device) -> str:
 
 
 _only: tuple[Entry, ...] | None = None
-"""The tables of `in_force`. None outside of it."""
+"""Tables that the context `in_force` has set. None outside of this context."""
 
 
 @contextmanager
 def in_force(*only: Entry) -> Iterator[None]:
-    """Let the kernels read only these tables and the default, on every card. Files of other tables are not read.
+    """Let kernels read only the given tables and `default.json` inside the context, on every card.
 
     A measurement needs this: its result must not depend on a table that was measured before, nor fail because of one.
     """
@@ -118,13 +126,13 @@ def in_force(*only: Entry) -> Iterator[None]:
 
 @cache
 def tables(on: str) -> tuple[Entry, ...]:
-    """Return the tables for a card in the order of precedence; the default comes last.
+    """Return the tables for a card in the order of precedence. The default table comes last.
 
-    They and the variable are read once per process, because every call of a kernel asks. If the folder of the variable
-    has no table for the card, a RuntimeWarning says so.
+    The files and the variable PEFT_HARNESS_CROSSOVERS are read once per process, because every call of a kernel needs
+    the tables. If the variable names a folder without a table for the card, a RuntimeWarning says so.
 
-    on: name of the card. Empty for a CPU: Triton's interpreter then reads `cpu.json` in the folder of the variable, for
-    tests and rehearsals. Raises ValueError for a table that is not JSON, is of another card, or has an unknown key.
+    on: name of the card. Empty for the CPU, on which Triton's interpreter uses `cpu.json`. Raises ValueError for a
+    table that is not JSON, is of another card, or has an unknown key.
     """
     found = [_of_card(file, on) for file in _files(on) if file.is_file()] if _only is None else _only
     return (*found, read(PACKAGED / DEFAULT))

@@ -1,4 +1,6 @@
-"""Per card, the sizes up to which an Operation uses its fused kernel. Above them another way is expected to be faster.
+"""Crossovers: for each card, the largest size for which an Operation uses its fused kernel.
+
+Above this size, another way to compute the Operation is expected to be faster:
 
 | Operation         | size                     | other way                                            |
 |-------------------|--------------------------|------------------------------------------------------|
@@ -22,20 +24,21 @@ if TYPE_CHECKING:
 
 
 def most(operation: str, on: str, E: int) -> float:
-    """Return the largest size for which the fused kernel is used, for a weight of E rows. Infinity means all sizes.
+    """Return the crossover of an Operation for a weight of E rows. Infinity means that all sizes use the fused kernel.
 
-    on: name of the card; empty for a CPU. In a table, the row with the largest E that the weight reaches decides. If a
-    weight reaches no row, or if a table lacks the Operation, the next table decides. Raises ValueError for a table with
-    a mistake.
+    on: name of the card; empty for the CPU. Each row of a table has an E, and applies to weights with at least E rows.
+    Of the rows that apply, the one with the largest E decides. If no row applies, or if a table lacks the Operation,
+    the next table decides. Raises ValueError for a table with a mistake.
     """
     return next(size for table in tables(on) for least, size in limits(table, operation) if least <= E)
 
 
 @cache
 def limits(table: Entry, operation: str) -> list[tuple[int, float]]:
-    """Return the rows of a table for an Operation, as pairs of E and the size, the largest E first.
+    """Return a table's rows for an Operation as pairs (smallest E, crossover), with the largest E first.
 
-    Raises ValueError for a row that is not as expected, for two rows with the same E, and for an unknown key.
+    The result is empty if the table lacks the Operation. Raises ValueError for a row that is not as expected, for two
+    rows with the same E, and for an unknown key.
     """
     if operation not in table:
         return []
@@ -57,8 +60,9 @@ def _size(given: Entry) -> float:
 
 
 def is_lora_fused(rank: int, E: int, mask: torch.Tensor | None, device: torch.device) -> bool:
-    """Return whether a LoRA layer of E outputs is computed by the fused products, on a device with Triton.
+    """Return whether the fused Triton kernel computes a LoRA layer of E outputs. device: a device that supports Triton.
 
-    With a mask it always is: the fused kernel then saves a copy of x, and the crossover was measured without a mask.
+    With a dropout mask, the result is True for every rank: the fused kernel then avoids a masked copy of x, and the
+    crossover was measured without a mask.
     """
     return mask is not None or rank <= most("lora_linear", card(device), E)

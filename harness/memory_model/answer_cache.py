@@ -1,7 +1,8 @@
-"""Cache answers about memory on disk, so that equal requests are answered once. Imports no torch.
+"""Cache on disk for the answers to count requests and step requests, so that equal requests are answered once.
 
-An entry is the file `predictions/KEY.json` in the cache folder. KEY is a hash of all facts that the answer depends on. The
-entry also holds these facts, so that `read` ignores a broken or foreign file, and `write` replaces it.
+An entry is the file `predictions/KEY.json` in the cache folder. KEY is a hash of all facts that the answer depends on.
+The entry also holds these facts, so that `read` ignores a broken or foreign file, and `write` replaces it. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Request = Mapping[str, Any]
 MOST = 4096
 """Largest number of entries, of a few KB each. If there are more, the oldest are removed."""
 _VARIABLES = ("PEFT_HARNESS_COMPILE", "TRITON_INTERPRET")
-"""Environment variables that select the code of a step."""
+"""Environment variables that decide which code a training step runs."""
 
 
 def folder() -> Path:
@@ -107,7 +108,10 @@ def _surroundings() -> dict[str, Any] | None:
 
 
 def _is_own(cell: Mapping[str, Any] | None) -> bool:
-    """Return whether this distribution has the Implementation of a Cell. A request without a Cell uses references."""
+    """Return whether the Implementation of a Cell belongs to this distribution.
+
+    cell: None for a request without a Cell. Such a request uses only references, so the result is True.
+    """
     if cell is None:
         return True
     try:

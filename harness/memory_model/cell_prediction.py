@@ -61,7 +61,10 @@ def _cached(request: Mapping[str, Any], find: Callable[[], Any]) -> Any:
 
 
 def _sha256(parts: Sequence[Batch]) -> str:
-    """Return the SHA-256 of the content of batches, which decides the code of a step: a mask may hide no token."""
+    """Return the SHA-256 of the content of batches.
+
+    The content matters, because a step may run other code if the mask hides no token.
+    """
     digest = hashlib.sha256()
     for part in parts:
         for name, tensor in {**part.inputs, "labels": part.labels}.items():

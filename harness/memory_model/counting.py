@@ -35,11 +35,14 @@ from reference.shared import layers as surgery
 from reference.shared.layers import kind_of
 
 _Counted = tuple[MethodCount, tuple[Any, ...] | None]
-"""Count of one config, and the fields of its `SavedActivations`."""
+"""Count of one config, and the fields of its `SavedActivations`. The fields are None if there is no closed form."""
 
 
 _FACTORIES = (torch.empty, torch.randn, torch.zeros)
-"""torch functions with which Methods create their tensors. Tables of values, such as NF4's levels, come from others."""
+"""torch functions with which Methods create an adapter's tensors. `SkipRandomDraws` creates these on its device.
+
+Tables of values, such as NF4's levels, come from other functions.
+"""
 
 
 class SkipRandomDraws(TorchFunctionMode):

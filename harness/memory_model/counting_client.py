@@ -80,7 +80,10 @@ def _merged(requests: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _part(request: Mapping[str, Any], merged: Mapping[str, Any], counted: Any) -> Any:
-    """Return the answer to a count request from the answer `counted` to the request `merged`."""
+    """Return the answer to `request` from `counted`, the answer to the request `merged`.
+
+    merged: result of `_merged` that includes the Methods and configs of `request`.
+    """
     if "methods" not in counted:
         return counted
     places = {

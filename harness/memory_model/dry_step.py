@@ -60,7 +60,7 @@ class DryStep:
 
 
 class _DecodedAnew(PackedWeight):
-    """A 4-bit weight that is decoded into new memory at every use, as in libraries."""
+    """A 4-bit weight that is decoded into new memory at every use, as in Implementations other than `fused`."""
 
     def in_buffer(self, dtype: torch.dtype) -> Tensor:
         return self.decoded(dtype)
@@ -98,7 +98,7 @@ def registry() -> Registry:
 
 
 def longest_batches(cell: Cell, kind: str, answer: int) -> list[Batch]:
-    """Return a batch as a list of its micro-batches. Every text has the maximum length, `max_tokens` tokens.
+    """Return the largest batch of a Cell as a list of its micro-batches. Every text has `max_tokens` tokens.
 
     answer: number of tokens with a loss in each text of a causal model.
     """
@@ -196,8 +196,8 @@ def _fill(model: nn.Module) -> None:
 def _attached(step: DryStep, model: nn.Module, head: Mapping[str, nn.Parameter]) -> tuple[Adapted, list[Tensor | None]]:
     """Replace layers by 4-bit layers if the Cell has a 4-bit base, and attach the Method.
 
-    Return the adapted model, and a list of tensors to keep during the step. They are as large as the decoded constants
-    that a worker keeps.
+    Return the adapted model, and a list of tensors that must exist during the step. They stand for the decoded
+    quantisation constants that a Cell's worker keeps for a base in nf4-dq.
     """
     cell = step.cell
     config, paths = adapted_layers(model, cell.method, cell.config, head)

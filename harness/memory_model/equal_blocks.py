@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 SMALL = (1, 2)
-"""Numbers of blocks in the two copies."""
+"""Numbers of blocks in the two copies of a model that are counted."""
 Facts = tuple[Mapping[str, Any], ...]
 """Dicts of facts about a model. Each dict maps the names of parts, such as layers or tensors, to values."""
 
@@ -68,13 +68,13 @@ def extrapolate(one: Any, two: Any, blocks: int) -> Any:
 def named_facts(
     model: nn.Module, find: Callable[[], Facts], chosen: Collection[str] = ()
 ) -> tuple[dict[str, Any], ...]:
-    """Return what `find()` returns for the whole model. Call it with only a few blocks in the model, if they are equal.
+    """Return what `find()` returns for the whole model. If its blocks are equal, call `find` with only a few blocks.
 
-    The facts about two blocks give those about any number of blocks, if they give those about three blocks. Otherwise
-    `find` is called with the whole model. find: function that adapts the model, reads facts about its parts, and detaches
-    the adapter. chosen: names of the parameters that `find` selects, e.g. by a regular expression. If they are not the
-    same in each block, a few blocks prove nothing, and `find` is called with the whole model. Raises what `find` raises for
-    the whole model.
+    The facts about two blocks are extrapolated to three blocks. If they agree with what `find` returns for three
+    blocks, they are extrapolated to the whole model. Otherwise `find` is called with the whole model. find: function
+    that adapts the model, reads facts about its parts, and detaches the adapter. chosen: names of the parameters that
+    `find` selects, e.g. by a regular expression. If they are not the same in each block, `find` is called with the
+    whole model. Raises what `find` raises for the whole model.
     """
     path = find_blocks(model, ())
     blocks: Any = model.get_submodule(path) if path else ()
@@ -86,7 +86,7 @@ def named_facts(
 
 
 def _are_in_each_block(names: Collection[str], path: str, blocks: int) -> bool:
-    """Return whether the names in the blocks at `path` are the same for each block."""
+    """Return whether `names` selects the same parts in each of the blocks at `path`. blocks: number of these blocks."""
     inside = [name.removeprefix(f"{path}.").partition(".") for name in names if name.startswith(f"{path}.")]
     ends = {end for _, _, end in inside}
     return len({(number, end) for number, _, end in inside}) == blocks * len(ends)
@@ -107,7 +107,10 @@ def _found_in_first(model: nn.Module, path: str, number: int, find: Callable[[],
 
 
 def _repeated(facts: Facts, path: str, blocks: int) -> list[list[tuple[str, Any]]]:
-    """Return the items of facts about `blocks` blocks. They follow from the facts about the first two blocks at `path`."""
+    """Return the items of the facts about a model with `blocks` blocks, for each dict of facts.
+
+    facts: those about the same model with two blocks at `path`.
+    """
     number = re.compile(rf"(?:^|(?<=\.)){re.escape(path)}\.(\d+)(?=\.|$)")
 
     def block(item: tuple[str, Any]) -> str:

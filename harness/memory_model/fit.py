@@ -71,7 +71,7 @@ class FitRequest:
 
 @dataclass(frozen=True)
 class FitRow:
-    """Result for one Method, base and optimizer."""
+    """A row of the result of `fit`: what fits with one Method, base and optimizer."""
 
     method: str
     base: str
@@ -82,7 +82,9 @@ class FitRow:
     trainable: int = 0
     """Number of trainable parameters."""
     batch: int | None = None
-    """Largest number of texts in a batch that fits. None if the size of activations is unknown."""
+    """Number of texts in a batch: the requested one, or the largest that fits (1 if none fits). None if the size of
+    activations is unknown.
+    """
     longest: int | None = None
     """Number of tokens of the longest text that fits alone at this rank. None if the size of activations is unknown."""
     ledger: Ledger | None = None
@@ -241,7 +243,7 @@ def _rows(request: FitRequest, counted: ModelCount, method: str, tokens: int) ->
 def requested_row(
     request: FitRequest, counted: ModelCount, tokens: int, one: MethodCount, method: str, base: str, optimizer: str
 ) -> FitRow:
-    """Return the row of one rank with the batch that the user asks about."""
+    """Return the row for the batch that the user asks about, at one rank. one: counts of the Method at this rank."""
     needed = _ledger(request, counted, one, method, base, optimizer, tokens * (request.batch or 1))
     left = request.memory.number_B - needed.total
     known = counted["logits"] is not None

@@ -21,35 +21,36 @@ from harness.memory_model.messages import MethodCount, ModelCount, StepAnswer, S
 from harness.methods.spec import methods
 
 _PACKED = "nf4"
-"""Packed base that the change `base` puts in the place of an unpacked one."""
+"""4-bit base that is tried in place of an unpacked base."""
 _EIGHT_BIT = {"adamw": "adamw-8bit", "paged-adamw": "paged-adamw-8bit"}
 """Optimizer -> the optimizer with moments in 8 bits that replaces it."""
 _STEP_ERROR, _FORMULA_ERROR = 0.03, 0.2
 """Largest relative errors of a simulated step and of a closed form in tests. Both leave out the allocator's waste, the
 workspaces of kernels and the CUDA context."""
 _DOUBT = 0.25
-"""Assumed largest relative error of a closed form. If the result is this close to the limit, a step decides. In tests, the
-error is at most 20 %."""
+"""Assumed largest relative error of a closed form. If the result is this close to the limit, a simulated step
+decides. In tests, the error is at most 20 %."""
 
 
 @dataclass(frozen=True)
 class _Change:
-    """A changed training, and its row by closed forms."""
+    """A training with other settings, which might fit, and its closed-form result."""
 
     settings: dict[str, Any]
-    """Changed settings: `checkpointing`, `base`, `optimizer` or `layerwise`."""
+    """Name of each changed setting (`checkpointing`, `base`, `optimizer` or `layerwise`) -> its new value."""
     request: FitRequest
     row: Row
 
 
 def answer(request: FitRequest, counted: ModelCount, document: Mapping[str, Any], *, by_steps: bool) -> dict[str, Any]:
-    """Return the closed-form document of a request with a batch, with the answer.
+    """Return `document` with the answer to a request that has a batch, and with predictions in its rows.
 
-    answer: `yes` if at least one row fits, `no` if none fits, or `unknown` if there is no prediction. Each row gets
-    `fits`, `needed_B`, `free_B`, and `margin_B`, the largest error of the prediction. A row that does not fit also gets
-    `largest_batch`, which is 0 if not even one text fits, and `changes`: the settings that were tried, each with `fits`,
-    `needed_B` and `free_B`. by_steps: predict from training steps on fake tensors. Raises UsageError if this is False
-    and the model has no closed form.
+    document: the closed-form results. answer: `yes` if at least one row fits, `no` if none fits, or `unknown` if there
+    is no prediction. Each row gets `fits`, `needed_B`, `free_B`, and `margin_B`, the largest error of the prediction. A
+    row that does not fit also gets `largest_batch`, which is 0 if not even one text fits, and `changes`: the settings
+    that were tried, each with `fits`, `needed_B` and `free_B`. by_steps: True to predict from training steps on fake
+    tensors, False to predict by closed forms. Raises UsageError if `by_steps` is False and the model has no closed
+    form.
     """
     if not by_steps and not document["activations_known"]:
         what = f"there is no closed form of the activations of {request.model.name}"
@@ -63,7 +64,7 @@ def answer(request: FitRequest, counted: ModelCount, document: Mapping[str, Any]
 
 
 class _Question:
-    """A request with a batch. It predicts the rows, and the changes of the rows that do not fit."""
+    """A request that has a batch, with methods that predict its rows, and find changes for the rows that do not fit."""
 
     def __init__(self, request: FitRequest, counted: ModelCount, document: Mapping[str, Any], by_steps: bool) -> None:
         self.request, self.counted, self.document, self.by_steps = request, counted, document, by_steps
@@ -120,7 +121,7 @@ class _Question:
         return _judged(row | by | {"peak_B": peak, "no_peak": "", "ledger": ledger}, peak, self.room)
 
     def _changes(self, row: Row) -> list[_Change]:
-        """Return the changes that a row allows: each setting alone, checkpointing with each other one, and all together."""
+        """Return the changes that a row allows: each setting alone, checkpointing and one other, and all together."""
         (one,) = (c for c in self.counted["methods"][row["method"]] if c["rank"] == row["rank"] and not c["error"])
         found: dict[str, Any] = {} if self.request.checkpointing else {"checkpointing": True}
         if row["base"] == "none" and _PACKED in one["weights"]:

@@ -64,12 +64,12 @@ def search_by_steps(request: FitRequest, counted: ModelCount, document: Mapping[
 
 @cache
 def provider(method: str) -> str:
-    """Return the implementation that takes the steps of a Method."""
+    """Return the Implementation that takes a Method's steps: `fused` if it supports the Method, else `reference`."""
     return OURS if OURS in discover().names("method", method) else _REFERENCE
 
 
 class Search:
-    """A search for several rows at once. All its steps run in one child process."""
+    """A search for the batch, the text length and the rank that fit, for several rows at once in one child process."""
 
     def __init__(self, request: FitRequest, counted: ModelCount, document: Mapping[str, Any]) -> None:
         self.request, self.counted, self.document = request, counted, document
@@ -94,9 +94,10 @@ class Search:
         ]
 
     def other_ranks(self, row: Row, by_formulas: Row) -> list[int]:
-        """Return other ranks to try for a row.
+        """Return other ranks to try for a row: lower ones if its rank does not fit, else higher ones.
 
-        The list is empty if steps and closed form agree about whether the row's rank fits.
+        The list is empty if steps and closed form agree about whether the row's rank fits. by_formulas: the row's
+        closed-form result.
         """
         tried = [one["rank"] for one in self._ranks(row) if one["rank"] is not None]
         if row["peak_B"] is None or bool(row["because"]) == bool(by_formulas["because"]):
@@ -143,7 +144,10 @@ class Search:
         return {**self.step(row, 1, tokens), "largest": options}
 
     def step(self, row: Row, batch: int, tokens: int) -> StepRequest:
-        """Return the request for a row's step. Every token has a loss, and `fused` provides a 4-bit base."""
+        """Return the request for a training step with a row's Method, rank, base and optimizer.
+
+        Every token has a loss. If the base is in 4 bits, it is that of `fused`.
+        """
         info = methods()[row["method"]]
         targets = {"targets": self.document["targets"]} if "targets" in info.fields else {}
         packed = row["base"] not in ("none", OWN)
@@ -198,9 +202,9 @@ def run_steps(requests: list[StepRequest]) -> list[StepAnswer]:
 
 
 def tried_sizes(row: Row, found: StepAnswer) -> dict[int, int]:
-    """Return the peak in device memory, in bytes, of each batch or length that was tried, by this batch or length.
+    """Map each batch or text length that was tried to the peak in device memory, in bytes.
 
-    The keys in `found` are strings, because it comes from JSON.
+    found: answer to the search of the row. Its keys are strings, because it comes from JSON.
     """
     return {int(number): peak - row["ledger"]["host_B"] for number, peak in found.get("tried", {}).items()}
 

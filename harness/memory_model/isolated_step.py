@@ -151,7 +151,7 @@ def _in_fork(run: Callable[[], int]) -> int | str:
 
 
 def _pickled_result(run: Callable[[], int]) -> bytes:
-    """Return a pickled pair: the result of `run` or why it failed, and new entries of the cache of outputs."""
+    """Return a pickled pair: the result of `run` or why it failed, and its new entries of `memory_tracker.outputs`."""
     os.environ["PEFT_HARNESS_COMPILE"] = "0"
     torch.set_num_threads(1)  # torch's pool of threads exists only in the parent
     before = len(memory_tracker.outputs)

@@ -1,8 +1,8 @@
 """Count the bytes of all tensors that exist while a program runs on fake tensors.
 
-A step repeats the same operations for every block and every trainable tensor. Torch would take several times as long to
-compute each output again, so a cache stores descriptions of the outputs. The cache holds no tensors, because cached
-tensors would never be freed.
+A training step repeats the same operations for every block and every trainable tensor. Torch would take several times
+as long to compute each output again, so a cache stores descriptions of the outputs. The cache holds no tensors, because
+cached tensors would never be freed.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ class _Output(NamedTuple):
 
 
 class _NotCacheable(Exception):  # noqa: N818
-    """Raised for an argument that cannot be part of a key of the cache."""
+    """Raised for an argument that cannot be part of a key of `outputs`, the cache."""
 
 
 outputs: dict[Hashable, _Output] = {}
-"""The cache. It maps the call of an operation to a description of its output. It can be pickled, so that child
-processes can send their entries to the parent."""
+"""Cache of `cached_output`: the call of an operation -> a description of its output. It can be pickled, so that child
+processes can send their entries to the parent.
+"""
 
 
 def cached_output(fake: FakeTensorMode, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -15,7 +15,7 @@ class CountRequest(TypedDict):
     """Kind of the model, `causal` or `encoder`."""
     dtype: str
     methods: dict[str, list[dict[str, Any]]]
-    """Configs to count, by Method."""
+    """Method -> the configs to count."""
     targets: list[str]
     """Layers to adapt for configs without targets. An empty list means every linear layer except the output layer."""
     checkpoint: NotRequired[str]
@@ -32,17 +32,17 @@ class MethodCount(TypedDict, total=False):
     trainable: int
     """Number of trainable parameters."""
     untouched: int
-    """Number of expert weights that do not train."""
+    """Number of weights of experts that neither train nor have an adapter."""
     weights: dict[str, int]
-    """Bytes of everything except the adapter, by base."""
+    """Base (`none`, `nf4`, ...) -> bytes of all tensors except the adapter."""
     adapter: int
     gradients: int
     optimizer: dict[str, tuple[int, int]]
-    """Bytes of the states of each optimizer, as a pair: on the device, in host memory."""
+    """Optimizer -> bytes of its states, as a pair: on the device, in host memory."""
     step: int
     """Bytes that exist only while the optimizer steps."""
     layerwise: int
-    """Bytes of `gradients` and `step` together with layer-wise updates. Only the largest tensor counts then."""
+    """Bytes of `gradients` plus `step` if updates are layer-wise. Only the largest trainable tensor counts then."""
     activations: tuple[int, int] | None
     """Bytes of saved activations per token, as a pair: without and with gradient checkpointing. None for a model
     without a formula."""
@@ -76,7 +76,7 @@ class StepRequest(TypedDict):
     answer: int
     """Number of tokens with a loss in each text."""
     checkpoint: NotRequired[str]
-    """See `CountRequest.checkpoint`."""
+    """Folder with an encoder's checkpoint. Its missing weights train, too. Empty for a model without a checkpoint."""
     largest: NotRequired[SearchOptions]
     """Options of a search for the largest step that fits. Without this key, the request is for one step."""
 
@@ -105,4 +105,4 @@ class StepAnswer(TypedDict, total=False):
     """True if another attempt may have another answer: a step took too long, its process died, or a file could not be
     read. Absent otherwise."""
     tried: dict[int, int]
-    """Peak in bytes of each step of a search, by its batch or length. JSON turns the keys into strings."""
+    """Batch or text length of each step of a search -> its peak in bytes. JSON turns the keys into strings."""

@@ -21,7 +21,7 @@ _CAUSAL = ("ForCausalLM", "LMHeadModel")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model without weights."""
+    """A model without weights: its name and its config.json."""
 
     name: str
     config: dict[str, Any]

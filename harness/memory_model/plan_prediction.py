@@ -22,20 +22,23 @@ if TYPE_CHECKING:
     from harness.assets.table import Source
 
 _SAME = {"lr": 1e-3, "head_lr": None, "warmup": 0, "weight_decay": 0.0}
-"""Training options that do not change the memory of a step."""
+"""Training options that do not change the memory of a step -> the value that they get in a step request. Cells that
+differ only in these options then share one step.
+"""
 
 
 class PlannedMemory(Predicted):
-    """Prediction for a Cell of a plan."""
+    """Predicted memory of one Cell of a plan."""
 
     trainable: int
     """Number of trainable parameters, counted with the reference of the Cell's Method."""
 
 
 def count_request(cell: Cell, config: Mapping[str, Any], kind: str, labels: int, checkpoint: str = "") -> CountRequest:
-    """Return the request for one Cell.
+    """Return the request to count the bytes of one Cell's model and Method.
 
-    labels: number of an encoder's labels. checkpoint: as in `CountRequest`.
+    config: content of the model's config.json. labels: number of an encoder's labels. checkpoint: folder with an
+    encoder's checkpoint; empty if there is none.
     """
     facts = shapes.with_classes(config, labels) if kind == "encoder" else dict(config)
     return {
@@ -51,8 +54,8 @@ def prediction(cell: Cell, counted: ModelCount, *, on_cpu: bool = False, every_t
     token has a loss (`loss: all`), as in the task `synthetic`.
 
     Activations and logits are predicted for texts with `max_tokens` tokens. This is an upper bound, and exact for
-    `synthetic`. Both are None for a compiled model and for a foreign training loop. Logits are None for a task with a
-    loss on answers only.
+    `synthetic`. Both are None for a compiled model, and for a training loop other than the harness's own. Logits are
+    None for a task with a loss on answers only.
     """
     if error := counted.get("error"):
         return str(error)
@@ -144,7 +147,7 @@ def _answer_tokens(cell: Cell, every_token: bool) -> int:
 def _local_model(source: Source) -> tuple[dict[str, Any], str] | str:
     """Return a model's config.json and the folder of its weights, or the reason why they cannot be read.
 
-    The folder is empty for a shape, which has no weights.
+    The folder is an empty string for a model that is only a shape, without weights.
     """
     try:
         if (here := fetch.local_folder(source)) is None:

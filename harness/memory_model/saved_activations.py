@@ -15,8 +15,8 @@ _PART = {
     "self_attn.q_proj": 1, "self_attn.k_proj": 1, "self_attn.v_proj": 1, "self_attn.o_proj": 2, "mlp.gate_proj": 3,
     "mlp.up_proj": 3, "mlp.down_proj": 4,
 }  # fmt: skip
-"""Number of parts of a block (norm, attention, norm, MLP) that are complete when a layer begins, by the layer's
-path."""
+"""Path of a layer in a Llama's block -> number of the block's parts (norm, attention, norm, MLP) that are complete when
+the layer begins."""
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 

@@ -10,7 +10,7 @@ UNITS = {
 }  # fmt: skip
 _FORM = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<unit>[A-Za-z]*)\s*", re.ASCII)
 DIGITS, _MAX_B = 20, 2**60
-"""Limits of a valid size: the number of digits, and the number of bytes."""
+"""Largest number of digits and largest number of bytes of a valid size."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Compute the bytes of 4-bit weights and of optimizer states, by the formulas of the references."""
+"""Compute the bytes of 4-bit weights and of optimizer states, by the formulas of the reference code."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def adamw_bytes(numels: Iterable[int], name: str, dtype: torch.dtype) -> tuple[i
 
 
 def optimizer_bytes(adapted: Adapted, trains: Sequence[nn.Parameter], dtype: torch.dtype) -> dict[str, tuple[int, int]]:
-    """Return the bytes of each optimizer that the Method supports, as a pair: on the device, in host memory.
+    """Map each optimizer that the Method supports to the bytes of its state, as a pair: on the device, in host memory.
 
     Raises TypeError if the Method has its own optimizer and the state of this optimizer is unknown.
     """

@@ -161,7 +161,7 @@ def _end_with(parent: int) -> None:
 
 
 def enter(table: Table, verdicts: list[KernelVerdict], version: str, architecture: int, *, replace_all: bool) -> None:
-    """Write the measured numbers of registers into `table`.
+    """Write the measured numbers of registers for one architecture and version of Triton into `table`.
 
     replace_all: True to drop the entries of specimens that no longer exist.
     """

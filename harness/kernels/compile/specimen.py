@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["streaming", "gemm", "other"]
-"""`streaming`: the kernel must load and store 128 bits at a time. `gemm`: the kernel must use matrix instructions. No
-kernel of any kind may spill registers.
+"""What the machine code of a kernel must contain. `streaming`: loads and stores of 128 bits. `gemm`: matrix
+instructions. `other`: nothing in particular. No kernel of any kind may spill registers.
 """
 
 

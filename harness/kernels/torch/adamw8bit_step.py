@@ -70,7 +70,7 @@ def adamw8bit_step_(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> None:
-    """Take step number `step`, in place. The first step is 1.
+    """Take step number `step` of AdamW, in place. The first step is 1.
 
     p, g: of one shape and any floating dtype. m, v: uint8 codes, flat, one per element. m_absmax, v_absmax: float32,
     one per block of 256. The step computes in float64 if p is float64, else in float32, and rounds p once. t is the
@@ -106,7 +106,7 @@ def adamw8bit_step_(
 def firsts(n: int, chunk: int) -> Sequence[int]:
     """Return the index of the first element of each chunk. n: number of elements. chunk: elements per chunk.
 
-    The memory model replaces this function, so that few chunks run.
+    `harness.memory_model.dry_step` replaces this function, so that a simulated step runs only a few chunks.
     """
     return range(0, n, chunk)
 
@@ -120,7 +120,10 @@ def update(
     p: Tensor, g: Tensor, M: Tensor, V: Tensor,
     *, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> Tensor:  # fmt: skip
-    """Return p after the step, and update M and V in place. All tensors have the dtype of the arithmetic."""
+    """Return p after a step of AdamW, and update the moments M and V in place.
+
+    All tensors have the dtype `working_dtype(p)`, in which the step computes.
+    """
     M.mul_(betas[0]).add_(g, alpha=1 - betas[0])
     V.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
     denominator = V.sqrt().div_(math.sqrt(1 - betas[1] ** step)).add_(eps)

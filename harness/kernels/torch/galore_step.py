@@ -28,7 +28,7 @@ OVERSAMPLE = 10
 def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
     """Return two bools: whether an (m, n) matrix is projected on the left, and whether it is projected on the right.
 
-    Raises ValueError for an unknown side.
+    side: `std`, `reverse_std`, `paper`, `left`, `right` or `full` (both sides). Raises ValueError for another side.
     """
     rules = {
         "std": (m < n, m >= n),
@@ -103,7 +103,7 @@ def galore8bit_step(
     W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, M_absmax: Tensor, V: Tensor, V_absmax: Tensor,
     **options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return W, M, M_absmax, V and V_absmax after a step.
+    """Return W, M, M_absmax, V and V_absmax after a step with 8-bit moments.
 
     The arguments are those of `galore_step_`, in any memory layout.
     """
@@ -164,9 +164,10 @@ def adam_step_(
     p: Tensor, g: Tensor, M: Tensor, V: Tensor, *, step: int, lr: float, betas: tuple[float, float], eps: float,
     weight_decay: float, M_absmax: Tensor | None = None, V_absmax: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Take the step of `galore_step_` without a subspace, in place.
+    """Update p, M and V in place by one Adam step, as `galore_step_` does, but without a projection.
 
-    p: any shape. M, V: contiguous moments, or 8-bit codes if M_absmax and V_absmax are given.
+    p: parameter of any shape. g: its gradient. M, V: contiguous moments, or 8-bit codes if M_absmax and V_absmax are
+    given.
     """
     # torch's AdamW, and ours in 8 bits, add eps to sqrt(V / (1 - beta2^t)), and apply weight decay before the update.
     decay, eps = 1 - lr * weight_decay, eps / math.sqrt(1 - betas[1] ** step)

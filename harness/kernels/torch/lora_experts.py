@@ -25,18 +25,21 @@ from harness.kernels.torch.support.packed_weight import PackedStack, PackedWeigh
 
 @dataclass(frozen=True)
 class StackedLinear:
-    """One weight of all experts, and the factors of its update."""
+    """One linear layer of all experts: the stacked weights, the biases and LoRA's factors.
+
+    The module's docstring explains the letters of shapes.
+    """
 
     weight: Tensor | PackedWeight
-    """(K, E, D), or (K, D, E) if `transposed`."""
+    """Weights of the experts: (K, E, D), or (K, D, E) if `transposed`."""
     A: Tensor
-    """(K R, D): the R rows of an expert are adjacent."""
+    """LoRA's A of all experts: (K R, D), where the R rows of an expert are adjacent."""
     B: Tensor
-    """(E, R K): the K columns of a rank are adjacent."""
+    """LoRA's B of all experts: (E, R K), where the K columns of a rank are adjacent."""
     scaling: float
     transposed: bool = False
     bias: Tensor | None = None
-    """(K, E)."""
+    """Biases of the experts: (K, E). None for a layer without bias."""
 
     @property
     def experts(self) -> int:
@@ -49,7 +52,7 @@ class StackedLinear:
         return self.weight.transpose(1, 2) if self.transposed else self.weight
 
     def __call__(self, x: Tensor, counts: Tensor) -> Tensor:
-        """Return the output (P, E) for rows x (P, D), which are sorted by expert. counts: the rows of each expert."""
+        """Return the output (P, E) for rows x (P, D) sorted by expert. counts: number of rows of each expert, (K,)."""
         K, W = self.experts, self._weight()
         A, B = self.A.view(K, -1, self.A.shape[1]), self.B.view(len(self.B), -1, K).permute(2, 0, 1)
         y = grouped_lora_linear(x, W, A, B, self.scaling, counts)
@@ -57,7 +60,7 @@ class StackedLinear:
 
 
 class _GroupedLora(torch.autograd.Function):
-    """Computes x W_k^T + scaling x A_k^T B_k^T for the rows of each expert k."""
+    """Autograd function that computes x W_k^T + scaling x A_k^T B_k^T for the rows of each expert k."""
 
     @staticmethod
     def forward(
@@ -107,12 +110,12 @@ class _GroupedLora(torch.autograd.Function):
 
 
 def _matrices(W: Tensor | PackedStack, dtype: torch.dtype) -> Callable[[int], Tensor]:
-    """Return a function that returns the matrix (E, D) of an expert, for immediate use."""
+    """Return a function that maps an expert's number to its matrix (E, D). The next call may overwrite this matrix."""
     return W.matrices(dtype) if isinstance(W, PackedStack) else W.__getitem__
 
 
 def _slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Yield each expert that has rows, and the slice of its rows."""
+    """Yield the number of each expert that has rows, and the slice of its rows. counts: number of rows per expert."""
     begin = 0
     for k, count in enumerate(counts):
         if count:
@@ -125,11 +128,11 @@ def grouped_lora_linear(
 ) -> Tensor:
     """Return x_p W_k^T + scaling x_p A_k^T B_k^T for each row p of expert k, shape (P, E).
 
-    Shapes: x (P, D) sorted by expert, W (K, E, D), A (K, R, D), B (K, E, R), counts (K,) with the rows of each expert.
-    The tensors have one floating dtype, and any strides. A packed W is decoded in every pass: torch decodes expert by
-    expert, and Triton decodes the whole stack. The result is differentiable in x, A, B and a dense W: twice in torch; in
-    Triton once, and W must be frozen. Raises ValueError if the counts do not add up to P. On a GPU, Triton does not
-    look at the counts.
+    Shapes: x (P, D) sorted by expert, W (K, E, D), A (K, R, D), B (K, E, R), counts (K,). counts: number of rows of
+    each expert. The tensors have one floating dtype, and any strides. A packed W is decoded in every pass: torch
+    decodes expert by expert, and Triton decodes the whole stack. The result is differentiable in x, A, B and a dense W:
+    twice in torch; in Triton once, and W must be frozen. Without Triton, raises ValueError if the counts do not add up
+    to P.
     """
     stored = W.weight.packed if isinstance(W, PackedStack) else W
     if multiplied_by_triton(x, stored, A, B) and frozen(stored):
@@ -144,7 +147,10 @@ def grouped_lora_linear(
 
 
 class _Reordered(torch.autograd.Function):
-    """Returns row order[p] // copies of t for each p. Backward sums the gradients of the copies in a fixed order."""
+    """Autograd function whose output row p is row order[p] // copies of t.
+
+    The backward pass sums the gradients of the copies of a row in a fixed order.
+    """
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
@@ -169,9 +175,9 @@ def routed_experts(
 ) -> Tensor:
     """Return sum_n weights[t, n] down_k(activate(up_k(x_t))) with k = chosen[t, n], shape (T, D).
 
-    Shapes: x (T, D), chosen and weights (T, N). activate: maps the output of `up` to the input of `down`, row by row.
-    Two calls return the same bits. Raises ValueError for the number of an expert that does not exist; on a GPU, only
-    without Triton.
+    Shapes: x (T, D), chosen and weights (T, N). chosen: numbers of the experts of each token. activate: maps the output
+    of `up` to the input of `down`, row by row. Two calls return the same bits. Raises ValueError for the number of an
+    expert that does not exist, if `chosen` is on the CPU.
     """
     K, N, flat = up.experts, chosen.shape[1], chosen.reshape(-1)
     order = flat.argsort(stable=True)
@@ -187,7 +193,7 @@ def routed_experts(
 
 
 def gated(gate_up: Tensor) -> Tensor:
-    """Return silu(gate) * up (P, H) for rows (P, 2 H) with the gate before up."""
+    """Return silu(gate) * up, shape (P, H). gate_up (P, 2 H): the H columns of gate, then the H columns of up."""
     gate, up = gate_up.chunk(2, dim=-1)
     return silu(gate) * up
 
@@ -199,10 +205,10 @@ def lora_experts(
 ) -> Tensor:  # fmt: skip
     """Return the output (T, D) of gated experts with LoRA on both weights.
 
-    Shapes: x (T, D), chosen and weights (T, N), gate_up (K, 2 H, D), down (K, D, H); if `transposed`, gate_up (K, D, 2 H)
-    and down (K, H, D). A and B are packed: gate_up_A (K R, D), gate_up_B (2 H, R K), down_A (K R, H), down_B (D, R K);
-    see `StackedLinear`. The tensors have one floating dtype, or get it from autocast. Differentiable in all of them, as
-    `grouped_lora_linear`.
+    Shapes: x (T, D), chosen and weights (T, N), gate_up (K, 2 H, D), down (K, D, H); if `transposed`, gate_up (K, D, 2
+    H) and down (K, H, D). A and B are packed: gate_up_A (K R, D), gate_up_B (2 H, R K), down_A (K R, H), down_B (D, R
+    K); see `StackedLinear`. The floating tensors have one dtype, or get it from autocast. The result is differentiable
+    in `weights`, and in the other floating tensors as the result of `grouped_lora_linear` is.
     """
     up = StackedLinear(gate_up, gate_up_A, gate_up_B, scaling, transposed)
     return routed_experts(x, chosen, weights, up, StackedLinear(down, down_A, down_B, scaling, transposed), gated)

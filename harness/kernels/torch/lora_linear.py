@@ -69,8 +69,8 @@ def lora_linear(
 
     Shapes: x (..., D), W (E, D), bias (E,), A (R, D), B (E, R). mask has the shape of x, or is None. All tensors have
     one dtype, or get it from autocast. The result is twice differentiable in all tensors but the mask. In Triton, the
-    result is differentiable only once, and a second derivative raises RuntimeError. Triton computes ranks up to the
-    crossover of the card; see `harness.kernels.crossover`.
+    result is differentiable only once, and a second derivative raises RuntimeError. Without a mask, Triton is used only
+    up to a rank that depends on the card; see `harness.kernels.crossover`.
     """
     if multiplied_by_triton(x, W, A, B) and frozen(W, bias) and is_lora_fused(len(A), len(W), mask, x.device):
         from harness.kernels.triton import lora_linear as gpu

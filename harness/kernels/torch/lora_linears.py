@@ -24,21 +24,22 @@ class LoraFactors:
     """Factors of y = x W^T + bias + scaling (x A^T) B^T."""
 
     W: Tensor | PackedWeight
-    """Shape (E, D), dense or in NF4."""
+    """Weight of the base layer, (E, D), dense or in NF4."""
     bias: Tensor | None
-    """Shape (E,)."""
+    """Bias of the base layer, (E,). None for a layer without bias."""
     A: Tensor
-    """Shape (R, D)."""
+    """LoRA's A, (R, D)."""
     B: Tensor
-    """Shape (E, R)."""
+    """LoRA's B, (E, R)."""
     scaling: float
 
 
 class _LoraLinears(torch.autograd.Function):
-    """The layers, computed from As (ranks, D), the stacked A of all layers, each multiplied by its scaling.
+    """Autograd function that computes all layers from As: the A of each layer times its scaling, stacked.
 
-    S = x As^T, dx += dS As and dAs = dS^T x are then one product each. As As includes the scaling, no tensor with a row
-    per token needs to be scaled. The Function saves x and S (T, ranks).
+    As is (ranks, D), where `ranks` is the sum of the layers' ranks. S = x As^T, dx += dS As and dAs = dS^T x are then
+    one product each. As As includes the scaling, no tensor with a row per token needs to be scaled. The Function saves
+    x and S (T, ranks).
     """
 
     @staticmethod
@@ -107,7 +108,7 @@ class _LoraLinears(torch.autograd.Function):
 
 
 def _scaled(layers: Sequence[LoraFactors]) -> Tensor:
-    """Return scaling A of all layers, stacked: (ranks, D)."""
+    """Return scaling * A of every layer, stacked along the rows, (sum of the ranks, D)."""
     return torch.cat([one.A if one.scaling == 1 else one.A * one.scaling for one in layers])
 
 
@@ -130,8 +131,8 @@ def lora_linears(x: Tensor, layers: Sequence[LoraFactors], precomputed: dict[Any
 
     x is (..., D). All tensors have one dtype. The results are twice differentiable in x, bias, A, B and every dense W.
     In Triton they are differentiable once. All outputs belong to one node of the graph, so that a backward pass through
-    one of them frees the saved tensors of all. precomputed: a dict that holds outputs which are not used yet. A
-    backward pass clears this dict.
+    one of them frees the saved tensors of all. precomputed: dict in which the caller keeps outputs for later use. The
+    backward pass clears this dict, because these outputs have lost their saved tensors.
     """
     precomputed = {} if precomputed is None else precomputed
     dense = [(one.W, one.bias, one.A, one.B, one.scaling) for one in layers if isinstance(one.W, Tensor)]
@@ -148,10 +149,11 @@ def lora_linears(x: Tensor, layers: Sequence[LoraFactors], precomputed: dict[Any
 
 
 def factors_over(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> LoraFactors | None:
-    """Return the factors of LoRA over this base. If the base itself must be called, return None.
+    """Return the factors of a LoRA layer on `base`, or None if the weight of `base` cannot be used directly.
 
-    The result is also None if the base is in NF4 and Triton multiplies. Another kernel then decodes, multiplies and
-    adds.
+    It cannot be used under autocast and torch.compile, and if the base has hooks, another type than nn.Linear and
+    `Nf4Linear`, or another dtype than x, A and B. The result is also None if the base is in NF4 and Triton multiplies,
+    because Triton has a kernel for a single such layer (`nf4_lora_linear`).
     """
     inner: Any = base
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():

@@ -20,10 +20,10 @@ def adapted_linears(
     scalings: Sequence[float],
     ms: Sequence[Tensor] | None,
 ) -> list[Tensor]:
-    """Return x W^T + bias + scaling (x A^T) B^T, shape (..., E), for each layer, or DoRA's output if there are ms.
+    """Return x W^T + bias + scaling (x A^T) B^T, shape (..., E), for each layer, or DoRA's output if `ms` is given.
 
-    With LoRA, all layers read x once, and one pass sums their gradients of x. Each list has one item per layer: W (E, D),
-    bias (E,), A (R, D), B (E, R), m (E,). All tensors have one dtype, or get it from autocast.
+    With LoRA, all layers read x once, and one pass sums their gradients of x. Each list has one item per layer: W (E,
+    D), bias (E,), A (R, D), B (E, R), m (E,). All tensors have one dtype, or get it from autocast.
     """
     own: Sequence[Tensor | None] = [None] * len(Ws) if biases is None else biases
     if ms is None:

@@ -26,9 +26,10 @@ Rows = slice | Tensor
 
 
 def groups(ids: Tensor, adapters: int) -> dict[int, list[int]]:
-    """Map each used adapter to the indices of its sequences, ascending.
+    """Map the number of each adapter in `ids` to the indices of its sequences, in ascending order.
 
-    Raises ValueError for an id that is neither an adapter nor -1.
+    ids: number of each sequence's adapter, or -1 for none. adapters: number of adapters. Raises ValueError for an id
+    that is neither an adapter nor -1.
     """
     members: dict[int, list[int]] = {}
     for n, i in enumerate(ids.tolist()):
@@ -40,7 +41,7 @@ def groups(ids: Tensor, adapters: int) -> dict[int, list[int]]:
 
 
 def _rows(members: list[int], device: torch.device) -> Rows:
-    """Return a slice if the sequences are adjacent in the batch, else a tensor with their indices."""
+    """Return the indices of an adapter's sequences: a slice if they are adjacent in the batch, else a tensor."""
     first, after = members[0], members[-1] + 1
     return slice(first, after) if after - first == len(members) else torch.tensor(members, device=device)
 
@@ -65,7 +66,7 @@ def _add(to: Tensor, rows: Rows, low: Tensor, high: Tensor, scaling: float) -> N
 class _MultiLora(torch.autograd.Function):
     """The layer as a function of x (N, T, D), W (E, D), and the As and the Bs of the used adapters.
 
-    members: for each used adapter, its sequences.
+    members: for each used adapter, the indices of its sequences, as `_rows` returns them.
     """
 
     @staticmethod
@@ -143,14 +144,14 @@ def multi_lora_linear(
 def _groups_above_crossover(
     x: Tensor, W: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], ids: Tensor
 ) -> dict[int, list[int]] | None:
-    """Return the `groups` if products per adapter are expected to be faster than one launch of Triton, else None.
+    """Return the result of `groups` if `products_per_adapter` is expected to be faster than Triton, else None.
 
-    They are if the used adapters have more tokens on average than the crossover of the card; see
-    `harness.kernels.crossover`. Triton computes the call in any case if
+    It is expected to be faster if the used adapters have more tokens on average than the crossover of the card; see
+    `harness.kernels.crossover`. The result is None in any case if
 
     - the ids are on the GPU, or the sequences of an adapter are not adjacent: the host would have to wait;
-    - float32 is multiplied on a GPU;
-    - an unused adapter trains: it needs a gradient of zeros, and torch would give it none.
+    - the tensors are float32 on a GPU;
+    - an unused adapter trains: it needs a gradient of zeros, and `products_per_adapter` would give it none.
     """
     limit = most("multi_lora_linear", card(x.device), len(W))
     if limit == inf or ids.device.type != "cpu" or not multiplied_by_triton(x):

@@ -24,7 +24,7 @@ from harness.kernels.torch.support.chunks import for_each, size
 from harness.kernels.torch.support.huge_pages import empty
 
 _CELLS = 32
-"""Number of cells per unit of the axis. It is a power of two, so that multiplying by it is exact."""
+"""Number of cells per interval of length 1, for encoding. It is a power of two, so that multiplying by it is exact."""
 
 
 @cache
@@ -34,7 +34,7 @@ def _numbers() -> tuple[float, ...]:
 
 @cache
 def _words(device: torch.device) -> Tensor:
-    """Return a table, int64 (256,). Entry i holds the two levels of byte i as adjacent float32 numbers."""
+    """Return a table, int64 (256,). Entry i holds the levels of both codes in byte i as adjacent float32 numbers."""
     with torch.inference_mode(False):
         byte = torch.arange(256, device="cpu")
         return torch.stack([levels()[byte >> 4], levels()[byte & 15]], dim=1).view(torch.int64).flatten().to(device)
@@ -42,7 +42,7 @@ def _words(device: torch.device) -> Tensor:
 
 @cache
 def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (lower, border), with one entry for each cell of the axis.
+    """Return the tables (lower, border) for encoding, with one entry for each cell of the axis from -1 to 1.
 
     lower: the code at the cell's lower end (uint8). border: the next midpoint above that end (float32). Cell i covers i
     / 32 - 1 to (i + 1) / 32 - 1. Levels are at least 0.079 apart, so that a cell has at most one midpoint. Near a
@@ -105,7 +105,7 @@ def _encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int) -> None:
 def dequantize(
     packed: Tensor, absmax: Tensor, block: int, shape: Sequence[int], dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
-    """Return level x absmax, computed in float32 and cast once, as a tensor of `shape` and `dtype`.
+    """Return the decoded values, level x absmax, computed in float32 and cast once, in the given shape and dtype.
 
     packed, absmax: as returned by `quantize`. out: contiguous memory for the result, with the same number of elements
     and the same dtype. Raises ValueError if the length of `packed` or `absmax` does not fit `shape`.
@@ -199,7 +199,7 @@ def _times_absmax(values: Tensor, absmax: Tensor, block: int, out: Tensor) -> No
 
 
 def _step(block: int, values: int, device: torch.device) -> int:
-    """Return the number of values per piece. A piece has an even number of blocks, so that no byte is split."""
+    """Return how many values to encode or decode at a time: an even number of blocks, so that no byte is split."""
     return 2 * block * max(1, -(-size(values, device) // (2 * block)))
 
 

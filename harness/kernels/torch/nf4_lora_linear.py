@@ -70,8 +70,9 @@ def packed_lora_linear(
 
     Shapes: x (..., D), A (R, D), B (E, R), all of one dtype. mask: None, or a tensor in the shape of x with the values
     0 and 1 / (1 - p). The result is twice differentiable in x, A, B and bias. In Triton, the result is differentiable
-    only once, and a second derivative raises RuntimeError. Up to the crossover of `lora_linear`, Triton multiplies by
-    the decoded W. Under autocast and under torch.compile, plain torch operations compute the result.
+    only once, and a second derivative raises RuntimeError. Without a mask, Triton multiplies only up to the rank at
+    which `lora_linear` changes from Triton to torch; see `harness.kernels.crossover`. Under autocast and under
+    torch.compile, plain torch operations compute the result.
     """
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         masked = x if mask is None else x * mask

@@ -82,7 +82,7 @@ class SharedProjection:
         self._last: tuple[Any, tuple[Any, ...], Any, Tensor] | None = None
 
     def __reduce__(self) -> Any:
-        """Let a copy of the cache be empty."""
+        """Return what pickle and copy need to make an empty cache."""
         return SharedProjection, ()
 
     def __call__(self, x: Tensor, A: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """AdaLoRA's importance scores (arXiv:2303.10512, eqs. 7 to 11) of all layers in two launches.
 
 Plain torch expressions launch some thirty kernels per layer. Here one launch reaches all tensors, whatever their
-shapes, through a table of their addresses. The table is made at each call, because gradients move. In this launch,
-every program updates one tile of averages and sums the tile's importance. The second launch adds these sums, always in
-the same order, and updates the averages of E.
+shapes, through a table of their addresses. The table is made at each call, because gradients get new addresses. In this
+launch, every program updates one tile of averages and sums the tile's importance. The second launch adds these sums,
+always in the same order, and updates the averages of E.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _weights(
     """Update one tile of the averages of one A or B, and store sums of I U.
 
     jobs: three numbers per program: the layer; the row of A, or -1 for B; the number of the tile. sums: `columns`
-    numbers per program.
+    numbers per program. For A, the first one is the sum over the tile. For B, there is one sum per rank.
     """
     job = tl.program_id(0).to(tl.int64)
     row = table + tl.load(jobs + 3 * job).to(tl.int64) * _COLUMNS

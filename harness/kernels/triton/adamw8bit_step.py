@@ -78,7 +78,7 @@ def adamw8bit_step(
 def adamw8bit_step_(
     p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, **options: Any
 ) -> None:
-    """Take step number `step`, in place. The first step is 1.
+    """Take step number `step` of AdamW, in place. The first step is 1.
 
     p, g: of one shape, in float32, bfloat16 or float16. m: uint8 codes of the signed dynamic map, one per element. v:
     uint8 codes of the unsigned map, one per element. m_absmax, v_absmax: float32, one per block of 256. options: step,

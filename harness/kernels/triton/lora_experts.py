@@ -1,9 +1,9 @@
 """LoRA's linear layer for many experts on a GPU, in one launch for all experts per product.
 
 Rows are sorted by expert. A table, made on the device, gives each program its expert and its rows, so the host never
-waits. The update is added in the accumulator of the frozen product, forward and backward. Each sum has a fixed order
-and uses no atomics. An expert's offset in its stack is int64: a stack may have more than 2**31 elements. In shapes, P
-is the number of rows, K the experts, D and E the input and output features, R the rank.
+waits. Forward and backward, the low-rank update is added in the accumulator of the product with the frozen weight. Each
+sum has a fixed order and uses no atomics. An expert's offset in its stack is int64: a stack may have more than 2**31
+elements. In shapes, P is the number of rows, K the experts, D and E the input and output features, R the rank.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def grouped_product(
 ):  # fmt: skip
     """Compute one tile of `out` (P, N): left @ right[e] + scale S @ T[e], for some rows of one expert e.
 
-    left is (P, K), right (experts, K, N), S (P, R), T (experts, R, N). S and T may be None. table: for each group of
-    rows its expert, its first row, and the end of the expert's rows.
+    left is (P, K), right (experts, K, N), S (P, R), T (experts, R, N). S and T may be None. table: three numbers for
+    each group of rows: its expert, its first row, and the end of the expert's rows.
     """
     place = table + tl.program_id(0) * 3
     expert, first, end = tl.load(place), tl.load(place + 1), tl.load(place + 2)
@@ -81,9 +81,11 @@ def grouped_outer(
 
 
 def _table(counts: Tensor, rows: int, block: int) -> Tensor:
-    """Return the table of `grouped_product`, int64 (groups, 3). Unused groups have an expert that does not exist.
+    """Return the table of `grouped_product`, int64 (groups, 3). A group has at most `block` rows of one expert.
 
-    counts: the rows of each expert. block: the rows of a group. There are as many groups as any counts need.
+    counts: number of rows of each expert. rows: sum of the counts. The number of groups does not depend on the single
+    counts, so that the host need not know them. Groups that are left over have the expert len(counts), which does not
+    exist.
     """
     number = torch.arange(triton.cdiv(rows, block) + len(counts), device=counts.device)
     groups, ends = (counts + block - 1) // block, counts.cumsum(0)
@@ -134,13 +136,16 @@ def _outer(left: Tensor, right: Tensor, ends: Tensor, scale: float, out: Tensor,
 
 
 class _Groups:
-    """The rows of each expert in one call, and the launches of the products over them."""
+    """The number of rows of each expert in one call, and the products over these rows."""
 
     def __init__(self, counts: Tensor, rows: int) -> None:
         self.counts, self.rows, self.ends = counts, rows, counts.cumsum(0)
 
     def product(self, left: Tensor, right: Tensor, *term: Tensor, scale: float = 1.0) -> Tensor:
-        """Return left @ right[e] + scale S @ T[e] with term = (S, T), or scale left @ right[e] without a term."""
+        """Return left @ right[e] + scale S @ T[e] for the rows of each expert e.
+
+        term: the tensors S and T. Without them, return scale left @ right[e].
+        """
         tile = gemm_tile(-(-self.rows // len(right)), right.shape[2], left.dtype, left.device, crowded=True)
         out = left.new_empty(len(left), right.shape[2])
         S, T = term or (None, None)
@@ -148,7 +153,7 @@ class _Groups:
         return out
 
     def outer(self, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
-        """Return scale left^T @ right for the rows of each expert, (K, M, N). Without rows, an expert's part is zero."""
+        """Return scale left^T @ right for the rows of each expert, (K, M, N). It is zero for an expert without rows."""
         tile = gemm_tile(left.shape[1], right.shape[1], left.dtype, left.device, crowded=True)
         out = left.new_empty(len(self.ends), left.shape[1], right.shape[1])
         _outer(left, right, self.ends, scale, out, tile).run()
@@ -192,9 +197,9 @@ def grouped_lora_linear(
 ) -> Tensor:
     """Return x_p W_k^T + scaling x_p A_k^T B_k^T for each row p of expert k, shape (P, E).
 
-    Shapes: x (P, D) sorted by expert, W (K, E, D), A (K, R, D), B (K, E, R), counts (K,) with the rows of each expert,
-    whose sum must be P. The tensors have one dtype, float32, bfloat16 or float16, and any strides. Differentiable once,
-    in x, A and B. Raises ValueError for another dtype of W, A or B.
+    Shapes: x (P, D) sorted by expert, W (K, E, D), A (K, R, D), B (K, E, R), counts (K,). counts: number of rows of
+    each expert; the sum must be P. The tensors have one dtype, float32, bfloat16 or float16, and any strides. The
+    result is differentiable once, in x, A and B. Raises ValueError for another dtype of W, A or B.
     """
     if any(t.dtype != x.dtype for t in (W, A, B) if isinstance(t, Tensor)):
         raise ValueError(f"W, A and B must be {x.dtype} like x")

@@ -1,7 +1,7 @@
 """Several LoRA linear layers with the same input x on a GPU.
 
 Forward and backward, one pass over x computes the low-rank products of all layers. As in `lora_linear`, the update of
-each layer is added in the accumulator of its frozen product. The gradient of x is one sum.
+each layer is added in the accumulator of the product with its frozen weight. The gradient of x is one sum.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ Layer = tuple[Tensor, Tensor | None, Tensor, Tensor, float]
 
 
 class _LoraLinears(torch.autograd.Function):
-    """The layers and their gradients. The forward pass saves x and S = x As^T, (T, ranks). As has the rows of all A."""
+    """The layers and their gradients. The forward pass saves x and S = x As^T, shape (T, ranks).
+
+    As stacks the A of all layers, so that `ranks` is the sum of their ranks.
+    """
 
     @staticmethod
     def forward(
@@ -70,9 +73,9 @@ def lora_linears(x: Tensor, layers: Sequence[Layer], precomputed: dict[Any, Any]
     """Return x W^T + bias + scaling (x A^T) B^T, shape (..., E), for each layer.
 
     x is (..., D). All tensors have one dtype: float32, bfloat16 or float16. The results are differentiable once, in x
-    and every A and B. All outputs belong to one node of the graph. precomputed: a dict that holds outputs which are not
-    used yet. A backward pass clears this dict. Raises ValueError for wrong shapes or dtypes, and if a W or a bias
-    requires a gradient.
+    and every A and B. All outputs belong to one node of the graph. precomputed: dict in which the caller keeps outputs
+    for later use. The backward pass clears this dict, because these outputs have lost their saved tensors. Raises
+    ValueError for wrong shapes or dtypes, and if a W or a bias requires a gradient.
     """
     factors: list[Tensor | None] = []
     for W, bias, A, B, _ in layers:

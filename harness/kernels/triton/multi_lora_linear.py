@@ -72,7 +72,7 @@ class _AdapterGroup:
         )  # fmt: skip
 
     def outer(self, x: Tensor, S: Tensor, ids: Tensor, which: int) -> list[Tensor]:
-        """Return the gradients of all A or all B, as `which` says. The gradient of an unused adapter is zero.
+        """Return the gradients of all A (if `which` is _A) or all B (if it is _B). They are zero for an unused adapter.
 
         For A, x is the layer's input, and S is scaling dy B. For B, x holds the gradient dy, and S is scaling x A^T.
         """
@@ -93,9 +93,10 @@ def _table(
     addresses: tuple[tuple[int, int], ...], ranks: tuple[int, ...], scalings: tuple[float, ...], D: int, E: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the table of addresses and the scalings on the device.
+    """Return the table for the kernels of `grouped_lora`, int64 (adapters, 5), and the scalings, on the device.
 
-    The result is cached, so that nothing is uploaded unless an adapter has moved.
+    addresses: those of each adapter's A and B. The result is cached, so that nothing is uploaded unless an adapter has
+    moved.
     """
     rows, before = [], 0
     for pair, rank in zip(addresses, ranks, strict=True):

@@ -1,8 +1,8 @@
 """NF4 on a GPU (arXiv:2305.14314): quantise, dequantise, and dequantise double-quantised weights, one launch each.
 
 Each program has a tile of whole blocks. Bytes and values move 128 bits at a time, also at the end of a tensor, because
-the mask is constant over 32 values. If the number of values is not a multiple of 32, the last program masks each value
-instead.
+the masks of loads and stores are constant over 32 values. If the number of values is not a multiple of 32, the last
+program masks each value instead.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ When decoding, a thread handles two loads of 128 bits. When quantising, it handl
 registers.
 """
 _GRAIN = tl.constexpr(32)
-"""Number of values whose codes take 16 bytes."""
+"""Number of neighbouring values over which masks are constant. Their codes take 16 bytes."""
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
 def dequantize(
     packed: Tensor, absmax: Tensor, block: int, shape: Sequence[int], dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
-    """Return level x absmax, computed in float32 and rounded once, as a tensor of `shape` and `dtype`.
+    """Return the decoded values, level x absmax, computed in float32 and rounded once, in the given shape and dtype.
 
     packed, absmax: as returned by `quantize`. out: contiguous memory for the result. Raises ValueError for a block that
     is not a power of two of at least 32, and if the length of `packed` or `absmax` does not fit `shape`.
@@ -195,9 +195,10 @@ _BYTES, _FLOATS = "*u8", "*fp32"
 
 
 def _specimens(values: str, block: int, ragged: bool = False) -> list[Specimen]:
-    """Return specimens of the three kernels for one type of values.
+    """Return specimens of the three kernels for ahead-of-time compilation.
 
-    ragged: True if the number of values is not a multiple of 32, so that the last program masks each value.
+    values: Triton type of the weight, such as `*bf16`. ragged: True if the number of values is not a multiple of 32, so
+    that the last program masks each value.
     """
     packed = {"packed": _BYTES, "levels": _FLOATS}
     twice = {"codes": _BYTES, "absmax2": _FLOATS, "offset": _FLOATS, "code": _FLOATS}

@@ -38,7 +38,7 @@ def _fused(
     x, packed, absmax, bias, y, tokens, E, D, row_bytes,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of y.
+    """Compute one tile of y = x W^T + bias for a packed W.
 
     D is a multiple of BLOCK, and BLOCK is a multiple of CHUNK, so that CHUNK values of a row have one absmax.
     """

@@ -1,4 +1,7 @@
-"""Operations under autocast: it casts their arguments, and does nothing within the Operation or its backward pass."""
+"""Decorators with which autocast casts the arguments of an Operation.
+
+Autocast is off within the Operation and its backward pass.
+"""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ _OPTIONS: dict[str, Any] = {
 
 
 class NotCompiled(Exception):  # noqa: N818 - control flow, not an error
-    """Raised where a function would run uncompiled."""
+    """Raised where a function would run uncompiled. `Compiled` catches it."""
 
 
 def only_compiled() -> None:
@@ -191,7 +191,7 @@ def _observed() -> bool:
 def _has_vectors() -> bool:
     """Return whether inductor vectorises on this machine.
 
-    AVX also implies little-endian byte order, on which words of two values rely.
+    AVX also implies little-endian byte order, which compiled functions need if they handle two values as one word.
     """
     return sys.platform != "win32" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 

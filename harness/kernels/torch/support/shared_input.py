@@ -20,14 +20,15 @@ GROUPS = (
     ("q_lin", "k_lin", "v_lin"), ("to_q", "to_k", "to_v"), ("q", "k", "v"),
     ("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"),
 )  # fmt: skip
-"""Names of layers that have the same input.
+"""Groups of names. The layers of a group have the same input if they have the same parent module.
 
 Layers are grouped by name and not by observed calls, because the first step must round like later steps.
 """
 PATIENCE = 8
-"""Number by which a layer's unused outputs may exceed its used ones. If they exceed by more, the layer is computed alone.
+"""Number of a layer's unused outputs, minus its used ones, from which the layer is no longer computed with the others.
 
-This happens in cross-attention. Computed alone, the output may be rounded differently.
+Outputs stay unused in cross-attention, where the layers have different inputs. An output that is computed alone may be
+rounded differently.
 """
 
 
@@ -45,7 +46,7 @@ class SharedInputLayer(nn.Module):
         raise NotImplementedError
 
     def factors(self, x: Tensor) -> LoraFactors | None:
-        """Return the factors of the output for this x. If only `forward_alone` can compute the output, return None."""
+        """Return the factors from which the output for x can be computed, or None if only `forward_alone` can do it."""
         raise NotImplementedError
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -73,7 +74,7 @@ class InputGroup:
         self._last = threading.local()
 
     def __reduce__(self) -> Any:
-        """Let a copy of the group be empty. Copied layers join it by themselves."""
+        """Return what pickle and copy need to make an empty group. Copied layers join it by themselves."""
         return InputGroup, ()
 
     def join(self, layer: SharedInputLayer) -> None:
@@ -120,17 +121,20 @@ class InputGroup:
 
 
 class _Call:
-    """One call that computed several layers."""
+    """A call that computed several layers, with the outputs that have not been used yet."""
 
     def __init__(self, x: Tensor) -> None:
         self.precomputed: dict[int, tuple[Any, Tensor]] = {}
-        """Place of a layer -> the layer's state and its output."""
+        """Place of a layer in its group -> the layer's state (see `_state`) and its output."""
         precomputed = self.precomputed
         self._x = weakref.ref(x, lambda _: precomputed.clear())
         self._context = _context(x)
 
     def is_of(self, x: Tensor) -> bool:
-        """Return whether this call had the input x in the current context, and x has not been modified since."""
+        """Return whether this call had the input x, and x and its context are unchanged since.
+
+        The context consists of the modes of torch, the CUDA stream and the number of optimizer steps.
+        """
         return self._x() is x and self._context == _context(x)
 
 
@@ -151,9 +155,10 @@ def link(layers: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _optimizer_steps() -> list[int]:
-    """Return a list with the number of optimizer steps in this process. The number is counted from the first call.
+    """Return a list with one number: the optimizer steps in this process since the first call of this function.
 
-    Fused optimizers and those of bitsandbytes write into tensors without raising their version.
+    Saved outputs are not used after a step, because fused optimizers and those of bitsandbytes write into tensors
+    without raising their version.
     """
     steps = [0]
 
@@ -210,7 +215,7 @@ def _factors(layer: SharedInputLayer, x: Tensor) -> LoraFactors | None:
 
 
 def _trains(factors: LoraFactors, x: Tensor) -> bool:
-    """Return whether the output requires a gradient. All outputs of one call must agree in this."""
+    """Return whether the output of these factors requires a gradient. All outputs of one call must agree in this."""
     dense = factors.W if isinstance(factors.W, Tensor) else None
     return any(t is not None and t.requires_grad for t in (x, dense, factors.bias, factors.A, factors.B))
 

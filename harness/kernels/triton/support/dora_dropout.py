@@ -29,7 +29,8 @@ def _forward(
 ):  # fmt: skip
     """Compute a tile of out = left @ right + less * product + t + bias.
 
-    Here t is scale S @ T. product is (left * mask) @ right + t, and is stored, too.
+    Here t is scale S @ T. product is (left * mask) @ right + t, and is stored, too. less: the gain minus one, per
+    column.
     """
     rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N, WIDE)
     inside = (rows[:, None] < M) & (columns[None, :] < N)
@@ -61,7 +62,10 @@ def _backward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of out = left @ right + mask * ((left * less) @ right + S @ T)."""
+    """Compute one tile of out = left @ right + mask * ((left * less) @ right + S @ T).
+
+    less: the gain minus one, for each column of `left`.
+    """
     rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N, WIDE)
     inside = (rows[:, None] < M) & (columns[None, :] < N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -23,7 +23,7 @@ _BUCKETS = tl.constexpr((23 << 7) + 1)  # buckets from _FIRST to that of 1
 
 
 def midpoints(signed: bool) -> Tensor:
-    """Return the 255 midpoints of neighbouring values, and infinity after them: float32 (256,)."""
+    """Return the 255 midpoints of the map's neighbouring values, and infinity after them: float32 (256,)."""
     ascending = dynamic_map(torch.device("cpu"), signed)
     return torch.cat([(ascending[:-1] + ascending[1:]) / 2, torch.tensor([torch.inf], dtype=torch.float32)])
 

@@ -35,14 +35,14 @@ class GemmTile:
         return -(-M // self.m) * -(-N // self.n)
 
     def constants(self) -> dict[str, int]:
-        """Return the tile as constants of a kernel."""
+        """Return the constexpr arguments BLOCK_M, BLOCK_N and BLOCK_K of a kernel."""
         return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
 
 
 LARGEST = GemmTile(128, 256, 64, warps=8, stages=3)
 LARGE = GemmTile(128, 128, 64, warps=8, stages=3)
 EXACT = GemmTile(64, 64, 32, warps=8, stages=3)
-"""Tile for float32, which no matrix unit multiplies."""
+"""Tile for float32, which is multiplied without matrix units."""
 FEW_ROWS = (GemmTile(16, 32, 128, 4, 4), GemmTile(32, 64, 64, 4, 4), GemmTile(64, 64, 64, 4, 4))
 _INTERPRETED = GemmTile(128, 128, 128, 4, 1)
 """Tile for the interpreter. It is large, because a program costs the interpreter more than the program's products."""
@@ -61,11 +61,11 @@ CANDIDATES: dict[GemmTile, tuple[GemmTile, ...]] = {
     LARGEST: _variants(64, (128, 256, 8, 4), (256, 128, 8, 3), (128, 128, 8, 4)),
     _INTERPRETED: _variants(128, (64, 128, 4, 1)),
 }
-"""Default tile -> the tiles that `peft-harness bench --crossovers` tries instead. `gemm_tile` returns the default.
+"""Default tile, which `gemm_tile` returns -> the tiles that `peft-harness bench --crossovers` tries instead.
 
-They have the default's k. If the default has 64 rows or more, so have they; otherwise they have fewer. (On an H100 this
-decides the matrix instruction.) So every element of the output is the same sum in the same order, and a tuned tile
-changes no bit of a result. There are no candidates for the tiles of `crowded` calls and of float32.
+The candidates have the k of the default. They have 64 rows or more if the default does, and fewer otherwise, which on
+an H100 decides the matrix instruction. So every element of the output is the same sum in the same order, and a tuned
+tile changes no bit of a result. The tiles of `crowded` calls and of float32 are never replaced.
 """
 
 

@@ -26,7 +26,7 @@ MOST_REGISTERS = 168  # in `expand` and `outer`; by default, ptxas spills one so
 
 @triton.jit
 def _weights(table, adapter, which: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr):
-    """Return the address of an adapter's A or B, as `which` says, and the adapter's rank.
+    """Return the address of an adapter's A (if `which` is 0) or B (if it is 1), and the adapter's rank.
 
     aligned: whether 16 divides the address and 8 divides the rank.
     """
@@ -44,7 +44,8 @@ def shrink(
 ):  # fmt: skip
     """Compute some ranks of one piece of S, for some tokens of a sequence.
 
-    S is (pieces, all tokens, width). A piece is the sum over `span` features.
+    S is s x A^T (if `which` is 0), or s dy B (if it is 1, and x holds dy). Its shape is (pieces, all tokens, width). A
+    piece is the sum over `span` features.
     """
     tiles = tl.cdiv(tokens, rows)
     sequence = (tl.program_id(0) // tiles).to(tl.int64)
@@ -93,7 +94,7 @@ def expand(
     out, S, table, ids, tokens, features, plane, width, pieces,
     which: tl.constexpr, aligned: tl.constexpr, rows: tl.constexpr, ranks: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """Add S B^T or S A, as `which` says, to one tile of `out`.
+    """Add S A (if `which` is 0) or S B^T (if it is 1) to one tile of `out`.
 
     A tile consists of some tokens of a sequence and some features.
     """
@@ -125,7 +126,7 @@ def outer(
 ):  # fmt: skip
     """Compute one tile of the gradient of one adapter's A or B, summed over all sequences of the adapter.
 
-    The gradient of A is S^T x, (rank, features). The gradient of B is (S^T dy)^T, where x holds dy.
+    The gradient of A (if `which` is 0) is S^T x, (rank, features). That of B (if it is 1) is (S^T dy)^T; x holds dy.
     """
     adapter = tl.program_id(0).to(tl.int64)
     _, rank = _weights(table, adapter, which, x.dtype.element_ty, aligned)
@@ -152,9 +153,9 @@ def outer(
 
 
 def tile(dtype: torch.dtype, tokens: int) -> dict[str, int]:
-    """Return the size of the tile that a program computes: the largest one without spilled registers.
+    """Return the size of the tile that a program computes: its `rows`, `ranks` and `columns`.
 
-    In float32 the tile is smaller.
+    It is the largest one without spilled registers, and smaller in float32. tokens: number of tokens per sequence.
     """
     if dtype == torch.float32:
         return {"rows": 16 if tokens <= 16 else 32, "ranks": 16, "columns": 64}

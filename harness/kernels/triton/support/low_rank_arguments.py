@@ -14,7 +14,7 @@ def checked(
 
     Shapes: x and mask (..., D), weight (E, D), A (R, D), B (E, R). weight may be the shape of a packed weight instead
     of a tensor. vectors: each of shape (E,), except that `d` has shape (R,). A vector may be None. Also raises
-    ValueError if the weight or the bias requires a gradient, because these kernels do not compute it.
+    ValueError if the weight or the bias requires a gradient, because these kernels compute no gradient of them.
     """
     (E, D), R = weight.shape if isinstance(weight, Tensor) else weight, len(A)
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {

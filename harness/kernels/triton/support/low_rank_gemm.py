@@ -29,7 +29,7 @@ from harness.kernels.triton.support.rounding import load_as_float32, store_as
 from harness.kernels.triton.support.tuned_tiles import tuned
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""The matrices out (M, N), left (M, K), right (K, N), S (M, R), T (R, N)."""
+"""The matrices of a product: out (M, N), left (M, K), right (K, N), S (M, R), T (R, N)."""
 _OPTIONAL = ("term_scale", "term_mask", "left_scale", "gain", "bias", "product")
 
 
@@ -69,7 +69,7 @@ def _low_rank_gemm(
 
 
 KERNEL = _low_rank_gemm
-"""The kernel of `low_rank_gemm`, for which tiles are tuned."""
+"""The kernel of `low_rank_gemm`. `peft-harness bench --crossovers` tunes its tiles."""
 
 
 def low_rank_gemm(
@@ -142,7 +142,7 @@ def low_rank_launch(
 def _specimens() -> list[Specimen]:
     """Return specimens of the products in training, for a layer with 4096 inputs, 14336 outputs and 8192 tokens.
 
-    Those of candidates for a tile have the form in which `peft-harness bench --crossovers` measures them.
+    The specimens of `CANDIDATES` have the arguments with which `peft-harness bench --crossovers` measures these tiles.
     """
     M, D, E = 8192, 4096, 14336
 

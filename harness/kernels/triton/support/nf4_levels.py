@@ -28,7 +28,7 @@ def table(device: torch.device) -> Tensor:
 def level_by_selection(code):
     """Return the level of each 4-bit `code` by selecting among constants.
 
-    This serves loops in which Triton would pipeline a load from a table.
+    In a loop, this avoids the loads from a table, which Triton would pipeline.
     """
     bit0, bit1, bit2, bit3 = (code & 1) != 0, (code & 2) != 0, (code & 4) != 0, (code & 8) != 0
     a0, a1 = tl.where(bit0, _LEVEL[1], _LEVEL[0]), tl.where(bit0, _LEVEL[3], _LEVEL[2])

@@ -89,7 +89,7 @@ def outer_sum(wide: Tensor, narrow: Tensor, *, mask: Tensor | None = None) -> Te
 def outer_sum_against(wide: Tensor, narrow: Tensor, against: Tensor) -> Tensor:
     """Return the row sums of (wide^T @ narrow) * against in float32, shape (N,).
 
-    `against` has shape (N, R). The product of the same shape is never stored as a whole.
+    `against` has shape (N, R), like wide^T @ narrow, which is never stored as a whole.
     """
     if not against.numel():
         return wide.new_zeros(wide.shape[1], dtype=torch.float32)

@@ -24,13 +24,13 @@ from harness.kernels.card_tables import TILES, Entry, card, tables
 from harness.kernels.triton.support.gemm_tiles import CANDIDATES, GemmTile
 
 _Key = tuple[GemmTile, str, int, int]
-"""The default tile, the dtype, and the buckets of the rows and of the columns of the output."""
+"""The default tile, the dtype, and the output's numbers of rows and of columns, both rounded by `bucket`."""
 _MEASURED = {
     "triton": "with another version of Triton",
     "kernel": "with another version of the kernel",
     "capability": "on another GPU architecture",
 }
-"""Key of a stamp -> how tiles were measured whose stamp has another value."""
+"""Key of a `stamp` -> the part of a warning that says how tiles with another value were measured."""
 _SIZES = ("m", "n", "k", "warps", "stages")
 
 
@@ -45,7 +45,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def tuned(default: GemmTile, kernel: Any, M: int, N: int, dtype: torch.dtype, device: torch.device) -> GemmTile:
-    """Return the tile for an output (M, N) that the card's table has in place of the default, or the default.
+    """Return the tile that the card's table has for an output (M, N) in place of `default`, or `default` itself.
 
     Raises ValueError for a table with a mistake.
     """
@@ -60,7 +60,7 @@ def stamp(kernel: Any, device: torch.device) -> dict[str, Any]:
 
 
 def tiles(section: Entry) -> dict[_Key, GemmTile]:
-    """Return the tiles in the section `tiles` of a table.
+    """Return the rows of a table's section `tiles`: key -> the tile that replaces the default tile in the key.
 
     Raises ValueError for a row that is not as expected, for two rows of one bucket, and for an unknown key.
     """
@@ -75,7 +75,10 @@ def tiles(section: Entry) -> dict[_Key, GemmTile]:
 
 @cache
 def _of_card(found: tuple[Entry, ...], kernel: Any, device: torch.device) -> Mapping[_Key, GemmTile]:
-    """Return the tiles of the first table whose stamp fits. Other tables that have tiles are named in a warning."""
+    """Return the tiles of the first table whose stamp fits this machine, or an empty dict.
+
+    A RuntimeWarning names each earlier table that has tiles with another stamp.
+    """
     for table in found:
         if TILES not in table:
             continue
