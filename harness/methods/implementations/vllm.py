@@ -18,7 +18,7 @@ from harness.methods.registry import Implementation, implementations_in, impleme
 if TYPE_CHECKING:
     from torch import Tensor
 MAX_PRODUCTS = 1 << 22
-"""Largest number of multiplications of a case in the interpreter. Such a case takes seconds."""
+"""Largest number of multiplications of a case in Triton's interpreter, which needs seconds for so many."""
 _Add = Callable[["Tensor", "Tensor", "Tensor", "Tensor", "Tensor"], None]
 """Function that adds the update of every token to y, in place. Its arguments are y, x, the stacked As, the stacked Bs and
 the slots."""
@@ -88,7 +88,7 @@ def _add_triton(y: Tensor, x: Tensor, A: Tensor, B: Tensor, slots: Tensor) -> No
 
 
 def _triton_ops() -> tuple[Any, Any, Any]:
-    """Return the two kernels' functions and the class of their metadata. vLLM hides Triton where it finds no driver."""
+    """Return both kernels' functions and the class of their metadata, even if vLLM finds no driver and hides Triton."""
     import triton
     import triton.language as tl
     from vllm import triton_utils

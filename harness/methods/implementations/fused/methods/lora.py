@@ -48,7 +48,7 @@ class FusedLowRankLayer(SharedInputLayer):
 
 
 class FusedLoraLinear(FusedLowRankLayer, lora.LoraLinear):
-    """LoRA's layer. The kernels have no bias of B, so it is added to their output."""
+    """LoRA's layer. The kernels do not know the bias c of B, so scaling c is added to their output."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W0 x + scaling (B A x + c), shape (..., E)."""
