@@ -1,7 +1,7 @@
 """`method: peft`: any method of HF peft, configured by an adapter_config.json and without a reference. Imports no torch.
 
 The harness reads the file together with the suite, and the Cell stores the content, so that a cell_id hashes the
-content and not the path. peft finds invalid values and unknown layers later, in the worker.
+content and not the path. peft finds invalid values and unknown layers later, when the Cell runs.
 """
 
 from __future__ import annotations

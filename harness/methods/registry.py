@@ -173,7 +173,7 @@ def opt_in_fields(method: str) -> dict[str, Any]:
 
 
 def opt_in_layers(method: str) -> tuple[str, ...]:
-    """Return the kinds of layers in a Method's `opt_in_layers`."""
+    """Return the kinds of layers that a Method passes only to implementations that name them in `offers`."""
     return () if method in UNREFERENCED else method_info(method).spec.opt_in_layers
 
 

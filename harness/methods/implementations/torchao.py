@@ -1,4 +1,4 @@
-"""`torchao`: its NF4 tensor, as an Operation and as a base, and its 8-bit AdamW."""
+"""`torchao`: its NF4 tensor, as an Operation and as a quantisation of base weights, and its 8-bit AdamW."""
 
 from __future__ import annotations
 
