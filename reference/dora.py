@@ -172,7 +172,7 @@ class DoraLinear(DoraLayer):
         return y_TE
 
     def merged(self) -> Any:
-        """Return a plain layer with the weight W'.
+        """Return a plain layer with the weight W' (eq. 5).
 
         The rows of W' have the norms |m|. If each input feature has a magnitude, the columns have them instead.
         """
@@ -205,7 +205,7 @@ class DoraEmbedding(DoraLayer, LoraEmbedding):
         return self.gain(norms(self.direction())) * super().forward(ids_T)
 
     def merged(self) -> Any:
-        """Return an embedding with the table W'. Its columns have the norms |m|."""
+        """Return an embedding with the table W' (eq. 5). Its columns have the norms |m|."""
         dense: Any = dense_copy(self.base)
         with torch.no_grad():
             V_EN = self.direction()
@@ -246,7 +246,7 @@ class DoraConv2d(DoraLayer, LoraConv2d):
         return y + g * self.scaling * low
 
     def merged(self) -> Any:
-        """Return a convolution with the kernel W'. Its output channels have the norms |m|."""
+        """Return a convolution with the kernel W' (eq. 5). Its output channels have the norms |m|."""
         dense: Any = dense_copy(self.base)
         with torch.no_grad():
             V = self.direction()

@@ -23,13 +23,13 @@ class PeftEquivalent:
     keys: dict[str, Any] | None
     """Content of an adapter_config.json; None if there is no equivalent."""
     remark: str
-    """Sentence that says what else to do, or why there is no equivalent. May be empty."""
+    """What else the user must do, or why there is no equivalent. May be empty."""
 
 
 def peft_equivalent(method: str, config: Config, quantization: str = "none") -> PeftEquivalent:
     """Return the adapter config with which peft trains a Method.
 
-    config: the Method's config as in a Cell. quantization: that of the Cell's base.
+    config: the Method's config in a Cell. quantization: quantisation of the Cell's base weights, e.g. `nf4`, or `none`.
     """
     if method == PEFT.name:
         return PeftEquivalent(dict(config[KEY]), "")

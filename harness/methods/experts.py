@@ -57,7 +57,7 @@ def note(number: int, weights: int) -> str:
 
 
 def notes(cell: Cell, model: nn.Module, weights: int) -> list[str]:
-    """Return the notes of a Record about untouched experts. `model` must be ready to train.
+    """Return notes for a Record about expert weights that do not train and have no adapter. `model` must be ready to train.
 
     weights: number of the model's weights without its adapter.
     """

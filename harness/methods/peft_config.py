@@ -82,7 +82,7 @@ class AdapterConfigField(FieldInfo):
 
     @property
     def shown_default(self) -> str:
-        """The default in the syntax of a suite."""
+        """The default value, as an author writes it in a suite."""
         return "none"
 
     @property

@@ -117,7 +117,7 @@ class FieldInfo:
 
     @property
     def shown_default(self) -> str:
-        """The default in the syntax of a suite."""
+        """The default value, as an author writes it in a suite."""
         if self.is_list:
             return f"[{', '.join(self.default)}]"
         return str(self.default).lower() if self.type == "bool" else str(self.default)

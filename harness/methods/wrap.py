@@ -60,7 +60,7 @@ class WrappedLayers(AdaptedLayers):
         return tensors
 
     def state(self) -> dict[str, Tensor]:
-        """Return an empty dict: frozen tensors of the layers are not compared."""
+        """Return an empty dict, so that the harness compares no frozen tensors of the third party's layers."""
         return {}
 
     def parameters(self) -> list[nn.Parameter]:

@@ -32,7 +32,7 @@ def lora_linear(
 def dora_linear(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, m: Tensor, scaling: float, mask: Tensor | None
 ) -> Tensor:
-    """Return DoRA's layer, computed in the dtype of x. The norm of each row is a constant in float32."""
+    """Return the output of DoRA's layer in the dtype of x. The norms are computed in float32 and have no gradient."""
     y: Tensor = _compiled(_dora, _kind(x, bias, mask))(x, W, bias, A, B, m, _number(scaling), mask)
     return y
 

@@ -49,7 +49,10 @@ def _linear(
     "multi_lora_linear", name="vllm", kind="operation", dtypes=("float32", "bfloat16", "float16"), requires=["vllm"]
 )
 def multi_lora_linear(**arguments: Any) -> Tensor:
-    """Run `bgmv_shrink` and `bgmv_expand_slice` as `PunicaWrapperCPU.add_lora_linear` does."""
+    """Return the output of a layer with several adapters, computed by vLLM's operations for CPUs.
+
+    It runs `bgmv_shrink` and `bgmv_expand_slice` as `PunicaWrapperCPU.add_lora_linear` does. arguments: see `_linear`.
+    """
 
     def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, slots: Tensor) -> None:
         import torch
@@ -67,7 +70,10 @@ def multi_lora_linear(**arguments: Any) -> Tensor:
     requires=["vllm", "triton"],
 )  # fmt: skip
 def multi_lora_linear_triton(**arguments: Any) -> Tensor:
-    """Run `lora_shrink` and `lora_expand` as `PunicaWrapperGPU.add_lora_linear` does."""
+    """Return the output of a layer with several adapters, computed by vLLM's Triton kernels.
+
+    It runs `lora_shrink` and `lora_expand` as `PunicaWrapperGPU.add_lora_linear` does. arguments: see `_linear`.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise Unsupported("set TRITON_INTERPRET=1: on a CPU, Triton's kernels run only in its interpreter")
     x, W = arguments["x"], arguments["W"]

@@ -222,7 +222,7 @@ class PromptPeft(AnyPeft):
         prompts.remove(self.model)
 
     def attach_again(self) -> None:
-        """Undo `detach`."""
+        """Attach the virtual tokens again after `detach`."""
         prompts.restore(self.model, self.wrapper)
 
     def _load(self, base: nn.Module, folder: str, config: Any) -> None:

@@ -147,7 +147,7 @@ def _plain_name(name: str) -> str:
 
 
 def _model_of(tensors: Mapping[str, Tensor]) -> Any:
-    """Return a PeftModel with these parameters; see the Operation `loraplus_groups` for their names."""
+    """Return a PeftModel whose parameters have the values `tensors`. Their names are those of `loraplus_groups`."""
     import torch
     from peft import LoraConfig, get_peft_model
     from torch import nn
@@ -235,7 +235,7 @@ def _two_layers(
 
 
 def _tensors(model: Any, role: str) -> dict[str, Tensor]:
-    """Return the adapter's A0, B0, A1 and B1, and the other trainable tensor of the model, by name."""
+    """Map A0, B0, A1, B1 and `other` to the trainable tensors of a model that `_two_layers` has made."""
     layers = model.base_model.model
     found = {f"{letter}{n}": getattr(layers[n], f"lora_{letter}")["default"].weight for n in (0, 1) for letter in "AB"}
     first = layers[0]

@@ -86,9 +86,9 @@ class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
         return lora_linear_over(base, x, self.A, self.B, self.scaling)
 
     def factors(self, x: Tensor) -> LoraFactors | None:
-        """Return the matrices from which `forward_alone` computes its product.
+        """Return the matrices from which `lora_linears` computes W0 x + s B A x.
 
-        If the base layer must be called, return None.
+        Return None in the cases of `factors_over`, e.g. if the base layer must be called.
         """
         factors = factors_over(self.base, x, self.A, self.B, self.scaling)
         return None if factors is None else replace(factors, bias=None)

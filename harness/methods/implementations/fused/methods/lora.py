@@ -43,7 +43,7 @@ class FusedLowRankLayer(SharedInputLayer):
         return lora_linear_over(self.base, x, self.left_factor(), self.B, self.scaling)
 
     def factors(self, x: Tensor) -> LoraFactors | None:
-        """Return the matrices from which the output is computed, or None if the base layer must be called."""
+        """Return the matrices from which `lora_linears` computes the output. Return None in the cases of `factors_over`."""
         return factors_over(self.base, x, self.left_factor(), self.B, self.scaling)
 
 
