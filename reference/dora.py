@@ -187,8 +187,8 @@ class DoraLinear(DoraLayer):
 class DoraEmbedding(DoraLayer, LoraEmbedding):
     """An embedding table (N, E) with the weight m V' / ||V'||, where V' = W0 + s B A is the transposed table (E, N).
 
-    A (R, N), B (E, R) and m (E,) train. As in LoRA, the update has no dropout, and looking up
-    padding_idx gives its column of A no gradient. If `detach_norm` is false, this column gets one through the norm of V'.
+    A (R, N), B (E, R) and m (E,) train. As in LoRA, the update has no dropout, and looking up padding_idx gives its
+    column of A no gradient. If `detach_norm` is false, this column gets one through the norm of V'.
     """
 
     def __init__(self, base: nn.Embedding, A: Tensor, B: Tensor, config: Config) -> None:
@@ -216,8 +216,8 @@ class DoraEmbedding(DoraLayer, LoraEmbedding):
 class DoraConv2d(DoraLayer, LoraConv2d):
     """A convolution with the kernel m V' / ||V'||, where V' = W0 + s B A is a kernel (E, C, K, K).
 
-    A (R, C, K, K), B (E, R, 1, 1) and m (1, E, 1, 1) train. Each output channel has the norm of its kernel. Raises
-    ValueError for a base with groups.
+    A (R, C, K, K), B (E, R, 1, 1) and m (1, E, 1, 1) train. ||V'|| is one norm per output channel, that of its
+    kernel. Raises ValueError for a base with groups.
     """
 
     def __init__(self, base: nn.Conv2d, A: Tensor, B: Tensor, config: Config) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = "all-linear"
 _ADAPTED = {"base", "base_layer"}
-"""Attributes in which an adapted layer keeps the original experts: in the reference and `fused`, and in HF peft."""
+"""Attributes in which an adapted layer keeps the original experts: `base` in our code, `base_layer` in HF peft."""
 
 
 def untouched(model: nn.Module) -> int:

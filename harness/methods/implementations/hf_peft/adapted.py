@@ -62,7 +62,10 @@ def peft_model(model: nn.Module, peft_config: Any, generator: Generator, name: s
 
 @contextmanager
 def _marked(model: nn.Module) -> Iterator[None]:
-    """Set `is_loaded_in_4bit` within the context, as transformers does; peft treats Linear4bit as nn.Linear without it."""
+    """Set `is_loaded_in_4bit` within the context on a model with 4-bit layers, as transformers does.
+
+    Otherwise peft would treat a Linear4bit as an nn.Linear.
+    """
     packed = any(type(module).__name__ == "Linear4bit" for module in model.modules())
     if not packed or hasattr(model, "is_loaded_in_4bit"):
         yield
