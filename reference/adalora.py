@@ -255,7 +255,7 @@ class AdaLoraLinear(AdaptedLayer):
 
     @torch.no_grad()
     def prune(self) -> None:
-        """Set the lambdas outside the mask to zero (eq. 6)."""
+        """Set the lambda of each triplet outside the mask to zero (eq. 6)."""
         self.E.masked_fill_(~self.get_buffer("mask"), 0.0)
 
 

@@ -25,19 +25,19 @@ from reference.dora import gain, norms
 from reference.shared.layers import KINDS, WORDS, kind_of
 
 PREFIX = "base_model.model."
-"""Beginning of every key of a file."""
+"""Beginning of every key of an adapter file."""
 ALL_LINEAR = "all-linear"
 _EXPERT = re.compile(r"(?P<block>.+)\.(?:block_sparse_moe|mlp)\.experts\.(?P<expert>\d+)\.(?P<name>\w+)")
 _STACKED = {
     "w1": ("gate_up_proj", 0), "gate_proj": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "up_proj": ("gate_up_proj", 1),
     "w2": ("down_proj", None), "down_proj": ("down_proj", None),
 }  # fmt: skip
-"""Name of one expert's layer -> the stacked parameter that holds its weight, and the half of the outputs; see `half`."""
+"""Name of one expert's layer -> the stacked parameter that holds its weight, and the value of `LayerUpdate.half`."""
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """The keys of an adapter_config.json that decide the weights. The names are those of the file."""
+    """The keys of an adapter_config.json on which the adapted weights depend. The names are those of the file."""
 
     r: int = 8
     lora_alpha: float = 8
@@ -63,7 +63,7 @@ class AdapterSettings:
 
     @property
     def saved(self) -> tuple[str, ...]:
-        """Names of the modules that the file replaces: modules_to_save, and the head of its task."""
+        """Names of the modules that the file replaces: modules_to_save, and the head for its task_type."""
         scored = ("classifier", "score")
         heads = {"SEQ_CLS": scored, "TOKEN_CLS": scored, "QUESTION_ANS": ("qa_outputs",)}
         return (*(self.modules_to_save or ()), *heads.get(self.task_type or "", ()))
@@ -126,8 +126,8 @@ class LayerUpdate:
     parameter: str
     """Name of the parameter in this module: `weight`, or the name of a stack of experts."""
     kind: str
-    """One of `KINDS`: the kind of the module. `stack`: target_parameters selects the parameter. `expert`: the update is
-    for the layer of one expert; files from before transformers stacked the experts have such layers."""
+    """`stack` if target_parameters selects the parameter. `expert` if the update is for the layer of one expert, as in
+    files from before transformers stacked the experts. Otherwise the kind of the module, one of `KINDS`."""
     rank: int
     scaling: float
     A: str
@@ -209,7 +209,7 @@ def _stacked_update(A: Tensor, B: Tensor, experts: int) -> Tensor:
 
 @dataclass(frozen=True)
 class AdapterReading:
-    """The meaning of each tensor of a file for one base."""
+    """What each tensor of an adapter file means for one base model."""
 
     updates: tuple[LayerUpdate, ...]
     replaced: dict[str, str]
@@ -250,7 +250,7 @@ def read(settings: AdapterSettings, keys: Sequence[str], model: nn.Module) -> Ad
 
 @torch.no_grad()
 def apply(model: nn.Module, settings: AdapterSettings, tensors: Mapping[str, Tensor]) -> AdapterReading:
-    """Write the weights that a file gives into `model`, and return the reading of the file.
+    """Write the weights that a file gives into `model`, and return what each of its tensors means.
 
     The weights are computed in the dtype of the model. An update of one of two tied layers unties them: an adapter of
     the embedding does not change the tied head. Only a base weight in the file replaces the weight of both layers.
@@ -280,7 +280,7 @@ def apply(model: nn.Module, settings: AdapterSettings, tensors: Mapping[str, Ten
 
 
 WeightedAdapter = tuple[AdapterSettings, Mapping[str, Tensor], float]
-"""Settings and tensors of a file, and the weight of the adapter in a sum."""
+"""Settings and tensors of an adapter file, and the weight w_i of this adapter in a sum of adapters."""
 
 
 @torch.no_grad()

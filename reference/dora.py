@@ -122,7 +122,7 @@ def gain(m: Tensor, norm: Tensor) -> Tensor:
 
 
 class DoraLayer(LowRankLayer):
-    """A layer that has magnitudes m beside the A and B of LoRA. Subclasses define V' and its norms."""
+    """A layer that has magnitudes m beside the A and B of LoRA. Subclasses compute V' = W0 + s B A and its norms."""
 
     m: nn.Parameter
     detach_norm: bool
@@ -172,7 +172,7 @@ class DoraLinear(DoraLayer):
         return y_TE
 
     def merged(self) -> Any:
-        """Return a plain layer with the weight W'.
+        """Return a plain layer with the weight W' (eq. 5).
 
         The rows of W' have the norms |m|. If each input feature has a magnitude, the columns have them instead.
         """
@@ -187,8 +187,8 @@ class DoraLinear(DoraLayer):
 class DoraEmbedding(DoraLayer, LoraEmbedding):
     """An embedding table (N, E) with the weight m V' / ||V'||, where V' = W0 + s B A is the transposed table (E, N).
 
-    A (R, N), B (E, R) and m (E,) train. As in LoRA, the update has no dropout. Looking up padding_idx
-    gives its entry of A no gradient. If `detach_norm` is false, the norm of V' gives it one.
+    A (R, N), B (E, R) and m (E,) train. As in LoRA, the update has no dropout, and looking up padding_idx gives its
+    column of A no gradient. If `detach_norm` is false, this column gets one through the norm of V'.
     """
 
     def __init__(self, base: nn.Embedding, A: Tensor, B: Tensor, config: Config) -> None:
@@ -205,7 +205,7 @@ class DoraEmbedding(DoraLayer, LoraEmbedding):
         return self.gain(norms(self.direction())) * super().forward(ids_T)
 
     def merged(self) -> Any:
-        """Return an embedding with the table W'. Its columns have the norms |m|."""
+        """Return an embedding with the table W' (eq. 5). Its columns have the norms |m|."""
         dense: Any = dense_copy(self.base)
         with torch.no_grad():
             V_EN = self.direction()
@@ -216,8 +216,8 @@ class DoraEmbedding(DoraLayer, LoraEmbedding):
 class DoraConv2d(DoraLayer, LoraConv2d):
     """A convolution with the kernel m V' / ||V'||, where V' = W0 + s B A is a kernel (E, C, K, K).
 
-    A (R, C, K, K), B (E, R, 1, 1) and m (1, E, 1, 1) train. A norm is that of the kernel of an output channel. Raises
-    ValueError for a base with groups.
+    A (R, C, K, K), B (E, R, 1, 1) and m (1, E, 1, 1) train. ||V'|| is one norm per output channel, that of its
+    kernel. Raises ValueError for a base with groups.
     """
 
     def __init__(self, base: nn.Conv2d, A: Tensor, B: Tensor, config: Config) -> None:
@@ -246,7 +246,7 @@ class DoraConv2d(DoraLayer, LoraConv2d):
         return y + g * self.scaling * low
 
     def merged(self) -> Any:
-        """Return a convolution with the kernel W'. Its output channels have the norms |m|."""
+        """Return a convolution with the kernel W' (eq. 5). Its output channels have the norms |m|."""
         dense: Any = dense_copy(self.base)
         with torch.no_grad():
             V = self.direction()

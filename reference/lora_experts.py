@@ -72,7 +72,7 @@ class LoraExperts(AdaptedLayer):
     """A frozen module of stacked experts, with a low-rank update of every expert's weights.
 
     `base` is a module of transformers, or another one whose class is named `...Experts`. Every call of `base` sees the
-    updated parameters, whatever it does with them. So this layer holds for gates and biases of any kind.
+    updated parameters, whatever it does with them. So this layer works with gates and biases of any kind.
     """
 
     def __init__(self, base: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], scaling: float) -> None:
@@ -115,7 +115,7 @@ class LoraExperts(AdaptedLayer):
 class QloraExperts(LoraExperts):
     """A frozen module of stacked experts in NF4, with a low-rank update of every expert's weights (QLoRA, eqs. 5 and 6).
 
-    Each stacked parameter is quantised as a whole. Only the other parameters of `base`, e.g. biases, are used.
+    Each stacked parameter is quantised as a whole. Of `base`, only parameters that are not stacked are used, e.g. biases.
     """
 
     def __init__(

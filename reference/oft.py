@@ -64,7 +64,7 @@ class Config:
     """Hyperparameters of OFT."""
 
     block_size: int = field(default=32, metadata={"minimum": 2, "maximum": 4096})
-    """Largest size K of a block; the next smaller divisor if it does not divide the input features."""
+    """Largest size K of a block. A layer uses the largest divisor of its input features up to this size."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
     cayley: str = field(default="neumann", metadata={"choices": ("neumann", "exact")})

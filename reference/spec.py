@@ -19,7 +19,7 @@ class Deviation:
     paper: str
     """Statement of the paper. For a deviation of an Implementation, this is what the reference computes."""
     here: str
-    """Behaviour of this code."""
+    """What the code, that of the reference or of the Implementation, does instead."""
     why: str
     """The reason, and which libraries do the same or differ."""
 
@@ -38,8 +38,8 @@ class ReferenceSpec:
     replaces_weight: str = ""
     """Name in `state()` of the tensor that is used in place of the base weight. Empty if the base weight itself is used."""
     opt_in_layers: tuple[str, ...] = ()
-    """Kinds of layers (`reference.shared.layers.KINDS`) that only implementations which name them in `offers` get. Older
-    plug-ins would not adapt such a layer, because it was added after they were written."""
+    """Kinds of layers (`reference.shared.layers.KINDS`) that are passed only to implementations that name them in `offers`.
+    Older plug-ins would not adapt such a layer, because it was added after they were written."""
     start_from_weight: tuple[str, ...] = ()
     """Names in `state()` of tensors that `attach` computes from the base weight, e.g. PiSSA's residual."""
     quick_start: Mapping[str, int] = field(default_factory=dict)

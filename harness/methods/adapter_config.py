@@ -1,6 +1,6 @@
-"""Adapter config of HF peft for the Method of a Cell, as an adapter_config.json. No torch.
+"""Conversion of the Method of a Cell to the adapter_config.json with which HF peft trains it. Imports no torch.
 
-It holds what the Method determines. peft's own defaults apply to all other keys, such as `task_type`.
+The result has the keys that the Method determines. All other keys, such as `task_type`, keep peft's defaults.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ _ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class PeftEquivalent:
-    """Equivalent of a Method in peft."""
+    """The config with which peft trains a Method, if peft has this Method."""
 
     keys: dict[str, Any] | None
     """Content of an adapter_config.json; None if there is no equivalent."""
     remark: str
-    """Sentence that says what else to do, or why there is no equivalent. May be empty."""
+    """What else the user must do, or why there is no equivalent. May be empty."""
 
 
 def peft_equivalent(method: str, config: Config, quantization: str = "none") -> PeftEquivalent:
     """Return the adapter config with which peft trains a Method.
 
-    config: the Method's config as in a Cell. quantization: that of the Cell's base.
+    config: the Method's config in a Cell. quantization: quantisation of the Cell's base weights, e.g. `nf4`, or `none`.
     """
     if method == PEFT.name:
         return PeftEquivalent(dict(config[KEY]), "")
@@ -57,7 +57,7 @@ def peft_equivalent(method: str, config: Config, quantization: str = "none") -> 
 
 
 def _refusal(config: Config) -> str:
-    """Return the reason why peft cannot train a config of a Method that it has. If it can, return an empty string."""
+    """Return the reason why peft, although it has the Method, cannot train it with this config, or an empty string."""
     names = config.get("targets", ())
     if _ATTENTION in names or (_ALL_LINEAR in names and len(names) > 1):
         return f"peft needs the names of the layers, and this config says {', '.join(names)}"
@@ -145,4 +145,4 @@ _EQUIVALENTS: dict[str, Callable[[Config], dict[str, Any]]] = {
     "oft": _oft,
     "adalora": _adalora,
 }
-"""Method that peft has -> function from its config to peft's keys, without the targets."""
+"""Method -> function that converts its config to keys of an adapter_config.json. It does not convert the targets."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _IN_CONFIG = (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, StrictDataclassError)
-"""Errors that transformers raises for a value in config.json."""
+"""Errors that transformers raises for an invalid value in config.json."""
 _HINT = "give the folder of the base model: config.json and model.safetensors"
 _KEPT_B = 2**22
 """Models with at most this many bytes of weights stay in memory: checks load tiny models hundreds of times."""
@@ -38,7 +38,7 @@ def read_config(folder: Path) -> Any:
 
 
 def model_class(name: str) -> Any:
-    """Return transformers' model class with this name, or None if there is none. Auto classes are no model classes."""
+    """Return transformers' model class with this name, or None if there is none. Auto classes do not count."""
     import transformers
 
     found = getattr(transformers, name, None)
@@ -62,7 +62,7 @@ def _model_class(folder: Path) -> tuple[Any, Any]:
 def load_base(folder: Path, dtype: torch.dtype) -> nn.Module:
     """Load the base model in a folder, with eager attention, in evaluation mode, in `dtype`.
 
-    Raises UsageError if there is no model of a class that transformers has.
+    Raises UsageError if the folder has no readable model, or if the installed transformers lacks its class.
     """
     files = [folder / name for name in ("config.json", "model.safetensors")]
     if all(file.is_file() for file in files) and files[1].stat().st_size <= _KEPT_B:
@@ -143,7 +143,7 @@ def logits(model: nn.Module, prompts: Sequence[Sequence[int]], starts: Sequence[
     """Return the logits of a model for each prompt, one prompt at a time, without a cache.
 
     prompts: token ids. Each result is (tokens, vocabulary) for a causal model, and (labels,) for a classifier. starts:
-    first token of each prompt whose logits are returned, for a causal model; empty for all tokens.
+    for a causal model, the index in each prompt of the first token whose logits are returned; empty for all tokens.
     """
     import torch
 

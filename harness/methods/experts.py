@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = "all-linear"
 _ADAPTED = {"base", "base_layer"}
-"""Names of the module of experts inside an adapted layer: of the reference and `fused`, and of HF peft."""
+"""Attributes in which an adapted layer keeps the original experts: `base` in our code, `base_layer` in HF peft."""
 
 
 def untouched(model: nn.Module) -> int:
@@ -35,7 +35,7 @@ def untouched(model: nn.Module) -> int:
 
 
 def means_all(cell: Cell) -> bool:
-    """Return whether a Cell adapts or packs all linear layers. Otherwise the Cell names the layers."""
+    """Return whether a Cell adapts all linear layers (`all-linear`) or, if it has no list of targets, packs them."""
     if isinstance(keys := cell.config.get(KEY), dict):
         return keys.get("target_modules") == ALL_LINEAR
     targets = cell.config.get("targets")
@@ -43,9 +43,9 @@ def means_all(cell: Cell) -> bool:
 
 
 def note(number: int, weights: int) -> str:
-    """Return a note that `number` of a model's `weights` weights are neither adapted nor packed.
+    """Return a sentence that says how many expert weights are neither adapted nor packed.
 
-    If `number` is 0, return an empty string.
+    number: number of these expert weights; if it is 0, return an empty string. weights: number of all weights.
     """
     if not number:
         return ""
@@ -57,7 +57,7 @@ def note(number: int, weights: int) -> str:
 
 
 def notes(cell: Cell, model: nn.Module, weights: int) -> list[str]:
-    """Return the notes of a Record about untouched experts. `model` must be ready to train.
+    """Return notes for a Record about expert weights that do not train and have no adapter. `model` must be ready to train.
 
     weights: number of the model's weights without its adapter.
     """

@@ -1,4 +1,6 @@
-"""Loaders: programs that load adapter files into a base model, as implementations of the target `adapter_files`. No torch.
+"""Interface of a program that loads adapter files into a base model. Imports no torch.
+
+An Implementation of the target `adapter_files` is a function that returns a `Loader`:
 
 @implements("adapter_files", name="mine", requires=["my_library"])
 def load_base(base_folder: Path, dtype: str) -> Loader: ...
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ADAPTER_FILES = "adapter_files"
-"""The target that a loader implements."""
+"""Name of the target that a function which returns a `Loader` implements."""
 
 
 class Loader:
@@ -28,7 +30,7 @@ class Loader:
     """
 
     combinations: tuple[str, ...] = ("",)
-    """Names of the ways in which the program combines adapters. The harness checks each."""
+    """Names of the ways in which `combine` can compute the sum, such as peft's `svd`. The harness checks each way."""
 
     def load(self, folder: Path, name: str) -> None:
         """Load the adapter in `folder`, which has adapter_config.json and adapter_model.safetensors, as `name`."""

@@ -16,7 +16,7 @@ _ATOMS = (bool, int, float, str, type(None))
 
 
 def copied(thing: _T, modules: Iterable[nn.Module] = ()) -> _T:
-    """Return a deep copy of `thing`. modules: modules inside it, if it is no module itself."""
+    """Return a deep copy of `thing`. modules: the modules inside `thing`, if `thing` itself is not a module."""
     memo: dict[int, Any] = {}
     for module in (thing, *modules):
         if isinstance(module, nn.Module):
@@ -46,7 +46,7 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> Any:
 
 
 def _is_plain(kind: type[nn.Module]) -> bool:
-    """Return whether `copy.deepcopy` copies just the attributes of such a module."""
+    """Return whether modules of this class need no copying code of their own: `copy.deepcopy` copies their attributes."""
     return (
         not hasattr(kind, "__deepcopy__")
         and kind.__reduce_ex__ is object.__reduce_ex__

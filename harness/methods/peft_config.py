@@ -1,7 +1,7 @@
-"""`method: peft`: any method of HF peft, configured by an adapter_config.json and without a reference. No torch.
+"""`method: peft`: any method of HF peft, configured by an adapter_config.json and without a reference. Imports no torch.
 
 The harness reads the file together with the suite, and the Cell stores the content, so that a cell_id hashes the
-content and not the path. peft finds invalid values and unknown layers later, in the worker.
+content and not the path. peft finds invalid values and unknown layers later, when the Cell runs.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _UNSUPPORTED_INITS = {
 VIRTUAL_TOKENS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE")
 """Values of `peft_type` with virtual tokens before every text."""
 IN_THE_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
-"""Values of `peft_type` whose virtual tokens are keys and values of every block. Other virtual tokens are
-embeddings."""
+"""Values of `peft_type` whose virtual tokens are keys and values in the cache of every block. Virtual tokens of the other
+types are input embeddings."""
 _CAUSAL_ONLY = dict.fromkeys(IN_THE_CACHE, "passes its tokens as a key-value cache, which no encoder has") | {
     "ADAPTION_PROMPT": "supports the attention of Llama, Mistral and GPT-2 only"
 }
@@ -82,7 +82,7 @@ class AdapterConfigField(FieldInfo):
 
     @property
     def shown_default(self) -> str:
-        """The default in the syntax of a suite."""
+        """The default value, as an author writes it in a suite."""
         return "none"
 
     @property

@@ -1,4 +1,4 @@
-"""Find the values of `peft_type` that the installed peft has, and their keys. No torch.
+"""Find the values of `peft_type` that the installed peft has, and their config keys. Imports no torch.
 
 They are read from peft's source, because importing peft takes seconds.
 """

@@ -22,7 +22,7 @@ from reference import adapter_file
 
 @dataclass(frozen=True)
 class _Part:
-    """One file in a weighted sum."""
+    """One adapter file in a weighted sum of adapters."""
 
     settings: adapter_file.AdapterSettings
     tensors: dict[str, Tensor]
@@ -58,14 +58,14 @@ class ReferenceLoader(Loader):
         return logits(model, prompts)
 
     def combine(self, names: Sequence[str], weights: Sequence[float], new_name: str, way: str) -> None:
-        """Add a weighted sum of adapters."""
+        """Add an adapter `new_name`, the weighted sum of other adapters. `way` is not used: there is only one way."""
         pairs = zip(names, weights, strict=True)
         self.adapters[new_name] = [
             replace(one, weight=one.weight * weight) for name, weight in pairs for one in self.adapters[name]
         ]
 
     def merge(self, names: Sequence[str]) -> None:
-        """Merge adapters."""
+        """Let `logits` with the name None include the updates of these adapters. The base itself does not change."""
         self.merged = [one for name in names for one in self.adapters[name]]
 
     def unmerge(self) -> None:
@@ -88,7 +88,7 @@ class ReferenceLoader(Loader):
             self.is_disabled = False
 
     def set_scale(self, name: str, factor: float) -> None:
-        """Set the factor on the scaling of an adapter's file."""
+        """Set the scaling of an adapter to `factor` times the scaling that its file gives."""
         self.adapters[name] = [replace(one, factor=factor) for one in self.adapters[name]]
 
     def train(self, mode: bool) -> None:

@@ -48,8 +48,8 @@ class Implementation:
     target: str
     """The Method (`lora`), Operation (`nf4_linear`) or quantisation (`nf4`) that it implements, or `adapter_files`."""
     function: Callable[..., Any]
-    """The code. For a Method, it takes (model, config, generator) and returns an Adapted. For `adapter_files`, it takes
-    (base_folder, dtype) and returns a Loader."""
+    """The code. For a Method, it takes (model, config, generator) and returns an `Adapted`, see `harness.methods.spec`. For
+    `adapter_files`, it takes (base_folder, dtype) and returns a `Loader`, see `harness.methods.loader`."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     """Supported dtypes, a subset of `DTYPES`."""
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -90,8 +90,8 @@ class Implementation:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function.
 
-        Raises Unsupported if this Implementation does not offer a value of the Method's config or a kind of layer.
-        Raises TypeError if a Method's function does not return an Adapted.
+        Raises Unsupported if the config or the model uses an optional feature of the Method that is not in `offers`.
+        Raises TypeError if a Method's function returns an object that is not an `Adapted`.
         """
         if self.kind == "method":
             given = {**dict(zip(("model", "config"), args, strict=False)), **kwargs}
@@ -155,9 +155,9 @@ def implementations_in(name: str) -> list[Implementation]:
 
 @cache
 def targets() -> dict[str, TargetKind]:
-    """Map every possible target to its kind.
+    """Map every name that `Implementation.target` may have to its kind.
 
-    The names of Operations and bases are names of files. The content of these files is not read.
+    The names of Operations and quantisations are names of files. The content of these files is not read.
     """
     found: dict[str, TargetKind] = {file.stem: "base" for file in (data_folder("suites") / "parity").glob("*.yaml")}
     found |= {file.stem: "operation" for file in _OPERATIONS.glob("*.py") if not file.stem.startswith("_")}
@@ -173,7 +173,7 @@ def opt_in_fields(method: str) -> dict[str, Any]:
 
 
 def opt_in_layers(method: str) -> tuple[str, ...]:
-    """Return the kinds of layers in a Method's `opt_in_layers`."""
+    """Return the kinds of layers that a Method passes only to implementations that name them in `offers`."""
     return () if method in UNREFERENCED else method_info(method).spec.opt_in_layers
 
 
@@ -188,9 +188,9 @@ class Registry:
 
     implementations: tuple[Implementation, ...] = ()
     broken: dict[str, str] = field(default_factory=dict)
-    """Entry points that failed entirely or in part, with the reason. The names are those of `entry_points_by_name`."""
+    """Name of an entry point, as in `entry_points_by_name`, that failed entirely or in part -> reason."""
     environment: Environment | None = None
-    """Software of the process that loaded the entry points. None if it is this process."""
+    """Software of the process that loaded the entry points. None if this process loaded them."""
 
     def names(self, kind: str, target: str) -> list[str]:
         """List the names of the Implementations of `target`, sorted."""
@@ -224,13 +224,13 @@ class Registry:
 
 
 def format_error(error: BaseException) -> str:
-    """Format a foreign exception in one printable line, even if its `__str__` raises."""
+    """Format an exception of a plug-in in one printable line, even if its `__str__` raises."""
     text = " ".join("".join(traceback.format_exception_only(error)).split())
     return "".join(one if one.isprintable() else "?" for one in text)
 
 
 def entry_points_by_name() -> dict[str, EntryPoint]:
-    """Map names to the entry points of the group, without loading any. The harness's own come first.
+    """Map names to the entry points of the group `harness.implementations`, without loading any. The harness's come first.
 
     If two entry points have the same name, the name of the distribution is appended to that of the second.
     """
@@ -244,7 +244,7 @@ def entry_points_by_name() -> dict[str, EntryPoint]:
 
 
 def discover(only: Collection[str] | None = None, begin: Callable[[str], None] | None = None) -> Registry:
-    """Load every entry point of the group, and return the Registry.
+    """Load every entry point of the group `harness.implementations`, and return the Registry.
 
     The harness's own come first, so that no plug-in can take one of their names. only: names of the entry points to
     load, as in `entry_points_by_name`. begin: called with each name before loading.
@@ -280,7 +280,7 @@ def discover(only: Collection[str] | None = None, begin: Callable[[str], None] |
 
 
 def _misfit(implementation: Implementation, known: dict[str, TargetKind]) -> str:
-    """Return an error message if the target is unknown or is of another kind. Otherwise return an empty string."""
+    """Return an error message if the target, kind or `offers` is invalid, or an empty string. known: target -> kind."""
     target, kind = implementation.target, implementation.kind
     if target not in known:
         return f"{implementation}: unknown target {target!r}; {did_you_mean(target, known, 'there are')}"

@@ -1,4 +1,4 @@
-"""Read the Methods from the source of `reference/`. This package is not imported, so torch is not needed.
+"""Read the Methods from the source of `reference/`, without importing it, so that torch is not needed.
 
 A file of `reference/` with `SPEC = ReferenceSpec(...)` is a Method. There is no other list of Methods.
 """
@@ -27,7 +27,7 @@ _TYPES = {
     "str": (str, "a word"),
     "tuple[str, ...]": (tuple, "a list of words"),
 }
-"""Type for each annotation of a field, and the name of the type for authors of suites."""
+"""Annotation of a field -> Python type of its values, and name of the type in messages to authors of suites."""
 _SPEC_CLASSES = {kind.__name__: kind for kind in (ReferenceSpec, Deviation)}
 TARGET_WORDS = frozenset({"attention", "all-linear"})
 """Words that a suite may write instead of a list of layers; `reference.shared.layers.WORDS` defines them."""
@@ -50,7 +50,7 @@ class Adapted(Protocol):
         """Map the Method's canonical names, `<path>.<letter>`, to the trainable tensors."""
 
     def state(self) -> dict[str, Tensor]:
-        """Map canonical names to tensors that the Method created and does not train (PiSSA's residual, VeRA's A and B)."""
+        """Map `<path>.<name>` to tensors that the Method created and does not train (PiSSA's residual, VeRA's A and B)."""
 
     def parameters(self) -> list[nn.Parameter]:
         """List the parameters that train."""
@@ -94,14 +94,14 @@ class FieldInfo:
     """True if a Cell omits the field when it has its default. Such a field was added after Records were published, and must
     not change their cell_ids."""
     opt_in: bool = False
-    """True if only implementations that name the field in `offers` get another value than its default. Older plug-ins
-    would ignore such a field, which was added after they were written."""
+    """True if a value other than the default is passed only to implementations that name the field in `offers`. Older
+    plug-ins would ignore such a field, because it was added after they were written."""
     about: str = ""
     """Description of the field. It is the string below the field in the source."""
 
     @property
     def is_list(self) -> bool:
-        """True if one value of this field is a list."""
+        """True if the value of this field is a list of words."""
         return self.type.startswith("tuple")
 
     @property
@@ -117,7 +117,7 @@ class FieldInfo:
 
     @property
     def shown_default(self) -> str:
-        """The default in the syntax of a suite."""
+        """The default value, as an author writes it in a suite."""
         if self.is_list:
             return f"[{', '.join(self.default)}]"
         return str(self.default).lower() if self.type == "bool" else str(self.default)
@@ -134,13 +134,13 @@ class FieldInfo:
         yield from ()
 
     def is_legible(self, value: Any) -> bool:
-        """Return whether a value is complete enough for further checks. In this class, the value must be valid."""
+        """Return whether `canonical` and `misfits` can take a value. In this class, only a valid value is legible."""
         return not self.problem(value)
 
     def canonical(self, value: Any) -> Any:
         """Return the JSON form of a valid value. For example, `16` for a float becomes 16.0.
 
-        If a Cell leaves the value out, return None.
+        Return None for the default of a field with `omit_default`, which a Cell leaves out.
         """
         if self.omit_default and value == self.default:
             return None

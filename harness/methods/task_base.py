@@ -26,7 +26,7 @@ _MAPPINGS = {
 }
 """task_type of peft -> the table in transformers from a model_type to the class for this task."""
 WITH_LABELS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-"""Tasks with a new head. The adapter's file has the head, and so the number of labels."""
+"""Values of task_type for which a new head is trained. The adapter's file has this head, and so the number of labels."""
 _MARK = 7919
 """A number of labels that differs from every other size of a model, so that it marks the parameters of the head."""
 

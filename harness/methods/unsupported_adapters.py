@@ -1,4 +1,4 @@
-"""Find the keys of an adapter's config that `reference/adapter_file.py` does not implement. No torch."""
+"""Find the keys of an adapter's config that `reference/adapter_file.py` does not implement. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ UNSUPPORTED = {
     "use_bdlora": "A or B is block-diagonal",
     "use_qalora": "inputs are pooled",
 }
-"""Key of a config -> the meaning that it gives the tensors."""
+"""Key of an adapter_config.json that the reference does not implement -> what the key changes."""
 _INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
-"""Values of init_lora_weights after which the base weight differs from that of the base model."""
+"""Beginnings of the values of init_lora_weights with which peft changes the base weight before training."""
 
 
 def unsupported(config: Mapping[str, Any]) -> dict[str, str]:
-    """Map each key of an adapter_config.json that the reference does not implement to the meaning of the key."""
+    """Map each key of an adapter_config.json that the reference does not implement to what the key changes."""
     found = {key: meaning for key, meaning in UNSUPPORTED.items() if config.get(key)}
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_INITS):

@@ -1,4 +1,4 @@
-"""An Adapted that is made from a third party's layers; see `harness.testing.wrap_layers`."""
+"""Replacement of a model's layers by a third party's layers; see `harness.testing.wrap_layers`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def wrap(
     names: Mapping[str, str] | None,
     update: Callable[[Any], Tensor] | None,
 ) -> AdaptedLayers:
-    """Freeze `model`, replace every target by `make_layer(target)`, and return the Adapted.
+    """Freeze `model`, replace every target by `make_layer(target)`, and return the adapted model.
 
     Raises Unsupported for a target that is no linear layer.
     """
@@ -51,7 +51,7 @@ class WrappedLayers(AdaptedLayers):
         self.can_merge = update is not None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Map canonical names to the layers' own Parameters."""
+        """Map `<path>.<letter of the paper>` to the Parameters of the third party's layers."""
         tensors: dict[str, Tensor] = {}
         for path, layer in self.layers.items():
             own = [name for name, _ in layer.named_parameters(recurse=False)]  # type: ignore[attr-defined]
@@ -60,7 +60,7 @@ class WrappedLayers(AdaptedLayers):
         return tensors
 
     def state(self) -> dict[str, Tensor]:
-        """Return an empty dict: frozen tensors of the layers are not compared."""
+        """Return an empty dict, so that the harness compares no frozen tensors of the third party's layers."""
         return {}
 
     def parameters(self) -> list[nn.Parameter]:
@@ -69,7 +69,7 @@ class WrappedLayers(AdaptedLayers):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Replace each layer by a plain one with the updated weight.
+        """Replace each layer by a plain linear layer with the updated weight.
 
         Raises Unsupported if there is no `update` function.
         """

@@ -76,7 +76,7 @@ def preconditioned(
 def optimizer_step(
     kind: Kind, p: Tensor, g: Tensor, m: Tensor, v: Tensor, *, lr: float, weight_decay: float, **adamw: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return p, m and v after a plain step: of `adamw_step`, or p = (1 - lr weight_decay) p - lr g without moments."""
+    """Return p, m and v after a step of `adamw_step` or of SGD, p = (1 - lr weight_decay) p - lr g, which keeps m and v."""
     if kind == "adamw":
         return adamw_step(p, g, m, v, lr=lr, weight_decay=weight_decay, **adamw)
     return (1 - lr * weight_decay) * p - lr * g, m, v

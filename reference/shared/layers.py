@@ -20,7 +20,7 @@ def kind_of(module: nn.Module) -> str:
 
     linear: nn.Linear or a quantised subclass. Conv1D: transformers' linear layer with the weight stored as (in, out).
     embedding, Conv2d: nn.Embedding, nn.Conv2d, and subclasses with the same forward pass; an embedding may also
-    multiply by its `embed_scale`. experts: a module of `stacked_weights`. Other subclasses are excluded: they transform
+    multiply by its `embed_scale`. experts: see `stacked_weights`. Other subclasses are excluded: they transform
     their weight, e.g. by a norm, and would have to transform the update of a Method too.
     """
     layer: Any = module
@@ -160,9 +160,9 @@ def sides(base: Any) -> tuple[int, int]:
 
 
 def as_stored(base: nn.Module, W_ED: torch.Tensor) -> torch.Tensor:
-    """Return a view of a matrix (E, D) in the layout of the weight of `base`, or of such a weight as a matrix (E, D).
+    """Return a view of a matrix (E, D) in the layout in which `base` stores its weight, or convert such a weight back.
 
-    The layout is (D, E) for a Conv1D and for an embedding. Every other weight, e.g. a kernel, is returned as it is.
+    Conv1D and embedding store (D, E), so both conversions transpose. Any other weight is returned as it is.
     """
     return W_ED.T if kind_of(base) in ("Conv1D", "embedding") else W_ED
 

@@ -39,7 +39,7 @@ class Layerwise:
         self._hooks = [p.register_post_accumulate_grad_hook(self._update) for p in trains]
 
     def norm(self, of: Iterable[Tensor]) -> float:
-        """Return the norm of all gradients together that have updated the parameters `of` since the last call.
+        """Return the joint 2-norm of the gradients that have updated the parameters in `of` since the last call.
 
         If there were no gradients, return 0.
         """

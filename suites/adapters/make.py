@@ -44,7 +44,7 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
                   "conv_kernel_size": 5, "num_landmarks": 64, "segment_means_seq_len": 64},
     ),
 }  # fmt: skip
-"""Name -> family of the model in transformers, and its config. The attention's q and o are square, no other layer is."""
+"""Name of a base -> family of the model in transformers, and the values of its config."""
 _HEADS = {
     "Llama": "ForCausalLM", "Mixtral": "ForCausalLM", "GPT2": "LMHeadModel", "Bert": "ForSequenceClassification",
     "Nystromformer": "ForSequenceClassification",
@@ -65,20 +65,20 @@ class Corpus:
     config: Mapping[str, Any] = field(default_factory=dict)
     """Keys of adapter_config.json, besides those that every adapter has."""
     ranks: Mapping[str, int] = field(default_factory=dict)
-    """End of a path -> rank, for layers whose rank is not `r`. The first that fits counts."""
+    """End of a path -> rank, for layers whose rank is not `r`. The first end that matches counts."""
     stacks: Mapping[str, str] = field(default_factory=dict)
-    """Name of a stack of experts -> what stands between the path of its module and the names of its tensors."""
+    """Name of a stacked parameter of experts -> what follows the module's path in the keys of its tensors."""
     saved: Iterable[str] = ()
-    """Ends of the names of parameters that the adapter replaces, as the base names them."""
+    """Ends of the names of parameters of the base that the adapter's file also contains."""
     keys: Mapping[str, str] = field(default_factory=dict)
-    """End of a parameter's name -> end of its key in the file, where they differ."""
+    """End of a name in the base -> end of the key in the file, for the parameters of `saved` where they differ."""
     dtype: torch.dtype = torch.float32
     experts: Iterable[str] = ()
-    """Names of the layers of each expert, in a file that was made before transformers stacked the experts."""
+    """Adapted layers of each expert, e.g. `w1`, in a file like those from before transformers stacked the experts."""
     stack: str = "mlp.experts"
-    """End of the paths of the stacks that have these experts."""
+    """End of the paths of the modules to whose experts `experts` applies."""
     missing: Iterable[str] = ()
-    """Paths of adapted layers that the base does not have."""
+    """Paths of layers that the file adapts but the base does not have."""
 
 
 _PATTERN = {"rank_pattern": {"q_proj": 1, "layers.1.mlp.down_proj": 6}}
@@ -147,7 +147,7 @@ CORPUS = (
            {"target_modules": ["q_proj", *_NAMES], "layers_to_transform": [1]}, experts=_NAMES,
            stack="layers.1.mlp.experts"),
 )  # fmt: skip
-"""The index of an adapter is part of its seed, so a new one comes last."""
+"""All adapters of the corpus. Append new ones: the index of an adapter decides its seed."""
 
 
 def main(folder: Path = HERE) -> None:

@@ -1,7 +1,7 @@
 """`axolotl`: its LoRA kernels, as Operations and as the forward passes of peft's LoRA, DoRA and QLoRA layers.
 
-Where Axolotl calls Triton, a GPU is needed, or TRITON_INTERPRET=1 in float32 or float16; Triton's interpreter computes
-wrong bfloat16. On a CPU without the interpreter, torch computes the activation between Axolotl's products.
+Where Axolotl calls Triton, a GPU is needed, or TRITON_INTERPRET=1 in float32 or float16; Triton's interpreter is
+wrong in bfloat16. On a CPU without the interpreter, torch computes the activation between Axolotl's products.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def dora_linear(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, m: Tensor | None, scaling: float,
     mask: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Compute a layer by LoRA_O, which Axolotl uses for the output layer of an attention block."""
+    """Return the output of a DoRA layer by Axolotl's LoRA_O, its kernel for the output layer of an attention block."""
     from axolotl.kernels.lora import LoRA_O
 
     X = in_three_dimensions(x)
@@ -57,13 +57,13 @@ def dora_linear(
 
 @implements("lora_linear", **_OPERATION)
 def lora_linear(**given: Any) -> Any:
-    """Compute a layer by LoRA_O without a magnitude."""
+    """Return the output of a LoRA layer by Axolotl's LoRA_O. given: the arguments of `dora_linear` without m."""
     return dora_linear(m=None, **given)
 
 
 @implements("lora_qkv", **_OPERATION)
 def lora_qkv(x: Tensor, **layers: Any) -> tuple[Tensor, ...]:
-    """Compute q, k and v by LoRA_QKV."""
+    """Return q, k and v of an attention block, computed by Axolotl's LoRA_QKV. layers: see `_adapters`."""
     from axolotl.kernels.lora import LoRA_QKV
 
     outputs = LoRA_QKV.apply(in_three_dimensions(x), None, *_adapters(**layers), True)
@@ -72,7 +72,10 @@ def lora_qkv(x: Tensor, **layers: Any) -> tuple[Tensor, ...]:
 
 @implements("lora_mlp", **_OPERATION)
 def lora_mlp(x: Tensor, activation: str, **layers: Any) -> Tensor:
-    """Compute the block by LoRA_MLP. As in Axolotl's patch of models, any name that contains `gelu` selects GEGLU."""
+    """Return the output of a feed-forward block, computed by Axolotl's LoRA_MLP. layers: see `_adapters`.
+
+    As in Axolotl's patch of models, any name of an activation that contains `gelu` selects GEGLU, and others SwiGLU.
+    """
     from axolotl.kernels.lora import LoRA_MLP
 
     from harness.methods.implementations.gated_activations import of_library
@@ -102,7 +105,10 @@ def qlora(model: nn.Module, config: reference_qlora.Config, generator: Generator
 
 
 def _with_kernels(adapted: PeftAdapted) -> PeftAdapted:
-    """Replace the forward passes of the layers by Axolotl's kernels. Raises Unsupported for a layer without a kernel."""
+    """Replace the forward passes of peft's layers by Axolotl's kernels, and return `adapted`.
+
+    Raises Unsupported for a layer without a kernel.
+    """
     for path, layer in adapted.layers.items():
         kind = type(layer).__name__
         if kind not in ("Linear", "Linear4bit", "Embedding") or getattr(layer, "fan_in_fan_out", False):

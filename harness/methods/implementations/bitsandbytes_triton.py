@@ -21,12 +21,12 @@ _OPERATION: dict[str, Any] = {
     "requires": ["triton", "bitsandbytes"],
 }  # fmt: skip
 MAX_BLOCKS = 64
-"""Largest number of quantisation blocks in a case. The interpreter takes some milliseconds for each program of a
-kernel."""
+"""Largest number of quantisation blocks in a case. Triton's interpreter takes some milliseconds for each program
+of a kernel."""
 
 
 def _require_interpreter(blocks: int, values: Tensor | None = None) -> None:
-    """Raise Unsupported if the interpreter is off, if there are too many blocks, or if `values` contain NaN."""
+    """Raise Unsupported if Triton's interpreter is off, if there are too many blocks, or if `values` contain NaN."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise Unsupported("set TRITON_INTERPRET=1: on a CPU, Triton's kernels run only in its interpreter")
     if blocks > MAX_BLOCKS:

@@ -1,4 +1,4 @@
-"""Activations inside the feed-forward kernels of Axolotl and Unsloth: their own, or torch's on a CPU."""
+"""Gated activations for the feed-forward kernels of Axolotl and Unsloth: the library's Triton code, or torch on a CPU."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from harness.errors import Unsupported
 INTERPRETED = ("float32", "float16")
 """Dtypes in which Triton's interpreter computes correctly."""
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
-"""A forward function (gate, up) -> h, and a backward function (dh, gate, up) -> (h, and the gradients of gate and up in the
-library's order)."""
+"""Two functions of an activation: the forward (gate, up) -> h, and the backward (dh, gate, up) -> (h, and the gradients of
+gate and up in the library's order)."""
 
 
 def of_library(module: str, forward: str, backward: str, x: Tensor, *, up_first: bool = False) -> Pair:
-    """Return the forward and the backward function of a library. On a CPU without Triton's interpreter, use torch.
+    """Return the forward and the backward function of an activation in a library.
 
-    up_first: True if the library's backward function returns the gradient of up before that of gate. Raises Unsupported
-    for an activation or a dtype that the interpreter cannot compute.
+    On a CPU without Triton's interpreter, return functions that compute the same with torch. module, forward, backward:
+    names of the library's module and functions. x: a tensor with the dtype and device of the call. up_first: True if the
+    library's backward function returns the gradient of up before that of gate. Raises Unsupported for an activation or a
+    dtype that the interpreter cannot compute.
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not x.is_cuda and not interpreted:
@@ -63,7 +65,7 @@ def _of_torch(function: Callable[[Tensor], Tensor], *, up_first: bool) -> Pair:
 
 
 def _allocate_on_the_cpu(kernels: Any) -> None:
-    """Give a module memory on the CPU, where the interpreter runs, when it asks torch for memory on `cuda`."""
+    """Let `torch.empty` in a module of kernels ignore `device`, so that it allocates on the CPU for the interpreter."""
 
     def empty(*shape: Any, device: object = None, **options: Any) -> Tensor:
         return torch.empty(*shape, **options)

@@ -17,10 +17,10 @@ def lora_qkv(
     x: Tensor, Ws: list[Tensor], biases: list[Tensor] | None, As: list[Tensor], Bs: list[Tensor],
     scalings: list[float], ms: list[Tensor] | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Stack the tensors of q, k and v, as LitGPT's checkpoints do, and split the output.
+    """Return q, k and v, computed by one LoRAQKVLinear from their stacked tensors, as LitGPT's checkpoints store them.
 
-    The layer has one scaling, so the B of k and v are scaled in advance. Raises Unsupported for DoRA and for ranks that
-    differ.
+    The layer has one scaling, that of q, so the B of k and v are rescaled in advance. Raises Unsupported for DoRA, for
+    ranks that differ, and for a scaling of q that is 0.
     """
     import torch
     from litgpt.lora import LoRAQKVLinear

@@ -15,5 +15,5 @@ def in_three_dimensions(x: Tensor) -> Tensor:
 
 
 def in_shape_of(x: Tensor, y: Tensor) -> Tensor:
-    """Return y with the leading dimensions of x."""
+    """Return y, reshaped so that all dimensions but the last are those of x."""
     return y if x.dim() == 3 else y.reshape(*x.shape[:-1], y.shape[-1])

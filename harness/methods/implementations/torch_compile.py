@@ -1,4 +1,4 @@
-"""`torch-compile`: the plain formulas of some Operations, compiled by torch.compile. A rival that needs no library."""
+"""`torch-compile`: the plain formulas of some Operations, compiled by torch.compile, to compare with libraries."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 _OPERATION: dict[str, Any] = {"name": "torch-compile", "kind": "operation", "devices": ["cuda"]}
-"""On a CPU, a compilation takes longer than all checks of another implementation."""
+"""Arguments of `implements`, for GPUs only: on a CPU, compiling takes longer than all checks of another implementation."""
 _OPTIONS: dict[str, Any] = {"compile_threads": 1}
-"""Options of inductor. More threads would be processes that outlive the call."""
+"""Options of torch.compile. With more than one thread, inductor would start processes that outlive the call."""
 
 
 @implements("lora_linear", **_OPERATION)
@@ -32,14 +32,14 @@ def lora_linear(
 def dora_linear(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, m: Tensor, scaling: float, mask: Tensor | None
 ) -> Tensor:
-    """Return DoRA's layer, computed in the dtype of x. The norm of each row is a constant in float32."""
+    """Return the output of DoRA's layer in the dtype of x. The norms are computed in float32 and have no gradient."""
     y: Tensor = _compiled(_dora, _kind(x, bias, mask))(x, W, bias, A, B, m, _number(scaling), mask)
     return y
 
 
 @implements("nf4_dequantize", **_OPERATION)
 def nf4_dequantize(packed: Tensor, absmax: Tensor, block: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Look up the level of each code, and multiply it by the absmax of its block in float32."""
+    """Return the decoded weight: the level of each code times the absmax of its block, multiplied in float32."""
     from harness.kernels.nf4_format import levels
 
     weight: Tensor = _compiled(_nf4, (packed.device, dtype, len(shape), block))(
@@ -88,9 +88,9 @@ def _kind(x: Tensor, bias: Tensor | None, mask: Tensor | None) -> tuple[object, 
 
 @cache
 def _number(value: float) -> Tensor:
-    """Return a number as a tensor without dimensions: torch compiles anew for each other number.
+    """Return a number as a 0-d float32 tensor on the CPU, because torch would compile again for each new float.
 
-    The tensor is kept, so neither the default dtype nor inference mode may decide about it.
+    The tensor is cached, so it must not depend on the default dtype or on inference mode at the first call.
     """
     import torch
 
@@ -100,10 +100,11 @@ def _number(value: float) -> Tensor:
 
 @cache
 def _compiled(formula: FunctionType, kind: tuple[object, ...]) -> Callable[..., Any]:
-    """Return a compiled copy of a formula for one kind of arguments.
+    """Return a copy of a formula, compiled for arguments of one kind and of any size.
 
-    torch compiles a function in few versions only. So each kind has a copy with code of its own, compiled for all sizes. A
-    copy that torch would run uncompiled raises an error. Raises Unsupported without a compiler.
+    kind: what the compiled code depends on, such as device and dtype; the device comes first. Each kind has a copy with
+    its own code object, because torch limits the compiled versions of one function. A copy that torch cannot compile as
+    a whole raises an error. Raises Unsupported without a compiler.
     """
     import torch
 

@@ -1,4 +1,7 @@
-"""`torchtune`: LoRALinear, DoRALinear and their merge, over dense weights and over torchao's NF4. Its development ended."""
+"""`torchtune`: LoRALinear, DoRALinear and their merge, over dense weights and over torchao's NF4.
+
+torchtune is no longer developed.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def lora(model: nn.Module, config: reference_lora.Config, generator: Generator) 
 
 @implements("dora", dtypes=DTYPES, **_NAME)
 def dora(model: nn.Module, config: reference_dora.Config, generator: Generator) -> Adapted:
-    """Replace linear layers by DoRALinear. The magnitudes start as in torchtune's recipes."""
+    """Replace linear layers by DoRALinear, with the initial magnitudes of torchtune's recipes."""
     if config.per != "output" or not config.detach_norm:
         raise Unsupported("torchtune has one magnitude per output, and its norm is a constant")
     from torchtune.modules.peft import DoRALinear
@@ -67,7 +70,10 @@ def _attach(model: nn.Module, config: Any, generator: Generator, kind: type[Any]
 
 @implements("nf4-dq", kind="base", **_NAME)
 def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int, bool]]:
-    """Pack the layers as torchao does, and multiply as torchtune's FrozenNF4Linear, the base of its QLoRA, does."""
+    """Replace linear layers as `torchao.nf4_dq` does, and return the same.
+
+    The layers multiply as FrozenNF4Linear does, the layer under torchtune's QLoRA.
+    """
     from torchtune.modules.low_precision import FrozenNF4Linear
 
     def forward(self: Any, x: Tensor) -> Any:

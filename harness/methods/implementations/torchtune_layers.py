@@ -1,4 +1,4 @@
-"""Layers of torchtune, and the Adapted that holds them."""
+"""Layers of torchtune, and a model that has them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from reference.shared.layers import dense_copy, floating_dtype, replace
 
 
 def adapted_layer(kind: type[Any], base: Any, config: Any) -> Any:
-    """Return torchtune's layer with the weight and the bias of `base`. It is made on the meta device, as in its recipes.
+    """Return a layer of torchtune with the weight and the bias of `base`.
 
-    kind: LoRALinear or DoRALinear. base: an nn.Linear, or a layer whose `packed[0]` is an NF4Tensor.
+    As in torchtune's recipes, the layer is made on the meta device. kind: LoRALinear or DoRALinear. base: an nn.Linear,
+    or a layer whose `packed[0]` is an NF4Tensor.
     """
     packed = getattr(base, "packed", None)
     with torch.device("meta"):
@@ -40,7 +41,7 @@ def adapted_layer(kind: type[Any], base: Any, config: Any) -> Any:
 
 
 class TorchtuneLayers(WrappedLayers):
-    """An Adapted with torchtune's layers. Tensors are `<path>.A` (R, D), `<path>.B` (E, R) and, in DoRA, `<path>.m` (E,)."""
+    """A model with torchtune's layers. Tensors are `<path>.A` (R, D), `<path>.B` (E, R) and, in DoRA, `<path>.m` (E,)."""
 
     def __init__(self, model: nn.Module, bases: Mapping[str, Any], layers: Mapping[str, Any], config: Any) -> None:
         super().__init__(model, bases, layers, None, None)
@@ -49,7 +50,7 @@ class TorchtuneLayers(WrappedLayers):
             tensor.requires_grad_(True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Map canonical names to torchtune's own parameters."""
+        """Map `<path>.<letter of the paper>` to torchtune's own parameters."""
         found: dict[str, Tensor] = {}
         layers: dict[str, Any] = self.layers
         for path, layer in layers.items():

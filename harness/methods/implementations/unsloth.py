@@ -35,7 +35,7 @@ _NAME: dict[str, Any] = {
 
 @cache
 def _kernels() -> Any:
-    """Import and return unsloth.kernels.fast_lora. Empty packages stand in for unsloth and unsloth.kernels."""
+    """Import and return unsloth.kernels.fast_lora, without running the `__init__` of its packages."""
     import torch
 
     folder = Path(str(find_spec("unsloth").origin)).parent  # type: ignore[union-attr]
@@ -70,7 +70,10 @@ def _adapters(
 def lora_linear(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None
 ) -> Tensor:
-    """Compute a layer by LoRA_W. Raises Unsupported for a dropout mask, since LoRA_W draws its own."""
+    """Return the output of a LoRA layer, computed by Unsloth's LoRA_W.
+
+    Raises Unsupported for a dropout mask, since LoRA_W draws its own.
+    """
     if mask is not None:
         raise Unsupported("LoRA_W draws its own dropout mask and takes no other")
     layer = _adapters([W], None if bias is None else [bias], [A], [B], [scaling], None)
@@ -79,14 +82,14 @@ def lora_linear(
 
 @implements("lora_qkv", **_NAME)
 def lora_qkv(x: Tensor, **layers: Any) -> tuple[Tensor, ...]:
-    """Compute q, k and v by LoRA_QKV, with its default inplace=True."""
+    """Return q, k and v of an attention block, computed by Unsloth's LoRA_QKV with its default inplace=True."""
     outputs = _kernels().LoRA_QKV.apply(in_three_dimensions(x), *_adapters(**layers), True)
     return tuple(in_shape_of(x, y) for y in outputs)
 
 
 @implements("lora_mlp", **_NAME)
 def lora_mlp(x: Tensor, activation: str, **layers: Any) -> Tensor:
-    """Compute the block by LoRA_MLP, with its default inplace=True."""
+    """Return the output of a feed-forward block, computed by Unsloth's LoRA_MLP with its default inplace=True."""
     from harness.methods.implementations.gated_activations import of_library
 
     functions = _kernels()
@@ -102,7 +105,7 @@ def lora_mlp(x: Tensor, activation: str, **layers: Any) -> Tensor:
 
 @implements("nf4_dequantize", **_NAME | {"devices": ["cuda"], "dtypes": ["float32", "bfloat16", "float16"]})
 def nf4_dequantize(packed: Tensor, absmax: Tensor, block: int, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
-    """Decode by fast_dequantize, which makes CUDA calls of its own. Its state is that of bitsandbytes."""
+    """Decode an NF4 weight by Unsloth's fast_dequantize, which calls CUDA itself and takes bitsandbytes' QuantState."""
     from bitsandbytes.functional import QuantState, get_4bit_type
 
     code = get_4bit_type("nf4", device=packed.device)

@@ -18,7 +18,7 @@ from harness.methods.registry import Implementation, implementations_in, impleme
 if TYPE_CHECKING:
     from torch import Tensor
 MAX_PRODUCTS = 1 << 22
-"""Largest number of multiplications of a case in the interpreter. Such a case takes seconds."""
+"""Largest number of multiplications of a case in Triton's interpreter, which needs seconds for so many."""
 _Add = Callable[["Tensor", "Tensor", "Tensor", "Tensor", "Tensor"], None]
 """Function that adds the update of every token to y, in place. Its arguments are y, x, the stacked As, the stacked Bs and
 the slots."""
@@ -49,7 +49,10 @@ def _linear(
     "multi_lora_linear", name="vllm", kind="operation", dtypes=("float32", "bfloat16", "float16"), requires=["vllm"]
 )
 def multi_lora_linear(**arguments: Any) -> Tensor:
-    """Run `bgmv_shrink` and `bgmv_expand_slice` as `PunicaWrapperCPU.add_lora_linear` does."""
+    """Return the output of a layer with several adapters, computed by vLLM's operations for CPUs.
+
+    It runs `bgmv_shrink` and `bgmv_expand_slice` as `PunicaWrapperCPU.add_lora_linear` does. arguments: see `_linear`.
+    """
 
     def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, slots: Tensor) -> None:
         import torch
@@ -67,7 +70,10 @@ def multi_lora_linear(**arguments: Any) -> Tensor:
     requires=["vllm", "triton"],
 )  # fmt: skip
 def multi_lora_linear_triton(**arguments: Any) -> Tensor:
-    """Run `lora_shrink` and `lora_expand` as `PunicaWrapperGPU.add_lora_linear` does."""
+    """Return the output of a layer with several adapters, computed by vLLM's Triton kernels.
+
+    It runs `lora_shrink` and `lora_expand` as `PunicaWrapperGPU.add_lora_linear` does. arguments: see `_linear`.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise Unsupported("set TRITON_INTERPRET=1: on a CPU, Triton's kernels run only in its interpreter")
     x, W = arguments["x"], arguments["W"]
@@ -88,7 +94,7 @@ def _add_triton(y: Tensor, x: Tensor, A: Tensor, B: Tensor, slots: Tensor) -> No
 
 
 def _triton_ops() -> tuple[Any, Any, Any]:
-    """Return the two kernels' functions and the class of their metadata. vLLM hides Triton where it finds no driver."""
+    """Return both kernels' functions and the class of their metadata, even if vLLM finds no driver and hides Triton."""
     import triton
     import triton.language as tl
     from vllm import triton_utils

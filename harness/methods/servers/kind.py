@@ -1,4 +1,4 @@
-"""Kinds of model servers: the start of their process, and what they can serve. No torch."""
+"""Description of a kind of model server: how its process starts, and what it can serve. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Launch:
-    """One start of a server."""
+    """Settings for one start of a model server."""
 
     base: Path
     """Folder of the base model."""
@@ -33,18 +33,19 @@ class Launch:
 
 @dataclass(frozen=True)
 class ServerKind:
-    """A kind of model server with the completions API of OpenAI and with streams.
+    """A kind of model server that has the completions API of OpenAI, with streaming.
 
-    It must accept token ids as prompts, and return token ids by the fields of vLLM. If it also loads and unloads adapters
-    by `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, as vLLM does, the replacement of an adapter is measured.
+    It must accept token ids as prompts, and return token ids, as vLLM does for the request field
+    `return_tokens_as_token_ids`. If it also has vLLM's paths `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, the
+    harness measures the replacement of an adapter.
     """
 
     name: str
     """Name in suites."""
     module: str
-    """Module that the server's Python must have."""
+    """Module that must be importable in the Python that runs the server."""
     arguments: Callable[[Launch], Sequence[str]]
-    """Function that returns the arguments of the server's Python."""
+    """Function that returns the command line after the path of the Python that runs the server."""
     environment: str = ""
     """Name of the environment that has the module; see `peft-harness env list`. Empty if the server needs none."""
     variables: Mapping[str, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Server of vLLM with the OpenAI API. It loads all adapters at its start. No torch."""
+"""Server of vLLM with the OpenAI API. It loads all adapters at its start. Imports no torch."""
 
 from __future__ import annotations
 

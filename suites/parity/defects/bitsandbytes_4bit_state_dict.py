@@ -2,7 +2,7 @@
 
 It saves the constants of its weight beside the weight (weight.absmax, weight.quant_map, ...), but no code loads them, so
 load_state_dict raises because of unexpected keys. With strict=False it loads the codes and keeps its own constants, so the
-layer gets another weight. Only Params4bit.from_prequantized reads them, as transformers does. Seen in 0.50.2.
+layer gets another weight. Only Params4bit.from_prequantized, which transformers calls, reads them. Seen in 0.50.2.
 """
 
 import bitsandbytes

@@ -1,4 +1,4 @@
-"""bitsandbytes' CPU 8-bit quantiser turns NaN into -0.993 of its block's absmax, which ignores the NaN.
+"""bitsandbytes' CPU 8-bit quantiser encodes NaN as -0.993 times the absmax of its block. The absmax ignores the NaN.
 
 So a NaN in a gradient disappears in the moments of an 8-bit optimizer. Seen in 0.50.2.
 """

@@ -1,6 +1,6 @@
 """bitsandbytes' CPU 8-bit quantiser looks x / absmax up in 65,536 bins of [-1, 1], so it misses the nearest code.
 
-No number gets some of the 256 codes. Double quantisation and 8-bit optimizers use this quantiser. Seen in 0.50.2; on CUDA
+Some of the 256 codes are never used. Double quantisation and 8-bit optimizers use this quantiser. Seen in 0.50.2; on CUDA
 the search is exact.
 """
 

@@ -8,7 +8,7 @@ optimizer = GaLoreAdamW([weight], lr=0.1)
 
 
 def closure():
-    """Return the loss, with gradients."""
+    """Return the loss after computing its gradients."""
     loss = weight.square().sum()
     loss.backward()
     return loss

@@ -2,7 +2,7 @@
 
 `ranknum` is made with requires_grad=False, but moving it to another dtype makes a new parameter, which trains. An optimizer
 over all parameters that require a gradient then changes the scaling alpha / ranknum, which is not saved with the adapter.
-Came with 0.21.0.
+Present since 0.21.0.
 """
 
 import torch

@@ -1,9 +1,9 @@
 """peft: AdaLoRA prunes every triplet whose score equals the threshold, so of several equal scores none stays.
 
-The threshold is the k-th smallest score and the mask is score <= threshold. Scores are zero, and so equal, without a
-gradient: for an expert that no token reached, or if an average forgets at once, as here. Then fewer triplets stay than the
-budget allows, possibly none. Once the mask is final, an update of rank 0 stays 0. The authors' code does the same. Seen in
-0.21.2.
+The threshold is the k-th smallest score, and peft prunes where score <= threshold. Scores are zero, and so equal, in a
+layer without a gradient, such as an expert that no token reached. They are also zero if beta1 is nearly 0, as here, because
+the uncertainty is then 0. Fewer triplets stay than the budget allows, possibly none. Once the mask is final, an update of
+rank 0 stays 0. The authors' code does the same. Seen in 0.21.2.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""peft: with an svd_rank above a side of a layer, `add_weighted_adapter` makes factors that do not fit, or raises.
+"""peft: if svd_rank exceeds the smaller side of a layer, `add_weighted_adapter` makes factors that do not fit, or raises.
 
 The decomposition of a (6, 12) update has 6 values. The new B gets 6 columns, but A gets 12 rows, because it is cut from the
 full matrix. The forward pass then raises. For a (20, 12) update, or for a convolution, the call itself raises. A layer with

@@ -32,7 +32,7 @@ def packed(bits: int, bias: bool) -> nn.Module:
 
 
 def adapted(bits: int, bias: bool = True) -> nn.Module:
-    """Return a layer with peft's LoRA of the scaling 4, whose A and B are as at the start and whose bias is 1."""
+    """Return a model of one layer with peft's LoRA: scaling 4, initial A and B, and a bias of B that is 1."""
     model = nn.Sequential(packed(bits, bias))
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = bits == 4, bits == 8
     model = get_peft_model(model, LoraConfig(r=2, lora_alpha=8, target_modules=["0"], lora_bias=True))

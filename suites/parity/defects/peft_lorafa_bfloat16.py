@@ -1,4 +1,4 @@
-"""peft: LoRA-FA computes the corrected gradient of B in bfloat16, also of adapters in float32 and float16.
+"""peft: LoRA-FA computes the corrected gradient of B in bfloat16, even if the adapter is in float32 or float16.
 
 The product g (A A^T)^-1 runs under an autocast to bfloat16 if the device has bfloat16, as every CPU has. The gradient keeps
 8 of 24 bits, and both moments are computed from it. Seen in 0.21.2.

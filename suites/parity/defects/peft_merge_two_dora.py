@@ -1,6 +1,6 @@
 """peft: two DoRA adapters on one layer are applied in turn, so the result depends on their order.
 
-The second adapter multiplies the weight, as the first has changed it, by its own m / ||W + s B A||. A sum of the two
+The second adapter multiplies the weight, which the first has already changed, by its own m / ||W + s B A||. A sum of the two
 changes would not depend on the order. Since 0.21, merged and unmerged outputs agree for one order (peft#3608). In training
 mode with dropout, the unmerged layer does add the changes, so its output differs. Seen in 0.21.2.
 """

@@ -1,4 +1,4 @@
-"""peft: OFT turns the other way with use_cayley_neumann=False: (I - Q) (I + Q)^-1 instead of (I + Q) (I - Q)^-1.
+"""peft: OFT rotates backwards with use_cayley_neumann=False: (I - Q) (I + Q)^-1 instead of (I + Q) (I - Q)^-1.
 
 The papers (arXiv:2306.07280 and 2506.19847) have the second form, and use_cayley_neumann=True approximates it. So the flag
 does not choose between a result and its approximation: if a trained adapter is loaded with the other value, every rotation

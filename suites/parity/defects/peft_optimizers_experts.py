@@ -17,7 +17,7 @@ G = torch.randn(EXPERTS, OUTPUTS, INPUTS).double()  # gradient of the weight of 
 
 
 def step(layer, config, a, b, g_a, g_b, create):
-    """Give a layer this adapter and these gradients, take one step, and return its B."""
+    """Adapt `layer`, set A, B and their gradients, step the optimizer that `create` makes, and return the new B."""
     layer = nn.Sequential(layer).double()
     model = get_peft_model(layer, config, autocast_adapter_dtype=False)
     tensors = [layer[0].lora_A["default"].weight, layer[0].lora_B["default"].weight]

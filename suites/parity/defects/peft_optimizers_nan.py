@@ -1,7 +1,7 @@
 """peft: a step of LoRA-FA or of Riemannian LoRA raises if A or B has a NaN, where other optimizers go on with NaN.
 
-Both take a pseudo-inverse of r x r numbers, which torch refuses if one is not finite. The error names torch.linalg.svd and
-no tensor. Seen in 0.21.2.
+Both compute the pseudo-inverse of an r x r matrix, which torch refuses if an entry is not finite. The error names
+torch.linalg.svd and no tensor. Seen in 0.21.2.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""peft: if rank dropout drops every row of LoHa's update, the output is NaN; so does LoKr with rank_dropout_scale.
+"""peft: if rank dropout drops every row of LoHa's update, the output is NaN. With rank_dropout_scale, so is LoKr's.
 
 The mask is divided by its mean, which is then 0 / 0. The narrower the layer and the larger the probability, the more
 often: half of the calls with one output and a probability of 0.5. Seen in 0.21.2.

@@ -1,7 +1,7 @@
 """torchao: AdamW8bit raises under torch.inference_mode, where torch's own AdamW can step.
 
-There `Tensor.to` reaches the 8-bit state's dispatch as an operator of its own, for which OptimState8bit has no
-implementation. Under no_grad the same step works. Seen in 0.18.0.
+In inference mode, torch dispatches `Tensor.to` as an operator of its own to the class of the 8-bit state, OptimState8bit,
+which does not implement this operator. Under no_grad the same step works. Seen in 0.18.0.
 """
 
 import torch

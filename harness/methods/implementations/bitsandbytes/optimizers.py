@@ -57,7 +57,10 @@ def lamb8bit_step(p: Tensor, g: Tensor, step: int, **options: Any) -> tuple[Tens
 def _step8bit(
     kind: Any, p: Tensor, g: Tensor, step: int, names: Mapping[str, str] = _NAMES, **options: Any
 ) -> tuple[Tensor, ...]:
-    """Take one step of an optimizer of this kind. names: bitsandbytes' name of each part of the state -> ours."""
+    """Take one step of a bitsandbytes optimizer; return the new p and state.
+
+    kind: class of the optimizer. names: bitsandbytes' name of a state tensor -> its name in `options`.
+    """
     import torch
 
     state_before = {name: options.pop(name) for name in names.values()}

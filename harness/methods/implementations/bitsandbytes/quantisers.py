@@ -39,7 +39,7 @@ nf4_dequantize, fp4_dequantize = _dequantize("nf4"), _dequantize("fp4")
 
 
 def state_of(absmax: Tensor, block: int, shape: tuple[int, ...], dtype: torch.dtype, form: str) -> Any:
-    """Return bitsandbytes' QuantState of a packed weight."""
+    """Return bitsandbytes' QuantState of a packed 4-bit weight. form: `nf4` or `fp4`."""
     import torch
     from bitsandbytes.functional import QuantState, get_4bit_type
 

@@ -1,4 +1,4 @@
-"""`bitsandbytes` as a quantisation of the base weights."""
+"""Quantisation of a model's base weights by bitsandbytes: NF4, with and without double quantisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fused`: Methods, packed bases and Operations that run the optimised code of `harness/kernels`.
+"""`fused`: Methods, quantisations of base weights and Operations that run the optimised code of `harness/kernels`.
 
 Only the computation differs from the reference. Adapted layers, initial state and merging come from the reference.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def implementations() -> list[Implementation]:
-    """Return one Implementation per Method, packed base and Operation. They import torch on their first call."""
+    """Return one Implementation per Method, quantisation and Operation. They import torch on their first call."""
     names = [file.name for file in pkgutil.iter_modules(methods.__path__)]
     return [*map(_method, names), bases.nf4, bases.nf4_dq, *operations.implementations()]
 

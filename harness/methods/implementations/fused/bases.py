@@ -1,4 +1,4 @@
-"""Packed bases of `fused`: NF4, with and without double quantisation."""
+"""Quantisation of a model's base weights by `fused`: NF4, with and without double quantisation."""
 
 from __future__ import annotations
 

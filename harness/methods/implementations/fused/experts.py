@@ -1,4 +1,4 @@
-"""LoRA's layer for stacked experts, computed expert by expert without the matrices B A."""
+"""LoRA's layer for stacked experts, computed expert by expert without forming the products B A."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class FusedLoraExperts(LoraExperts):
         return routed_experts(x, chosen, weights, up, down, activate).to(x.dtype)
 
     def stored(self, name: str) -> Tensor | PackedWeight:
-        """Return the stacked parameter `name` in the form in which it is stored."""
+        """Return the stacked parameter `name` as it is stored: dense or, in a subclass, packed in 4 bits."""
         return self.weight(name)
 
     def _stacked(self, name: str) -> StackedLinear:
@@ -48,13 +48,13 @@ class FusedQloraExperts(FusedLoraExperts, QloraExperts):
 
 
 def packed_weight(weight: Nf4Weight) -> PackedWeight:
-    """Return the same weight in the form that the kernels take."""
+    """Return an NF4 weight of the reference as the PackedWeight that the kernels take."""
     second = (weight.absmax2, weight.offset, BLOCK2) if weight.two_levels else ()
     return PackedWeight(weight.codes, weight.absmax, weight.block, tuple(weight.shape), *second)
 
 
 def why_not(base: nn.Module) -> str:
-    """Return why a module of experts cannot be computed here, or an empty string."""
+    """Return the reason why FusedLoraExperts cannot compute a module of experts, or an empty string."""
     if not hasattr(base, "has_gate") or not hasattr(base, "_apply_gate"):
         return "its class does not use transformers' interface for experts"
     if getattr(base, "has_post_expert_norm", False):

@@ -72,8 +72,8 @@ def _tensors(layer: Any) -> dict[str, Tensor]:
 class PeftAdaLora(PeftAdapted):
     """A model with peft's AdaLoRA layers.
 
-    peft's allocator holds the importance averages. `masks` has a mask of shape (R, 1) per layer, the layer's rank
-    pattern.
+    peft's allocator holds the importance averages. `masks` maps each layer's path to a boolean mask (R, 1), peft's rank
+    pattern: True for the singular values that the last pruning kept.
     """
 
     def __init__(self, model: nn.Module, adalora_model: Any) -> None:

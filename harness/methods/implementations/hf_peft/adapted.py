@@ -1,4 +1,4 @@
-"""Functions that attach peft's layers to a model, and the Adapted that holds these layers."""
+"""Functions that attach peft's layers to a model, and `PeftAdapted`, the model with these layers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,10 @@ def peft_model(model: nn.Module, peft_config: Any, generator: Generator, name: s
 
 @contextmanager
 def _marked(model: nn.Module) -> Iterator[None]:
-    """Mark a model with 4-bit layers as transformers marks it; otherwise peft treats a Linear4bit as an nn.Linear."""
+    """Set `is_loaded_in_4bit` within the context on a model with 4-bit layers, as transformers does.
+
+    Otherwise peft would treat a Linear4bit as an nn.Linear.
+    """
     packed = any(type(module).__name__ == "Linear4bit" for module in model.modules())
     if not packed or hasattr(model, "is_loaded_in_4bit"):
         yield
@@ -94,7 +97,7 @@ def wrappers(layer: Any) -> list[Any]:
 
 
 class PeftAdapted:
-    """An Adapted with peft's layers. Tensors are named `<path>.<letter of the paper>`.
+    """A model with peft's layers. Tensors are named `<path>.<letter of the paper>`.
 
     Subclasses override `regularizer` and `after_step` where their method needs them.
     """
@@ -114,11 +117,11 @@ class PeftAdapted:
         self.layers: dict[str, Any] = {path: one for path, one in layers.items() if not path.endswith(".base_layer")}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Map canonical names to the trainable tensors, which are peft's own parameters."""
+        """Map `<path>.<letter of the paper>` to the trainable tensors, which are peft's own parameters."""
         return {f"{path}.{name}": t for path, layer in self.layers.items() for name, t in self.trains(layer).items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Map canonical names to the Method's frozen tensors: peft's own tensors, or views of them."""
+        """Map `<path>.<name>` to the Method's frozen tensors: peft's own tensors, or views of them."""
         return {f"{path}.{name}": t for path, layer in self.layers.items() for name, t in self.frozen(layer).items()}
 
     def parameters(self) -> list[Tensor]:
@@ -148,7 +151,7 @@ class PeftAdapted:
                 one.merge()
 
     def unmerge(self) -> None:
-        """Unmerge as peft does: by subtracting the update or, for OFT, by multiplying with the inverse of R."""
+        """Unmerge as peft does: by subtracting the update or, for OFT, by multiplying by the inverse of the rotation."""
         for layer in self.layers.values():
             for one in wrappers(layer):
                 one.unmerge()

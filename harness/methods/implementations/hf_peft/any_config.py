@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Generator, Tensor, nn
 _REWRITING = ("pissa", "olora", "loftq")
-"""Values of LoRA's `init_lora_weights` with which peft overwrites the base weight."""
+"""Beginnings of the values of LoRA's `init_lora_weights` with which peft overwrites the base weight."""
 _NEAR_THE_BASE = ("VBLORA", "UNILORA")
 """Methods that start near the base model, but not exactly at it."""
 _NAMED_STARTS = ("LORA", "LOKR")
@@ -82,7 +82,7 @@ def _gpu() -> bool:
 
 
 def _check_forward(model: Any) -> None:
-    """Run the model on two tokens. If the model cannot use virtual tokens, peft raises an error only then."""
+    """Run the model on two tokens: if it cannot use virtual tokens, peft raises its error only in the forward pass."""
     import torch
 
     with torch.no_grad():
@@ -109,11 +109,11 @@ class AnyPeft(PeftAdapted):
     """A model with any of peft's methods. Tensors have peft's names, because layers may share tensors."""
 
     starts_as_base: bool
-    """True if the initial output equals the output of the base model."""
+    """True if the output before training equals the output of the base model."""
     rewrites_base: bool
     """True if `attach` changes the base weight."""
     notes: list[str]
-    """Messages for the Record."""
+    """Warnings of peft about keys of the config that it ignores. The Record shows them."""
 
     def __init__(self, model: nn.Module, wrapper: Any, notes: list[str]) -> None:
         super().__init__(model, lambda _: {})
@@ -140,7 +140,7 @@ class AnyPeft(PeftAdapted):
         return dict(self.trainable)
 
     def load_saved(self, folder: Path) -> None:
-        """Replace the tensors by those in a folder that peft wrote. Raises ImplementationError if the file has others."""
+        """Load the tensors in a folder that peft wrote. Raises ImplementationError if the adapter lacks one of them."""
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
@@ -222,7 +222,7 @@ class PromptPeft(AnyPeft):
         prompts.remove(self.model)
 
     def attach_again(self) -> None:
-        """Undo `detach`."""
+        """Attach the virtual tokens again after `detach`."""
         prompts.restore(self.model, self.wrapper)
 
     def _load(self, base: nn.Module, folder: str, config: Any) -> None:

@@ -44,7 +44,7 @@ def lora_experts(
 
 
 def _experts(gate_up: Tensor, down: Tensor, transposed: bool) -> Any:
-    """Return Mixtral's module of experts with these frozen weights. If `transposed`, it multiplies as gpt-oss's does."""
+    """Return Mixtral's module of experts with these frozen weights. transposed: True for weights (K, inputs, outputs)."""
     import torch
     from torch import nn
     from transformers import MixtralConfig

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class PeftLoader(Loader):
-    """A transformers model with a PeftModel around it, once an adapter is loaded.
+    """A transformers model, which a PeftModel wraps as soon as an adapter is loaded.
 
     Raises Unsupported where peft raises a ValueError, and where peft's documentation states a limitation.
     """
@@ -110,14 +110,14 @@ class PeftLoader(Loader):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Disable by `disable_adapter`."""
+        """Disable all adapters within the context, by `disable_adapter`. Raises Unsupported for trained biases."""
         if any(config.bias != "none" for config in self.model.peft_config.values()):
             raise Unsupported("disabled: peft documents that disabling leaves the biases that it trained")
         with self.model.disable_adapter():
             yield
 
     def set_scale(self, name: str, factor: float) -> None:
-        """Set the factor in each layer by `set_scale`."""
+        """Set the scaling to `factor` times that of the file, by `set_scale` of each layer."""
         from peft.tuners.lora import LoraLayer
 
         for module in self.model.modules():
@@ -125,7 +125,7 @@ class PeftLoader(Loader):
                 module.set_scale(name, factor)
 
     def train(self, mode: bool) -> None:
-        """Switch the mode of the model."""
+        """Switch the model to training mode, or back to evaluation mode."""
         self.model.train(mode)
 
     def copy(self) -> PeftLoader:

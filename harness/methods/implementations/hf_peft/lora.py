@@ -109,7 +109,7 @@ class PeftLora(PeftAdapted):
 def dora(model: nn.Module, config: reference_dora.Config, generator: Generator) -> PeftAdapted:
     """Attach peft's DoRA to linear layers, Conv1D, embeddings and convolutions.
 
-    Raises Unsupported for per=input, if the norm has a gradient, and for a convolution with groups.
+    Raises Unsupported for per=input, for detach_norm=false, and for a convolution with groups.
     """
     from reference.dora import KINDS
     from reference.shared.layers import targets
@@ -178,7 +178,7 @@ def _pissa(config: reference_pissa.Config, found: Mapping[str, nn.Module]) -> An
 
 
 def lora_config(config: Any, paths: Iterable[str], **options: Any) -> Any:
-    """Return peft's LoraConfig for these layers, from the fields that the Configs of LoRA, DoRA, PiSSA and QLoRA share."""
+    """Return peft's LoraConfig for the layers at `paths`. config: that of LoRA, DoRA, PiSSA or QLoRA in the reference."""
     from peft import LoraConfig
 
     dropout, bias = getattr(config, "dropout", 0.0), getattr(config, "lora_bias", False)
@@ -199,7 +199,7 @@ def _residual(layer: Any) -> Tensor:
 def lora_tensors(layer: Any, name: str = ADAPTER) -> dict[str, Tensor]:
     """Return peft's parameters A and B of a LoRA layer of any kind, and c, the bias of B, if there is one.
 
-    Their shapes are those of the reference.
+    Their shapes are those of the reference:
 
     Linear and Conv1D: A (R, D), B (E, R), c (E,).
     Embedding: A (R, num), B (dim, R).

@@ -10,7 +10,7 @@ from harness.methods.registry import DTYPES, implements
 if TYPE_CHECKING:
     from torch import Tensor
 _NONE = "__base__"
-"""The adapter name with which peft uses no adapter."""
+"""Name in `adapter_names` with which peft uses no adapter for a sequence."""
 
 
 @implements("multi_lora_linear", name="hf-peft", kind="operation", dtypes=DTYPES, requires=["peft"])

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def oft(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
     """Attach peft's OFT to linear layers.
 
-    Raises Unsupported for a quantised base, and if peft divides a layer's input features into other blocks. peft takes
-    the divisor that is nearest to the block size, even a larger one.
+    Raises Unsupported for a quantised base, and if peft divides a layer's input features into other blocks than the
+    reference: peft takes the divisor that is nearest to the block size, even a larger one.
     """
     from peft import OFTConfig
     from peft.tuners.oft.layer import OFTLayer

@@ -1,4 +1,4 @@
-"""peft's optimizers of LoRA, made by its `create_..._optimizer` for a small model, as Operations."""
+"""peft's optimizers for LoRA, as Operations: each makes a small model, and calls peft's `create_..._optimizer` for it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def lorafa_step(
     step: int, lr: float, weight_decay: float, betas: tuple[float, float], eps: float,
     correction: str, adamw: str, bias_correction: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Take one step of `create_lorafa_optimizer` from the given moments; return the tensors of the Operation.
+    """Take one step of peft's LoRA-FA from the given moments.
 
-    The adapter has the dtype of the arguments, as with `autocast_adapter_dtype=False`. Raises Unsupported for what peft's
+    Return A, B and the moments m and v of B for the first layer, then for the second, then `other` and its moments. The
+    adapter has the dtype of the arguments, as with `autocast_adapter_dtype=False`. Raises Unsupported for what peft's
     optimizer does not offer: torch's AdamW, and the gradient without correction.
     """
     from peft.optimizers import create_lorafa_optimizer
@@ -59,9 +60,10 @@ def riemannian_lora_step(
     *, other: Tensor, other_g: Tensor, other_m: Tensor, other_v: Tensor, role: str, experts: int,
     optimizer: str, delta: float, step: int, lr: float, weight_decay: float, betas: tuple[float, float], eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Take one step of `create_riemannian_optimizer` from the given moments; return the tensors of the Operation.
+    """Take one step of peft's Riemannian LoRA from the given moments.
 
-    The optimizer inside is torch's AdamW or SGD. The adapter has the dtype of the arguments.
+    Return A of the first layer with its moments m and v, then B, then both of the second layer, then `other`, each with
+    its moments. torch's AdamW or SGD takes the preconditioned gradients. The adapter has the dtype of the arguments.
     """
     import torch
     from peft.optimizers import create_riemannian_optimizer
@@ -93,7 +95,10 @@ def loraplus_groups(
     tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor], frozen: Collection[str], *, weight_decay: float,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return what `create_loraplus_optimizer` gives the tensors, with the keyword `loraplus_weight_decay`."""
+    """Return learning rates and weight decays of peft's LoRA+ (float64, one per tensor), and all values after one step.
+
+    The values are flat and concatenated. The weight decay is set by peft's keyword `loraplus_weight_decay`.
+    """
     return _loraplus(tensors, gradients, loraplus_weight_decay=weight_decay, **options)
 
 
@@ -101,9 +106,9 @@ def loraplus_groups(
 def loraplus_groups_by_keywords(
     tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor], frozen: Collection[str], **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `create_loraplus_optimizer` gives the tensors, with the keyword `weight_decay` of the optimizer.
+    """Return the same as `loraplus_groups`, but set the weight decay by the optimizer's own keyword `weight_decay`.
 
-    By its documentation, the function passes on all keywords that it does not know.
+    According to its documentation, peft's function passes on all keywords that it does not know.
     """
     return _loraplus(tensors, gradients, **options)
 
@@ -142,7 +147,7 @@ def _plain_name(name: str) -> str:
 
 
 def _model_of(tensors: Mapping[str, Tensor]) -> Any:
-    """Return a PeftModel with these parameters; see the Operation `loraplus_groups` for their names."""
+    """Return a PeftModel whose parameters have the values `tensors`. Their names are those of `loraplus_groups`."""
     import torch
     from peft import LoraConfig, get_peft_model
     from torch import nn
@@ -174,7 +179,7 @@ def _model_of(tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _layer(name: str, weight: Tensor, *, has_bias: bool) -> Any:
-    """Return a fresh layer for this weight: an embedding, a norm or a linear layer, by its name."""
+    """Return a new layer for a weight: an embedding for the name `embed`, a norm for `...norm`, else a linear layer."""
     from torch import nn
 
     how: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
@@ -191,9 +196,9 @@ def _two_layers(
 ) -> Any:
     """Return a PeftModel of two linear layers with these adapters, each with its own rank and scaling.
 
-    role: `bias` gives the first layer a trainable bias `other`, `lora-bias` its B, and `magnitude` makes it a DoRA. experts:
-    if there are several, each layer is a stack of so many weights. Raises Unsupported for such layers with another role than
-    `bias`.
+    other: a trainable tensor of the first layer besides A and B. role: which one it is: the layer's `bias`, the bias of B
+    (`lora-bias`) or DoRA's `magnitude`. experts: number of weights in each layer; above 1 the layers are stacks. Raises
+    Unsupported for stacks with another role than `bias`.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -230,7 +235,7 @@ def _two_layers(
 
 
 def _tensors(model: Any, role: str) -> dict[str, Tensor]:
-    """Return the adapter's A0, B0, A1 and B1, and the other trainable tensor of the model, by name."""
+    """Map A0, B0, A1, B1 and `other` to the trainable tensors of a model that `_two_layers` has made."""
     layers = model.base_model.model
     found = {f"{letter}{n}": getattr(layers[n], f"lora_{letter}")["default"].weight for n in (0, 1) for letter in "AB"}
     first = layers[0]

@@ -1,6 +1,4 @@
-"""peft's prompt learning, attached in place.
-
-The forward pass of peft's own model adds virtual tokens before every text.
+"""peft's prompt learning (virtual tokens before every text), attached in place.
 
 For these methods, peft returns a wrapper around the model, but the harness uses the model without a wrapper. So the model
 gets a class whose forward pass calls the wrapper and drops the logits of the virtual tokens. This forward pass corrects two
@@ -110,10 +108,10 @@ def _prompted(
 
 
 def _numbered(model: Any, own: Any, **options: Any) -> Any:
-    """Run the model's forward pass `own`, and return its output.
+    """Run the model's forward pass `own` with corrected arguments, and return its output.
 
-    Padding between virtual tokens and text does not shift the position ids. peft's cache is passed under the name that
-    the model expects. Under the old name, transformers warns, and from 5.40 on raises an error.
+    The position ids do not count padding between virtual tokens and text. peft passes its cache under an old name, for
+    which transformers warns and from 5.40 on raises an error, so the cache gets the name that the model expects.
     """
     parameters = inspect.signature(own).parameters
     mask = options.get("attention_mask")

@@ -31,7 +31,7 @@ def second_vera(model: nn.Module, config: Config, generator: Generator) -> PeftA
 
 
 def _config(model: nn.Module, config: Config) -> Any:
-    """Return peft's config. Raises ValueError if a target is neither a linear layer nor a Conv1D."""
+    """Return peft's VeraConfig. Raises ValueError if a target is neither a linear layer nor a Conv1D."""
     from peft import VeraConfig
 
     from reference.shared.layers import LINEAR_OR_CONV1D, targets

@@ -28,7 +28,7 @@ def lora(model: nn.Module, config: Config, generator: Generator) -> Adapted:
 
 @implements("lora", name="loralib-merging", dtypes=["float32"], requires=["loralib"])
 def merging(model: nn.Module, config: Config, generator: Generator) -> Adapted:
-    """Attach as `lora` does, with loralib's default merge_weights=True: `eval()` merges, `train()` unmerges."""
+    """Attach LoRA as `lora` does, but with loralib's default merge_weights=True: `eval()` merges, `train()` unmerges."""
     from harness.methods.implementations.loralib.layers import attach
 
     adapted = attach(model, config, generator)

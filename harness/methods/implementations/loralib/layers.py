@@ -1,4 +1,4 @@
-"""loralib's layers, and the Adapted that holds them."""
+"""Replacement of a model's layers by those of loralib."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reference.shared.lora_start import write_initial_factors
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> LoralibLayers:
-    """Replace the targets by loralib's layers and return the Adapted.
+    """Replace the targets by loralib's layers, and return the adapted model.
 
     Raises Unsupported for configs and layers that loralib does not support.
     """
@@ -38,7 +38,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Lora
 
 
 def _layer(path: str, base: Any, config: Config) -> Any:
-    """Return loralib's layer with the weight and the bias of `base`. Raises Unsupported for another kind of layer."""
+    """Return loralib's layer with the weight and the bias of `base`. Raises Unsupported if loralib has no such layer."""
     kind = kind_of(base)
     if kind != "Conv1D" and type(base) not in (nn.Linear, nn.Embedding, nn.Conv2d):
         raise Unsupported(f"{path}: loralib has no layer that computes as {type(base).__name__} does")
@@ -76,7 +76,7 @@ def _layer(path: str, base: Any, config: Config) -> Any:
 
 
 class LoralibLayers(WrappedLayers):
-    """An Adapted with loralib's layers. Tensors are named `<path>.A` and `<path>.B`.
+    """A model with loralib's layers. Tensors are named `<path>.A` and `<path>.B`.
 
     Linear and Conv1D: A (R, D), B (E, R).
     Embedding: A (R, num), B (dim, R).

@@ -30,7 +30,7 @@ from reference.shared.layers import LINEAR_OR_CONV1D, dense_weight, kind_of, tar
 
 
 class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
-    """DoRA's layer, computed by `dora_linear`, or by one product and `gained`.
+    """DoRA's layer, computed by `dora_linear`, or as W0 x + s B A x in one product, which `gained` multiplies by g.
 
     Unlike the reference, the layer saves no decoded copy of a 4-bit weight for the backward pass.
     """
@@ -86,9 +86,9 @@ class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
         return lora_linear_over(base, x, self.A, self.B, self.scaling)
 
     def factors(self, x: Tensor) -> LoraFactors | None:
-        """Return the matrices from which `forward_alone` computes its product.
+        """Return the matrices from which `lora_linears` computes W0 x + s B A x.
 
-        If the base layer must be called, return None.
+        Return None in the cases of `factors_over`, e.g. if the base layer must be called.
         """
         factors = factors_over(self.base, x, self.A, self.B, self.scaling)
         return None if factors is None else replace(factors, bias=None)
@@ -107,9 +107,9 @@ def _without_bias(base: Any, x: Tensor) -> Tensor:
 def attach(model: nn.Module, config: dora.Config, generator: torch.Generator) -> AdaptedLayers:
     """Attach layers that compute by `dora_linear` to `config.targets`.
 
-    Raises Unsupported for per=input, for embeddings and convolutions, and if the norm has a gradient. A layer over a Conv1D
-    computes as the reference does. Over a quantised base of another library it does so, too, but calls the base layer
-    instead of multiplying by the decoded weight.
+    Raises Unsupported for per=input, for embeddings and convolutions, and for detach_norm=false. A layer over a Conv1D
+    computes as the reference does. A layer over a base that another library has quantised also uses the formula of the
+    reference, but calls the base layer instead of multiplying by the decoded weight.
     """
     if config.per != "output" or not config.detach_norm:
         raise Unsupported("the fused DoRA supports per=output with detach_norm=true only")

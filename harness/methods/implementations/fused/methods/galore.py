@@ -22,7 +22,7 @@ from reference.shared import galore_moments
 
 
 class GaLore(galore.GaLore):
-    """The reference's optimizer, with steps by `galore_step_` and `adam_step_`.
+    """The reference's optimizer, with steps by the functions `galore_step_` and `adam_step_` of `harness/kernels`.
 
     A refresh of the projector does not change the moments.
     """

@@ -43,12 +43,12 @@ class FusedLowRankLayer(SharedInputLayer):
         return lora_linear_over(self.base, x, self.left_factor(), self.B, self.scaling)
 
     def factors(self, x: Tensor) -> LoraFactors | None:
-        """Return the matrices from which the output is computed, or None if the base layer must be called."""
+        """Return the matrices from which `lora_linears` computes the output. Return None in the cases of `factors_over`."""
         return factors_over(self.base, x, self.left_factor(), self.B, self.scaling)
 
 
 class FusedLoraLinear(FusedLowRankLayer, lora.LoraLinear):
-    """LoRA's layer. The kernels have no bias of B, so it is added to their output."""
+    """LoRA's layer. The kernels do not know the bias c of B, so scaling c is added to their output."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W0 x + scaling (B A x + c), shape (..., E)."""

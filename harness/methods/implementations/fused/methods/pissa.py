@@ -36,7 +36,7 @@ class FusedPissaLinear(SharedInputLayer, pissa.PissaLinear):
         return lora_linear(x, self.get_buffer("residual"), self.base.bias, self.A, self.B, self.scaling)
 
     def factors(self, x: Tensor) -> LoraFactors | None:
-        """Return the matrices from which the output is computed."""
+        """Return the matrices from which `lora_linears` computes the output."""
         return LoraFactors(self.get_buffer("residual"), self.base.bias, self.A, self.B, self.scaling)
 
 
