@@ -1,4 +1,4 @@
-"""Alerts of a run: what a reader must know before the answers, such as Cells that are missing and files that changed."""
+"""Alerts of a run: what a reader must know before its results, such as missing Cells and changed files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`gate RUN --baseline NAME`, `baseline promote` and `baseline list`. This module imports no torch."""
+"""The commands `gate RUN --baseline NAME`, `baseline promote` and `baseline list`. This module imports no torch."""
 
 from __future__ import annotations
 

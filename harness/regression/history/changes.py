@@ -77,7 +77,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Unanchored:
-    """One kind of time at a place with too few series to compute an anchor, i.e. the factor that all series share."""
+    """A family of times that is not judged: its place has too few series for an anchor, i.e. for a shared factor."""
 
     place: str
     metric: str
@@ -248,7 +248,7 @@ def _log_changes(
 
 
 def _changes(one: HistorySeries, nights: Sequence[str], steps: Sequence[LevelChange], least: float) -> list[Change]:
-    """Return the steps of a series as changes. A step to a lower level counts as worse."""
+    """Return the steps of a series as changes. A step to a lower value counts as worse, as for an accuracy."""
     found = []
     for number, step in enumerate(steps):
         # Nights on which a later change brings the level back to that before this change, or beyond.

@@ -44,7 +44,7 @@ def print_decision(decision: Decision) -> Exit:
 
 
 def last_reset(resets: Iterable[Decision], cell: str, metric: str) -> str:
-    """Return the night of the last reset of a series. If there was no reset, return an empty string."""
+    """Return the night from which on a user last accepted the level of a series. Empty if there was no such reset."""
     return max((decision.night for decision in resets if decision.applies(cell, metric)), default="")
 
 
@@ -57,7 +57,7 @@ def new(cell: str, metric: str, night: str, reason: str, author: str) -> Decisio
 def checked(
     folder: Path, cell: str, metric: str, night: str, reason: str, author: str | None, option: str
 ) -> tuple[History, Decision]:
-    """Return the history and a checked decision about it, without writing anything.
+    """Check the arguments of a decision. Return the history in `folder` and the decision. Write nothing.
 
     cell: the start of a cell_id, or `*`. metric: a name, or `*`. author: if None, git's user is the author. option: the
     name of the command's option that gave `reason`. Raises UsageError with all mistakes: a Cell, metric or night that

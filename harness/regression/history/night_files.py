@@ -31,7 +31,7 @@ from harness.records.base_model import FrozenModel
 
 SCHEMA = 1
 PASSES = 3
-"""Number of passes in a full night. The median of three ignores one disturbed pass."""
+"""Number of passes (runs of the same suite) in a full night. The median of three ignores one disturbed pass."""
 CELLS, RESETS, CONFIRMATIONS = "cells.jsonl", "resets.jsonl", "confirmations.jsonl"
 EVERY = "*"
 """Text that stands for every Cell or every metric."""
@@ -105,7 +105,10 @@ class Decision(_Stored):
     seen: Evidence | None = None
 
     def applies(self, cell: str, metric: str) -> bool:
-        """Return whether the decision is about a series. A decision about `latency_s` is about every latency."""
+        """Return whether the decision is about the series of this Cell and metric.
+
+        A decision about `latency_s` is also about every metric `latency_s/...`.
+        """
         return self.cell in (cell, EVERY) and self.metric in (metric, metric.partition("/")[0], EVERY)
 
     def document(self) -> dict[str, Any]:

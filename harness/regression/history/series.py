@@ -14,7 +14,7 @@ from harness.regression.history import decisions
 from harness.regression.history.night_files import History
 
 _Nights = list[tuple[str, list[dict[str, float]]]]
-"""One entry per night: the date, and for each pass the values by metric."""
+"""One entry per night: the date, and for each pass (run of the suite) the values by metric."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class HistorySeries:
     values: list[float]
     """One value per night: the median of the night's passes. Counted bytes and parameters have the maximum instead."""
     passes: list[int]
-    """Number of passes of each night."""
+    """Number of passes (runs of the suite) of each night."""
 
     @property
     def usual(self) -> float:
@@ -88,7 +88,10 @@ def _since(one: HistorySeries, history: History) -> HistorySeries:
 
 
 def _medians(order: Sequence[str], passes: list[dict[str, float]]) -> list[float]:
-    """Return the value of each metric on one night, in the order `order`. passes: values by metric, in that order."""
+    """Return the value of each metric in `order` on one night.
+
+    passes: the values of each pass, by metric. The keys of each dict are in the order of `order`.
+    """
     together = zip(order, zip(*(values.values() for values in passes), strict=True), strict=True)
     return [got[0] if got.count(got[0]) == len(got) else _median(metric, got) for metric, got in together]
 

@@ -49,7 +49,7 @@ class Ended:
 
     @property
     def died(self) -> str:
-        """The end of a command that did not end by itself, in words. Otherwise empty."""
+        """Sentence that says how the command was killed, or which signal it died of. Empty if it exited by itself."""
         if self.code is None:
             return "killed: it did not end after its time was over"
         return f"died of {name}" if (name := signal_name(self.code)) else ""

@@ -79,13 +79,14 @@ class PartResult(FrozenModel):
     """The command as a line for a shell."""
     estimate_s: Seconds
     seconds: Seconds | None = None
-    """Duration; None if it was not started."""
+    """Wall time in seconds; None if the part was not started."""
     cpu_s: Seconds | None = None
-    """Processor seconds of all its processes; None if it was not started. They tell a slow part from busy cores."""
+    """Processor seconds of all processes of the part; None if it was not started. They show whether a slow part
+    computed or waited."""
     limit_s: Seconds | None = None
-    """Time after which it would have been cut; None if it was not started."""
+    """Time limit of the part in seconds; None if it was not started."""
     left_out: bool = False
-    """True if the budget did not suffice or the night was interrupted: the part was cut, or not run."""
+    """True if the part was cut or not run because the budget was used up or the night was interrupted."""
     exit_code: int | None = None
     summary: str = ""
     table: PartTable | None = None

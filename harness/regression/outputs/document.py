@@ -1,4 +1,4 @@
-"""Format the result of a gate as one JSON document, with all rows and with the meaning of each kind of row."""
+"""Format the result of a regression gate as one JSON document, with all rows and the meaning of each kind of row."""
 
 from __future__ import annotations
 

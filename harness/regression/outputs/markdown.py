@@ -1,4 +1,4 @@
-"""Format a gate as Markdown for the summary of a CI job: the verdict, then rows in order of importance.
+"""Format the result of a regression gate as Markdown for a CI job's summary: the verdict, then rows by importance.
 
 Rows beyond the size limit of GitHub are left out.
 """

@@ -84,7 +84,7 @@ class PairsResult:
 
 
 def gate(request: PairsRequest, as_json: bool, design: Design | None = None) -> PairsResult:
-    """Compare two sides by interleaved pairs, print a table or the document, and return the result.
+    """Compare two revisions or implementations by pairs of runs, print a table or JSON, and return the result.
 
     Raises UsageError if the sides or Cells cannot be compared. Raises HarnessError if no process of a side leaves a
     Record.

@@ -52,7 +52,7 @@ class Measured:
     def verdicts(self, design: Design, only: str = "", *, runs_fresh: bool = True) -> dict[str, PairVerdict]:
         """Return a verdict for each time that all Records have, by metric.
 
-        only: the only metric to judge, if given. runs_fresh: False if no fresh pairs run.
+        only: the only metric to judge; empty for all. runs_fresh: False if no second stage follows for undecided Cells.
         """
         if self.broken or len(self.first) < design.first:
             return {}
@@ -80,7 +80,7 @@ class PairsRunner:
     only: str = ""
     """Name of the only metric to judge. If empty, all metrics are judged."""
     fresh: bool = True
-    """True to run fresh pairs of undecided Cells."""
+    """True to run a second stage with further pairs of the Cells that the first stage leaves undecided."""
     found: list[Measured] = field(default_factory=list)
     """Records of each Cell so far. They remain after an interruption."""
 
