@@ -81,7 +81,7 @@ def _place(cell: Cell) -> str:
 
 
 def _rank(e: RankingEntry) -> float:
-    """Return the rank of a recipe; 0 if it has none."""
+    """Return the rank of the adapter that a recipe trains; 0 if it has none."""
     config = e.record.cell.config
     adapter = config.get(ADAPTER_CONFIG)
     rank = config.get("rank", adapter.get("r") if isinstance(adapter, dict) else None)

@@ -51,7 +51,7 @@ def table(f: RunFacts, key: str, title: str, group: Group, names: Names, chosen:
 
 
 def _columns(group: Group, target: TargetLoss | None) -> Iterator[Column]:
-    """Yield the columns. The key of a column is the name of its value in the formats CSV and JSON."""
+    """Yield the columns of the table. The key of a column is the name of its value in the formats CSV and JSON."""
     score = group.entries[0].score
     yield column("Accuracy, %", f"mean over the seeds; interval: {score.means}", key="accuracy")
     yield column("95 % interval", "dashed line: the highest accuracy", number=False, key="interval")

@@ -25,7 +25,7 @@ class Added:
     nights: dict[str, int] = field(default_factory=dict)
     """Number of new rows, by night."""
     rows: int = 0
-    """Number of rows from the runs, whether new or stored before."""
+    """Number of rows (attempts at Cells) of all runs, including rows that the history already had."""
     findings: set[Exit] = field(default_factory=set)
 
 

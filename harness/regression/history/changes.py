@@ -50,7 +50,7 @@ class Change:
     settled: str | None = None
     """First night on which the old level was back. None if the new level lasts."""
     counted: bool = False
-    """True for an exact count, which needs no confirmation."""
+    """True if the metric is an exact count of bytes or parameters, so that the change needs no confirmation."""
     recent: bool = False
     """True if the new level has lasted only one or two nights. Such a change is only a suspicion."""
     note: str = ""

@@ -17,7 +17,7 @@ from harness.regression.pairs.request import PairsRequest
 
 @dataclass(frozen=True)
 class Between:
-    """Changes from the last night of the old level to the first night of the new one."""
+    """What else changed when a series changed its level, i.e. from the last night before to the first night after it."""
 
     code: tuple[str, str]
     """Code versions of the harness on the old night and on the new night."""
@@ -145,7 +145,7 @@ def _ships(suite: str) -> bool:
 
 
 def _is_search(history: History, cell: str) -> bool:
-    """Return whether a Cell only tries a learning rate. Only such Cells skip test items."""
+    """Return whether a Cell only tries a learning rate. Such a Cell is known by `evaluation.skip`, which is above 0."""
     evaluation = history.cells.get(cell, {}).get("evaluation")
     return isinstance(evaluation, dict) and bool(evaluation.get("skip"))
 

@@ -73,7 +73,7 @@ class RunHeader(TypedDict):
 
 
 class _Stored(FrozenModel):
-    """Base class of the stored models. Keys that only newer versions know are ignored."""
+    """Base class of the pydantic models in a history. Unknown keys, which newer versions may write, are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -118,14 +118,14 @@ class Decision(_Stored):
 
 @dataclass
 class Night:
-    """Results of one night."""
+    """Results of all runs of one night."""
 
     night: str
     """Date of the night, YYYY-MM-DD."""
     runs: dict[str, RunHeader] = field(default_factory=dict)
     """Headers of the runs, by run id."""
     places: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Facts about the places, by id of the place."""
+    """Facts about each place (machine and software), by id of the place."""
     rows: list[AttemptRow] = field(default_factory=list)
 
     def rows_of(self, cell: str, place: str) -> Iterator[AttemptRow]:

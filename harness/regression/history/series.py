@@ -24,7 +24,7 @@ class HistorySeries:
     cell: str
     metric: str
     place: str
-    """Id of the place."""
+    """Id of the place, i.e. of the machine and its software."""
     nights: list[str]
     """Dates of the nights, ascending."""
     values: list[float]
@@ -45,7 +45,8 @@ class HistorySeries:
 def series(history: History, only: Container[str] | None = None) -> list[HistorySeries]:
     """Return all series of a history that have values. only: cell_ids of the Cells to include; None for all Cells.
 
-    Each series starts at its last reset. A new place (another machine, driver or torch) starts a new series.
+    Each series starts at its last reset, i.e. where a user accepted its level. A new place (another machine, driver or
+    torch) starts a new series.
     """
     table: dict[tuple[str, str], _Nights] = {}
     for night in history.nights:
@@ -81,7 +82,7 @@ def _of_cell(cell: str, place: str, nights: _Nights) -> Iterator[HistorySeries]:
 
 
 def _since(one: HistorySeries, history: History) -> HistorySeries:
-    """Return the part of a series since its last reset."""
+    """Return the part of a series since the last reset, i.e. since a user last accepted its level."""
     start = decisions.last_reset(history.resets, one.cell, one.metric)
     skip = bisect_left(one.nights, start)
     return replace(one, nights=one.nights[skip:], values=one.values[skip:], passes=one.passes[skip:]) if skip else one

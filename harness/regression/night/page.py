@@ -1,4 +1,4 @@
-"""The page of a night: verdict, next steps, parts, failures and numbers, in the style of the other pages."""
+"""HTML page of a night: verdict, next steps, parts, failures and numbers, in the style of a run's report."""
 
 from __future__ import annotations
 

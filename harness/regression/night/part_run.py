@@ -31,7 +31,7 @@ COMMAND = (sys.executable, "-P", "-m", "harness.cli")
 
 @dataclass(frozen=True)
 class Ended:
-    """The end of a command."""
+    """How a command ended."""
 
     code: int | None
     """Exit code of the command, negative for a signal; None if it had to be killed."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 Kind = Literal["check", "bench", "card", "run", "claims", "pairs", "baseline"]
-"""Kind of the document that a part leaves."""
+"""Kind of a part. It decides how the output of the part is read."""
 Device = Literal["cpu", "cuda"]
 OUT = "{out}"
 """Placeholder in the arguments of a part: the part's own folder."""

@@ -27,7 +27,7 @@ class PlannedPart(FrozenModel):
 
 
 class NightManifest(FrozenModel):
-    """night.json: written before anything runs."""
+    """Content of night.json: the plan of a night. It is written before anything runs."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")
     night: str
@@ -46,10 +46,10 @@ class NightManifest(FrozenModel):
 
 
 class Failure(FrozenModel):
-    """One thing that is wrong."""
+    """One failure in the output of a part."""
 
     where: str
-    """The check, benchmark or Cell."""
+    """Name of the check, benchmark or Cell that failed."""
     what: str
     """The failure in one line. For a kernel that raised an exception, its name, its arguments and its compile options."""
     traceback: str = ""
@@ -96,7 +96,7 @@ class PartResult(FrozenModel):
 
 
 class NightFooter(FrozenModel):
-    """footer.json: written last. A night without it is incomplete."""
+    """Content of footer.json: the result of a night. It is written last, so a night without it was not finished."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")
     night: str
@@ -110,4 +110,4 @@ class NightFooter(FrozenModel):
     left_out: dict[str, str] = Field(default={})
     """Part that was cut or not run for lack of time, or because of an interruption -> the reason."""
     sha256: dict[str, str]
-    """File of a part -> its hash."""
+    """Name of night.json or of the file of a part -> SHA-256 of the file."""

@@ -60,7 +60,7 @@ class NightRequest:
 
 @dataclass
 class Night:
-    """A night that runs, or has ended."""
+    """Plan and results of a night that runs or has ended."""
 
     manifest: NightManifest
     folder: Path
@@ -99,7 +99,7 @@ class Night:
 
     @property
     def page(self) -> Path:
-        """File of the page."""
+        """Path of the HTML page."""
         return self.folder / PAGE
 
     @property

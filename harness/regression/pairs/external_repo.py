@@ -82,7 +82,7 @@ def packages(label: str, code: Path, variables: Mapping[str, str]) -> frozenset[
 def _imported(label: str, code: Path, variables: Mapping[str, str]) -> dict[str, list[str]]:
     """Map each package of a plug-in, except `harness`, to the folders that Python imports the package from.
 
-    For the arguments, see `packages`.
+    label: name of the side in messages. variables: environment variables, with `code` first on Python's path.
     """
     command, why = [sys.executable, "-P", "-c", _PROBE, GROUP], f"no answer within {_PATIENCE_S} s"
     with contextlib.suppress(subprocess.TimeoutExpired, ValueError, IndexError):

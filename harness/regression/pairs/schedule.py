@@ -1,4 +1,7 @@
-"""Run each Cell on both sides, in pairs of processes. The order of the sides is fixed before the first process runs."""
+"""Run each Cell on both sides of a comparison, old and new, in pairs of processes.
+
+The order of the sides is fixed before the first process runs.
+"""
 
 from __future__ import annotations
 
