@@ -1,4 +1,4 @@
-"""Make a Source ready to load: fetch, verify, unpack and convert it, at most once."""
+"""Make a Source (a model or data set) ready to load: fetch, verify, unpack and convert it, at most once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LAST_LINES = 8
 
 
 def no_progress(what: str, done: int, total: int | None) -> None:
-    """Ignore the progress."""
+    """Do nothing. Serves as a progress function that shows nothing."""
 
 
 def ensure(source: Source, progress: Progress = no_progress) -> Path:

@@ -33,7 +33,7 @@ class _Report:
     path: Path
     adapter: AdapterFile
     folder: Path | None
-    """Folder of the base model. None if there is none."""
+    """Folder of the base model. None if the adapter is judged without it."""
     base_class: str
     """Name of the class of the base model. Empty if the adapter was judged without a base."""
     findings: Sequence[Finding]

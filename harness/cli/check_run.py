@@ -45,7 +45,7 @@ class CheckRequest:
     operations: Sequence[str] = ()
     dtypes: Sequence[str] = ()
     breadth: CaseSelection = FEW
-    """The cases of each parity suite to try."""
+    """Which cases of each parity suite to try."""
     jobs: int | None = None
     patience: float = worker_processes.PATIENCE
     """Seconds without a result after which an implementation counts as hanging."""

@@ -1,4 +1,4 @@
-"""Start and end of a process that imports torch for a short answer."""
+"""Start and end a short-lived process that imports torch, without the usual seconds of overhead."""
 
 from __future__ import annotations
 

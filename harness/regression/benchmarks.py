@@ -36,9 +36,9 @@ class Session:
     failed: frozenset[str] = frozenset()
     """Names of failed tests."""
     cases_passed: int = 0
-    """Number of passed cases of @conformance."""
+    """Number of passed test cases that the decorator `harness.testing.conformance` made."""
     cases_failed: int = 0
-    """Number of failed cases of @conformance."""
+    """Number of failed test cases that the decorator `harness.testing.conformance` made."""
 
 
 def compare(saved_runs: Sequence[Saved], session: Session, margin: float = MARGIN) -> Findings:

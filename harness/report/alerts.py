@@ -12,7 +12,7 @@ from harness.records.record import Status
 from harness.report import sections
 
 _LISTED = 4
-"""Number of Cells or files that a line about an alert names."""
+"""Largest number of Cells or files that a line about an alert names."""
 
 
 def of_run(f: RunFacts) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ _UNITS: dict[str, tuple[float, str, Callable[[float], str], Callable[[float], st
 
 
 def every(f: RunFacts) -> list[ChartSet]:
-    """Return all chart sets of a run."""
+    """Return all chart sets of a run, i.e. groups of figures with one legend."""
     found = [accuracy(f, g) for g in f.groups] + [errors(f, j) for j in f.verdict.judgements]
     return [*filter(None, found), *rates(f), *curves(f), *time(f)]
 

@@ -34,7 +34,7 @@ def field(
     flag: str = "",
     more: Mapping[str, float | str] | None = None,
 ) -> Field:
-    """Return a field with these contents; see `Field`."""
+    """Return the content of a table cell, with these entries; `Field` explains them."""
     details = dict(more or {})
     return {"text": text, "value": value, "small": small, "why": why, "tone": tone, "flag": flag, "more": details}
 

@@ -187,7 +187,7 @@ def _timed(e: RankingEntry, shown: Field) -> Field:
 
 
 def busy(entry: RankingEntry) -> int:
-    """Return the number of trainings that were timed on a busy machine."""
+    """Return the number of trainings of a recipe that were timed while other programs used the CPU."""
     return sum(bool(contention.busy(record)) for record in entry.records)
 
 

@@ -45,7 +45,7 @@ class IndexOptions:
     offline: bool = False
     """True: no index is asked, only the folders of `find_links`."""
     find_links: tuple[str, ...] = ()
-    """Folders or pages with wheels."""
+    """Folders, or addresses of pages, where pip also looks for wheels."""
 
     def arguments(self) -> list[str]:
         """Return the options for pip."""

@@ -27,7 +27,7 @@ class Half(NamedTuple):
     """A model that the kit may hold in float16."""
 
     model: str
-    """Name in suites/sources.yaml."""
+    """Name of the model in suites/sources.yaml."""
     suite: str
     """The suite that trains it. The kit's `half.yaml` is this suite with the float16 model."""
     data: tuple[str, ...] = ()

@@ -27,7 +27,7 @@ Say = Callable[[str], None]
 
 @dataclass
 class Kit:
-    """A kit, and what it could not hold."""
+    """A finished kit: its folder, what it holds, and what was left out."""
 
     folder: Path
     limit_B: int
@@ -40,7 +40,7 @@ class Kit:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all files."""
+        """Bytes of all files of the kit."""
         return sum(self.items.values())
 
     @property

@@ -52,7 +52,7 @@ class Provenance(FrozenModel):
 
 @dataclass(frozen=True)
 class Baseline:
-    """A baseline on disk."""
+    """A baseline on disk: a promoted run, or any run that is used as a baseline."""
 
     name: str
     path: Path

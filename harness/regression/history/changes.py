@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.change_points import Array
 
 TIMED_LEAST = 0.02
-"""Smallest change of a time that counts, as a share. Pairs of runs can confirm a change of this size at a reasonable
+"""Smallest relative change of a time that counts. Pairs of runs can confirm a change of this size at a reasonable
 cost."""
 SCORE_LEAST = 0.01
 """Smallest change of an accuracy that counts: one percentage point."""

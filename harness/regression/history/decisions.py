@@ -23,21 +23,25 @@ _HINTS = {"--reason": "give the reason, e.g. the change that caused it", "--evid
 
 
 def reset(folder: Path, cell: str, metric: str, night: str, reason: str, author: str | None) -> Decision:
-    """Accept the level of a series from `night` on. Store and return the decision. For arguments, see `checked`."""
+    """Accept the level of a series from `night` on. Store and return the decision.
+
+    cell: the start of a cell_id, or `*`. metric: a name, or `*`. author: if None, git's user. Raises UsageError with all
+    mistakes in the arguments.
+    """
     _, decision = checked(folder, cell, metric, night, reason, author, "--reason")
     night_files.append_decision(folder, night_files.RESETS, decision)
     return decision
 
 
 def confirm(folder: Path, decision: Decision, verdict: ConfirmationVerdict) -> Decision:
-    """Add a verdict on a change to a decision. Store and return the result."""
+    """Store a decision with a verdict on a change, and return it."""
     confirmed = decision.model_copy(update={"verdict": verdict})
     night_files.append_decision(folder, night_files.CONFIRMATIONS, confirmed)
     return confirmed
 
 
 def print_decision(decision: Decision) -> Exit:
-    """Print a stored decision."""
+    """Print a stored decision, and return PASS."""
     what = f"{decision.cell} {decision.metric} from {decision.night} on"
     print_lines([f"{what}, by {decision.author}: {decision.reason}"])
     return Exit.PASS

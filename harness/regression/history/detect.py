@@ -31,7 +31,7 @@ from harness.regression.history.series import HistorySeries, series
 
 
 def detect(folder: Path, cell: str | None, sentinel: str | None, as_json: bool, strict: bool) -> Exit:
-    """Print the changes and return the exit code; see the help of the command.
+    """Print the changes of level in a history, and return the exit code that `history detect --help` describes.
 
     cell, sentinel: expressions in the syntax of `--only`. Raises UsageError for an expression that selects no Cell.
     """

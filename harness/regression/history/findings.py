@@ -58,7 +58,7 @@ class JudgedChange(Change):
 
 @dataclass(frozen=True)
 class PlaceChange:
-    """A place that took over Cells from another place."""
+    """A place (machine and software) that took over Cells from another place."""
 
     night: str
     place: str

@@ -47,7 +47,7 @@ _Word = Annotated[str, Field(min_length=1)]
 
 
 class AttemptRow(TypedDict):
-    """One attempt at a Cell."""
+    """One row of a night's file: an attempt at a Cell, with its values or its status."""
 
     cell: str
     run: str
@@ -141,7 +141,7 @@ class History:
     nights: tuple[Night, ...]
     """Nights, oldest first."""
     cells: dict[str, Fields]
-    """Fields of the Cells, by cell_id."""
+    """Fields of each Cell as a JSON object, by cell_id."""
     resets: tuple[Decision, ...]
     confirmations: tuple[Decision, ...]
     broken: dict[str, str]

@@ -1,4 +1,4 @@
-"""Series of a history: the values of one Cell, metric and place, one per night."""
+"""Series of a history: the values of one Cell, metric and place (machine and software), one per night."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ LEAST_S = 120.0
 
 @dataclass(frozen=True)
 class Limit:
-    """The time after which a part is ended."""
+    """Time limit of a part of a night."""
 
     seconds: float
     by: Literal["budget", "share", "estimate"]

@@ -1,4 +1,4 @@
-"""Run one part of a night in a process of its own, within a time limit. No process remains. Imports no torch."""
+"""Run one part of a night in a separate process, within a time limit, and leave no process behind. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NOT_INHERITED = ("TRITON_INTERPRET", "CUDA_LAUNCH_BLOCKING")
 GRACE_S = 20.0
 """Seconds in which a command whose time is over can save and print what it has measured."""
 STDOUT = "stdout.json"
-"""File with the stdout of a part."""
+"""Name of the file that gets the stdout of a part."""
 _MARK = "PEFT_HARNESS_NIGHT"
 _TAIL_B = 4000
 COMMAND = (sys.executable, "-P", "-m", "harness.cli")

@@ -29,7 +29,7 @@ suites/sources.yaml that the suite needs."""
 
 @dataclass(frozen=True)
 class Part:
-    """One command of a night."""
+    """One part of a night: a command of peft-harness that answers one question."""
 
     name: str
     title: str
@@ -94,7 +94,7 @@ _HEADLINES = (
 
 
 def on_gpu() -> list[Part]:
-    """Return the parts of a night on a GPU."""
+    """Return the parts (commands) of a night on a GPU, in the order in which they run."""
     gpu = ("--device", "cuda")
     saved = ("--json", "--out", OUT)
     parity = [

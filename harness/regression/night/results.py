@@ -58,7 +58,7 @@ class Failure(FrozenModel):
 
 
 class PartTable(FrozenModel):
-    """Numbers of a part as a table of texts."""
+    """Table with the numbers of a part. All its entries are formatted texts."""
 
     columns: list[str]
     rows: list[list[str]]
@@ -67,7 +67,7 @@ class PartTable(FrozenModel):
 
 
 class PartResult(FrozenModel):
-    """parts/<name>.json: status and results of a part."""
+    """Content of parts/<name>.json: status and results of a part."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")
     name: str

@@ -44,7 +44,7 @@ _INTERRUPTED = "interrupted"
 
 @dataclass(frozen=True)
 class NightRequest:
-    """The options of a night."""
+    """Options of the command `night`."""
 
     budget_s: float | None = None
     """Seconds for the whole night. None for the default of the device."""
@@ -104,7 +104,7 @@ class Night:
 
     @property
     def verdict(self) -> str:
-        """The verdict as one sentence."""
+        """Verdict in one sentence: the number of parts with each status, and whether the card has no baseline."""
         counts = Counter(one.status for one in self.results)
         shown = ", ".join(f"{count} {status}" for status, count in counts.items())
         return "; ".join(filter(None, [shown, self.without_baseline]))

@@ -30,7 +30,7 @@ DOCUMENT, SCHEMA = "pairs.json", 1
 
 @dataclass(frozen=True)
 class PairsResult:
-    """The pairs that were measured, and the verdict on them."""
+    """The pairs of runs that were measured, and the verdict on them."""
 
     request: PairsRequest
     runner: PairsRunner

@@ -23,7 +23,7 @@ from harness.regression.pairs.sides import CellPair, Side
 
 @dataclass
 class Measured:
-    """Records of one Cell from both sides."""
+    """Records of one Cell from both sides (old and new) of a comparison."""
 
     pair: CellPair
     first: list[tuple[Record, Record]] = field(default_factory=list)
@@ -67,10 +67,10 @@ class Measured:
 
 @dataclass
 class PairsRunner:
-    """Runner of the pairs of all Cells. It keeps their Records."""
+    """Runner of the pairs of runs of all Cells. It keeps their Records."""
 
     sides: tuple[Side, Side]
-    """The old and the new side."""
+    """Old and new side of the comparison."""
     suite: Path
     folder: Path
     """Folder that holds the run folders, one per process."""

@@ -40,7 +40,7 @@ class Point:
     tip: str = ""
     """Text of the tooltip. Empty for a point of a line without symbols."""
     href: str = ""
-    """Link to a row of a table."""
+    """Link to the row of a table that has the numbers of the point."""
     busy: bool = False
     """True if x was measured while other programs used the machine."""
     hollow: bool = False

@@ -19,7 +19,7 @@ class Axis:
     write: Callable[[float], str]
     """Function that formats the value of a tick."""
     log: bool | None = None
-    """True for a logarithmic axis. If None, `over` decides."""
+    """True for a logarithmic axis. If None, the method `over` decides by the range of the values."""
     each: bool = False
     """True for ticks at the values themselves, as far as their labels have room, instead of at round numbers."""
     whole: bool = False
