@@ -44,7 +44,7 @@ class _Report:
 
     @property
     def exit(self) -> Exit:
-        """FAIL if the file does not conform, or if a loader raises or computes other logits.
+        """Exit code: FAIL if the file does not conform, or if a loader raises or computes other logits.
 
         NOTHING_COMPARED if the check knows no meaning for the file, so that nothing was compared with the base.
         """

@@ -75,9 +75,10 @@ class ForkServer:
         return bool(select.select([self._socket], [], [], timeout)[0]) and self._socket.recv(len(_READY)) == _READY
 
     def start(self, stdin: IO[bytes], output: IO[bytes]) -> Fork:
-        """Ask for a fork, and return it.
+        """Ask the server to fork a process, and return this process.
 
-        output: file for its stdout and stderr. Raises OSError if the server has ended.
+        stdin: file for its standard input. output: file for its stdout and stderr. Raises OSError if the server has
+        ended.
         """
         fork = Fork(self._socket, stdin, output)
         self._forks.append(fork)

@@ -73,7 +73,7 @@ def _sizes(row: _Row, size: MemorySize) -> list[str]:
 
 
 def needed_and_free(needed_B: int, size: MemorySize) -> tuple[int, int]:
-    """Return a needed memory, rounded up, and the rest of `size`, both in hundredths of its unit."""
+    """Return the needed memory, rounded up, and the rest of `size`, both in hundredths of the unit of `size`."""
     unit = UNITS[size.unit]
     needed = -(-100 * needed_B // unit)
     return needed, 100 * size.number_B // unit - needed

@@ -30,7 +30,7 @@ def section(analysed: Sequence[RunFacts]) -> list[dict[str, Any]]:
 
 
 def lines(analysed: Sequence[RunFacts]) -> list[str]:
-    """Return the sentences and the findings of `section` as lines for the terminal."""
+    """Return the comparisons of the first run with each of the others as lines for the terminal."""
     found = []
     for pair in section(analysed):
         found += ["", f"{pair['icon']} {pair['title']}: {pair['sentence']}"]

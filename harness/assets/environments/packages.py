@@ -233,7 +233,7 @@ def _require_pip() -> None:
 def _requirements_of_harness(spec: EnvironmentSpec) -> Iterator[str]:
     """Yield the names of the libraries that the harness needs, without versions, except those that `spec` names.
 
-    The harness's own bounds must not exclude an old library that is to be checked.
+    The harness's own version bounds must not exclude an old library that is to be checked.
     """
     try:
         needed = requires(DISTRIBUTION) or []

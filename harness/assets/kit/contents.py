@@ -1,4 +1,7 @@
-"""Contents of a kit, most valuable first. The machine that runs it must have torch, triton, transformers and peft."""
+"""Contents of a kit for a machine without network, most valuable first.
+
+The machine must already have torch, triton, transformers and peft.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Make a kit: copy the source, download wheels, copy models and data, as far as they fit. Imports no torch."""
+"""Make a kit for a machine without network: source, wheels, models and data, as far as they fit. Imports no torch."""
 
 from __future__ import annotations
 

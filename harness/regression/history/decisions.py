@@ -25,8 +25,8 @@ _HINTS = {"--reason": "give the reason, e.g. the change that caused it", "--evid
 def reset(folder: Path, cell: str, metric: str, night: str, reason: str, author: str | None) -> Decision:
     """Accept the level of a series from `night` on. Store and return the decision.
 
-    cell: the start of a cell_id, or `*`. metric: a name, or `*`. author: if None, git's user. Raises UsageError with all
-    mistakes in the arguments.
+    cell: the start of a cell_id, or `*`. metric: a name, or `*`. author: if None, git's user. Raises UsageError with
+    all mistakes in the arguments.
     """
     _, decision = checked(folder, cell, metric, night, reason, author, "--reason")
     night_files.append_decision(folder, night_files.RESETS, decision)

@@ -167,7 +167,10 @@ def _card(document: Mapping[str, Any], line: str) -> Reading:
 
 
 def _run(folder: Path, line: str, suite: str, outcomes: Collection[Status]) -> Reading:
-    """Read the run that a part made. suite: its name or file. outcomes: statuses of Cells that count as results, not as failures."""
+    """Read the run that a part made.
+
+    suite: name or file of its suite. outcomes: statuses of Cells that count as results, not as failures.
+    """
     if not (folder / "run.json").is_file():
         return Reading(is_missing=True)
     run = store.read_run(folder)

@@ -102,8 +102,8 @@ def _cpu_s() -> float:
 def _kill(token: str) -> list[str]:
     """Kill the processes that a command has left behind, and return their names.
 
-    Its workers have groups of their own, and end when they notice the end of the command. Only what still runs then
-    counts as left behind.
+    The workers of a command are in other process groups, and end by themselves soon after the command. Only processes
+    that still run then count as left behind.
     """
     deadline = time.monotonic() + 2.0
     while (found := list(marked(_MARK, token))) and time.monotonic() < deadline:

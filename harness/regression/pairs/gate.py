@@ -53,7 +53,7 @@ class PairsResult:
         return Exit.INFRASTRUCTURE if self.interrupted and code is not Exit.FAIL else code
 
     def document(self) -> dict[str, Any]:
-        """Return the document of `--json`."""
+        """Return the JSON document of `gate --pairs OLD NEW --json`."""
         request, judged = self.request, self.judged
         old, new = (side.label for side in self.runner.sides)
         cells = []

@@ -88,7 +88,7 @@ class PairsRunner:
     """Records of each Cell so far. They remain after an interruption."""
 
     def measure(self, pairs: Sequence[CellPair]) -> None:
-        """Run the first pairs of all Cells, then the planned fresh pairs of undecided Cells.
+        """Run the pairs of the first stage for all Cells, then those of the second stage for undecided Cells.
 
         If a process does not end ok, its Cell gets no further pairs, because it can no longer be timed.
         """
@@ -100,7 +100,7 @@ class PairsRunner:
                 self._run(one, one.fresh, more, f"fresh-{len(one.fresh)}")
 
     def canary(self, pair: CellPair) -> tuple[list[float] | None, str]:
-        """Compare the old side with itself by the first pairs of a Cell. Return (log ratios, "").
+        """Compare the old side with itself by pairs of runs of one Cell. Return (log ratios of their times, "").
 
         If this fails, return (None, reason).
         """
