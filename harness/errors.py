@@ -12,7 +12,7 @@ from types import ModuleType
 
 
 class Exit(IntEnum):
-    """Exit codes of the command. They are a contract; see harness/cli/README.md."""
+    """Exit codes of the command `peft-harness`. Scripts may rely on them; harness/cli/README.md describes them."""
 
     PASS = 0
     FAIL = 1

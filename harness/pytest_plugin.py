@@ -35,9 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set up the gate if `--harness-gate` is given.
+    """Set up the regression gate if `--harness-gate` is given.
 
-    Workers of xdist and runs that only collect tests get no gate.
+    Workers of xdist and runs that only collect tests have no gate.
     """
     if config.getoption("harness_gate") and not hasattr(config, "workerinput") and not config.option.collectonly:
         from harness.regression.pytest_gate import Gate

@@ -34,7 +34,7 @@ _SUFFIXES = {"pip": (".whl",), "sdist": (".gz", ".zip")}
 
 
 def obtain(source: Source, staging: Path, progress: Progress) -> Path:
-    """Return the path of the verified carrier of a `pip:` or `sdist:` source.
+    """Return the path of the verified carrier (wheel or sdist) of a `pip:` or `sdist:` source.
 
     It is a file that the user put into the folder of carriers, or else a download in `staging`.
     """
@@ -42,7 +42,7 @@ def obtain(source: Source, staging: Path, progress: Progress) -> Path:
 
 
 def _from_user(source: Source) -> Path | None:
-    """Return the carrier that the user put into the folder of carriers, or None if there is none.
+    """Return the carrier (wheel or sdist) that the user put into `cache.carriers()`, or None if there is none.
 
     Raises AssetError if a file has the carrier's name but a wrong hash.
     """
@@ -57,7 +57,7 @@ def _from_user(source: Source) -> Path | None:
 
 
 def _is_named(path: Path, source: Source) -> bool:
-    """Return whether a file has the name of the source's carrier. As in packaging, `-`, `_` and `.` are equivalent."""
+    """Return whether a file has the name of the source's wheel or sdist. `-`, `_` and `.` are equivalent, as in pip."""
     stem = path.name.removesuffix(".whl").removesuffix(".tar.gz").removesuffix(".zip")
     if path.suffix not in _SUFFIXES[source.scheme]:
         return False
@@ -88,9 +88,9 @@ def _download(source: Source, staging: Path, progress: Progress) -> Path:
 
 
 def _watch(pip: Subprocess, source: Source, work: Path, progress: Progress) -> Path | None:
-    """Wait until the complete carrier is on disk, and return its path. If pip ends without it, return None.
+    """Wait until the complete wheel or sdist is on disk, and return its path. If pip ends without it, return None.
 
-    The carrier is complete if its hash is right. Waiting for the end of pip would take longer: after the download of an
+    The file is complete if its hash is right. Waiting for the end of pip would take longer: after the download of an
     sdist, pip runs the setup.py in a new environment, for metadata that are not needed here.
     """
     wrong: set[Path] = set()

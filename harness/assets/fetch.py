@@ -1,4 +1,4 @@
-"""Make a Source ready to load: fetch, verify, unpack and convert it, at most once."""
+"""Make a Source (a model or data set) ready to load: fetch, verify, unpack and convert it, at most once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LAST_LINES = 8
 
 
 def no_progress(what: str, done: int, total: int | None) -> None:
-    """Ignore the progress."""
+    """Do nothing. Serves as a progress function that shows nothing."""
 
 
 def ensure(source: Source, progress: Progress = no_progress) -> Path:
@@ -70,9 +70,9 @@ def local_folder(source: Source) -> Path | None:
 def asset_use(source: Source) -> AssetUse:
     """Return the entry of an asset in a Record.
 
-    A local path is as the user wrote it. The entry has the SHA-256 of the carrier. Without a carrier, it has the SHA-256
-    of the data file, of the weights, or of a shape's config. A hub model has its commit instead of a hash. To hash a
-    local folder, all its files are read.
+    A local path is as the user wrote it. The entry has the SHA-256 of the wheel or sdist, if there is one. Otherwise,
+    it has the SHA-256 of the data file, of the weights, or of a shape's config. A hub model has its commit instead of a
+    hash. To hash a local folder, all its files are read.
     """
     sha256 = source.sha256
     if not sha256 and (source.scheme != "hub" or source.kind == "data"):

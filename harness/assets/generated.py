@@ -44,7 +44,7 @@ def toy_sentiment(folder: Path) -> None:
 
 
 def tiny_llama(folder: Path) -> None:
-    """Write a Llama of two layers with seeded random weights, and a tokenizer with one token a word."""
+    """Write a Llama of two layers with seeded random weights, and a tokenizer with one token per word."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -1,4 +1,7 @@
-"""Fetch hub repositories at a pinned commit into the hub's own cache. If HF_HUB_OFFLINE is set, nothing is fetched."""
+"""Fetch repositories of the Hugging Face hub at a pinned commit into the hub's own cache.
+
+If HF_HUB_OFFLINE is set, nothing is fetched.
+"""
 
 from __future__ import annotations
 

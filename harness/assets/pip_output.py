@@ -41,6 +41,6 @@ def conflict(output: str) -> list[str]:
 
 
 def reason(output: str) -> str:
-    """Return pip's own lines about an error in one line, or its last line."""
+    """Return pip's own error lines, joined into one line. If there are none, return the last line of the output."""
     errors = [line for line in output.splitlines() if line.startswith("ERROR:") and line != "ERROR: Exception:"]
     return " / ".join(errors or output.splitlines()[-1:]) or "no output"

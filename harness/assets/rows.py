@@ -254,8 +254,8 @@ def _plain(text: str) -> str:
 _KEY = 24
 _BEGIN = re.compile(r"\b\w|[^\w\s]")
 _INSIDE = re.compile(r"(?<=\w)\w")
-"""Matches a letter in the middle of a word. A key must end at the end of a word: a text about parties does not contain
-`part`."""
+"""Matches a letter in the middle of a word. An `overlap_key` must end where a word ends: a text about parties does not
+contain the key `part`."""
 _HINT = "look at source, member and rows in the table"
 _HINT_LABEL = "correct the row, or the task's `labels` and `doc_to_choice`"
 _SHOWN = 5

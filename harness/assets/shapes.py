@@ -33,7 +33,7 @@ class Preset:
     name: str
     kind: Literal["encoder", "causal"]
     config: dict[str, Any]
-    """Content of config.json."""
+    """Content of the model's config.json."""
     source: str
     """The publication from which the numbers are taken."""
 

@@ -33,9 +33,9 @@ class _Report:
     path: Path
     adapter: AdapterFile
     folder: Path | None
-    """Folder of the base."""
+    """Folder of the base model. None if the adapter is judged without it."""
     base_class: str
-    """Class of the base. Empty if the adapter was judged without a base."""
+    """Name of the class of the base model. Empty if the adapter was judged without a base."""
     findings: Sequence[Finding]
     features: Sequence[str]
     readings: Sequence[LoaderVerdict]
@@ -44,7 +44,7 @@ class _Report:
 
     @property
     def exit(self) -> Exit:
-        """FAIL if the file does not conform, or if a loader raises or computes other logits.
+        """Exit code: FAIL if the file does not conform, or if a loader raises or computes other logits.
 
         NOTHING_COMPARED if the check knows no meaning for the file, so that nothing was compared with the base.
         """
@@ -108,7 +108,7 @@ def _cases(report: _Report) -> Iterator[tuple[str, str, str]]:
 
 
 def _judge(path: Path, adapter: AdapterFile, folder: Path | None) -> tuple[_Report, Any]:
-    """Return the findings, without the logits of loaders, and the base without weights, or None."""
+    """Judge an adapter without running a loader. Return the report and the base model without weights, or None."""
     base, notes = _base(adapter, folder)
     try:
         with time_limit(_JUDGE_S):
@@ -123,7 +123,7 @@ def _judge(path: Path, adapter: AdapterFile, folder: Path | None) -> tuple[_Repo
 
 
 def _base(adapter: AdapterFile, folder: Path | None) -> tuple[Any, list[Finding]]:
-    """Return the base without weights. If there is no class for the adapter's task, return None and a note."""
+    """Return the base model without weights, and notes. If no class fits the adapter's task, return None and a note."""
     if folder is None:
         return None, []
     try:

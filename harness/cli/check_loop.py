@@ -34,7 +34,7 @@ def check(
     junit: Path | None,
     html: Path | None,
 ) -> Exit:
-    """Check a loop, print the report, write the requested files, and return the exit code.
+    """Check a training loop, print the report, write the requested files, and return the exit code.
 
     environment: name or requirement of the environment in which to check; empty for this Python. If this Python lacks the
     loop's library, the environment that a table declares for the loop is used, if it exists.
@@ -57,7 +57,7 @@ def check(
 
 
 def judge(loop: str, patience: float, environment: MadeEnvironment | None = None) -> CheckReport:
-    """Run the checks and settings of a loop in a worker process, and return the report."""
+    """Check a training loop and try its settings in a worker process, and return the report."""
     tried, settings, skipped = list[CheckOutcome](), list[loop_settings.SettingFound](), dict[str, str]()
     pool = WorkerPool(environment.python if environment is not None else None)
     software, begun, interrupted = describe().software, "start-up", False

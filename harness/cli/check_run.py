@@ -45,7 +45,7 @@ class CheckRequest:
     operations: Sequence[str] = ()
     dtypes: Sequence[str] = ()
     breadth: CaseSelection = FEW
-    """The cases of each parity suite to try."""
+    """Which cases of each parity suite to try."""
     jobs: int | None = None
     patience: float = worker_processes.PATIENCE
     """Seconds without a result after which an implementation counts as hanging."""
@@ -115,9 +115,10 @@ def judge(request: CheckRequest) -> CheckReport:
 
 
 def _with_homes(report: CheckReport, missing: Collection[Target], request: CheckRequest) -> CheckReport:
-    """Run the targets whose libraries are missing in the environments that a table declares for them, and add the results.
+    """Check the targets in `missing`, whose libraries this Python lacks, in environments, and add the results.
 
-    If such an environment does not exist, the reason of the skipped target names the command that makes it.
+    A table declares the environment of an implementation. If such an environment does not exist, the reason of the
+    skipped target names the command that makes it.
     """
     found = homes.of({name for name, *_ in missing})
     skipped, there = dict(report.skipped), dict[Path, set[str]]()
@@ -211,7 +212,7 @@ def _was_fully_tried(
 
 
 def _tried_part(defect: Defect, request: CheckRequest) -> Defect:
-    """Return a known defect that names only the checks that the request tries in all cases."""
+    """Return the defect without the checks that need `--wide`, unless the request has this option."""
     if request.breadth.is_wide:
         return defect
     wide = checks.names_of_wide()

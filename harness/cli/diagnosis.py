@@ -30,7 +30,7 @@ _STATES = ("no", "note", "ok")
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One finding."""
+    """One finding of `doctor` about this machine."""
 
     group: str
     """Heading of the finding in the summary."""

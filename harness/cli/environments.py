@@ -18,7 +18,7 @@ from harness.process.signals import handle_termination
 
 
 def create(name: str | None, requirement: str | None, file: Path | None, dry_run: bool, index: IndexOptions) -> Exit:
-    """Make an environment, or only say its size, and print its path."""
+    """Make an environment and print its path. dry_run: only print what would be downloaded."""
     if (name is None) == (requirement is None):
         hint = "write one of the two; `peft-harness env list` shows the names"
         raise UsageError("needs a NAME or --with", where="env create", hint=hint)
@@ -112,7 +112,7 @@ def repair(name: str, index: IndexOptions) -> Exit:
 
 @contextmanager
 def _interruption(state: str) -> Iterator[None]:
-    """After Ctrl-C or SIGTERM, raise HarnessError. state: what it says about the environment."""
+    """After Ctrl-C or SIGTERM, raise HarnessError. state: words about the environment for its message."""
     try:
         with handle_termination():
             yield

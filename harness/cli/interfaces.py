@@ -77,7 +77,7 @@ def _optimizer_state(adapted: Adapted) -> Iterator[str]:
 
 
 def _layers(plan: MethodSuite) -> Iterator[str]:
-    """Yield the kinds of layers in the cases, and what every implementation must allow."""
+    """Yield the kinds of layers in the Cases, and the rule that layers and models must allow copy.deepcopy."""
     yield f"kinds of layers in its cases: {', '.join(plan.layers)}"
     if set(plan.layers) - {*LINEAR}:
         _, kinds, text = (inspect.getdoc(kind_of) or "").partition("linear:")

@@ -173,7 +173,7 @@ def _check(name: str, rule: str) -> str:
 
 
 def _forms(check: str) -> Iterator[str]:
-    """Yield the ways to call an implementation that the check `calls` tries, as its own tables name them."""
+    """Yield the ways in which the check `calls` calls an implementation. For another check, yield nothing."""
     if check == "calls":
         from harness.conformance.checks.modes import forms  # imports torch
 
@@ -214,7 +214,7 @@ def _defects(wanted: str) -> Iterator[Topic]:
 
 
 def _defect_ids() -> set[str]:
-    """Return the ids of the known defects, found as text."""
+    """Return the ids of the known defects. Their file is searched as text, since parsing it takes long."""
     from harness.conformance.findings import defects
 
     return set(re.findall(r"\bid: *([\w-]+)", defects.path().read_text(encoding="utf-8")))

@@ -75,9 +75,10 @@ class ForkServer:
         return bool(select.select([self._socket], [], [], timeout)[0]) and self._socket.recv(len(_READY)) == _READY
 
     def start(self, stdin: IO[bytes], output: IO[bytes]) -> Fork:
-        """Ask for a fork, and return it.
+        """Ask the server to fork a process, and return this process.
 
-        output: file for its stdout and stderr. Raises OSError if the server has ended.
+        stdin: file for its standard input. output: file for its stdout and stderr. Raises OSError if the server has
+        ended.
         """
         fork = Fork(self._socket, stdin, output)
         self._forks.append(fork)
@@ -138,7 +139,7 @@ class Fork:
 
     @property
     def is_over(self) -> bool:
-        """True if all events have been read; see `Subprocess.is_over`."""
+        """True if all events have been read: the pipe is closed, or the process has ended and the pipe is empty."""
         return self.events.is_closed or (self.exit_code is not None and not self.events.readable())
 
     def wait(self, timeout: float) -> int | None:
@@ -240,7 +241,10 @@ def _become(parent: int, stdin: int, output: int) -> None:
 
 
 def _report_ends(status_of: dict[int, int], kills_groups: bool) -> None:
-    """Report the exit code of each fork that has ended. If `kills_groups`, kill the rest of its process group."""
+    """Report the exit code of each fork that has ended. If `kills_groups`, kill the rest of its process group.
+
+    status_of: process id of each running fork -> descriptor to which its exit code is written.
+    """
     for pid in list(status_of):
         # WNOWAIT keeps it a zombie, so that no other process gets its id, which is also the id of the group.
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:

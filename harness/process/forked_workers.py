@@ -75,7 +75,7 @@ class WorkerServer(ForkServer):
     def start_worker(self, module: str, task: str, token: str) -> ForkedWorker:
         """Fork a worker, and return it. Raises OSError if the server has ended.
 
-        token: text of 32 letters, unlike that of any other worker.
+        token: text of 32 letters that no other worker has.
         """
         request = {"module": module, "task": task, "token_name": self._token_name, "token": token}
         worker = ForkedWorker(self._socket, request)

@@ -31,7 +31,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Ended(Generic[_T]):
-    """The end of one fork."""
+    """How one fork ended."""
 
     task: _T
     returned: Any

@@ -23,7 +23,7 @@ _HOST = re.compile(
 
 @dataclass(frozen=True)
 class Shortage:
-    """Memory that ran out."""
+    """Which memory ran out, and at which allocation."""
 
     where: Literal["host", "device"]
     requested_B: int | None = None

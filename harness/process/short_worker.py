@@ -1,4 +1,4 @@
-"""Start and end of a process that imports torch for a short answer."""
+"""Start and end a short-lived process that imports torch, without the usual seconds of overhead."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 
 def hide(packages: Iterable[str]) -> None:
-    """Let this process take packages for not installed. Call it before torch and transformers are imported.
+    """Make packages look as if they were not installed. Call this before torch and transformers are imported.
 
     transformers imports some packages only because they are installed, which takes seconds.
     """

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import IO, Self
 
 ANSWER = "answer: "
-"""Prefix of answers on stdout. It distinguishes answers from the output of libraries."""
+"""Prefix of a line on stdout that holds a worker's result. Libraries print lines without it."""
 
 _OUTPUT_LINES = 1000
 _CHUNK_B = 1 << 16

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 
 class TimeLimitError(Exception):
-    """The block took longer than its limit."""
+    """Raised in a block of code that took more CPU time than its limit."""
 
 
 @contextmanager

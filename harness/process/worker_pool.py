@@ -168,7 +168,7 @@ class _Clock:
         self._wall, self._cpu = time.monotonic(), self._cpu_s()
 
     def tick(self) -> None:
-        """Add the time since the last tick."""
+        """Add the time since the last call of `tick` or `restart` to the counted time."""
         wall, cpu = time.monotonic(), self._cpu_s()
         self.seconds += cpu - self._cpu if self._runs() else wall - self._wall
         self._wall, self._cpu = wall, cpu

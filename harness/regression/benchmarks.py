@@ -18,8 +18,8 @@ _KINDS = {
     Pace.INCONCLUSIVE: VerdictKind.INCONCLUSIVE,
 }
 _ALWAYS = ("torch", "gpu")
-"""Facts that are recorded only if a session uses torch or a GPU. If only one of two sessions has such a fact, this is a
-difference between them."""
+"""Facts about a session that are recorded only if it uses torch or a GPU. A session with such a fact is not comparable
+with a session without it."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Session:
     """Results of a pytest session."""
 
     place: Mapping[str, str]
-    """Facts about the machine, as in `Saved.place`."""
+    """Facts about the machine, Python and torch, by name. Only runs with equal facts are compared."""
     rounds: Mapping[str, Sequence[float]]
     """Seconds of each round, by full name of a benchmark."""
     absent: Mapping[str, str]
@@ -36,9 +36,9 @@ class Session:
     failed: frozenset[str] = frozenset()
     """Names of failed tests."""
     cases_passed: int = 0
-    """Number of passed cases of @conformance."""
+    """Number of passed test cases that the decorator `harness.testing.conformance` made."""
     cases_failed: int = 0
-    """Number of failed cases of @conformance."""
+    """Number of failed test cases that the decorator `harness.testing.conformance` made."""
 
 
 def compare(saved_runs: Sequence[Saved], session: Session, margin: float = MARGIN) -> Findings:

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Pause the garbage collector in this context.
+    """Pause Python's garbage collector in this context, for code that creates millions of objects without cycles.
 
-    The collector would scan millions of objects again and again, although none of them is in a cycle.
+    Without the pause, the collector would scan these objects again and again.
     """
     was_enabled = gc.isenabled()
     gc.disable()

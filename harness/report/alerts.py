@@ -1,4 +1,4 @@
-"""Alerts of a run: what a reader must know before the answers, such as Cells that are missing and files that changed."""
+"""Alerts of a run: what a reader must know before its results, such as missing Cells and changed files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.records.record import Status
 from harness.report import sections
 
 _LISTED = 4
-"""Number of Cells or files that a line about an alert names."""
+"""Largest number of Cells or files that a line about an alert names."""
 
 
 def of_run(f: RunFacts) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ _UNITS: dict[str, tuple[float, str, Callable[[float], str], Callable[[float], st
 
 
 def every(f: RunFacts) -> list[ChartSet]:
-    """Return all chart sets of a run."""
+    """Return all chart sets of a run, i.e. groups of figures with one legend."""
     found = [accuracy(f, g) for g in f.groups] + [errors(f, j) for j in f.verdict.judgements]
     return [*filter(None, found), *rates(f), *curves(f), *time(f)]
 
@@ -62,14 +62,14 @@ def _figure(name: str, drawing: Drawing, notes: Iterable[str] = (), choice: str 
 
 
 def _method(cell: Cell) -> str:
-    """Return the name of a Cell's method and implementation: its label without model, rank, and mark of a search."""
+    """Return the name of a Cell's method and implementation, without the model, the rank and other settings."""
     config = {key: value for key, value in cell.config.items() if key == ADAPTER_CONFIG}
     whole = cell.evaluation.model_copy(update={"skip": 0})
     return naming.short(cell.model_copy(update={"config": config, "evaluation": whole}))
 
 
 def _coloured(f: RunFacts, named: Mapping[str, Cell]) -> list[Series]:
-    """Return an empty series for each name. A method has the same hue in all charts of a run."""
+    """Return a series without points for each name in `named`. A method has the same hue in all charts of a run."""
     hues = {method: k for k, method in enumerate(dict.fromkeys(map(_method, f.run.manifest.cells)))}
     earlier = {hue: itertools.count() for hue in hues.values()}
     pairs = [(name, hues[_method(cell)]) for name, cell in named.items()]
@@ -81,7 +81,7 @@ def _place(cell: Cell) -> str:
 
 
 def _rank(e: RankingEntry) -> float:
-    """Return the rank of a recipe; 0 if it has none."""
+    """Return the rank of the adapter that a recipe trains; 0 if it has none."""
     config = e.record.cell.config
     adapter = config.get(ADAPTER_CONFIG)
     rank = config.get("rank", adapter.get("r") if isinstance(adapter, dict) else None)
@@ -146,7 +146,7 @@ def _at_cost(f: RunFacts, metric: Metric, e: RankingEntry, name: str) -> Point |
 
 
 def _disturbed(metric: Metric, e: RankingEntry) -> str:
-    """Return a remark on a time that may be too high. Empty without evidence, and for other costs."""
+    """Return a remark if the cost is a time, and other programs may have made it too high. Otherwise return ""."""
     if metric is metrics.LATENCY:
         why = recipes.disturbed(e)
     else:
@@ -273,8 +273,8 @@ def _curve(s: Series, values: Sequence[float], low: float = -math.inf, high: flo
 def errors(f: RunFacts, judgement: QuestionVerdict) -> ChartSet | None:
     """Return the chart of a `same-losses` comparison: |loss - float64 loss| and the largest allowed errors, by step.
 
-    Each reference run gives a limit, so several models, methods or dtypes have several. For another comparison, and without
-    losses to compare, return None.
+    The chart has one curve of allowed errors per reference run, e.g. one for each model. Return None for another kind
+    of comparison, or if there are no losses to compare.
     """
     compared = [s for s in judgement.trajectories or () if s.errors]
     if not compared:
@@ -332,7 +332,7 @@ def _time(f: RunFacts, title: str, records: Sequence[Record], series: Sequence[S
 
 
 def _mean_seconds(records: Sequence[Record], series: Sequence[Series]) -> list[float]:
-    """Return the mean seconds in each phase; the last series stands for the time in no phase."""
+    """Return the mean seconds per Record of each series. A series is a phase; the last one is the time in no phase."""
     spent = group((p.name, p.seconds) for record in records for p in record.phases)
     spent[series[-1].name] = [measurements.unaccounted_seconds(record) for record in records]
     return [sum(spent.get(s.name, ())) / len(records) for s in series]

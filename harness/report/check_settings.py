@@ -26,7 +26,7 @@ _NUMBERS: tuple[tuple[str, str, Callable[[SettingFound], float | int | None]], .
 
 
 def lines(report: CheckReport) -> list[str]:
-    """Return a table of the settings. Empty if no loop was checked."""
+    """Return the lines of a table of the loop's settings. Empty if no training loop was checked."""
     if not report.settings:
         return []
     rows = [
@@ -38,7 +38,7 @@ def lines(report: CheckReport) -> list[str]:
 
 
 def section(report: CheckReport) -> Table | None:
-    """Return the page's table of the settings. None if no loop was checked."""
+    """Return the page's table of the loop's settings. None if no training loop was checked."""
     if not report.settings:
         return None
     columns = [

@@ -1,4 +1,4 @@
-"""The matrix of `check` on a terminal."""
+"""Output of `check` on a terminal: a matrix of the results, then the failures and the counts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST_LINES = 40
 
 
 def matrix(report: CheckReport) -> list[str]:
-    """Return a table of results by target, implementation and dtype, then what `lines` returns.
+    """Return a table of results by target, implementation and dtype, then the failures, known defects and counts.
 
     If the checks ran in several environments, a table by version follows.
     """

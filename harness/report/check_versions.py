@@ -137,7 +137,7 @@ def _defect_table(report: CheckReport, rows: Sequence[DefectRow], key: str) -> T
 
 
 def _section_of(row: CheckRow, report: CheckReport) -> str:
-    """Return the link to the check-by-check section of the first environment in which the check fails."""
+    """Return a link to the page's section on the implementation in the first environment in which the check fails."""
     first = next(one.label for one, field in zip(report.environments, row.fields, strict=True) if field.failed)
     return f"#{anchor(row.target, in_environment(row.implementation, first))}"
 

@@ -1,4 +1,4 @@
-"""HTML page of the claim ledger. It has all claims by paper, or only the headlines. This module imports no torch."""
+"""HTML page with the verdicts on all claims by paper, or only on the headline claims. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness.report.tones import badge
 LEDGER = "claims.html.j2"
 HEADLINES = "headlines.html.j2"
 _WAYS = ("by arithmetic", "on a GPU", "by a rehearsal", "by training")
-"""Columns in the table of the headlines: the ways to decide a claim."""
+"""Columns in the table of the headline claims: the ways to decide a claim."""
 _COLUMNS: Sequence[tuple[str, str, str, str]] = (
     ("Verdict", "whether our number is the printed one; see Terms below", "verdict", ""),
     ("Statement", "the claim as one sentence", "sentence", "wrap"),
@@ -34,7 +34,7 @@ _TONES = {ClaimVerdict.REPRODUCED: "good", ClaimVerdict.NOT_REPRODUCED: "bad", C
 
 
 def write_page(rows: Sequence[JudgedClaim], software: Mapping[str, str], out: Path, *, headlines: bool = False) -> None:
-    """Write the page to `out`. If this fails, `out` stays as it was. headlines: write only the headlines."""
+    """Write the page to `out`. If this fails, `out` stays as it was. headlines: write only the headline claims."""
     html.write_page(html.fill(HEADLINES if headlines else LEDGER, build(rows, software)), out)
 
 

@@ -1,4 +1,4 @@
-"""Tables of three costs of a Cell: sizes of files, energy, and the state of the GPU."""
+"""Tables of each Cell's file sizes and energy, and of the GPU's state while the Cell trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.report.table_model import Table, column, condensed, measured, table
 
 _OLD = "the Record is older than this measurement"
 _HARMLESS = ("idle",)
-"""Reasons for a low clock that do not affect a measurement."""
+"""Reasons that the driver gives for a low GPU clock, but that do not affect a measurement."""
 
 
 def costs(facts: RunFacts) -> Table:

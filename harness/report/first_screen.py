@@ -1,4 +1,7 @@
-"""First screen of a report: for each group of recipes, three cards with answers, and a table of the recipes."""
+"""First screen of a report: for each group of recipes, three cards with answers, and a table of the recipes.
+
+A recipe is a Cell without its seed. The recipes of a group have the same model, task and training budget.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ NO_BREAK = "\u00a0"
 
 
 def answers(f: RunFacts) -> list[dict[str, Any]]:
-    """Return the cards and the table of every group with at least two recipes. Without such a group, take all groups."""
+    """Return the cards and the table of every group with at least two recipes. If there is none, take all groups."""
     several = [group for group in f.groups if len(group.entries) > 1] or f.groups
     titles = Counter(_title(group) for group in several)
     found = []
@@ -94,9 +97,10 @@ def _lost(f: RunFacts, group: Group) -> int:
 
 
 def _which(names: Names, group: Group, chosen: Choice, lost: int) -> dict[str, Any]:
-    """Return the first card. It names no winner if results are lost (`lost`, see `_lost`).
+    """Return the first card, which names the best method. It names none if results are missing or were changed.
 
-    Fewer tests are then corrected for each other, so that more recipes would look told apart than if all results counted.
+    Without them, the statistical tests are corrected for too few comparisons, so too many recipes would seem to differ.
+    lost: number of Cells with such results.
     """
     question, pick, highest = "Which method?", names[id(chosen.pick)], names[id(chosen.highest)]
     score = formatting.percent(chosen.highest.score.value)

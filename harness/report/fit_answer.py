@@ -40,7 +40,7 @@ def _answer(document: Mapping[str, Any], rows: list[_Row], size: MemorySize, sev
 
 
 def _against(row: _Row, size: MemorySize) -> str:
-    """Return the needed memory, the given memory, and the difference."""
+    """Return a text with the memory that a row needs, the given memory, and the difference."""
     needed, free = needed_and_free(row["needed_B"], size)
     rest = f"{hundredths(abs(free))} {size.unit} {'free' if row['fits'] else 'missing'}"
     return f"{hundredths(needed)} of {hundredths(needed + free)} {size.unit}: {rest}"

@@ -43,7 +43,7 @@ def lines(document: Mapping[str, Any]) -> list[str]:
 
 
 def _names(document: Mapping[str, Any], rows: Sequence[_Row], several: bool) -> list[list[str]]:
-    """Return the columns before the sizes. Each starts with its heading."""
+    """Return the columns that name a row, from `method` to `trainable`. Each starts with its heading."""
     columns: dict[str, _Write] = {"method": lambda row: row["method"], "base": lambda row: row["base"]}
     if several:
         columns["optimizer"] = lambda row: row["optimizer"]
@@ -73,7 +73,7 @@ def _sizes(row: _Row, size: MemorySize) -> list[str]:
 
 
 def needed_and_free(needed_B: int, size: MemorySize) -> tuple[int, int]:
-    """Return a needed memory, rounded up, and the rest of `size`, both in hundredths of its unit."""
+    """Return the needed memory, rounded up, and the rest of `size`, both in hundredths of the unit of `size`."""
     unit = UNITS[size.unit]
     needed = -(-100 * needed_B // unit)
     return needed, 100 * size.number_B // unit - needed

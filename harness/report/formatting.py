@@ -34,7 +34,7 @@ def field(
     flag: str = "",
     more: Mapping[str, float | str] | None = None,
 ) -> Field:
-    """Return a field with these contents; see `Field`."""
+    """Return the content of a table cell, with these entries; `Field` explains them."""
     details = dict(more or {})
     return {"text": text, "value": value, "small": small, "why": why, "tone": tone, "flag": flag, "more": details}
 
@@ -83,7 +83,7 @@ def points(difference: float) -> str:
 
 
 def percentage(share: float) -> str:
-    """Format a signed share of 1 in per cent, without the unit."""
+    """Format a change, given as a share of 1, in per cent, with its sign but without the unit."""
     return f"{MINUS if share < 0 else '+'}{abs(100 * share):.1f}"
 
 

@@ -9,7 +9,7 @@ from harness.analysis.ranking import Group, RankingEntry
 from harness.errors import first_names
 
 SHOWN = 12
-"""Largest number of ids that a row names."""
+"""Largest number of test items whose ids a row lists."""
 
 
 def rows(group: Group, names: Mapping[int, str]) -> list[dict[str, Any]]:

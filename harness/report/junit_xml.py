@@ -15,7 +15,7 @@ def suite(root: ET.Element, name: str) -> ET.Element:
 
 
 def case(suite: ET.Element, kind: str, name: str, tag: str, message: str) -> None:
-    """Add a case to a suite. tag: `failure`, `error` or `skipped`; empty for a passed case."""
+    """Add a case to a suite. kind: its `classname`. tag: `failure`, `error` or `skipped`; empty for a passed case."""
     case = ET.SubElement(suite, "testcase", classname=clean(kind), name=clean(name))
     if tag:
         ET.SubElement(case, tag, message=clean(message))

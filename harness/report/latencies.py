@@ -79,7 +79,7 @@ def _adapter_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
 
 
 def _flagged(record: Record, fields: Sequence[Field], timed: Iterable[Latency]) -> list[Field]:
-    """Return the fields of latencies that were timed in turn, and of their ratios, flagged if something disturbed them."""
+    """Return `fields`, which show the latencies `timed` and their ratios, with a flag if these may be disturbed."""
     flag, why = contention.disturbed(record, timed)
     return [
         one | {"flag": flag, "why": "; ".join(filter(None, (one["why"], why)))} if one["value"] is not None else one

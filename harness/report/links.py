@@ -32,9 +32,9 @@ def sources(facts: RunFacts, record_ids: Sequence[str]) -> list[dict[str, str]]:
 
 
 def short_names(cells: Sequence[Cell], names: Sequence[str]) -> list[str]:
-    """Return the names of Cells without the implementation, where all Cells of a method have the same.
+    """Return the names of Cells. If all Cells of a method have one implementation, their names leave it out.
 
-    If two of these short names are equal, return the full names of all Cells.
+    If two of these short names are equal, return the full names of all Cells. names: the full names.
     """
     implementations = Counter(method for method, _ in {(cell.method, cell.implementation) for cell in cells})
     found = [

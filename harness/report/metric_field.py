@@ -1,4 +1,4 @@
-"""Fields of metrics. A field shows the value in the unit of its column, and further details for some metrics."""
+"""Table fields for metrics. A field shows the value in the unit of its column, and further details for some metrics."""
 
 from __future__ import annotations
 

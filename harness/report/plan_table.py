@@ -97,7 +97,7 @@ def lines(document: Mapping[str, Any], most: int | None = None) -> list[str]:
 def _predicted(found: PlannedMemory | str | None) -> dict[str, Any]:
     """Return the fields `predicted` and `not_predicted` of a Cell: its predicted memory, or the reason why it has none.
 
-    total_B: highest known memory of the device at one time.
+    The key `total_B` in `predicted` is the highest known memory of the device at one time.
     """
     if not isinstance(found, PlannedMemory):
         return {"predicted": None, "not_predicted": found or ""}
@@ -112,7 +112,7 @@ def _sizes(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _is_least(row: Mapping[str, Any]) -> bool:
-    """Return whether the predicted memory of a training lacks the activations, because no step was simulated."""
+    """Return whether the predicted memory of a training is only a lower bound, without the activations."""
     predicted, trains = row["predicted"], row["cell"]["training"]["steps"] > 0
     return bool(predicted and trains and predicted["peak_B"] is None and predicted["activations_B"] is None)
 

@@ -1,4 +1,7 @@
-"""Table of the recipes of a group: the columns from which a reader can choose, and one row for each recipe."""
+"""Table of the recipes of a group: the columns from which a reader can choose, and one row for each recipe.
+
+A recipe is a Cell without its seed: its Records differ only in the seed. A group has recipes with one training budget.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ Names = Mapping[int, str]
 """Map from the id() of a ranking entry to its name in its group."""
 Read = Callable[[Record], float | None]
 _RANKING = {"best": "highest", "tied": "cannot be told apart", "below": "lower", "untrained": "not trained here"}
-"""Standing of a recipe -> words by which a reader filters."""
+"""Standing of a recipe in the ranking -> text by which a reader can filter the table."""
 WIDTH, HEIGHT = 240.0, 18.0
 """Size of the drawing of an interval, in SVG units."""
 
@@ -48,7 +51,7 @@ def table(f: RunFacts, key: str, title: str, group: Group, names: Names, chosen:
 
 
 def _columns(group: Group, target: TargetLoss | None) -> Iterator[Column]:
-    """Yield the columns. The key of a column is the name of its value in the formats CSV and JSON."""
+    """Yield the columns of the table. The key of a column is the name of its value in the formats CSV and JSON."""
     score = group.entries[0].score
     yield column("Accuracy, %", f"mean over the seeds; interval: {score.means}", key="accuracy")
     yield column("95 % interval", "dashed line: the highest accuracy", number=False, key="interval")
@@ -184,7 +187,7 @@ def _timed(e: RankingEntry, shown: Field) -> Field:
 
 
 def busy(entry: RankingEntry) -> int:
-    """Return the number of trainings that were timed on a busy machine."""
+    """Return the number of trainings of a recipe that were timed while other programs used the CPU."""
     return sum(bool(contention.busy(record)) for record in entry.records)
 
 
@@ -196,9 +199,10 @@ def over(
     *,
     refused: str = "",
 ) -> Field:
-    """Return the field with the median over seeds.
+    """Return the field with the median of `value(record)` over the Records, i.e. the seeds, of a recipe.
 
-    missing: reason to show if no seed has a value. refused: reason to hide the values, if any.
+    write: function that formats the median. missing: reason to show if no seed has a value. refused: reason to hide the
+    values, if any.
     """
     values = [x for r in records if (x := value(r)) is not None]
     if refused or not values:
@@ -212,7 +216,7 @@ def _file(record: Record) -> float | None:
 
 
 def _passes(record: Record) -> list[tuple[str, int, int]]:
-    """Return kind, batch and tokens of each measured pass. The table shows only the last one, e.g. `decode`."""
+    """Return (kind, batch, tokens) of each timed forward pass. The table shows only the last one, e.g. `decode`."""
     measured = record.measurements.latency if record.measurements else []
     return list(dict.fromkeys((x.kind, x.batch, x.tokens) for x in measured if x.variant == "base"))
 
@@ -225,7 +229,7 @@ def _pass(group: Group) -> str:
 def latency(e: RankingEntry, variant: str, missing: str = "not measured") -> Field:
     """Return the field with the latency of a recipe: the median over the seeds.
 
-    variant: `base`, `unmerged` or `merged`. missing: as in `over`.
+    variant: `base`, `unmerged` or `merged`. missing: reason to show if no seed has a value.
     """
     refusal = failed_checks.no_merged_speed if variant == "merged" else failed_checks.no_speed
     refused = next(filter(None, map(refusal, e.records)), "")
@@ -234,7 +238,7 @@ def latency(e: RankingEntry, variant: str, missing: str = "not measured") -> Fie
 
 
 def disturbed(entry: RankingEntry) -> str:
-    """Return the flag of the latencies of a recipe, e.g. `unsteady 1 of 3` timed runs. Empty if nothing disturbed them."""
+    """Return the flag of a recipe's latencies, e.g. `unsteady 1 of 3` if one of three Records is. Empty if none is."""
     found = [contention.disturbed(r, timed)[0] for r in entry.records if (timed := _last_pass(r))]
     flags = Counter(filter(None, found))
     return ", ".join(f"{flag} {count} of {len(found)}" for flag, count in sorted(flags.items()))
@@ -249,7 +253,7 @@ def _latency(variant: str) -> Read:
 
 
 def _last_pass(record: Record) -> list[Latency]:
-    """Return the latencies of the last measured pass, with one adapter or none."""
+    """Return the latencies of the last kind of forward pass that was timed, with one adapter or none."""
     measured, last = record.measurements.latency if record.measurements else [], _passes(record)[-1:]
     return [x for x in measured if x.adapters is None and [(x.kind, x.batch, x.tokens)] == last]
 

@@ -28,7 +28,7 @@ def section(runs: Sequence[Run], found: Sequence[Rerun]) -> dict[str, Any]:
 
 
 def lines(runs: Sequence[Run], found: Sequence[Rerun]) -> list[str]:
-    """Return the content of `section` as lines for the terminal."""
+    """Return the comparisons of the reruns `found` in `runs` as lines for the terminal."""
     shown = section(runs, found)
     text = ["", f"{shown['icon']} reproducibility: {shown['sentence']}"]
     for row in shown["rows"]:

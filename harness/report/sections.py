@@ -268,6 +268,6 @@ def rerun_command(facts: RunFacts, cell_id: str) -> str:
 
 
 def notes(facts: RunFacts) -> list[Section]:
-    """Return each distinct note once, with links to the Records that have the note."""
+    """Return each distinct note of the Records once, with links to the Records that have it."""
     found = group((note, record.id) for record in facts.latest.values() for note in record.notes)
     return [{"text": text, "sources": links.sources(facts, ids)} for text, ids in found.items()]

@@ -30,7 +30,7 @@ def section(analysed: Sequence[RunFacts]) -> list[dict[str, Any]]:
 
 
 def lines(analysed: Sequence[RunFacts]) -> list[str]:
-    """Return the sentences and the findings of `section` as lines for the terminal."""
+    """Return the comparisons of the first run with each of the others as lines for the terminal."""
     found = []
     for pair in section(analysed):
         found += ["", f"{pair['icon']} {pair['title']}: {pair['sentence']}"]
@@ -89,7 +89,7 @@ def _value(row: ComparisonRow, value: Any) -> str:
 
 
 def _table(base: RunFacts, new: RunFacts, number: int) -> Table | None:
-    """Return one row per common Cell; if there is no such Cell, return None."""
+    """Return the table with one row per Cell that both runs have; None if there is no such Cell."""
     cells = {cell.cell_id: cell for side in (base, new) for cell in side.run.manifest.cells}
     names = naming.full(cells.values())
     rows = [
@@ -141,7 +141,7 @@ def _three(
     change: Callable[[float, float], float | None],
     flags: Sequence[str],
 ) -> Iterator[Field]:
-    """Yield the fields of both runs and of the change. flags: for each run, a warning about its number, or an empty text."""
+    """Yield three fields: the number of each run, and the change. flags: a warning about each number; empty if none."""
     for value, flag in zip((one, other), flags, strict=True):
         yield unmeasured("not measured") if value is None else field(write(value), value, flag=flag)
     if one is None or other is None:
@@ -157,13 +157,13 @@ def _relative(one: float, other: float) -> float | None:
 
 
 def _pass(record: Record, kind: tuple[str, int, int]) -> list[Latency]:
-    """Return the latencies of one kind of pass, with one adapter or none."""
+    """Return the latencies of one kind (name, batch, tokens) of forward pass, with one adapter or none."""
     measured = record.measurements.latency if record.measurements else []
     return [x for x in measured if (x.kind, x.batch, x.tokens) == kind and x.adapters is None]
 
 
 def _merged(record: Record) -> dict[tuple[str, int, int], float]:
-    """Map each kind of pass to the median latency of the merged model, in seconds."""
+    """Map each kind (name, batch, tokens) of forward pass to the median latency of the merged model, in seconds."""
     if record.measurements is None or failed_checks.no_merged_speed(record):
         return {}
     return {

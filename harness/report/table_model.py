@@ -78,11 +78,11 @@ def grouped(
     notes: Sequence[str] = (),
     example: str = "lora r=8",
 ) -> Table:
-    """Return a table.
+    """Return a table whose rows are in groups.
 
-    groups: the title and the rows of each group; a group with an empty title has no row for its title. file: name of the
-    CSV file, without the suffix. first: heading of the first column. by: what the titles of the groups are. example: what
-    a reader may write into the filter.
+    key: HTML id. caption: title of the table. groups: the title and the rows of each group; a group with an empty title
+    has no row for its title. file: name of the CSV file, without the suffix. first: heading of the first column. by:
+    what the titles of the groups are. example: what a reader may write into the filter.
     """
     shown = [{"title": title, "rows": rows} for title, rows in groups]
     return {
@@ -92,10 +92,10 @@ def grouped(
 
 
 def condensed(made: Table, fixed: int | None = None) -> Table:
-    """Return a table without the columns, and without the rows, in which nothing was measured. Remarks give the reasons.
+    """Return a table without the columns and rows in which nothing was measured. Remarks below it give the reasons.
 
-    fixed: number of the first columns, which describe a row and do not count; if None, every row stays. A table without
-    any number stays as it is.
+    fixed: number of leading columns that describe a row and hold no measurement; if None, every row stays. A table
+    without any number stays as it is.
     """
     rows = [row for part in made["groups"] for row in part["rows"]]
     kept = [i for i in range(len(made["columns"])) if any(row["fields"][i]["value"] is not None for row in rows)]

@@ -52,7 +52,7 @@ def markdown(analysed: Sequence[RunFacts]) -> str:
 
 
 def _recipes(table: Table) -> Iterator[str]:
-    """Yield the lines of a table with the columns that the page shows without a choice."""
+    """Yield the lines of a Markdown table of recipes, with the columns that the page shows by default."""
     shown = [i for i, c in enumerate(table["columns"]) if c["shown"]]
     heads = ["Recipe", *(table["columns"][i]["label"] for i in shown)]
     yield from (_row(heads), _row(["---", *["---:"] * (len(heads) - 1)]))

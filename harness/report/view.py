@@ -31,7 +31,7 @@ from harness.report import (
 from harness.report.tones import badge
 
 _OF_CELLS = ("comparison", "latency", "mixed", "served", "memory", "costs", "gpus")
-"""The tables of Cells in the content of a run."""
+"""Keys of the tables of Cells in the content of a run."""
 
 
 _LISTED = 4

@@ -123,7 +123,7 @@ def _site_folders() -> list[str]:
 
 
 def _link_harness(target: Path) -> None:
-    """Make the packages `harness` and `reference` and their entry points importable, and nothing else in their folder."""
+    """Link `harness` and `reference` into the folder `target`, and copy their entry points there, but nothing else."""
     top = Path(resources.__file__).resolve().parents[1]
     for package in ("harness", "reference"):
         (target / package).symlink_to(top / package)

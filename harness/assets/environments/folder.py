@@ -53,7 +53,7 @@ class EnvironmentFile(FrozenModel):
 
 @dataclass(frozen=True)
 class MadeEnvironment:
-    """A finished environment."""
+    """A finished Python environment in the cache."""
 
     folder: Path
     file: EnvironmentFile

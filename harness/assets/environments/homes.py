@@ -1,4 +1,4 @@
-"""Find the environments of implementations whose libraries are not installed here."""
+"""Find the environments of implementations whose libraries this Python lacks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from harness.assets.environments.folder import MadeEnvironment
 
 
 def of(implementations: Collection[str]) -> dict[str, MadeEnvironment | str]:
-    """Map implementations to the environment that a table declares for them, or to its name if it does not exist.
+    """Map each implementation to the environment that a table declares for it.
 
-    Implementations without such an environment are left out.
+    If the environment has not been made yet, map to its name. Implementations without a declared one are left out.
     """
     if not implementations:
         return {}

@@ -45,7 +45,7 @@ class IndexOptions:
     offline: bool = False
     """True: no index is asked, only the folders of `find_links`."""
     find_links: tuple[str, ...] = ()
-    """Folders or pages with wheels."""
+    """Folders, or addresses of pages, where pip also looks for wheels."""
 
     def arguments(self) -> list[str]:
         """Return the options for pip."""
@@ -233,7 +233,7 @@ def _require_pip() -> None:
 def _requirements_of_harness(spec: EnvironmentSpec) -> Iterator[str]:
     """Yield the names of the libraries that the harness needs, without versions, except those that `spec` names.
 
-    The harness's own bounds must not exclude an old library that is to be checked.
+    The harness's own version bounds must not exclude an old library that is to be checked.
     """
     try:
         needed = requires(DISTRIBUTION) or []

@@ -67,7 +67,7 @@ class _Table(FrozenModel):
 
 
 def path() -> Path:
-    """Return the path of the harness's own table."""
+    """Return the path of the harness's own table of environments."""
     return data_folder("suites") / "environments.yaml"
 
 

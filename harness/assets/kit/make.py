@@ -1,4 +1,4 @@
-"""Make a kit: copy the source, download wheels, copy models and data, as far as they fit. Imports no torch."""
+"""Make a kit for a machine without network: source, wheels, models and data, as far as they fit. Imports no torch."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ Say = Callable[[str], None]
 
 @dataclass
 class Kit:
-    """A kit, and what it could not hold."""
+    """A finished kit: its folder, what it holds, and what was left out."""
 
     folder: Path
     limit_B: int
     python: str
-    """Version of the other machine's Python, e.g. `3.12`."""
+    """Version of Python on the machine that will run the kit, e.g. `3.12`."""
     items: dict[str, int] = field(default_factory=dict)
     """Name of a part of the kit -> its bytes."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Name -> the reason why the kit lacks it."""
+    """Name of a missing part -> the reason why the kit lacks it."""
 
     @property
     def bytes(self) -> int:
-        """Bytes of all files."""
+        """Bytes of all files of the kit."""
         return sum(self.items.values())
 
     @property
@@ -88,7 +88,7 @@ def make(folder: Path, limit_B: int, python_version: str, say: Say) -> Kit:
 
 
 def _copy_source(folder: Path) -> int:
-    """Copy the code, and what the entry points of an installation say, and the scripts. Return the bytes."""
+    """Copy the code, the metadata of the installed harness (e.g. entry points) and the scripts. Return the bytes."""
     top, source = Path(resources.__file__).resolve().parents[1], folder / "source"
     for name in contents.FOLDERS:
         if (top / name).is_dir():

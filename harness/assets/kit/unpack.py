@@ -36,7 +36,7 @@ def main(wheels: Path, site: Path) -> None:
 
 
 def _unpack(wheel: Path, site: Path) -> None:
-    """Move the files of a wheel into `site`. A file that is there is replaced, never written over."""
+    """Move the files of a wheel into `site`. Replace existing files by renaming, so that readers keep the old ones."""
     temporary = site / f".new-{os.getpid()}"
     try:
         with zipfile.ZipFile(wheel) as archive:

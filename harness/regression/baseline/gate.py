@@ -1,4 +1,4 @@
-"""`gate RUN --baseline NAME`, `baseline promote` and `baseline list`. This module imports no torch."""
+"""The commands `gate RUN --baseline NAME`, `baseline promote` and `baseline list`. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def gate(
 ) -> Exit:  # fmt: skip
     """Compare a run with a baseline, print the result and return the exit code. all_rows: also print equal rows.
 
-    If the baseline is a run that was not promoted, print the reasons why it could not be.
+    baseline: name of a baseline, or the folder of a run. If the run is unfit to be a baseline, also print the reasons.
     Raises UsageError if the run or the baseline does not exist, or if an output cannot be written. Raises StoreError if
     a run.json cannot be read.
     """

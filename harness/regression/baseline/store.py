@@ -52,7 +52,7 @@ class Provenance(FrozenModel):
 
 @dataclass(frozen=True)
 class Baseline:
-    """A baseline on disk."""
+    """A baseline on disk: a promoted run, or any run that is used as a baseline."""
 
     name: str
     path: Path
@@ -82,9 +82,9 @@ def known(baselines: Path = BASELINES) -> list[Baseline]:
 
 
 def find(name: str, baselines: Path = BASELINES) -> Baseline:
-    """Return a baseline by its name, or a run as a baseline by its folder. Raises UsageError if there is none.
+    """Return the baseline with this name, or the run in this folder as a baseline.
 
-    name: a folder has at least one slash.
+    name: name of a baseline, or, if it contains a slash, path of a run folder. Raises UsageError if there is none.
     """
     if _NAME.fullmatch(name) and (baselines / name / "run.json").is_file():
         return _read(baselines / name)

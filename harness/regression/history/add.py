@@ -1,4 +1,4 @@
-"""`history add`: store the results of runs in a history. Each run becomes a pass of one night."""
+"""`history add`: store the results of runs in a history. Each run becomes a pass: one of several runs in a night."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Added:
     """Result of one call of `add`."""
 
     left_out: list[str] = field(default_factory=list)
-    """One sentence for each part that was left out, with the reason."""
+    """One sentence for each part of a run that was not added (a file, a Cell or its times), with the reason."""
     nights: dict[str, int] = field(default_factory=dict)
     """Number of new rows, by night."""
     rows: int = 0
-    """Number of rows from the runs, whether new or stored before."""
+    """Number of rows (attempts at Cells) of all runs, including rows that the history already had."""
     findings: set[Exit] = field(default_factory=set)
 
 
@@ -103,7 +103,10 @@ def _header(run: Run) -> RunHeader:
 
 
 def _rows(run: Run, night: Night, added: Added) -> Iterator[AttemptRow]:
-    """Yield a row for each Cell of a run, except skipped Cells. Add the places of the Cells to the night."""
+    """Yield a row for each Cell of a run, except skipped Cells.
+
+    Also add the place of each Cell, i.e. its machine and software, to `night.places`.
+    """
     for record in run.latest().values():
         if record.status is Status.SKIPPED:
             continue  # this Cell cannot run here on any night

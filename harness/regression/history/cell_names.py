@@ -26,7 +26,7 @@ def cells(history: History) -> dict[str, Cell]:
 
 
 def names(history: History) -> dict[str, str]:
-    """Return the names of the Cells, by cell_id. The key `*`, which stands for all Cells of a place, has a name too."""
+    """Return the name of each Cell, by cell_id, and a name for `*`, which stands for all Cells on one machine."""
     return {**naming.full(cells(history).values()), EVERY: COMMON}
 
 

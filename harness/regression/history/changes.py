@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.change_points import Array
 
 TIMED_LEAST = 0.02
-"""Smallest change of a time that counts, as a share. Pairs of runs can confirm a change of this size at a reasonable
+"""Smallest relative change of a time that counts. Pairs of runs can confirm a change of this size at a reasonable
 cost."""
 SCORE_LEAST = 0.01
 """Smallest change of an accuracy that counts: one percentage point."""
@@ -50,7 +50,7 @@ class Change:
     settled: str | None = None
     """First night on which the old level was back. None if the new level lasts."""
     counted: bool = False
-    """True for an exact count, which needs no confirmation."""
+    """True if the metric is an exact count of bytes or parameters, so that the change needs no confirmation."""
     recent: bool = False
     """True if the new level has lasted only one or two nights. Such a change is only a suspicion."""
     note: str = ""
@@ -77,7 +77,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Unanchored:
-    """One kind of time at a place with too few series to compute an anchor, i.e. the factor that all series share."""
+    """A family of times that is not judged: its place has too few series for an anchor, i.e. for a shared factor."""
 
     place: str
     metric: str
@@ -248,7 +248,7 @@ def _log_changes(
 
 
 def _changes(one: HistorySeries, nights: Sequence[str], steps: Sequence[LevelChange], least: float) -> list[Change]:
-    """Return the steps of a series as changes. A step to a lower level counts as worse."""
+    """Return the steps of a series as changes. A step to a lower value counts as worse, as for an accuracy."""
     found = []
     for number, step in enumerate(steps):
         # Nights on which a later change brings the level back to that before this change, or beyond.

@@ -1,4 +1,4 @@
-"""Confirmed slow-downs. They stand until they are reset, even if later nights do not show them."""
+"""Slow-downs that a verdict has confirmed. They count until a user resets them, even if later nights are fast."""
 
 from __future__ import annotations
 

@@ -23,28 +23,32 @@ _HINTS = {"--reason": "give the reason, e.g. the change that caused it", "--evid
 
 
 def reset(folder: Path, cell: str, metric: str, night: str, reason: str, author: str | None) -> Decision:
-    """Accept the level of a series from `night` on. Store and return the decision. For arguments, see `checked`."""
+    """Accept the level of a series from `night` on. Store and return the decision.
+
+    cell: the start of a cell_id, or `*`. metric: a name, or `*`. author: if None, git's user. Raises UsageError with
+    all mistakes in the arguments.
+    """
     _, decision = checked(folder, cell, metric, night, reason, author, "--reason")
     night_files.append_decision(folder, night_files.RESETS, decision)
     return decision
 
 
 def confirm(folder: Path, decision: Decision, verdict: ConfirmationVerdict) -> Decision:
-    """Add a verdict on a change to a decision. Store and return the result."""
+    """Store a decision with a verdict on a change, and return it."""
     confirmed = decision.model_copy(update={"verdict": verdict})
     night_files.append_decision(folder, night_files.CONFIRMATIONS, confirmed)
     return confirmed
 
 
 def print_decision(decision: Decision) -> Exit:
-    """Print a stored decision."""
+    """Print a stored decision, and return PASS."""
     what = f"{decision.cell} {decision.metric} from {decision.night} on"
     print_lines([f"{what}, by {decision.author}: {decision.reason}"])
     return Exit.PASS
 
 
 def last_reset(resets: Iterable[Decision], cell: str, metric: str) -> str:
-    """Return the night of the last reset of a series. If there was no reset, return an empty string."""
+    """Return the night from which on a user last accepted the level of a series. Empty if there was no such reset."""
     return max((decision.night for decision in resets if decision.applies(cell, metric)), default="")
 
 
@@ -57,7 +61,7 @@ def new(cell: str, metric: str, night: str, reason: str, author: str) -> Decisio
 def checked(
     folder: Path, cell: str, metric: str, night: str, reason: str, author: str | None, option: str
 ) -> tuple[History, Decision]:
-    """Return the history and a checked decision about it, without writing anything.
+    """Check the arguments of a decision. Return the history in `folder` and the decision. Write nothing.
 
     cell: the start of a cell_id, or `*`. metric: a name, or `*`. author: if None, git's user is the author. option: the
     name of the command's option that gave `reason`. Raises UsageError with all mistakes: a Cell, metric or night that

@@ -31,7 +31,7 @@ from harness.regression.history.series import HistorySeries, series
 
 
 def detect(folder: Path, cell: str | None, sentinel: str | None, as_json: bool, strict: bool) -> Exit:
-    """Print the changes and return the exit code; see the help of the command.
+    """Print the changes of level in a history, and return the exit code that `history detect --help` describes.
 
     cell, sentinel: expressions in the syntax of `--only`. Raises UsageError for an expression that selects no Cell.
     """
@@ -156,7 +156,7 @@ def _place_changes(history: History, known: Iterable[HistorySeries]) -> Iterator
 
 
 def _few_passes(history: History) -> dict[str, int]:
-    """Return the nights on which a Cell has fewer than PASSES passes: night -> smallest number of passes."""
+    """Return the nights on which a Cell ran less than PASSES times: night -> smallest number of runs of a Cell."""
     counts = {
         night.night: min(Counter(f"{row['cell']} {row['on']}" for row in night.rows).values(), default=0)
         for night in history.nights

@@ -17,7 +17,7 @@ from harness.regression.pairs.request import PairsRequest
 
 @dataclass(frozen=True)
 class Between:
-    """Changes from the last night of the old level to the first night of the new one."""
+    """What else changed when a series changed its level: from the last night before it to the first night after it."""
 
     code: tuple[str, str]
     """Code versions of the harness on the old night and on the new night."""
@@ -47,9 +47,9 @@ class Between:
 
 
 def between(history: History, change: Change) -> Between:
-    """Return what differs between a Cell's last pass before a change and its first pass after the change.
+    """Return what differs between a Cell's last run before a change and its first run after the change.
 
-    Both passes ran at the place of the change. If the Cell is `*`, passes of any Cell count.
+    Both runs were at the place of the change. If the Cell is `*`, runs of any Cell count.
     """
     old, new = _passes_around(history, change, change.old_night, change.night)
     code = (str(old.get("code_version", "")), str(new.get("code_version", "")))
@@ -145,13 +145,13 @@ def _ships(suite: str) -> bool:
 
 
 def _is_search(history: History, cell: str) -> bool:
-    """Return whether a Cell only tries a learning rate. Only such Cells skip test items."""
+    """Return whether a Cell only tries a learning rate. Such a Cell is known by `evaluation.skip`, which is above 0."""
     evaluation = history.cells.get(cell, {}).get("evaluation")
     return isinstance(evaluation, dict) and bool(evaluation.get("skip"))
 
 
 def _passes_around(history: History, change: Change, old: str, new: str) -> tuple[RunHeader, RunHeader]:
-    """Return the last pass of the Cell on the old night, and its first pass on the new night."""
+    """Return the headers of the Cell's last run on the night `old`, and of its first run on the night `new`."""
 
     def passes(day: str) -> list[RunHeader]:
         night = history.night(day)

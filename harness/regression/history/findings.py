@@ -58,7 +58,7 @@ class JudgedChange(Change):
 
 @dataclass(frozen=True)
 class PlaceChange:
-    """A place that took over Cells from another place."""
+    """A place (machine and software) that took over Cells from another place."""
 
     night: str
     place: str
@@ -117,7 +117,7 @@ class Detection:
     stopped: list[StoppedCell]
     gone: list[MissingSeries]
     few_passes: dict[str, int]
-    """Smallest number of passes of a Cell, by night. Only nights with too few passes are included."""
+    """Smallest number of passes (runs) of a Cell, by night. Only nights with too few passes are included."""
     resets: Sequence[Decision]
     left_out: Mapping[str, str]
     """Reason why a file or a line could not be used, by `file` or `file:line`."""

@@ -31,7 +31,7 @@ from harness.records.base_model import FrozenModel
 
 SCHEMA = 1
 PASSES = 3
-"""Number of passes in a full night. The median of three ignores one disturbed pass."""
+"""Number of passes (runs of the same suite) in a full night. The median of three ignores one disturbed pass."""
 CELLS, RESETS, CONFIRMATIONS = "cells.jsonl", "resets.jsonl", "confirmations.jsonl"
 EVERY = "*"
 """Text that stands for every Cell or every metric."""
@@ -47,7 +47,7 @@ _Word = Annotated[str, Field(min_length=1)]
 
 
 class AttemptRow(TypedDict):
-    """One attempt at a Cell."""
+    """One row of a night's file: an attempt at a Cell, with its values or its status."""
 
     cell: str
     run: str
@@ -73,7 +73,7 @@ class RunHeader(TypedDict):
 
 
 class _Stored(FrozenModel):
-    """Base class of the stored models. Keys that only newer versions know are ignored."""
+    """Base class of the pydantic models in a history. Unknown keys, which newer versions may write, are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -105,7 +105,10 @@ class Decision(_Stored):
     seen: Evidence | None = None
 
     def applies(self, cell: str, metric: str) -> bool:
-        """Return whether the decision is about a series. A decision about `latency_s` is about every latency."""
+        """Return whether the decision is about the series of this Cell and metric.
+
+        A decision about `latency_s` is also about every metric `latency_s/...`.
+        """
         return self.cell in (cell, EVERY) and self.metric in (metric, metric.partition("/")[0], EVERY)
 
     def document(self) -> dict[str, Any]:
@@ -115,14 +118,14 @@ class Decision(_Stored):
 
 @dataclass
 class Night:
-    """Results of one night."""
+    """Results of all runs of one night."""
 
     night: str
     """Date of the night, YYYY-MM-DD."""
     runs: dict[str, RunHeader] = field(default_factory=dict)
     """Headers of the runs, by run id."""
     places: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Facts about the places, by id of the place."""
+    """Facts about each place (machine and software), by id of the place."""
     rows: list[AttemptRow] = field(default_factory=list)
 
     def rows_of(self, cell: str, place: str) -> Iterator[AttemptRow]:
@@ -138,7 +141,7 @@ class History:
     nights: tuple[Night, ...]
     """Nights, oldest first."""
     cells: dict[str, Fields]
-    """Fields of the Cells, by cell_id."""
+    """Fields of each Cell as a JSON object, by cell_id."""
     resets: tuple[Decision, ...]
     confirmations: tuple[Decision, ...]
     broken: dict[str, str]

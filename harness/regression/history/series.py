@@ -1,4 +1,4 @@
-"""Series of a history: the values of one Cell, metric and place, one per night."""
+"""Series of a history: the values of one Cell, metric and place (machine and software), one per night."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.regression.history import decisions
 from harness.regression.history.night_files import History
 
 _Nights = list[tuple[str, list[dict[str, float]]]]
-"""One entry per night: the date, and for each pass the values by metric."""
+"""One entry per night: the date, and for each pass (run of the suite) the values by metric."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class HistorySeries:
     cell: str
     metric: str
     place: str
-    """Id of the place."""
+    """Id of the place, i.e. of the machine and its software."""
     nights: list[str]
     """Dates of the nights, ascending."""
     values: list[float]
     """One value per night: the median of the night's passes. Counted bytes and parameters have the maximum instead."""
     passes: list[int]
-    """Number of passes of each night."""
+    """Number of passes (runs of the suite) of each night."""
 
     @property
     def usual(self) -> float:
@@ -45,7 +45,8 @@ class HistorySeries:
 def series(history: History, only: Container[str] | None = None) -> list[HistorySeries]:
     """Return all series of a history that have values. only: cell_ids of the Cells to include; None for all Cells.
 
-    Each series starts at its last reset. A new place (another machine, driver or torch) starts a new series.
+    Each series starts at its last reset, i.e. where a user accepted its level. A new place (another machine, driver or
+    torch) starts a new series.
     """
     table: dict[tuple[str, str], _Nights] = {}
     for night in history.nights:
@@ -81,14 +82,17 @@ def _of_cell(cell: str, place: str, nights: _Nights) -> Iterator[HistorySeries]:
 
 
 def _since(one: HistorySeries, history: History) -> HistorySeries:
-    """Return the part of a series since its last reset."""
+    """Return the part of a series since the last reset, i.e. since a user last accepted its level."""
     start = decisions.last_reset(history.resets, one.cell, one.metric)
     skip = bisect_left(one.nights, start)
     return replace(one, nights=one.nights[skip:], values=one.values[skip:], passes=one.passes[skip:]) if skip else one
 
 
 def _medians(order: Sequence[str], passes: list[dict[str, float]]) -> list[float]:
-    """Return the value of each metric on one night, in the order `order`. passes: values by metric, in that order."""
+    """Return the value of each metric in `order` on one night.
+
+    passes: the values of each pass, by metric. The keys of each dict are in the order of `order`.
+    """
     together = zip(order, zip(*(values.values() for values in passes), strict=True), strict=True)
     return [got[0] if got.count(got[0]) == len(got) else _median(metric, got) for metric, got in together]
 

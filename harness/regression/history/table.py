@@ -19,7 +19,7 @@ _HEAD = ("since", "cell", "metric", "before", "after", "change", "")
 
 
 def detection_lines(found: Detection) -> list[str]:
-    """Return the lines of `detect`: the changes, then notes on the limits of the search."""
+    """Return the lines of `history detect`: the changes, then notes on the limits of the search."""
     count = len(found.nights)
     span = f" ({found.nights[0]} to {found.nights[-1]})" if count else ""
     lines = [f"{plural(count, 'night')}{span}; {found.series} series, {found.compared} long enough to compare"]
@@ -40,7 +40,7 @@ def detection_lines(found: Detection) -> list[str]:
 
 
 def series_lines(found: Sequence[HistorySeries], names: Mapping[str, str], *, each_night: bool) -> list[str]:
-    """Return the lines of `show`, one per series. names: names of Cells, by cell_id.
+    """Return the lines of `history show`, one per series. names: names of Cells, by cell_id.
 
     each_night: return one line per night of each series instead.
     """

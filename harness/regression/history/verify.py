@@ -23,7 +23,7 @@ from harness.regression.pairs.gate import PairsResult
 def verify(
     folder: Path, cell: str | None, most: int, author: str | None, out: Path | None, suite: Path | None = None
 ) -> Exit:
-    """Run pairs for suspected changes, print one line per change and return the exit code; see the help of the command.
+    """Run pairs for suspected changes, print one line per change, and return the exit code.
 
     most: largest number of changes to try. suite: the file of the nightly suite, if the suite is not part of the
     harness. Only the first comparison has a canary, i.e. also compares a revision with itself. Raises UsageError if

@@ -1,1 +1,1 @@
-"""The command `night`: a plan of measurements on one card, within a budget of time."""
+"""The command `night`: a plan of measurements on one GPU, within a budget of time."""

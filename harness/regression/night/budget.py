@@ -10,35 +10,35 @@ from harness.regression.night import part_run
 from harness.regression.night.parts import Device, Part
 
 LAST_S = {"cuda": 5.0 + part_run.GRACE_S + 7.0, "cpu": 5.0}
-"""Device -> seconds of the budget that are kept for the footer and the page. On a GPU, whose time may end sharply, they also
-cover the end of a part that is cut."""
+"""Device -> seconds of the budget that are kept for the footer and the page. On a GPU, which may be lent only until a
+fixed time, they include the seconds that a part gets to end after SIGTERM."""
 _FACTOR = {"cuda": 4.0, "cpu": 12.0}
-"""Device -> largest multiple of its estimate that a part may take. The estimates are rough, and a rehearsal often
-shares its cores. The limit ends a part that hangs."""
+"""Device -> multiple of its estimate after which a part counts as hanging and is ended. The factors are large, since
+the estimates are rough and a rehearsal (a night on a CPU) often shares its cores."""
 DEFAULT_S = {"cuda": 600.0, "cpu": 720.0}
-"""Device -> budget of a night without `--budget`. All parts of a rehearsal fit into it on a machine like that of the
-estimates. With a larger budget the machine counts as slower, and a part of a rehearsal may take more time in proportion."""
+"""Device -> budget in seconds of a night without `--budget`. For a CPU, it suffices for all parts on a machine as fast
+as that of the estimates. If a user sets a larger budget for a CPU, each part may take longer in proportion."""
 AROUND_S = 5.0
-"""Seconds that are kept for the start and the end of a part, beside its estimate. A part that is cut prints its document."""
+"""Seconds added to the estimate of a part for its start and its end, in which a part that is cut prints its results."""
 LEAST_S = 120.0
-"""A part may take this long even if its estimate is short."""
+"""Seconds that a part may take before it counts as hanging, however short its estimate is."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """The time after which a part is ended."""
+    """Time limit of a part of a night."""
 
     seconds: float
     by: Literal["budget", "share", "estimate"]
-    """The reason: nothing of the budget is left; the rest of it is kept for later parts; or the part takes many times its
-    estimate, so that it seems to hang."""
+    """What sets the limit. `budget`: the whole budget is used up. `share`: the rest is kept for later parts.
+    `estimate`: the part has taken many times its estimate, so it seems to hang."""
 
 
 def limit(part: Part, later: Sequence[Part], left_s: float, device: Device, budget_s: float) -> Limit:
-    """Return the limit of a part that starts now.
+    """Return the time limit of a part that starts now.
 
-    later: the parts after it. The limit leaves time for the estimates of those with `kept`. Even so, it is not below
-    the part's own estimate, if that much time is left.
+    later: the parts after it. The limit leaves enough time for those with `kept`, but is never below the part's own
+    estimate unless less of the budget is left.
     left_s: seconds of the budget that are left.
     budget_s: the whole budget in seconds.
     """
@@ -51,14 +51,14 @@ def limit(part: Part, later: Sequence[Part], left_s: float, device: Device, budg
 
 
 def needed_s(estimates_s: Sequence[float], device: Device) -> float:
-    """Return the budget in seconds that parts with these estimates need, with what is kept around and after them."""
+    """Return the seconds that a night with these parts needs, with the overhead of each part and of the night's end."""
     return sum(estimate_s + AROUND_S for estimate_s in estimates_s) + LAST_S[device]
 
 
 def planned(plan: Sequence[Part], budget_s: float, device: Device) -> list[float]:
-    """Return the limit of each part in seconds, if the parts before it take what they are estimated at.
+    """Return the time limit of each part in seconds, assuming that all earlier parts take exactly their estimates.
 
-    It is 0 if the part does not fit.
+    The limit is 0 if the part does not fit into the budget.
     """
     left_s, found = budget_s - LAST_S[device], []
     for number, part in enumerate(plan):

@@ -1,4 +1,4 @@
-"""Read the documents that the parts of a night leave: a summary, a table and the failures. Imports no torch."""
+"""Read the JSON that the parts of a night print, as a summary, a table and failures. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,33 +23,34 @@ from harness.regression.night.parts import HEADLINE, Part
 from harness.regression.night.results import Failure, PartTable
 
 _MOST_FAILURES = 60
-"""Failures of a part that its result lists. The document of the part has all of them."""
+"""Largest number of failures in the result of a part. The JSON that the part printed has all of them."""
 
 NO_CELL = "no Cell ran"
 _FAILED = (Status.ERROR, Status.OOM, Status.TIMEOUT)
 _OUTCOMES = (Status.OOM, Status.TIMEOUT)
-"""Statuses that are no finding in a run for a headline claim: the claim is then refuted."""
+"""Statuses that count as a result, not as a failure, in a run for a headline claim: they refute the claim."""
 _OURS = ("ours", "how")
-"""Keys of a claim with our value, and its computation with the machine and the run that it comes from."""
+"""Keys of a claim in the JSON. `ours`: our value. `how`: how it was computed, on which machine and from which run."""
 
 
 @dataclass
 class Reading:
-    """Content of a document."""
+    """What a part of a night measured, as read from its output."""
 
     summary: str = ""
     table: PartTable | None = None
     failures: list[Failure] = field(default_factory=list)
     is_missing: bool = False
-    """True if there is no document, or none that can be read."""
+    """True if the part left no output that can be read."""
     wrong: str = ""
     """Description of the first wrong result. Empty if there is none."""
 
 
 def read(part: Part, folder: Path, line: str) -> Reading:
-    """Read what a part has left in its folder.
+    """Read what a part has written to its folder.
 
-    line: the part's command as a person types it, which is the reproduction of a failure that has no shorter one.
+    line: the part's command as a person types it. It becomes the command that reproduces a failure, unless the failure
+    has a shorter one.
     """
     try:
         if part.kind == "run":
@@ -145,7 +146,7 @@ def _bench(document: Mapping[str, Any], line: str) -> Reading:
 
 
 def _padded(fields: tuple[str, ...]) -> list[str]:
-    """Return the fields of a row with a dash for each that is missing. The last is the parity or the reason."""
+    """Return 11 fields: put dashes for missing fields before the last field, which is the parity or the reason."""
     return [*fields[:-1], *["-"] * (11 - len(fields)), fields[-1]]
 
 
@@ -166,7 +167,10 @@ def _card(document: Mapping[str, Any], line: str) -> Reading:
 
 
 def _run(folder: Path, line: str, suite: str, outcomes: Collection[Status]) -> Reading:
-    """Read a run. suite: its name or file. outcomes: statuses that are results of it, and no finding."""
+    """Read the run that a part made.
+
+    suite: name or file of its suite. outcomes: statuses of Cells that count as results, not as failures.
+    """
     if not (folder / "run.json").is_file():
         return Reading(is_missing=True)
     run = store.read_run(folder)

@@ -1,4 +1,4 @@
-"""The page of a night: verdict, next steps, parts, failures and numbers, in the style of the other pages."""
+"""HTML page of a night: verdict, next steps, parts, failures and numbers, in the style of a run's report."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 TEMPLATE = "night.html.j2"
 _TONES = {"ok": "good", "finding": "bad", "failed": "bad", "cut": "open", "not-run": "quiet", "waiting": "quiet"}
 _LONG = 40
-"""Characters of a text above which it is broken into lines."""
+"""Number of characters above which the text of a table field is wrapped."""
 _LONGEST = 180
-"""Characters of a failure at the top of the page, which is shortened to them."""
+"""Largest number of characters of a failure at the top of the page. Longer texts are shortened."""
 _MOST_SHOWN = 3
 """Number of failures of a part that are shown at once."""
 _MOST_NAMED = 5
@@ -57,7 +57,7 @@ def build(night: Night, waiting: Sequence[PlannedPart]) -> dict[str, Any]:
 
 
 def _verdict(night: Night, is_running: bool) -> tuple[str, str]:
-    """Return the verdict in one word or two, and its colour."""
+    """Return the verdict of the night in a few words, and the name of its colour."""
     words = {
         0: ("pass, but parts are left out", "open") if night.left_out else ("pass", "good"),
         1: ("findings", "bad"),
@@ -68,7 +68,7 @@ def _verdict(night: Night, is_running: bool) -> tuple[str, str]:
 
 
 def _reason(night: Night, waiting: Sequence[PlannedPart]) -> str:
-    """Return what a reader must know first: that there is no GPU, or which parts are not ok, and a missing baseline."""
+    """Return the reason for the verdict: no GPU, or else the parts that are not ok and a missing baseline."""
     if night.missing:
         return f"nothing was run: {night.missing}"
     names: dict[str, list[str]] = {}
@@ -95,7 +95,7 @@ def _wrong(results: Sequence[PartResult]) -> list[dict[str, str]]:
 
 
 def _left_out(night: Night) -> str:
-    """Return a sentence that names what the time or an interruption has left out. Empty if it is nothing."""
+    """Return a sentence that names the parts left out for lack of time or by an interruption; empty if none."""
     why = "by the interruption" if night.interrupted else "for lack of time"
     return f"Left out {why}: {', '.join(night.left_out)}." if night.left_out else ""
 
@@ -122,7 +122,7 @@ def _ended(one: PartResult) -> dict[str, Any]:
 def _row(
     part: PartResult | PlannedPart, status: str, result: str, took_s: Sequence[float | None], limit_s: float | None
 ) -> dict[str, Any]:
-    """Return the row of a part. took_s: its wall time and its processor time."""
+    """Return the row of a part for the table of parts. took_s: its wall time and its processor time, in seconds."""
     mark = badge(status, _TONES[status])
     return {
         "name": part.name, "title": part.title, "anchor": f"part-{part.name}", "record": "", "href": "",

@@ -1,4 +1,4 @@
-"""Run one part of a night in a process of its own, within a time limit. No process remains. Imports no torch."""
+"""Run one part of a night in a separate process, within a time limit, and leave no process behind. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NOT_INHERITED = ("TRITON_INTERPRET", "CUDA_LAUNCH_BLOCKING")
 GRACE_S = 20.0
 """Seconds in which a command whose time is over can save and print what it has measured."""
 STDOUT = "stdout.json"
-"""File with the stdout of a part."""
+"""Name of the file that gets the stdout of a part."""
 _MARK = "PEFT_HARNESS_NIGHT"
 _TAIL_B = 4000
 COMMAND = (sys.executable, "-P", "-m", "harness.cli")
@@ -31,7 +31,7 @@ COMMAND = (sys.executable, "-P", "-m", "harness.cli")
 
 @dataclass(frozen=True)
 class Ended:
-    """The end of a command."""
+    """How a command ended."""
 
     code: int | None
     """Exit code of the command, negative for a signal; None if it had to be killed."""
@@ -49,7 +49,7 @@ class Ended:
 
     @property
     def died(self) -> str:
-        """The end of a command that did not end by itself, in words. Otherwise empty."""
+        """Sentence that says how the command was killed, or which signal it died of. Empty if it exited by itself."""
         if self.code is None:
             return "killed: it did not end after its time was over"
         return f"died of {name}" if (name := signal_name(self.code)) else ""
@@ -102,8 +102,8 @@ def _cpu_s() -> float:
 def _kill(token: str) -> list[str]:
     """Kill the processes that a command has left behind, and return their names.
 
-    Its workers have groups of their own, and end when they notice the end of the command. Only what still runs then
-    counts as left behind.
+    The workers of a command are in other process groups, and end by themselves soon after the command. Only processes
+    that still run then count as left behind.
     """
     deadline = time.monotonic() + 2.0
     while (found := list(marked(_MARK, token))) and time.monotonic() < deadline:

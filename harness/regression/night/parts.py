@@ -10,25 +10,26 @@ from pathlib import Path
 from typing import Literal
 
 Kind = Literal["check", "bench", "card", "run", "claims", "pairs", "baseline"]
-"""Kind of the document that a part leaves."""
+"""Kind of a part. It decides how the output of the part is read."""
 Device = Literal["cpu", "cuda"]
 OUT = "{out}"
-"""Stands for the part's own folder in its arguments."""
+"""Placeholder in the arguments of a part: the part's own folder."""
 HEADLINE = "headline-"
-"""Beginning of the names of the parts whose runs the claims judge."""
+"""Prefix of the names of the parts whose runs the part `claims` judges."""
 RUNS = "{runs}"
-"""Stands for `--run FOLDER` of each finished run of this night."""
+"""Placeholder in the arguments of a part: `--run FOLDER` for each finished run of this night."""
 MATRIX = "{matrix}"
-"""Stands for the folder of the run of the part `matrix`."""
+"""Placeholder in the arguments of a part: the run folder of the part `matrix`."""
 CARD = "{card}"
-"""Stands for the name of the card's baseline. A rehearsal has none: there it stands for the same folder as `MATRIX`."""
+"""Placeholder in the arguments of a part: the name of the GPU's baseline. On a CPU, it has the value of `MATRIX`."""
 REAL, REAL_SUITE, REAL_SOURCES = "matrix-real", "sentinels", ("minilm-l6", "movie-reviews")
-"""The part that needs a pretrained model, its suite, and the suite's model and data in suites/sources.yaml."""
+"""Name of the part that trains a pretrained model; name of its suite; names of the model and the data in
+suites/sources.yaml that the suite needs."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One command of a night."""
+    """One part of a night: a command of peft-harness that answers one question."""
 
     name: str
     title: str
@@ -37,11 +38,11 @@ class Part:
     words: tuple[str, ...]
     """Arguments of peft-harness. They may have the placeholders of this module."""
     estimate_s: float
-    """Seconds that the part needs. No GPU has confirmed the estimates for a GPU yet."""
+    """Estimated seconds of the part. The estimates for a GPU have not been checked on one yet."""
     variables: dict[str, str] = field(default_factory=dict)
     """Environment variables of the command."""
     kept: bool = False
-    """True if the parts before it must leave it the time of its estimate."""
+    """True if the time limits of earlier parts must leave enough of the budget for this part."""
 
     def line(self, words: Sequence[str] | None = None) -> str:
         """Return the command as a line for a shell. words: its arguments; by default with their placeholders."""
@@ -67,9 +68,9 @@ _OPERATIONS: dict[str, tuple[str, ...]] = {
     "double_dequantize": ("bitsandbytes",),
     "paged_adamw": ("bitsandbytes",),
 }
-"""Operation -> the implementations beside which it is timed. The reference is plain torch."""
+"""Operation -> the implementations that its fused kernel is timed against. `reference` is plain torch."""
 _FIRST = 4
-"""Number of operations, and `_FIRST_STEPS` of steps, that are timed before the papers' claims."""
+"""Number of operations that are timed before the papers' claims. For training steps, the number is `_FIRST_STEPS`."""
 _STEPS: dict[str, tuple[str, ...]] = {
     "lora": ("hf-peft",),
     "lora on nf4": ("hf-peft",),
@@ -89,11 +90,11 @@ _HEADLINES = (
         ("latency-gpt2-32x512", "latency-gpt2-16x256", "latency-gpt2-1x128"), 90,
     ),
 )  # fmt: skip
-"""Name, question, entries of the suite headline-gpu and estimate on a GPU of each part of the headline claims."""
+"""Each part of the headline claims: name, question, entries of the suite headline-gpu, estimated seconds on a GPU."""
 
 
 def on_gpu() -> list[Part]:
-    """Return the parts of a night on a GPU."""
+    """Return the parts (commands) of a night on a GPU, in the order in which they run."""
     gpu = ("--device", "cuda")
     saved = ("--json", "--out", OUT)
     parity = [
@@ -128,9 +129,9 @@ def on_gpu() -> list[Part]:
 
 
 def on_cpu() -> list[Part]:
-    """Return a rehearsal of the parts on a CPU, at reduced shapes. Triton's interpreter runs the kernels.
+    """Return the parts of a rehearsal: a night on a CPU, at reduced shapes. Triton's interpreter runs the kernels.
 
-    One command runs the Cells of several headlines, because each command imports torch again.
+    One part runs the Cells of several headline claims, because each command imports torch again.
     """
     cpu = ("--device", "cpu")
     saved = ("--json", "--out", OUT)
@@ -176,7 +177,7 @@ _BASELINE = Part(
 
 
 def sources(name: str, names: Iterable[str]) -> list[str]:
-    """Return the parts in `names` whose runs the part `name` judges. For most parts there are none."""
+    """Return those of `names` that are parts whose runs the part `name` judges. Most parts judge no runs."""
     made = {"claims": lambda one: one.startswith(HEADLINE), "baseline": lambda one: one == "matrix"}.get(name)
     return list(filter(made, names)) if made else []
 
@@ -189,12 +190,12 @@ def typed(words: Sequence[str]) -> list[str]:
 
 
 def with_suite(part: Part, suite: Path) -> Part:
-    """Return a part that runs another suite than `REAL_SUITE`."""
+    """Return the part with `REAL_SUITE` in its arguments replaced by the file `suite`."""
     return replace(part, words=tuple(str(suite) if word == REAL_SUITE else word for word in part.words))
 
 
 def _kept(*given: Part) -> list[Part]:
-    """Return the parts for which earlier ones leave time: correctness, ceilings, and the first operations and steps."""
+    """Return the given parts with `kept` set, so that the limits of earlier parts leave time for them."""
     return [replace(part, kept=True) for part in given]
 
 

@@ -27,7 +27,7 @@ class PlannedPart(FrozenModel):
 
 
 class NightManifest(FrozenModel):
-    """night.json: written before anything runs."""
+    """Content of night.json: the plan of a night. It is written before anything runs."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")
     night: str
@@ -46,10 +46,10 @@ class NightManifest(FrozenModel):
 
 
 class Failure(FrozenModel):
-    """One thing that is wrong."""
+    """One failure in the output of a part."""
 
     where: str
-    """The check, benchmark or Cell."""
+    """Name of the check, benchmark or Cell that failed."""
     what: str
     """The failure in one line. For a kernel that raised an exception, its name, its arguments and its compile options."""
     traceback: str = ""
@@ -58,7 +58,7 @@ class Failure(FrozenModel):
 
 
 class PartTable(FrozenModel):
-    """Numbers of a part as a table of texts."""
+    """Table with the numbers of a part. All its entries are formatted texts."""
 
     columns: list[str]
     rows: list[list[str]]
@@ -67,7 +67,7 @@ class PartTable(FrozenModel):
 
 
 class PartResult(FrozenModel):
-    """parts/<name>.json: status and results of a part."""
+    """Content of parts/<name>.json: status and results of a part."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")
     name: str
@@ -79,13 +79,14 @@ class PartResult(FrozenModel):
     """The command as a line for a shell."""
     estimate_s: Seconds
     seconds: Seconds | None = None
-    """Duration; None if it was not started."""
+    """Wall time in seconds; None if the part was not started."""
     cpu_s: Seconds | None = None
-    """Processor seconds of all its processes; None if it was not started. They tell a slow part from busy cores."""
+    """Processor seconds of all processes of the part; None if it was not started. They show whether a slow part
+    computed or waited."""
     limit_s: Seconds | None = None
-    """Time after which it would have been cut; None if it was not started."""
+    """Time limit of the part in seconds; None if it was not started."""
     left_out: bool = False
-    """True if the budget did not suffice or the night was interrupted: the part was cut, or not run."""
+    """True if the part was cut or not run because the budget was used up or the night was interrupted."""
     exit_code: int | None = None
     summary: str = ""
     table: PartTable | None = None
@@ -95,7 +96,7 @@ class PartResult(FrozenModel):
 
 
 class NightFooter(FrozenModel):
-    """footer.json: written last. A night without it is incomplete."""
+    """Content of footer.json: the result of a night. It is written last, so a night without it was not finished."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")
     night: str
@@ -109,4 +110,4 @@ class NightFooter(FrozenModel):
     left_out: dict[str, str] = Field(default={})
     """Part that was cut or not run for lack of time, or because of an interruption -> the reason."""
     sha256: dict[str, str]
-    """File of a part -> its hash."""
+    """Name of night.json or of the file of a part -> SHA-256 of the file."""

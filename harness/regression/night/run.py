@@ -38,29 +38,29 @@ _ENDED = {
     "share": "its share of the budget, {}, was over, and the rest is kept for later parts",
     "estimate": "it took too long, and was ended after {}",
 }
-"""Limit that a part reached -> sentence that says why the part was ended."""
+"""What set the limit that a part reached -> clause that says why the part was ended."""
 _INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True)
 class NightRequest:
-    """The options of a night."""
+    """Options of the command `night`."""
 
     budget_s: float | None = None
-    """Seconds for all parts. None for the default of the device."""
+    """Seconds for the whole night. None for the default of the device."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     out: Path | None = None
     only: tuple[str, ...] = ()
-    """Names of the parts to run, or beginnings of several names. Empty for all."""
+    """Names, or prefixes of names, of the parts to run. Empty for all parts."""
     real: Path | None = None
     """File of a suite for the part `matrix-real`. By default the suite is `sentinels`."""
     command: Sequence[str] = part_run.COMMAND
-    """Command that the arguments of a part are appended to."""
+    """Command line of peft-harness, to which the arguments of a part are appended."""
 
 
 @dataclass
 class Night:
-    """A night that runs, or has ended."""
+    """Plan and results of a night that runs or has ended."""
 
     manifest: NightManifest
     folder: Path
@@ -89,7 +89,7 @@ class Night:
 
     @property
     def baseline(self) -> str:
-        """Name of the card's baseline. Empty for a CPU, which only rehearses."""
+        """Name of the baseline for the GPU of this night. Empty for a night on a CPU, which is only a rehearsal."""
         return baseline_name(self.manifest.card) if self.manifest.device == "cuda" else ""
 
     @property
@@ -99,25 +99,25 @@ class Night:
 
     @property
     def page(self) -> Path:
-        """File of the page."""
+        """Path of the HTML page."""
         return self.folder / PAGE
 
     @property
     def verdict(self) -> str:
-        """The verdict as one sentence."""
+        """Verdict in one sentence: the number of parts with each status, and whether the card has no baseline."""
         counts = Counter(one.status for one in self.results)
         shown = ", ".join(f"{count} {status}" for status, count in counts.items())
         return "; ".join(filter(None, [shown, self.without_baseline]))
 
     @property
     def without_baseline(self) -> str:
-        """A clause if the part `baseline` had nothing to compare with. Otherwise empty."""
+        """Part of the verdict: that the card has no baseline. Empty if it has one or no part `baseline` was planned."""
         asked = any(one.name == "baseline" for one in self.results)
         return "this card has no baseline yet" if asked and self.lacks_baseline else ""
 
     @property
     def lacks_baseline(self) -> bool:
-        """True if there is a card, and it has no baseline."""
+        """True if the night has a GPU for which no baseline is stored."""
         return (
             bool(self.baseline and not self.missing)
             and not (baselines.BASELINES / self.baseline / "run.json").is_file()
@@ -360,9 +360,9 @@ def _not_run(run: Night, part: Part, because: str, *, left_out: bool = False) ->
 
 
 def _add(run: Night, result: PartResult) -> None:
-    """Keep a result, and write it at once. If the part was started, refresh the page.
+    """Add the result of a part to `run`, print it, and write it to disk. If the part was started, rewrite the page.
 
-    A night that is killed later then has a page, too.
+    So even a night that is killed later has a page.
     """
     run.results.append(result)
     store.write(run.folder / "parts" / f"{result.name}.json", result)

@@ -63,10 +63,10 @@ def next_steps(night: Night) -> list[str]:
 
 
 def _left_out(night: Night) -> list[str]:
-    """Return the commands for the parts that were cut or not run for lack of time, or because of an interruption.
+    """Return the commands that run the left-out parts, i.e. those that lack of time or an interruption cut or skipped.
 
-    If parts whose runs a part judges were left out, that part is repeated with them. If only the judging part was left
-    out, its own command is printed, and it reads the runs of this night.
+    Some parts judge the runs of other parts. Such a part is repeated if one of these other parts was left out. If only
+    the judging part itself was left out, its command judges the existing runs of this night.
     """
     found = {one.name: one for one in night.results}
     left, alone = set(night.left_out), []
@@ -91,5 +91,5 @@ def _left_out(night: Night) -> list[str]:
 
 
 def _needed_s(one: PartResult) -> float:
-    """Return the seconds that a part is expected to need when it runs again. A part that was cut gets twice its time."""
+    """Return the seconds to plan for a repeated part: its estimate, or at least twice its time if it was cut."""
     return max(one.estimate_s, 2 * (one.seconds or 0.0) if one.status == "cut" else 0.0)

@@ -1,4 +1,4 @@
-"""Format the result of a gate as one JSON document, with all rows and with the meaning of each kind of row."""
+"""Format the result of a regression gate as one JSON document, with all rows and the meaning of each kind of row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCHEMA = 1
 
 
 def document(against: Against, baseline: Baseline, run: Run) -> dict[str, Any]:
-    """Return the document of `--json`. Its units are bytes, seconds, and shares of 1."""
+    """Return the JSON document of `gate RUN --baseline NAME --json`. Its units are bytes, seconds, and shares of 1."""
     chosen_B = against.margins.memory_B
     return {
         "schema": SCHEMA, "run": run.manifest.run, "baseline": baseline.document(),

@@ -1,4 +1,4 @@
-"""Further outputs of a gate: a JUnit file, Markdown for the summary of a CI job, and annotations for GitHub."""
+"""Further outputs of a regression gate: a JUnit file, Markdown for a CI job's summary, annotations for GitHub."""
 
 from __future__ import annotations
 

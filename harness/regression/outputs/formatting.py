@@ -1,4 +1,4 @@
-"""Format the rows of a gate as fields, for the terminal and for Markdown."""
+"""Format the rows of a regression gate as fields, for the terminal and for Markdown."""
 
 from __future__ import annotations
 

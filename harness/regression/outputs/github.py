@@ -1,4 +1,4 @@
-"""Format a gate as annotations for GitHub: workflow commands, one per line."""
+"""Format the result of a regression gate as annotations for GitHub: workflow commands, one per line."""
 
 from __future__ import annotations
 

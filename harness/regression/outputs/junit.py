@@ -1,4 +1,4 @@
-"""Format a gate as JUnit XML: one case for each Cell and kind of finding. This module imports no torch."""
+"""Format the result of a regression gate as JUnit XML: one case per Cell and kind of finding. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Format a gate as Markdown for the summary of a CI job: the verdict, then rows in order of importance.
+"""Format the result of a regression gate as Markdown for a CI job's summary: the verdict, then rows by importance.
 
 Rows beyond the size limit of GitHub are left out.
 """
@@ -14,9 +14,9 @@ from harness.report.formatting import escape_markdown
 from harness.report.tones import icon
 
 LIMIT_B = 1024 * 1024
-"""Size limit of GitHub. GitHub does not show a larger summary at all."""
+"""Size limit of a job summary in bytes. GitHub does not show a larger summary at all."""
 _ROOM_B = 1024
-"""Space reserved for the sentence about omitted rows."""
+"""Bytes reserved for the sentence about omitted rows."""
 _LONGEST = 20_000
 """Largest number of characters in one field. A reason may name hundreds of files."""
 

@@ -1,4 +1,4 @@
-"""Format a gate for the terminal: one table per kind of finding, then the verdict."""
+"""Format the result of a regression gate for the terminal: one table per kind of finding, then the verdict."""
 
 from __future__ import annotations
 

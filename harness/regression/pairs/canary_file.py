@@ -44,7 +44,7 @@ def _append(path: Path, line: str) -> None:
 
 
 def read(path: Path, place: str, trim: float) -> tuple[Canaries, list[str]]:
-    """Return the numbers of canaries and alarms for one place, and a sentence about each unreadable line.
+    """Return the number of canaries at a place, how many raised an alarm, and a text about each unreadable line.
 
     Only the newest canaries count. trim: the share of pairs that is trimmed at either end.
     """

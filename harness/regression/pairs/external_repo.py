@@ -1,7 +1,8 @@
 """Find the packages in the repository of a plug-in, and the Cells that run these packages.
 
 If two revisions of a plug-in are compared, they differ only in the Python code of the plug-in's package. The harness
-builds and installs nothing for a revision: compiled code and other packages are those that the revision's code finds.
+builds and installs nothing for a revision. Both revisions import the other packages and the compiled code that Python
+finds on its path.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def packages(label: str, code: Path, variables: Mapping[str, str]) -> frozenset[
 def _imported(label: str, code: Path, variables: Mapping[str, str]) -> dict[str, list[str]]:
     """Map each package of a plug-in, except `harness`, to the folders that Python imports the package from.
 
-    For the arguments, see `packages`.
+    label: name of the side in messages. variables: environment variables, with `code` first on Python's path.
     """
     command, why = [sys.executable, "-P", "-c", _PROBE, GROUP], f"no answer within {_PATIENCE_S} s"
     with contextlib.suppress(subprocess.TimeoutExpired, ValueError, IndexError):

@@ -1,4 +1,4 @@
-"""Convert the verdict on pairs to rows, so that pairs can have the same outputs as `gate RUN --baseline`."""
+"""Convert the verdict on pairs of runs to rows, so that pairs can have the same outputs as `gate RUN --baseline`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KINDS = {
 
 
 def findings(judged: JudgedPairs, interrupted: str = "") -> Findings:
-    """Return the verdict with its rows: one row for each time of a Cell, then all other rows.
+    """Return the verdict with its rows: first the rows of `judged`, then one row for each time of a Cell.
 
     interrupted: how the pairs were interrupted; empty if they were not.
     """

@@ -30,7 +30,7 @@ DOCUMENT, SCHEMA = "pairs.json", 1
 
 @dataclass(frozen=True)
 class PairsResult:
-    """The pairs that were measured, and the verdict on them."""
+    """The pairs of runs that were measured, and the verdict on them."""
 
     request: PairsRequest
     runner: PairsRunner
@@ -53,7 +53,7 @@ class PairsResult:
         return Exit.INFRASTRUCTURE if self.interrupted and code is not Exit.FAIL else code
 
     def document(self) -> dict[str, Any]:
-        """Return the document of `--json`."""
+        """Return the JSON document of `gate --pairs OLD NEW --json`."""
         request, judged = self.request, self.judged
         old, new = (side.label for side in self.runner.sides)
         cells = []
@@ -84,7 +84,7 @@ class PairsResult:
 
 
 def gate(request: PairsRequest, as_json: bool, design: Design | None = None) -> PairsResult:
-    """Compare two sides by interleaved pairs, print a table or the document, and return the result.
+    """Compare two revisions or implementations by pairs of runs, print a table or JSON, and return the result.
 
     Raises UsageError if the sides or Cells cannot be compared. Raises HarnessError if no process of a side leaves a
     Record.

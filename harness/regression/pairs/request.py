@@ -12,7 +12,7 @@ from harness.regression.pairs import canary_file
 
 @dataclass(frozen=True)
 class PairsRequest:
-    """The sides and Cells to compare, and the options of the comparison."""
+    """Two revisions or implementations and the Cells on which to compare them, with the options of the comparison."""
 
     old: str
     new: str
@@ -36,13 +36,13 @@ class PairsRequest:
     seed: int | None = None
     """Seed for the order of the runs; None stands for a random seed."""
     metric: str = ""
-    """Name of the only time to judge, as in a history. If empty, all times of a Cell are judged."""
+    """Name of the only time to judge, as `history show` prints it. If empty, all times of a Cell are judged."""
     canary: bool = True
     """True to also compare the old side with itself on one Cell, as a canary."""
     canaries: Path = canary_file.FILE
     """File that stores the results of canaries, i.e. of comparisons of a revision with itself."""
     fresh: bool = True
-    """True to run fresh pairs of each Cell that the first pairs leave undecided."""
+    """True to run further pairs of each Cell that the first pairs leave undecided."""
     strict: bool = False
     outputs: Outputs = field(default_factory=Outputs)
 

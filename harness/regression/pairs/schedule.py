@@ -1,4 +1,7 @@
-"""Run each Cell on both sides, in pairs of processes. The order of the sides is fixed before the first process runs."""
+"""Run each Cell on both sides of a comparison, old and new, in pairs of processes.
+
+The order of the sides is fixed before the first process runs.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from harness.regression.pairs.sides import CellPair, Side
 
 @dataclass
 class Measured:
-    """Records of one Cell from both sides."""
+    """Records of one Cell from both sides (old and new) of a comparison."""
 
     pair: CellPair
     first: list[tuple[Record, Record]] = field(default_factory=list)
@@ -52,7 +55,7 @@ class Measured:
     def verdicts(self, design: Design, only: str = "", *, runs_fresh: bool = True) -> dict[str, PairVerdict]:
         """Return a verdict for each time that all Records have, by metric.
 
-        only: the only metric to judge, if given. runs_fresh: False if no fresh pairs run.
+        only: the only metric to judge; empty for all. runs_fresh: False if no second stage follows for undecided Cells.
         """
         if self.broken or len(self.first) < design.first:
             return {}
@@ -64,10 +67,10 @@ class Measured:
 
 @dataclass
 class PairsRunner:
-    """Runner of the pairs of all Cells. It keeps their Records."""
+    """Runner of the pairs of runs of all Cells. It keeps their Records."""
 
     sides: tuple[Side, Side]
-    """The old and the new side."""
+    """Old and new side of the comparison."""
     suite: Path
     folder: Path
     """Folder that holds the run folders, one per process."""
@@ -80,12 +83,12 @@ class PairsRunner:
     only: str = ""
     """Name of the only metric to judge. If empty, all metrics are judged."""
     fresh: bool = True
-    """True to run fresh pairs of undecided Cells."""
+    """True to run a second stage with further pairs of the Cells that the first stage leaves undecided."""
     found: list[Measured] = field(default_factory=list)
     """Records of each Cell so far. They remain after an interruption."""
 
     def measure(self, pairs: Sequence[CellPair]) -> None:
-        """Run the first pairs of all Cells, then the planned fresh pairs of undecided Cells.
+        """Run the pairs of the first stage for all Cells, then those of the second stage for undecided Cells.
 
         If a process does not end ok, its Cell gets no further pairs, because it can no longer be timed.
         """
@@ -97,7 +100,7 @@ class PairsRunner:
                 self._run(one, one.fresh, more, f"fresh-{len(one.fresh)}")
 
     def canary(self, pair: CellPair) -> tuple[list[float] | None, str]:
-        """Compare the old side with itself by the first pairs of a Cell. Return (log ratios, "").
+        """Compare the old side with itself by pairs of runs of one Cell. Return (log ratios of their times, "").
 
         If this fails, return (None, reason).
         """

@@ -177,7 +177,7 @@ def _ran(command: Sequence[str], variables: dict[str, str]) -> tuple[int | None,
     """Run a command, and return its exit code and stderr.
 
     If this process is terminated, the command gets time to end cleanly. If this process is killed, the command is
-    killed too. The script for this comes from the installed harness, since an old revision may have no such script.
+    killed too: the command runs under a watching script of the installed harness, which an old revision may lack.
     """
     script = [sys.executable, "-I", "-S", lifeline.__file__]
     with Subprocess(

@@ -12,7 +12,7 @@ _HEAD = ["Cell", "verdict", "old ms", "new ms", "change", "95 % interval", "adju
 
 
 def lines(judged: JudgedPairs) -> list[str]:
-    """Return the lines of the text.
+    """Return the verdict on pairs of runs as lines of text.
 
     Column `finds` has the smallest slow-down that the planned pairs find with a power of 80 %.
     """

@@ -52,13 +52,13 @@ ENVIRONMENT = ("id", "threads", "code_version", "git_sha", "git_dirty")
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table."""
+    """A column of an export table."""
 
     name: str
     """Name of the column. A name that ends in `.*` stands for several columns: `config.*` for one column per key of a
     Method's config."""
     dtype: str
-    """The dtype in pandas."""
+    """Name of the column's dtype in pandas."""
     unit: str
     meaning: str
 

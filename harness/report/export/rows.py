@@ -92,7 +92,7 @@ def samples(record: Record) -> Iterator[ExportRow]:
 
 
 def _served(record: Record) -> Iterator[ExportRow]:
-    """Yield one row per raw sample of a server. The kind is `served_` and the name of the sample."""
+    """Yield one row per raw sample of a server. Its column `kind` is `served_` and the name of the sample."""
     served = record.measurements.served if record.measurements else None
     if served is None:
         return

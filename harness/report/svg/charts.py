@@ -40,7 +40,7 @@ class Point:
     tip: str = ""
     """Text of the tooltip. Empty for a point of a line without symbols."""
     href: str = ""
-    """Link to a row of a table."""
+    """Link to the row of a table that has the numbers of the point."""
     busy: bool = False
     """True if x was measured while other programs used the machine."""
     hollow: bool = False
@@ -60,14 +60,14 @@ class Series:
     shown: bool = True
     """False for a series that is hidden until the reader picks it."""
     kind: str = "line"
-    """Class of the line: `line` with symbols, `curve` without, `bound` for a limit, `level` for a horizontal line with a
-    band, or `fill` for a part of bars."""
+    """CSS class of the line: `line` with symbols, `curve` without, `bound` for a limit, `level` for a horizontal line
+    with a band, or `fill` for a part of bars."""
     texts: Sequence[str] = ()
     """Text of each point on a line without symbols, for the tooltip."""
 
     @property
     def look(self) -> str:
-        """Classes of the colour and the dash."""
+        """CSS classes of the colour and the dash, separated by a space."""
         if self.hue < 0:
             return "rest" if self.hue == REST else "outlined"
         return f"c{self.hue % HUES} d{self.variant % _DASHES}"

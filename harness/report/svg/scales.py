@@ -19,9 +19,9 @@ class Axis:
     write: Callable[[float], str]
     """Function that formats the value of a tick."""
     log: bool | None = None
-    """True for a logarithmic axis. If None, `over` decides."""
+    """True for a logarithmic axis. If None, the method `over` decides by the range of the values."""
     each: bool = False
-    """True for ticks at the values themselves, as far as there is room, and not at round numbers."""
+    """True for ticks at the values themselves, as far as their labels have room, instead of at round numbers."""
     whole: bool = False
     """True for a linear axis of counts. Its ticks are whole numbers between the lowest and the highest value."""
     values: tuple[float, ...] = ()
@@ -49,7 +49,7 @@ class Axis:
         return math.log10(max(value, 5e-324)) if self.log else value
 
     def ticks(self, about: int = 6) -> list[float]:
-        """Return round values inside the range, roughly `about` of them; or, with `each`, the values that have room."""
+        """Return about `about` round values in the range; if `each`, those of `values` whose labels do not collide."""
         low, high, *_ = self.span
         if self.each:
             found: list[float] = []
