@@ -11,7 +11,10 @@ def failed(record: Record) -> list[CheckResult]:
 
 
 def own(record: Record) -> list[CheckResult]:
-    """Return the checks that this attempt ran itself, without those of a parity gate that another Cell ran."""
+    """Return the checks that this attempt ran itself.
+
+    The checks of a parity gate that ran in another Cell are left out.
+    """
     return record.checks[record.gate.checks :] if record.gate and record.gate.record else record.checks
 
 

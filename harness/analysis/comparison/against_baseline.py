@@ -117,7 +117,7 @@ def _status(record: Record | None) -> str | None:
 
 
 def _torn(side: RunFacts) -> dict[str, str]:
-    """Return the Cells whose newest Record file is unreadable: cell_id -> name of the file and reason, as text.
+    """Return cell_id -> reason for each Cell whose newest Record is unreadable. The reason names the file.
 
     Such a Cell is not compared: an older Record of it must not take the place of the newest.
     """
@@ -155,7 +155,7 @@ def _conformance(pair: CellPair) -> ComparisonRow:
 
 
 def _looser(base: Record, new: Record) -> list[str]:
-    """List the checks that now allow an error more than LOOSER times as large as in the baseline.
+    """List the checks whose allowed error is more than LOOSER times as large as in the baseline.
 
     Each text holds the name of a check and the factor. The largest factor comes first.
     """
@@ -204,6 +204,6 @@ def _whole(against: Against, strict: bool) -> tuple[Verdict, Exit]:
 
 
 def _counted(rows: Sequence[ComparisonRow]) -> list[str]:
-    """Return one text for each kind of row in `rows`: the kind, the first few Cells, and how many others there are."""
+    """Return one text per kind of row in `rows`: the kind, the first few Cells, and the number of further Cells."""
     kinds = group(dict.fromkeys((row.kind, row.name) for row in rows))
     return [f"{kind.value}: {first_names(kinds[kind])}" for kind in FindingKind if kind in kinds]

@@ -51,7 +51,7 @@ class CellComparison:
     """Reason why `timed` is empty."""
 
     def title(self, metric: str) -> str:
-        """Return the name of the Cell, followed by the name of the metric if this is not the step time."""
+        """Return the name of the Cell. Unless the metric is the step time, add the name of the metric."""
         return self.name if metric == STEP else f"{self.name}, {metric_text(metric)}"
 
     def seconds(self, side: int, metric: str = STEP) -> float | None:
@@ -178,7 +178,7 @@ def _rows(cell: CellComparison) -> list[ComparisonRow]:
 
 
 def _outcome(pair: CellPair) -> ComparisonRow | None:
-    """Return a row if a side is not ok, or if a check failed on the new side but not on the old side.
+    """Return a row if a Record of the pair is not ok, or if a check failed on the new side but not on the old side.
 
     Otherwise return None.
     """
@@ -205,7 +205,7 @@ def _untimed(pair: CellPair) -> Iterator[ComparisonRow]:
 
 
 def _peaks(first: CellPair, whole: Records) -> Iterator[ComparisonRow]:
-    """Compare the peak memory of training over all process runs. Yield up to two rows, for two ways to measure it.
+    """Compare the peak memory of training over all process runs. Yield up to two rows, one for each way to measure it.
 
     The counted peak is the bytes of all tensors that exist at one time. Equal programs have equal counted peaks, so a
     difference needs no test. The peak of the process also includes memory other than tensors, e.g. a library's own
@@ -232,9 +232,10 @@ def _sides(whole: Records, metric: Metric) -> tuple[list[Number], list[Number]] 
 
 
 def _uncounted(whole: Records) -> str:
-    """Say how many process runs of each side have no counted peak of the tensors' memory; empty if all have none.
+    """Return a text with the number of process runs, for each side, that have no counted peak of tensor memory.
 
-    A step that needs too much memory is not counted. So if only one side lacks counts, its memory has probably grown.
+    If no run has a counted peak, return an empty string. A step that needs too much memory is not counted. So if only
+    one side lacks counts, its memory has probably grown.
     """
     without = [sum(COUNTED_PEAK.read(pair[side]) is None for pair in whole) for side in (0, 1)]
     parts = [f"{n} of {len(whole)} runs of the {side} side" for n, side in zip(without, _SIDES, strict=True) if n]

@@ -126,7 +126,7 @@ def _large_enough(values: Array, edges: Sequence[int], least: float) -> tuple[Le
     """Merge neighbouring levels, the closest first, until all changes are large and well supported.
 
     Return the remaining changes. A large change is at least `least`. `_supported` says whether a change is well
-    supported. The medians do not show this: two slow nights of three make the median slow, whatever the third night is.
+    supported. Medians alone do not suffice: if two nights of three are slow, the median is slow, whatever the third is.
     """
     bounds = [int(edge) for edge in edges]
     while True:

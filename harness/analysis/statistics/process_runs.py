@@ -7,7 +7,8 @@ distribution. Nothing is trimmed, since the new run may be disturbed too.
 
 The level of the verdict holds for normal noise. Noise may be different: a process may run at one of two speeds, e.g.
 because of its memory layout, and a few saved runs may all have the same speed. But under any noise, an unchanged run
-lies beyond all n saved runs in only one of n + 1 sessions. With up to ten saved runs, only such a run raises an alarm.
+lies beyond all n saved runs in only one of n + 1 sessions. With up to ten saved runs, a new run raises an alarm only if
+it lies beyond all of them.
 
 The machine may have changed since the saved runs. Their spread does not show this, so the margin has to allow for it.
 To find smaller differences, run both sides interleaved (see `paired`).
