@@ -38,7 +38,8 @@ class RunFacts:
     def doubtful(self) -> dict[str, str]:
         """cell_id -> reason, for each Cell whose newest Record does not count.
 
-        The Record was changed, removed or added after the run, or its parity gate is lost.
+        The Record was changed, removed or added after the run, or it rests on the parity gate of a Record that is
+        missing or was changed.
         """
         return self.run.doubtful()
 
@@ -80,8 +81,8 @@ class RunFacts:
     def status(self, cell: Cell) -> str:
         """Return the status of a Cell.
 
-        It is `missing` without a Record, `changed` if the newest Record was changed, removed or added after the run,
-        and `ungated` if the newest Record has lost its parity gate, which another Record holds.
+        It is `missing` without a Record. It is `changed` if the newest Record was changed, removed or added after the run.
+        It is `ungated` if the newest Record rests on the parity gate of a Record that is missing or was changed.
         """
         if record := self.latest.get(cell.cell_id):
             return record.status.value

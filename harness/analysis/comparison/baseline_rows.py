@@ -1,5 +1,4 @@
-"""Rows of a comparison with a baseline: one row per compared quantity. The kind of a row determines how it is
-judged."""
+"""Rows of a comparison with a baseline, one per compared quantity. The kind of a row determines how it is judged."""
 
 from __future__ import annotations
 

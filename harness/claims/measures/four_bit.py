@@ -37,7 +37,7 @@ def levels(type: Type, side: Literal["both", "negative", "positive"] = "both", z
 
 @measure("property")
 def nf4_has(printed: list[float]) -> MeasureResult:
-    """Check whether the levels of NF4 equal the printed ones in every bit of float32.
+    """Check whether the levels of NF4 equal the printed levels in every bit of float32.
 
     The reference computes the levels from quantiles.
     """

@@ -61,7 +61,7 @@ def update_is_scaled_by(
 ) -> MeasureResult:
     """Check whether LoRA adds `factor` times B A x to the output of a layer, at every one of these ranks.
 
-    x is the layer's input. The factor `alpha/sqrt(r)` is that of LoRA with rslora.
+    x is the layer's input. The factor is `alpha/sqrt(r)` for LoRA with rslora, and `alpha/r` without it.
     """
     import torch
 

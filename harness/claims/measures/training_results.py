@@ -20,7 +20,7 @@ from harness.records.record import Accuracy, Record
 
 @measure("property")
 def scores_higher(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """Check whether the mean accuracy of `of` is above that of `than`.
+    """Check whether `of` has a higher mean accuracy than `than`.
 
     The result is undecided if the interval of the difference contains 0.
     """
@@ -30,7 +30,7 @@ def scores_higher(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
 
 @measure("property")
 def scores_no_lower(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """Check whether the mean accuracy of `of` is above that of `than` minus 2 percentage points.
+    """Check whether `of` has a higher mean accuracy than `than` minus 2 percentage points.
 
     The 2 points are the margin of the command `gate`.
     """
