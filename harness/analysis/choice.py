@@ -31,8 +31,8 @@ class Choice:
     undecided: int
     """Number of recipes whose accuracy no test tells apart from the accuracy of `highest`."""
     against: RankingEntry | None
-    """The recipe to compare the costs of the pick with: full fine-tuning or, without it, the recipe with the highest
-    accuracy. None if that is the pick itself."""
+    """The recipe whose costs are compared with the costs of the pick: full fine-tuning or, if this was not ranked, the
+    recipe with the highest accuracy. None if this recipe is the pick itself."""
 
 
 def choose(group: Group) -> Choice | None:

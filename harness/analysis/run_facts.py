@@ -98,7 +98,7 @@ class RunFacts:
         return f"{record.status.value}: {record.because}"
 
     def unfinished(self) -> str:
-        """Return how an unfinished run ended, as a predicate whose subject is the run, e.g. `was interrupted`."""
+        """Return how an unfinished run ended, in words that follow `the run`, e.g. `was interrupted`."""
         if self.run.footer is not None:
             return f"was {self.run.how}"
         if _FOOTER in self.run.broken:

@@ -79,10 +79,11 @@ def judge(run: Run) -> RunVerdict:
 
     The exit code is the first in this list whose condition holds:
 
-    - FAIL: a Cell departs from its Method, the training of a Cell diverged or left a tensor as it was, a comparison is
-      refuted, or a file was changed after the run. This holds even if other Cells are missing.
-    - NOTHING_COMPARED: no Cell was measured.
-    - INFRASTRUCTURE: some Cells were not measured.
+    - FAIL: a Cell departs from its Method, a server gave wrong answers or none, the training of a Cell diverged or left
+      a tensor unchanged, a comparison is refuted, or a file was changed after the run. This holds even if other Cells
+      are missing.
+    - NOTHING_COMPARED: no Cell was measured, and none failed: each Cell was skipped or is missing.
+    - INFRASTRUCTURE: a Cell failed, is missing or lost its parity gate; a file is unreadable; or the run did not finish.
     - PASS: otherwise, even if questions are open (see `exit_code`).
     """
     latest = run.latest()

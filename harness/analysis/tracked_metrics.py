@@ -50,7 +50,10 @@ def names() -> list[str]:
 
 
 def slack(metric: str, level: float) -> float:
-    """Return the largest difference from `level` that is no change. `metric` must be neither a time nor a score."""
+    """Return the largest difference from `level` that does not count as a change.
+
+    `metric` must be neither a time nor a score.
+    """
     declared = metrics.in_history(metric)
     return max(declared.slack_B, declared.slack_share * level) if declared else 0
 

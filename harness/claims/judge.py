@@ -178,7 +178,7 @@ def _open(claim: Claim, found: MeasureResult) -> bool:
 
 
 def _allowed(claim: Claim, found: MeasureResult) -> str:
-    """Return, as text, the range of results that the paper's rounded figures allow, if the claim fits only part of it.
+    """Return, as text, the range of results that the paper's rounded figures allow.
 
     If the claim agrees with the whole range, or with no part of it, return an empty string.
     """

@@ -20,7 +20,8 @@ from harness.records import naming
 from harness.records.record import Cell, Outcome, Record, Status
 
 _DIFFERENCES = (FindingKind.ENVIRONMENT, FindingKind.ASSETS)
-"""Kinds of rows for differences between the environments and the assets. Every verdict names these differences last."""
+"""Kinds of the rows that show a difference in the environment or in the assets. Every verdict names these differences
+last."""
 
 
 @dataclass(frozen=True, kw_only=True)

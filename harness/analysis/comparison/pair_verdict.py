@@ -26,8 +26,7 @@ from harness.records.record import Record, Status
 
 Records = Sequence[tuple[Record, Record]]
 _INTENDED = (CODE_VERSION, PROVIDER)
-"""Names of differences between the two sides that are the purpose of the comparison, so that no verdict reports
-them."""
+"""Names of the differences between the two sides that the comparison examines. No verdict reports them."""
 _SIDES = ("old", "new")
 PEAK_B = 2**20
 """Largest growth of the median peak memory of the processes, in bytes, that does not fail. A smaller growth does not

@@ -59,8 +59,8 @@ class LevelChange:
 def noise(values: Array) -> float:
     """Return the standard deviation of the values around their levels. For fewer than two values, return 0.
 
-    It is estimated from the median of the differences between neighbours. A change of level affects only one of these
-    differences, so it hardly affects the median.
+    The standard deviation is estimated from the median of the differences between neighbours. A change of level affects
+    only one of these differences, so it hardly affects the median.
     """
     import numpy as np
 

@@ -115,7 +115,10 @@ def _compared(suite: str, of: str, to: str, time: Callable[[Sequence[Record]], I
 
 
 def _merge(intervals: Sequence[Interval]) -> Interval:
-    """Return the smallest interval that covers these intervals, one per process. Its value is their median value."""
+    """Return the smallest interval that covers these intervals, one per process.
+
+    Its value is the median of their values.
+    """
     values = sorted(x.value for x in intervals)
     return Interval(values[len(values) // 2], min(x.least for x in intervals), max(x.most for x in intervals))
 
