@@ -81,8 +81,8 @@ class RunFacts:
     def status(self, cell: Cell) -> str:
         """Return the status of a Cell.
 
-        It is `missing` without a Record. It is `changed` if the newest Record was changed, removed or added after the run.
-        It is `ungated` if the newest Record rests on the parity gate of a Record that is missing or was changed.
+        It is `missing` without a Record. It is `changed` if the newest Record was changed, removed or added after the
+        run. It is `ungated` if the newest Record rests on the parity gate of a Record that is missing or was changed.
         """
         if record := self.latest.get(cell.cell_id):
             return record.status.value

@@ -83,7 +83,7 @@ def judge(run: Run) -> RunVerdict:
       a tensor unchanged, a comparison is refuted, or a file was changed after the run. This holds even if other Cells
       are missing.
     - NOTHING_COMPARED: no Cell was measured, and none failed: each Cell was skipped or is missing.
-    - INFRASTRUCTURE: a Cell failed, is missing or lost its parity gate; a file is unreadable; or the run did not finish.
+    - INFRASTRUCTURE: a Cell failed, is missing or lost its parity gate, a file is unreadable, or the run is unfinished.
     - PASS: otherwise, even if questions are open (see `exit_code`).
     """
     latest = run.latest()
