@@ -29,7 +29,7 @@ class Choice:
     near: tuple[RankingEntry, ...]
     """The recipes near the top, best first. The first one is `highest`."""
     undecided: int
-    """Number of recipes whose accuracy no test tells apart from the accuracy of `highest`."""
+    """Number of further recipes that no test tells apart from `highest`."""
     against: RankingEntry | None
     """The recipe whose costs are compared with the costs of the pick: full fine-tuning or, if this was not ranked, the
     recipe with the highest accuracy. None if this recipe is the pick itself."""

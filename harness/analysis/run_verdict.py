@@ -66,7 +66,7 @@ class RunVerdict:
     judgements: tuple[QuestionVerdict, ...]
     """Verdicts on the questions of the suite."""
     parity: Parity
-    """Numbers of passed, failed and skipped checks of the computation, without those of servers."""
+    """Numbers of passed, failed and skipped checks of the computation. Checks of servers do not count."""
 
     def exit_code(self, *, strict: bool) -> Exit:
         """Return the exit code. If `strict` is set and a question is open, return INCONCLUSIVE instead of PASS."""
@@ -285,7 +285,7 @@ def _whole(
 
 
 def _conform(ok: list[Record]) -> str:
-    """Return a sentence: all measured Cells conform, and so many of them had no reference."""
+    """Return the sentence that all measured Cells conform. It also gives the number of Cells without a reference."""
     unreferenced = sum(bool(parity.unreferenced(r)) for r in ok)
     exception = f", {unreferenced} of them without a reference to compare with" if unreferenced else ""
     return f"all {len(ok)} measured Cells conform{exception}"

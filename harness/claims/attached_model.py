@@ -129,10 +129,10 @@ def _peft_tensors(name: str, split: str, method: str, config: str) -> tuple[Shap
 
 
 def _storages(tensors: Mapping[str, Tensor]) -> Shapes:
-    """Return name -> shape for tensors that may share storages. Tensors with one storage count once.
+    """Return name -> shape for tensors that may share storages. Each storage counts once.
 
-    Such an entry has the name of the first of these tensors. If they are slices of a larger tensor, it has the shape of
-    the larger tensor.
+    The name of an entry is the name of the first tensor in the storage. If the tensors in a storage are slices of a
+    larger tensor, the shape is the shape of the larger tensor.
     """
     found: dict[int, tuple[str, tuple[int, ...]]] = {}
     for name, t in tensors.items():

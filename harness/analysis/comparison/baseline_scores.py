@@ -1,4 +1,4 @@
-"""Comparison of the accuracies of a run with those of its baseline, paired by test item and by seed."""
+"""Comparison of the accuracies of a run with the accuracies of its baseline, paired by test item and by seed."""
 
 from __future__ import annotations
 

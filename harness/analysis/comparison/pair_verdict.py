@@ -268,7 +268,7 @@ def _span(values: Sequence[Number]) -> str:
 
 
 def _higher(left: Sequence[Number], right: Sequence[Number]) -> bool:
-    """Return whether the values of `left` are significantly higher than those of `right`, by an exact rank test."""
+    """Return whether the values of `left` are significantly above the values of `right`, by an exact rank test."""
     from scipy.stats import mannwhitneyu
 
     return float(mannwhitneyu(left, right, alternative="greater", method="exact").pvalue) <= _PEAK_LEVEL

@@ -146,7 +146,7 @@ def samples_needed(share: float) -> int:
 
 
 def percentile(samples: Sequence[float], share: float) -> float | None:
-    """Return the smallest sample such that at least the share `share` of all samples does not exceed it.
+    """Return the smallest sample that is at least as large as `share` (e.g. 0.95) of all samples.
 
     If there are too few samples, return None.
     """

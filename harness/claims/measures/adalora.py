@@ -119,9 +119,9 @@ def regularizer_is_eq_4(form: Literal["mean-norm", "squared-sum"]) -> MeasureRes
 
 @measure("property")
 def scored_weights_are(weights: Literal["before", "after"]) -> MeasureResult:
-    """Check whether AdaLoRA's sensitivity |w dL/dw| is computed with the weights w before, or after, a step's update.
+    """Check whether AdaLoRA computes its sensitivity |w dL/dw| with the weights w before, or after, a step's update.
 
-    weights: the weights, before or after the update, for which this is checked.
+    weights: the alternative that is checked, `before` or `after`.
     """
     import torch
 

@@ -26,8 +26,8 @@ def pissa_splits_the_weight(
 ) -> MeasureResult:  # fmt: skip
     """Check whether PiSSA's residual plus s B A is the original weight. s is the scaling of the factors A and B.
 
-    The allowed error is that of rounding the weight to `dtype`, the dtype of A, B and the residual. niter: iterations
-    of the randomised SVD; 0 for the exact SVD. decay: the k-th singular value of the weight is k^-decay.
+    The allowed error is the error of rounding the weight to `dtype`, the dtype of A, B and the residual. niter:
+    iterations of the randomised SVD; 0 for the exact SVD. decay: the k-th singular value of the weight is k^-decay.
     """
     W = _weight(rows, columns, decay)
     A, B, residual, scaling = _split(W, rank, niter, dtype)
