@@ -29,7 +29,7 @@ def nonconforming(record: Record) -> bool:
 def of_serving(check: CheckResult) -> bool:
     """Return whether a check judges the server of a Cell (e.g. vLLM), and not the code of the Method.
 
-    If it fails, the Record lacks times of the server. All other times stay valid.
+    If such a check fails, the Record lacks times of the server. All other times stay valid.
     """
     return check.id.check.startswith("served-")
 

@@ -210,8 +210,8 @@ def _tried(claim: Claim, under: str, request: MeasureRequest, found: MeasureResu
 def plain(value: Any) -> Any:
     """Return a value in a form that JSON can store.
 
-    A request becomes a dict, and so does a request inside it. A fraction becomes a number, or text if no decimal number
-    is equal to it.
+    A request becomes a dict, as do nested requests. A fraction becomes a number, or text if no decimal number is equal
+    to the fraction.
     """
     if isinstance(value, MeasureRequest):
         return {"measure": value.measure, "with": {key: plain(one) for key, one in value.arguments.items()}}

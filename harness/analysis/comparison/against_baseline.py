@@ -120,7 +120,7 @@ def _status(record: Record | None) -> str | None:
 def _torn(side: RunFacts) -> dict[str, str]:
     """Return cell_id -> reason for each Cell whose newest Record is unreadable. The reason names the file.
 
-    Such a Cell is not compared: an older Record of it must not take the place of the newest.
+    Such a Cell is not compared, even if an older Record of the Cell is readable.
     """
     found = {}
     for name, why in side.run.broken.items():

@@ -3,8 +3,8 @@
 The values are logarithms, so that a relative change is the same at every level. They are divided by their noise. The
 segmentation minimises the sum of the squared deviations from the levels, plus a penalty for each change
 (ruptures.KernelCPD with the linear kernel). A level has at least three nights, so a single slow night is never a
-change. But such a night would shift the level of the nights beside it. So the median of its neighbours replaces its
-value first.
+change. But such a night would shift the level of the nights beside it. So its value is first replaced by the median of
+the five values around it.
 """
 
 from __future__ import annotations

@@ -80,9 +80,9 @@ class JudgedBenchmark:
 def judge(saved: Sequence[Sequence[float]], new: Sequence[float], margin: float = MARGIN) -> JudgedBenchmark:
     """Judge a new process run by comparing it with saved runs. saved, new: seconds of each round, above 0.
 
-    The verdict is `slower` if new / saved exceeds 1 + margin, and `faster` if saved / new exceeds it, each at the level
-    ALARM. It is `not slower` if the whole interval of new / saved at LEVEL lies below 1 + margin. Otherwise it is
-    `inconclusive`.
+    The verdict is `slower` if new / saved exceeds 1 + margin, and `faster` if saved / new exceeds 1 + margin, each at
+    the level ALARM. It is `not slower` if the whole interval of new / saved at LEVEL lies below 1 + margin. Otherwise
+    it is `inconclusive`.
     """
     centres = [math.log(median(rounds)) for rounds in saved]
     n, limit, seconds, centre = len(saved), math.log1p(margin), median(new), fmean(centres)

@@ -56,7 +56,7 @@ Depths = Annotated[list[Entry], Field(min_length=2)]
 LABELS = 2
 """Number of classes of the new classification head of an encoder, as in tasks with random labels."""
 _RECIPE = ("method", "base", "dtype", "optimizer")
-"""Fields in which a Cell must agree with the smaller Cells from which its memory is scaled up."""
+"""Fields that must be equal in a Cell and in the smaller Cells, if the memory of the Cell is scaled up from theirs."""
 _LEFT_OUT = "without CUDA's context and memory that the allocator holds beyond tensors"
 
 
