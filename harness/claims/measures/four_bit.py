@@ -130,8 +130,7 @@ def constants_error(centred: bool = True, block: Positive = 64) -> MeasureResult
 
 @measure("property")
 def constants_are(type: Literal["e4m3", "e5m2"]) -> MeasureResult:
-    """Check whether the 8-bit type of the block constants is the float format `type`, scaled to a largest value of
-    1."""
+    """Check whether the 8-bit type of the block constants is the float format `type`, scaled to the largest value 1."""
     import torch
 
     from reference.operations.dynamic_map import dynamic_map

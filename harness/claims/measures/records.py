@@ -56,7 +56,8 @@ Depths = Annotated[list[Entry], Field(min_length=2)]
 LABELS = 2
 """Number of classes of the new classification head of an encoder, as in tasks with random labels."""
 _RECIPE = ("method", "base", "dtype", "optimizer")
-"""Fields that must be equal in a Cell and in the smaller Cells, if the memory of the Cell is scaled up from theirs."""
+"""Fields that must be equal in a Cell and in smaller Cells before the memory of the Cell is scaled up from the smaller
+Cells."""
 _LEFT_OUT = "without CUDA's context and memory that the allocator holds beyond tensors"
 
 
