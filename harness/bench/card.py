@@ -126,8 +126,8 @@ def findings(table: dict[str, Any]) -> list[str]:
 def _limit(E: int, most: int | None, size: str) -> str:
     """Return a crossover as text, such as `fused up to rank 63 if E >= 4096`.
 
-    E: number of output features. most: largest size at which the fused kernel is used; None for no limit. size: what is
-    counted, e.g. `rank`.
+    E: number of output features. most: largest size at which the fused kernel is used; None for no limit. size: name of
+    this size, e.g. `rank`.
     """
     one = f"rank {most}" if size == "rank" else f"{most} {size.replace('_', ' ')}"
     limit = "never fused" if most == 0 else "always fused" if most is None else f"fused up to {one}"

@@ -40,8 +40,7 @@ class Crossing:
     """Type of the device -> (output features E, input features D) of each measured weight, with E ascending. The
     weights for a CPU are small, because Triton's interpreter runs the kernels there, only as a rehearsal."""
     sizes: Mapping[str, Sequence[int]]
-    """Type of the device -> sizes to measure, ascending. The Operation decides what is counted, e.g. tokens or the
-    rank."""
+    """Type of the device -> sizes to measure, ascending. The sizes are numbers of tokens or ranks."""
     cases: Sequence[str]
     """Uses of the Operation that are timed, e.g. `forward`. The default is replaced only at sizes at which the other
     way is faster in every use."""

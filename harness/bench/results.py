@@ -143,8 +143,7 @@ class BenchRow(FrozenModel):
 
     @property
     def limit_ratio(self) -> float | None:
-        """Time of `ours` divided by the lower bound `samples.limit`: the median over pairs. None without a lower bound.
-        """
+        """Time of `ours` divided by the lower bound `samples.limit`: the median over pairs. None without a lower bound."""
         if self.samples is None or not self.samples.limit:
             return None
         return median(a / least for a, least in zip(self.samples.ours, self.samples.limit, strict=True))
@@ -193,8 +192,7 @@ class BenchRow(FrozenModel):
 
     @property
     def memory_ratio(self) -> float | None:
-        """Memory that training steps of `other` need, divided by the memory that steps of `ours` need. None if unknown.
-        """
+        """Memory that training steps of `other` need, divided by the memory that steps of `ours` need. None if unknown."""
         ours, other = self.step_memory(self.ours), self.step_memory(self.other)
         return None if not ours or not other else other / ours
 

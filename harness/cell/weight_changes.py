@@ -19,7 +19,7 @@ def fingerprints(model: nn.Module) -> dict[str, int]:
 
 
 def base_weights(subject: Subject) -> dict[str, Tensor]:
-    """Return, by name, those trained tensors that are the adapted layers' own weights."""
+    """Return a dict of the trained tensors that are weights of the adapted layers themselves, by name."""
     own = {id(p) for base in subject.bases.values() for p in base.parameters()}
     return {name: t for name, t in subject.adapted.tensors().items() if id(t) in own}
 

@@ -1,8 +1,8 @@
 """Read the folder of a finished training of trl, Axolotl, LLaMA-Factory, ms-swift or Unsloth. Imports no torch.
 
-All of them are Trainers of transformers. They leave an adapter (adapter_config.json, adapter_model.safetensors) in the
-folder or in checkpoint-N, a log (trainer_state.json), and some of them their own settings as text. `training_args.bin`
-and `optimizer.pt` are pickles, which can run code, and are never opened.
+All of these programs use the Trainer of transformers. They write an adapter (adapter_config.json,
+adapter_model.safetensors) into the folder or into checkpoint-N, and a log (trainer_state.json). Some also write their
+settings as text. `training_args.bin` and `optimizer.pt` are pickles, which can run code, and are never opened.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class FinishedRun:
     def _state_path(self) -> Path | None:
         """Path of trainer_state.json, which holds the log. None if there is no such file.
 
-        For an adapter in `folder` itself, a missing file is replaced by that of the last checkpoint.
+        If the adapter is in `folder` itself and the file is not there, the file of the last checkpoint is used.
         """
         found = self._file(_STATE)
         if found is None and self.checkpoint is None and (checkpoints := _checkpoints(self.folder)):
@@ -211,7 +211,7 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def _require_adapter(folder: Path) -> Path:
-    """Return a folder if it has an adapter. Raises UsageError if not."""
+    """Return `folder` if it holds an adapter. Otherwise, raise UsageError."""
     absent = [name for name in (_WEIGHTS, _CONFIG) if not (folder / name).is_file()]
     if not absent:
         return folder

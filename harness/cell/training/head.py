@@ -52,9 +52,9 @@ def draw(model: nn.Module, names: Collection[str], seed: int) -> dict[str, nn.Pa
 def adapted_layers(
     model: nn.Module, method: str, config: dict[str, Any], head: Collection[str]
 ) -> tuple[Any, list[str]]:
-    """Return a Method's config, and the paths of the layers that the Method adapts. Both leave out layers of the head.
+    """Return a Method's config, and the paths of the layers that the Method adapts, without the layers of the head.
 
-    In the returned config, paths may replace the targets. For example, they replace `all-linear`, because only the
+    In the returned config, `targets` may be these paths. For example, the paths replace `all-linear`, because only the
     model shows which layers this means. Raises UsageError if all targets are in the head.
     """
     chosen = configure(method, config)
