@@ -32,8 +32,8 @@ class CardReport:
     device: str
     environment: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """One dict per measurement, in order. Each ceiling has `name`, `value` and `unit`. With `--crossovers`, these are
-    the rows of `harness.bench.tiles.measure`, then those of `harness.bench.crossovers.measure`."""
+    """One dict per measurement, in order. Each ceiling has `name`, `value` and `unit`. With `--crossovers`, the rows of
+    `harness.bench.tiles.measure` come first, and then the rows of `harness.bench.crossovers.measure`."""
     table: dict[str, Any] = field(default_factory=dict)
     """The card's crossovers and tiles, in the form that `harness.kernels` reads. It lacks each Operation and each dtype
     whose measurement is not complete. Empty with `--ceilings`."""

@@ -16,8 +16,8 @@ from harness.bench.timing import Clock, Run, pairs
 from harness.kernels.card_tables import CROSSOVERS
 
 MARGIN = 1.03
-"""The default (way to compute, or tile) is replaced only if another one is faster by more than this factor. The factor
-is the median over pairs of samples."""
+"""Another way to compute, or another tile, replaces the default only if it is faster by more than this factor (median
+over pairs of samples)."""
 PAIRS = {"cuda": 11, "cpu": 3}
 _BLOCK = 64
 _RANK = 16
@@ -35,7 +35,7 @@ class Crossing:
     other: str
     """Name of the other way, e.g. `separate products`."""
     by_default: Literal["fused", "other"]
-    """The way to use at sizes at which neither was measured to be faster."""
+    """The way to use at sizes at which neither way is clearly faster."""
     weights: Mapping[str, Sequence[tuple[int, int]]]
     """Type of the device -> (output features E, input features D) of each measured weight, with E ascending. The
     weights for a CPU are small, because Triton's interpreter runs the kernels there, only as a rehearsal."""

@@ -1,7 +1,7 @@
 """Plan the work of `bench`. Each task runs in its own process.
 
 There is one task for each combination of a benchmark, a compared implementation and a dtype. A benchmark is an
-Operation or a training step. The implementations are those of the installed plug-ins. This module imports no torch.
+Operation or a training step. The implementations come from the installed plug-ins. This module imports no torch.
 """
 
 from __future__ import annotations

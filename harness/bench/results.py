@@ -150,7 +150,7 @@ class BenchRow(FrozenModel):
 
     @property
     def products_ratio(self) -> float | None:
-        """FLOPs of the matrix products of `ours` divided by those of the frozen pass. None if they were not counted.
+        """`products.ours` divided by `products.frozen`. None if the FLOPs were not counted.
 
         If all other work took no time, `limit_ratio` would have the same value.
         """

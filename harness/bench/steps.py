@@ -37,7 +37,7 @@ class StepBenchmark:
     """A training step of one Method."""
 
     method: str
-    """Name of the Method, which is also its module in `reference/`."""
+    """Name of the Method, and of its module in `reference/`."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the Method's Config."""
     base: str = ""

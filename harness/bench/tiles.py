@@ -91,8 +91,8 @@ def measure(clock: Clock) -> Iterator[dict[str, Any]]:
 class _Product:
     """Two matrix products of one shape: one with the weight as in a forward pass, one with the weight transposed.
 
-    The first product also uses every optional tensor of the kernel. So if it does not spill registers with a tile, no
-    call with this tile does.
+    The first product also has all optional tensors for which tiles are tuned. So no call with a tile needs more
+    registers than the first product.
     """
 
     def __init__(self, clock: Clock, M: int, N: int, K: int, dtype: torch.dtype, default: GemmTile) -> None:

@@ -33,9 +33,9 @@ PEFT_HARNESS_CACHE is a folder, and the last two mark processes."""
 def of_cell(cell: Cell, model: Asset, task: JobTask, device: str) -> str:
     """Return the part of a Cell's key that is known before its process starts.
 
-    The result is empty for a Cell that never shares its gate. A Cell with an imported adapter does not, because its
-    gate compares the tensors of this adapter. A Cell with `compile` does not, because its gate also compiles the model
-    before the measured steps.
+    The result is empty for a Cell that never shares its gate. A Cell with an imported adapter never shares it, because
+    the gate compares the tensors of this adapter. A Cell with `compile` never shares it, because the gate also compiles
+    the model before the measured steps.
 
     `max_tokens` is part of the key, because long texts may run other code than short texts. The number of labels is
     part of the key, because it is the size of the model's last layer.

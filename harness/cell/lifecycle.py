@@ -48,8 +48,8 @@ class Attached:
     logits: Callable[[], Tensor]
     """Function that returns the adapted model's logits on the texts of the parity gate, in inference mode."""
     base_logits: Tensor | None
-    """The logits of the same texts before the adapter was attached. They are deleted after the parity gate. None if the
-    Cell reuses the gate of an earlier Cell."""
+    """The logits on the texts of the parity gate, before the adapter was attached. They are deleted after the gate. None
+    if the Cell reuses the gate of an earlier Cell."""
     start: dict[str, Tensor]
     """Name of each trained tensor -> copy of its initial value."""
 

@@ -36,7 +36,7 @@ def state_sha256(tensors: Mapping[str, Tensor]) -> str:
 def check_of_names(cell: Cell, name: str, violations: list[str], what: str) -> CheckResult:
     """Return the result of a check, which passes if `violations` is empty.
 
-    violations: names of tensors. what: what these tensors did wrong, e.g. `changed`. If the check fails, the message
+    violations: names of tensors. what: text about the violation, e.g. `changed`. If the check fails, the message
     consists of the names and this text.
     """
     return CheckResult(

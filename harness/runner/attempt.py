@@ -33,7 +33,7 @@ class RunContext:
 
     folder: store.RunFolder
     environment: Environment
-    """The environment of this machine."""
+    """This machine and its software."""
     timeout: float
     """Maximum duration of an attempt, in seconds."""
     on_imports: Callable[[], object] = _do_nothing

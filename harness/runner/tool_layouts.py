@@ -35,11 +35,11 @@ _SETTINGS = (
     "max_length", "sample_packing", "packing", "load_in_4bit", "load_in_8bit", "quantization_bit",
     "quantization_method", "quant_bits", "quant_method",
 )  # fmt: skip
-"""Settings that are copied into the Record, by their keys in the text files of these programs."""
+"""Keys of the settings that are copied into the Record. The training programs write these keys into text files."""
 _QUANTISED = ("load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits")
 _OF_STATE = ("global_step", "max_steps", "num_train_epochs", "train_batch_size", "logging_steps")
 _MEMORY = "memory(GiB)"
-"""Key of the log with the peak memory of a GPU so far. Only ms-swift writes it."""
+"""Key in the log for the peak memory of a GPU so far. Only ms-swift writes it."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class FinishedRun:
 
     @cached_property
     def _logged(self) -> list[LoggedLoss]:
-        """The logged losses up to the chosen checkpoint, without those that are NaN or infinite."""
+        """The logged losses up to the chosen checkpoint, without NaN and infinite losses."""
         return [
             LoggedLoss(step=entry["step"], loss=float(entry["loss"]))
             for entry in self._log
@@ -196,7 +196,7 @@ class FinishedRun:
 
 
 def _is_plain(value: object) -> bool:
-    """Return whether a setting is a text, a truth value or a finite number."""
+    """Return whether `value` is a text, a truth value or a finite number."""
     return isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
 
 

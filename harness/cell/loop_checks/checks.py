@@ -1,7 +1,7 @@
 """Checks of a training loop. The docstring of each check states what a correct loop does.
 
 A gradient is judged at the weights at which the loop computed it, so that one fault does not hide in the consequences of
-another one. Losses and final weights are those of the whole training, so a fault also shows in all later steps.
+another one. Losses and final weights are compared over the whole training, so a fault also shows in all later steps.
 """
 
 from __future__ import annotations

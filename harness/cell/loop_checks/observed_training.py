@@ -76,7 +76,7 @@ class Observed:
 
 
 def base(dtype: str) -> Any:
-    """Return a Llama of two layers with random weights, always the same."""
+    """Return a Llama of two layers. Its random weights are equal at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = LlamaConfig(

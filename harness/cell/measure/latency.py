@@ -108,7 +108,7 @@ class Prompt:
         return drawn.to(next(self.model.parameters()).device)
 
     def block(self, variant: Variant) -> None:
-        """Time the model in its current state, and store the samples as those of `variant`."""
+        """Time the model in its current state, and store the samples under `variant`."""
         for kind in self.kinds:
             if kind == "decode" and self.no_decoding:
                 continue

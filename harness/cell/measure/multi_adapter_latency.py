@@ -47,7 +47,7 @@ def measure(
     instead of times.
 
     An implementation can mix adapters in one of two ways. It has the Operation `multi_lora_linear`, or its adapted
-    model (`Adapted`) has a method `mixed`. This method takes several adapters, each a dict like that of
+    model (`Adapted`) has a method `mixed`. This method takes several adapters, each a dict with the names of
     `Adapted.tensors()`, and returns a context manager.
     """
     prompt = Prompt(subject.model, causal, vocabulary, cell.evaluation, ADAPTERS)

@@ -1,4 +1,4 @@
-"""Serve the adapter of a Cell: save adapters, start the server, judge its answers, and time the loads answered right."""
+"""Serve the adapter of a Cell: start a server, judge its answers, and time each load that has right answers."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ def head_of(model: nn.Module, kind: str, lacks: Collection[str] = ()) -> dict[st
     """Return the parameters of an encoder's head by name. They may be new, or come from a checkpoint.
 
     The head consists of the parameters outside the encoder itself, and of the parameters in `lacks`. lacks: names of
-    the parameters that the checkpoint lacks, such as those of the pooler of a masked language model. These parameters
-    start at random, so they must train.
+    the parameters that the checkpoint lacks, for example parameters of the pooler if it is the checkpoint of a masked
+    language model. These parameters start at random, so they must train.
     """
     if kind != "encoder":
         return {}
