@@ -44,8 +44,8 @@ def check_codes(subject: Subject, case: Case) -> CheckResult:
 def check_packing(subject: Subject, case: Case) -> CheckResult:
     """QLoRA's `state()` has the reference's NF4 codes and absmax of the original weight, by the rules of the check `codes`.
 
-    All other checks compute with the codes that `state()` shows. Codes that it does not show are not judged here: the
-    other checks then compute with the reference's own.
+    In all other checks, the reference computes with the codes that `state()` shows. If `state()` shows no codes, the
+    reference computes with its own codes, and this check cannot judge the implementation's codes.
     """
     found = []
     block, double = subject.config.block, subject.config.double_quant

@@ -94,7 +94,7 @@ def _kept(subject: Subject, path: str, y: Tensor, x: Tensor, dy: Tensor) -> Tens
 
 
 def _masked(mask: Tensor, layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """Run the reference's layer in training mode, with its update multiplied by `mask` instead of RowDropout's."""
+    """Run the reference's layer in training mode. Its update is multiplied by `mask` instead of a random mask."""
     for name, child in list(layer.named_modules()):
         if isinstance(child, RowDropout):
             parent, _, last = name.rpartition(".")

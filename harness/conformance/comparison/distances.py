@@ -61,7 +61,7 @@ class _Scaled:
 
 
 class Distances:
-    """Distances from the float64 truths of one judgement, which are several tensors by name.
+    """Distances of named tensors from the tensors of the same names in the float64 reference.
 
     subject: the tensors to judge. truth: the tensors of the reference in float64.
     """
@@ -71,13 +71,13 @@ class Distances:
         self._subject, self._scaled, self._own = subject, dict[str, _Scaled](), dict[str, Distance]()
 
     def of(self, name: str, value: Tensor) -> Distance:
-        """Return the distance of `value` from the truth of this name."""
+        """Return the distance of `value` from the reference's tensor `name`."""
         if name not in self._scaled:
             self._scaled[name] = _Scaled.of(self.truth[name])
         return self._scaled[name].distance_of(value)
 
     def of_subject(self, name: str) -> Distance:
-        """Return the distance of the subject's tensor. It is computed once and kept."""
+        """Return the distance of the subject's tensor `name` from the reference's. It is computed once and kept."""
         if name not in self._own:
             self._own[name] = self.of(name, self._subject[name])
         return self._own[name]
