@@ -22,7 +22,7 @@ from harness.conformance.tolerance_constants import DRAWS_AT_ONCE, DROPOUT_SIGMA
 from harness.records.record import CheckResult
 
 FEATURES = 32
-"""Number of features from which on a correct mask drops some features and retains others in nearly every token."""
+"""Smallest number of features with which a correct mask drops some and retains others in nearly every token."""
 TOKENS = 64
 """Smallest number of tokens in the check's input. A convolution gets this number of images, or fewer if it has many
 channels (see `CHANNELS`)."""
@@ -40,12 +40,12 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
     """Training mode drops features of the adapter's input as the config states; eval mode drops none.
 
     Each feature is dropped with probability p or scaled by 1/(1-p). The base gets all features, and the backward pass
-    uses the mask of the forward pass. A mask must not drop all features of a token together if there are many,
-    must differ between tokens, and must differ between calls. The random numbers need not equal the reference's.
+    uses the mask of the forward pass. A mask must differ between tokens and between calls. It must not
+    drop or retain all features of a wide token together. The random numbers need not equal the reference's.
 
     In the check's input, every token has only one feature that is not zero. The output must equal the reference's with
-    this feature retained or dropped, which reveals the mask. The gradients are compared with those of the reference
-    with this mask. The binomial distribution bounds the number of dropped features. For a convolution, an image is a
+    this feature retained or dropped, which reveals the mask. The gradients must equal the reference's for this
+    mask. The binomial distribution bounds the number of dropped features. For a convolution, an image is a
     token, and the middle pixel of a channel is the feature. An embedding drops nothing: training mode gives what eval
     mode gives.
     """

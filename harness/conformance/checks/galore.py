@@ -42,7 +42,9 @@ Signs = tuple[float, ...]
 
 
 _Bases = dict[tuple[Any, ...], Projector]
-"""Cache: (tensor name, step number, dtype, what the old subspace depends on) -> singular vectors of the gradient."""
+"""Cache: (tensor name, step number, dtype, dtype and signs of the earlier steps) -> singular vectors of the gradient.
+
+The last item of the key is empty if the SVD is exact, because only a randomised SVD starts from the old subspace."""
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,7 @@ def _judgements(
 ) -> Iterator[Judgement]:
     """Compare the subject with the reference, and yield a judgement for each choice of signs.
 
-    The signs are those of the reference's singular vectors at both refreshes. Stop after the first judgement that
+    The signs apply to the reference's singular vectors at both refreshes. Stop after the first judgement that
     passes.
     """
     rank = min(fresh.config.rank, *next(t for t in tensors.values() if t.dim() == 2).shape)

@@ -120,7 +120,7 @@ def check_delete(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_delete_last(subject: LoaderSubject, case: Case) -> CheckResult:
-    """After the only adapter is deleted, the logits are those of the base, and an adapter can be loaded again."""
+    """After the only adapter is deleted, the model gives the base's logits, and an adapter can be loaded again."""
     loader, prompts = subject.loaded(), subject.prompts
     loader.delete(FIRST)
     have = {"base": loader.logits(prompts, None)}

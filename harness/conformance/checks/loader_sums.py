@@ -121,7 +121,7 @@ def check_merge_undone(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_disabled(subject: LoaderSubject, case: Case) -> CheckResult:
-    """With adapters disabled, the logits are those of the base. After enabling, they are as before."""
+    """While adapters are disabled, the model gives the base's logits. Afterwards it gives the adapter's logits again."""
     loader, prompts = subject.loaded(), subject.prompts
     with loader.disabled():
         have = {"disabled": loader.logits(prompts, FIRST)}

@@ -179,8 +179,7 @@ def _moved_draws(subject: Subject, path: str, x: Tensor, dy: Tensor) -> Iterator
 def check_model(subject: Subject, case: Case) -> CheckResult:
     """The logits and the gradients of the whole model equal the reference's.
 
-    The reference is a float64 copy of the model before attaching, in which the reference's layers replace the adapted
-    ones.
+    The reference is a float64 copy of the original model with the reference's layers in place of the adapted layers.
     """
     if case.forward is None:
         return skipped(subject, case, "model", "no whole-model input in this case")

@@ -211,8 +211,8 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
     """`tensors()` and `state()` are the whole state of an adapter.
 
     Copied into a freshly attached model, they give the same outputs and gradients, to the last bit, even if that model
-    has already run with another state. `state()` returns the adapter's own tensors, not copies: it returns them again after
-    values were written to them.
+    has already run with another state. `state()` returns the adapter's own tensors, not copies, so that a
+    program can load values by writing to them.
     """
     fresh = case.attach_again()
     if fresh is None:

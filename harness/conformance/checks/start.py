@@ -19,7 +19,7 @@ from harness.records.record import CheckResult
 
 @check(States.INIT)
 def check_initial(subject: Subject, case: Case) -> CheckResult:
-    """The implementation's own start has the reference's distribution, and the same tensors are zero.
+    """At the start, the adapter's tensors have the reference's distribution, and the same tensors are zero.
 
     A tensor that the reference fills with one value must hold that value. A tensor that it draws or computes must have
     the reference's mean and mean square, up to a multiple of the standard error for samples of this size. Random numbers

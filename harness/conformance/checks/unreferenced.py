@@ -23,8 +23,8 @@ from harness.process.out_of_memory import shortage
 from harness.records.record import CheckResult
 
 _NUDGE = 0.05
-"""Factor of the noise that is added to a tensor. The scaled noise moves a tensor about as far as training does. Noise
-without this factor would be too large: its matrix keeps the length of a vector."""
+"""Factor of the noise that is added to a tensor. The noise then moves a tensor about as far as training does. Without the
+factor, a matrix of noise would be large enough to keep the length of a vector."""
 _TOO_LARGE = "the model is too large to be copied"
 
 
@@ -32,7 +32,7 @@ class Unreferenced(Adapted, Protocol):
     """An adapter without a reference, attached by `method: peft`. Its library may offer any type of adapter."""
 
     starts_as_base: bool
-    """True if the library promises that the output at the start equals that of the base model."""
+    """True if the library promises that the output at the start equals the base model's output."""
     bases: Callable[[], Mapping[str, nn.Module]]
     """Function that returns the layers under the adapter, by path."""
     reloaded: Callable[[nn.Module], nn.Module]

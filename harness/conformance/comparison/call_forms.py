@@ -84,7 +84,7 @@ class Form:
     """
 
     def shown(self, names: Iterable[str]) -> list[str]:
-        """Return the names that the result of `run` contains. names: names of the output and of all gradients."""
+        """Return those of `names` that the result of `run` contains. names: names of the output and of all gradients."""
         outputs, gradients = ("y",), ("y", "grad x")
         match self.leaves_out:
             case "all gradients":

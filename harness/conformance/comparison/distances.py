@@ -34,12 +34,12 @@ class _Scaled:
     truth: Tensor
     """The truth in float64."""
     unit: float
-    """Largest magnitude in `truth`, or 1 if that is 0 or infinite. Distances are computed in this unit, because the
+    """Largest magnitude in `truth`, or 1 if it is 0 or infinite. Distances are computed in this unit, because the
     squares of numbers below 1e-154 are 0."""
     units: Tensor
     """`truth` divided by `unit`."""
     scale: float
-    """Norm of `units`, or 1 if that is 0."""
+    """Norm of `units`, or 1 if the norm is 0."""
 
     @classmethod
     def of(cls, truth: Tensor) -> _Scaled:

@@ -36,10 +36,10 @@ def judge(
 ) -> tuple[Judgement, str]:
     """Judge the outputs `mine` of a call. Return the judgement, and a detail as text.
 
-    First, dtype, shape and device must be those of the reference. Then the values are judged by the Operation's own
+    First, dtype, shape and device must equal the reference's. Then the values are judged by the Operation's own
     rule. If the Operation has no rule, they must be within the noise floor of the reference. given: the arguments of
-    the call, if their memory layout is not the subject's. The reference is then also called with them, because its sums
-    may have another order.
+    the call, if they are a copy of the subject's in another memory layout. The reference is then also called with them,
+    because its sums may have another order.
     """
     if given is not None:
         return _judge(subject, mine, case, given)
@@ -73,7 +73,7 @@ def _judge(
 
 
 def ill_formed(mine: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Judgement | None:
-    """Return a failure for the first tensor whose dtype, shape or device is not that of the reference.
+    """Return a failure for the first tensor whose dtype, shape or device differs from the reference's.
 
     If there is no such tensor, return None.
     """

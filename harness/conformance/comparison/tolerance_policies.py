@@ -156,7 +156,7 @@ def carried_noise(
     dtype: str,
     factor: float = CARRIED_FACTOR,
 ) -> Judgement:
-    """Judge tensors that passed through many layers. The rule is that of `noise_floor`, with two exceptions.
+    """Judge tensors that passed through many layers. The rule is the same as in `noise_floor`, with two exceptions.
 
     First, the projection on the truth is not judged, because later layers amplify rounding errors so that a whole
     tensor may grow or shrink. Second, the reference's error in a single tensor may happen to be small. If the median of

@@ -1,4 +1,4 @@
-"""Run a whole model forward and backward, as in training, and copy it with the reference's layers."""
+"""Run a whole model forward and backward, as in training, and build copies of it with the reference's layers."""
 
 from __future__ import annotations
 

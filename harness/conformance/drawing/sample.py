@@ -64,7 +64,7 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     `wanted.full` every pair of levels of any two factors. In the third part, every level of each optional factor occurs
     while all other factors have their plainest level: an implementation that lacks an option skips every case that
     combines this option with others. In the fourth part, each extreme value occurs once, beside plain values. The
-    fifth part has the combinations of `drawing.combinations`, and for an Operation those of `beyond_16_bits`.
+    fifth part has the combinations of `drawing.combinations`, and for an Operation the values of `beyond_16_bits`.
     """
     # 16 bits first, so that what a first call caches in its dtype shows in the wider ones.
     examples: list[AnyCase] = [*plan.cases(wanted, dtypes)]
