@@ -29,10 +29,10 @@ def check_rank_dropout(subject: Subject, case: Case) -> CheckResult:
     """Training mode drops rows of the update as the config states, for all tokens of a call alike.
 
     A row is an output feature. The rows that remain are divided by their share of all rows, so that the mean of the
-    mask is 1; if none remains, the output is that of the base. Masks differ between calls, the same seed of torch gives
-    the same mask, and the backward pass uses the mask of the forward pass. Output and gradients must equal those of the
-    reference with this mask; the binomial distribution bounds the number of dropped rows. The checks `forward` and
-    `merge` show that eval mode and merging, in training mode too, drop no row.
+    mask is 1; if none remains, the output is the base's output. Masks differ between calls, the same seed of torch gives
+    the same mask, and the backward pass uses the mask of the forward pass. Output and gradients must equal the
+    reference's for this mask; the binomial distribution bounds the number of dropped rows. The checks `forward` and
+    `merge` show that eval mode and merging drop no row, even if the layer is merged in training mode.
     """
     p = getattr(subject.config, "rank_dropout", 0.0)
     if not p:
@@ -94,7 +94,7 @@ def _kept(subject: Subject, path: str, y: Tensor, x: Tensor, dy: Tensor) -> Tens
 
 
 def _masked(mask: Tensor, layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """Run the reference's layer in training mode, with its update multiplied by `mask` instead of RowDropout's."""
+    """Run the reference's layer in training mode. Its update is multiplied by `mask` instead of a random mask."""
     for name, child in list(layer.named_modules()):
         if isinstance(child, RowDropout):
             parent, _, last = name.rpartition(".")

@@ -19,11 +19,11 @@ from harness.records.record import CheckResult
 
 @check(States.INIT)
 def check_initial(subject: Subject, case: Case) -> CheckResult:
-    """The implementation's own start has the reference's distribution, and the same tensors are zero.
+    """At the start, the adapter's tensors have the reference's distribution, and the same tensors are zero.
 
     A tensor that the reference fills with one value must hold that value. A tensor that it draws or computes must have
-    the reference's mean and mean square, within the standard errors of two samples of that size. Random numbers come
-    only from the generator that `attach` gets: its seed decides the start, and two layers of one shape start
+    the reference's mean and mean square, up to a multiple of the standard error for samples of this size. Random numbers
+    come only from the generator that `attach` gets: its seed decides the start, and two layers of one shape start
     differently. A start from an SVD of the weight is the same again for the same seed, up to rounding.
     """
     bases = {path: subject.original_base(path) for path in subject.bases}
