@@ -59,8 +59,8 @@ class SuiteEntry:
     latency: Timed
     tune: Tune | None
     places: dict[str, str]
-    """Key -> its place in the suite, as `file:line`. It holds only keys whose values are checked later, against model
-    or data."""
+    """Key -> its place in the suite, as `file:line`. Only keys whose values are checked against a model or data set
+    later are in it."""
 
 
 @dataclass
@@ -359,7 +359,7 @@ class _EntryChecker:
 
 
 def _merged(block: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of a block with those of a cell added. A key of the cell replaces the same key of the block.
+    """Return the keys of a block and of a cell in one dict. If both have a key, the value in the cell counts.
 
     If both values of a key are mappings, they are merged in the same way.
     """

@@ -88,7 +88,7 @@ def format_field(field: MatrixField | None) -> str:
 
 
 def failures(tried: Iterable[CheckOutcome]) -> list[str]:
-    """Return one line per failure: implementation, check id, case, error and place.
+    """Return one line per failure: implementation, check id, case, and the text of `describe`.
 
     Failures of one implementation with the same description, such as one exception in every case, share a line.
     """

@@ -93,8 +93,9 @@ class MutantReport:
 
     @property
     def exit(self) -> Exit:
-        """The exit code: 4 if a mutant could not be tried; else 5 if no mutant counts; else 1 if a mutant survived;
-        else 0.
+        """The exit code. The first of these rules that applies decides.
+
+        4: a mutant could not be tried. 5: no mutant counts. 1: a mutant survived. 0: otherwise.
         """
         if any(one.error for one in self.verdicts):
             return Exit.INFRASTRUCTURE
@@ -201,7 +202,7 @@ class _Trials:
     """The trials of the chosen mutants."""
 
     verdicts: dict[Mutant, Verdict]
-    """The verdict so far on each mutant. A mutant is tried further as long as its verdict is that it survives."""
+    """The verdict so far on each mutant. Only mutants that survive so far are tried further."""
     jobs: int
     progress: Callable[[str], None]
     reached: set[Mutant] = field(default_factory=set)

@@ -63,10 +63,11 @@ def owner(module: str) -> Owner:
 
 
 def implementation(target: str, of: Owner, mutant: Mutant | None) -> Implementation:
-    """Return an implementation of a target, with the mutant's change in its code.
+    """Return an implementation of a target, with the mutant's change in its code. If `mutant` is None, nothing is
+    changed.
 
-    The implementation is a copy of the reference, or `fused` itself, as `of` says. If `mutant` is None, nothing is
-    changed. A process can try only one mutant of `fused`, because the changed module stays imported.
+    of: `reference` for a copy of the reference, `fused` for the implementation `fused` itself. A process can try only
+    one mutant of `fused`, because the changed module stays imported.
     """
     torch.set_num_threads(1)  # remakes torch's pool in this fork; two threads that did so at once would raise
     if of == "reference":
@@ -123,9 +124,9 @@ def outcomes(of: Implementation, form: str) -> Iterator[CheckOutcome]:
 
 
 def caught(mutant: Mutant, targets: Iterable[str], form: str) -> Catch | None:
-    """Run the checks of the targets on the mutant until one fails; return the catch, or None.
+    """Run the checks of the targets on the mutant until one fails, and return the Catch. Return None if no check fails.
 
-    form: DEFAULT or WIDE. The process must be a fork that has tried no other mutant.
+    form: `default` or `wide`, as in `Catch.form`. The process must be a fork in which no other mutant was tried.
     """
     try:
         made = [_changed(target, mutant) for target in targets]

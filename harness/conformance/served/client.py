@@ -186,7 +186,9 @@ class Client:
 
     @contextlib.contextmanager
     def _held(self, one: socket.socket) -> Iterator[None]:
-        """Let `abort` shut a socket down inside the context. A copy is registered, because TLS takes over the original."""
+        """Let `abort` shut a socket down inside the context. A copy of the socket is registered, because TLS takes over
+        `one`.
+        """
         with one.dup() as copy:
             with self._lock:
                 self._open.add(copy)
@@ -199,9 +201,9 @@ class Client:
                     self._open.discard(copy)
 
     def _connect(self, address: tuple[str, int], stack: contextlib.ExitStack, deadline: float) -> socket.socket:
-        """Connect to the first address of a host that answers, as `socket.create_connection` does.
+        """Return a socket connected to the first address of a host that answers, as `socket.create_connection` does.
 
-        stack: until it closes, `abort` also ends requests on this socket.
+        stack: as long as this stack is open, `abort` can end requests on the socket.
         """
         failed: OSError = ConnectionError(errno.EADDRNOTAVAIL, "the host has no address")
         for family, kind, protocol, _, place in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
