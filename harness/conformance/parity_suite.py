@@ -109,7 +109,7 @@ class MethodSuite(FrozenModel):
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[MethodCase]:
-        """Yield the suite's cases in those of `dtypes` that the suite has.
+        """Yield the suite's cases in each dtype of the suite that is also in `dtypes`.
 
         With `wanted.full` these are all combinations. Otherwise they are a selection:
 
@@ -194,7 +194,7 @@ class OperationSuite(FrozenModel):
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[OperationCase]:
-        """Yield the suite's cases in those of `dtypes` that the suite has.
+        """Yield the suite's cases in each dtype of the suite that is also in `dtypes`.
 
         With `wanted.full`, each of `values` is tried in each dtype. Otherwise each of `values` is tried in one main
         dtype: float32 or, if float32 is not requested, the first requested dtype. Each other dtype tries a part of
@@ -224,7 +224,7 @@ class LoaderSuite(FrozenModel):
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[LoaderCase]:
-        """Yield the suite's cases in those of `dtypes` that the suite has.
+        """Yield the suite's cases in each dtype of the suite that is also in `dtypes`.
 
         Without `wanted.is_wide`, these are all adapters in the first dtype. With it, some adapters are also read in the
         other dtypes, and with `wanted.full` all of them.
@@ -345,7 +345,7 @@ def kind_of(name: str) -> TargetKind:
 
 
 def load_plan(name: str) -> ParitySuite:
-    """Read the parity suite of a target of any kind. Raises the errors of `load`."""
+    """Read the parity suite of a Method, an Operation, a quantised base or the loaders. Raises the errors of `load`."""
     match kind_of(name):
         case "operation":
             return load_operation(name)

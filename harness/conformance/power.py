@@ -51,7 +51,7 @@ class Power:
     check: str
     dtype: str
     scaling: float | None
-    """Smallest relative error of the scaling that the check notices. None if it notices none, or if the target has no
+    """Smallest relative error of the scaling that the check notices. None if it notices none, or if there is no
     scaling."""
     roundings: int | None
     """Fewest extra roundings of the result that the check notices. None for float64, or if it notices none of

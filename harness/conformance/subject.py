@@ -99,7 +99,7 @@ class Original:
 
 @dataclass
 class ReferenceLayer:
-    """The reference's counterpart of one adapted layer, with the values that the subject's tensors have now."""
+    """The reference's layer for one adapted layer of the subject, with the values that the subject's tensors have now."""
 
     layer: nn.Module
     tensors: dict[str, Tensor]

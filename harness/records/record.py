@@ -174,7 +174,7 @@ class Cell(ExtendedModel):
 
     @cached_property
     def recipe_id(self) -> str:
-        """The cell_id of the recipe. Repeats of a Cell with other seeds have the same recipe_id."""
+        """The cell_id of the recipe. Cells that differ only in the seed have the same recipe_id."""
         return self.recipe.cell_id
 
     @property

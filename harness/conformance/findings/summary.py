@@ -20,7 +20,9 @@ _WORST_FIRST = (
 
 @dataclass(frozen=True)
 class MatrixField:
-    """One field of the matrix that `check` prints: the outcomes of one implementation of a target in one dtype."""
+    """One field of the matrix that `check` prints: the outcomes of one implementation of one Method, Operation or other
+    target in one dtype.
+    """
 
     status: CheckStatus
     """The worst status in the field."""

@@ -24,7 +24,7 @@ from harness.methods.registry import Implementation
 
 SEED = 7919
 CASES = 24
-"""Number of random cases of a target."""
+"""Number of random cases for each Method, Operation or quantised base."""
 
 
 def digests(implementation: Implementation) -> list[str]:

@@ -27,12 +27,13 @@ from harness.resources import data_folder
 PACKAGES = ("reference", "harness.kernels.torch", "harness.methods.implementations.fused.methods")
 """Packages whose modules have mutants."""
 _TARGETS = 3
-"""Largest number of targets whose checks try one mutant. Shared code may be called by twenty targets."""
+"""Largest number of targets (Methods, Operations and quantised bases) whose checks try one mutant. Shared code may be
+called by twenty targets."""
 _LIMITS = forks.Limits(cpu_s=300, memory_b=8 << 30)
 
 
 Run = tuple[Owner, str]
-"""The owner of an implementation's code, and the target that the code implements."""
+"""The owner of an implementation's code, and the Method, Operation or quantised base that the code implements."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Verdict:
 
     mutant: Mutant
     targets: tuple[str, ...]
-    """The targets whose checks try the mutant. Empty if no case runs the changed statement."""
+    """The Methods, Operations and quantised bases whose checks try the mutant. Empty if no case runs the changed
+    statement."""
     catch: Catch | None = None
     died: str = ""
     """Signal or exit code that ended the mutant's process before there was a result. Such a mutant counts as caught."""
@@ -164,8 +166,8 @@ def run(
 ) -> MutantReport:
     """Try `number` random mutants, or all if it is None, and return the report.
 
-    only: names of the targets whose checks are run. If it is empty, the checks of all targets are run. progress: a
-    function that is called with a line of text after every 50 mutants.
+    only: names of the Methods, Operations and quantised bases whose checks are run. If it is empty, all checks are run.
+    progress: a function that is called with a line of text after every 50 mutants.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a fork of a process with several threads may hang

@@ -1,5 +1,6 @@
-"""Trial of one mutant: run the checks of the targets that call the changed function, until a check fails.
+"""Trial of one mutant: run checks until one fails.
 
+The checks are those of the targets (Methods, Operations and quantised bases) whose code calls the changed function.
 Every trial runs in its own forked process, because a mutant may hang, crash or leave the process changed.
 """
 
@@ -81,14 +82,15 @@ def implementation(target: str, of: Owner, mutant: Mutant | None) -> Implementat
 
 
 def targets(of: Owner) -> list[str]:
-    """List the targets of the reference or of `fused` that have a parity suite, except loaders."""
+    """List the Methods, Operations and quantised bases of the reference or of `fused` that have a parity suite."""
     if of == "reference":
         return [name for name in parity_suite.names() if parity_suite.kind_of(name) != "loader"]
     return [one.target for one in fused.implementations() if one.target in parity_suite.names()]
 
 
 def called_functions(target: str, of: Owner) -> set[tuple[str, str]]:
-    """Run a target in every float32 case of the wide sample, and return the functions that the target calls.
+    """Run a Method, Operation or quantised base in every float32 case of the wide sample, and return the functions that
+    it calls.
 
     Each function is a pair (module, qualified name). A nested function counts under the name of the function around it.
     Code at module level has an empty name.

@@ -90,7 +90,7 @@ class Client:
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
         self._token, self._patience = token, patience
         self._open: set[socket.socket] = set()
-        """Copies of the sockets in use, also of those that are still connecting."""
+        """Copies of all sockets that are in use or still connecting."""
         self._lock, self._closed = threading.Lock(), False
         self.url = f"{parts.scheme}://{parts.netloc}{self._prefix}"
         self.dialect = Dialect()
@@ -170,9 +170,9 @@ class Client:
         self._request("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
     def abort(self) -> None:
-        """End all requests, also those that are still connecting, and refuse new ones until `reopen`.
+        """End all requests, even if they are still connecting, and refuse new ones until `reopen`.
 
-        Each raises ServerError in its thread. Only the look-up of a host's name cannot be ended.
+        Each ended request raises ServerError in its thread. Only the look-up of a host's name cannot be ended.
         """
         with self._lock:
             self._closed = True

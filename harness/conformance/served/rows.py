@@ -24,7 +24,8 @@ class Score:
     best: tuple[int, ...]
     """Id of the most likely token at each position."""
     margins: tuple[float, ...]
-    """Log-probability of the most likely token minus that of the server's token, in nats, at each position."""
+    """Log-probability of the most likely token minus the log-probability of the server's token, in nats, at each
+    position."""
 
 
 @dataclass(frozen=True)
