@@ -6,8 +6,8 @@ There is one file per Method, base or group of Operations. Most faults replace c
     line_fault("dora", "does_not_detach_the_norm", ["gradient"],
         "norm.detach() if self.detach_norm else norm", "norm", values={"rank": 3, "alpha": 8.0}),
 
-Any other fault is a function that changes a copy of the source, with a decorator that names the target and the checks that
-must catch it:
+Any other fault is a function that changes a copy of the source. A decorator names the checks that must catch the fault,
+and its target: a Method, an Operation, a quantised base or the loaders.
 
     @planted("lora", "merge", values={"rank": 3, "alpha": 8.0})
     def forgets_to_unmerge(copy: PatchedCopy) -> None:
@@ -75,7 +75,7 @@ class FaultCase:
 
 @dataclass(frozen=True)
 class Fault:
-    """A mistake planted in one target."""
+    """A mistake planted in the reference of one target: a Method, an Operation, a quantised base or the loaders."""
 
     name: str
     target: str
