@@ -24,18 +24,19 @@ if TYPE_CHECKING:
 
 
 def most(operation: str, on: str, E: int) -> float:
-    """Return the crossover of an Operation for a weight of E rows. Infinity means that all sizes use the fused kernel.
+    """Return the crossover of an Operation for a weight (E, D). Infinity means that all sizes use the fused kernel.
 
-    on: name of the card; empty for the CPU. Each row of a table has an E, and applies to weights with at least E rows.
-    Of the rows that apply, the one with the largest E decides. If no row applies, or if a table lacks the Operation,
-    the next table decides. Raises ValueError for a table with a mistake.
+    on: name of the card; empty for the CPU. Each row of a table has a smallest E. Of the rows whose smallest E is at
+    most the given E, the row with the largest one decides. If a table has no such row, the next table decides. Raises
+    ValueError for a table with a mistake.
     """
     return next(size for table in tables(on) for least, size in limits(table, operation) if least <= E)
 
 
 @cache
 def limits(table: Entry, operation: str) -> list[tuple[int, float]]:
-    """Return a table's rows for an Operation as pairs (smallest E, crossover), with the largest E first.
+    """Return a table's rows for an Operation as pairs (smallest E, crossover), with the largest E first. E is the
+    number of output features.
 
     The result is empty if the table lacks the Operation. Raises ValueError for a row that is not as expected, for two
     rows with the same E, and for an unknown key.
