@@ -25,13 +25,11 @@ if TYPE_CHECKING:
 
 VARIABLE = "PEFT_HARNESS_CROSSOVERS"
 DEFAULT = "default.json"
-"""File name of the default table. It has every crossover, and no tiles. A value that a card's own table lacks comes
-from the default table.
+"""File name of the default table. It has every crossover and no tiles, and is used where a card's own table lacks a
+value.
 """
 CROSSOVERS = {"nf4_linear": "tokens", "multi_lora_linear": "tokens_per_adapter", "lora_linear": "rank"}
-"""Operation -> name of the size that the Operation's crossover limits. Rows of a table have the crossover under this
-name.
-"""
+"""Operation -> the size that the Operation's crossover limits. Rows of a table have the crossover under this name."""
 TILES = "tiles"
 _KEYS = ("card", "torch", "triton", *CROSSOVERS, TILES)
 PACKAGED = Path(__file__).with_name("crossovers")

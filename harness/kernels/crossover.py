@@ -35,11 +35,10 @@ def most(operation: str, on: str, E: int) -> float:
 
 @cache
 def limits(table: Entry, operation: str) -> list[tuple[int, float]]:
-    """Return a table's rows for an Operation as pairs (smallest E, crossover), with the largest E first. E is the
-    number of output features.
+    """Return a table's rows for an Operation as pairs (smallest E, crossover), with the largest E first.
 
-    The result is empty if the table lacks the Operation. Raises ValueError for a row that is not as expected, for two
-    rows with the same E, and for an unknown key.
+    E is the number of outputs of a layer. The result is empty if the table lacks the Operation. Raises ValueError for a
+    row that is not as expected, for two rows with the same E, and for an unknown key.
     """
     if operation not in table:
         return []

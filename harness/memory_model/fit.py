@@ -48,7 +48,7 @@ DOES_NOT_FIT = "does not fit"
 
 @dataclass(frozen=True)
 class FitRequest:
-    """Validated arguments of `fit`."""
+    """Validated arguments of `peft-harness fit`."""
 
     model: ModelShape
     memory: size_units.MemorySize
@@ -71,7 +71,7 @@ class FitRequest:
 
 @dataclass(frozen=True)
 class FitRow:
-    """A row of the result of `fit`: what fits with one Method, base and optimizer."""
+    """A row of the result of `peft-harness fit`: what fits with one Method, base and optimizer."""
 
     method: str
     base: str
@@ -110,7 +110,7 @@ def fit_request(
     layerwise: bool = False,
     batch: int | None = None,
 ) -> FitRequest:
-    """Validate the arguments of `fit`, and return them as a request. Raises one UsageError for all problems."""
+    """Validate the arguments of `peft-harness fit`, and return them. Raises one UsageError for all problems."""
     problems: list[Problem] = []
 
     def known(option: str, given: Sequence[str], there: Sequence[str], what: str) -> tuple[str, ...]:

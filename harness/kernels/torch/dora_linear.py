@@ -1,6 +1,4 @@
-"""DoRA linear layer (arXiv:2402.09353): the product with W and LoRA's low-rank term, times a gain per output
-feature.
-"""
+"""DoRA linear layer (arXiv:2402.09353): LoRA's product with W and the low-rank term, times a gain per output."""
 
 from __future__ import annotations
 

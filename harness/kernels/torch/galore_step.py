@@ -89,8 +89,9 @@ def _sketch(W: Tensor, rank: int, P: Tensor | None, Q: Tensor | None) -> Tensor:
 def galore_step(
     W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return W, M and V after a step. The arguments are those of `galore_step_`, in any memory layout, and are not
-    modified.
+    """Return W, M and V after a step.
+
+    The arguments are those of `galore_step_`, in any memory layout. They are not modified.
     """
     if by_triton(W, G):
         from harness.kernels.triton import galore_step as gpu

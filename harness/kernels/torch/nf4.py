@@ -34,9 +34,7 @@ def _numbers() -> tuple[float, ...]:
 
 @cache
 def _words(device: torch.device) -> Tensor:
-    """Return a table for decoding, int64 (256,). Entry i holds two adjacent float32 numbers: the levels of both codes
-    in byte i.
-    """
+    """Return a table, int64 (256,). Entry i is two adjacent float32 numbers: the levels of the two codes in byte i."""
     with torch.inference_mode(False):
         byte = torch.arange(256, device="cpu")
         return torch.stack([levels()[byte >> 4], levels()[byte & 15]], dim=1).view(torch.int64).flatten().to(device)

@@ -101,8 +101,7 @@ def _tile(tokens: int, block: int) -> dict[str, int]:
 
 
 def is_fused_faster(tokens: int, E: int, device: torch.device) -> bool:
-    """Return whether the fused kernel is expected to be the faster way for this many tokens and a weight with E
-    outputs.
+    """Return whether the fused kernel is expected to be faster for this many tokens and a weight (E, D).
 
     The crossover in the card's table or in the default table decides; see `harness.kernels.crossover`.
     """

@@ -51,9 +51,7 @@ class PackedWeight:
     packed: Tensor
     """The packed codes: uint8 (ceil(E D / 2),)."""
     absmax: Tensor
-    """Constants of the blocks. One float32 number per block or, if absmax2 and offset are given, one 8-bit code per
-    block.
-    """
+    """One float32 number per block, or one 8-bit code per block if absmax2 and offset are given."""
     block: int
     shape: tuple[int, ...]
     absmax2: Tensor | None = None

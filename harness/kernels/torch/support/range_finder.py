@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 SURE = 2.0**-12
-"""Smallest ratio of the smallest to the largest singular value at which the SVD of a float32 matrix uses its Gram
-matrix.
+"""Smallest ratio of the smallest to the largest singular value at which the Gram matrix of a float32 matrix is used.
 
 The Gram matrix is in float64. Above this ratio, squaring singular values in float64 loses less than the precision of
-float32.
+float32. Below it, LAPACK computes the SVD.
 """
 
 

@@ -70,9 +70,7 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch of a kernel with its arguments. It can be run, or described as a `Specimen` for ahead-of-time
-    compilation.
-    """
+    """A launch of a kernel with its arguments. It can be run, or described for ahead-of-time compilation."""
 
     kernel: Any
     grid: tuple[int, ...]

@@ -61,8 +61,7 @@ def stamp(kernel: Any, device: torch.device) -> dict[str, Any]:
 
 
 def tiles(section: Entry) -> dict[_Key, GemmTile]:
-    """Return the tiles in a table's section `tiles`: key -> the tile that replaces the default tile. The key has the
-    default.
+    """Return the tiles in a table's section `tiles`: key -> the tile that replaces the default tile named in the key.
 
     Raises ValueError for a row that is not as expected, for two rows of one bucket, and for an unknown key.
     """
