@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 VARIABLE = "PEFT_HARNESS_CROSSOVERS"
 DEFAULT = "default.json"
-"""File name of the default table. It has every crossover and no tiles, and is used where a card's own table lacks a
-value.
+"""File name of the default table. It has every crossover, and no tiles.
+
+A value that a card's own table lacks comes from the default table.
 """
 CROSSOVERS = {"nf4_linear": "tokens", "multi_lora_linear": "tokens_per_adapter", "lora_linear": "rank"}
 """Operation -> the size that the Operation's crossover limits. Rows of a table have the crossover under this name."""

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 def most(operation: str, on: str, E: int) -> float:
     """Return the crossover of an Operation for a weight (E, D). Infinity means that all sizes use the fused kernel.
 
-    on: name of the card; empty for the CPU. Each row of a table has a smallest E. Of the rows whose smallest E is at
-    most the given E, the row with the largest one decides. If a table has no such row, the next table decides. Raises
-    ValueError for a table with a mistake.
+    on: name of the card; empty for the CPU. Each row of a table has the smallest E to which the row applies. Among the
+    rows that apply, the one with the largest such E decides. If no row of a table applies, the next table decides.
+    Raises ValueError for a table with a mistake.
     """
     return next(size for table in tables(on) for least, size in limits(table, operation) if least <= E)
 

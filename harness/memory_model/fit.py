@@ -11,7 +11,7 @@ peak: largest number of bytes in tensors during a training step on fake tensors.
   runs the CPU code of `fused`, or of `reference` for full fine-tuning; `--json` names this code. In tests, the peak
   differs by at most 3 % from measured steps of small models.
 total: sum of the closed forms, without temporary tensors. The total chooses among the ranks that fit.
-needed: the peak, or the total with --formulas. It decides what fits. The columns before it add up to it.
+needed: the peak, or the total with --formulas. It decides what fits. The columns from weights to other add up to it.
 other: the rest of what is needed, such as temporary tensors. It is negative if parts do not exist at the same time.
 free: the given memory minus what is needed. It is negative if the row does not fit. In JSON, it is called left.
 

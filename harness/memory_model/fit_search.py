@@ -94,7 +94,7 @@ class Search:
         ]
 
     def other_ranks(self, row: Row, by_formulas: Row) -> list[int]:
-        """Return other ranks to try for a row: lower ones if its rank does not fit, else higher ones.
+        """Return other ranks to try for a row: lower ranks if its rank does not fit, else higher ranks.
 
         The list is empty if steps and closed form agree about whether the row's rank fits. by_formulas: the row's
         closed-form result.

@@ -54,9 +54,10 @@ class Ledger:
         checkpointing: bool,
         layerwise: bool,
     ) -> Ledger:
-        """Return the ledger of a Method with the counts `one`.
+        """Return the ledger of a Method: the bytes of each part of the memory.
 
-        logits: bytes of logits per token; None if unknown. tokens: number of tokens in one forward pass.
+        one: counts of the Method. logits: bytes of logits per token; None if unknown. tokens: number of tokens in one
+        forward pass.
         """
         device, host = one["optimizer"][optimizer]
         return cls(

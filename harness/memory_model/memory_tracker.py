@@ -121,7 +121,7 @@ _REAL_B = 2**24
 
 
 class MemoryTracker(TorchDispatchMode):
-    """A counter of the bytes in storages that operations allocate and free, like torch's CPU allocator.
+    """A mode that counts the bytes of the storages that exist, as torch's CPU allocator would allocate and free them.
 
     Weights, states and activations are fake tensors (`FakeTensor`), which have shapes, dtypes and strides, and no data.
     A small tensor that is computed without fake inputs has data, such as the mask of a batch of token ids. So programs

@@ -17,7 +17,7 @@ DIGITS, _MAX_B = 20, 2**60
 class MemorySize:
     """A number of bytes, and the unit in which to show it.
 
-    This is the user's unit. GiB replaces TiB, and GB replaces TB.
+    The unit is the user's, except that GiB replaces TiB, and GB replaces TB.
     """
 
     number_B: int

@@ -20,7 +20,7 @@ from harness.kernels.torch.support.autocast import cast_by_autocast, outside_aut
 
 
 class _LoraLinear(torch.autograd.Function):
-    """A LoRA layer. In both passes, addmm adds the low-rank terms to the large products in place.
+    """A LoRA layer. In the forward and the backward pass, addmm adds the low-rank terms to the large products in place.
 
     The Function saves x and S = (x mask) A^T, shape (T, R). Compared with the plain expression, the forward pass does
     not allocate the update (T, E) and its scaled copy. The backward pass does not allocate a scaled copy of dy, and

@@ -151,9 +151,9 @@ def lora_linears(x: Tensor, layers: Sequence[LoraFactors], precomputed: dict[Any
 def factors_over(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> LoraFactors | None:
     """Return the factors of a LoRA layer on `base`, or None if the layer is to be computed alone.
 
-    The result is None under autocast and under torch.compile. It is None if the base has hooks or is neither an
-    nn.Linear nor an `Nf4Linear`, and if the base, x, A and B do not have one dtype. It is also None if the base is in
-    NF4 and Triton multiplies, because Triton has a kernel for a single such layer (`nf4_lora_linear`).
+    The result is None under autocast and under torch.compile. It is None if the base has hooks, is neither an nn.Linear
+    nor an `Nf4Linear`, or differs in dtype from x, A or B. It is also None if the base is in NF4 and Triton multiplies,
+    because Triton has a kernel for a single such layer (`nf4_lora_linear`).
     """
     inner: Any = base
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
