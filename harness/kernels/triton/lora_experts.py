@@ -84,8 +84,9 @@ def grouped_outer(
 def _table(counts: Tensor, rows: int, block: int) -> Tensor:
     """Return the table of `grouped_product`, int64 (groups, 3). A group has at most `block` rows of one expert.
 
-    counts: number of rows of each expert. rows: sum of the counts. The number of groups depends only on this sum, so
-    that the host need not know the counts. Groups that are left over have the expert len(counts), which does not exist.
+    counts: number of rows of each expert. rows: sum of the counts. The number of groups follows from `rows`, `block`
+    and the number of experts, so that the host need not know the counts. Groups that are left over have the expert
+    len(counts), which does not exist.
     """
     number = torch.arange(triton.cdiv(rows, block) + len(counts), device=counts.device)
     groups, ends = (counts + block - 1) // block, counts.cumsum(0)
