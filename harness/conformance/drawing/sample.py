@@ -152,7 +152,7 @@ def factors(plan: MethodSuite | OperationSuite, dtypes: Collection[str]) -> dict
         "kind": Factor(tuple(plan.layers), optional=True),
         "sides": _SIDES,
         "tokens": _TOKENS,
-        "model": Factor(get_args(ModelForm)),
+        "model": Factor(get_args(ModelForm)[:-1], get_args(ModelForm)[-1:]),
         "magnitude": _MAGNITUDES,
         "weights": _WEIGHTS,
         "dtype": Factor(tuple(there)),
