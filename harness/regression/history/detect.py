@@ -156,7 +156,7 @@ def _place_changes(history: History, known: Iterable[HistorySeries]) -> Iterator
 
 
 def _few_passes(history: History) -> dict[str, int]:
-    """Return the nights on which a Cell ran less than PASSES times: night -> smallest number of runs of a Cell."""
+    """Map each night on which a Cell ran less than PASSES times to the smallest number of runs of a Cell."""
     counts = {
         night.night: min(Counter(f"{row['cell']} {row['on']}" for row in night.rows).values(), default=0)
         for night in history.nights

@@ -100,10 +100,10 @@ def _cpu_s() -> float:
 
 
 def _kill(token: str) -> list[str]:
-    """Kill the processes that a command has left behind, and return their names.
+    """Kill the processes that a command has left behind, and return their names. token: mark of these processes.
 
-    The workers of a command are in other process groups, and end by themselves soon after the command. Only processes
-    that still run then count as left behind.
+    The workers of a command are in other process groups, and end by themselves soon after the command. A process counts
+    as left behind if it still runs two seconds later.
     """
     deadline = time.monotonic() + 2.0
     while (found := list(marked(_MARK, token))) and time.monotonic() < deadline:

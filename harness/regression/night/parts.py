@@ -15,7 +15,7 @@ Device = Literal["cpu", "cuda"]
 OUT = "{out}"
 """Placeholder in the arguments of a part: the part's own folder."""
 HEADLINE = "headline-"
-"""Prefix of the names of the parts whose runs the part `claims` judges."""
+"""Start of the names of the parts that run headline claims. The part `claims` judges their runs."""
 RUNS = "{runs}"
 """Placeholder in the arguments of a part: `--run FOLDER` for each finished run of this night."""
 MATRIX = "{matrix}"
@@ -45,7 +45,7 @@ class Part:
     """True if the time limits of earlier parts must leave enough of the budget for this part."""
 
     def line(self, words: Sequence[str] | None = None) -> str:
-        """Return the command as a line for a shell. words: its arguments; by default with their placeholders."""
+        """Return the command as a line for a shell. words: its arguments; by default `self.words`."""
         given = (f"{name}={value}" for name, value in self.variables.items())
         return shlex.join([*given, "peft-harness", *(self.words if words is None else words)])
 
@@ -177,7 +177,7 @@ _BASELINE = Part(
 
 
 def sources(name: str, names: Iterable[str]) -> list[str]:
-    """Return those of `names` that are parts whose runs the part `name` judges. Most parts judge no runs."""
+    """Return the parts among `names` whose runs are judged by the part `name`. Empty for most parts."""
     made = {"claims": lambda one: one.startswith(HEADLINE), "baseline": lambda one: one == "matrix"}.get(name)
     return list(filter(made, names)) if made else []
 

@@ -50,7 +50,7 @@ class Side:
     """Environment variables of the side's processes, each NAME=VALUE."""
 
     def with_variables(self, variables: Sequence[str]) -> Side:
-        """Return this side with environment variables, which its label names."""
+        """Return a copy of this side with environment variables. The label of the copy names them."""
         label = f"{self.label} with {' '.join(variables)}" if variables else self.label
         return replace(self, label=label, variables=tuple(variables))
 
