@@ -45,7 +45,7 @@ class TaskFile:
 
     @property
     def splits(self) -> dict[str, str]:
-        """Use of a split -> name of the split. Uses: `test`, and also `train` and `fewshot` if the task has them."""
+        """Name of each split, by its use: `test`, and also `train` and `fewshot` if the task has them."""
         spec = self.spec
         test = spec.get("test_split") or spec.get("validation_split")
         shots = spec.get("fewshot_split") or (spec.get("fewshot_config") or {}).get("split")

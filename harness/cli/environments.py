@@ -112,7 +112,7 @@ def repair(name: str, index: IndexOptions) -> Exit:
 
 @contextmanager
 def _interruption(state: str) -> Iterator[None]:
-    """After Ctrl-C or SIGTERM, raise HarnessError. state: words about the environment for its message."""
+    """Raise HarnessError after Ctrl-C or SIGTERM. state: state of the environment, for the error message."""
     try:
         with handle_termination():
             yield

@@ -254,7 +254,7 @@ def _defect(defect: Defect, reproduction: Path) -> str:
 
 
 def _narrowed(patterns: Iterable[str]) -> str:
-    """Return command-line options that select the targets of these patterns of check ids.
+    """Return the command-line options that select the targets of some check ids. patterns: ids with wildcards.
 
     If a target contains a wildcard, return an empty string.
     """
@@ -281,7 +281,7 @@ def _operation(name: str, about: str) -> str:
 
 
 def _loader() -> str:
-    """Return a text about loaders of adapter files: the class, and the adapters of the corpus."""
+    """Return a text about loaders of adapter files: the class `Loader`, and the example adapters in suites/adapters."""
     functions = [
         f"  {name}({', '.join(list(inspect.signature(function).parameters)[1:])}): {inspect.getdoc(function)}"
         for name, function in vars(Loader).items()

@@ -59,8 +59,8 @@ class ForkedWorker(Fork):
 class WorkerServer(ForkServer):
     """A server that forks workers. The constructor raises OSError if the server cannot be started.
 
-    python: the interpreter. imports: modules that the server imports. environment: its variables, of which `token_name`
-    identifies a worker and the processes that it starts.
+    python: the interpreter. imports: modules that the server imports. environment: environment variables of the server.
+    token_name: name of a further variable, whose value identifies a worker and the processes that it starts.
     """
 
     def __init__(self, python: str, imports: Sequence[str], environment: Mapping[str, str], token_name: str) -> None:

@@ -147,7 +147,7 @@ def _fields(
 
 
 def gap(group: Group, e: RankingEntry) -> Field:
-    """Return the field with the difference to the highest accuracy of a group, and whether a test tells the two apart."""
+    """Return the field with the distance of an entry from the highest accuracy of its group, and the test's result."""
     if e is group.entries[0]:
         return field("highest", 0.0, tone="good", more={"standing": e.standing})
     p = "; their test items differ, so only the intervals are compared"

@@ -40,7 +40,7 @@ class EnvironmentFile(FrozenModel):
     """The Python that made the environment: its folder, its version, and its versions of torch and of the libraries
     that the environment replaces."""
     versions: dict[str, str]
-    """Required project -> its version."""
+    """Version of each required project, by name."""
     packages: list[str]
     """All packages in the folder, as requirements with versions and hashes. `env repair` installs exactly these again."""
     size: Bytes

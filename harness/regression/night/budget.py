@@ -13,8 +13,8 @@ LAST_S = {"cuda": 5.0 + part_run.GRACE_S + 7.0, "cpu": 5.0}
 """Seconds of the budget that are kept for the end of the night, by device. They suffice to write the footer and the
 page. On a GPU, which may be lent only until a fixed time, a part can also end after SIGTERM in this time."""
 _FACTOR = {"cuda": 4.0, "cpu": 12.0}
-"""Largest duration of a part divided by its estimate, by device. A part that takes longer counts as hanging. The factors
-are large, since the estimates are rough and a rehearsal (a night on a CPU) often shares its cores."""
+"""Largest duration of a part divided by its estimate, by device. A part that takes longer counts as hanging. The
+factors are large, since the estimates are rough and a rehearsal (a night on a CPU) often shares its cores."""
 DEFAULT_S = {"cuda": 600.0, "cpu": 720.0}
 """Budget in seconds of a night without `--budget`, by device. On a CPU, it suffices for all parts if they take their
 estimated times. If a user sets a larger budget for a CPU, each part may take longer in proportion."""
