@@ -130,14 +130,15 @@ def wrap_layers(
     names: Mapping[str, str] | None = None,
     update: Callable[[Any], Any] | None = None,
 ) -> AdaptedLayers:
-    """Attach layers to a model: freeze the model, replace every target layer, and name the tensors.
+    """Freeze a model, replace every target layer, and return the adapted layers with named tensors.
 
     make_layer: function that takes the base nn.Linear and returns its replacement, a module with the trainable
-    Parameters. names: letter of the paper -> attribute of the module, e.g. `{"A": "lora_A"}`. By default, a tensor has
-    the name of its Parameter. update: function that takes such a module and returns the change of the base weight.
-    Without it, the layers cannot be merged.
+    Parameters. names: maps the name of a tensor in the paper to an attribute of the replacement, e.g.
+    `{"A": "lora_A"}`. By default, a tensor has the name of its Parameter. update: function that takes a replacement and
+    returns the change of the base weight. Without it, the layers cannot be merged.
 
-    The layers must do all that `config` says. For a config that they do not support, raise `harness.Unsupported`.
+    The layers must implement every setting in `config`. For a config that they do not support, raise
+    `harness.Unsupported`.
     """
     from harness.methods.wrap import wrap
 

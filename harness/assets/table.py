@@ -187,8 +187,8 @@ def load_table(path: Path) -> dict[str, Source]:
 def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind = "causal") -> Source:
     """Return the Source that a name in a suite stands for.
 
-    The name is that of a row in the table, `org/name@revision`, `shape:NAME`, or a path of a model's folder that starts
-    from `base`. kind: kind of the source if it is not in the table. Data at a path need a row in the table. Raises
+    name: name of a row in the table, `org/name@revision`, `shape:NAME`, or the path of a model's folder, relative to
+    `base`. kind: kind of the source if it is not in the table. A local data file must have a row in the table. Raises
     UsageError if the name is unknown or does not fit the kind.
     """
     if name in table:

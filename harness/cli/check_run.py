@@ -118,8 +118,9 @@ def judge(request: CheckRequest) -> CheckReport:
 def _with_homes(report: CheckReport, missing: Collection[Target], request: CheckRequest) -> CheckReport:
     """Check targets whose libraries this Python lacks, and return the report with the results.
 
-    missing: these targets. Each is checked in the environment that suites/environments.yaml or a user's file declares for
-    its implementation. If it has not been made, the target stays skipped, and the reason names the command that makes it.
+    missing: these targets. Each is checked in the environment that suites/environments.yaml or a user's file declares
+    for its implementation. If this environment has not been made, the target stays skipped, and the reason names the
+    command that makes the environment.
     """
     found = homes.of({name for name, *_ in missing})
     skipped, there = dict(report.skipped), dict[Path, set[str]]()

@@ -139,7 +139,7 @@ def _send_all(session: Session, echo: bool) -> None:
 
 
 def _add_long(session: Session, base: Path, tokenizer: prompts.Tokenizer | None, longest: int | None) -> None:
-    """Add a long prompt to the session. longest: most tokens that the server allows for a prompt and its answer."""
+    """Add a long prompt to the session. longest: largest number of tokens of a prompt and its answer on the server."""
     room = prompts.room(base, longest)
     tokens = prompts.LONG + prompts.TOKENS if room is None else room
     if session.texts and tokenizer is not None:

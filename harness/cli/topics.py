@@ -75,7 +75,7 @@ def _hint(wanted: str, known: set[str]) -> str:
 
 
 def glossary() -> dict[str, dict[str, str]]:
-    """Return the definitions in glossary.yaml: kind -> name -> text."""
+    """Return the definitions in glossary.yaml: for each kind of term, the text of each term."""
     data: dict[str, dict[str, str]] = yaml_validation.load(Path(__file__).with_name("glossary.yaml")).data
     data["term"]["busy"] = f"{contention.RULE.removeprefix('busy: ')}. {contention.SERVER_RULE}"
     data["term"]["unsteady"] = contention.UNSTEADY_RULE.removeprefix("unsteady: ")

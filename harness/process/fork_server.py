@@ -63,7 +63,7 @@ class ForkServer:
 
     @property
     def is_idle(self) -> bool:
-        """True if none of its forks runs."""
+        """True if no fork of this server runs."""
         self._forks = [fork for fork in self._forks if fork.exit_code is None]
         return not self._forks
 

@@ -45,7 +45,7 @@ class ForkedWorker(Fork):
 
     @property
     def output(self) -> str:
-        """The last lines of its stdout and stderr."""
+        """The last lines of the worker's stdout and stderr."""
         return self._lines.text
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ def anchor(target: str, provider: str) -> str:
 
 
 def lines(report: CheckReport) -> list[str]:
-    """Return a table of what differs between the environments, and the number of checks that fail alike in all.
+    """Return a table of what differs between the environments, and the number of checks that fail alike in all of them.
 
     If no check ran in several environments, return an empty list.
     """

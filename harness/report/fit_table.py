@@ -43,7 +43,7 @@ def lines(document: Mapping[str, Any]) -> list[str]:
 
 
 def _names(document: Mapping[str, Any], rows: Sequence[_Row], several: bool) -> list[list[str]]:
-    """Return the columns that name a row, from `method` to `trainable`. Each starts with its heading."""
+    """Return the columns that name a row, from `method` to `trainable`. Each column starts with its heading."""
     columns: dict[str, _Write] = {"method": lambda row: row["method"], "base": lambda row: row["base"]}
     if several:
         columns["optimizer"] = lambda row: row["optimizer"]

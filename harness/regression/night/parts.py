@@ -23,8 +23,8 @@ MATRIX = "{matrix}"
 CARD = "{card}"
 """Placeholder in the arguments of a part: the name of the GPU's baseline. On a CPU, it has the value of `MATRIX`."""
 REAL, REAL_SUITE, REAL_SOURCES = "matrix-real", "sentinels", ("minilm-l6", "movie-reviews")
-"""Name of the part that trains a pretrained model; name of its suite; names of the model and the data in
-suites/sources.yaml that the suite needs."""
+"""Name of the part that trains a pretrained model; name of its suite; names of this model and its data in
+suites/sources.yaml."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ _OPERATIONS: dict[str, tuple[str, ...]] = {
     "double_dequantize": ("bitsandbytes",),
     "paged_adamw": ("bitsandbytes",),
 }
-"""Operation -> the implementations that its fused kernel is timed against. `reference` is plain torch."""
+"""Implementations with which the fused kernel of an operation is compared, by operation. `reference` is plain torch."""
 _FIRST = 4
 """Number of operations that are timed before the papers' claims. For training steps, the number is `_FIRST_STEPS`."""
 _STEPS: dict[str, tuple[str, ...]] = {
