@@ -199,7 +199,7 @@ def _was_fully_tried(
 ) -> bool:
     """Return whether all checks that could show a known defect were tried.
 
-    Only then, it is a finding that the defect did not show.
+    A defect that did not show is reported as a finding only if this is true.
     """
     by_dtype = all(
         dtype in request.dtypes
@@ -267,7 +267,7 @@ def _tasks(
 ) -> tuple[list[WorkerTask], dict[str, str]]:
     """Return the worker tasks, and the reason for each target that is skipped.
 
-    All targets of a task belong to one entry point, which a process needs to import only once. If there are fewer entry
+    A task has only targets of one entry point, so that its process imports one plug-in. If there are fewer entry
     points than `jobs`, the targets of each entry point are divided into several tasks of similar size.
     """
     grouped: dict[str, list[Implementation]] = {}

@@ -10,7 +10,7 @@ from harness.cli import options
 from harness.errors import Exit
 
 _ANSWERS = {"yes": Exit.PASS, "no": Exit.FAIL, "unknown": Exit.INFRASTRUCTURE}
-"""Exit code by the answer to the question of `--batch`: does this batch fit?"""
+"""Exit code for each answer of `fit --batch`."""
 
 
 @click.command()

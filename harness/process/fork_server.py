@@ -43,8 +43,8 @@ class ForkServer:
     """A running fork server.
 
     command: command that starts a process, which must call `serve` with its standard input. The constructor appends the
-    number of a lifeline (see `harness.process.lifeline`) and `arguments` to it. It raises OSError if the process cannot be
-    started.
+    number of a lifeline (see `harness.process.lifeline`) and `arguments` to `command`. It raises OSError if the process
+    cannot be started.
     """
 
     def __init__(self, command: Sequence[str], arguments: Sequence[str], environment: Mapping[str, str]) -> None:

@@ -103,10 +103,10 @@ def _run(events: int, lifeline: int) -> int:
 
 
 def _mark(name: str, token: str) -> None:
-    """Set a variable of this process, also where other processes read it: in /proc/PID/environ.
+    """Set an environment variable of this process so that other processes read its value in /proc/PID/environ.
 
-    This file shows the memory that held the variables when the server was started. Without this, the processes that the
-    worker forks could not be told from those of another worker.
+    That file shows the memory which held the variables when the server started, so the value is written to this memory.
+    It tells the processes that this worker forks from the processes of other workers.
     """
     getenv = ctypes.CDLL(None).getenv
     getenv.argtypes, getenv.restype = [ctypes.c_char_p], ctypes.c_void_p

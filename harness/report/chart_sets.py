@@ -114,7 +114,7 @@ def accuracy(f: RunFacts, g: Group) -> ChartSet | None:
     ]
 
     def placed(points: dict[int, Point]) -> list[Series]:
-        """Return the series with their points, from the lowest to the highest rank. points: by id() of the entry."""
+        """Return the series with their points, from the lowest to the highest rank. points: by id() of their entry."""
         drawn = [
             replace(s, points=[points[id(e)] for e in sorted(line, key=_rank) if id(e) in points])
             for s, line in zip(empty, lines.values(), strict=True)

@@ -155,7 +155,7 @@ def _defect(defect: Defect, report: CheckReport) -> dict[str, Any]:
 
 
 def _versions(defect: Defect, shown: Iterable[CheckOutcome], report: CheckReport) -> list[str]:
-    """Return the versions of the library with the defect in the environments of the outcomes `shown`, each once."""
+    """Return the versions that the defect's library has in the environments of the outcomes `shown`, each once."""
     software = {one.label: one.environment.software for one in report.environments}
     here = {library: number for one in software.values() for library, number in one.items()} | report.software
     software[""] = (

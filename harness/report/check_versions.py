@@ -74,7 +74,7 @@ def section(report: CheckReport) -> dict[str, Any] | None:
 
 
 def document(report: CheckReport) -> dict[str, Any]:
-    """Return the tables by version as JSON. Each list `fields` has one entry per `report.environments`."""
+    """Return the tables by version as JSON. Each list `fields` has one entry for each of `report.environments`."""
     return {
         "defects": [
             {

@@ -35,7 +35,7 @@ class Change:
     """A change in the level of one series."""
 
     cell: str
-    """A cell_id; `*` for a change that all series of a place (machine and software) share."""
+    """A cell_id; `*` if the times of all Cells at one place (machine and software) changed together."""
     metric: str
     place: str
     old_night: str

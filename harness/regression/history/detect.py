@@ -53,8 +53,8 @@ def detection(
 ) -> Detection:
     """Return all findings in a history.
 
-    only: cell_ids to report. The anchor, i.e. the factor that all times of a night share, is computed from all Cells
-    anyway. sentinel: an expression that selects Cells whose code does not change.
+    only: cell_ids to report. The times of a night are compared across all Cells anyway. sentinel: an expression that
+    selects Cells whose code does not change.
     """
     known = series(history)
     sentinels = cell_names.select(history, sentinel, "--sentinel") if sentinel else frozenset()

@@ -30,8 +30,8 @@ class Between:
     because: str
     """Reason why there is no request, or remarks on the request."""
     paired: tuple[str, str]
-    """Revisions to compare: (old, new). They are from up to NEAR nights before the old night and after the new night,
-    because the exact night of the change is uncertain."""
+    """Revisions to compare: (old, new). The exact night of the change is uncertain, so they may be some nights further
+    apart than `revisions`."""
     libraries: tuple[str, ...]
     """Libraries that changed between the `paired` nights, as `name old -> new`."""
 
@@ -123,7 +123,7 @@ def _measured_by_pairs(metric: str) -> bool:
 
 
 def _outer_nights(history: History, change: Change) -> tuple[str, str]:
-    """Return the two nights to compare: up to NEAR nights before `change.old_night`, and as many after `change.night`.
+    """Return the two nights to compare: up to NEAR nights before `change.old_night` and after `change.night`.
 
     The distance is needed because the exact night of a change is uncertain. If the change is recent, the second night
     is `change.night` itself.

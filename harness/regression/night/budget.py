@@ -11,7 +11,7 @@ from harness.regression.night.parts import Device, Part
 
 LAST_S = {"cuda": 5.0 + part_run.GRACE_S + 7.0, "cpu": 5.0}
 """Seconds of the budget that are kept for the end of the night, by device. They suffice to write the footer and the
-page. On a GPU, which may be lent only until a fixed time, a part can also end after SIGTERM in this time."""
+page. On a GPU, which may be lent only until a fixed time, they also suffice for a part to end after SIGTERM."""
 _FACTOR = {"cuda": 4.0, "cpu": 12.0}
 """Largest duration of a part divided by its estimate, by device. A part that takes longer counts as hanging. The
 factors are large, since the estimates are rough and a rehearsal (a night on a CPU) often shares its cores."""
@@ -38,7 +38,7 @@ def limit(part: Part, later: Sequence[Part], left_s: float, device: Device, budg
     """Return the time limit of a part that starts now.
 
     later: the parts that follow. The limit leaves enough time for those of them whose `kept` is true. But it is at
-    least the estimate of `part`, or all the time that is left.
+    least the estimate of `part`, if so much time is left.
     left_s: seconds of the budget that are left.
     budget_s: the whole budget in seconds.
     """

@@ -111,7 +111,7 @@ class Night:
 
     @property
     def without_baseline(self) -> str:
-        """Clause of the verdict that says that the card has no baseline. Empty if it has one, or if none was needed."""
+        """Clause of the verdict that says that the card has no baseline; empty if it has one or needs none."""
         asked = any(one.name == "baseline" for one in self.results)
         return "this card has no baseline yet" if asked and self.lacks_baseline else ""
 

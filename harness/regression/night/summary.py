@@ -65,8 +65,8 @@ def next_steps(night: Night) -> list[str]:
 def _left_out(night: Night) -> list[str]:
     """Return the commands that run the parts which this night has cut or skipped.
 
-    A part that judges the runs of other parts is repeated with them. If only the judging part itself was left out, its
-    command judges the existing runs of this night.
+    A part that judges the runs of other parts is repeated with these parts. If only the judging part itself was left
+    out, its command judges the existing runs of this night.
     """
     found = {one.name: one for one in night.results}
     left, alone = set(night.left_out), []
