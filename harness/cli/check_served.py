@@ -173,7 +173,7 @@ def _base_name(name: str, folder: Path, listed: Sequence[ServedModel], adapters:
 
 
 def _agree(client: Client, session: Session, tokenizer: prompts.Tokenizer | None) -> None:
-    """Find the dialect of the server's API, check that its tokenizer is that of the base, and set the prompts."""
+    """Find the dialect of the server's API, check that the server uses the base's tokenizer, and set the prompts."""
     if tokenizer is not None:
         known = client.names
 

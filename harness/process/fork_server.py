@@ -243,7 +243,7 @@ def _become(parent: int, stdin: int, output: int) -> None:
 def _report_ends(status_of: dict[int, int], kills_groups: bool) -> None:
     """Report the exit code of each fork that has ended. If `kills_groups`, kill the rest of its process group.
 
-    status_of: process id of each running fork -> descriptor to which its exit code is written.
+    status_of: by the process id of a running fork, the descriptor to which the exit code of the fork is written.
     """
     for pid in list(status_of):
         # WNOWAIT keeps it a zombie, so that no other process gets its id, which is also the id of the group.

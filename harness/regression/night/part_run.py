@@ -19,7 +19,7 @@ from harness.process.supervisor import Subprocess, signal_name
 from harness.process.worker_pool import marked
 
 _NOT_INHERITED = ("TRITON_INTERPRET", "CUDA_LAUNCH_BLOCKING")
-"""Environment variables that would make the times of a GPU meaningless. A part sets those that it needs."""
+"""Environment variables that a part does not inherit, since they make times of a GPU meaningless. It may set them."""
 GRACE_S = 20.0
 """Seconds in which a command whose time is over can save and print what it has measured."""
 STDOUT = "stdout.json"

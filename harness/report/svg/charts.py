@@ -173,7 +173,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 def bars(
     x: Axis, rows: Mapping[str, Sequence[float]], series: Sequence[Series], write: Callable[[float], str]
 ) -> Drawing:
-    """Draw a bar for each row, divided into parts. rows: name of each bar -> lengths of its parts, one per series."""
+    """Draw a bar for each row, divided into parts. rows: by name of a bar, the lengths of its parts, one per series."""
     bottom = 6 + _ROW * len(rows)
     left = 12 + min(_NAMES, max(_WIDE_LETTER * len(name) for name in rows))
     c = Canvas(WIDTH, bottom + 40)
