@@ -29,7 +29,7 @@ class GaLore(galore.GaLore):
 
     @torch.no_grad()
     def update(self, p: Tensor, G: Tensor, group: dict[str, Any]) -> None:
-        """Take one step of parameter p with its gradient G."""
+        """Update the parameter p by one step, with the gradient G."""
         state, rank = self.state[p], group["rank"]
         steps = state.get("step", 0)
         if rank and steps % group["update_gap"] == 0:
