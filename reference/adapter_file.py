@@ -94,7 +94,7 @@ class AdapterSettings:
         return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save or ())
 
     def targets(self, path: str) -> bool:
-        """Return whether target_modules, which is not `all-linear`, selects the module at this path.
+        """Return whether target_modules selects the module at this path. target_modules must not be `all-linear`.
 
         A string is a regular expression that must match the whole path. A list holds whole paths or ends of paths.
         If layers_to_transform is set, an end of a path selects only modules in the blocks with these numbers.
@@ -119,7 +119,7 @@ class AdapterSettings:
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """The low-rank update of one parameter of the base, and the keys in the adapter file of the update's tensors."""
+    """The low-rank update of one parameter of the base, and the keys under which the adapter file stores A, B, c and m."""
 
     path: str
     """Path of the module in the base."""

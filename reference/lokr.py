@@ -80,7 +80,7 @@ class Config:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
     factor: int = field(default=-1, metadata={"minimum": -1, "maximum": 4096})
-    """Largest number of rows and columns of the left block C. Below 1, the square root of a size is the limit."""
+    """Largest number of rows and columns of the left block C. If below 1, the limit is the square root of the size."""
     init: str = field(default="peft", metadata={"choices": ("peft", "lycoris")})
     """Block that starts at zero: the left one, as in `peft`, or the right one, as in `lycoris`."""
     rank_dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})

@@ -115,7 +115,8 @@ class LoraExperts(AdaptedLayer):
 class QloraExperts(LoraExperts):
     """A frozen module of stacked experts in NF4, with a low-rank update of every expert's weights (QLoRA, eqs. 5 and 6).
 
-    Each stacked parameter is quantised as a whole. Of `base`, only parameters that are not stacked are used, e.g. biases.
+    Each stacked parameter is quantised as a whole. Of `base`, only parameters that are not stacked are used, e.g.
+    biases.
     """
 
     def __init__(

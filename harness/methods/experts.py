@@ -1,7 +1,7 @@
 """Expert weights that are stacked in one parameter, in mixture-of-experts models. Imports no torch.
 
-Such a parameter belongs to no linear layer. So the target `all-linear` does not adapt it, and a 4-bit quantisation of the
-base does not pack it. The target `experts` of LoRA and QLoRA adapts it.
+Such a parameter belongs to no linear layer. So the target `all-linear` does not adapt it, and a 4-bit quantisation of
+the base does not pack it. The target `experts` of LoRA and QLoRA adapts it.
 """
 
 from __future__ import annotations

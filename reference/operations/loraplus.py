@@ -1,8 +1,8 @@
 """LoRA+: a higher learning rate for B than for A. Hayou et al., ICML 2024, arXiv:2402.12354. An Operation, not a Method.
 
 The paper trains B at `ratio` (the paper's lambda) times the learning rate of A, because features are learned
-efficiently only if the ratio of the two rates is of the order of the width. Its code divides the trainable tensors of a
-model into these groups:
+efficiently only if the ratio of the two rates is of the order of the width. The authors' code divides the trainable
+tensors of a model into these groups:
 
     tensors                                          learning rate   weight decay
     A, and all others with two or more dimensions    lr              weight_decay

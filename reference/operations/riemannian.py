@@ -77,7 +77,7 @@ def preconditioned(
 def optimizer_step(
     kind: Kind, p: Tensor, g: Tensor, m: Tensor, v: Tensor, *, lr: float, weight_decay: float, **adamw: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return p, m and v after a step. kind: `adamw`, or `gd` for p = (1 - lr weight_decay) p - lr g with the old m, v."""
+    """Return p, m and v after a step. With the kind `gd`, p = (1 - lr weight_decay) p - lr g, and m and v do not change."""
     if kind == "adamw":
         return adamw_step(p, g, m, v, lr=lr, weight_decay=weight_decay, **adamw)
     return (1 - lr * weight_decay) * p - lr * g, m, v

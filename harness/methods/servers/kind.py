@@ -55,6 +55,6 @@ class ServerKind:
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     """Dtypes in which the server can compute."""
     start_s: float = 600.0
-    """Seconds from its start within which the server must answer."""
+    """Seconds after the start of the server within which it must answer."""
     patience_s: float = 300.0
     """Seconds within which the server must answer a request."""

@@ -97,9 +97,9 @@ def loraplus_groups(
     tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor], frozen: Collection[str], *, weight_decay: float,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return learning rates and weight decays of peft's LoRA+ (float64, one per tensor), and all values after one step.
+    """Return learning rates and weight decays of peft's LoRA+ (float64, one per tensor), and the tensors after one step.
 
-    The values are flat and concatenated. The weight decay is set by peft's keyword `loraplus_weight_decay`.
+    The tensors are flattened and concatenated. The weight decay is set by peft's keyword `loraplus_weight_decay`.
     """
     return _loraplus(tensors, gradients, loraplus_weight_decay=weight_decay, **options)
 
@@ -198,9 +198,9 @@ def _two_layers(
 ) -> Any:
     """Return a PeftModel of two linear layers with these adapters, each with its own rank and scaling.
 
-    other: a trainable tensor of the first layer besides A and B. role: what `other` is: the layer's `bias`, the bias of B
-    (`lora-bias`) or DoRA's `magnitude`. experts: number of weights in each layer; above 1 the layers are stacks. Raises
-    Unsupported for stacks with another role than `bias`.
+    other: a trainable tensor of the first layer besides A and B. role: what `other` is: the layer's `bias`, the bias of
+    B (`lora-bias`) or DoRA's `magnitude`. experts: number of weights in each layer; above 1 the layers are stacks.
+    Raises Unsupported for stacks with another role than `bias`.
     """
     import torch
     from peft import LoraConfig, get_peft_model

@@ -110,8 +110,8 @@ def _prompted(
 def _numbered(model: Any, own: Any, **options: Any) -> Any:
     """Run the model's forward pass `own` with corrected arguments, and return its output.
 
-    The position ids do not count padding between virtual tokens and text. peft passes the cache under an old name, of
-    which transformers warns, and which it refuses from 5.40 on. So the cache gets the name that the model expects.
+    The position ids do not count padding between virtual tokens and text. peft passes the cache under an old name.
+    transformers warns of this name, and refuses it from 5.40 on. So the cache gets the name that the model expects.
     """
     parameters = inspect.signature(own).parameters
     mask = options.get("attention_mask")
