@@ -29,9 +29,8 @@ Kind = Literal[
 GROUPS = 2
 """Number of groups of a convolution of the kind `conv2d-grouped`."""
 ModelForm = Literal["plain", "wide", "deep", "tied"]
-"""Forms of the ParityModel, the small model on which Methods are tried. `plain` has two target layers. `wide` also has
-a larger layer that must not be adapted. `deep` has ten target layers. `tied` has three, two of which share their
-weight."""
+"""Forms of the ParityModel, the model on which Methods are tried. `plain` has two targets. `wide` also has a larger layer
+that must not be adapted. `deep` has ten targets. `tied` has three, two with one weight, and is frozen before attaching."""
 Magnitude = Literal["normal", "large", "outlier", "zero-rows", "small", "huge", "tiny", "constant", "positive"]
 """Size of the values of a drawn input; see `harness.conformance.comparison.magnitudes`."""
 MAIN_MAGNITUDES = 5
@@ -117,15 +116,15 @@ class MethodSuite(FrozenModel):
           and every shape in one main dtype: float32 or, if float32 is not requested, the first requested dtype.
         - Each other dtype tries a part of these configs and shapes, and a config with dropout if the suite has one.
         - Every other kind of layer is tried in the main dtype and in one other dtype, with one config and one shape.
+        - One example is tried again with a `tied` model.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
             return
         if wanted.full:
-            every = itertools.product(self.configs, self.layers, self.shapes, there, self.models)
-            for config, kind, shape, dtype, model in every:
-                if _fits(config, kind) and (model == "plain" or kind == self.layers[0]):
-                    yield MethodCase(config, kind, shape, dtype, model)
+            for config, kind, shape, dtype in itertools.product(self.configs, self.layers, self.shapes, there):
+                if _fits(config, kind):
+                    yield MethodCase(config, kind, shape, dtype)
         else:
             few = list(self._few(there))
             main = _main(there)
@@ -133,6 +132,7 @@ class MethodSuite(FrozenModel):
             oblong = [c for c in plain if c.shape.inputs != c.shape.outputs]  # a square layer hides a transposed matrix
             typical = min(oblong or plain or few, key=lambda c: (*_oddness(c.config), c.shape.inputs * c.shape.outputs))
             yield from (replace(case, typical=case is typical) for case in few)
+            yield from [replace(typical, model="tied")] if self.layers[0] == "linear" and not self.base else []
 
     def _few(self, dtypes: Sequence[Dtype]) -> Iterator[MethodCase]:
         for dtype in dtypes:
@@ -140,9 +140,9 @@ class MethodSuite(FrozenModel):
             configs, shapes = self.configs[every] or self.configs, self.shapes[every] or self.shapes
             if not any(map(_drops, configs)):  # only dropout makes training mode differ
                 configs = [*configs, *filter(_drops, self.configs)][: len(configs) + 1]
-            for index in range(max(len(configs), len(shapes), len(self.models))):
-                shape, model = shapes[(index + shift) % len(shapes)], self.models[index % len(self.models)]
-                yield MethodCase(configs[index % len(configs)], self.layers[0], shape, dtype, model)
+            for index in range(max(len(configs), len(shapes))):
+                shape = shapes[(index + shift) % len(shapes)]
+                yield MethodCase(configs[index % len(configs)], self.layers[0], shape, dtype)
             for number, kind in enumerate(self.layers[1:], start=1):
                 if every.step is not None and (number + shift) % every.step:
                     continue

@@ -40,7 +40,8 @@ class ParityModel(nn.Module):
     `first` and `second` are the targets, which a Method adapts. `other` is never adapted. `second` has no bias if its
     kind of layer allows that. The form `wide` adds the layer `wide` (D + E to D + E features), which is never adapted,
     and which is larger than every target in both dimensions; here every layer has a bias. The form `deep` adds the
-    targets `more.0` to `more.7`. The form `tied` adds the target `again`, which has the same weight as `first`.
+    targets `more.0` to `more.7`. The form `tied` adds the target `again`, which has the same weight as `first`, and
+    freezes every parameter.
     Stacked experts map D to D features, with E features in between. Weights are normal with standard deviation
     1/sqrt(inputs), drawn in float64. weights: name of the factor by which the weights of all layers but `other` are
     multiplied.
@@ -78,6 +79,7 @@ class ParityModel(nn.Module):
             own_size = 1.0 if name.startswith("other.") else size
             parameter.data = (drawn * (own_size * fan_in**-0.5)).to(dtype)
         self.x = _input(kind, D, generator, dtype)
+        self.requires_grad_(form != "tied")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the whole model for x."""
