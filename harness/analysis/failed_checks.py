@@ -10,7 +10,7 @@ def failed(record: Record) -> list[CheckResult]:
     return [check for check in record.unpassed if check.outcome is Outcome.FAIL]
 
 
-def own(record: Record) -> list[CheckResult]:
+def checks_run_here(record: Record) -> list[CheckResult]:
     """Return the checks that this attempt ran itself, without those of a parity gate that another Cell ran."""
     return record.checks[record.gate.checks :] if record.gate and record.gate.record else record.checks
 

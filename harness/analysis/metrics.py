@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from harness.analysis import failed_checks, measurements
-from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, FindingKind, Unit
+from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, RowKind, Unit
 from harness.records.base_model import meaning
 from harness.records.cost import Checkpoint
 from harness.records.memory import ALLOCATED, Memory
@@ -71,7 +71,7 @@ class Metric:
     """Name of the metric in the history of nightly runs."""
     quantity: str = ""
     """Name of the metric in the regression gate that compares a run with a baseline."""
-    finding: FindingKind = FindingKind.MEMORY
+    finding: RowKind = RowKind.MEMORY
     """Kind of the row that the regression gate makes from the metric."""
 
     def value(self, record: Record) -> Number | None:
@@ -96,10 +96,10 @@ def _measured(part: str, field: str) -> Callable[[Record], Number | None]:
     return read
 
 
-_PARTS: dict[str, tuple[type[BaseModel], FindingKind]] = {
-    "parameters": (Parameters, FindingKind.PARAMETERS),
-    "memory": (Memory, FindingKind.MEMORY),
-    "checkpoint": (Checkpoint, FindingKind.CHECKPOINT),
+_PARTS: dict[str, tuple[type[BaseModel], RowKind]] = {
+    "parameters": (Parameters, RowKind.PARAMETERS),
+    "memory": (Memory, RowKind.MEMORY),
+    "checkpoint": (Checkpoint, RowKind.CHECKPOINT),
 }
 
 
@@ -207,7 +207,7 @@ PEAK_ABOVE_IMPORTS = Metric(
 STEP = Metric(
     name="step_s", unit="s", kind="timed", better="lower", read=measurements.step_seconds, why_missing=_no_speed,
     meaning="median time of a steady step in this process; missing where a check failed or was impossible",
-    finding=FindingKind.TIME,
+    finding=RowKind.TIME,
     heading="Step, ms", terminal_heading="step ms", axis="step time", column="step_s", history="step_s", quantity="step",
 )  # fmt: skip
 TOKENS_PER_S = Metric(

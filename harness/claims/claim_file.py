@@ -120,7 +120,7 @@ def load(paths: Iterable[Path]) -> list[Claim]:
         except SuiteError as error:
             problems += error.problems
             continue
-        reading = _Reading(document)
+        reading = _ClaimFileReader(document)
         found += reading.claims(keys)
         problems += reading.problems
         for where, name in reading.ids:
@@ -134,7 +134,7 @@ def load(paths: Iterable[Path]) -> list[Claim]:
     return found
 
 
-class _Reading:
+class _ClaimFileReader:
     """Reader of one claim file. `problems` collects the errors. `ids` collects the place and the id of each claim."""
 
     def __init__(self, document: Document) -> None:

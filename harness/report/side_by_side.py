@@ -8,8 +8,8 @@ from typing import Any
 
 from harness.analysis import contention, failed_checks, metrics
 from harness.analysis.comparison import against_baseline
-from harness.analysis.comparison.against_baseline import Against
-from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind
+from harness.analysis.comparison.against_baseline import BaselineVerdict
+from harness.analysis.comparison.baseline_rows import ComparisonRow, RowKind
 from harness.analysis.run_facts import RunFacts
 from harness.analysis.verdict_kind import VerdictKind
 from harness.errors import plural
@@ -20,7 +20,7 @@ from harness.report.formatting import Field, field, unmeasured
 from harness.report.table_model import Column, Table, column, condensed, grouped
 from harness.report.tones import badge
 
-_AROUND = (FindingKind.ENVIRONMENT, FindingKind.ASSETS)
+_AROUND = (RowKind.ENVIRONMENT, RowKind.ASSETS)
 """Kinds of rows that compare the environments and the assets of two runs, not their results."""
 
 
@@ -44,7 +44,7 @@ def _pair(base: RunFacts, new: RunFacts, number: int) -> dict[str, Any]:
     judged = [
         row for row in against.rows if row.word is not VerdictKind.PASS and row.kind not in _AROUND and row.judged
     ]
-    findings = [row for row in judged if not (row.kind is FindingKind.MISSING and row.what == "Cell")]
+    findings = [row for row in judged if not (row.kind is RowKind.MISSING and row.what == "Cell")]
     word, sentence = _whole(against, findings)
     return badge(word) | {
         "id": f"pair-{number}",
@@ -56,7 +56,7 @@ def _pair(base: RunFacts, new: RunFacts, number: int) -> dict[str, Any]:
     }
 
 
-def _whole(against: Against, findings: Sequence[ComparisonRow]) -> tuple[VerdictKind, str]:
+def _whole(against: BaselineVerdict, findings: Sequence[ComparisonRow]) -> tuple[VerdictKind, str]:
     """Return the verdict on the common Cells, and a sentence about it."""
     if not against.compared:
         return VerdictKind.NOT_RUN, "Nothing was compared: no Cell has a Record in both runs."

@@ -19,7 +19,7 @@ from harness.process.supervisor import Subprocess
 from harness.process.worker_pool import marked
 from harness.regression.night import budget, part_run, parts
 from harness.regression.night import run as nights
-from harness.regression.night.parts import Part
+from harness.regression.night.parts import NightPart
 from harness.regression.night.run import NightRequest, night
 from harness.suites import loader
 from harness.suites.expand import select
@@ -80,14 +80,16 @@ elif what == "garbage":
 """
 
 
-def part(word: str, estimate_s: float = 1.0, name: str = "", kind: Any = "check", kept: bool = False) -> Part:
-    return Part(name or word, f"What if it {word}?", kind, (word, "--json", "--out", parts.OUT), estimate_s, kept=kept)
+def part(word: str, estimate_s: float = 1.0, name: str = "", kind: Any = "check", kept: bool = False) -> NightPart:
+    return NightPart(
+        name or word, f"What if it {word}?", kind, (word, "--json", "--out", parts.OUT), estimate_s, kept=kept
+    )
 
 
 def run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    plan: list[Part],
+    plan: list[NightPart],
     budget_s: float = 600.0,
     only: tuple[str, ...] = (),
 ) -> tuple[Exit, dict[str, dict[str, Any]], str]:
@@ -244,7 +246,9 @@ def test_three_slow_parts_of_parity_leave_ten_minutes_for_ceilings_operations_an
 
 
 def test_a_part_that_takes_many_times_its_estimate_seems_to_hang() -> None:
-    def limit(later: list[Part], left_s: float, device: parts.Device = "cuda", budget_s: float = 600.0) -> budget.Limit:
+    def limit(
+        later: list[NightPart], left_s: float, device: parts.Device = "cuda", budget_s: float = 600.0
+    ) -> budget.Limit:
         return budget.limit(part("good", 60.0), later, left_s, device, budget_s)
 
     assert limit([], 10_000.0).by == "estimate"
@@ -343,7 +347,7 @@ def test_ctrl_c_leaves_a_footer_and_a_page(tmp_path: Path) -> None:
     out = tmp_path / "night"
     code = (
         "import sys; from pathlib import Path; from harness.regression.night import parts, run\n"
-        "plan = [parts.Part(n, n, 'check', (n,), 1.0) for n in ('saves', 'good')]\n"
+        "plan = [parts.NightPart(n, n, 'check', (n,), 1.0) for n in ('saves', 'good')]\n"
         "parts.on_cpu = lambda: plan\n"
         f"wanted = run.NightRequest(600, 'cpu', Path({str(out)!r}), command=(sys.executable, {str(stub)!r}))\n"
         "sys.exit(run.night(wanted, True))"
@@ -393,7 +397,7 @@ def test_a_suite_of_ones_own_takes_the_place_of_the_real_model(tmp_path: Path, m
 
 @pytest.mark.slow
 def test_a_rehearsal_runs_cells_of_the_same_kind_as_the_headlines() -> None:
-    def kinds(plan: list[Part]) -> set[tuple[object, ...]]:
+    def kinds(plan: list[NightPart]) -> set[tuple[object, ...]]:
         """Return a tuple for each kind of Cell that the parts of the headlines run."""
         found = set()
         for part in plan:

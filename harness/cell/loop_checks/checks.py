@@ -29,7 +29,7 @@ PARTS = 2
 _DRAWS = (None, *range(PERTURBED_DRAWS))
 
 
-class Yardstick:
+class ReferenceTrainings:
     """Trainings to compare with: the reference by the harness's own loop, in float64 and in the trainee's dtype.
 
     All implementations of a Method in one dtype share them.
@@ -53,12 +53,12 @@ class Yardstick:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ComparedTrainings:
     """Trainings that a check compares: `trainee` by the loop under test, the reference by the harness's own loop."""
 
     trainee: Trainee
     train: Callable[..., StepSamples]
-    yardstick: Yardstick
+    yardstick: ReferenceTrainings
 
     @cached_property
     def whole(self) -> Observed:
@@ -76,7 +76,7 @@ Findings = Judgement | list[str]
 """Result of a check: a judgement of numbers, or a list of what is wrong."""
 
 
-def check_order(evidence: Evidence) -> Findings:
+def check_order(evidence: ComparedTrainings) -> Findings:
     """Each optimizer step sees all texts of one batch, and the loop keeps the order of batches and texts."""
     wanted = [
         [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(*map(b.inputs.get, _TEXTS), strict=True)]  # type: ignore[arg-type,union-attr]
@@ -96,7 +96,7 @@ def check_order(evidence: Evidence) -> Findings:
 _TEXTS = ("input_ids", "attention_mask")
 
 
-def check_schedule(evidence: Evidence) -> Findings:
+def check_schedule(evidence: ComparedTrainings) -> Findings:
     """Each optimizer step has the learning rate of the recipe. In the warm-up the rate rises linearly to its peak, and is
     above zero in the first step. Then it falls linearly, and would be zero after the last step."""
     recipe, found = evidence.trainee.recipe, evidence.whole.rates
@@ -113,13 +113,13 @@ def check_schedule(evidence: Evidence) -> Findings:
     return odd
 
 
-def check_gradients(evidence: Evidence) -> Findings:
+def check_gradients(evidence: ComparedTrainings) -> Findings:
     """The optimizer gets the gradient of the mean loss over the answers' tokens plus the Method's own loss term.
     Nothing else is added to this gradient, and nothing clips or scales it."""
     return _gradients(evidence.trainee, evidence.whole)
 
 
-def check_accumulation(evidence: Evidence) -> Findings:
+def check_accumulation(evidence: ComparedTrainings) -> Findings:
     """With a batch in two parts, the optimizer gets the gradient of the whole batch. Each part counts in proportion to its
     number of answer tokens."""
     return _gradients(evidence.trainee, evidence.parts)
@@ -134,7 +134,7 @@ def _gradients(trainee: Trainee, seen: Observed) -> Findings:
     return carried_noise(mine, truth, draws, trainee.dtype)
 
 
-def check_losses(evidence: Evidence) -> Findings:
+def check_losses(evidence: ComparedTrainings) -> Findings:
     """The reported loss of every step equals that of the float64 reference in the harness's loop, within the noise of the
     dtype. This is the rule of `same-losses` in a suite."""
     truth, mine = evidence.yardstick.truth.samples.losses, evidence.whole.samples.losses
@@ -163,7 +163,7 @@ def _errors(losses: list[float], truth: list[float]) -> list[float]:
     return [abs(a - b) for a, b in zip(losses, truth, strict=True)]
 
 
-def check_weights(evidence: Evidence) -> Findings:
+def check_weights(evidence: ComparedTrainings) -> Findings:
     """After the last step, every trained tensor equals the one that the float64 reference reaches in the harness's loop, up
     to the noise of the dtype."""
     draws = (draw.end for draw in evidence.yardstick.draws())
@@ -172,24 +172,24 @@ def check_weights(evidence: Evidence) -> Findings:
     )
 
 
-def check_method_steps(evidence: Evidence) -> Findings:
+def check_method_steps(evidence: ComparedTrainings) -> Findings:
     """The loop calls the Method's `after_step`, e.g. AdaLoRA's pruning, once after each step, with the step's number."""
     want, found = list(range(1, evidence.trainee.recipe.steps + 1)), evidence.whole.method_steps
     return [] if found == want else [f"after_step was called for steps {found}, should be {want}"]
 
 
-def check_frozen_weights(evidence: Evidence) -> Findings:
+def check_frozen_weights(evidence: ComparedTrainings) -> Findings:
     """The loop changes no frozen tensor of the model."""
     return [f"{name} changed" for name in evidence.whole.changed]
 
 
-def check_training_mode(evidence: Evidence) -> Findings:
+def check_training_mode(evidence: ComparedTrainings) -> Findings:
     """The model is in training mode in every forward pass."""
     count = evidence.whole.in_evaluation
     return [f"{count} forward passes were in evaluation mode"] if count else []
 
 
-CHECKS: dict[str, Callable[[Evidence], Findings]] = {
+CHECKS: dict[str, Callable[[ComparedTrainings], Findings]] = {
     name.removeprefix("check_"): function
     for name, function in list(globals().items())
     if name.startswith("check_") and inspect.isfunction(function)
@@ -197,7 +197,7 @@ CHECKS: dict[str, Callable[[Evidence], Findings]] = {
 """Name of a check -> its function."""
 
 
-def outcome_of(name: str, check: str, evidence: Evidence) -> CheckOutcome:
+def outcome_of(name: str, check: str, evidence: ComparedTrainings) -> CheckOutcome:
     """Run one check of a loop, and return its outcome. name: the loop's name."""
     trainee = evidence.trainee
     try:

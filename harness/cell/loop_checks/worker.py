@@ -48,12 +48,12 @@ def _events(name: Loop) -> Iterator[LoopEvent]:
 
     yield LoopEvent(environment=environment.describe())
     registry, loop = discover(), loops.find(name)
-    yardsticks: dict[tuple[str, str], checks.Yardstick] = {}
+    yardsticks: dict[tuple[str, str], checks.ReferenceTrainings] = {}
     for method, implementation, dtype in TRAINEES:
         yield LoopEvent(begin=f"{method} by {implementation} in {dtype}")
         trainee = Trainee(method, implementation, dtype, registry)
-        yardstick = yardsticks.setdefault((method, dtype), checks.Yardstick(trainee))
-        evidence = checks.Evidence(trainee, loop.train, yardstick)
+        yardstick = yardsticks.setdefault((method, dtype), checks.ReferenceTrainings(trainee))
+        evidence = checks.ComparedTrainings(trainee, loop.train, yardstick)
         for check in checks.CHECKS:
             yield LoopEvent(outcome=checks.outcome_of(name, check, evidence))
     yield LoopEvent(begin="settings, one at a time")

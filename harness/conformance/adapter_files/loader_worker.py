@@ -35,7 +35,7 @@ from harness.conformance.served.prompts import drawn
 from harness.errors import Unsupported, UsageError
 from harness.methods.loader import ADAPTER_FILES
 from harness.methods.registry import Implementation, discover
-from harness.process.event_pipe import Emit, event_writer
+from harness.process.event_pipe import EventWriter, event_writer
 from harness.process.out_of_memory import shortage
 from harness.records.check import CheckId
 
@@ -90,10 +90,10 @@ class _Comparison:
     """Compares loaders with the reference, by their logits for one adapter file and the same prompts."""
 
     adapter: CorpusAdapter
-    emit: Emit
+    emit: EventWriter
 
     @classmethod
-    def of(cls, task: LoaderTask, emit: Emit) -> _Comparison:
+    def of(cls, task: LoaderTask, emit: EventWriter) -> _Comparison:
         """Draw prompts, and compute their logits by the reference. Raises UsageError or Unsupported if it cannot."""
         adapter = AdapterFile.read(Path(task.adapter))
         base = adapter.base(Path(task.base))

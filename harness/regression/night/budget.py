@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.regression.night import part_run
-from harness.regression.night.parts import Device, Part
+from harness.regression.night.parts import Device, NightPart
 
 LAST_S = {"cuda": 5.0 + part_run.GRACE_S + 7.0, "cpu": 5.0}
 """Device -> seconds of the budget that are kept for the footer and the page. On a GPU, which may be lent only until a
@@ -34,7 +34,7 @@ class Limit:
     `estimate`: the part has taken many times its estimate, so it seems to hang."""
 
 
-def limit(part: Part, later: Sequence[Part], left_s: float, device: Device, budget_s: float) -> Limit:
+def limit(part: NightPart, later: Sequence[NightPart], left_s: float, device: Device, budget_s: float) -> Limit:
     """Return the time limit of a part that starts now.
 
     later: the parts after it. The limit leaves enough time for those with `kept`, but is never below the part's own
@@ -55,7 +55,7 @@ def needed_s(estimates_s: Sequence[float], device: Device) -> float:
     return sum(estimate_s + AROUND_S for estimate_s in estimates_s) + LAST_S[device]
 
 
-def planned(plan: Sequence[Part], budget_s: float, device: Device) -> list[float]:
+def planned(plan: Sequence[NightPart], budget_s: float, device: Device) -> list[float]:
     """Return the time limit of each part in seconds, assuming that all earlier parts take exactly their estimates.
 
     The limit is 0 if the part does not fit into the budget.

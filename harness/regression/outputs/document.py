@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.analysis.comparison.against_baseline import Against
+from harness.analysis.comparison.against_baseline import BaselineVerdict
 from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, MEANING, PROCESS_PEAK_B, PROCESS_SHARE
 from harness.records.store import Run
 from harness.regression.baseline.store import Baseline
@@ -12,7 +12,7 @@ from harness.regression.baseline.store import Baseline
 SCHEMA = 1
 
 
-def document(against: Against, baseline: Baseline, run: Run) -> dict[str, Any]:
+def document(against: BaselineVerdict, baseline: Baseline, run: Run) -> dict[str, Any]:
     """Return the JSON document of `gate RUN --baseline NAME --json`. Its units are bytes, seconds, and shares of 1."""
     chosen_B = against.margins.memory_B
     return {

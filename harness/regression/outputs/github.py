@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind, Findings
+from harness.analysis.comparison.baseline_rows import ComparisonRow, GateResult, RowKind
 from harness.analysis.verdict_kind import VerdictKind
 from harness.regression.outputs import formatting
 
@@ -18,7 +18,7 @@ def is_job() -> bool:
     return os.environ.get("GITHUB_ACTIONS") == "true"
 
 
-def lines(findings: Findings) -> list[str]:
+def lines(findings: GateResult) -> list[str]:
     """Return the commands: one error per failed row, and one warning per undecided row.
 
     GitHub shows only a few errors and a few warnings. If a level has more, its last command gives the number of the
@@ -39,7 +39,7 @@ def _level(level: str, rows: Sequence[ComparisonRow], files: Sequence[str]) -> l
 
 
 def _sentence(row: ComparisonRow) -> str:
-    if row.kind in (FindingKind.ENVIRONMENT, FindingKind.ASSETS):
+    if row.kind in (RowKind.ENVIRONMENT, RowKind.ASSETS):
         return f"{row.name}: {row.reason}"
     return f"{row.name}: {formatting.sentence(row, ' ')}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree as ET
 
-from harness.analysis.comparison.baseline_rows import MEANING, ComparisonRow, FindingKind, Findings
+from harness.analysis.comparison.baseline_rows import MEANING, ComparisonRow, GateResult, RowKind
 from harness.analysis.verdict_kind import VerdictKind
 from harness.regression.outputs import formatting
 from harness.report import junit_xml
@@ -17,14 +17,14 @@ _TAGS = {
 }
 
 
-def render(findings: Findings) -> bytes:
+def render(findings: GateResult) -> bytes:
     """Return a JUnit file: one test suite per kind of finding, and one for unreadable or changed files.
 
     A Cell that was not run, or has an unreadable Record, is an error. An undecided row is a skipped test. If a kind is
     not judged, all its rows together are one skipped test.
     """
     root = ET.Element("testsuites", name="peft-harness gate")
-    for kind in FindingKind:
+    for kind in RowKind:
         rows = [row for row in findings.rows if row.kind is kind]
         by_name: dict[str, list[ComparisonRow]] = {}
         if not rows:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from harness.analysis.comparison.baseline_rows import FindingKind, Findings
+from harness.analysis.comparison.baseline_rows import GateResult, RowKind
 from harness.regression.outputs import formatting
 from harness.regression.outputs.formatting import HEAD
 from harness.report.formatting import escape_markdown
@@ -21,7 +21,7 @@ _LONGEST = 20_000
 """Largest number of characters in one field. A reason may name hundreds of files."""
 
 
-def render(findings: Findings, title: str, limit_B: int = LIMIT_B) -> bytes:  # B is the unit
+def render(findings: GateResult, title: str, limit_B: int = LIMIT_B) -> bytes:  # B is the unit
     """Return the summary in UTF-8, smaller than `limit_B` bytes. If rows are left out, the last line counts them."""
     v = findings.verdict
     text = [f"## {icon(v.word)} {_clean(title)}: {v.word.value}\n\n{_clean(v.reason)}\n\n"]
@@ -40,7 +40,7 @@ def render(findings: Findings, title: str, limit_B: int = LIMIT_B) -> bytes:  # 
     return "".join(text).encode()
 
 
-def _lines(findings: Findings) -> Iterator[tuple[str, str]]:
+def _lines(findings: GateResult) -> Iterator[tuple[str, str]]:
     """Yield pairs: the title of a table, and one line of this table.
 
     Rows that need attention come first, for all kinds. Then come the other rows that differ between the runs. Lines
@@ -48,7 +48,7 @@ def _lines(findings: Findings) -> Iterator[tuple[str, str]]:
     """
     rows = formatting.by_severity(row for row in findings.rows if not row.same)
     for attention in (True, False):
-        for kind in FindingKind:
+        for kind in RowKind:
             for row in rows:
                 if row.kind is kind and formatting.needs_attention(row) is attention:
                     title = kind.value if attention or not row.judged else f"{kind.value}, passed"

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.analysis.comparison.baseline_rows import TIMES, FindingKind, Findings
+from harness.analysis.comparison.baseline_rows import TIMES, GateResult, RowKind
 from harness.console import align_columns
 from harness.regression.outputs import formatting
 from harness.regression.outputs.formatting import HEAD
 from harness.report.tones import icon
 
-_NOT_JUDGED = (FindingKind.TIME, FindingKind.NEW)
-_ORDER = (*_NOT_JUDGED, *(kind for kind in FindingKind if kind not in _NOT_JUDGED))
+_NOT_JUDGED = (RowKind.TIME, RowKind.NEW)
+_ORDER = (*_NOT_JUDGED, *(kind for kind in RowKind if kind not in _NOT_JUDGED))
 """Order of the kinds. Judged kinds come last, since a terminal shows the end of a text."""
-_GROUPED = (FindingKind.ENVIRONMENT, FindingKind.ASSETS)
+_GROUPED = (RowKind.ENVIRONMENT, RowKind.ASSETS)
 _WORDS = ("what", "verdict")
 """Columns that are aligned to the left, like the first column."""
 
 
-def lines(findings: Findings, *, all_rows: bool = False, first: str = HEAD[0]) -> list[str]:
+def lines(findings: GateResult, *, all_rows: bool = False, first: str = HEAD[0]) -> list[str]:
     """Return the lines to print. all_rows: include rows that are equal or pass. first: heading of the first column."""
     found: list[str] = []
     same: list[str] = []
@@ -29,7 +29,7 @@ def lines(findings: Findings, *, all_rows: bool = False, first: str = HEAD[0]) -
             found += [f"{kind.value} not the same, {row.name}: {row.reason}" for row in rows]
         elif rows:
             title, fields = kind.value, [formatting.fields(row) for row in rows]
-            if kind is FindingKind.TIME:  # the title has the reason that most rows share
+            if kind is RowKind.TIME:  # the title has the reason that most rows share
                 title = f"{title} ({TIMES})"
                 fields = [(*line[:-1], "" if line[-1] == TIMES else line[-1]) for line in fields]
             found += [title, *_aligned((first, *HEAD[1:]), fields)]

@@ -169,7 +169,7 @@ class Slurm:
         """
         left = {job.cell.cell_id: job for share in shares.values() for job in share}
         submitted = store.now()
-        states, poll_s, last = States(here=self._here), _LOOK_S if self._here else _POLL_S, 0.0
+        states, poll_s, last = JobStates(here=self._here), _LOOK_S if self._here else _POLL_S, 0.0
         visible_s = 0.0 if self._here else node.VISIBLE_S
         ended: dict[Any, tuple[str, float]] = {}
         while left:
@@ -217,7 +217,7 @@ def _ending(element: Any, state: str) -> Ending:
 
 def _await_cancelled(elements: Sequence[Any]) -> None:
     """Wait until cancelled elements have ended, but at most `_CANCEL_S` seconds. Slurm does not end them at once."""
-    states, deadline, left = States(here=False), time.monotonic() + _CANCEL_S, set(elements)
+    states, deadline, left = JobStates(here=False), time.monotonic() + _CANCEL_S, set(elements)
     while left := left - {element for element, _ in states.ended([*left])}:
         if time.monotonic() >= deadline:
             return
@@ -243,7 +243,7 @@ def _option(text: str) -> tuple[str, str]:
     return key.strip().lstrip("-").replace("_", "-"), value.strip()
 
 
-class States:
+class JobStates:
     """Finds out which of submitit's jobs have ended. submitit's own answer is wrong for the states PREEMPTED and SUSPENDED.
 
     here: whether the jobs are processes on this machine.

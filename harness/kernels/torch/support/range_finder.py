@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SURE = 2.0**-12
+LEAST_GRAM_RATIO = 2.0**-12
 """Smallest ratio of the smallest to the largest singular value for which a float64 Gram matrix serves a float32 matrix.
 
 Above this ratio, squaring singular values in float64 loses less than the precision of float32.
@@ -27,7 +27,7 @@ def orthonormal(Y: Tensor) -> Tensor:
         wide = Y.double()
         factor, failed = torch.linalg.cholesky_ex(wide.T @ wide, upper=True)
         diagonal = factor.diagonal()
-        if not failed and diagonal.min() > SURE * diagonal.max():
+        if not failed and diagonal.min() > LEAST_GRAM_RATIO * diagonal.max():
             solved: Tensor = torch.linalg.solve_triangular(factor, wide, upper=True, left=False)
             return solved.to(Y.dtype)
     Q: Tensor = torch.linalg.qr(Y).Q
@@ -74,7 +74,7 @@ def leading_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     _check_finite(W)
     if W.dtype != torch.float64:
         S, V = _by_gram(W.double(), rank)
-        if S[-1] > SURE * S[0]:
+        if S[-1] > LEAST_GRAM_RATIO * S[0]:
             return (W.double() @ V).div_(S).to(W.dtype), S.to(W.dtype), V.to(W.dtype)
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     return U[:, :rank], S[:rank], Vh[:rank].T

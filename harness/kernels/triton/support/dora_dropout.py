@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harness.kernels.compile.specimen import Specimen
 from harness.kernels.triton.support.gemm_tiles import EXACT, LARGE, GemmTile, gemm_tile
-from harness.kernels.triton.support.launch import Launch, meta
+from harness.kernels.triton.support.launch import KernelLaunch, meta
 from harness.kernels.triton.support.low_rank_gemm import Operands, low_rank_launch
 from harness.kernels.triton.support.matrix_product import accumulate, program_tile
 from harness.kernels.triton.support.rounding import load_as_float32, store_as
@@ -110,7 +110,7 @@ def dropped_backward(dy: Tensor, W: Tensor, A: Tensor, dS: Tensor, mask: Tensor,
     return dx
 
 
-def _launch(kernel: Any, tile: GemmTile, operands: Operands, mask: Tensor, **others: Any) -> Launch:
+def _launch(kernel: Any, tile: GemmTile, operands: Operands, mask: Tensor, **others: Any) -> KernelLaunch:
     block_r = 16  # with two accumulators, more ranks at a time would spill registers
     return low_rank_launch(kernel, tile, block_r, operands, mask, mask=mask, **others)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness.kernels.compile.specimen import Specimen
 from harness.kernels.device import interpreted
-from harness.kernels.triton.support.launch import Launch, meta, strides
+from harness.kernels.triton.support.launch import KernelLaunch, meta, strides
 from harness.kernels.triton.support.matrix_product import product
 from harness.kernels.triton.support.rounding import load_as_float32, to_dtype, to_float32
 
@@ -123,7 +123,7 @@ def _outer(wide: Tensor, narrow: Tensor, mask: Tensor | None, against: Tensor | 
     return out
 
 
-def _outer_launch(wide: Tensor, narrow: Tensor, mask: Tensor | None, against: Tensor | None) -> Launch:
+def _outer_launch(wide: Tensor, narrow: Tensor, mask: Tensor | None, against: Tensor | None) -> KernelLaunch:
     (M, N), R = wide.shape, narrow.shape[1]
     block_n, block_r = 64, min(max(16, triton.next_power_of_2(R)), 64)
     block_m = 128 if interpreted() else 64 if wide.element_size() == 2 else 32
@@ -136,18 +136,20 @@ def _outer_launch(wide: Tensor, narrow: Tensor, mask: Tensor | None, against: Te
         **strides("wide_m wide_n", wide), **strides("mask_m mask_n", mask), **strides("narrow_m narrow_r", narrow),
         **strides("against_n against_r", against),
     }  # fmt: skip
-    return Launch(
+    return KernelLaunch(
         _outer_sum, (*grid, parts), arguments, {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r}, 4, 3
     )
 
 
-def _product_launch(out: Tensor, a: Tensor, b: Tensor, per_part: int) -> Launch:
+def _product_launch(out: Tensor, a: Tensor, b: Tensor, per_part: int) -> KernelLaunch:
     (M, N), block_n = a.shape, 64
     arguments = {
         "out": out, "a": a, "b": b, "M": M, "N": N, "per_part": per_part,
         **strides("a_m a_n", a), **strides("b_m b_n", b),
     }  # fmt: skip
-    return Launch(_product_sum, (triton.cdiv(N, block_n), len(out)), arguments, {"BLOCK_M": 32, "BLOCK_N": block_n})
+    return KernelLaunch(
+        _product_sum, (triton.cdiv(N, block_n), len(out)), arguments, {"BLOCK_M": 32, "BLOCK_N": block_n}
+    )
 
 
 def _specimens() -> list[Specimen]:
