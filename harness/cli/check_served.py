@@ -66,10 +66,10 @@ def check(request: ServedRequest, as_json: bool) -> Exit:
         session = Session(client, base_name, folders, drawn, (), prompts.TOKENS, request.concurrency, request.seed)
         session.skip_failed = True
         tokenizer = prompts.Tokenizer.find(base)
-        _agree(client, session, tokenizer)
+        _find_dialect_and_set_prompts(client, session, tokenizer)
         longest = next((one.longest for one in listed if one.name == base_name), None)
         _add_long(session, base, tokenizer, longest)
-        comparison = AnswerComparison(client.url, base, files, session.again)
+        comparison = AnswerComparison(client.url, base, files, session.body_of)
         stopped, code = "", Exit.PASS
         try:
             session.load_missing([one.name for one in listed])
@@ -172,7 +172,7 @@ def _base_name(name: str, folder: Path, listed: Sequence[ServedModel], adapters:
     return bases[0]
 
 
-def _agree(client: Client, session: Session, tokenizer: prompts.Tokenizer | None) -> None:
+def _find_dialect_and_set_prompts(client: Client, session: Session, tokenizer: prompts.Tokenizer | None) -> None:
     """Find the dialect of the server's API, check that its tokenizer is that of the base, and set the prompts."""
     if tokenizer is not None:
         known = client.names

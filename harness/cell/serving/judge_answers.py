@@ -52,7 +52,7 @@ def judge(session: Session, base: Path, subject: Named, case: Case) -> Judged:
     trained, second = names[1:3]
     session.alone(BASE)
     files = {name: AdapterFile.read(folder) for name, folder in session.adapters.items()}
-    comparison = AnswerComparison(session.client.url, base, files, session.again)
+    comparison = AnswerComparison(session.client.url, base, files, session.body_of)
     try:
         floor = comparison.noise_floor(session.observations, [subject.dtype])
     except UsageError as error:  # without a noise floor, no other answer can be judged

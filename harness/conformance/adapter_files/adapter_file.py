@@ -78,7 +78,7 @@ class AdapterFile:
             return next((one for one in folders if (one / "config.json").is_file()), None)
         return None
 
-    def base(self, folder: Path) -> Path:
+    def base_for_task(self, folder: Path) -> Path:
         """Return a folder with the base model in the class on which this adapter was trained, e.g. as a classifier.
 
         folder: the base model. If its config.json names another class, the result is a temporary copy; see `task_base`.

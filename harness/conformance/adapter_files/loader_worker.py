@@ -26,7 +26,7 @@ from harness.conformance.adapter_files.loader_protocol import (
     ReferenceComputed,
 )
 from harness.conformance.adapter_files.reference_logits import reference_logits
-from harness.conformance.adapter_files.subject import FIRST, CorpusAdapter, LoaderSubject, by_prompt
+from harness.conformance.adapter_files.subject import FIRST, ExpectedAdapter, LoaderSubject, by_prompt
 from harness.conformance.comparison.tolerance_policies import carried_noise
 from harness.conformance.execution.suite_run import CaseRunner
 from harness.conformance.execution.worker_protocol import send
@@ -89,18 +89,18 @@ def _reference() -> Iterator[None]:
 class _Comparison:
     """Compares loaders with the reference, by their logits for one adapter file and the same prompts."""
 
-    adapter: CorpusAdapter
+    adapter: ExpectedAdapter
     emit: EventWriter
 
     @classmethod
     def of(cls, task: LoaderTask, emit: EventWriter) -> _Comparison:
         """Draw prompts, and compute their logits by the reference. Raises UsageError or Unsupported if it cannot."""
         adapter = AdapterFile.read(Path(task.adapter))
-        base = adapter.base(Path(task.base))
+        base = adapter.base_for_task(Path(task.base))
         prompts = drawn(base, 0)[:PROMPTS]
         truth = reference_logits(base, adapter, prompts)
         send(emit, ReferenceComputed(runs=0))
-        return cls(CorpusAdapter("file", adapter.folder, base, prompts, truth), emit)
+        return cls(ExpectedAdapter("file", adapter.folder, base, prompts, truth), emit)
 
     def judge(self, loader: Implementation) -> LoaderLogits:
         """Load the adapter file with `loader`, and compare its logits with those of the reference."""

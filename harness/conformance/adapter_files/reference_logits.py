@@ -36,7 +36,7 @@ def reference_logits(
     the class that task_type names. Raises UsageError if the file does not fit the base, or if neither has the weights
     of a layer, and Unsupported for a config that the reference does not implement.
     """
-    model = load_base(base_folder if adapter is None else adapter.base(base_folder), dtype)
+    model = load_base(base_folder if adapter is None else adapter.base_for_task(base_folder), dtype)
     if dtype is torch.float64:
         model = model.double()  # converts the frequencies of rotary embeddings too
     missing = set(missing_weights(model))

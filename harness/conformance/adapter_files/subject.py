@@ -25,7 +25,7 @@ FIRST, SECOND = "style", "style-2"
 
 
 @dataclass(frozen=True)
-class CorpusAdapter:
+class ExpectedAdapter:
     """An adapter on disk, with prompts and the logits that it must give; usually one of those in suites/adapters."""
 
     name: str
@@ -40,12 +40,12 @@ class CorpusAdapter:
 
 
 @cache
-def corpus_adapter(name: str) -> CorpusAdapter:
+def corpus_adapter(name: str) -> ExpectedAdapter:
     """Read one adapter of the corpus in suites/adapters. name: name of its folder."""
     file = AdapterFile.read(corpus.folder() / name)
     expected = load_file(file.folder / "expected.safetensors")
     count = sum(key.startswith("prompt.") for key in expected)
-    return CorpusAdapter(
+    return ExpectedAdapter(
         name,
         file.folder,
         (file.folder / file.config["base_model_name_or_path"]).resolve(),
@@ -62,7 +62,7 @@ class LoaderSubject:
     """Function (base_folder, dtype) -> Loader."""
     dtype: str
     """Name of the dtype of the base model."""
-    adapter: CorpusAdapter
+    adapter: ExpectedAdapter
 
     @property
     def method(self) -> str:

@@ -45,7 +45,7 @@ class AnswerComparison:
     base: Path
     adapters: Mapping[str, AdapterFile]
     """Name on the server -> adapter."""
-    again: Callable[[Request, int], dict[str, Any]]
+    body_of: Callable[[Request, int], dict[str, Any]]
     """Function (request, tokens) that returns the body of a request, to repeat it. tokens: 0 for as many as before."""
 
     def noise_floor(self, alone: Sequence[ServedAnswer], dtypes: Sequence[str]) -> NoiseFloor:
@@ -160,7 +160,7 @@ class AnswerComparison:
 
     def _command(self, one: Request, tokens: int = 0) -> str:
         """Return a curl command that sends a request again. tokens: number of tokens to generate; 0: as before."""
-        body = self.again(one, tokens)
+        body = self.body_of(one, tokens)
         headers = f"""-H "Authorization: Bearer ${TOKEN_VARIABLE}" -H 'Content-Type: application/json'"""
         return f"curl {shlex.quote(self.url + '/v1/completions')} {headers} -d {shlex.quote(json.dumps(body))}"
 

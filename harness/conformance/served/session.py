@@ -268,7 +268,7 @@ class Session:
         finally:
             self.client.reopen()  # all threads have ended; the adapters are still to be unloaded
 
-    def again(self, one: Request, tokens: int = 0) -> dict[str, Any]:
+    def body_of(self, one: Request, tokens: int = 0) -> dict[str, Any]:
         """Return the body of a request, to send the request again.
 
         tokens: number of tokens to generate; 0 for as many as before.
