@@ -174,7 +174,7 @@ class FitSearch:
         )
         model = self.request.model
         return {
-            "cell": cell.model_dump(mode="json"), "config": model.config, "kind": model.kind, "answer": tokens
+            "cell": cell.model_dump(mode="json"), "config": model.config, "kind": model.kind, "loss_tokens": tokens
         }  # fmt: skip
 
     def _updated(self, row: Row, found: StepAnswer) -> Row:

@@ -197,7 +197,7 @@ class Slurm:
                 time.sleep(_LOOK_S)
 
 
-def recall(folder: Path) -> None:
+def end_orphans(folder: Path) -> None:
     """End array elements of the run in `folder` that still run although the runner was killed. This takes seconds."""
     for permit in folder.glob(f"{_EXCHANGE}/{_PERMIT}*"):
         permit.unlink(missing_ok=True)
@@ -292,5 +292,5 @@ EXECUTOR = ExecutorKind(
     "slurm",
     Slurm,
     option=ExecutorOption("slurm", "KEY=VALUE", "Option to pass on to sbatch, e.g. gres=gpu:1."),
-    recall=recall,
+    end_orphans=end_orphans,
 )
