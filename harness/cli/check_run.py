@@ -111,10 +111,10 @@ def judge(request: CheckRequest) -> CheckReport:
                 break
         return CheckReport.joined(reports)
     report, missing = _judge_in(request, None)
-    return report if report.interrupted else _with_homes(report, missing, request)
+    return report if report.interrupted else _with_declared_environments(report, missing, request)
 
 
-def _with_homes(report: CheckReport, missing: Collection[Target], request: CheckRequest) -> CheckReport:
+def _with_declared_environments(report: CheckReport, missing: Collection[Target], request: CheckRequest) -> CheckReport:
     """Check the targets in `missing`, whose libraries this Python lacks, in environments, and add the results.
 
     A table declares the environment of an implementation. If such an environment does not exist, the reason of the

@@ -17,7 +17,7 @@ _KINDS = {
     Pace.NOT_SLOWER: VerdictKind.PASS,
     Pace.INCONCLUSIVE: VerdictKind.INCONCLUSIVE,
 }
-_ALWAYS = ("torch", "gpu")
+_COMPARED_EVEN_IF_MISSING = ("torch", "gpu")
 """Facts about a session that are recorded only if it uses torch or a GPU. A session with such a fact is not comparable
 with a session without it."""
 
@@ -105,7 +105,9 @@ def _other_place(saved: Mapping[str, str], here: Mapping[str, str]) -> str:
     times on a GPU and on a CPU are not comparable.
     """
     none = "none in use"
-    facts = [fact for fact in {**saved, **here} if fact in _ALWAYS or (fact in saved and fact in here)]
+    facts = [
+        fact for fact in {**saved, **here} if fact in _COMPARED_EVEN_IF_MISSING or (fact in saved and fact in here)
+    ]
     changed = [fact for fact in facts if saved.get(fact) != here.get(fact)]
     return "; ".join(f"{fact}: {saved.get(fact, none)}, here {here.get(fact, none)}" for fact in changed)
 

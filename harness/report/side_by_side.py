@@ -148,7 +148,7 @@ def _three(
         yield unmeasured("not measured" if one == other else "only one run has it")
     else:
         changed = change(one, other)
-        text = formatting.percentage(changed) if changed is not None else ""
+        text = formatting.signed_percent(changed) if changed is not None else ""
         yield unmeasured("the first is 0") if changed is None else field(text, changed, flag=max(flags))
 
 

@@ -80,9 +80,16 @@ elif what == "garbage":
 """
 
 
-def part(word: str, estimate_s: float = 1.0, name: str = "", kind: Any = "check", kept: bool = False) -> NightPart:
+def part(
+    word: str, estimate_s: float = 1.0, name: str = "", kind: Any = "check", is_reserved: bool = False
+) -> NightPart:
     return NightPart(
-        name or word, f"What if it {word}?", kind, (word, "--json", "--out", parts.OUT), estimate_s, kept=kept
+        name or word,
+        f"What if it {word}?",
+        kind,
+        (word, "--json", "--out", parts.OUT),
+        estimate_s,
+        is_reserved=is_reserved,
     )
 
 
@@ -219,7 +226,7 @@ def test_a_slow_part_is_cut_so_that_a_later_part_keeps_its_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(budget, "LEAST_S", 1000.0)
-    plan = [part("saves", 0.125), part("good", 200.0, kept=True), part("good", 1.0, "last")]
+    plan = [part("saves", 0.125), part("good", 200.0, is_reserved=True), part("good", 1.0, "last")]
     code, results, page = run(tmp_path, monkeypatch, plan, budget_s=400.0)
     assert code == Exit.PASS
     assert results["saves"]["status"] == "cut"
@@ -240,7 +247,7 @@ def test_three_slow_parts_of_parity_leave_ten_minutes_for_ceilings_operations_an
                 most = budget.limit(one, plan[number + 1 :], left, device, 600.0)  # type: ignore[arg-type]
                 assert most.seconds >= one.estimate_s
                 left -= most.seconds + 2.0 if one.name.startswith("parity") else one.estimate_s  # 2 s: its end
-        wanted = [one.name for one in plan if one.kept]
+        wanted = [one.name for one in plan if one.is_reserved]
         assert {name.partition("-")[0] for name in wanted} == {"parity", "ceilings", "operation", "step"}
         assert set(wanted) <= set(reached)
 
@@ -253,7 +260,7 @@ def test_a_part_that_takes_many_times_its_estimate_seems_to_hang() -> None:
 
     assert limit([], 10_000.0).by == "estimate"
     assert limit([], 100.0).by == "budget"
-    assert limit([part("good", 50.0, kept=True)], 120.0).by == "share"
+    assert limit([part("good", 50.0, is_reserved=True)], 120.0).by == "share"
     usual_s = budget.DEFAULT_S["cpu"]
     usual, slower = (limit([], 10_000.0, "cpu", factor * usual_s).seconds for factor in (1, 2))
     assert slower == 2 * usual  # a slower machine

@@ -37,13 +37,13 @@ class Limit:
 def limit(part: NightPart, later: Sequence[NightPart], left_s: float, device: Device, budget_s: float) -> Limit:
     """Return the time limit of a part that starts now.
 
-    later: the parts after it. The limit leaves enough time for those with `kept`, but is never below the part's own
+    later: the parts after it. The limit leaves enough time for those with `is_reserved`, but is never below the part's own
     estimate unless less of the budget is left.
     left_s: seconds of the budget that are left.
     budget_s: the whole budget in seconds.
     """
-    kept_s = sum(one.estimate_s + AROUND_S for one in later if one.kept)
-    share_s = max(part.estimate_s, left_s - kept_s - (AROUND_S if kept_s else 0.0))
+    reserved_s = sum(one.estimate_s + AROUND_S for one in later if one.is_reserved)
+    share_s = max(part.estimate_s, left_s - reserved_s - (AROUND_S if reserved_s else 0.0))
     slower = max(1.0, budget_s / DEFAULT_S[device]) if device == "cpu" else 1.0
     hang_s = slower * max(LEAST_S, _FACTOR[device] * part.estimate_s)
     least = min(left_s, share_s, hang_s)

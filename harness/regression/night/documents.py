@@ -27,7 +27,7 @@ _MOST_FAILURES = 60
 
 NO_CELL = "no Cell ran"
 _FAILED = (Status.ERROR, Status.OOM, Status.TIMEOUT)
-_OUTCOMES = (Status.OOM, Status.TIMEOUT)
+_REFUTING_STATUSES = (Status.OOM, Status.TIMEOUT)
 """Statuses that count as a result, not as a failure, in a run for a headline claim: they refute the claim."""
 _OURS = ("ours", "how")
 """Keys of a claim in the JSON. `ours`: our value. `how`: how it was computed, on which machine and from which run."""
@@ -54,7 +54,7 @@ def read(part: NightPart, folder: Path, line: str) -> PartReading:
     """
     try:
         if part.kind == "run":
-            outcomes = _OUTCOMES if part.name.startswith(HEADLINE) else ()
+            outcomes = _REFUTING_STATUSES if part.name.startswith(HEADLINE) else ()
             return _run(folder / "run", line, part.words[1], outcomes)
         document = _document(folder / STDOUT)
         if document is None and part.kind == "bench":  # the bench was killed: its rows are in files
@@ -137,12 +137,12 @@ def _bench(document: Mapping[str, Any], line: str) -> PartReading:
     failures = [
         PartFailure(where=f"{row.name} {row.shape} {row.dtype} vs {row.other}", what=row.because, reproduce=line)
         for row in rows
-        if row.outcome == "failed" or row.red
+        if row.outcome == "failed" or row.has_unexplained_failure
     ]
     summary = ", ".join(f"{count} {word}" for word, count in counts.most_common())
     if counts.keys() == {"not-run"}:
         summary += f": {first_names(list(dict.fromkeys(row.because for row in rows)))}"
-    wrong = next((f"{row.name}: {row.because}" for row in rows if row.red), "")
+    wrong = next((f"{row.name}: {row.because}" for row in rows if row.has_unexplained_failure), "")
     shown = PartTable(columns=columns, rows=table, notes=bench_table.notes(rows))
     return PartReading(summary, shown, failures[:_MOST_FAILURES], wrong=wrong)
 

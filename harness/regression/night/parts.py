@@ -41,7 +41,7 @@ class NightPart:
     """Estimated seconds of the part. The estimates for a GPU have not been checked on one yet."""
     variables: dict[str, str] = field(default_factory=dict)
     """Environment variables of the command."""
-    kept: bool = False
+    is_reserved: bool = False
     """True if the time limits of earlier parts must leave enough of the budget for this part."""
 
     def line(self, words: Sequence[str] | None = None) -> str:
@@ -195,8 +195,8 @@ def with_suite(part: NightPart, suite: Path) -> NightPart:
 
 
 def _kept(*given: NightPart) -> list[NightPart]:
-    """Return the given parts with `kept` set, so that the limits of earlier parts leave time for them."""
-    return [replace(part, kept=True) for part in given]
+    """Return the given parts with `is_reserved` set, so that the limits of earlier parts leave time for them."""
+    return [replace(part, is_reserved=True) for part in given]
 
 
 def _repeated(option: str, values: Sequence[str]) -> list[str]:
