@@ -71,7 +71,7 @@ class Metric:
     """Name of the metric in the history of nightly runs."""
     quantity: str = ""
     """Name of the metric in the regression gate that compares a run with a baseline."""
-    finding: RowKind = RowKind.MEMORY
+    row_kind: RowKind = RowKind.MEMORY
     """Kind of the row that the regression gate makes from the metric."""
 
     def value(self, record: Record) -> Number | None:
@@ -105,11 +105,11 @@ _PARTS: dict[str, tuple[type[BaseModel], RowKind]] = {
 
 def _counted(part: str, field: str, **more: Any) -> Metric:
     """Return the metric of the field `Measurements.<part>.<field>`, which counts scalars or bytes."""
-    model, finding = _PARTS[part]
+    model, row_kind = _PARTS[part]
     name = f"{part}.{field}"
     size: dict[str, Any] = {"unit": "B", "better": "lower"} if field.endswith("_B") else {"unit": "1"}
     read, about = _measured(part, field), meaning(model, field)
-    return Metric(name=name, meaning=about, read=read, kind="counted", column=name, finding=finding, **size, **more)
+    return Metric(name=name, meaning=about, read=read, kind="counted", column=name, row_kind=row_kind, **size, **more)
 
 
 def _peak(record: Record) -> int | None:
@@ -207,7 +207,7 @@ PEAK_ABOVE_IMPORTS = Metric(
 STEP = Metric(
     name="step_s", unit="s", kind="timed", better="lower", read=measurements.step_seconds, why_missing=_no_speed,
     meaning="median time of a steady step in this process; missing where a check failed or was impossible",
-    finding=RowKind.TIME,
+    row_kind=RowKind.TIME,
     heading="Step, ms", terminal_heading="step ms", axis="step time", column="step_s", history="step_s", quantity="step",
 )  # fmt: skip
 TOKENS_PER_S = Metric(

@@ -120,10 +120,10 @@ def load(paths: Iterable[Path]) -> list[Claim]:
         except SuiteError as error:
             problems += error.problems
             continue
-        reading = _ClaimFileReader(document)
-        found += reading.claims(keys)
-        problems += reading.problems
-        for where, name in reading.ids:
+        reader = _ClaimFileReader(document)
+        found += reader.claims(keys)
+        problems += reader.problems
+        for where, name in reader.ids:
             if name in first:
                 problems.append(
                     Problem(where, f"duplicate id `{name}`, first at {first[name]}", "give each claim its own id")

@@ -31,7 +31,7 @@ class PytestGate:
         self.config, self.conforming = config, conforming
         self.saved: list[Saved] = []
         self.margin = 0.0
-        self.findings: GateResult | None = None
+        self.result: GateResult | None = None
         self._collected: set[str] = set()
         self._deselected: set[str] = set()
         self._cases: set[str] = set()
@@ -71,8 +71,8 @@ class PytestGate:
         """
         if session.exitstatus not in _JUDGED:
             return
-        self.findings = benchmarks.compare(self.saved, self._session(), self.margin)
-        word, strict = self.findings.verdict.word, self.config.getoption("harness_gate_strict")
+        self.result = benchmarks.compare(self.saved, self._session(), self.margin)
+        word, strict = self.result.verdict.word, self.config.getoption("harness_gate_strict")
         # If nothing was compared, the exit code is not 5, which many scripts ignore.
         if word in (VerdictKind.FAIL, VerdictKind.NOT_RUN) or (strict and word is VerdictKind.INCONCLUSIVE):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -81,11 +81,11 @@ class PytestGate:
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Print the table after the tables of pytest-benchmark; the verdict comes last."""
         terminalreporter.section("peft-harness gate")
-        if self.findings is None:
+        if self.result is None:
             terminalreporter.write_line("not judged: the session was interrupted")
             return
-        annotations = github.lines(self.findings) if github.is_job() else []
-        for line in [*terminal.lines(self.findings, first="benchmark"), *annotations]:
+        annotations = github.lines(self.result) if github.is_job() else []
+        for line in [*terminal.lines(self.result, first="benchmark"), *annotations]:
             terminalreporter.write_line(line)
 
     def _benchmarks(self) -> Any:

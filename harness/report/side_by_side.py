@@ -40,30 +40,28 @@ def lines(analysed: Sequence[RunFacts]) -> list[str]:
 
 
 def _pair(base: RunFacts, new: RunFacts, number: int) -> dict[str, Any]:
-    against = against_baseline.judge(base, new)
-    judged = [
-        row for row in against.rows if row.word is not VerdictKind.PASS and row.kind not in _AROUND and row.judged
-    ]
+    result = against_baseline.judge(base, new)
+    judged = [row for row in result.rows if row.word is not VerdictKind.PASS and row.kind not in _AROUND and row.judged]
     findings = [row for row in judged if not (row.kind is RowKind.MISSING and row.what == "Cell")]
-    word, sentence = _whole(against, findings)
+    word, sentence = _whole(result, findings)
     return badge(word) | {
         "id": f"pair-{number}",
         "title": f"{new.run.manifest.run} against {base.run.manifest.run}",
         "sentence": " ".join([sentence, *_only_in_one(base, new)]),
         "table": _table(base, new, number),
         "findings": [badge(row.word) | {"name": row.name, "text": _text(row)} for row in findings],
-        "around": [f"{row.what}: {_text(row)}" for row in against.rows if row.kind in _AROUND and not row.same],
+        "around": [f"{row.what}: {_text(row)}" for row in result.rows if row.kind in _AROUND and not row.same],
     }
 
 
-def _whole(against: BaselineVerdict, findings: Sequence[ComparisonRow]) -> tuple[VerdictKind, str]:
+def _whole(result: BaselineVerdict, findings: Sequence[ComparisonRow]) -> tuple[VerdictKind, str]:
     """Return the verdict on the common Cells, and a sentence about it."""
-    if not against.compared:
+    if not result.compared:
         return VerdictKind.NOT_RUN, "Nothing was compared: no Cell has a Record in both runs."
     failed = sum(row.word is VerdictKind.FAIL for row in findings)
     word = VerdictKind.FAIL if failed else VerdictKind.INCONCLUSIVE if findings else VerdictKind.PASS
     what = f"{plural(failed, 'finding')}, {len(findings) - failed} undecided" if findings else "no finding"
-    return word, f"{plural(against.compared, 'common Cell')}: {what}, by the rules of peft-harness gate."
+    return word, f"{plural(result.compared, 'common Cell')}: {what}, by the rules of peft-harness gate."
 
 
 def _only_in_one(base: RunFacts, new: RunFacts) -> Iterator[str]:

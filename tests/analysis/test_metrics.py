@@ -25,7 +25,7 @@ def _tensors(record: Record) -> int | None:
 NEW = Metric(
     name="tensors", unit="1", meaning="tensors that train", kind="counted", better="lower", read=_tensors,
     heading="Tensors", terminal_heading="tensors", column="parameters.tensors", history="tensors",
-    quantity="trained tensors", finding=RowKind.PARAMETERS,
+    quantity="trained tensors", row_kind=RowKind.PARAMETERS,
 )  # fmt: skip
 
 

@@ -65,14 +65,14 @@ def judge(base: RunFacts, new: RunFacts, *, margins: Margins | None = None, stri
         # Without hashes, an edit of a Record goes unnoticed. For a new run without a footer, "the run is ..." is enough.
         if not (run.footer.sha256 if run.footer else side == "run"):
             notes += (f"the {side} has no footer with hashes, so changes of its Records cannot be detected",)
-    against = BaselineVerdict(
+    result = BaselineVerdict(
         verdict=Verdict(VerdictKind.NOT_RUN, ""), exit=Exit.NOTHING_COMPARED, rows=tuple(rows), compared=len(pairs),
         unreadable=tuple(f"{side}: {name}: {why}" for side, run in sides for name, why in run.broken.items()),
         changed=tuple(f"{side}: {name} {what}" for side, run in sides for name, what in run.changed.items()),
         cells=len(base.run.manifest.cells), margins=margins, notes=notes,
     )  # fmt: skip
-    verdict, code = _whole(against, strict)
-    return replace(against, verdict=verdict, exit=code)
+    verdict, code = _whole(result, strict)
+    return replace(result, verdict=verdict, exit=code)
 
 
 def _matched(base: RunFacts, new: RunFacts, names: Mapping[str, str]) -> tuple[list[RecordPair], list[ComparisonRow]]:
@@ -175,28 +175,28 @@ def _recipe_names(cells: Mapping[str, Cell], names: Mapping[str, str]) -> dict[s
     return {recipe: names[same[0].cell_id] for recipe, same in recipes.items()} | naming.recipes(several)
 
 
-def _whole(against: BaselineVerdict, strict: bool) -> tuple[Verdict, Exit]:
+def _whole(result: BaselineVerdict, strict: bool) -> tuple[Verdict, Exit]:
     """Return the verdict on the whole run, and the exit code."""
-    files = [plural(len(against.unreadable), "unreadable file")] if against.unreadable else []
-    changed = [f"changed files: {', '.join(against.changed)}"] if against.changed else []
-    differences = [f"{row.reason} ({row.name})" for row in against.rows if row.kind in _DIFFERENCES]
-    ids = tuple(dict.fromkeys(i for row in against.rows if row.judged for i in row.records))
+    files = [plural(len(result.unreadable), "unreadable file")] if result.unreadable else []
+    changed = [f"changed files: {', '.join(result.changed)}"] if result.changed else []
+    differences = [f"{row.reason} ({row.name})" for row in result.rows if row.kind in _DIFFERENCES]
+    ids = tuple(dict.fromkeys(i for row in result.rows if row.judged for i in row.records))
 
     def verdict(word: VerdictKind, *reasons: str) -> Verdict:
         last = [f"not the same: {first_names(differences)}"] if differences else []
         return Verdict(word, "; ".join([*reasons, *last]), ids)
 
-    if not against.compared:
+    if not result.compared:
         nothing = "nothing was compared: no Cell has a Record both in the baseline and in the run"
-        return verdict(VerdictKind.NOT_RUN, nothing, *changed, *files, *against.notes), Exit.NOTHING_COMPARED
-    failed, missing = against.of(VerdictKind.FAIL), against.of(VerdictKind.NOT_RUN)
-    open_ends = [*([f"not compared: {', '.join(_counted(missing))}"] if missing else []), *files, *against.notes]
+        return verdict(VerdictKind.NOT_RUN, nothing, *changed, *files, *result.notes), Exit.NOTHING_COMPARED
+    failed, missing = result.of(VerdictKind.FAIL), result.of(VerdictKind.NOT_RUN)
+    open_ends = [*([f"not compared: {', '.join(_counted(missing))}"] if missing else []), *files, *result.notes]
     if changed or failed:
         return verdict(VerdictKind.FAIL, *_counted(failed), *changed, *open_ends), Exit.FAIL
-    compared = f"{plural(against.compared, 'Cell')} compared, no regression"
-    if missing or against.notes:
+    compared = f"{plural(result.compared, 'Cell')} compared, no regression"
+    if missing or result.notes:
         return verdict(VerdictKind.INCONCLUSIVE, compared, *open_ends), Exit.INFRASTRUCTURE
-    if undecided := against.of(VerdictKind.INCONCLUSIVE):
+    if undecided := result.of(VerdictKind.INCONCLUSIVE):
         kinds = _counted([row for row in undecided if row.kind not in _DIFFERENCES])
         reasons = [compared, *([f"undecided: {', '.join(kinds)}"] if kinds else []), *files]
         return verdict(VerdictKind.INCONCLUSIVE, *reasons), Exit.INCONCLUSIVE if strict else Exit.PASS

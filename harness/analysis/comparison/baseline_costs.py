@@ -62,7 +62,7 @@ def counted(pair: RecordPair) -> Iterator[ComparisonRow]:
             continue
         reason = "" if a == b else "grew" if b > a else "shrank"
         word = VerdictKind.FAIL if metric.got_worse(a, b) else VerdictKind.PASS
-        yield pair.row(metric.finding, word, metric.quantity, reason, a, b, metric.unit)
+        yield pair.row(metric.row_kind, word, metric.quantity, reason, a, b, metric.unit)
 
 
 def _peak(pair: RecordPair, margins: Margins) -> Iterator[ComparisonRow]:

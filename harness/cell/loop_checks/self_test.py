@@ -51,11 +51,11 @@ def run(faults: Sequence[type[FaultyLoop]] = FAULTS) -> LoopSelfTest:
     torch.set_num_threads(1)  # the tensors are tiny, and threads would wait for each other
     try:
         registry = discover(only=["reference"])
-        yardsticks = {method: checks.ReferenceTrainings(_trainee(method, registry)) for method in ("lora", "adalora")}
+        references = {method: checks.ReferenceTrainings(_trainee(method, registry)) for method in ("lora", "adalora")}
 
         def failed(train: Callable[..., StepSamples], method: str, names: Sequence[str]) -> list[str]:
-            evidence = checks.ComparedTrainings(_trainee(method, registry), train, yardsticks[method])
-            found = {name: checks.outcome_of("a loop", name, evidence) for name in names}
+            trainings = checks.ComparedTrainings(_trainee(method, registry), train, references[method])
+            found = {name: checks.outcome_of("a loop", name, trainings) for name in names}
             return [name for name, one in found.items() if one.status is CheckStatus.FAIL]
 
         caught = {fault.__name__: bool(failed(fault(), fault.method, [fault.caught_by])) for fault in faults}

@@ -59,7 +59,7 @@ def reference_logits(
 
 
 @dataclass(frozen=True)
-class WeightedAdapter:
+class WeightedAdapterFile:
     """One adapter in a weighted sum of adapters."""
 
     folder: Path
@@ -68,7 +68,7 @@ class WeightedAdapter:
     """Factor on the scaling that the file gives."""
 
 
-def combined(base_folder: Path, parts: Sequence[WeightedAdapter], dtype: torch.dtype) -> nn.Module:
+def combined(base_folder: Path, parts: Sequence[WeightedAdapterFile], dtype: torch.dtype) -> nn.Module:
     """Return the base with a weighted sum of adapters, in `dtype`. Without parts, this is the base."""
     model = load_base(base_folder, dtype)
     if dtype is torch.float64:

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from harness.conformance.adapter_files import corpus, variants
 from harness.conformance.adapter_files.adapter_file import AdapterFile
-from harness.conformance.adapter_files.reference_logits import WeightedAdapter, combined, logits_of, reference_logits
+from harness.conformance.adapter_files.reference_logits import (
+    WeightedAdapterFile,
+    combined,
+    logits_of,
+    reference_logits,
+)
 from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
@@ -106,7 +111,9 @@ class LoaderSubject:
         """Folder of another adapter of the same layers: other values, a rank that is larger by 1, and twice the alpha."""
         return variants.another(self.adapter.folder, self.adapter.base)
 
-    def compare(self, have: Mapping[str, Sequence[Tensor]], want: Mapping[str, Sequence[WeightedAdapter]]) -> Judgement:
+    def compare(
+        self, have: Mapping[str, Sequence[Tensor]], want: Mapping[str, Sequence[WeightedAdapterFile]]
+    ) -> Judgement:
         """Compare logits with those that the reference computes in float64 for weighted sums of adapters.
 
         have: name -> logits of `prompts`. want: the same name -> the adapters in the sum; none for the base alone.
@@ -123,7 +130,11 @@ class LoaderSubject:
 
 @cache
 def _combined_logits(
-    base: Path, parts: tuple[WeightedAdapter, ...], prompts: tuple[tuple[int, ...], ...], dtype: str, seed: int | None
+    base: Path,
+    parts: tuple[WeightedAdapterFile, ...],
+    prompts: tuple[tuple[int, ...], ...],
+    dtype: str,
+    seed: int | None,
 ) -> list[Tensor]:
     model = _combined(base, parts, dtype)
     if seed is None:
@@ -132,7 +143,7 @@ def _combined_logits(
 
 
 @lru_cache(maxsize=16)  # the draws of one judgement move the weights of the same few models
-def _combined(base: Path, parts: tuple[WeightedAdapter, ...], dtype: str) -> nn.Module:
+def _combined(base: Path, parts: tuple[WeightedAdapterFile, ...], dtype: str) -> nn.Module:
     return combined(base, parts, DTYPES[dtype])
 
 

@@ -18,15 +18,15 @@ def is_job() -> bool:
     return os.environ.get("GITHUB_ACTIONS") == "true"
 
 
-def lines(findings: GateResult) -> list[str]:
+def lines(result: GateResult) -> list[str]:
     """Return the commands: one error per failed row, and one warning per undecided row.
 
     GitHub shows only a few errors and a few warnings. If a level has more, its last command gives the number of the
     others.
     """
-    failed, open_ = findings.of(VerdictKind.FAIL), findings.of(VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE)
-    found = _level("error", failed, [f"changed since its run: {what}" for what in findings.changed])
-    return found + _level("warning", open_, [f"unreadable: {why}" for why in findings.unreadable])
+    failed, open_ = result.of(VerdictKind.FAIL), result.of(VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE)
+    found = _level("error", failed, [f"changed since its run: {what}" for what in result.changed])
+    return found + _level("warning", open_, [f"unreadable: {why}" for why in result.unreadable])
 
 
 def _level(level: str, rows: Sequence[ComparisonRow], files: Sequence[str]) -> list[str]:

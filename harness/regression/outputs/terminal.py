@@ -18,12 +18,12 @@ _WORDS = ("what", "verdict")
 """Columns that are aligned to the left, like the first column."""
 
 
-def lines(findings: GateResult, *, all_rows: bool = False, first: str = HEAD[0]) -> list[str]:
+def lines(result: GateResult, *, all_rows: bool = False, first: str = HEAD[0]) -> list[str]:
     """Return the lines to print. all_rows: include rows that are equal or pass. first: heading of the first column."""
     found: list[str] = []
     same: list[str] = []
     for kind in _ORDER:
-        rows, left_out, equal = formatting.shown_rows(findings.rows, kind, all_rows=all_rows)
+        rows, left_out, equal = formatting.shown_rows(result.rows, kind, all_rows=all_rows)
         same += [f"{kind.value} {equal}"] if equal else []
         if kind in _GROUPED:
             found += [f"{kind.value} not the same, {row.name}: {row.reason}" for row in rows]
@@ -36,9 +36,9 @@ def lines(findings: GateResult, *, all_rows: bool = False, first: str = HEAD[0])
             found += [f"  and {left_out} more rows: see --all or --json"] if left_out else []
         found += [""] if rows else []
     found += [f"rows that are equal in both: {', '.join(same)}"] if same else []
-    found += [f"unreadable: {why}" for why in findings.unreadable]
-    found += [f"changed: {what}" for what in findings.changed]
-    v = findings.verdict
+    found += [f"unreadable: {why}" for why in result.unreadable]
+    found += [f"changed: {what}" for what in result.changed]
+    v = result.verdict
     return [*found, f"{icon(v.word)} {v.word.value}: {v.reason}"]
 
 

@@ -17,7 +17,7 @@ _KINDS = {
 }
 
 
-def findings(judged: JudgedPairs, interrupted: str = "") -> GateResult:
+def gate_result(judged: JudgedPairs, interrupted: str = "") -> GateResult:
     """Return the verdict with its rows: first the rows of `judged`, then one row for each time of a Cell.
 
     interrupted: how the pairs were interrupted; empty if they were not.
