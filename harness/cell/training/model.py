@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from harness.assets import conv1d
 from harness.cell.training import head
 from harness.conformance.comparison.stacked_experts import one_by_one
-from harness.conformance.tolerance_constants import FORESIGHT
+from harness.conformance.tolerance_constants import FUTURE_TOKEN_LEAKAGE
 from harness.errors import AssetError, UsageError
 from harness.process.out_of_memory import shortage
 
@@ -60,7 +60,7 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
         raise AssetError(what, where=str(path), hint="copy or fetch its folder again, or correct config.json")
     written = conv1d.as_linear(model)
     one_by_one(model.to(device), dtype)
-    if kind == "causal" and (share := future_token_leakage(model)) > FORESIGHT:
+    if kind == "causal" and (share := future_token_leakage(model)) > FUTURE_TOKEN_LEAKAGE:
         raise AssetError(
             f"{type(model).__name__} is configured as no causal model: its output depends on later tokens too "
             f"({share:.2g} of its gradient), so it sees the answers, and a score would have no meaning",
