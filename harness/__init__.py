@@ -19,7 +19,7 @@ _MODULES = {
     "load": "harness.report.export.frames",
     "Unsupported": "harness.errors",
 }
-"""Public name -> module that defines it."""
+"""Module that defines each public name."""
 
 
 def __getattr__(name: str) -> object:

@@ -34,7 +34,7 @@ _COLOURS = {
     "red": ("✗", "FAIL", "fail", "BROKEN", "no", "error", "nonconforming", "untrained", "lost", "not-reproduced"),
     "yellow": ("?", "!", "defect", "oom", "timeout", "inconclusive", "note", "reproduced-under"),
 }
-"""Colour -> signs and words of a status. A sign stands at the start of a line; a word stands there or in a table."""
+"""Signs and words of statuses, by colour. A sign stands at the start of a line; a word stands there or in a table."""
 _COLOUR_OF = {word: colour for colour, words in _COLOURS.items() for word in words}
 _STATUS = re.compile(
     r"(?:^ *|(?<=  ))[✓✗?!](?= )(?: [\w-]+(?=:|  |$))?|^(?:FAIL|BROKEN)(?= )"
@@ -45,7 +45,7 @@ _STATUS = re.compile(
 def visible(text: str) -> str:
     """Return a text in which each character that cannot be printed is shown as an escape, such as `\\x1b` or `\\n`.
 
-    These are control characters, line breaks, invisible characters, and those that change the direction of a text.
+    These are control characters, line breaks, invisible characters, and characters that change the direction of a text.
     """
     if text.isprintable():
         return text

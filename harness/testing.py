@@ -70,7 +70,7 @@ class Conforming:
 
 
 def verdict(tried: Iterable[CheckOutcome]) -> tuple[str, str]:
-    """Return two texts: one line per failed check, and, if no check passed or failed, the reason. Either may be empty."""
+    """Return two texts: one line per failed check, and the reason if no check passed or failed. Either may be empty."""
     every = list(tried)
     failed = [visible(line) for line in failures(every)]
     compared = any(one.status is CheckStatus.PASS for one in every)
@@ -91,12 +91,12 @@ def conformance(
     """Return a decorator that makes pytest tests for a function.
 
     target: the Method or Operation that the function implements, or `adapter_files`. For a Method, the function is its
-    `attach`; for `adapter_files`, it returns a Loader (harness/methods/loader.py). offers: later settings of the Method
-    that the function has, such as `lora_bias`; cases with other such settings are skipped. full: test every combination of
-    config, shape and layer in the suite. By default, each config, shape and layer is tested at least once. wide: also
-    test a fixed sample that covers pairs of settings, run the check of call forms in every case instead of one, and run
-    the checks of unmerging, of random sequences of calls and of NaN. drawn: number of additional cases with random ranks
-    and shapes. seed: seed of the additional cases.
+    `attach`; for `adapter_files`, it returns a Loader (harness/methods/loader.py). offers: optional features of the
+    Method that the function has, such as `lora_bias`; cases with other optional features are skipped. full: test every
+    combination of config, shape and layer in the suite. By default, each config, shape and layer is tested at least
+    once. wide: also test a fixed sample of cases that covers pairs of settings, run the check of call forms in every
+    case (otherwise in one case), and check unmerging, random sequences of calls and NaN. drawn: number of additional
+    cases with random ranks and shapes. seed: seed of the additional cases.
 
     Raises UsageError if a name or dtype is unknown. Also raises it if the suite has no case in these dtypes, because a
     test without cases would always pass.
@@ -130,14 +130,15 @@ def wrap_layers(
     names: Mapping[str, str] | None = None,
     update: Callable[[Any], Any] | None = None,
 ) -> AdaptedLayers:
-    """Attach layers to a model: freeze the model, replace every target layer, and name the tensors.
+    """Freeze a model, replace every target layer, and return the adapted layers with named tensors.
 
     make_layer: function that takes the base nn.Linear and returns its replacement, a module with the trainable
-    Parameters. names: letter of the paper -> attribute of the module, e.g. `{"A": "lora_A"}`. By default, a tensor has
-    the name of its Parameter. update: function that takes such a module and returns the change of the base weight.
-    Without it, the layers cannot be merged.
+    Parameters. names: maps the name of a tensor in the paper to an attribute of the replacement, e.g.
+    `{"A": "lora_A"}`. By default, a tensor has the name of its Parameter. update: function that takes a replacement and
+    returns the change of the base weight. Without it, the layers cannot be merged.
 
-    The layers must do all that `config` says. For a config that they do not support, raise `harness.Unsupported`.
+    The layers must implement every setting in `config`. For a config that they do not support, raise
+    `harness.Unsupported`.
     """
     from harness.methods.wrap import wrap
 

@@ -38,7 +38,7 @@ _PLAIN_VALUES = (
     ("float", _FLOAT, tuple("-+.0123456789")),
     ("merge", r"<<", ("<",)),
 )
-"""Kind, pattern and first characters of unquoted values that are no texts in YAML 1.2, and the key `<<`."""
+"""Unquoted values that YAML 1.2 does not read as text, and the key `<<`: kind, pattern, possible first characters."""
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 _TYPE_HINTS = {
     "int_type": "write a whole number, without quotes",
@@ -51,7 +51,7 @@ _TYPE_HINTS = {
     "dict_type": "write keys and values: {key: value}",
     "model_type": "write keys and values: {key: value}",
 }
-"""Type of an error of pydantic -> hint for the user."""
+"""Hint for the user, by type of pydantic's error."""
 
 
 class Yaml12Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # without libyaml, ten times slower
@@ -72,7 +72,7 @@ class Document:
     raw: bytes
     data: dict[str, Any]
     lines: dict[KeyPath, int]
-    """Path of a value -> its line. For a key merged from another mapping, this is its line in that mapping."""
+    """Line of each value, by its path. A value that `<<` merges from another mapping has its line in that mapping."""
     problems: list[Problem]
     """Mistakes that do not prevent reading the rest of the file, e.g. a duplicate key."""
     unreadable: set[KeyPath]
@@ -86,7 +86,7 @@ class Document:
         return data
 
     def where(self, *path: str | int) -> str:
-        """Return the `file:line` of a value. If it is not in the file, return that of the nearest enclosing value."""
+        """Return the `file:line` of a value. If the file lacks the value, take the nearest enclosing value."""
         while path and path not in self.lines:
             path = path[:-1]
         return f"{self.path}:{self.lines.get(path, 1)}"
@@ -134,7 +134,7 @@ def read(path: Path, *, tags: bool = False, texts: bool = False, start: str = _S
 
 
 def load_model(path: Path, model: type[_Model], *, start: str = _START) -> tuple[Document, _Model]:
-    """Read a YAML file. Return the document and its validated keys. start: as in `read`.
+    """Read a YAML file. Return the document and its validated keys. start: an example of a first line, for the hint.
 
     Raises SuiteError with every mistake in YAML, keys and values.
     """

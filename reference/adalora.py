@@ -99,10 +99,10 @@ SPEC = ReferenceSpec(
 )
 
 _EPS = 1e-5
-"""A small number that the scaling adds to the rank, as in the authors' code."""
+"""Number that is added to the rank in the scaling alpha / rank, as in the authors' code."""
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
-"""Prefixes of the names of averages in `state()`, as in the authors' code: of the sensitivity I_bar, and of the uncertainty
-U_bar."""
+"""Prefixes of names in `state()`, as in the authors' code: first for the average sensitivity I_bar, then for the average
+uncertainty U_bar."""
 _STD = 0.02
 """Standard deviation of the initial A and B, as in the authors' code and HF peft."""
 
@@ -116,7 +116,7 @@ class Config:
     target_rank: int = field(default=8, metadata={"minimum": 1, "maximum": 4096})
     """Mean rank per layer at the end."""
     alpha: float = field(default=16.0, metadata={"minimum": 1e-3, "maximum": 1e4})
-    """Numerator of the scaling alpha / rank, with the initial rank."""
+    """Numerator of the scaling alpha / R, where R is the initial rank."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
     dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
@@ -136,7 +136,7 @@ class Config:
     orthogonality: float = field(default=0.5, metadata={"minimum": 0.0})
     """gamma, weight of the regulariser R(P, Q) (eq. 4)."""
     regularization: str = field(default="mean-norm", metadata={"choices": ("mean-norm", "squared-sum")})
-    """Form of R(P, Q): `mean-norm`, or `squared-sum` as in eq. 4."""
+    """Formula of the regulariser R(P, Q): a `mean-norm`, or a `squared-sum` as in eq. 4."""
 
 
 def sensitivity(w: Tensor, grad: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def smoothed(I_bar: Tensor, I: Tensor, beta1: float) -> Tensor:  # noqa: E741  #
 def uncertainty(U_bar: Tensor, I: Tensor, I_bar: Tensor, beta2: float) -> Tensor:  # noqa: E741
     """Return the next average uncertainty, U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar| (eq. 10).
 
-    I_bar: the average sensitivity after its own update.
+    I_bar: the average sensitivity, already updated with I (eq. 9).
     """
     return beta2 * U_bar + (1 - beta2) * (I - I_bar).abs()
 
@@ -165,8 +165,8 @@ def importance(I_bar: Tensor, U_bar: Tensor) -> Tensor:
 def triplet_scores(s_A: Tensor, s_E: Tensor, s_B: Tensor) -> Tensor:
     """Return S (R,), the score of each triplet (eq. 7).
 
-    The score of triplet i is the sum of three importances: that of lambda i, the mean over column i of P, and the mean
-    over row i of Q. s_A (R, D), s_E (R, 1), s_B (E, R): the importance s of every entry of Q, Lambda and P.
+    The score of triplet i is the importance of lambda i, plus the mean importance of column i of P, plus the mean
+    importance of row i of Q. s_A (R, D), s_E (R, 1), s_B (E, R): the importance s of every entry of Q, Lambda and P.
     """
     return s_E[:, 0] + s_B.mean(dim=0) + s_A.mean(dim=1)
 
@@ -228,16 +228,17 @@ class AdaLoraLinear(AdaptedLayer):
         return {"A": self.A, "E": self.E, "B": self.B}
 
     def state(self) -> dict[str, Tensor]:
-        """Map names to the averages of A, E and B, and `mask` to the mask (R, 1) of the last pruning.
+        """Return by name the averages of A, E and B, and the mask of the last pruning.
 
-        exp_avg_ipt_<name>: average sensitivity I_bar. exp_avg_unc_<name>: average uncertainty U_bar.
+        exp_avg_ipt_<A, E or B>: average sensitivity I_bar. exp_avg_unc_<A, E or B>: average uncertainty U_bar. mask: the
+        mask (R, 1).
         """
         averages = {f"{kind}_{n}": self.get_buffer(f"{kind}_{n}") for kind in _AVERAGES for n in self.tensors()}
         return averages | {"mask": self.get_buffer("mask")}
 
     @torch.no_grad()
     def observe(self, beta1: float, beta2: float) -> None:
-        """Update I_bar and U_bar of every trained weight (eqs. 8 to 10). Without a gradient, the sensitivity I is 0."""
+        """Update I_bar and U_bar of A, E and B (eqs. 8 to 10). The sensitivity I of a tensor without a gradient is 0."""
         for name, w in self.tensors().items():
             I_bar, U_bar = self.get_buffer(f"exp_avg_ipt_{name}"), self.get_buffer(f"exp_avg_unc_{name}")
             grad = torch.zeros_like(w) if w.grad is None else w.grad

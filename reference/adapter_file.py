@@ -1,4 +1,4 @@
-"""Adapter files: compute the weights that a LoRA file in the format of HF peft gives a model. A format, not a Method.
+"""Adapter files: compute the weights of a model with a LoRA file in the format of HF peft. A format, not a Method.
 
     W' = W + s B A                                s = alpha / r, with use_rslora s = alpha / sqrt(r)
     W' = m (W + s B A) / ||W + s B A||            use_dora, one m per output
@@ -32,7 +32,7 @@ _STACKED = {
     "w1": ("gate_up_proj", 0), "gate_proj": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "up_proj": ("gate_up_proj", 1),
     "w2": ("down_proj", None), "down_proj": ("down_proj", None),
 }  # fmt: skip
-"""Name of one expert's layer -> the stacked parameter that holds its weight, and the value of `LayerUpdate.half`."""
+"""Name of a layer of one expert -> the stacked parameter with the layer's weight, and the value of `LayerUpdate.half`."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class AdapterSettings:
 
     @property
     def replaced_modules(self) -> tuple[str, ...]:
-        """Names of the modules that the file replaces: modules_to_save, and the head for its task_type."""
+        """Names of the modules that the file replaces: modules_to_save, and the head of a model with this task_type."""
         scored = ("classifier", "score")
         heads = {"SEQ_CLS": scored, "TOKEN_CLS": scored, "QUESTION_ANS": ("qa_outputs",)}
         return (*(self.modules_to_save or ()), *heads.get(self.task_type or "", ()))
@@ -94,10 +94,10 @@ class AdapterSettings:
         return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save or ())
 
     def targets(self, path: str) -> bool:
-        """Return whether target_modules selects the module at this path. `targeted` handles `all-linear`.
+        """Return whether target_modules selects the module at this path. target_modules must not be `all-linear`.
 
         A string is a regular expression that must match the whole path. A list holds whole paths or ends of paths.
-        layers_to_transform restricts ends of paths to some blocks.
+        If layers_to_transform is set, an end of a path selects only modules in the blocks with these numbers.
         """
         wanted = () if self.excludes(path) else self.target_modules or ()
         if isinstance(wanted, str):
@@ -119,7 +119,7 @@ class AdapterSettings:
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """The low-rank update of one parameter of the base, and the keys of its tensors in the file."""
+    """The low-rank update of one parameter of the base, and the keys under which the adapter file stores A, B, c and m."""
 
     path: str
     """Path of the module in the base."""
@@ -167,9 +167,9 @@ class LayerUpdate:
     def weight(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the parameter with the update, in the dtype and the shape of the base's parameter.
 
-        tensors: the tensors of the file, by key. The update of a single expert is written into the base's own parameter,
-        which is returned, because copying the whole stack for each expert would take too long. For all other kinds, the
-        result is a copy.
+        tensors: the tensors of the file, by key. For the kind `expert`, the update is written into the base's own
+        parameter, and this parameter is returned: a copy of the whole stack for each expert would take too long. For all
+        other kinds, the result is a copy.
         """
         whole: Tensor = getattr(module, self.parameter).detach()
         whole = whole if self.kind == "expert" else whole.clone()
@@ -339,7 +339,7 @@ def _possible(settings: AdapterSettings, keys: Collection[str], model: nn.Module
 def _of_experts(
     settings: AdapterSettings, keys: Sequence[str], modules: Mapping[str, nn.Module]
 ) -> Iterator[LayerUpdate]:
-    """Yield an update for each layer of one expert that the file names and the config targets.
+    """Yield an update for each layer of a single expert, such as `experts.3.w1`, that the file has and the config targets.
 
     If the base does not stack its experts, yield none. The config's patterns refer to the layer's name in the file.
     modules: the modules of the base, by path.
@@ -364,9 +364,9 @@ def _saved(settings: AdapterSettings, model: nn.Module) -> list[str]:
 
 
 def _kind(module: nn.Module) -> str:
-    """Return the kind of a layer as `kind_of` does, or "" for a convolution in groups and for stacked experts.
+    """Return the kind of a layer that target_modules may select, one of `KINDS`. For any other module, return "".
 
-    target_modules selects no stacked experts; target_parameters does.
+    target_modules selects neither convolutions with groups nor stacked experts. target_parameters selects experts.
     """
     return "" if getattr(module, "groups", 1) != 1 or (kind := kind_of(module)) == "experts" else kind
 
@@ -392,7 +392,7 @@ def _require_shape(key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _matching(patterns: Mapping[str, Any], name: str) -> str:
-    """Return the first pattern that matches the whole name, or its end after a dot. Otherwise return the name."""
+    """Return the first pattern that matches the whole name or its end after a dot. If none matches, return the name."""
     return next((one for one in patterns if re.match(rf"(.*\.)?({one})$", name)), name)
 
 

@@ -99,7 +99,7 @@ class Config:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
     dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
-    """Probability that an input feature of the added terms is dropped in training; W0 x sees the whole input."""
+    """Probability that an input feature is dropped in training; the base's output W0 x is computed without dropout."""
     detach_norm: bool = True
     """True to treat the norm as a constant in the backward pass (section 4.3)."""
     per: str = field(default="output", metadata={"choices": ("output", "input")})
@@ -187,8 +187,8 @@ class DoraLinear(DoraLayer):
 class DoraEmbedding(DoraLayer, LoraEmbedding):
     """An embedding table (N, E) with the weight m V' / ||V'||, where V' = W0 + s B A is the transposed table (E, N).
 
-    A (R, N), B (E, R) and m (E,) train. As in LoRA, the update has no dropout, and looking up padding_idx gives its
-    column of A no gradient. If `detach_norm` is false, this column gets one through the norm of V'.
+    A (R, N), B (E, R) and m (E,) train. As in LoRA, the update has no dropout, and column padding_idx of A gets
+    no gradient from the looked-up entries. If `detach_norm` is false, it gets a gradient through the norm of V'.
     """
 
     def __init__(self, base: nn.Embedding, A: Tensor, B: Tensor, config: Config) -> None:
@@ -216,8 +216,8 @@ class DoraEmbedding(DoraLayer, LoraEmbedding):
 class DoraConv2d(DoraLayer, LoraConv2d):
     """A convolution with the kernel m V' / ||V'||, where V' = W0 + s B A is a kernel (E, C, K, K).
 
-    A (R, C, K, K), B (E, R, 1, 1) and m (1, E, 1, 1) train. ||V'|| is one norm per output channel, that of its
-    kernel. Raises ValueError for a base with groups.
+    A (R, C, K, K), B (E, R, 1, 1) and m (1, E, 1, 1) train. ||V'|| holds the norm of each output
+    channel's kernel. Raises ValueError for a base with groups.
     """
 
     def __init__(self, base: nn.Conv2d, A: Tensor, B: Tensor, config: Config) -> None:
@@ -237,7 +237,8 @@ class DoraConv2d(DoraLayer, LoraConv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Return W' * x + b, shape (..., E, H', W'), for x (..., C, H, W). A star is a convolution.
 
-        The terms are those of a linear layer: W0 * x + b + (g - 1) W0 * d + g s B * (A * d), where d is x after dropout.
+        The output is computed as for a linear layer: W0 * x + b + (g - 1) W0 * d + g s B * (A * d), where d is x after
+        dropout.
         """
         g = self.gain(self.norms(self.direction())).view(-1, 1, 1)  # x may have no dimension for a batch
         dropped = self.dropout(x)
@@ -274,7 +275,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
 
 
 def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLayer:
-    """Return a new DoRA layer around `base`. Its A and B are drawn as LoRA's."""
+    """Return a new DoRA layer around `base`. A and B are drawn as in LoRA."""
     R = config.rank
     if kind_of(base) == "embedding":
         return DoraEmbedding(base, *embedding_factors(base, R, generator), config)

@@ -113,7 +113,7 @@ class Config:
     """Hyperparameters of GaLore."""
 
     rank: int = field(default=128, metadata={"minimum": 1, "maximum": 65536})
-    """Rank r of the projection; at most min(m, n) of a layer is used."""
+    """Rank r of the projection; for a weight (m, n), it is at most min(m, n)."""
     update_gap: int = field(default=200, metadata={"minimum": 1, "maximum": 1000000})
     """T, steps between two computations of the projector."""
     scale: float = field(default=0.25, metadata={"minimum": 1e-6, "maximum": 1e6})
@@ -258,8 +258,8 @@ def galore_step(
 
     state: empty before the first step. After it, `state` holds the number of steps, the moments M and V
     (`galore_moments.zeros`), and P, Q or both. rank: 0 means plain Adam, without a projection, for any shape. The first
-    step, and then every update_gap-th step, computes a new projector. If `given` is not None, it replaces every new
-    projector, so that two programs can be compared in one subspace.
+    step, and then every update_gap-th step, computes a new projector. given: a projector that is used instead of
+    every new one, so that two programs can be compared in one subspace.
     """
     if rank and state.get("step", 0) % update_gap == 0:
         fresh = given or projector(G, rank, side, niter, Projector(state.get("P"), state.get("Q")))
@@ -272,7 +272,7 @@ def galore_step(
 
 
 def state_elements(m: int, n: int, rank: int, side: str = "std") -> int:
-    """Return the number of elements in the state of an (m, n) weight: those of the projector and of both moments.
+    """Return the number of elements in the state of an (m, n) weight. The state has a projector and two moments.
 
     With a left projector of rank r, this is mr + 2nr (table 1).
     """
@@ -284,7 +284,7 @@ def state_elements(m: int, n: int, rank: int, side: str = "std") -> int:
 def check_group(group: dict[str, Any]) -> None:
     """Raise ValueError if an option of a parameter group is out of range.
 
-    Also raise it if the group has a rank, so that its parameters are projected, and one of them is no matrix.
+    A group with a `rank` is projected, so also raise ValueError if such a group has a parameter that is no matrix.
     """
     for name, least in (("rank", 0), ("update_gap", 1), ("niter", 0)):
         if not isinstance(group[name], Integral) or group[name] < least:

@@ -65,7 +65,7 @@ class Config:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
     rank_dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
-    """Probability that a row of the update, which is one output feature, is dropped in training."""
+    """Probability that a row of the update (one output feature) is dropped in training."""
 
     @property
     def scaling(self) -> float:

@@ -2,10 +2,10 @@
 
     h = W0 x + (alpha / r) (C kron (B A)) x                                                             (paper, eq. 4)
 
-The layer's sizes are products, E = U_E V_E and D = U_D V_D. C (U_E, U_D), B (V_E, R) and A (R, V_D) train, and W0
-(E, D) is frozen. U is the largest divisor of a size that is at most min(factor, sqrt(size)) (eq. 5). If R is at least
-half of V_E and of V_D, a full matrix W2 (V_E, V_D) takes the place of B A. Shape letters: T tokens, D input features, E
-output features, R rank.
+The layer's sizes are products, E = U_E V_E and D = U_D V_D. C (U_E, U_D), B (V_E, R) and A (R, V_D) train, and W0 (E,
+D) is frozen. In each product, U is the largest divisor of the size that is at most min(factor, sqrt(size)) (eq. 5). If
+R is at least half of V_E and of V_D, a full matrix W2 (V_E, V_D) takes the place of B A. Shape letters: T tokens, D
+input features, E output features, R rank.
 """
 
 from __future__ import annotations
@@ -74,17 +74,17 @@ class Config:
     """Hyperparameters of LoKr."""
 
     rank: int = field(default=8, metadata={"minimum": 1, "maximum": 4096})
-    """Rank r of the right block."""
+    """Rank r of the right block B A."""
     alpha: float = field(default=8.0, metadata={"minimum": 1e-3, "maximum": 1e4})
     """Numerator of the scaling alpha / rank."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
     factor: int = field(default=-1, metadata={"minimum": -1, "maximum": 4096})
-    """Largest number of rows and columns of the left block C. A number below 1 sets no limit but the square root."""
+    """Largest number of rows and columns of the left block C. If below 1, the limit is the square root of the size."""
     init: str = field(default="peft", metadata={"choices": ("peft", "lycoris")})
     """Block that starts at zero: the left one, as in `peft`, or the right one, as in `lycoris`."""
     rank_dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
-    """Probability that a row of the update, which is one output feature, is dropped in training."""
+    """Probability that a row of the update (one output feature) is dropped in training."""
 
     @property
     def scaling(self) -> float:
@@ -93,7 +93,7 @@ class Config:
 
 
 def divided(size: int, factor: int) -> tuple[int, int]:
-    """Return (u, v) with u v = size, where u is the largest divisor of at most min(factor, sqrt(size)) (eq. 5)."""
+    """Return (u, v) with u v = size. u is the largest divisor of `size` up to min(factor, sqrt(size)) (eq. 5)."""
     root = math.isqrt(size)
     most = root if factor < 1 else min(factor, root)
     u = max(n for n in range(1, most + 1) if size % n == 0)

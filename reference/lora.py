@@ -120,17 +120,17 @@ class Config:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`; `experts` adapts stacked experts."""
     dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
-    """Probability that an input feature of the adapter branch is dropped in training; embeddings have none."""
+    """Probability that an input feature of the adapter branch is dropped in training; embeddings have no dropout."""
     rslora: bool = False
     """True to scale by alpha / sqrt(rank) (arXiv:2312.03732)."""
     conv: str = field(default="peft", metadata={"choices": ("peft", "loralib")})
-    """Shapes of A and B of a convolution, as HF `peft` or as `loralib`."""
+    """Library whose shapes the A and B of a convolution have: HF `peft` or `loralib`."""
     init: str = field(
         default="kaiming", metadata={"choices": ("kaiming", "gaussian", "orthogonal"), "omit_default": True}
     )
     """Initial A and B (`reference/shared/lora_start.py`); `orthogonal` requires an even rank."""
     lora_bias: bool = field(default=False, metadata={"omit_default": True, "opt_in": True})
-    """True to give B a trainable bias c, scaled as B A is; for linear layers and convolutions only."""
+    """True to give B a trainable bias c with the same scaling as B A; for linear layers and convolutions only."""
 
     @property
     def scaling(self) -> float:

@@ -71,8 +71,8 @@ def gated_experts(
 class LoraExperts(AdaptedLayer):
     """A frozen module of stacked experts, with a low-rank update of every expert's weights.
 
-    `base` is a module of transformers, or another one whose class is named `...Experts`. Every call of `base` sees the
-    updated parameters, whatever it does with them. So this layer works with gates and biases of any kind.
+    `base` is a module whose class is named `...Experts`, as in transformers. Its own forward pass runs with the updated
+    parameters. So this layer works with any activation, gate and bias.
     """
 
     def __init__(self, base: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], scaling: float) -> None:
@@ -115,7 +115,8 @@ class LoraExperts(AdaptedLayer):
 class QloraExperts(LoraExperts):
     """A frozen module of stacked experts in NF4, with a low-rank update of every expert's weights (QLoRA, eqs. 5 and 6).
 
-    Each stacked parameter is quantised as a whole. Of `base`, only parameters that are not stacked are used, e.g. biases.
+    Each stacked parameter is quantised as a whole. Of `base`, only parameters that are not stacked are used, e.g.
+    biases.
     """
 
     def __init__(
@@ -152,7 +153,7 @@ def expert_factors(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the initial packed A and B for each stacked parameter of a module of experts.
 
-    Raises ValueError for a dropout: the update is added to the weight, so it has no input of its own to drop.
+    Raises ValueError for a dropout: the update is added to the weight, so the adapter has no input to drop.
     """
     if dropout:
         raise ValueError(f"LoRA on stacked experts has no dropout, and dropout is {dropout:g}; HF peft has none either")

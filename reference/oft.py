@@ -68,7 +68,7 @@ class Config:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
     cayley: str = field(default="neumann", metadata={"choices": ("neumann", "exact")})
-    """Parameterisation of R: the series `neumann`, as OFTv2, or the `exact` Cayley transform, as OFT."""
+    """Parameterisation of R: the series `neumann`, as in OFTv2, or the `exact` Cayley transform, as in OFT."""
     terms: int = field(default=5, metadata={"minimum": 2, "maximum": 64})
     """Number of terms of the series. With cayley=exact it has no effect."""
 

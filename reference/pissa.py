@@ -171,8 +171,8 @@ def split(
 def to_lora(A0: Tensor, B0: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Return A' (2R, D) and B' (E, 2R) of a LoRA on the original weight that equals a trained PiSSA (appendix).
 
-    A0 (R, D), B0 (E, R): initial factors of the PiSSA. A, B: its trained factors. With the same scaling s for both, W +
-    s B' A' = W_res + s B A. As the LoRA has rank 2R, its alpha must be twice that of the PiSSA.
+    A0 (R, D), B0 (E, R): initial factors of the PiSSA. A, B: trained factors of the PiSSA. With the same scaling s for
+    both, W + s B' A' = W_res + s B A. As the LoRA has rank 2R, its alpha must be twice that of the PiSSA.
     """
     # W = W_res + s B0 A0, so W_res + s B A = W + s (B A - B0 A0) = W + s [B, -B0] [A; A0].
     return torch.cat([A, A0], dim=0), torch.cat([B, -B0], dim=1)
@@ -247,8 +247,8 @@ def attach(
 ) -> AdaptedLayers:
     """Freeze `model` and replace every target by a PissaLinear or a PissaEmbedding, in the model's order of layers.
 
-    split: replaces the function `split`, e.g. by a faster one. Raises ValueError if a target names no linear layer,
-    Conv1D or embedding, or if the rank exceeds the smaller side of a target's weight.
+    split: function that computes A, B and the residual, by default `split` of this module. Raises ValueError if a
+    target names no linear layer, Conv1D or embedding, or if the rank exceeds the smaller side of a target's weight.
     """
     found = targets(model, config.targets, KINDS)
     for path, base in found.items():

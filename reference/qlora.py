@@ -4,7 +4,7 @@
     doubleDequant(c1, c2, W) = dequant(dequant(c1, c2), W)                            (eq. 6)
 
 This is LoRA on a frozen weight that is stored in 4 bits and decoded for every product. L1 (D, R) is the transpose of
-LoRA's A, and L2 (R, E) that of B. Shape letters: T tokens, D input features, E output features, R rank.
+LoRA's A, and L2 (R, E) is the transpose of B. Shape letters: T tokens, D input features, E output features, R rank.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Config:
     double_quant: bool = True
     """True to quantise the absmax of the blocks too."""
     lora_bias: bool = field(default=False, metadata={"omit_default": True, "opt_in": True})
-    """True to give B a trainable bias c, scaled as B A is."""
+    """True to give B a trainable bias c with the same scaling as B A."""
 
 
 class QloraLinear(LowRankLayer):

@@ -8,8 +8,8 @@ from harness.analysis import metrics
 from harness.analysis.ranking import Group, RankingEntry
 
 MARGIN = 0.05
-"""Largest distance from the highest accuracy, as a share, at which a recipe still counts as near the top. In addition,
-no test may tell the recipe apart from the one with the highest accuracy."""
+"""Largest distance from the highest accuracy at which a recipe counts as near the top (0.05 is 5 percentage points). In
+addition, no test may tell this recipe apart from the recipe with the highest accuracy."""
 FULL = "full"
 """Name of the Method that trains all weights (full fine-tuning). The costs of the recommended recipe are shown next to
 the costs of this Method."""
@@ -24,14 +24,15 @@ class Choice:
     highest: RankingEntry
     """The recipe with the highest accuracy."""
     winner: bool
-    """True if tests tell the recipe with the highest accuracy apart from every other. False for a single recipe."""
+    """True if tests tell the recipe with the highest accuracy apart from every other recipe. False for a single
+    recipe."""
     near: tuple[RankingEntry, ...]
-    """The recipes near the top, best first, the highest included."""
+    """The recipes near the top, best first. The first one is `highest`."""
     undecided: int
-    """Number of other recipes whose accuracy no test tells apart from the highest."""
+    """Number of further recipes that no test tells apart from `highest`."""
     against: RankingEntry | None
-    """The recipe to compare the costs of the pick with: full fine-tuning or, without it, the recipe with the highest
-    accuracy. None if that is the pick itself."""
+    """The recipe whose costs are compared with the costs of the pick: full fine-tuning or, if this was not ranked, the
+    recipe with the highest accuracy. None if this recipe is the pick itself."""
 
 
 def choose(group: Group) -> Choice | None:

@@ -20,9 +20,10 @@ LOAD_ABOVE = 0.5
 """If the load average exceeds the number of cores by more than this, other processes compete for the cores."""
 
 SPREAD = 1.5
-"""Largest ratio of the ends of the 95 % interval of a median latency that counts as steady. In the published runs with
-one Cell at a time, 1 of 161 intervals is wider. This does not include `2026-11-28-serve-cpu`, which other programs
-disturbed: there, 9 of 10 are wider. In the published run with two Cells at a time, 38 of 195 are wider."""
+"""Largest accepted ratio of the upper to the lower end of the 95 % interval of a median latency. A wider interval makes
+the latency unsteady. In the published runs with one Cell at a time, 1 of 161 intervals is wider. This does not include
+`2026-11-28-serve-cpu`, which other programs disturbed: there, 9 of 10 are wider. In the published run with two Cells at
+a time, 38 of 195 are wider."""
 OTHERS = 0.1
 """Most CPU time that other processes may use while a server is timed, in seconds per second and core."""
 
@@ -65,8 +66,9 @@ def busy(record: Record) -> str:
 def disturbed(record: Record, latencies: Iterable[Latency]) -> tuple[str, str]:
     """Return the flag of some latencies, `unsteady` or `busy`, and the evidence for it as text.
 
-    latencies: those of the base, the unmerged and the merged model that were timed in turn. Without evidence, and if
-    none was timed, return two empty strings. Too few passes for an interval are no evidence.
+    latencies: the latencies of the base, the unmerged and the merged model, which were timed in turn. Return two empty
+    strings if there is no evidence, or if nothing was timed. A median with too few passes for an interval is no
+    evidence.
     """
     medians = [(one.variant, median_interval(one.seconds)) for one in latencies if one.seconds]
     if not medians:

@@ -11,7 +11,10 @@ def failed(record: Record) -> list[CheckResult]:
 
 
 def checks_run_here(record: Record) -> list[CheckResult]:
-    """Return the checks that this attempt ran itself, without those of a parity gate that another Cell ran."""
+    """Return the checks that this attempt ran itself.
+
+    The checks of a parity gate that ran in another Cell are left out.
+    """
     return record.checks[record.gate.checks :] if record.gate and record.gate.record else record.checks
 
 
@@ -26,7 +29,7 @@ def nonconforming(record: Record) -> bool:
 def of_serving(check: CheckResult) -> bool:
     """Return whether a check judges the server of a Cell (e.g. vLLM), and not the code of the Method.
 
-    If it fails, the Record lacks times of the server. All other times stay valid.
+    If such a check fails, the Record lacks times of the server. All other times stay valid.
     """
     return check.id.check.startswith("served-")
 

@@ -35,7 +35,7 @@ def timed_training(record: Record) -> TrainingMeasured | None:
 def why_untrained(record: Record, fact: str) -> str:
     """Return the reason why a Record without timed steps lacks a fact about its training.
 
-    fact: name of the fact, e.g. `peak memory`. The Record of an imported training may give its own reason for it, in
+    fact: name of the fact, e.g. `peak memory`. A Record of an imported training may give its own reason in
     `Imported.unknown`.
     """
     if record.imported is None:
@@ -115,9 +115,9 @@ def training_energy(record: Record) -> float | None:
 
 
 def not_its_own_energy(record: Record) -> str:
-    """Return the reason why the joules of a Record include those of other Cells, or an empty string.
+    """Return the reason why the measured energy of a Record includes the energy of other Cells, or an empty string.
 
-    They do so if the counter covers the whole machine and several Cells ran at the same time.
+    This is so if the counter covers the whole machine and several Cells ran at the same time.
     """
     energy = record.measurements.energy if record.measurements else None
     # A failed Record does not name its counter; on a CPU there is only one.

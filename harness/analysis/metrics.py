@@ -104,7 +104,10 @@ _PARTS: dict[str, tuple[type[BaseModel], RowKind]] = {
 
 
 def _counted(part: str, field: str, **more: Any) -> Metric:
-    """Return the metric of the field `Measurements.<part>.<field>`, which counts scalars or bytes."""
+    """Return the metric of the field `Measurements.<part>.<field>`, which counts scalars or bytes.
+
+    more: further fields of the `Metric`.
+    """
     model, row_kind = _PARTS[part]
     name = f"{part}.{field}"
     size: dict[str, Any] = {"unit": "B", "better": "lower"} if field.endswith("_B") else {"unit": "1"}
@@ -282,7 +285,7 @@ def in_history(name: str) -> Metric | None:
 
 
 def costs() -> list[Metric]:
-    """Return the metrics that charts show accuracy against, the training memory first."""
+    """Return the cost metrics for the charts of accuracy against a cost, the training memory first."""
     return sorted((metric for metric in METRICS if metric.axis), key=lambda metric: metric is not PEAK_ABOVE_IMPORTS)
 
 

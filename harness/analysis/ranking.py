@@ -48,7 +48,7 @@ class Budget:
     def same_test(self, other: Budget) -> bool:
         """Return whether both budgets are equal except for the number of steps and the batch size.
 
-        If so, both score the same items in the same way.
+        Then both score the same items in the same way.
         """
         return replace(self, steps=other.steps, batch=other.batch) == other
 
@@ -56,7 +56,7 @@ class Budget:
 def why_not_comparable(left: Cell, right: Cell) -> str:
     """Return the reason why two accuracies may not be compared. If they may, return an empty string.
 
-    If a Cell is untrained, its steps and batch are ignored.
+    If at least one of the Cells is untrained, the number of steps and the batch size are ignored.
     """
     a, b = Budget.of(left), Budget.of(right)
     untrained = 0 in (a.steps, b.steps)
@@ -75,7 +75,7 @@ class Score:
     low: float
     high: float
     means: str
-    """Method of the interval and what it covers, in words."""
+    """Explanation of the interval in words: how it is computed and what it covers."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Group:
     """Recipes with one budget: trained recipes, best first, then untrained recipes."""
 
     budget: Budget
-    """Shared budget."""
+    """Budget of all recipes in the group."""
     ranked: tuple[RankingEntry, ...]
     """Trained recipes, best first."""
     untrained: tuple[RankingEntry, ...]
@@ -165,8 +165,8 @@ _Place = tuple[Budget, tuple[int, ...], int]
 def groups(run: Run) -> tuple[Group, ...]:
     """Return the scored recipes of a run in groups of equal budget, in the order of the manifest.
 
-    A recipe that lacks a seed gets a separate group. Otherwise the seeds that worked would stand for the seeds that
-    failed. Cells that only searched for a learning rate are not ranked.
+    A recipe that lacks a seed gets a separate group: its mean over fewer seeds must not be ranked among means over all
+    seeds. Cells that only searched for a learning rate are not ranked.
     """
     latest = run.latest()
     swept = {cell_id for tuning in run.manifest.tuning for cell_id in tuning.sweep}
@@ -294,7 +294,10 @@ class RecipePair:
 
     @classmethod
     def of_spread(cls, spread: Spread | None) -> RecipePair | None:
-        """Return the comparison of two recipes whose difference over several seeds is `spread`. None stays None."""
+        """Return the comparison of two recipes from their difference over several seeds.
+
+        If `spread` is None, return None.
+        """
         return cls(spread.value, spread.interval, spread.p, spread.detectable) if spread else None
 
     @classmethod
@@ -316,9 +319,10 @@ def _resolution(
 ) -> tuple[float | None, Basis, float]:
     """Return the smallest detectable difference, its basis, and the share of items that were answered differently.
 
-    tied: comparisons of the best recipe with each tied recipe. rivals: its comparisons with each other recipe. top: its
-    score. The pair that disagrees most represents the group, because it is the hardest to separate. Pairs of tied
-    recipes are preferred, because a pair with a large difference says little about close pairs.
+    tied: comparisons of the best recipe with each tied recipe. rivals: comparisons of the best recipe with every other
+    recipe. top: score of the best recipe. The pair that disagrees most represents the group, because it is the hardest
+    to separate. Pairs of tied recipes are preferred, because a pair with a large difference says little about close
+    pairs.
     """
     both: tuple[tuple[Basis, Sequence[RecipePair | None]], ...] = (("tied", tied), ("all", rivals))
     for basis, pairs in both:

@@ -31,12 +31,16 @@ class RunFacts:
 
     @cached_property
     def latest(self) -> dict[str, Record]:
-        """The newest Record of each Cell, by cell_id. A Record that was changed after the run is left out."""
+        """The newest Record of each Cell, by cell_id. The Cells in `doubtful` are left out."""
         return self.run.latest()
 
     @cached_property
     def doubtful(self) -> dict[str, str]:
-        """Cells whose newest Record does not count: cell_id -> reason."""
+        """cell_id -> reason, for each Cell whose newest Record does not count.
+
+        The Record was changed, removed or added after the run, or it rests on the parity gate of a Record that is
+        missing or was changed.
+        """
         return self.run.doubtful()
 
     @cached_property
@@ -77,8 +81,8 @@ class RunFacts:
     def status(self, cell: Cell) -> str:
         """Return the status of a Cell.
 
-        It is `missing` without a Record, `changed` if the Record was changed after the run, and `ungated` if the Record
-        rests on the parity gate of a Record that does not count.
+        It is `missing` without a Record. It is `changed` if the newest Record was changed, removed or added after the
+        run. It is `ungated` if the newest Record rests on the parity gate of a Record that is missing or was changed.
         """
         if record := self.latest.get(cell.cell_id):
             return record.status.value
@@ -94,7 +98,7 @@ class RunFacts:
         return f"{record.status.value}: {record.because}"
 
     def unfinished(self) -> str:
-        """Return how an unfinished run ended, as a predicate whose subject is the run, e.g. `was interrupted`."""
+        """Return how an unfinished run ended, in words that follow `the run`, e.g. `was interrupted`."""
         if self.run.footer is not None:
             return f"was {self.run.how}"
         if _FOOTER in self.run.broken:

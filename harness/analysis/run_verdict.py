@@ -20,8 +20,8 @@ from harness.records.record import Cell, Outcome, Record, Status
 from harness.records.store import Run
 
 _SHOWN = 4
-"""Largest number of reasons that the verdict `not-run` lists in its sentence. A suite with a matrix may have
-hundreds."""
+"""Largest number of reasons that the sentence of a `not-run` verdict lists. A suite with a matrix may have hundreds of
+reasons."""
 UNMEASURED = (Status.OOM, Status.TIMEOUT, Status.ERROR, Status.LOST)
 
 
@@ -58,7 +58,7 @@ class RunVerdict:
     exit: Exit
     """Exit code of the run if the option `--strict` is not set."""
     counts: dict[str, int]
-    """Number of Cells per status, `missing` and `changed` included."""
+    """Number of Cells per status. Cells without a usable Record count as `missing`, `changed` or `ungated`."""
     nonconforming: tuple[str, ...]
     """Ids of Records that depart from their Method or whose training diverged."""
     missing: tuple[str, ...]
@@ -66,10 +66,10 @@ class RunVerdict:
     judgements: tuple[QuestionVerdict, ...]
     """Verdicts on the questions of the suite."""
     parity: Parity
-    """Numbers of passed, failed and skipped checks of the computation, without those of servers."""
+    """Numbers of passed, failed and skipped checks of the computation. Checks of servers do not count."""
 
     def exit_code(self, *, strict: bool) -> Exit:
-        """Return the exit code. With `strict`, return INCONCLUSIVE instead of PASS if a question is open."""
+        """Return the exit code. If `strict` is set and a question is open, return INCONCLUSIVE instead of PASS."""
         left_open = self.exit is Exit.PASS and self.verdict.word is VerdictKind.INCONCLUSIVE
         return Exit.INCONCLUSIVE if strict and left_open else self.exit
 
@@ -79,10 +79,11 @@ def judge(run: Run) -> RunVerdict:
 
     The exit code is the first in this list whose condition holds:
 
-    - FAIL: a Cell departs from its Method, the training of a Cell diverged or left a tensor as it was, a comparison is
-      refuted, or a file was changed after the run. This holds even if other Cells are missing.
-    - NOTHING_COMPARED: no Cell was measured.
-    - INFRASTRUCTURE: some Cells were not measured.
+    - FAIL: a Cell departs from its Method, a server gave wrong answers or none, the training of a Cell diverged or left
+      a tensor unchanged, a comparison is refuted, or a file was changed after the run. This holds even if other Cells
+      are missing.
+    - NOTHING_COMPARED: no Cell was measured, and none failed: each Cell was skipped or is missing.
+    - INFRASTRUCTURE: a Cell failed, is missing or lost its parity gate, a file is unreadable, or the run is unfinished.
     - PASS: otherwise, even if questions are open (see `exit_code`).
     """
     latest = run.latest()
@@ -136,8 +137,8 @@ class _PairOutcome:
     """Verdict on one pair of recipes."""
 
     gap: float
-    """Lower end of the interval of the difference left - right. The sentence of the joint verdict is about the pair
-    with the smallest gap."""
+    """Lower end of the interval of the difference left - right. The sentence of the joint verdict quotes the pair with
+    the smallest gap."""
     sentence: str
     kind: VerdictKind = field(compare=False)
 
@@ -178,10 +179,10 @@ def _recipes(ids: list[str], cells: Mapping[str, Cell]) -> list[list[Cell]]:
 def _compare(
     left: list[Cell], right: list[Cell], latest: Mapping[str, Record], names: Mapping[str, str]
 ) -> list[_PairOutcome]:
-    """Judge one pair of recipes. Return one outcome, or one for each reason why the pair cannot be judged.
+    """Judge one pair of recipes. Return its outcome.
 
-    With several seeds, the interval of the difference decides. With one run of each recipe, the intervals of both
-    accuracies decide.
+    If the pair cannot be judged, return one outcome for each reason. With several seeds, the interval of the difference
+    decides. With one run of each recipe, the intervals of both accuracies decide.
     """
 
     def not_run(*sentences: str) -> list[_PairOutcome]:
@@ -286,7 +287,7 @@ def _whole(
 
 
 def _conform(ok: list[Record]) -> str:
-    """Return a sentence that says that all measured Cells conform, and how many of them had no reference."""
+    """Return the sentence that all measured Cells conform. It also gives the number of Cells without a reference."""
     unreferenced = sum(bool(parity.unreferenced(r)) for r in ok)
     exception = f", {unreferenced} of them without a reference to compare with" if unreferenced else ""
     return f"all {len(ok)} measured Cells conform{exception}"

@@ -20,8 +20,8 @@ from harness.records.record import Record, Status
 STEP, PEAK = metrics.STEP.history, metrics.TRAINING_PEAK.history
 LATENCY = "latency_s"
 SENTINEL = f"{LATENCY}/base/"
-"""Prefix of the names of latencies of the bare base model. No adapter changes these latencies. Every Cell that measures
-latencies measures them too."""
+"""Prefix of the names of latencies of the bare base model. No adapter changes these latencies. All Cells that measure
+latencies measure these."""
 CONCURRENT = "beside it"
 """Key in the dict that `place` returns. The key is present if other Cells ran at the same time."""
 
@@ -50,7 +50,10 @@ def names() -> list[str]:
 
 
 def slack(metric: str, level: float) -> float:
-    """Return the largest difference from `level` that is no change. `metric` must be neither a time nor a score."""
+    """Return the largest difference from `level` that does not count as a change.
+
+    `metric` must be neither a time nor a score.
+    """
     declared = metrics.in_history(metric)
     return max(declared.slack_B, declared.slack_share * level) if declared else 0
 

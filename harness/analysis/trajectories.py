@@ -29,7 +29,7 @@ EXACT = "float64"
 
 @dataclass(frozen=True)
 class JudgedTrajectory:
-    """Comparison of the losses of one run with those of the same training in float64."""
+    """Comparison of the losses of one run with the losses of the same training in float64."""
 
     cell_id: str
     """Id of the Cell."""

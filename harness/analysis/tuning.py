@@ -54,7 +54,7 @@ class Search:
 
     @property
     def better(self) -> tuple[float, ...]:
-        """Learning rates whose accuracy has an interval completely above that of the chosen rate.
+        """Learning rates whose accuracy has an interval completely above the interval for the chosen rate.
 
         If there are any, the suite has probably chosen a poor rate.
         """

@@ -28,9 +28,9 @@ def no_progress(what: str, done: int, total: int | None) -> None:
 def ensure(source: Source, progress: Progress = no_progress) -> Path:
     """Fetch the source if necessary. Return a local path that is ready to load.
 
-    The path is a model's folder (config, safetensors, tokenizer) or a data file. The folder of a shape has only a
-    config.json, because a Cell draws the weights at random. Raises AssetError if the asset cannot be fetched or verified;
-    the cache is then unchanged.
+    The path is a model's folder (config, safetensors, tokenizer) or a data file. The folder of a source `shape:...` has
+    only a config.json, because a Cell draws the weights at random. Raises AssetError if the asset cannot be fetched or
+    verified; the cache is then unchanged.
     """
     if source.scheme == "folder":
         return model_folder.check(Path(source.address), source)
@@ -71,8 +71,8 @@ def asset_use(source: Source) -> AssetUse:
     """Return the entry of an asset in a Record.
 
     A local path is as the user wrote it. The entry has the SHA-256 of the wheel or sdist, if there is one. Otherwise,
-    it has the SHA-256 of the data file, of the weights, or of a shape's config. A hub model has its commit instead of a
-    hash. To hash a local folder, all its files are read.
+    it has the SHA-256 of the data file, of the weights, or of the config.json of a `shape:...`. A hub model has its
+    commit instead of a hash. To hash a local folder, all its files are read.
     """
     sha256 = source.sha256
     if not sha256 and (source.scheme != "hub" or source.kind == "data"):

@@ -45,7 +45,7 @@ class TaskFile:
 
     @property
     def splits(self) -> dict[str, str]:
-        """Use of a split -> name of the split. Uses: `test`, and also `train` and `fewshot` if the task has them."""
+        """Name of each split, by its use: `test`, and also `train` and `fewshot` if the task has them."""
         spec = self.spec
         test = spec.get("test_split") or spec.get("validation_split")
         shots = spec.get("fewshot_split") or (spec.get("fewshot_config") or {}).get("split")
@@ -64,7 +64,7 @@ class TaskFile:
 def find(text: str, folder: Path | None = None) -> TaskFile:
     """Return the task with the name `text`, as written in a suite. Raises UsageError for an unknown name.
 
-    folder: folder of lm-eval's tasks; if None, that of the installed lm-eval.
+    folder: folder of lm-eval's tasks; if None, the folder of the installed lm-eval.
     """
     match = _NAME.fullmatch(text)
     if match is None:
@@ -120,7 +120,7 @@ def _path(folder: Path, name: str) -> tuple[Path | None, set[str]]:
 
 
 def _named(files: Iterable[Path]) -> dict[str, Path]:
-    """Return, for each task that the files define, the first file that defines it, by the name of the task."""
+    """Map the name of each task to the first of `files` that defines the task."""
     found: dict[str, Path] = {}
     for path in files:
         for name in _TASK.findall(path.read_bytes()):

@@ -25,7 +25,7 @@ _DROPOUTS = ("_pdrop", "dropout", "dropout_prob", "dropout_rate")
 _OF_HEADS = ("summary_", "classifier_")
 """Prefixes of dropouts that only a classification head uses. A causal model does not use them."""
 _TWO_SIDED = ("ForMaskedLM", "ForPreTraining")
-"""Last parts of the names of those transformers classes that predict a token from the tokens on both sides."""
+"""Last parts of the names of transformers classes for models that predict a token from the tokens on both sides."""
 
 
 def check(folder: Path, source: Source) -> Path:

@@ -18,7 +18,7 @@ def reaches_no_index(output: str) -> bool:
 
 
 def wrong_hash(output: str) -> str:
-    """Return the SHA-256 of a file whose hash is not the required one. If pip complains about no hash, return ""."""
+    """Return the SHA-256 of a file whose hash is not the required one. If pip reports no wrong hash, return ""."""
     found = _HASH.search(output)
     return found[1] if found else ""
 

@@ -86,7 +86,7 @@ FORMATS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
     "csv": csv_records,
     "parquet": parquet_records,
 }
-"""Value of `rows.format` -> function that reads a file of this format. The functions for the first two formats yield
+"""Function that reads a data file, by the value of `rows.format`. The functions for the first two formats yield
 lines; the others yield rows as mappings."""
 
 
@@ -314,4 +314,4 @@ def _text(text: object, name: str) -> str:
 
 
 _PARSERS: dict[str, Callable[[Any, int, Rows], AnyRow | None]] = {"valence-tsv": _valence, "jsonl": _json}
-"""Format -> function that parses one line. All other formats are parsed by `_columns`."""
+"""Function that parses one line, by format. `_columns` parses all other formats."""

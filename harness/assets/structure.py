@@ -1,7 +1,7 @@
 """Build a model from its config on the meta device, without weights, and find names that match no layer.
 
-`python -m harness.assets.structure JSON` takes a list of [FOLDER, KIND, NAMES]. For each entry it prints one line. The
-line is ANSWER, followed by a JSON object that maps each name that matches no layer to the reason.
+`python -m harness.assets.structure JSON` takes a list of [FOLDER, KIND, NAMES]. For each entry it prints one line:
+ANSWER, followed by a JSON object with the reason for each name that matches no layer.
 """
 
 from __future__ import annotations

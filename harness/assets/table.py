@@ -33,7 +33,7 @@ _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>.*))?",
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HOLDERS = {"prompt": ("answers",), "answer": ("answers",), "text": ("labels", "text"), "label": ("labels",)}
-"""Part of a row -> values of `Rows.holds` for which rows have this part."""
+"""Values of `Rows.holds` with which a row has a part, by name of the part."""
 
 
 class Rows(FrozenModel):
@@ -41,8 +41,7 @@ class Rows(FrozenModel):
 
     format: Literal["valence-tsv", "jsonl", "csv", "parquet", "hub", "splits"]
     holds: Literal["labels", "answers", "text"] = "labels"
-    """Kind of the rows, which have these keys. labels: {id, text, label}. answers: {id, prompt, answer}. text: {id,
-    text}."""
+    """Content of a row besides its id. labels: a text and its label. answers: a prompt and its answer. text: a text."""
     text: str = "text"
     """Name of the column with the text."""
     label: str = "label"
@@ -74,7 +73,7 @@ class Rows(FrozenModel):
 
     @property
     def columns(self) -> dict[str, str]:
-        """Part of a row -> name of its column in the file. The id is left out."""
+        """Name of the column of each part of a row, by name of the part. The id is left out."""
         return {name: getattr(self, name) for name, holders in _HOLDERS.items() if self.holds in holders}
 
 
@@ -188,8 +187,8 @@ def load_table(path: Path) -> dict[str, Source]:
 def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind = "causal") -> Source:
     """Return the Source that a name in a suite stands for.
 
-    The name is that of a row in the table, `org/name@revision`, `shape:NAME`, or a path of a model's folder that starts
-    from `base`. kind: kind of the source if it is not in the table. Data at a path need a row in the table. Raises
+    name: name of a row in the table, `org/name@revision`, `shape:NAME`, or the path of a model's folder, relative to
+    `base`. kind: kind of the source if it is not in the table. A local data file must have a row in the table. Raises
     UsageError if the name is unknown or does not fit the kind.
     """
     if name in table:

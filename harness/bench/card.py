@@ -1,8 +1,9 @@
 """`bench --ceilings` and `bench --crossovers`: measure a GPU, here called a card.
 
-Ceilings are its highest rates. A crossover is the size up to which a fused kernel is faster than another way to compute
-an Operation. A tile is the part of a matrix product that one program of a kernel computes. A worker process measures,
-and sends each number at once, so that a kernel that hangs loses only the numbers after it. Imports no torch.
+A ceiling is the highest rate of the card, e.g. in bytes per second. A crossover is the size up to which a fused kernel
+is faster than another way to compute an Operation. A tile is the part of a matrix product that one program of a kernel
+computes. A worker process measures, and sends each number as soon as it is measured. So if a kernel hangs, the numbers
+before it are not lost. Imports no torch.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ class CardReport:
     device: str
     environment: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """One dict per measurement, in order. Each ceiling has `name`, `value` and `unit`. With `--crossovers`, these are
-    the rows of `harness.bench.tiles.measure`, then those of `harness.bench.crossovers.measure`."""
+    """One dict per measurement, in order. Each ceiling has `name`, `value` and `unit`. With `--crossovers`, the rows of
+    `harness.bench.tiles.measure` come first, and then the rows of `harness.bench.crossovers.measure`."""
     table: dict[str, Any] = field(default_factory=dict)
-    """The card's crossovers and tiles, in the form that `harness.kernels` reads. An Operation or a dtype whose
-    measurement is not complete is missing. Empty with `--ceilings`."""
+    """The card's crossovers and tiles, in the form that `harness.kernels` reads. It lacks each Operation and each dtype
+    whose measurement is not complete. Empty with `--ceilings`."""
     file: str = ""
-    """File name for `table`. Empty as long as `table` is."""
+    """File name for `table`. Empty if `table` is empty."""
     card: str = ""
     """Name of the card; empty for a CPU."""
     failed: str = ""
@@ -106,7 +107,10 @@ def short_tile(tile: dict[str, int]) -> str:
 
 
 def findings(table: dict[str, Any]) -> list[str]:
-    """Return a line for each section of a card's table: the crossovers, and how many tiles differ from the default."""
+    """Return one line per section of a card's table.
+
+    The lines name the crossovers of each Operation, and the number of tiles that differ from the default.
+    """
     said = []
     for operation, size in CROSSOVERS.items():
         if operation in table:
@@ -122,7 +126,8 @@ def findings(table: dict[str, Any]) -> list[str]:
 def _limit(E: int, most: int | None, size: str) -> str:
     """Return a crossover as text, such as `fused up to rank 63 if E >= 4096`.
 
-    most: largest size at which the fused kernel is used; None for no limit. size: name of the size.
+    E: number of output features. most: largest size at which the fused kernel is used; None for no limit. size: name of
+    this size, e.g. `rank`.
     """
     one = f"rank {most}" if size == "rank" else f"{most} {size.replace('_', ' ')}"
     limit = "never fused" if most == 0 else "always fused" if most is None else f"fused up to {one}"
@@ -139,8 +144,9 @@ def measure(
 ) -> Exit:
     """Measure the GPU or the CPU, print the numbers, and return the exit code.
 
-    out: folder for a JSON file of all numbers and, for a GPU, the table under the name that `harness.kernels` reads.
-    Raises HarnessError if a GPU was requested and there is none, and UsageError under Triton's interpreter.
+    patience: the worker is killed if it is silent for this many seconds. out: folder for the result files. They are a
+    JSON file of all numbers and, for a GPU, the table that `harness.kernels` reads. Raises HarnessError if a GPU was
+    requested and there is none. Raises UsageError under Triton's interpreter.
     """
     refuse_interpreter()
     why = no_gpu() if device != "cpu" else "a CPU was requested"

@@ -1,9 +1,10 @@
 """Worker process that measures a GPU ("card") or the CPU: `python -m harness.bench.card_worker FD LINE TASK`.
 
 FD and LINE are file descriptors: the worker writes events as JSON lines to FD, and is killed when the other end of LINE
-closes. TASK is a dict in JSON: `what` is `ceilings` or `crossovers`, `device` is `cpu` or `cuda`. The events: `card`
-has the name of the card, `row` one measurement, `file` and `table` the name and the content of the card's table as far
-as it is measured, `failed` and `traceback` the error that ends the process.
+closes. TASK is a dict in JSON: `what` is `ceilings` or `crossovers`, `device` is `cpu` or `cuda`.
+
+Each event has some of these keys: `card` (name of the card), `row` (one measurement), `table` (the card's table as far
+as it is measured), `file` (file name of the table), `failed` and `traceback` (the error that ends the process).
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def _run(task: dict[str, Any], emit: EventWriter) -> None:
 def _measure_crossovers(clock: Clock, emit: EventWriter) -> None:
     """Measure the tiles, then the crossovers with these tiles, always in the same order.
 
-    Meanwhile, the kernels ignore earlier tables. Emit the table after each dtype of the tiles and after each crossover.
+    The kernels ignore all tables of earlier measurements. The table is emitted whenever the tiles of a dtype or the
+    crossovers of an Operation are complete.
     """
     import torch
     import triton

@@ -13,7 +13,7 @@ from harness.bench.timing import Clock, Run
 REPEATS = 5
 """Number of samples per rate. The fastest sample counts."""
 WARM_S = 0.5
-"""Seconds of load on a GPU before the samples of a rate: so that its clock frequencies have risen."""
+"""Seconds of load on a GPU before the samples of a rate, so that its clock frequencies have risen."""
 COPIED_B = {"cpu": 2**28, "cuda": 2**30}
 """Device -> number of bytes to copy. It is more than any cache holds."""
 SIDE = {"cpu": 1536, "cuda": 8192}

@@ -29,10 +29,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class TimedOperation:
-    """The arguments for calls of an Operation that `bench` times, and the least work of a call."""
+    """An Operation that `bench` times: how to make the arguments of a call, and the least work of a call."""
 
     case: Callable[[BenchSize], dict[str, Any]]
-    """Function (size) -> keyword arguments. The Operation's function `arguments` takes them and draws the inputs."""
+    """Function (size) -> keyword arguments for the Operation's function `arguments`, which draws the inputs."""
     forward: Cost
     """Least work of the forward pass."""
     backward: Cost | None = None

@@ -16,7 +16,8 @@ from harness.bench.timing import Clock, Run, pairs
 from harness.kernels.card_tables import CROSSOVERS
 
 MARGIN = 1.03
-"""A way or tile replaces the default only if it is faster by more than this factor, in the median ratio of pairs."""
+"""Another way to compute, or another tile, replaces the default only if it is faster by more than this factor (median
+over pairs of samples)."""
 PAIRS = {"cuda": 11, "cpu": 3}
 _BLOCK = 64
 _RANK = 16
@@ -26,21 +27,26 @@ _ADAPTERS = {"cuda": 4, "cpu": 2}
 
 @dataclass(frozen=True)
 class CrossoverMeasurement:
-    """The measurement of an Operation that has a fused kernel and another way. Which is faster depends on a size."""
+    """How to measure an Operation for which there is a fused kernel and another way to compute it.
+
+    Which of the two is faster depends on a size, e.g. on the number of tokens.
+    """
 
     other: str
     """Name of the other way, e.g. `separate products`."""
     by_default: Literal["fused", "other"]
-    """The way to use at sizes at which neither was measured to be faster."""
+    """The way to use at sizes at which neither way is clearly faster."""
     weights: Mapping[str, Sequence[tuple[int, int]]]
-    """Type of the device -> (output features E, input features D) of the measured weights, E ascending. On a CPU,
-    Triton's interpreter runs the kernels, only to rehearse the measurement, so the weights are small."""
+    """Type of the device -> (output features E, input features D) of each measured weight, with E ascending. The
+    weights for a CPU are small, because Triton's interpreter runs the kernels there, only as a rehearsal."""
     sizes: Mapping[str, Sequence[int]]
-    """Type of the device -> values, ascending, of the size on which the choice depends, e.g. of the rank."""
+    """Type of the device -> sizes to measure, ascending. The sizes are numbers of tokens or ranks."""
     cases: Sequence[str]
-    """Uses of the Operation that are timed, e.g. `forward`. To replace the default, a way must be faster in all."""
+    """Uses of the Operation that are timed, e.g. `forward`. The default is replaced only at sizes at which the other
+    way is faster in every use."""
     ways: Callable[[str, int, int, int, torch.device], tuple[Run, Run]]
-    """Function (case, E, D, size, device) -> two functions to time, which call the fused kernel and the other way."""
+    """Function (case, E, D, size, device) -> two functions to time. The first calls the fused kernel, the second the
+    other way."""
 
 
 def _dtype(device: torch.device) -> torch.dtype:
@@ -81,7 +87,8 @@ def _adapters(case: str, E: int, D: int, tokens: int, device: torch.device) -> t
 
 
 _TOKENS = {_FORWARD: {"cuda": 16, "cpu": 16}, _TRAINED: {"cuda": 4096, "cpu": 16}}
-"""Case of `lora_linear` -> type of the device -> number of tokens: few as in decoding, many as in training."""
+"""Case of `lora_linear` -> type of the device -> number of tokens. On a GPU, the case `forward` has few tokens, as in
+decoding, and the other case has many, as in training."""
 
 
 def _adapted(case: str, E: int, D: int, rank: int, device: torch.device) -> tuple[Run, Run]:
@@ -96,7 +103,7 @@ def _adapted(case: str, E: int, D: int, rank: int, device: torch.device) -> tupl
 
 
 def _pass(case: str, forward: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Run:
-    """Return the function to time: the forward pass alone, or with the gradients of `leaves`."""
+    """Return the function to time. Unless `case` is `forward`, it also computes the gradients of `leaves`."""
     if case == _FORWARD:
         return torch.no_grad()(forward)
     for leaf in leaves:
@@ -133,7 +140,8 @@ CROSSOVER_MEASUREMENTS = {
 def measure(operation: str, clock: Clock) -> Iterator[dict[str, Any]]:
     """Yield a row for each weight, size and case of an Operation, in this order. Weights and inputs are random.
 
-    `fused_s` and `other_s` are the median seconds of both ways, and `ratio` is the median of fused / other per pair.
+    `fused_s` and `other_s` are the median seconds of the fused kernel and of the other way. `ratio` is the median, over
+    pairs of samples, of the fused kernel's time divided by the other way's time.
     """
     crossing, kind = CROSSOVER_MEASUREMENTS[operation], clock.device.type
     torch.manual_seed(0)

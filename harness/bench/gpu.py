@@ -30,8 +30,8 @@ class Gpu:
 def find_gpu() -> Gpu:
     """Return the GPU that torch can use, or the reason why there is none.
 
-    torch may be built without CUDA although the driver shows a GPU, and a container may have a GPU but no nvidia-smi, or one
-    that fails. A separate process therefore asks torch.
+    A separate process asks torch, because other sources may be wrong. torch may be built without CUDA although the driver
+    shows a GPU. A container may have a GPU, but no nvidia-smi that works.
     """
     found, note = environment.gpus(), environment.gpu_error()
     if not found and not any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/nvidiactl")):

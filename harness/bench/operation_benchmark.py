@@ -63,8 +63,8 @@ class OperationBenchmark:
         """Yield the rows of one size. The first row is for the forward pass alone.
 
         If the Operation is differentiable, a second row is for the forward and the backward pass together. Raises
-        DeviceLostError if the GPU accepts no more work of this process. If a check of one implementation caused this,
-        a row with this check is yielded before, so that the other implementation is not blamed.
+        DeviceLostError if the GPU accepts no more work of this process. If a check of one implementation caused this, a
+        row with this check is yielded first, so that the other implementation is not blamed.
         """
         arguments, parity = self._arguments(size), list[CheckOutcome]()
         try:
@@ -123,7 +123,8 @@ class OperationBenchmark:
     def _arguments(self, size: BenchSize, seed: int = suite_run.SEED) -> dict[str, Any]:
         """Draw the arguments of a call in the same way as the checks do, and return them on the device.
 
-        Those of the last size are kept, because drawing large ones takes longer than all calls with them. Calls get copies.
+        The arguments of the last size are kept and returned again, because drawing large tensors takes longer than all
+        calls with them. Each call gets a copy.
         """
         if (size, seed) not in self._drawn:
             if size != TINY:
@@ -164,7 +165,7 @@ class OperationBenchmark:
         return TimedCall(self.definition, implementation.function, arguments, backward=backward)
 
     def _after(self, size: BenchSize, calls: Sequence[TimedCall]) -> Iterator[CheckOutcome]:
-        """After timing, run `TimedCall.check` on each call, and yield the outcomes. Stop after one that loses the GPU.
+        """After timing, run `TimedCall.check` on each call, and yield the outcomes. Stop if the GPU is lost.
 
         If memory runs out, the check is skipped instead of failed, because memory sufficed for the timed call itself.
         """

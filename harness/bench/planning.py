@@ -1,7 +1,7 @@
-"""Plan the work of `bench`: one task per benchmark, compared implementation and dtype, each in its own process.
+"""Plan the work of `bench`. Each task runs in its own process.
 
-A benchmark is an Operation or a training step. The implementations are those of the installed plug-ins. This module
-imports no torch.
+There is one task for each combination of a benchmark, a compared implementation and a dtype. A benchmark is an
+Operation or a training step. The implementations come from the installed plug-ins. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class BenchRequest:
 
     operations: Sequence[str] = ()
     vs: Sequence[str] = ()
-    """Names of the implementations to compare with. If empty, all except the reference and variants of a library, e.g.
-    `bitsandbytes-paged`, or the reference alone if there are no others."""
+    """Names of the implementations to compare with. If empty, these are all implementations except the reference and
+    variants of a library such as `bitsandbytes-paged`. If no implementation is left, it is the reference."""
     steps: Sequence[str] = ()
     shapes: str = "small"
     dtypes: Sequence[str] = ()
@@ -46,8 +46,8 @@ class BenchRequest:
     backbone: Backbone = field(default_factory=Backbone)
     """Sizes of the model in the training steps."""
     patience: float = 900.0
-    """A worker is killed if it sends no event for this many seconds. The slowest event comes after minutes, because the
-    reference is slow on a CPU at the largest sizes."""
+    """A worker is killed if it sends no event for this many seconds. The longest wait for an event takes minutes,
+    because the reference is slow on a CPU at the largest sizes."""
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def _benchmarks(row: BenchRow) -> list[dict[str, Any]]:
 
 
 def _stats(times: Sequence[float], iterations: int) -> dict[str, Any]:
-    """Return the statistics of these times under the names that pytest-benchmark uses. Times are in seconds."""
+    """Return the statistics of `times`, which are in seconds, under the names that pytest-benchmark uses."""
     ordered, mean = sorted(times), statistics.fmean(times)
     q1, middle, q3 = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
     spread = statistics.stdev(times) if len(times) > 1 else 0.0

@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def generator(device: torch.device, seed: int) -> torch.Generator:
-    """Return a generator of this device if it is a GPU, and otherwise of the CPU."""
+    """Return a seeded generator of random numbers: on `device` if it is a GPU, otherwise on the CPU."""
     return torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(seed)
 
 
 def normal(shape: Sequence[int], drawn_by: torch.Generator, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a tensor of standard normal numbers, which are drawn in float32."""
+    """Return a tensor of standard normal numbers. `drawn_by` draws them in float32."""
     return torch.randn(*shape, generator=drawn_by, device=drawn_by.device).to(device, dtype)

@@ -1,4 +1,4 @@
-"""Results of a benchmark: raw samples, and the medians, ratios and shares of a limit that are computed from them.
+"""Results of a benchmark: raw samples, and numbers that are computed from them, such as medians and ratios.
 
 This module imports no torch.
 """
@@ -23,11 +23,11 @@ TIMED_CALL = "timed_call"
 MOSTLY_CALL = 0.2
 """Largest share of a time that may be call overhead. Above it, a ratio of times compares overheads rather than work."""
 MOSTLY_LAUNCH = 0.8
-"""Share of a call's time on a GPU. A host that takes this share or more to launch the call limits the speed."""
+"""If the host takes at least this share of a call's time on a GPU to launch the call, the host limits the speed."""
 TIMER_SHARE, TIMER_SLACK_S = 2.0, 0.5
-"""Longest time that may pass in another process while samples are taken on a CPU: TIMER_SHARE times the sum of the samples,
-plus TIMER_SLACK_S seconds for messages that are late on a busy machine. If more time passes, the timer of the measured
-process is wrong."""
+"""Limit of the time that passes in another process while samples are taken on a CPU: TIMER_SHARE times the total time
+of the timed calls, plus TIMER_SLACK_S seconds for messages that are late on a busy machine. If more time passes, the
+timer of the measured process is wrong."""
 FEWEST = next(n for n in count(1) if median_interval([0.0] * n).low is not None)
 """Fewest pairs from which an interval of the ratio can be computed."""
 
@@ -38,7 +38,8 @@ class Samples(FrozenModel):
     ours: list[Seconds] = Field(min_length=1)
     other: list[Seconds] = Field(min_length=1)
     limit: list[Seconds] = Field(default=[])
-    """Times of a third program, which are a lower bound for both. Empty if there is no such program."""
+    """Times of a third program, which are a lower bound for the times of the two programs. Empty if there is no third
+    program."""
     first: list[Literal["ours", "other"]]
     """For each pair, the side that ran first."""
     warmup: dict[str, list[Seconds]] = Field(default={})
@@ -48,14 +49,15 @@ class Samples(FrozenModel):
     overhead: dict[str, Seconds] = Field(default={})
     """Side -> time of a call of tiny size, which does hardly any work."""
     launch: dict[str, Seconds] = Field(default={})
-    """Side -> median time in which the host launches a call on a GPU. Empty on a CPU."""
+    """Side -> median time that the host takes to launch a call on a GPU. Empty on a CPU."""
     parts: dict[str, list[list[Seconds]]] = Field(default={})
-    """Side -> for each sample, the times from which it was computed. Empty if the samples were timed directly."""
+    """Side -> one list per sample, with the times from which the sample was computed. Empty if the samples were timed
+    directly."""
 
     def disagrees(self, elapsed_s: float) -> bool:
         """Return whether the samples are far shorter than the time in which they were taken.
 
-        elapsed_s: this time, by the clock of another process.
+        elapsed_s: the time in which they were taken, by the clock of another process.
         """
         if self.parts:
             return False  # gradients are drawn between these samples
@@ -74,7 +76,7 @@ class Ceilings(FrozenModel):
 
 
 class Products(FrozenModel):
-    """FLOPs of matrix products, as torch counts them: of a training step by each side, and of the frozen pass.
+    """FLOPs of matrix products, as torch counts them, in a training step of each side and in the frozen pass.
 
     The frozen pass runs forward and backward, but trains nothing.
     """
@@ -97,7 +99,7 @@ class BenchRow(FrozenModel):
     because: str = ""
     """Reason why the row was not measured."""
     cause: Cause | None = None
-    """Kind of the reason, if exit codes or notes depend on it. None for any other reason."""
+    """`no-gpu` or `interrupted` if the row was not measured for this reason, otherwise None."""
     differs: str = ""
     """Text about the differences between the two computations. Empty if there are none."""
     judged: str = ""
@@ -121,7 +123,8 @@ class BenchRow(FrozenModel):
     losses: dict[str, list[float]] = Field(default={})
     """Implementation -> loss of each step."""
     facts: dict[str, Json] = Field(default={})
-    """Threads, load of the machine before the benchmark, GPU, and the implementations that packed the base."""
+    """Facts about the benchmark: number of threads, load of the machine before it, GPU, and the implementations that
+    packed the base."""
 
     @property
     def has_unexplained_failure(self) -> bool:
@@ -140,14 +143,14 @@ class BenchRow(FrozenModel):
 
     @property
     def limit_ratio(self) -> float | None:
-        """Time of `ours` divided by `samples.limit`, a lower bound: the median over pairs. None if there is none."""
+        """Time of `ours` divided by the lower bound `samples.limit`: the median over pairs. None without a lower bound."""
         if self.samples is None or not self.samples.limit:
             return None
         return median(a / least for a, least in zip(self.samples.ours, self.samples.limit, strict=True))
 
     @property
     def products_ratio(self) -> float | None:
-        """FLOPs of the matrix products of `ours` divided by those of the frozen pass. None if they were not counted.
+        """`products.ours` divided by `products.frozen`. None if the FLOPs were not counted.
 
         If all other work took no time, `limit_ratio` would have the same value.
         """
@@ -164,7 +167,7 @@ class BenchRow(FrozenModel):
         return max(self.bytes / self.ceilings.copy_B_per_s, self.flops / self.ceilings.gemm_FLOP_per_s)
 
     def share(self, seconds: Sequence[float]) -> float | None:
-        """Return the least possible time divided by the median of these times.
+        """Return the least possible time divided by the median of `seconds`.
 
         If the least possible time is unknown, return None. The share exceeds 1 if a cache holds all data.
         """
@@ -189,7 +192,7 @@ class BenchRow(FrozenModel):
 
     @property
     def memory_ratio(self) -> float | None:
-        """`step_memory` of `other` divided by that of `ours`. None if one of them is unknown."""
+        """Memory that training steps of `other` need, divided by the memory that steps of `ours` need. None if unknown."""
         ours, other = self.step_memory(self.ours), self.step_memory(self.other)
         return None if not ours or not other else other / ours
 

@@ -189,8 +189,9 @@ class TaskRunner:
     def _events(self, task: BenchTask) -> Iterator[tuple[str, Any]]:
         """Run a task in a process. Yield (`begin`, number), (`row`, BenchRow) and (`memory`, bytes by name).
 
-        The number is the position of a size in `task.sizes`. If the process fails, the last row reports the failure. If it
-        loses the GPU, and the last row already has the check that caused this, the last item is (`lost`, reason).
+        The number is the position of a size in `task.sizes`. If the process fails, a last row reports the failure.
+        There is one exception: if a check lost the GPU, and its row was already yielded, (`lost`, reason) is yielded
+        instead.
         """
         at, error, lost, complete, timed = 0, "", "", False, dict[str, float]()
         row: BenchRow | None = None

@@ -1,6 +1,6 @@
 """Sizes of the layers that `bench` times, and smaller sizes for the parity checks. Imports no torch.
 
-The layers are those of Llama-3-8B and Llama-3-70B, and some small ones.
+There are the layers of Llama-3-8B and Llama-3-70B, and some small layers.
 """
 
 from __future__ import annotations

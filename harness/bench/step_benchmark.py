@@ -158,7 +158,7 @@ class _Galore:
 class _Products:
     """A program that computes only the two matrix products that every GaLore step on a square weight needs.
 
-    Its time is a lower bound for the time of GaLore's step. It uses the gradients that `like` draws.
+    Its time is a lower bound for the time of GaLore's step. like: the weight whose gradients the program uses.
     """
 
     def __init__(self, like: _Galore) -> None:

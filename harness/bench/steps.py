@@ -7,7 +7,7 @@ from typing import Any
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GALORE_GAP = 200
-"""Steps between two refreshes of GaLore's projector (arXiv:2403.03507)."""
+"""Number of steps from one refresh of GaLore's projector to the next (arXiv:2403.03507)."""
 PRODUCTS = "its two products"
 """Name of the lower bound for GaLore's step: the time of the two matrix products that every step needs. The rest of a step
 without a refresh works on small matrices."""
@@ -37,7 +37,7 @@ class StepBenchmark:
     """A training step of one Method."""
 
     method: str
-    """Name of the Method, which is also its module in `reference/`."""
+    """Name of the Method, and of its module in `reference/`."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the Method's Config."""
     base: str = ""

@@ -22,7 +22,10 @@ def lines(rows: Sequence[BenchRow]) -> list[str]:
 
 
 def fields(row: BenchRow) -> tuple[str, ...]:
-    """Return the text of each column of a row. If it was not measured, the last is its outcome with the reason."""
+    """Return the text of each column of a row.
+
+    If the row was not measured, the last column has the outcome and the reason.
+    """
     start = (row.name, row.shape, row.dtype, row.device)
     if row.outcome != "measured" or row.samples is None:  # a step is `failed`, with samples, if its memory is unknown
         return (*start, "-", row.other, "-", "-", "-", "-", f"{row.outcome}: {row.because}")
@@ -62,8 +65,8 @@ def _memory(row: BenchRow) -> str:
 def _parity(row: BenchRow) -> str:
     """Return the text of the column `parity`.
 
-    It names the last check that passed before timing, and the number of other such checks. Then come the largest error, as a
-    share of its tolerance, and the known defects.
+    The text names the last check that passed before timing, and says how many more checks passed. Then come the largest
+    error, as a share of its tolerance, and the known defects.
     """
     passed = [one for one in row.parity if one.status is CheckStatus.PASS and one.check != TIMED_CALL]
     in_order = sorted(passed, key=lambda one: one.implementation == row.ours)

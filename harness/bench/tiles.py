@@ -1,7 +1,7 @@
 """Measure which tile of a matrix product is fastest on a GPU ("card"). Needs Triton.
 
-A tile is the part of the output that one program of the kernel computes. The search is bounded: `SHAPES`
-times the few candidates of `harness.kernels.triton.support.gemm_tiles`. It always runs in the same order, and the
+A tile is the part of the output that one program of the kernel computes. For each shape in `SHAPES`, the search tries
+only the few candidates of `harness.kernels.triton.support.gemm_tiles`. It always runs in the same order, and the
 default stays unless another tile is clearly faster.
 """
 
@@ -26,8 +26,9 @@ SHAPES = {
     "cuda": ((16, 32, 64, 256, 1024, 2048, 4096, 8192), ((1024, 4096), (4096, 4096), (14336, 4096))),
     "cpu": ((16,), ((64, 64),)),
 }
-"""Device -> the measured shapes: rows M of the output, and pairs of its columns N and the terms K of each sum. A call
-uses the tile of the measured shape in its bucket (`tuned_tiles.bucket`), if both have the same default tile."""
+"""Device -> the measured values of M, and the measured pairs (N, K). The output has M rows and N columns, and each of
+its elements is a sum of K terms. A call uses the tile of the measured shape in the same bucket (`tuned_tiles.bucket`),
+if the default tile of both shapes is the same."""
 DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.float16,)}
 RANK = 64
 """Rank of the low-rank term in the measured products. 64 is the largest block of ranks, and needs the most shared
@@ -42,7 +43,7 @@ class ChosenTile:
 
     tile: GemmTile
     ratio: float
-    """Time of the default tile divided by the time of this tile, the median of pairs. 1 if this is the default tile."""
+    """Time of the default tile divided by the time of this tile: the median over pairs. 1 if this is the default tile."""
     refused: dict[str, str]
     """Candidate tile, as text -> reason why it was not timed."""
 
@@ -90,7 +91,8 @@ def measure(clock: Clock) -> Iterator[dict[str, Any]]:
 class _Product:
     """Two matrix products of one shape: one with the weight as in a forward pass, one with the weight transposed.
 
-    The first also has all optional tensors for which tiles are tuned, so that no call with a tile needs more registers.
+    The first product also has all optional tensors for which tiles are tuned. So no call with a tile needs more
+    registers than the first product.
     """
 
     def __init__(self, clock: Clock, M: int, N: int, K: int, dtype: torch.dtype, default: GemmTile) -> None:
@@ -152,10 +154,10 @@ class _Product:
 
 
 def section(rows: Sequence[dict[str, Any]], stamp: dict[str, Any]) -> dict[str, Any]:
-    """Return the section `tiles` of a card's table. Its `rows` are those rows whose tile is not the default.
+    """Return the section `tiles` of a card's table, from the `rows` of `measure`.
 
-    rows: rows of `measure`; `shapes` in the result is their number. stamp: what the tiles depend on, as
-    `tuned_tiles.stamp` returns it.
+    In the section, `shapes` is the number of all rows, and `rows` has only the rows whose tile is not the default.
+    stamp: what the tiles depend on, as `tuned_tiles.stamp` returns it.
     """
     changed = [row for row in rows if row["tile"] != row["default"]]
     standing = "measured by `peft-harness bench --crossovers`"

@@ -1,8 +1,9 @@
 """The call of an Operation that a benchmark times, and a check of this very call after it was timed.
 
 The parity checks use other tensors than the timed call. So an implementation may pass them and still return a wrong
-result in the timed call. Public leaderboards of kernels met four such results: one cached for the same tensors, zeros
-after some calls, a tensor computed only when it is read, and one that another thread or stream is still writing.
+result in the timed call. Public leaderboards of kernels met four such results: a result that was cached for the same
+tensors; zeros after some calls; a tensor that is computed only when it is read; and a tensor that another thread or
+stream is still writing.
 """
 
 from __future__ import annotations
@@ -68,18 +69,19 @@ class TimedCall:
         return self.operation.named(returned) | grads
 
     def fill(self, values: Mapping[str, Tensor]) -> None:
-        """Overwrite the tensors of the arguments in place. values: as `operation_call.flatten` names them."""
+        """Overwrite the tensors of the arguments in place. values: by the names of `operation_call.flatten`."""
         with torch.no_grad():
             for name, tensor in operation_call.flatten(self.arguments).items():
                 tensor.copy_(values[name])
 
     def check(self, dtype: str, fresh: Arguments, case: Case) -> CheckResult:
-        """Check that with new values in the same tensors, the timed call returns what a call on other tensors returns.
+        """Write new values into the tensors of the timed call, call it again, and check the results.
 
-        fresh: arguments with the new values, of the same shapes. The results must be ordinary tensors, and must differ
-        from those of the old values. They are copied before any other work waits for the device. They must be equal to
-        the last bit or, because a kernel may sum in another order, as accurate as the check `outputs` or `backward`
-        demands. Afterwards this object has no tensors any more, so that large ones are in memory only once.
+        The results must be ordinary tensors, must not be equal to the results with the old values, and must agree with
+        a call on other tensors with the new values. They agree if they are equal to the last bit or, because a kernel
+        may sum in another order, as accurate as the checks `outputs` and `backward` demand. The results are copied
+        before any other work waits for the device. Afterwards this object has no tensors any more, so that large ones
+        are in memory only once. fresh: arguments with the new values, of the same shapes.
         """
         subject = OperationSubject(self.operation, self.function, dtype, fresh, lambda: fresh)
         old = _digests(self.results())
@@ -111,7 +113,7 @@ class TimedCall:
         return TimedCall(self.operation, function, arguments, backward=self.backward)
 
     def _judgements(self, subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> Iterator[Judgement]:
-        """Yield the judgement of the outputs, and that of the gradients."""
+        """Yield the judgement of the outputs and, if there are gradients, the judgement of the gradients."""
         gradients = {name: t for name, t in mine.items() if name.startswith("grad ")}
         outputs = {name: t for name, t in mine.items() if name not in gradients}
         yield from (one for one, _ in operation_call.judgements(subject, outputs, case))

@@ -31,7 +31,7 @@ time of these calls."""
 MOST_CALLS = 1000
 """Largest number of calls in a sample."""
 FLUSH_B = 256 * 2**20
-"""Fewest bytes written to flush the L2 cache. If the cache is larger than half of this, twice its size is written."""
+"""Bytes to write to flush the L2 cache, or twice the size of the cache if that is more."""
 WARM_S = 0.1
 """Seconds of load on a GPU before pairs of samples, so that its clock frequencies have risen."""
 HEAD_START = 2_000_000
@@ -54,7 +54,7 @@ class Clock:
         self._flush = torch.empty(_flush_bytes(device) // 4, dtype=torch.int32, device=device) if self.on_gpu else None
 
     def warm_up(self, run: Run, seconds: float) -> None:
-        """On a GPU, call `run` for this long without pause: the clock frequencies of an idle card are low."""
+        """On a GPU, call `run` for `seconds` without pause, because the clock frequencies of an idle card are low."""
         started = perf_counter()
         while self.on_gpu and perf_counter() - started < seconds:
             run()
@@ -110,8 +110,8 @@ def pairs(
     """Time two programs in `count` pairs of alternating order. Return the samples in seconds per call.
 
     limit: a third program, timed once after each pair. overhead: copied into the result. single: if true, a sample is
-    always one call, even a short one. announce: called before the first and after the last sample, so that
-    another process can time them together.
+    always one call, even a short one. announce: called before the first and after the last sample, so that another
+    process can measure how long the sampling takes.
     """
     runs = {"ours": ours, "other": other} | ({"limit": limit} if limit is not None else {})
     clock.warm_up(other, WARM_S)

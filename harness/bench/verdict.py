@@ -12,7 +12,7 @@ from harness.records.check import Outcome as CheckVerdict
 
 
 def judge_parity(parity: Sequence[CheckOutcome]) -> tuple[list[CheckOutcome], Outcome, str]:
-    """Decide whether a benchmark may be measured. Return its checks, its outcome, and the reason if it may not.
+    """Decide whether a benchmark may be measured. Return its checks, its outcome, and the reason if it must not.
 
     In the returned checks, known defects are marked. Each implementation must pass at least one check and fail none;
     skipped checks do not count. There is one exception. Some libraries compute 8-bit codes that are not the nearest
@@ -36,7 +36,7 @@ def judge_parity(parity: Sequence[CheckOutcome]) -> tuple[list[CheckOutcome], Ou
 
 
 def with_own_clock(row: BenchRow, elapsed_s: float) -> BenchRow:
-    """Return the row, or if the timer of the measured process was wrong, a copy with a failed check and no samples.
+    """Return the row. If the timer of the measured process was wrong, return a copy with a failed check and no samples.
 
     elapsed_s: seconds that passed in this process while the samples were taken. On a GPU the row is returned unchanged,
     because its samples are times between events of the device, and the host waits between them on purpose.

@@ -1,11 +1,12 @@
 """Worker process that benchmarks two implementations: `python -m harness.bench.worker FD LINE TASK`.
 
 FD is a file descriptor. The worker writes one JSON line per event to it. LINE is the file descriptor of a pipe. The
-worker is killed when the other end of this pipe closes. TASK is a `BenchTask` in JSON. Output of plug-ins goes to stderr.
+worker is killed when the other end of this pipe closes. TASK is a `BenchTask` in JSON. Output of plug-ins goes to
+stderr.
 
-The events `begin` and `end` have the number of a benchmark, `timing` says that its samples begin or end, `row` and `memory`
-have a result, `missing` has the reason why nothing was measured, `failed` has the error that ends the process, `lost` the
-error after which the GPU accepts no more work of the process, and `done` is the last event.
+The events are: `begin` and `end` (position of a size in the task), `timing` (`begin` or `end` of the samples), `row`
+and `memory` (results), `missing` (reason why nothing was measured), `failed` (error that ends the process), `lost`
+(error after which the GPU accepts no more work of the process), and `done` (the last event).
 """
 
 from __future__ import annotations

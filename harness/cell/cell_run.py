@@ -40,7 +40,8 @@ class CellRun:
     layers: list[str] = field(default_factory=list)
     """Paths of the adapted layers."""
     loss_agreement: LossAgreement | None = None
-    """Comparison of an imported adapter's loss with its logged losses. None until it is made, and for other Cells."""
+    """Comparison of an imported adapter's loss with its logged losses. None before the comparison, and always None for
+    a Cell without an imported adapter."""
     adapted: Mapping[str, object] = field(default_factory=dict)
     """Path of each adapted layer -> the module that the implementation put there."""
 

@@ -99,7 +99,7 @@ class CellData:
         self.probe = collate(probe, self.pad, side).to(device)
 
     def logits(self, model: nn.Module) -> Tensor:
-        """Return the model's logits on the probe texts. The logits are differentiable.
+        """Return the model's logits on the texts for the parity gate. The logits are differentiable.
 
         For a causal model, only the logits of the last position are computed.
         """

@@ -1,8 +1,8 @@
-"""Keys of parity gates. A key is a hash of all that a gate's result depends on, so Cells with equal keys share a gate.
+"""Keys of parity gates. A key is a hash of everything that the result of a gate depends on.
 
-A gate runs the adapted layers, and the whole model on a few texts, with random adapter tensors. It takes no optimizer
-step. So the seed, the optimizer, the schedule and the texts are not part of a key: they change the numbers that are
-compared, but not the code that runs. Imports no torch.
+Cells with equal keys share the result of one gate. A gate runs the adapted layers, and the whole model on a few texts,
+with random adapter tensors. It takes no optimizer step. So the seed, the optimizer, the schedule and the texts are not
+part of a key: they change the numbers that are compared, but not the code that runs. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ _VARIABLES = (
     "ATEN_", "BLIS_", "BNB_", "CUBLAS", "CUDA_", "CUDNN_", "DNNL_", "GOMP_", "KMP_", "MKL_", "NVIDIA_", "OMP_", "ONEDNN_",
     "OPENBLAS_", "PEFT_HARNESS_", "PYTORCH_", "TORCH", "TRITON_", "VECLIB_",
 )  # fmt: skip
-"""Starts of the names of environment variables that may change a number: those of the libraries that compute (matrix
-products, threads, compilers), and of this package."""
+"""Prefixes of the names of environment variables that may change a result. The variables belong to libraries that
+compute (matrix products, threads, compilers), or to this package."""
 _LEFT_OUT = (
     "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PEFT_HARNESS_API_KEY", "PEFT_HARNESS_CACHE", "PEFT_HARNESS_CHILD",
     "PEFT_HARNESS_NIGHT",
 )  # fmt: skip
-"""Exceptions from `_VARIABLES`, on which no result depends. CUDA_VISIBLE_DEVICES chooses a device. Not every run sets
-OMP_NUM_THREADS, so the key has the number of threads instead. The others are a secret, a folder, and marks of
-processes."""
+"""Variables that begin with one of `_VARIABLES`, but change no result. CUDA_VISIBLE_DEVICES chooses a device. Not every
+run sets OMP_NUM_THREADS, so the key has the number of threads instead. PEFT_HARNESS_API_KEY is a secret,
+PEFT_HARNESS_CACHE is a folder, and the last two mark processes."""
 
 
 def of_cell(cell: Cell, model: Asset, task: JobTask, device: str) -> str:
     """Return the part of a Cell's key that is known before its process starts.
 
-    The result is empty for a Cell that never shares its gate. This is a Cell with an imported adapter, whose own
-    tensors are compared, or with `compile`, whose gate also compiles the model before the measured steps.
+    The result is empty for a Cell that never shares its gate. A Cell with an imported adapter never shares it, because
+    the gate compares the tensors of this adapter. A Cell with `compile` never shares it, because the gate also compiles
+    the model before the measured steps.
 
-    `max_tokens` is part of the key, because long texts may run other code than short ones. So is the number of labels,
-    which is the size of the model's last layer.
+    `max_tokens` is part of the key, because long texts may run other code than short texts. The number of labels is
+    part of the key, because it is the size of the model's last layer.
     """
     if cell.training.compile or ADAPTER_SHA256 in cell.config:
         return ""

@@ -31,12 +31,13 @@ from harness.records.record import CheckResult
 _PROBE_TOKENS = 64
 """Largest number of tokens of a text on which logits are compared."""
 _SPREADS = 3.0
-"""Allowed distance of the loss from the range of logged losses, in standard deviations of the loss over batches."""
+"""The loss may lie outside the range of the logged losses by at most this many standard deviations of the losses of
+batches."""
 
 
 @dataclass(frozen=True)
 class _Evaluated:
-    """The model that the Cell evaluates, as the subject of a check."""
+    """Method and dtype of the model that the Cell evaluates. The name of a check result contains both."""
 
     method: str
     dtype: str
@@ -45,9 +46,9 @@ class _Evaluated:
 def checks(run: CellRun, model: nn.Module, folder: Path, data: CellData | RandomData) -> Iterator[CheckResult]:
     """Yield two checks of an imported adapter: of the logits after loading it anew, and of the logits of `model`.
 
-    `model` is the model that the Cell evaluates. Both checks compare the logits on the probe texts of `data` with those
-    that the reference computes from the file in float64. If the reference does not implement the adapter's config, the
-    only result is a skipped check `reference` with the reason. folder: folder of the adapter.
+    `model` is the model that the Cell evaluates. Both checks compare logits on the probe texts of `data` with the
+    logits that the reference computes from the adapter file in float64. If the reference does not implement the
+    adapter's config, the only result is a skipped check `reference` with the reason. folder: folder of the adapter.
     """
     base, case = Path(run.job.model.path), Case("trained", seed=run.cell.seed)
     evaluated = _Evaluated(run.cell.method, run.cell.dtype)
@@ -83,7 +84,10 @@ def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 def notes(facts: Imported) -> list[str]:
-    """Return notes for the Record: the origin of the adapter, and what its folder does not tell."""
+    """Return notes for the Record about the adapter.
+
+    They state its origin, what is not known of its training, and the usual files that its folder lacks.
+    """
     found = [f"{facts.origin}; the Cell loaded it and trained nothing"]
     found += [f"not known of the imported training: {facts.not_known}"] if facts.unknown else []
     return found + ([f"usual files that its folder lacks: {', '.join(facts.absent)}"] if facts.absent else [])

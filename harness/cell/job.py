@@ -46,7 +46,7 @@ class ImportedAdapter(FrozenModel):
 
 
 class KnownGate(FrozenModel):
-    """The parity gate of an earlier Cell of the run. A Cell with the same key reuses its result."""
+    """The parity gate of an earlier Cell of the run. A Cell with the same key reuses the result of this gate."""
 
     key: str
     """Hash of everything that the result of the gate depends on."""
@@ -75,7 +75,7 @@ class Job(FrozenModel):
     at_once: int = 1
     """Number of Cells, this one included, that may run on the same machine at the same time."""
     start: WorkerStart = ""
-    """Way in which the worker's process starts; see `Record.start`. Empty until it is chosen."""
+    """Way in which the worker's process starts, in the words of `Record.start`. Empty until it is chosen."""
     python: str = ""
     """Path of the interpreter that runs the Cell; empty for the one that runs the harness."""
     server_python: str = ""
@@ -98,5 +98,5 @@ class Job(FrozenModel):
 
 
 def used(model: Asset, data: Asset | None, task: JobTask) -> list[AssetUse]:
-    """Return the entries of `Record.assets`: one for each model, data set and task that a Cell uses."""
+    """Return the entries of `Record.assets` for the model, data set and task of a Cell."""
     return [model.use, *(asset.use for asset in (data, task.train) if asset), task.use]

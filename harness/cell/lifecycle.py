@@ -48,8 +48,8 @@ class Attached:
     logits: Callable[[], Tensor]
     """Function that returns the adapted model's logits on the texts of the parity gate, in inference mode."""
     base_logits: Tensor | None
-    """The logits of the same texts before the adapter was attached. They are deleted after the parity gate. None if the
-    Cell reuses the gate of an earlier Cell."""
+    """The logits on the texts of the parity gate, before the adapter was attached. They are deleted after the gate. None
+    if the Cell reuses the gate of an earlier Cell."""
     start: dict[str, Tensor]
     """Name of each trained tensor -> copy of its initial value."""
 
@@ -113,8 +113,8 @@ def measure(run: CellRun, predict: Predict) -> Measurements:
 def _load(run: CellRun) -> models.Loaded:
     """Load and return the model.
 
-    If the job names a shape (a config.json without weights), the weights are random. If the base of such a model is
-    quantised, `_quantise` draws the weights later.
+    If the model is only a config.json without weights, the weights are random. `_quantise` draws them later if the base
+    is quantised.
     """
     with run.clock.phase("load"):
         job, path, kind = run.job, Path(run.job.model.path), run.job.model.source.kind
@@ -218,7 +218,8 @@ def _gate(run: CellRun, attached: Attached, data: Data) -> list[CheckResult]:
 def _offload(run: CellRun, subject: Subject) -> OffloadedWeights:
     """Free the weights that no matrix product of the adapted model uses. Return the object that restores them.
 
-    They are restored before the latencies are measured. If they cannot be saved elsewhere, they stay in memory.
+    The weights are restored before the latencies are measured. If the weights cannot be saved elsewhere, they stay in
+    memory.
     """
     folder = Path(run.job.folder)
     try:

@@ -8,7 +8,7 @@ from harness.records.record import Status
 
 
 class CellOutcomeError(Exception):
-    """An outcome that ends a Cell with a status. The message is one line."""
+    """An error that ends a Cell with a status. Its message is one line."""
 
     status: ClassVar[Status]
     """The status of the Cell's Record."""

@@ -37,7 +37,7 @@ class Trained:
     gradients_B: int
     """Bytes of the gradients of the last step; with layer-wise updates, the bytes of the largest gradient."""
     step_peak_B: int | None
-    """Peak bytes of tensors within a step; None where they cannot be counted."""
+    """Peak bytes of tensors within a step; None if they cannot be counted."""
 
 
 def train(

@@ -19,7 +19,7 @@ def fingerprints(model: nn.Module) -> dict[str, int]:
 
 
 def base_weights(subject: Subject) -> dict[str, Tensor]:
-    """Return, by name, those trained tensors that are the adapted layers' own weights."""
+    """Return a dict of the trained tensors that are weights of the adapted layers themselves, by name."""
     own = {id(p) for base in subject.bases.values() for p in base.parameters()}
     return {name: t for name, t in subject.adapted.tensors().items() if id(t) in own}
 
@@ -36,7 +36,7 @@ def state_sha256(tensors: Mapping[str, Tensor]) -> str:
 def check_of_names(cell: Cell, name: str, violations: list[str], what: str) -> CheckResult:
     """Return the result of a check, which passes if `violations` is empty.
 
-    violations: names of tensors. what: what these tensors did wrong, e.g. `changed`. If the check fails, the message
+    violations: names of tensors. what: text about the violation, e.g. `changed`. If the check fails, the message
     consists of the names and this text.
     """
     return CheckResult(

@@ -1,6 +1,6 @@
 """Models on the meta device, with a Method's reference attached, to count tensors without data.
 
-A model is built from a shape, which is a preset or a config.json. Imports torch only when a model is built.
+The architecture of a model comes from a preset or a config.json. Imports torch only when a model is built.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def config_and_kind(name: str) -> tuple[dict[str, Any], str]:
     """Return the config.json of a model, and the kind of the model: `causal` or `encoder`.
 
-    name: a preset, or the path of a config.json.
+    name: the name of a preset, or the path of a config.json.
     """
     from harness.memory_model import model_shapes
 
@@ -37,7 +37,7 @@ def config_and_kind(name: str) -> tuple[dict[str, Any], str]:
 def model(name: str, split: str = "{}") -> Any:
     """Build a model on the meta device and return it.
 
-    name: a preset, or the path of a config.json. split: the argument `parts` of `split_layers`, as JSON.
+    name: the name of a preset, or the path of a config.json. split: the argument `parts` of `split_layers`, as JSON.
     """
     import torch
 
@@ -129,9 +129,10 @@ def _peft_tensors(name: str, split: str, method: str, config: str) -> tuple[Shap
 
 
 def _storages(tensors: Mapping[str, Tensor]) -> Shapes:
-    """Return the shape of each storage, under the name of the first tensor that uses it.
+    """Return name -> shape for tensors that may share storages. Each storage counts once.
 
-    Layers may share a storage, each with its own slice.
+    The name of an entry is the name of the first tensor in the storage. If the tensors in a storage are slices of a
+    larger tensor, the shape is the shape of the larger tensor.
     """
     found: dict[int, tuple[str, tuple[int, ...]]] = {}
     for name, t in tensors.items():
@@ -143,17 +144,16 @@ def _storages(tensors: Mapping[str, Tensor]) -> Shapes:
 def trained(name: str, method: str, config: Mapping[str, Any], split: Mapping[str, Sequence[str]]) -> Shapes:
     """Return name -> shape for the tensors that a Method trains in a model. A tied tensor occurs once.
 
-    name: the preset or config.json of the model. The Method's reference is attached to the model. Raises ValueError for
-    a config that does not fit the model.
+    name: the preset of the model, or the path of its config.json. The Method's reference is attached to the model.
+    Raises ValueError for a config that does not fit the model.
     """
     return _tensors(name, json.dumps(split), method, json.dumps(config))[0]
 
 
 def frozen(name: str, method: str, config: Mapping[str, Any], split: Mapping[str, Sequence[str]]) -> Shapes:
-    """Return name -> shape for the frozen tensors that a Method adds to a model.
+    """Return name -> shape for the frozen tensors that a Method adds to a model. Takes the same arguments as `trained`.
 
-    A tensor that layers share occurs once, such as VeRA's pair of projections. The arguments are those of the function
-    `trained`.
+    A tensor that layers share, such as VeRA's pair of projections, occurs once.
     """
     return _tensors(name, json.dumps(split), method, json.dumps(config))[1]
 
@@ -161,7 +161,7 @@ def frozen(name: str, method: str, config: Mapping[str, Any], split: Mapping[str
 def parameters(name: str, split: Mapping[str, Sequence[str]] | None = None) -> dict[str, Tensor]:
     """Return name -> parameter for a model without an adapter. A tied parameter occurs once.
 
-    name: the preset or config.json of the model.
+    name: the preset of the model, or the path of its config.json. split: the argument `parts` of `split_layers`.
     """
     return dict(model(name, json.dumps(split or {})).named_parameters())
 

@@ -18,7 +18,7 @@ from harness.process.supervisor import Subprocess, python_module
 from harness.records.files import whole_lines
 
 _PATIENCE_S = 1800.0
-"""Longest time that a worker may take, in seconds. Then it is killed."""
+"""Largest time that a worker may take, in seconds. A worker that takes longer is killed."""
 
 
 def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path] = ()) -> list[JudgedClaim]:
@@ -75,9 +75,9 @@ def _shares(claims: Sequence[Claim], jobs: int) -> list[list[Claim]]:
 
 
 def _model(request: Any) -> str:
-    """Return the first name of a model in a measure's request, or in a request among its arguments.
+    """Return the first model that a measure's request names, directly or in a nested request.
 
-    Return an empty string if no model is named.
+    If it names no model, return an empty string.
     """
     if isinstance(request, dict):
         if isinstance(request.get("model"), str):

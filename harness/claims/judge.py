@@ -35,7 +35,7 @@ MEANING = {
 
 
 STAND_IN = "by a stand-in: "
-"""First words of the reason of a verdict, if the claim was reproduced at a smaller scale."""
+"""Beginning of the reason of a verdict if the claim was reproduced at a smaller scale than the paper's."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def judge(claim: Claim, answers: Sequence[MeasureResult | Missing]) -> JudgedCla
 
 
 def _placed(claim: Claim, answer: MeasureResult | Missing) -> MeasureResult | Missing:
-    """Return the answer. If an error prevented a result, add the place of the claim, `file:line`, to the reason."""
+    """Return the result. If an error prevented it, add the place of the claim, `file:line`, to the reason."""
     if isinstance(answer, MeasureResult) or not answer.failed:
         return answer
     return replace(answer, why=f"{claim.where}: {answer.why}")
@@ -169,7 +169,8 @@ def _reproduces(claim: Claim, found: MeasureResult) -> str | None:
 def _open(claim: Claim, found: MeasureResult) -> bool:
     """Return whether a result leaves the claim undecided.
 
-    A range does so if only a part of it agrees with the claim. A property does so if `found.most` is true.
+    A range leaves it undecided if only a part of the range agrees with the claim. A property leaves it undecided if
+    `found.most` is true.
     """
     if claim.figure is None or found.most is None:
         return bool(found.most)
@@ -177,7 +178,7 @@ def _open(claim: Claim, found: MeasureResult) -> bool:
 
 
 def _allowed(claim: Claim, found: MeasureResult) -> str:
-    """Return, as text, the range of results that the paper's rounded figures allow, if the claim fits only part of it.
+    """Return, as text, the range of results that the paper's rounded figures allow.
 
     If the claim agrees with the whole range, or with no part of it, return an empty string.
     """
@@ -209,8 +210,8 @@ def _tried(claim: Claim, under: str, request: MeasureRequest, found: MeasureResu
 def plain(value: Any) -> Any:
     """Return a value in a form that JSON can store.
 
-    A request becomes a dict, and so does a request inside it. A fraction becomes a number, or text if no decimal number
-    is equal to it.
+    A request becomes a dict, as do nested requests. A fraction becomes a number, or text if no decimal number is equal
+    to the fraction.
     """
     if isinstance(value, MeasureRequest):
         return {"measure": value.measure, "with": {key: plain(one) for key, one in value.arguments.items()}}

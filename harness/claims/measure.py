@@ -38,8 +38,8 @@ class MeasureResult:
     """The largest possible value, if the paper omits something or the measurement is uncertain. `value` is then the
     least possible value. For a property, True means that it is undecided."""
     within: tuple[Number, Number] | None = None
-    """If the value is computed from rounded figures of a paper, the range of values that the rounding allows; otherwise
-    None."""
+    """Range of values that the rounding of the paper's figures allows. None if the value is not computed from rounded
+    figures of a paper."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class NotRunError(Exception):
 
 
 FOLDER = "folder"
-"""Key of pydantic's validation context. Its value is the folder of the claim file, to which paths in the file are
-relative."""
+"""Key of pydantic's validation context. Its value is the folder of the claim file. Paths in the claim file are relative
+to this folder."""
 
 
 def _shape(address: str, info: ValidationInfo) -> str:
@@ -120,7 +120,7 @@ def _method(name: str) -> str:
 
 
 Model = Annotated[str, AfterValidator(_shape)]
-"""A parameter that names a shape: a preset, or the path of a config.json."""
+"""A parameter that names a model architecture: a preset, or the path of a config.json."""
 Method = Annotated[str, AfterValidator(_method)]
 """A parameter that names a Method. If the measure also has a parameter `config`, it must be a config of this Method."""
 Config = dict[str, Any]

@@ -145,7 +145,7 @@ def agrees(printed: Printed, value: Fraction, rounding: Rounding, most: Fraction
 def undecided(printed: Printed, value: Fraction, rounding: Rounding, most: Fraction) -> bool:
     """Return whether the figure agrees with some numbers between `value` and `most`, but not with all of them.
 
-    The readings are those of `agrees`.
+    The same readings are tried as in `agrees`.
     """
     if agrees(printed, value, rounding, most) is not None:
         return False

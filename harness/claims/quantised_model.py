@@ -17,7 +17,7 @@ from harness.claims import attached_model
 
 @dataclass(frozen=True)
 class Quantised:
-    """Counts of a model under QLoRA."""
+    """Numbers of elements of a model under QLoRA, and the paths of its linear layers."""
 
     weights: Counter[int]
     """Size in elements -> number of 4-bit weights of that size."""
@@ -53,9 +53,10 @@ class Quantised:
 
 
 def of(name: str, config: Mapping[str, Any]) -> Quantised:
-    """Attach QLoRA to a model on the meta device, and return the counts. name: a preset, or the path of a config.json.
+    """Attach QLoRA to a model on the meta device, and return the counts.
 
-    Raises ValueError for a config that does not fit the model.
+    name: the name of a preset, or the path of a config.json. Raises ValueError for a config that does not fit the
+    model.
     """
     # Block size and double quantisation change no layer, so one attached model is enough for all their values.
     return _of(name, json.dumps({key: value for key, value in config.items() if key not in ("block", "double_quant")}))

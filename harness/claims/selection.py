@@ -21,8 +21,8 @@ def chosen(
 ) -> list[_Claim]:
     """Return the claims that are in one of these tiers and have one of these id prefixes.
 
-    An empty sequence allows every tier or every id. headlines: return only claims that belong to a headline. Raises
-    UsageError for a prefix without claims, and if no claim belongs to a headline.
+    An empty sequence allows every tier or every id. headlines: return only claims that support a main claim of their
+    paper (`Claim.headline`). Raises UsageError for a prefix without claims, and if `headlines` leaves no claim.
     """
     known = [claim.id for claim in claims]
     wrong = [start for start in ids if not any(name.startswith(start) for name in known)]

@@ -75,7 +75,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 def _reason(error: Exception) -> str:
     """Return an error's message as part of a sentence.
 
-    If the message is not written for users, as that of a KeyError, the name of the error's type comes first.
+    Some messages, e.g. of a KeyError, are not written for users. Then the name of the error's type comes first.
     """
     if isinstance(error, HarnessError):
         return f"{error.what} ({error.where})" if error.where else error.what

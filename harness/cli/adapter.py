@@ -44,9 +44,10 @@ class _Report:
 
     @property
     def exit(self) -> Exit:
-        """Exit code: FAIL if the file does not conform, or if a loader raises or computes other logits.
+        """Exit code.
 
-        NOTHING_COMPARED if the check knows no meaning for the file, so that nothing was compared with the base.
+        FAIL if the file does not conform, or if a loader raises an error or computes other logits than the reference.
+        NOTHING_COMPARED if a finding prevented the comparison of the file with the base model.
         """
         if any(one.nonconforming for one in self.findings) or any(one.verdict in _WRONG for one in self.logits):
             return Exit.FAIL
@@ -69,9 +70,9 @@ def check(
     """Judge an adapter, print the findings and how known loaders read it, and return the exit code.
 
     base_model: folder of the base. By default, base_model_name_or_path if that is a folder. Without a base, the file is
-    judged by itself. loaders: names of loaders; if there are none, HF peft. If the file conforms to a base, their logits
-    are compared with those of the reference. patience: seconds without a result after which a loader counts as hanging.
-    Raises UsageError if the adapter or the base cannot be read.
+    judged by itself. loaders: names of loaders; if there are none, HF peft. If the file conforms to a base, the logits
+    of the loaders are compared with the reference. patience: seconds without a result after which a loader counts as
+    hanging. Raises UsageError if the adapter or the base cannot be read.
     """
     adapter = AdapterFile.read(path)
     folder = base_model or adapter.local_base

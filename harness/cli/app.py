@@ -45,7 +45,7 @@ _FILE_HINTS = {
     errno.ELOOP: "the links lead in a circle; name another path",
     errno.ENOTDIR: "a part of the path is a file; name another path",
 }
-"""Number of an OSError -> hint. The system raises these errors for paths that a user has named."""
+"""Hint for an OSError, by its number. The system raises these errors for paths that a user has named."""
 
 
 class _Group(click.Group):

@@ -37,7 +37,8 @@ def check(
     """Check a training loop, print the report, write the requested files, and return the exit code.
 
     environment: name or requirement of the environment in which to check; empty for this Python. If this Python lacks the
-    loop's library, the environment that a table declares for the loop is used, if it exists.
+    loop's library, the environment that suites/environments.yaml or a user's file declares for the loop is used, if it
+    has been made.
     """
     command.refuse_unfit_files(junit, html)
     loop_settings.load(loop)  # reports mistakes before anything runs

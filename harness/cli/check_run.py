@@ -38,14 +38,14 @@ from harness.report import check_terminal, check_versions
 
 @dataclass(frozen=True)
 class CheckRequest:
-    """Targets and options of a check. An empty sequence of names stands for all names."""
+    """Implementations, Methods, Operations and options of a check. An empty sequence of names stands for all names."""
 
     implementations: Sequence[str] = ()
     methods: Sequence[str] = ()
     operations: Sequence[str] = ()
     dtypes: Sequence[str] = ()
     breadth: CaseSelection = FEW
-    """Which cases of each parity suite to try."""
+    """Selection of the cases of each parity suite."""
     jobs: int | None = None
     patience: float = worker_processes.PATIENCE
     """Seconds without a result after which an implementation counts as hanging."""
@@ -100,8 +100,9 @@ def publish(report: CheckReport, as_json: bool, junit: Path | None, html: Path |
 def judge(request: CheckRequest) -> CheckReport:
     """Run the requested checks in worker processes, and return the report.
 
-    Without environments in the request, an implementation whose libraries are not installed runs in the environment that
-    a table declares for it, if that environment exists. Raises UsageError for unknown names.
+    If the request names no environments, an implementation whose libraries are not installed runs in the environment
+    that suites/environments.yaml or a user's file declares for it, if it has been made. Raises UsageError for unknown
+    names.
     """
     if request.environments:
         reports = []
@@ -115,10 +116,11 @@ def judge(request: CheckRequest) -> CheckReport:
 
 
 def _with_declared_environments(report: CheckReport, missing: Collection[Target], request: CheckRequest) -> CheckReport:
-    """Check the targets in `missing`, whose libraries this Python lacks, in environments, and add the results.
+    """Check targets whose libraries this Python lacks, and return the report with the results.
 
-    A table declares the environment of an implementation. If such an environment does not exist, the reason of the
-    skipped target names the command that makes it.
+    missing: these targets. Each is checked in the environment that suites/environments.yaml or a user's file declares
+    for its implementation. If this environment has not been made, the target stays skipped, and the reason names the
+    command that makes the environment.
     """
     found = homes.of({name for name, *_ in missing})
     skipped, there = dict(report.skipped), dict[Path, set[str]]()
@@ -197,7 +199,7 @@ def _was_fully_tried(
 ) -> bool:
     """Return whether all checks that could show a known defect were tried.
 
-    If a defect did not show, this is a finding only if all these checks were tried.
+    A defect that did not show is reported as a finding only if this is true.
     """
     by_dtype = all(
         dtype in request.dtypes
@@ -222,8 +224,8 @@ def _tried_part(defect: Defect, request: CheckRequest) -> Defect:
 def _may_show(defect: Defect, implementation: Implementation) -> bool:
     """Return whether the checks of an implementation could show a known defect.
 
-    If the defect names a target, the target decides. Otherwise its check ids decide, except for an implementation of a
-    base: there, check ids name a Method instead of the base.
+    If the defect names a target (e.g. a Method), only implementations of this target can show it. Otherwise, the
+    targets in its check ids decide. For an implementation of a base, these ids name a Method, so they decide nothing.
     """
     if defect.target or implementation.kind == "base":
         return defect.target in ("", implementation.target)
@@ -265,7 +267,7 @@ def _tasks(
 ) -> tuple[list[WorkerTask], dict[str, str]]:
     """Return the worker tasks, and the reason for each target that is skipped.
 
-    All targets of a task belong to one entry point, which a process needs to import only once. If there are fewer entry
+    A task has only targets of one entry point, so that its process imports one plug-in. If there are fewer entry
     points than `jobs`, the targets of each entry point are divided into several tasks of similar size.
     """
     grouped: dict[str, list[Implementation]] = {}

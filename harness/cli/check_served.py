@@ -47,7 +47,7 @@ def check(request: ServedRequest, as_json: bool) -> Exit:
     """Compare the server's answers with the adapters, print the report, and return the exit code.
 
     Raises UsageError for wrong options, a wrong model or a server that cannot be compared, and ServerError if the server
-    stops before the noise floor is known. After that, an error ends the requests, and the report has the results so far.
+    stops before its rounding errors are known. A later error ends the requests, and the report has the results so far.
     """
     from harness.conformance.served.comparison import AnswerComparison
 
@@ -139,7 +139,7 @@ def _send_all(session: Session, echo: bool) -> None:
 
 
 def _add_long(session: Session, base: Path, tokenizer: prompts.Tokenizer | None, longest: int | None) -> None:
-    """Add a long prompt to the session. longest: most tokens that the server allows for a prompt and its answer."""
+    """Add a long prompt to the session. longest: largest number of tokens of a prompt and its answer on the server."""
     room = prompts.room(base, longest)
     tokens = prompts.LONG + prompts.TOKENS if room is None else room
     if session.texts and tokenizer is not None:
@@ -173,7 +173,7 @@ def _base_name(name: str, folder: Path, listed: Sequence[ServedModel], adapters:
 
 
 def _find_dialect_and_set_prompts(client: Client, session: Session, tokenizer: prompts.Tokenizer | None) -> None:
-    """Find the dialect of the server's API, check that its tokenizer is that of the base, and set the prompts."""
+    """Find the dialect of the server's API, check that the server uses the base's tokenizer, and set the prompts."""
     if tokenizer is not None:
         known = client.names
 

@@ -39,8 +39,8 @@ class Diagnosis:
     """`no`: something cannot run. `note`: worth knowing, but everything can run. `ok`: all is well."""
     detail: str
     summary: str = ""
-    """Text that several findings of one group and state can have in common. The summary shows them in one line, as
-    their number and this text."""
+    """Text that findings of the same group and state may share. The summary shows all findings with this text in one
+    line: their number and the text."""
     shown: str = ""
     """Name of the finding in a line that it shares with others. If empty, the line counts the finding but does not name
     it."""

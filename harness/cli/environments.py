@@ -34,10 +34,11 @@ def create(name: str | None, requirement: str | None, file: Path | None, dry_run
 
 
 def ensure_all(texts: Sequence[str], index: IndexOptions) -> list[MadeEnvironment]:
-    """Return the environments for names or requirements, each once, in their order. Make those that do not exist.
+    """Return the environments for names or requirements, in order and without duplicates. Make those that do not exist.
 
-    A name may be that of an environment that was made from a user's table. All texts are read before anything is made.
-    Raises UsageError for an unknown name or version, and for two environments with the same versions.
+    texts: requirements, and names of environments (also of those that were made from a user's file). All texts are
+    checked before anything is made. Raises UsageError for an unknown name or version, and for two environments with the
+    same versions.
     """
     known = {one.name: one.file.spec for one in folder.made() if one.is_current} | table.load()
     specs = [table.resolve(text, known) for text in texts]
@@ -112,7 +113,7 @@ def repair(name: str, index: IndexOptions) -> Exit:
 
 @contextmanager
 def _interruption(state: str) -> Iterator[None]:
-    """After Ctrl-C or SIGTERM, raise HarnessError. state: words about the environment for its message."""
+    """Raise HarnessError after Ctrl-C or SIGTERM. state: state of the environment, for the error message."""
     try:
         with handle_termination():
             yield

@@ -10,7 +10,7 @@ from harness.cli import options
 from harness.errors import Exit
 
 _ANSWERS = {"yes": Exit.PASS, "no": Exit.FAIL, "unknown": Exit.INFRASTRUCTURE}
-"""Answer to the question of --batch -> exit code."""
+"""Exit code for each answer of `fit --batch`."""
 
 
 @click.command()

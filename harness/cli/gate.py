@@ -141,10 +141,10 @@ def gate(
     much. The verdict names differences of the environment: machine, driver, libraries, code.
 
     With --pairs, both sides run each Cell of a suite alternately, each time in its own process, in a random order that is
-    fixed beforehand. Each Cell gets six pairs. If these do not prove its times unchanged, ten or twenty new pairs decide
-    alone. The gate judges the training step, each latency that the suite measures (except those of the bare base model),
-    memory, parameters and outcomes. A Cell of OLD also runs against itself, as a canary: if canaries raise the alarm too
-    often on this machine, the gate judges no times.
+    fixed beforehand. Each Cell gets six pairs. If these do not prove its times unchanged, ten or twenty further pairs
+    run, and only these decide. The gate judges the training step, each latency that the suite measures (except those
+    of the bare base model), memory, parameters and outcomes. A Cell of OLD also runs against itself, as a canary: if
+    canaries raise the alarm too often on this machine, the gate judges no times.
 
     \b
     Exit codes; the first that applies counts:

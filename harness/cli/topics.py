@@ -75,7 +75,7 @@ def _hint(wanted: str, known: set[str]) -> str:
 
 
 def glossary() -> dict[str, dict[str, str]]:
-    """Return the definitions in glossary.yaml: kind -> name -> text."""
+    """Return the definitions in glossary.yaml: for each kind of term, the text of each term."""
     data: dict[str, dict[str, str]] = yaml_validation.load(Path(__file__).with_name("glossary.yaml")).data
     data["term"]["busy"] = f"{contention.RULE.removeprefix('busy: ')}. {contention.SERVER_RULE}"
     data["term"]["unsteady"] = contention.UNSTEADY_RULE.removeprefix("unsteady: ")
@@ -254,7 +254,7 @@ def _defect(defect: Defect, reproduction: Path) -> str:
 
 
 def _narrowed(patterns: Iterable[str]) -> str:
-    """Return command-line options that select the targets of these patterns of check ids.
+    """Return the command-line options that select the targets of some check ids. patterns: ids with wildcards.
 
     If a target contains a wildcard, return an empty string.
     """
@@ -281,7 +281,7 @@ def _operation(name: str, about: str) -> str:
 
 
 def _loader() -> str:
-    """Return a text about loaders of adapter files: the class, and the adapters of the corpus."""
+    """Return a text about loaders of adapter files: the class `Loader`, and the example adapters in suites/adapters."""
     functions = [
         f"  {name}({', '.join(list(inspect.signature(function).parameters)[1:])}): {inspect.getdoc(function)}"
         for name, function in vars(Loader).items()

@@ -52,12 +52,12 @@ class Case:
     """Function that runs a given model on the inputs of `run_model`, and returns an output from which gradients can be
     computed."""
     forward_of: Callable[[nn.Module], Callable[[nn.Module], Tensor]] | None = None
-    """Function that takes the model of a Subject from `attach_fresh`, and returns the function to use as `forward` with
-    this model."""
+    """Function that takes the model of a Subject that `attach_fresh` returned, and returns the function `forward` for that
+    model."""
     walks: int = 0
     """Number of random walks (random sequences of calls) to try. If it is 0, other long tests are left out too."""
     is_brief: bool = False
-    """True if checks do not repeat a call many times, because the selection of cases is not wide."""
+    """True if the selection of cases is not wide (see `CaseSelection.is_wide`). Checks then repeat calls less often."""
     walk_seed: int = 0
     """Seed that decides the calls in the random walks."""
     attach_fresh: AttachFresh | None = None

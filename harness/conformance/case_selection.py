@@ -11,7 +11,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class CaseSelection:
-    """Options of `check` that decide which cases of a target are tried."""
+    """Options of `check` that decide which cases of a Method, an Operation or a loader are tried."""
 
     full: bool = False
     """True selects every combination of the parity suite's configs, shapes, layers and dtypes. False selects few."""
@@ -20,8 +20,8 @@ class CaseSelection:
     seed: int = 0
     """Seed of the random cases."""
     wide: bool = False
-    """True adds a fixed sample of all settings. It also adds the checks of unmerging, random walks and NaN, and runs the
-    check `calls` in every case instead of one. See `is_wide`."""
+    """True adds a fixed sample of cases, which covers pairs of settings. It also adds the checks of unmerging, of
+    random walks and of NaN, and runs the check `calls` in every case instead of one. See `is_wide`."""
 
     @property
     def is_wide(self) -> bool:

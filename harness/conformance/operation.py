@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _KEPT = 4
-"""Number of judgements that a KnownResults keeps: the latest ones."""
+"""Number of latest judgements that a KnownResults keeps."""
 Arguments = dict[str, Any]
 """Keyword arguments of a call: tensors, numbers, dtypes, and lists of them."""
 Judge = Callable[[Mapping[str, Tensor], Arguments], tuple[Judgement, str]]
@@ -52,7 +52,7 @@ class Operation:
     def named(self, returned: object) -> dict[str, Tensor]:
         """Map the names of the outputs to the tensors that a call returned.
 
-        Raises TypeError if the number of outputs is wrong, or if an output is no tensor.
+        Raises TypeError if the number of outputs is wrong, or if an output is not a tensor.
         """
         several = (returned,) if isinstance(returned, Tensor) else returned
         if not isinstance(several, tuple | list) or len(several) != len(self.outputs):
@@ -81,7 +81,11 @@ class KnownResults:
     def judgement(
         self, rule: str, case: Case, outputs: dict[str, Tensor], judge: Callable[[], tuple[Judgement, str]]
     ) -> tuple[Judgement, str]:
-        """Return the judgement of `outputs` by `rule`: `judge()`, or the earlier one of outputs with the same bits."""
+        """Return the judgement of `outputs` by `rule`.
+
+        If this rule has judged outputs with the same bits in the same case, return the earlier judgement. Otherwise,
+        call `judge`.
+        """
         for known_rule, known_case, known, verdict in self._judged:
             if known_rule == rule and known_case is case and _same_bits(outputs, known):
                 return verdict
@@ -107,7 +111,7 @@ class OperationSubject:
     dtype: str
     arguments: Arguments
     another: Callable[[], Arguments]
-    """Function that draws other arguments of the same shapes."""
+    """Function that draws arguments with the same shapes but other values."""
     known: KnownResults = field(default_factory=KnownResults, init=False, repr=False, compare=False)
     """Cache of results for these arguments. A copy made by `dataclasses.replace` starts with an empty cache."""
 

@@ -29,17 +29,16 @@ Kind = Literal[
 GROUPS = 2
 """Number of groups of a convolution of the kind `conv2d-grouped`."""
 ModelForm = Literal["plain", "wide", "deep", "tied"]
-"""Forms of the ParityModel. `plain` has two target layers. `wide` also has a larger layer that must not be adapted.
-`deep` has ten target layers. `tied` has three, two of which share their weight.
-"""
+"""Forms of the ParityModel, the small model on which Methods are tried. `plain` has two target layers. `wide` also has
+a larger layer that must not be adapted. `deep` has ten target layers. `tied` has three, two of which share their
+weight."""
 Magnitude = Literal["normal", "large", "outlier", "zero-rows", "small", "huge", "tiny", "constant", "positive"]
 """Size of the values of a drawn input; see `harness.conformance.comparison.magnitudes`."""
 MAIN_MAGNITUDES = 5
-"""Number of Magnitudes that the fixed sample combines with the other settings. The remaining ones are tried alone."""
+"""Number of Magnitudes, from the first on, that the sample combines with other settings. The rest are tried alone."""
 WeightSize = Literal["normal", "large", "small", "tiny"]
-"""Size of the weights of the ParityModel's targets. `large` is 256 times as large as `normal`, and `small` a 256th. Usual
-guards against a division by zero would count `tiny` weights as 0.
-"""
+"""Size of the weights of the ParityModel. `large` is 256 times as large as `normal`, and `small` a 256th. Usual guards
+against a division by zero would count `tiny` weights as 0."""
 
 
 class CaseShape(FrozenModel):
@@ -99,18 +98,18 @@ class MethodSuite(FrozenModel):
     layers: list[Kind] = Field(default=["linear"], min_length=1)
     shapes: list[CaseShape] = Field(min_length=1)
     models: list[ModelForm] = Field(default=["plain"], min_length=1)
-    """Forms of the model. Examples with the first kind of layer have them in turn, others have a plain model."""
+    """Forms of the model for the first kind of layer. Cases with another kind of layer have the form `plain`."""
     settings: dict[str, SettingRange] = Field(default={})
     """Name of a setting -> the range for its random values, if the range in the Method's Config is too wide."""
     dtypes: list[Dtype] = Field(min_length=1)
     tolerances: dict[str, Tolerance] = Field(default={})
 
     def factors(self) -> dict[str, float]:
-        """Map names of checks to the factor by which this suite multiplies their noise floor."""
+        """Map each check in `tolerances` to the factor that replaces NOISE_FACTOR for this check."""
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[MethodCase]:
-        """Yield the suite's cases in those of `dtypes` that the suite has.
+        """Yield the suite's cases in each dtype of the suite that is also in `dtypes`.
 
         With `wanted.full` these are all combinations. Otherwise they are a selection:
 
@@ -170,7 +169,7 @@ class MethodCase:
     suite's last state, where the check sees most.
     """
     typical: bool = False
-    """True for one case of the suite, with few settings, which stands for all others in some checks that take long."""
+    """True for one case of the suite, with few settings. Some checks that take long are tried only in this case."""
 
     def __str__(self) -> str:
         kind = "" if self.kind == "linear" else self.kind
@@ -191,11 +190,11 @@ class OperationSuite(FrozenModel):
     tolerances: dict[str, Tolerance] = Field(default={})
 
     def factors(self) -> dict[str, float]:
-        """Map names of checks to the factor by which this suite multiplies their noise floor."""
+        """Map each check in `tolerances` to the factor that replaces NOISE_FACTOR for this check."""
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[OperationCase]:
-        """Yield the suite's cases in those of `dtypes` that the suite has.
+        """Yield the suite's cases in each dtype of the suite that is also in `dtypes`.
 
         With `wanted.full`, each of `values` is tried in each dtype. Otherwise each of `values` is tried in one main
         dtype: float32 or, if float32 is not requested, the first requested dtype. Each other dtype tries a part of
@@ -221,11 +220,11 @@ class LoaderSuite(FrozenModel):
     tolerances: dict[str, Tolerance] = Field(default={})
 
     def factors(self) -> dict[str, float]:
-        """Map names of checks to the factor by which this suite multiplies their noise floor."""
+        """Map each check in `tolerances` to the factor that replaces NOISE_FACTOR for this check."""
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[LoaderCase]:
-        """Yield the suite's cases in those of `dtypes` that the suite has.
+        """Yield the suite's cases in each dtype of the suite that is also in `dtypes`.
 
         Without `wanted.is_wide`, these are all adapters in the first dtype. With it, some adapters are also read in the
         other dtypes, and with `wanted.full` all of them.
@@ -253,7 +252,7 @@ class OperationCase:
     is_long: bool = False
     """True if the tensors are so long that checks which call the Operation many times are left out."""
     typical: bool = False
-    """True for one example of the suite, in the main dtype, with no size of 1 and few settings. See `MethodCase.typical`."""
+    """True for one case of the suite, in the main dtype, with few and ordinary arguments. See `MethodCase.typical`."""
 
     def __str__(self) -> str:
         magnitude = "" if self.magnitude == "normal" else f"magnitude={self.magnitude}"
@@ -262,7 +261,7 @@ class OperationCase:
 
 @dataclass(frozen=True)
 class LoaderCase:
-    """One case of a loader: one adapter of the corpus, in one dtype of the base model."""
+    """One case of a loader: one adapter from suites/adapters, in one dtype of the base model."""
 
     adapter: str
     dtype: Dtype
@@ -288,13 +287,13 @@ def _is_random(config: Values) -> bool:
 
 
 def _oddness(values: Values) -> tuple[int, int]:
-    """Return a key that sorts plain settings first: no size of 0 or 1, then few settings."""
+    """Return a sort key that puts plain settings first: (number of sizes that are 0 or 1, number of settings)."""
     sizes = itertools.chain.from_iterable(one if isinstance(one, list) else [one] for one in values.values())
     return sum(type(size) is int and size < 2 for size in sizes), len(values)
 
 
 def _main(dtypes: Sequence[Dtype]) -> Dtype:
-    """Return the dtype that tries all examples: float32 or, if float32 is not among `dtypes`, their first."""
+    """Return the dtype in which all examples are tried: float32 if it is in `dtypes`, otherwise the first of `dtypes`."""
     return "float32" if "float32" in dtypes else dtypes[0]
 
 
@@ -317,8 +316,9 @@ def _fits(config: Values, kind: Kind) -> bool:
 def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tuple[int, slice]:
     """Return the index of `dtype`, and the slice of a list of examples that is tried in `dtype`.
 
-    The main dtype is float32 or, if float32 is not requested, the first requested dtype. It tries all examples, and its
-    index comes last. Each of the suite's n other dtypes tries every n-th example, starting at its own index.
+    there: dtypes of the suite. wanted: those that are requested. All examples are tried in the main dtype (see
+    `_main`), whose index is the last. In each of the n other dtypes, every n-th example is tried, from the index of
+    that dtype on.
     """
     whole = _main(wanted)
     others = [one for one in there if one != whole]
@@ -328,12 +328,12 @@ def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tup
 
 
 def path_of(name: str) -> Path:
-    """Return the path of the parity suite of a Method, an Operation or a quantisation of the base."""
+    """Return the path of the parity suite of a Method, an Operation, the loaders or a quantisation of the base."""
     return data_folder("suites") / "parity" / f"{name}.yaml"
 
 
 def names() -> list[str]:
-    """List the targets that have a parity suite."""
+    """List the names of all parity suites."""
     return sorted(file.stem for file in path_of("any").parent.glob("*.yaml"))
 
 
@@ -345,7 +345,7 @@ def kind_of(name: str) -> TargetKind:
 
 
 def load_plan(name: str) -> ParitySuite:
-    """Read the parity suite of a target of any kind. Raises the errors of `load`."""
+    """Read the parity suite of a Method, an Operation, a quantised base or the loaders. Raises the errors of `load`."""
     match kind_of(name):
         case "operation":
             return load_operation(name)

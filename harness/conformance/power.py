@@ -34,11 +34,12 @@ from harness.records.environment import physical_cores
 CHECKS = ("outputs", "rounded_once", "backward", "forward", "gradient", "step", "trajectory", "model")
 """Checks that compare numbers with a tolerance."""
 SCALINGS = ("scaling", "scale", "lr", "absmax2", "absmax", "b")
-"""Arguments of an Operation that scale its result; the first one that an Operation has is changed."""
+"""Names of arguments that scale the result of an Operation. If an Operation has several of them, the first is
+changed."""
 EXPONENTS = range(1, 41)
-"""Values of k. The scalings that are tried are wrong by a factor of 1 + 2^-k."""
+"""Values of k that are tried. Each gives a scaling that is wrong by a factor of 1 + 2^-k."""
 ROUNDINGS = range(1, 9)
-"""Numbers of extra roundings of the result that are tried."""
+"""Values of `number` that are tried: how many extra times the reference's result is rounded. See `_rounded`."""
 _LIMITS = forks.Limits(cpu_s=600, memory_b=8 << 30)
 
 
@@ -50,10 +51,11 @@ class Power:
     check: str
     dtype: str
     scaling: float | None
-    """Smallest relative error of the scaling that the check notices. None if it notices none, or if the target has no
+    """Smallest relative error of the scaling that the check notices. None if it notices none, or if there is no
     scaling."""
     roundings: int | None
-    """Fewest extra roundings of the result that the check notices; None if it notices none of ROUNDINGS."""
+    """Fewest extra roundings of the result that the check notices. None for float64, or if it notices none of
+    ROUNDINGS."""
 
     def __str__(self) -> str:
         scaling = "-" if self.scaling is None else f"{self.scaling:.0e}"
@@ -63,8 +65,8 @@ class Power:
 def check(jobs: int | None, only: Sequence[str], as_json: bool) -> Exit:
     """Measure the smallest mistakes that each check notices, print a table or JSON, and return the exit code.
 
-    jobs: number of processes, by default one per physical core. only: names of targets; empty for all. Raises UsageError for
-    a name that has no parity suite.
+    jobs: number of processes, by default one per physical core. only: names of Methods and Operations; empty for all.
+    Raises UsageError for a name that has no parity suite.
     """
     self_test.require_targets(only, "--power")
     found = list(measure(only or parity_suite.names(), jobs or physical_cores()))
@@ -76,7 +78,10 @@ def check(jobs: int | None, only: Sequence[str], as_json: bool) -> Exit:
 
 
 def measure(targets: Collection[str], jobs: int) -> Iterator[Power]:
-    """Yield the Power of each check in CHECKS that the suites of the targets have, for each dtype of the suite."""
+    """Yield one Power for each target, each check of CHECKS in its parity suite, and each dtype of this suite.
+
+    targets: names of Methods and Operations. Other names are ignored.
+    """
     checks.every(), operations.every(), methods()  # imported once, before the forks
     torch.set_num_threads(1)  # a fork of a process with several threads may hang
     tasks = [
@@ -196,14 +201,14 @@ def _forward(layer: nn.Module, wide: nn.Module, rounded: Callable[[Any], Any], x
 
 
 def _wide(one: Any, own: torch.dtype) -> Any:
-    """Return a tensor of dtype `own` in float64, torch.float64 for `own` itself, and anything else unchanged."""
+    """Convert a tensor of dtype `own` to float64, and the dtype `own` to torch.float64. Return anything else unchanged."""
     if isinstance(one, Tensor):
         return one.double() if one.dtype == own and one.is_floating_point() else one
     return torch.float64 if one is own else one
 
 
 def _round(y: Tensor, dtype: torch.dtype, number: int) -> Tensor:
-    """Round y `number` times with a relative step of `dtype`, each time on another grid, and finally to `dtype`."""
+    """Round y `number` times to the precision of `dtype`, each time scaled by another factor, and finally to `dtype`."""
     for index in range(number):
         factor = 1.1 + 0.07 * index
         y = (y * factor).to(dtype).double() / factor

@@ -54,7 +54,8 @@ class SelfTestReport:
 
     verdicts: Sequence[FaultVerdict]
     wrong: Sequence[str] = field(default=())
-    """Failures of the correct reference, as `target/check (case)`."""
+    """Failures of the correct reference, as `target/check (case)`. The target is a Method, an Operation, a quantised
+    base or the loaders."""
     idle: Sequence[str] = field(default=())
     """Names of the checks that catch no fault."""
 
@@ -194,7 +195,9 @@ def _kind(target: str) -> TargetKind:
 
 
 def source_module(target: str) -> str:
-    """Return the dotted name of the module that implements a target. The self-test changes a copy of this module."""
+    """Return the dotted name of the module that implements a Method or another target. The self-test changes a copy of
+    it.
+    """
     fixed: dict[TargetKind, str] = {
         "base": "reference.operations.nf4",
         "loader": "harness.methods.reference_loader",

@@ -80,7 +80,7 @@ class Original:
     model: nn.Module | None
     """The copy. None if the model is too large to be copied.
 
-    Without a copy, the subject's base layers stand for the original, after `crc32` has shown that they did not change.
+    In that case, checks use the layers in `Subject.bases`, after `crc32` has shown that attaching did not change them.
     """
     crc32: dict[str, int] = field(default_factory=dict)
     """Name -> checksum of every parameter, quantisation state and buffer. Empty if `model` is a copy."""
@@ -99,7 +99,7 @@ class Original:
 
 @dataclass
 class ReferenceLayer:
-    """The reference's counterpart of one adapted layer, with the values that the subject's tensors have now."""
+    """The reference's layer for one adapted layer of the subject, with the values that the subject's tensors have now."""
 
     layer: nn.Module
     tensors: dict[str, Tensor]
@@ -296,10 +296,10 @@ def initial_tensors(
 ) -> dict[str, Tensor]:
     """Return the reference's initial adapter tensors over `bases`, by name. If the config has no targets, return {}.
 
-    Random tensors are drawn from `generator`. Every implementation starts from the result, so that training runs can be
-    compared step by step (see `load_start`). For PiSSA, the result also has the residual of the weight, which fits only
-    the factors of the same SVD. To save memory, the result for a large model omits base weights that train (GaLore),
-    and it is empty if there is a residual.
+    Random tensors are drawn from `generator`. Every implementation starts from these tensors, so that training runs can
+    be compared step by step (see `load_start`). For PiSSA, the residual of the weight is included, since it fits only
+    the factors of the same SVD. If there are more than LARGEST_COPY numbers, the result is empty for a Method with a
+    residual, and omits base weights that train (GaLore).
     """
     started = _attach_to_skeleton(method, bases, config, generator)
     if started is None:

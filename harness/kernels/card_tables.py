@@ -25,9 +25,12 @@ if TYPE_CHECKING:
 
 VARIABLE = "PEFT_HARNESS_CROSSOVERS"
 DEFAULT = "default.json"
-"""File name of the default table. It has every crossover, and no tiles. It supplies what a card's own table lacks."""
+"""File name of the default table. It has every crossover, and no tiles.
+
+A value that a card's own table lacks comes from the default table.
+"""
 CROSSOVERS = {"nf4_linear": "tokens", "multi_lora_linear": "tokens_per_adapter", "lora_linear": "rank"}
-"""Operation -> the size that its crossover limits. This is also the key of the crossover in a row of a table."""
+"""Operation -> the size that the Operation's crossover limits. Rows of a table have the crossover under this name."""
 TILES = "tiles"
 _KEYS = ("card", "torch", "triton", *CROSSOVERS, TILES)
 PACKAGED = Path(__file__).with_name("crossovers")
@@ -45,7 +48,7 @@ class Entry:
     value: Any
 
     def wrong(self, expected: str) -> ValueError:
-        """Return the error that says what was expected in place of this value."""
+        """Return the error for a wrong value. expected: what the value must be, such as `a list`."""
         got = repr(self.value)[:80]
         return ValueError(f"{self.file}: {self.key or 'table'}: must be {expected}, got {got}; hint: {_HINT}")
 
@@ -53,13 +56,13 @@ class Entry:
         return isinstance(self.value, dict) and name in self.value
 
     def __getitem__(self, name: str) -> Entry:
-        """Return the value of a key. Raises ValueError if this is not an object with the key."""
+        """Return the entry under a key. Raises ValueError if this entry is not a JSON object, or lacks the key."""
         if name not in self:
             raise self.wrong(f"an object with the key {name!r}")
         return Entry(self.file, f"{self.key}.{name}".lstrip("."), self.value[name])
 
     def items(self) -> list[Entry]:
-        """Return the values of a list. Raises ValueError if this is no list."""
+        """Return the items of a JSON list as entries. Raises ValueError if this entry is not a list."""
         if not isinstance(self.value, list):
             raise self.wrong("a list")
         return [Entry(self.file, f"{self.key}[{at}]", one) for at, one in enumerate(self.value)]
@@ -71,7 +74,7 @@ class Entry:
         return self.value
 
     def check_keys(self, known: Collection[str]) -> None:
-        """Raise ValueError unless this is an object, and all its keys are known."""
+        """Raise ValueError unless this entry is a JSON object that has only keys in `known`."""
         if not isinstance(self.value, dict):
             raise self.wrong("an object")
         for name in self.value.keys() - set(known):
@@ -112,7 +115,8 @@ _only: tuple[Entry, ...] | None = None
 def only_tables(*only: Entry) -> Iterator[None]:
     """Let kernels read only the given tables and `default.json` inside the context, on every card.
 
-    A measurement needs this: its result must not depend on a table that was measured before, nor fail because of one.
+    Measurements use this context, so that an older table for the card can neither change their result nor make them
+    fail.
     """
     global _only
     before, _only = _only, only
@@ -128,11 +132,11 @@ def only_tables(*only: Entry) -> Iterator[None]:
 def tables(on: str) -> tuple[Entry, ...]:
     """Return the tables for a card in the order of precedence. The default table comes last.
 
-    The files and the variable PEFT_HARNESS_CROSSOVERS are read once per process, because every call of a kernel needs
-    the tables. If the variable names a folder without a table for the card, a RuntimeWarning says so.
+    on: name of the card. Empty for the CPU, whose table `cpu.json` is for Triton's interpreter.
 
-    on: name of the card. Empty for the CPU, on which Triton's interpreter uses `cpu.json`. Raises ValueError for a
-    table that is not JSON, is of another card, or has an unknown key.
+    The files and the variable PEFT_HARNESS_CROSSOVERS are read once per process, because every call of a kernel needs
+    the tables. If the variable names a folder without a table for the card, a RuntimeWarning says so. Raises ValueError
+    for a table that is not JSON, is of another card, or has an unknown key.
     """
     found = [_of_card(file, on) for file in _files(on) if file.is_file()] if _only is None else _only
     return (*found, read(PACKAGED / DEFAULT))

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 def crossover_of(operation: str, on: str, E: int) -> float:
-    """Return the crossover of an Operation for a weight of E rows. Infinity means that all sizes use the fused kernel.
+    """Return the crossover of an Operation for a weight (E, D). Infinity means that all sizes use the fused kernel.
 
-    on: name of the card; empty for the CPU. Each row of a table has an E, and applies to weights with at least E rows.
-    Of the rows that apply, the one with the largest E decides. If no row applies, or if a table lacks the Operation,
-    the next table decides. Raises ValueError for a table with a mistake.
+    on: name of the card; empty for the CPU. Each row of a table has the smallest E to which the row applies. Among the
+    rows that apply, the one with the largest such E decides. If no row of a table applies, the next table decides.
+    Raises ValueError for a table with a mistake.
     """
     return next(size for table in tables(on) for least, size in limits(table, operation) if least <= E)
 
@@ -37,8 +37,8 @@ def crossover_of(operation: str, on: str, E: int) -> float:
 def limits(table: Entry, operation: str) -> list[tuple[int, float]]:
     """Return a table's rows for an Operation as pairs (smallest E, crossover), with the largest E first.
 
-    The result is empty if the table lacks the Operation. Raises ValueError for a row that is not as expected, for two
-    rows with the same E, and for an unknown key.
+    E is the number of outputs of a layer. The result is empty if the table lacks the Operation. Raises ValueError for a
+    row that is not as expected, for two rows with the same E, and for an unknown key.
     """
     if operation not in table:
         return []

@@ -30,7 +30,7 @@ def _compiles() -> bool:
 def by_triton(*tensors: Tensor) -> bool:
     """Return whether Triton computes with these tensors.
 
-    All must be on a GPU, unless the interpreter is on. Floating tensors must have one of `TRITON_DTYPES`.
+    All tensors must be on a GPU, unless Triton's interpreter is on. Floating tensors must have one of `TRITON_DTYPES`.
     """
     runs = interpreted() or (_compiles() and all(t.is_cuda for t in tensors))
     return runs and all(t.dtype in TRITON_DTYPES for t in tensors if t.is_floating_point())

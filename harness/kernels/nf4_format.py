@@ -35,7 +35,10 @@ def levels() -> Tensor:
 
 
 def check_sizes(packed: Tensor, constants: Tensor, block: int, shape: Sequence[int]) -> None:
-    """Raise ValueError unless `packed` has one byte per two elements of `shape`, and `constants` one number per block."""
+    """Raise ValueError unless `packed` and `constants` fit a tensor of this shape.
+
+    `packed` must have one byte per two elements, and `constants` one number per block of elements.
+    """
     count = prod(shape)
     if block < 1 or packed.numel() != -(-count // 2) or constants.numel() != -(-count // block):
         raise ValueError(

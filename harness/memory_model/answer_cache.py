@@ -1,8 +1,7 @@
-"""Cache on disk for the answers to count requests and step requests, so that equal requests are answered once.
+"""Cache on disk for the answers to requests to count bytes or to simulate a training step. Imports no torch.
 
 An entry is the file `predictions/KEY.json` in the cache folder. KEY is a hash of all facts that the answer depends on.
-The entry also holds these facts, so that `read` ignores a broken or foreign file, and `write` replaces it. Imports no
-torch.
+The entry also holds these facts, so that `read` ignores a broken or foreign file, and `write` replaces it.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from harness.records import environment
 from harness.records.files import write_atomic
 
 Request = Mapping[str, Any]
-"""A `CountRequest` or a `StepRequest`, and any other facts that the answer depends on."""
+"""A `CountRequest` or a `StepRequest`. It may have further keys with facts that the answer depends on."""
 
 MOST = 4096
 """Largest number of entries, of a few KB each. If there are more, the oldest are removed."""
@@ -54,8 +53,8 @@ def read(request: Request) -> Any | None:
 def write(answers: Iterable[tuple[Request, Any]]) -> None:
     """Save pairs of a request and its answer, and remove the oldest entries if there are more than `MOST`.
 
-    An answer that may differ at another attempt, e.g. after a timeout, is not saved. If the cache cannot be written,
-    nothing is saved.
+    An answer is not saved if it is an error, or if another attempt may have another answer, e.g. after a timeout. If
+    the cache cannot be written, nothing is saved.
     """
     lasting = [(request, answer) for request, answer in answers if not ({"error", "transient"} & answer.keys())]
     entries = [(facts, answer) for request, answer in lasting if (facts := _facts(request)) is not None]
@@ -108,9 +107,9 @@ def _surroundings() -> dict[str, Any] | None:
 
 
 def _is_own(cell: Mapping[str, Any] | None) -> bool:
-    """Return whether the Implementation of a Cell belongs to this distribution.
+    """Return whether the Implementation of a Cell is part of the harness's own distribution.
 
-    cell: None for a request without a Cell. Such a request uses only references, so the result is True.
+    cell: None for a request without a Cell. Such a request uses only reference Implementations, so the result is True.
     """
     if cell is None:
         return True

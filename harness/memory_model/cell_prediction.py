@@ -1,4 +1,4 @@
-"""Predict the memory of one Cell from its model's shape and its batches. The Cell's worker runs this code.
+"""Predict the memory of one Cell from its model's config.json and its batches. The Cell's worker runs this code.
 
 A prediction from the cache (`answer_cache`) is the same as a new one.
 """

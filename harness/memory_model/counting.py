@@ -240,11 +240,11 @@ def count_method(
 
 
 def _weights(every: int, frozen: list[Tensor], calls: bool, dtype: torch.dtype) -> dict[str, int]:
-    """Return the number of bytes of everything except the adapter, for each base that the Method supports.
+    """Map each base that the Method supports to the number of bytes of everything except the adapter.
 
     every: bytes of everything except the adapter, with unpacked weights. frozen: weights of the adapted layers that a
-    4-bit base would pack. calls: whether the adapted layers call their base layers. If they do not, the Method stores
-    the weights in its own form.
+    4-bit base would pack. calls: whether the adapted layers call the layers that they wrap. If they do not, the Method
+    stores the weights in its own form.
     """
     if not calls:
         return {OWN: every - storage_bytes(frozen)}

@@ -70,7 +70,10 @@ def run_requests(requests: Sequence[Mapping[str, Any]]) -> list[Any] | str:
 
 
 def _merged(requests: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return one count request per model, for all Methods and configs. Each key is the `_key_of_model` of its request."""
+    """Merge requests for the same model. Return one count request per model, for all Methods and configs.
+
+    Each key of the result is the `_key_of_model` of its request.
+    """
     merged: dict[str, dict[str, Any]] = {}
     for request in requests:
         methods = merged.setdefault(_key_of_model(request), {**request, "methods": {}})["methods"]
@@ -80,9 +83,9 @@ def _merged(requests: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _part(request: Mapping[str, Any], merged: Mapping[str, Any], counted: Any) -> Any:
-    """Return the answer to `request` from `counted`, the answer to the request `merged`.
+    """Return the answer to `request`, selected from the answer to a merged request.
 
-    merged: result of `_merged` that includes the Methods and configs of `request`.
+    merged: a request that `_merged` has made from `request` and others. counted: the answer to `merged`.
     """
     if "methods" not in counted:
         return counted

@@ -48,7 +48,7 @@ be too few, because it would be both the first and the last block."""
 
 @dataclass(frozen=True)
 class DryStep:
-    """A training step to run on fake tensors."""
+    """A training step of a Cell, to be run on fake tensors."""
 
     cell: Cell
     config: Mapping[str, Any]
@@ -93,7 +93,7 @@ class _Nf4StandIn(Nf4Linear):
 
 @cache
 def registry() -> Registry:
-    """Return the registry of installed Implementations. They are discovered only once, because discovery is slow."""
+    """Return the registry of installed Implementations. Discovering them is slow, so it is done only once."""
     return discover()
 
 
@@ -196,8 +196,8 @@ def _fill(model: nn.Module) -> None:
 def _attached(step: DryStep, model: nn.Module, head: Mapping[str, nn.Parameter]) -> tuple[Adapted, list[Tensor | None]]:
     """Replace layers by 4-bit layers if the Cell has a 4-bit base, and attach the Method.
 
-    Return the adapted model, and a list of tensors that must exist during the step. They stand for the decoded
-    quantisation constants that a Cell's worker keeps for a base in nf4-dq.
+    Return the adapted model, and a list of tensors that must exist during the step. For a base in nf4-dq, a Cell's
+    worker keeps decoded quantisation constants, and these tensors have the same sizes.
     """
     cell = step.cell
     config, paths = adapted_layers(model, cell.method, cell.config, head)
@@ -254,10 +254,10 @@ def _stepped(adapted: Adapted, head: list[nn.Parameter], cell: Cell) -> torch.op
 
 
 def _few_chunks() -> AbstractContextManager[None]:
-    """Return a context in which a step with 8-bit moments runs only three chunks instead of thousands.
+    """Return a context in which an optimizer with 8-bit moments updates only three chunks of a large tensor.
 
-    The three are the first, the second and the last chunk. The peak stays the same: the second chunk begins while the
-    results of the first exist, and the omitted chunks would begin in the same way.
+    They are the first, the second and the last of thousands of chunks. The peak stays the same: the second chunk begins
+    while the results of the first exist, and the omitted chunks would begin in the same way.
     """
     every = adamw8bit_step.firsts
     return _replaced(adamw8bit_step, "firsts", lambda n, chunk: sorted({*(found := every(n, chunk))[:2], *found[-1:]}))

@@ -1,9 +1,9 @@
-"""Count a model of many equal blocks from copies with one block and with two blocks.
+"""Compute the counts (bytes, parameters) of a model with many equal blocks from copies with one and with two blocks.
 
-Every count is a sum or a maximum over layers. So each block after the first adds the same number, and the two copies give
-the exact count of the whole model. Counting a Llama with 80 blocks takes no longer than counting one with 32. In the same
-way, the facts about named parts of a model follow from a few blocks, because each further block has parts with the same
-names.
+Every count is a sum or a maximum over layers. So each block after the first adds the same number, and the two copies
+give the exact count of the whole model. Counting a Llama with 80 blocks takes no longer than counting one with 32. In
+the same way, the facts about named parts of a model follow from a few blocks, because each further block has parts with
+the same names.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ def _found_in_first(model: nn.Module, path: str, number: int, find: Callable[[],
 
 
 def _repeated(facts: Facts, path: str, blocks: int) -> list[list[tuple[str, Any]]]:
-    """Return the items of the facts about a model with `blocks` blocks, for each dict of facts.
+    """Extrapolate facts about a model with two blocks to a model with `blocks` blocks.
 
-    facts: those about the same model with two blocks at `path`.
+    facts: dicts of facts about the model with two blocks at `path`. Return the items of each extrapolated dict.
     """
     number = re.compile(rf"(?:^|(?<=\.)){re.escape(path)}\.(\d+)(?=\.|$)")
 

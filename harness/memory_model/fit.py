@@ -11,7 +11,7 @@ peak: largest number of bytes in tensors during a training step on fake tensors.
   runs the CPU code of `fused`, or of `reference` for full fine-tuning; `--json` names this code. In tests, the peak
   differs by at most 3 % from measured steps of small models.
 total: sum of the closed forms, without temporary tensors. The total chooses among the ranks that fit.
-needed: the peak, or the total with --formulas. It decides what fits. The columns before it add up to it.
+needed: the peak, or the total with --formulas. It decides what fits. The columns from weights to other add up to it.
 other: the rest of what is needed, such as temporary tensors. It is negative if parts do not exist at the same time.
 free: the given memory minus what is needed. It is negative if the row does not fit. In JSON, it is called left.
 
@@ -48,7 +48,7 @@ DOES_NOT_FIT = "does not fit"
 
 @dataclass(frozen=True)
 class FitRequest:
-    """Validated arguments of `fit`."""
+    """Validated arguments of `peft-harness fit`."""
 
     model: ModelShape
     memory: size_units.MemorySize
@@ -71,7 +71,7 @@ class FitRequest:
 
 @dataclass(frozen=True)
 class FitRow:
-    """A row of the result of `fit`: what fits with one Method, base and optimizer."""
+    """A row of the result of `peft-harness fit`: what fits with one Method, base and optimizer."""
 
     method: str
     base: str
@@ -110,7 +110,7 @@ def fit_request(
     layerwise: bool = False,
     batch: int | None = None,
 ) -> FitRequest:
-    """Validate the arguments of `fit`, and return them as a request. Raises one UsageError for all problems."""
+    """Validate the arguments of `peft-harness fit`, and return them. Raises one UsageError for all problems."""
     problems: list[Problem] = []
 
     def known(option: str, given: Sequence[str], there: Sequence[str], what: str) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """Answer whether a training with a given rank and batch fits, and find what would make it fit. No torch.
 
-Each row is a Method at one rank, on one base, with one optimizer. If it does not fit, the same prediction is made for
-changed trainings: gradient checkpointing, a 4-bit base, an 8-bit optimizer, layer-wise updates, several of these
-together, and smaller batches.
+The answer has one row for each Method, at one rank, with each base and each optimizer. If a row does not fit, the same
+prediction is made for changed trainings: gradient checkpointing, a 4-bit base, an 8-bit optimizer, layer-wise updates,
+several of these together, and smaller batches.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ _STEP_ERROR, _FORMULA_ERROR = 0.03, 0.2
 """Largest relative errors of a simulated step and of a closed form in tests. Both leave out the allocator's waste, the
 workspaces of kernels and the CUDA context."""
 _DOUBT = 0.25
-"""Assumed largest relative error of a closed form. If the result is this close to the limit, a simulated step
-decides. In tests, the error is at most 20 %."""
+"""Assumed largest relative error of a closed form. If the closed form's result is this close to the available memory, a
+simulated step decides. In tests, the error is at most 20 %.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,16 @@ class _Change:
 
 
 def answer(request: FitRequest, counted: ModelCount, document: Mapping[str, Any], *, by_steps: bool) -> dict[str, Any]:
-    """Return `document` with the answer to a request that has a batch, and with predictions in its rows.
+    """Return `document` with predictions in its rows, and with an answer: does the requested batch fit?
 
-    document: the closed-form results. answer: `yes` if at least one row fits, `no` if none fits, or `unknown` if there
-    is no prediction. Each row gets `fits`, `needed_B`, `free_B`, and `margin_B`, the largest error of the prediction. A
-    row that does not fit also gets `largest_batch`, which is 0 if not even one text fits, and `changes`: the settings
-    that were tried, each with `fits`, `needed_B` and `free_B`. by_steps: True to predict from training steps on fake
-    tensors, False to predict by closed forms. Raises UsageError if `by_steps` is False and the model has no closed
-    form.
+    request: a request with a batch. document: the closed-form results. by_steps: True to predict from training steps on
+    fake tensors, False to predict by closed forms.
+
+    The key `answer` of the result is `yes` if at least one row fits, `no` if none fits, and `unknown` if no row is
+    known to fit and a prediction is missing. Each row gets `fits`, `needed_B`, `free_B`, and `margin_B`, the largest
+    error of the prediction. A row that does not fit also gets `largest_batch`, which is 0 if not even one text fits,
+    and `changes`: the settings that were tried, each with `fits`, `needed_B` and `free_B`. Raises UsageError if
+    `by_steps` is False and the model has no closed form.
     """
     if not by_steps and not document["activations_known"]:
         what = f"there is no closed form of the activations of {request.model.name}"
@@ -64,7 +67,7 @@ def answer(request: FitRequest, counted: ModelCount, document: Mapping[str, Any]
 
 
 class _Question:
-    """A request that has a batch, with methods that predict its rows, and find changes for the rows that do not fit."""
+    """Predictions for the rows of a request that has a batch, and for changes to the rows that do not fit."""
 
     def __init__(self, request: FitRequest, counted: ModelCount, document: Mapping[str, Any], by_steps: bool) -> None:
         self.request, self.counted, self.document, self.by_steps = request, counted, document, by_steps
@@ -100,7 +103,7 @@ class _Question:
     def _predicted(
         self, rows: list[tuple[FitRequest, Row]], searches: Sequence[StepRequest] = ()
     ) -> tuple[list[Row], list[StepAnswer]]:
-        """Return two lists: the rows with `fits`, `needed_B`, `free_B` and the peak of a step; the answers to `searches`."""
+        """Return the rows with `fits`, `needed_B`, `free_B` and the peak of a step, and the answers to `searches`."""
         if not self.by_steps:
             return [_judged(row, row["ledger"]["total_B"], self.room) for _, row in rows], []
         if rows or searches:
@@ -121,7 +124,7 @@ class _Question:
         return _judged(row | by | {"peak_B": peak, "no_peak": "", "ledger": ledger}, peak, self.room)
 
     def _changes(self, row: Row) -> list[_Change]:
-        """Return the changes that a row allows: each setting alone, checkpointing and one other, and all together."""
+        """Return the changes that a row allows: each setting, checkpointing with one other setting, and all together."""
         (one,) = (c for c in self.counted["methods"][row["method"]] if c["rank"] == row["rank"] and not c["error"])
         found: dict[str, Any] = {} if self.request.checkpointing else {"checkpointing": True}
         if row["base"] == "none" and _PACKED in one["weights"]:

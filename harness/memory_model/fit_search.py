@@ -40,10 +40,10 @@ Row = dict[str, Any]
 def search_by_steps(request: FitRequest, counted: ModelCount, document: Mapping[str, Any]) -> dict[str, Any]:
     """Return the closed-form document. In each row, batch, longest text and peak now come from steps on fake tensors.
 
-    peak_B: peak in bytes of a step with the row's batch, or with one text if no text fits. peak_by: the code that took
-    the step. If no step could be taken, peak_B is None, no_peak has the reason, and the rest of the row is unchanged. A
-    row changes its rank only if steps and closed form disagree about whether the rank fits. It then gets the largest
-    rank at which one text fits.
+    The key `peak_B` of a row is the peak in bytes of a step with the row's batch, or with one text if no text fits.
+    `peak_by` is the code that took the step. If no step could be taken, `peak_B` is None, `no_peak` has the reason, and
+    the rest of the row is unchanged. A row changes its rank only if steps and closed form disagree about whether the
+    rank fits. It then gets the largest rank at which one text fits.
     """
     rows = [
         row
@@ -74,14 +74,14 @@ def step_implementation(method: str) -> str:
 
 
 class FitSearch:
-    """A search for the batch, the text length and the rank that fit, for several rows at once in one child process."""
+    """A search for the batch, text length and rank that fit, in several rows. One child process takes the steps."""
 
     def __init__(self, request: FitRequest, counted: ModelCount, document: Mapping[str, Any]) -> None:
         self.request, self.counted, self.document = request, counted, document
         self.room, self.tokens = int(document["memory_B"]), int(document["tokens"])
 
     def batches(self, rows: list[Row]) -> list[Row]:
-        """Return each row with the largest batch and the longest single text that fit."""
+        """Return each row with the largest batch that fits, and with the longest text that fits alone."""
         most = self.counted["positions"]
         steps = [self.largest(row, "batch", self.tokens, first=row["batch"] or 1, most=MAX_BATCH) for row in rows]
         for row in rows:
@@ -99,7 +99,7 @@ class FitSearch:
         ]
 
     def other_ranks(self, row: Row, by_formulas: Row) -> list[int]:
-        """Return other ranks to try for a row: lower ones if its rank does not fit, else higher ones.
+        """Return other ranks to try for a row: lower ranks if its rank does not fit, else higher ranks.
 
         The list is empty if steps and closed form agree about whether the row's rank fits. by_formulas: the row's
         closed-form result.
@@ -151,7 +151,7 @@ class FitSearch:
     def step(self, row: Row, batch: int, tokens: int) -> StepRequest:
         """Return the request for a training step with a row's Method, rank, base and optimizer.
 
-        Every token has a loss. If the base is in 4 bits, it is that of `fused`.
+        Every token has a loss. A 4-bit base uses the Implementation `fused`.
         """
         info = methods()[row["method"]]
         targets = {"targets": self.document["targets"]} if "targets" in info.fields else {}
@@ -209,7 +209,7 @@ def run_steps(requests: list[StepRequest]) -> list[StepAnswer]:
 def tried_sizes(row: Row, found: StepAnswer) -> dict[int, int]:
     """Map each batch or text length that was tried to the peak in device memory, in bytes.
 
-    found: answer to the search of the row. Its keys are strings, because it comes from JSON.
+    found: answer to the search of the row. The sizes in it are strings, because it comes from JSON.
     """
     return {int(number): peak - row["ledger"]["host_B"] for number, peak in found.get("tried", {}).items()}
 

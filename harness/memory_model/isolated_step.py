@@ -47,10 +47,10 @@ def peak(
 ) -> StepAnswer:
     """Return the peak of a step over the micro-batches `parts`, or the reason why there is none.
 
-    others_B: bytes of other data, which are added to the peak. lacks: names of an encoder's weights that are missing
-    from its checkpoint. The answer is empty for a Cell without training. If the base is in 4 bits, stand-ins replace
-    its layers. They have the same sizes and decode in the same way. If a library does not support fake tensors, the
-    Method's reference takes the step.
+    others_B: bytes of other tensors, such as the batches, which are added to the peak. lacks: names of an encoder's
+    weights that are missing from its checkpoint. The answer is empty for a Cell without training. If the base is in 4
+    bits, stand-ins replace its layers. They have the same sizes and decode in the same way. If a library does not
+    support fake tensors, the Method's reference takes the step.
     """
     if cell.training.steps == 0:
         return {}
@@ -76,9 +76,9 @@ def _transience(errors: Sequence[str]) -> StepAnswer:
 
 
 def _attempts(step: dry_step.DryStep) -> dict[str, dry_step.DryStep]:
-    """Return the steps to try, in order. Each key names the code that replaces the Cell's own; it is empty if none does.
+    """Return the steps to try, in order. Each key names the code that replaces the Cell's own code, or is empty.
 
-    The first step uses the Cell's own implementation.
+    The first step uses the Cell's own Implementation.
     """
     cell, base = step.cell, step.cell.base.quantization != "none"
     found = {"a stand-in for the base" * base: step}
@@ -151,7 +151,7 @@ def _in_fork(run: Callable[[], int]) -> int | str:
 
 
 def _pickled_result(run: Callable[[], int]) -> bytes:
-    """Return a pickled pair: the result of `run` or why it failed, and its new entries of `memory_tracker.outputs`."""
+    """Return a pickled pair: the result of `run` or why it failed, and the new entries of `memory_tracker.outputs`."""
     os.environ["PEFT_HARNESS_COMPILE"] = "0"
     torch.set_num_threads(1)  # torch's pool of threads exists only in the parent
     before = len(memory_tracker.outputs)

@@ -17,8 +17,8 @@ def search(
 
     peak: function that takes a size, and returns the peak of a step of this size in bytes, or the reason why the step
     failed. A larger size must have a larger peak. room: available bytes. first: first size to try. lasting: estimated
-    bytes of a step of size 0. most: largest size to try. grain: relative distance between the two bounds of `_next` at
-    which the search ends.
+    bytes of a step of size 0. most: largest size to try. grain: relative tolerance. The search ends when the largest
+    size that fits and the smallest size that does not fit differ by at most this share, or by 1.
     """
     tried: dict[int, int] = {}
     streak, last = 0, False

@@ -1,4 +1,4 @@
-"""Parts of the memory of a training step, and the bases, optimizers and dtypes of predictions. No torch."""
+"""Parts of the memory of a training step, and names of the bases, optimizers and dtypes in predictions. No torch."""
 
 from __future__ import annotations
 
@@ -54,9 +54,10 @@ class Ledger:
         checkpointing: bool,
         layerwise: bool,
     ) -> Ledger:
-        """Return the ledger of a Method with the counts `one`.
+        """Return the ledger of a Method: the bytes of each part of the memory.
 
-        logits: bytes of logits per token; None if unknown. tokens: number of tokens in one forward pass.
+        one: counts of the Method. logits: bytes of logits per token; None if unknown. tokens: number of tokens in one
+        forward pass.
         """
         device, host = one["optimizer"][optimizer]
         return cls(

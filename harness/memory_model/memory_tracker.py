@@ -1,7 +1,7 @@
 """Count the bytes of all tensors that exist while a program runs on fake tensors.
 
-A training step repeats the same operations for every block and every trainable tensor. Torch would take several times
-as long to compute each output again, so a cache stores descriptions of the outputs. The cache holds no tensors, because
+A training step repeats the same operations for every block and every trainable tensor. Computing each output again
+would take several times as long, so a cache stores descriptions of the outputs. The cache holds no tensors, because
 cached tensors would never be freed.
 """
 
@@ -121,7 +121,7 @@ _REAL_B = 2**24
 
 
 class MemoryTracker(TorchDispatchMode):
-    """A counter of the bytes in storages that operations allocate and free, like torch's CPU allocator.
+    """A mode that counts the bytes of the storages that exist, as torch's CPU allocator would allocate and free them.
 
     Weights, states and activations are fake tensors (`FakeTensor`), which have shapes, dtypes and strides, and no data.
     A small tensor that is computed without fake inputs has data, such as the mask of a batch of token ids. So programs
@@ -204,7 +204,7 @@ def _of_experts(rows: Tensor, weights: Tensor, offsets: Tensor, *_: object, **__
 
 
 class _Watch(TorchDispatchMode):
-    """A recorder of the number of references to a gradient while autograd accumulates it."""
+    """A mode that records how many references a gradient has each time autograd adds to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,10 +219,10 @@ class _Watch(TorchDispatchMode):
 
 
 def _engine_refs() -> int:
-    """Return the number of references to a gradient while autograd accumulates it and no other code holds it.
+    """Return the number of references that a gradient has while autograd accumulates it and no other code holds it.
 
-    The number differs between processes, so it is measured. If other code holds the gradient, there is one more
-    reference.
+    The number differs between processes, so it is measured. A larger number during a step shows that other code holds
+    the gradient.
     """
     watch = _Watch()
     with FakeTensorMode():

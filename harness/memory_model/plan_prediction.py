@@ -1,8 +1,8 @@
-"""Predict the memory of a plan's Cells from the shapes of their models. Imports no torch.
+"""Predict the memory of a plan's Cells from the config.json of their models. Imports no torch.
 
 Cells with equal steps share one step on fake tensors (`harness.memory_model.isolated_step`). Answers are cached on disk
-(`harness.memory_model.answer_cache`), and one child process computes those that are missing. A Cell's worker predicts in the
-same way (`harness.memory_model.cell_prediction`).
+(`harness.memory_model.answer_cache`), and one child process computes the missing answers. A Cell's worker predicts in
+the same way (`harness.memory_model.cell_prediction`).
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def step_request(cell: Cell, one: CountRequest, loss_tokens: int) -> StepRequest
 
 
 def predicted_fields(answer: StepAnswer) -> dict[str, Any]:
-    """Return the fields of `Predicted` in the answer to a step."""
+    """Return those fields of `Predicted` that the answer to a step request contains."""
     return {name: value for name, value in answer.items() if name in Predicted.model_fields}
 
 
@@ -149,7 +149,7 @@ def _answer_tokens(cell: Cell, every_token: bool) -> int:
 def _local_model(source: Source) -> tuple[dict[str, Any], str] | str:
     """Return a model's config.json and the folder of its weights, or the reason why they cannot be read.
 
-    The folder is an empty string for a model that is only a shape, without weights.
+    The folder is an empty string for a model that has only a config.json, and no weights.
     """
     try:
         if (here := fetch.local_folder(source)) is None:

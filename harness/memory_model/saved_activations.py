@@ -43,7 +43,7 @@ def llama_shape(model: Any, dtype: torch.dtype) -> LlamaShape | None:
 
 
 def sum_over_llama(model: Any, saved: Mapping[str, tuple[bool, int]], trains: Collection[str]) -> SavedActivations:
-    """Return the sum of what the blocks of a Llama save, with a Method attached.
+    """Sum up what the layers in the blocks of a Llama save for the backward pass, with a Method attached.
 
     saved: first result of `saved_by_layers`. trains: paths of the adapted layers.
     """

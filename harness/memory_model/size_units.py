@@ -15,7 +15,10 @@ DIGITS, _MAX_B = 20, 2**60
 
 @dataclass(frozen=True)
 class MemorySize:
-    """A number of bytes, and the unit in which to show it. This is the user's unit, but GiB for TiB and GB for TB."""
+    """A number of bytes, and the unit in which to show it.
+
+    The unit is the user's, except that GiB replaces TiB, and GB replaces TB.
+    """
 
     number_B: int
     unit: str

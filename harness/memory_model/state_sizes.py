@@ -92,5 +92,8 @@ def has_masters(dtype: torch.dtype, *, own: bool) -> bool:
 
 
 def bytes_in_step(trains: Sequence[nn.Parameter], dtype: torch.dtype, *, own: bool) -> int:
-    """Return the bytes that exist only while an optimizer steps: the float32 gradients of its master copies."""
+    """Return the bytes that exist only while an optimizer steps: the float32 gradients of float32 master copies.
+
+    They are 0 if weights of this dtype have no master copies. own: whether the Method has its own optimizer.
+    """
     return 4 * sum(p.numel() for p in trains) if has_masters(dtype, own=own) else 0

@@ -75,7 +75,7 @@ def load_base(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 @cache
 def _kept(folder: Path, dtype: torch.dtype, times: tuple[int, ...]) -> nn.Module:
-    """Load a small base model once. times: modification times of its files, so that a changed file is read again."""
+    """Load a small base model, and keep it in memory. times: modification times of its files; a change loads it again."""
     return _loaded(folder, dtype)
 
 

@@ -1,6 +1,7 @@
 """Expert weights that are stacked in one parameter, in mixture-of-experts models. Imports no torch.
 
-They are no linear layers, so `all-linear` and a 4-bit base do not reach them. The target `experts` of LoRA and QLoRA does.
+Such a parameter belongs to no linear layer. So the target `all-linear` does not adapt it, and a 4-bit quantisation of
+the base does not pack it. The target `experts` of LoRA and QLoRA adapts it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def untouched(model: nn.Module) -> int:
 
 
 def takes_all_linear_layers(cell: Cell) -> bool:
-    """Return whether a Cell adapts all linear layers (`all-linear`) or, if it has no list of targets, packs them."""
+    """Return whether a Cell adapts all linear layers, or has no list of targets and quantises all linear layers."""
     if isinstance(keys := cell.config.get(KEY), dict):
         return keys.get("target_modules") == ALL_LINEAR
     targets = cell.config.get("targets")

@@ -235,7 +235,7 @@ def _path(path: tuple[str | int, ...]) -> str:
 
 
 def virtual_tokens(config: Mapping[str, Any]) -> int:
-    """Return the number of virtual tokens that a Cell's config adds before every text; they take up model positions."""
+    """Return the number of virtual tokens before every text with this config. Each takes up one position of the model."""
     keys = config.get(KEY)
     count = keys.get("num_virtual_tokens") if isinstance(keys, dict) else None
     return max(count, 0) if isinstance(count, int) and not isinstance(count, bool) else 0

@@ -33,7 +33,7 @@ def _configs() -> dict[str, ast.ClassDef]:
 
 
 def _classes(*patterns: str) -> dict[str, ast.ClassDef]:
-    """Map names to the syntax trees of the classes in files of peft's package."""
+    """Map names to the syntax trees of the classes in some files of peft. patterns: globs of files in peft's package."""
     package = find_spec("peft")
     if package is None or package.origin is None:
         return {}

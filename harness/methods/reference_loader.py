@@ -1,4 +1,4 @@
-"""The loader `reference`: it reads files as reference/adapter_file.py does. transformers runs the base model."""
+"""The loader `reference`: reference/adapter_file.py reads the adapter files, and transformers runs the base model."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class ReferenceLoader(Loader):
         self.adapters[name] = [replace(one, factor=factor) for one in self.adapters[name]]
 
     def train(self, mode: bool) -> None:
-        """Switch to training mode. The logits do not depend on the mode, because nothing here is random."""
+        """Set the mode: True for training, False for evaluation. The logits do not depend on it, since nothing is random."""
         self.training = mode
 
     def copy(self) -> ReferenceLoader:

@@ -60,7 +60,7 @@ class Implementation:
     """Optional features of the Method that it implements: fields of the Config that are marked `opt_in`, e.g. LoRA's
     `lora_bias`, and kinds of layers in `opt_in_layers`, e.g. QLoRA's `experts`."""
     distribution: str = ""
-    """Name of the Python distribution that has the entry point."""
+    """Name of the Python distribution whose entry point offers the Implementation."""
     version: str = ""
     """Version of this distribution."""
     point: str = ""

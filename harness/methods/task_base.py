@@ -28,18 +28,18 @@ _MAPPINGS = {
 WITH_LABELS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Values of task_type for which a new head is trained. The adapter's file has this head, and so the number of labels."""
 _MARK = 7919
-"""A number of labels that differs from every other size of a model, so that it marks the parameters of the head."""
+"""A number of labels that no other size of a model equals: a parameter with this size belongs to the head."""
 
 
 def task_base(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: Path) -> Path:
     """Return a folder with the base model of the class on which an adapter was trained.
 
-    folder: the base. config: content of the adapter_config.json. shapes: name of a module or parameter in the base -> shape
-    of a tensor of the adapter for it. where: path of the adapter_config.json, for errors. If the class and the number of
-    labels are those of the base's config.json, the result is `folder`. Otherwise it is a temporary folder with a changed
-    config.json and links to the other files, which is removed when the process ends. Raises Unsupported if transformers
-    has no class for this task and base, and UsageError if the base cannot be read, or if auto_mapping names an object of
-    transformers that is no class of a model.
+    folder: the base. config: content of the adapter_config.json. shapes: name of a module or parameter in the base ->
+    shape of the adapter's tensor for it. where: path of the adapter_config.json, for errors. If the class and the
+    number of labels are those of the base's config.json, the result is `folder`. Otherwise it is a temporary folder
+    with a changed config.json and links to the other files, which is removed when the process ends. Raises Unsupported
+    if transformers has no class for this task and base, and UsageError if the base cannot be read, or if auto_mapping
+    names an object of transformers that is no class of a model.
     """
     task = config.get("task_type")
     base: Any = read_config(folder)
@@ -56,9 +56,10 @@ def task_base(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tupl
 
 
 def _mapped(config: Mapping[str, Any], where: Path) -> str:
-    """Return the name of the class in auto_mapping, which peft writes if there is no task_type, or an empty string.
+    """Return the name of the base's class in auto_mapping. If there is a task_type, or no auto_mapping, return "".
 
-    A name that transformers does not have belongs to another library. Raises UsageError as `task_base`.
+    peft writes auto_mapping if there is no task_type. The class may be one of another library. Raises UsageError if the
+    name is an object of transformers that is no class of a model.
     """
     import transformers
 

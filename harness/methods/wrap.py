@@ -1,4 +1,4 @@
-"""Replacement of a model's layers by a third party's layers; see `harness.testing.wrap_layers`."""
+"""Replacement of a model's layers by layers of a third party, for `harness.testing.wrap_layers`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def wrap(
 
 
 class WrappedLayers(AdaptedLayers):
-    """A model with a third party's modules in place of its layers."""
+    """A model in which modules of a third party replace some layers."""
 
     def __init__(
         self,

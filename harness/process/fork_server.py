@@ -43,8 +43,8 @@ class ForkServer:
     """A running fork server.
 
     command: command that starts a process, which must call `serve` with its standard input. The constructor appends the
-    number of a lifeline (see `harness.process.lifeline`) and `arguments` to it. It raises OSError if the process cannot be
-    started.
+    number of a lifeline (see `harness.process.lifeline`) and `arguments` to `command`. It raises OSError if the process
+    cannot be started.
     """
 
     def __init__(self, command: Sequence[str], arguments: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -63,7 +63,7 @@ class ForkServer:
 
     @property
     def is_idle(self) -> bool:
-        """True if none of its forks runs."""
+        """True if no fork of this server runs."""
         self._forks = [fork for fork in self._forks if fork.exit_code is None]
         return not self._forks
 
@@ -243,7 +243,7 @@ def _become(parent: int, stdin: int, output: int) -> None:
 def _report_ends(status_of: dict[int, int], kills_groups: bool) -> None:
     """Report the exit code of each fork that has ended. If `kills_groups`, kill the rest of its process group.
 
-    status_of: process id of each running fork -> descriptor to which its exit code is written.
+    status_of: by the process id of a running fork, the descriptor to which the exit code of the fork is written.
     """
     for pid in list(status_of):
         # WNOWAIT keeps it a zombie, so that no other process gets its id, which is also the id of the group.

@@ -45,7 +45,7 @@ class ForkedWorker(Fork):
 
     @property
     def output(self) -> str:
-        """The last lines of its stdout and stderr."""
+        """The last lines of the worker's stdout and stderr."""
         return self._lines.text
 
     def close(self) -> None:
@@ -59,8 +59,8 @@ class ForkedWorker(Fork):
 class WorkerServer(ForkServer):
     """A server that forks workers. The constructor raises OSError if the server cannot be started.
 
-    python: the interpreter. imports: modules that the server imports. environment: its variables, of which `token_name`
-    identifies a worker and the processes that it starts.
+    python: the interpreter. imports: modules that the server imports. environment: environment variables of the server.
+    token_name: name of a further variable, whose value identifies a worker and the processes that it starts.
     """
 
     def __init__(self, python: str, imports: Sequence[str], environment: Mapping[str, str], token_name: str) -> None:
@@ -103,10 +103,10 @@ def _run(events: int, lifeline: int) -> int:
 
 
 def _mark(name: str, token: str) -> None:
-    """Set a variable of this process, also where other processes read it: in /proc/PID/environ.
+    """Set an environment variable of this process so that other processes read its value in /proc/PID/environ.
 
-    This file shows the memory that held the variables when the server was started. Without this, the processes that the
-    worker forks could not be told from those of another worker.
+    That file shows the memory which held the variables when the server started, so the value is written to this memory.
+    It tells the processes that this worker forks from the processes of other workers.
     """
     getenv = ctypes.CDLL(None).getenv
     getenv.argtypes, getenv.restype = [ctypes.c_char_p], ctypes.c_void_p

@@ -37,7 +37,7 @@ def resident(maps: Path = Path("/proc/self/maps"), pagemap: Path = Path("/proc/s
 
 
 def _present(flags: bytes) -> Iterable[Range]:
-    """Yield the first page and the length of each run of pages that are in memory."""
+    """Yield (first page, number of pages) of each sequence of pages in memory. flags: one byte per page."""
     first = None
     for number, flag in enumerate(flags):
         if flag & _PRESENT:

@@ -52,7 +52,7 @@ class Pipe:
 
 
 class LastLines:
-    """The last lines that are written to some pipes. They are stored in memory.
+    """A reader of pipes that keeps the last lines in memory.
 
     On a full disk, a file would lack the line that reports the full disk. A thread reads each pipe, because a process with
     a full pipe would wait forever for a reader.

@@ -240,7 +240,8 @@ def _left_behind(worker: _Worker, watcher: int, token: str) -> list[str]:
 def marked(variable: str, value: str) -> Iterator[psutil.Process]:
     """Yield the running processes that have this variable with this value in their environment.
 
-    If a process was started with it, these are the process and its descendants, because they inherit the environment.
+    Child processes inherit the environment. So if a process was started with this variable, these are the process and
+    its descendants.
     """
     for other in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):

@@ -32,13 +32,13 @@ class FrozenModel(BaseModel):
 
 
 class ExtendedModel(FrozenModel):
-    """A model with fields that were added after the first published Records."""
+    """A model that got more fields after the first Records had been published."""
 
     later_fields: ClassVar[tuple[str, ...]]
     """Names of the added fields."""
 
     def later(self) -> dict[str, Scalar]:
-        """Return those of the added fields that differ from their defaults, as values by name."""
+        """Map the names of the added fields whose values are not the defaults to these values."""
         defaults = type(self).model_fields
         return {n: value for n in self.later_fields if (value := getattr(self, n)) != defaults[n].default}
 

@@ -21,14 +21,14 @@ class Gate(FrozenModel):
     the gate itself."""
     checks: Count = 0
     """Number of entries at the start of `Record.checks` that are results of the gate. It is 0 in the file of a Record
-    whose gate was taken by another one."""
+    if another Record took the gate."""
 
 
 def shared(records: Iterable[Record]) -> tuple[list[Record], dict[str, str]]:
     """Copy the results of each shared parity gate into the Records that use it, as their first checks.
 
-    Return the Records that count, and a dict: id of a Record that does not count -> the reason. A Record does not count
-    if the Record with its gate is missing or was changed.
+    Return the Records that count, and a dict that maps the id of each other Record to the reason why it does
+    not count. A Record does not count if the Record that took its gate is missing or was changed.
     """
     records = list(records)
     by_id = {record.id: record for record in records}

@@ -41,7 +41,8 @@ def short(cell: Cell) -> str:
 
 
 def _named(cells: Iterable[Cell], name: Callable[[Cell], str], place: Callable[[Cell], Hashable]) -> dict[str, str]:
-    """Map each cell_id to `name(cell)`, plus the settings that differ between Cells with the same `place(cell)`.
+    """Map each cell_id to `name(cell)`, plus the settings that differ between the Cells for which `place` returns the
+    same value.
 
     A name leaves out a setting that its Cell does not set, unless two names would then be equal.
     """

@@ -12,7 +12,7 @@ _OLD_TEXTS = {NoteKind.UNREACHED_EXPERTS: "are neither adapted nor packed into 4
 
 
 def concurrency_note(cells: int) -> list[str]:
-    """Return a list with the note that up to `cells` Cells ran at once. For a single Cell, return an empty list."""
+    """Return a list with the note that up to `cells` Cells ran at once. If `cells` is 1, return an empty list."""
     return [f"up to {cells} Cells ran at once: the times are those of a shared machine"] if cells > 1 else []
 
 

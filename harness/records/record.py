@@ -81,8 +81,8 @@ class Base(FrozenModel):
 
 
 DECODED = 8
-"""Number of tokens that are decoded after each prompt, when latencies are measured. If more tokens are requested, the
-decoding starts again after the prompt. Prompts are so short that the model has this many positions after them."""
+"""Number of tokens that are decoded after each prompt when latencies are measured. To decode more tokens, the harness
+starts again after the prompt. Prompts are shortened so that the model has this many positions after them."""
 
 
 class Evaluation(ExtendedModel):
@@ -174,7 +174,7 @@ class Cell(ExtendedModel):
 
     @cached_property
     def recipe_id(self) -> str:
-        """The cell_id of the recipe. Repeats of a Cell with other seeds have the same recipe_id."""
+        """The cell_id of the recipe. Cells that differ only in the seed have the same recipe_id."""
         return self.recipe.cell_id
 
     @property
@@ -350,8 +350,8 @@ class Record(FrozenModel):
     typed_notes: list[Note] = []
     """Notes that programs read. Each of them is also in `notes`. Empty in older Records."""
     concurrent_cells: int | None = None
-    """Number of Cells, this one included, that may have run on the machine at the same time. None in older Records.
-    `harness.records.notes.concurrent_cells` also finds the number in these."""
+    """Number of Cells, this one included, that may have run on the machine at the same time. None in older Records;
+    `harness.records.notes.concurrent_cells` finds the number in their notes."""
     start: WorkerStart = ""
     """Way in which the Cell's process started: `process` for a new interpreter, or `fork` for a fork of a process that had
     imported the libraries and the model's classes. After a fork, the phases `start-up` and `load` and the duration exclude

@@ -1,7 +1,7 @@
 """Read and write run folders. A run writes `run.json` first, then one file per attempt, and `footer.json` last.
 
-Every file is complete: no reader sees a part of a file. The footer holds the hashes of the other files. They are no
-signature: who changes a file can change its hash, too.
+Every file is complete: no reader sees a part of a file. The footer holds the hashes of the other files. The hashes are
+no signature: anyone who changes a file can change its hash, too.
 
 results/runs/<run>/run.json  cells/<cell_id>.<attempt>.json  logs/  footer.json  report.html  lock
 """
@@ -100,8 +100,8 @@ class Run:
     """Paths of files that were changed, removed or added after the run, each with what happened to it. Records in such
     files do not count."""
     ungated: dict[str, str] = field(default_factory=dict)
-    """Path of a Record that does not count -> the reason: the Record with its parity gate, which it names, is missing,
-    unreadable or changed."""
+    """Path of each Record that does not count because it lost its parity gate -> the reason: the Record that took the
+    gate is missing, unreadable or changed."""
 
     @property
     def how(self) -> str:
@@ -115,10 +115,10 @@ class Run:
         return {i: newest[i] for i in ids if i in newest and i not in doubtful}
 
     def doubtful(self) -> dict[str, str]:
-        """Return the Cells whose newest Record does not count: cell_id -> the reason.
+        """Map the cell_id of each Cell whose newest Record does not count to the reason.
 
-        It was changed, removed or added after the run, or it lost its parity gate. An older Record of such a Cell must
-        not be used instead.
+        The newest Record was changed, removed or added after the run, or it lost its parity gate. An older Record of
+        such a Cell must not be used instead.
         """
         reasons = self.changed | self.ungated
         return {cell_id: f"{name} {reasons[name]}" for cell_id, name in self._not_counted.items()}
@@ -134,7 +134,7 @@ class Run:
 
     @cached_property
     def _not_counted(self) -> dict[str, str]:
-        """For each Cell whose newest Record does not count: cell_id -> path of this Record."""
+        """Map the cell_id of each Cell whose newest Record does not count to the path of this Record."""
         newest, found = self._newest, dict[str, str]()
         for name in (*self.changed, *self.ungated):
             cell_id, _, attempt = Path(name).stem.partition(".")
@@ -227,7 +227,7 @@ class RunFolder:
             raise StoreError("this attempt has a Record already", where=str(path)) from error
 
     def reopen(self) -> None:
-        """Prepare a finished run for being resumed: remove the footer, but save its hashes.
+        """Prepare a finished run to be resumed: remove the footer, but save its hashes.
 
         Without these hashes, changes of the existing files would go unnoticed.
         """

@@ -56,7 +56,8 @@ class Training(ExtendedModel):
 
     loop: Loop = "harness"
     """Training loop: `harness`, the harness's own plain loop, or `trl`, the SFTTrainer of trl. SFTTrainer gets the same
-    adapted model, batches, optimizer and schedule, and those of its defaults that would change training are off. So the
-    losses are the same up to rounding; step time and memory are those of SFTTrainer. DPO and GRPO are not offered."""
+    adapted model, batches, optimizer and schedule. Its defaults that would change training are switched off. So the
+    losses are the same up to rounding, but step time and memory are those of SFTTrainer. DPO and GRPO are not
+    offered."""
 
     later_fields: ClassVar = ("accumulate", "checkpointing", "lr_ratio", "compile", "layerwise", "loop")

@@ -1,4 +1,4 @@
-"""Compare the benchmarks of a pytest session with saved runs. If a case of @conformance fails, no benchmark passes."""
+"""Compare the benchmarks of a pytest session with saved runs. If a test of @conformance fails, the verdict is FAIL."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def compare(saved_runs: Sequence[Saved], session: SessionResults, margin: float 
     """Compare each benchmark of a session with saved runs, and return the rows and the verdict.
 
     A benchmark is compared only with saved runs of the same benchmark on the same machine, with the same Python and
-    torch. The verdict is the first that applies. FAIL: a benchmark is slower, its test failed, or a case of
+    torch. The verdict is the first that applies. FAIL: a benchmark is slower, its test failed, or a test of
     @conformance failed. NOT_RUN: no benchmark was compared. INCONCLUSIVE: a benchmark is undecided, is missing, or was
     saved only on another machine. PASS: none of these.
     """

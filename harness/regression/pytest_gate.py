@@ -115,7 +115,7 @@ class PytestGate:
         )  # fmt: skip
 
     def _why_absent(self, name: str) -> str:
-        """Return the reason why a benchmark has no rounds; empty if the session did not have to run it."""
+        """Return the reason why a saved benchmark was not timed; empty if the session did not have to run it."""
         if name in self._collected:
             outcome = self._outcomes.get(name)
             return f"its test was {outcome}" if outcome == "skipped" else "its test was not run, or took no time"

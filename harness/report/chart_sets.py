@@ -43,7 +43,8 @@ _UNITS: dict[str, tuple[float, str, Callable[[float], str], Callable[[float], st
     "s": (1e-3, " ms", formatting.milliseconds, "{:,.6g}".format),
     "1": (1.0, "", "{:,.0f}".format, formatting.short_count),
 }
-"""Unit of a cost -> size and name of the shown unit; function that formats a cost; function that formats a tick."""
+"""Display of a cost, by the unit of the cost: size and name of the shown unit, function that formats a cost, function
+that formats a tick."""
 
 
 def every(f: RunFacts) -> list[ChartSet]:
@@ -81,7 +82,7 @@ def _place(cell: Cell) -> str:
 
 
 def _rank(e: RankingEntry) -> float:
-    """Return the rank of the adapter that a recipe trains; 0 if it has none."""
+    """Return the rank of the adapter that a recipe (a Cell without its seed) trains; 0 if it has none."""
     config = e.record.cell.config
     adapter = config.get(ADAPTER_CONFIG)
     rank = config.get("rank", adapter.get("r") if isinstance(adapter, dict) else None)
@@ -95,7 +96,7 @@ def _percent_chart(x: Axis, series: Sequence[Series], **more: bool) -> Drawing:
 def accuracy(f: RunFacts, g: Group) -> ChartSet | None:
     """Return the charts of accuracy against each cost that was measured, and against the rank.
 
-    Return None for fewer than two trained recipes.
+    Return None for fewer than two trained recipes. A recipe is a Cell without its seed.
     """
     if not g.is_ranking:
         return None
@@ -113,7 +114,7 @@ def accuracy(f: RunFacts, g: Group) -> ChartSet | None:
     ]
 
     def placed(points: dict[int, Point]) -> list[Series]:
-        """Return the series with their points, from the lowest to the highest rank. points: id() of entry -> point."""
+        """Return the series with their points, from the lowest to the highest rank. points: by id() of their entry."""
         drawn = [
             replace(s, points=[points[id(e)] for e in sorted(line, key=_rank) if id(e) in points])
             for s, line in zip(empty, lines.values(), strict=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def render(report: CheckReport) -> bytes:
-    """Return a JUnit file: one suite per implementation of a target, and one for findings without a check.
+    """Return a JUnit file: one suite per target (e.g. Method) and implementation, and one for findings without a check.
 
     A known defect becomes a skipped test, like an expected failure in pytest.
     """

@@ -18,7 +18,7 @@ _MOST_LINES = 40
 
 
 def matrix(report: CheckReport) -> list[str]:
-    """Return a table of results by target, implementation and dtype, then the failures, known defects and counts.
+    """Return a table of results by target (e.g. a Method), implementation and dtype, then failures, defects and counts.
 
     If the checks ran in several environments, a table by version follows.
     """

@@ -30,7 +30,7 @@ def anchor(target: str, provider: str) -> str:
 
 
 def lines(report: CheckReport) -> list[str]:
-    """Return a table of what differs between the environments, and the number of checks that fail alike in all.
+    """Return a table of what differs between the environments, and the number of checks that fail alike in all of them.
 
     If no check ran in several environments, return an empty list.
     """
@@ -74,7 +74,7 @@ def section(report: CheckReport) -> dict[str, Any] | None:
 
 
 def document(report: CheckReport) -> dict[str, Any]:
-    """Return the tables by version as JSON. Each list `fields` has one entry per environment, in their order."""
+    """Return the tables by version as JSON. Each list `fields` has one entry for each of `report.environments`."""
     return {
         "defects": [
             {
@@ -137,7 +137,7 @@ def _defect_table(report: CheckReport, rows: Sequence[DefectRow], key: str) -> T
 
 
 def _section_of(row: CheckRow, report: CheckReport) -> str:
-    """Return a link to the page's section on the implementation in the first environment in which the check fails."""
+    """Return a link to the section on the implementation, for the first environment in which the check fails."""
     first = next(one.label for one, field in zip(report.environments, row.fields, strict=True) if field.failed)
     return f"#{anchor(row.target, in_environment(row.implementation, first))}"
 

@@ -25,7 +25,7 @@ NO_BREAK = "\u00a0"
 
 
 def answers(f: RunFacts) -> list[dict[str, Any]]:
-    """Return the cards and the table of every group with at least two recipes. If there is none, take all groups."""
+    """Return the cards and the table of every group with at least two recipes. If no group has two, take all groups."""
     several = [group for group in f.groups if len(group.entries) > 1] or f.groups
     titles = Counter(_title(group) for group in several)
     found = []
@@ -59,7 +59,10 @@ def _cards(f: RunFacts, group: Group, names: Names, chosen: Choice) -> list[dict
 
 
 def _unscored(f: RunFacts, group: Group) -> dict[str, Any]:
-    """Return the first Cells with a group's budget but without a score, with the reasons, and the number of others."""
+    """List the first Cells with a group's training budget but without a score, and count the rest of these Cells.
+
+    Each listed Cell has the reason why it has no score.
+    """
     cells = [c for c in f.run.manifest.cells if c.cell_id not in f.entries and Budget.of(c) == group.budget]
     found = []
     for cell in cells[:_LISTED]:
@@ -91,16 +94,16 @@ def _card(question: str, headline: str, *details: str, tone: str = "") -> dict[s
 
 
 def _lost(f: RunFacts, group: Group) -> int:
-    """Return the number of Cells with a group's budget whose results are missing, or were changed after the run."""
+    """Return the number of Cells with a group's training budget whose results are missing or changed after the run."""
     gone = {*f.verdict.missing, *f.doubtful}
     return sum(c.cell_id in gone and Budget.of(c) == group.budget for c in f.run.manifest.cells)
 
 
 def _which(names: Names, group: Group, chosen: Choice, lost: int) -> dict[str, Any]:
-    """Return the first card, which names the best method. It names none if results are missing or were changed.
+    """Return the first card, which names the best method.
 
-    Without them, the statistical tests are corrected for too few comparisons, so too many recipes would seem to differ.
-    lost: number of Cells with such results.
+    lost: number of Cells whose results are missing or were changed after the run. If there are any, the card names no
+    method, because the statistical tests are corrected for too few comparisons.
     """
     question, pick, highest = "Which method?", names[id(chosen.pick)], names[id(chosen.highest)]
     score = formatting.percent(chosen.highest.score.value)

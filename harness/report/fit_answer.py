@@ -47,7 +47,7 @@ def _against(row: _Row, size: MemorySize) -> str:
 
 
 def _changes(row: _Row, size: MemorySize, several: bool) -> Iterator[str]:
-    """Yield one line with all ways to make a row fit: a smaller batch, and the other changes with the fewest settings."""
+    """Yield one line with ways to make a row fit: a smaller batch, or changes of as few other settings as possible."""
     ways = []
     if row["largest_batch"]:
         ways.append(f"at most batch {row['largest_batch']}")

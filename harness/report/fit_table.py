@@ -43,7 +43,7 @@ def lines(document: Mapping[str, Any]) -> list[str]:
 
 
 def _names(document: Mapping[str, Any], rows: Sequence[_Row], several: bool) -> list[list[str]]:
-    """Return the columns that name a row, from `method` to `trainable`. Each starts with its heading."""
+    """Return the columns that name a row, from `method` to `trainable`. Each column starts with its heading."""
     columns: dict[str, _Write] = {"method": lambda row: row["method"], "base": lambda row: row["base"]}
     if several:
         columns["optimizer"] = lambda row: row["optimizer"]
@@ -87,7 +87,7 @@ def hundredths(number: int) -> str:
 def round_to_sum(parts: Sequence[int], unit: int) -> list[int]:
     """Round numbers of bytes to hundredths of a unit. The results add up to the sum of all parts, rounded up.
 
-    Each number is rounded down, and those with the largest remainders are then rounded up.
+    Each number is rounded down. Then the numbers with the largest remainders are rounded up, until the sum is right.
     """
     rounded = [100 * part // unit for part in parts]
     missing = -(-100 * sum(parts) // unit) - sum(rounded)

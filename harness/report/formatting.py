@@ -21,7 +21,7 @@ _MARKDOWN = re.compile(r"([\\`*_\[\]{}<>|~#])")
 Field = dict[str, Any]
 """Content of a table cell. `text` is shown, with `small` print beside it, in the colour `tone`. The table sorts by
 `value`, which is None for a missing value. `flag` is a short warning, and `why` is the tooltip. `more` has further columns
-of the CSV file: a number in the unit of `value`, or a text, by name."""
+of the CSV file, by name: numbers in the unit of `value`, or texts."""
 
 
 def field(

@@ -1,4 +1,7 @@
-"""Test items that only one of two recipes answers right: each recipe against the recipe with the highest accuracy."""
+"""Test items that only one of two recipes answers correctly. Each recipe is compared with the most accurate recipe.
+
+A recipe is a Cell without its seed.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,11 @@ SHOWN = 12
 
 
 def rows(group: Group, names: Mapping[int, str]) -> list[dict[str, Any]]:
-    """Return a row for each recipe that compares it with the recipe of the highest accuracy.
+    """Return a row for each recipe that compares it with the most accurate recipe of the group.
 
-    The row has the items that only one of the two recipes answers right. Of recipes with several seeds, the first seed is
-    compared. A recipe that scored other items than the highest has no row. names: id() of an entry -> its name.
+    The row has the items that only one of the two recipes answers correctly. If a recipe has several seeds, its first
+    seed is compared. A recipe that was scored on other items than the most accurate recipe has no row. names: names of
+    the entries, by their id().
     """
     highest, *others = group.entries
     right = _answers(highest)

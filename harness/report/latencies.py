@@ -79,7 +79,7 @@ def _adapter_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
 
 
 def _flagged(record: Record, fields: Sequence[Field], timed: Iterable[Latency]) -> list[Field]:
-    """Return `fields`, which show the latencies `timed` and their ratios, with a flag if these may be disturbed."""
+    """Return table fields with a flag if their latencies may be disturbed. timed: the latencies that `fields` show."""
     flag, why = contention.disturbed(record, timed)
     return [
         one | {"flag": flag, "why": "; ".join(filter(None, (one["why"], why)))} if one["value"] is not None else one
@@ -97,10 +97,10 @@ def _noted(made: Table) -> Table:
 
 
 def _mixed(found: Sequence[Latency]) -> list[Latency]:
-    """Return the latencies of batches with several adapters, and of the one-adapter batches compared with them.
+    """Return the latencies of batches with several adapters, and of batches with one adapter for comparison.
 
-    Records from before 2026-11-26T14:00Z do not mark these one-adapter batches. In such Records, every latency with the
-    same batch size belongs to the comparison.
+    Records from before 2026-11-26T14:00Z do not mark the batches for comparison. From such a Record, return every
+    latency with the same batch size.
     """
     batches = {x.batch for x in found if x.variant == "multi-adapter"}
     marked = any(x.adapters == 1 for x in found)

@@ -26,7 +26,7 @@ Names = Mapping[int, str]
 """Map from the id() of a ranking entry to its name in its group."""
 Read = Callable[[Record], float | None]
 _RANKING = {"best": "highest", "tied": "cannot be told apart", "below": "lower", "untrained": "not trained here"}
-"""Standing of a recipe in the ranking -> text by which a reader can filter the table."""
+"""Text by which a reader can filter the table, by the standing of a recipe in the ranking."""
 WIDTH, HEIGHT = 240.0, 18.0
 """Size of the drawing of an interval, in SVG units."""
 
@@ -151,7 +151,7 @@ def _fields(
 
 
 def gap(group: Group, e: RankingEntry) -> Field:
-    """Return the field with the difference to the highest accuracy of a group, and whether a test tells the two apart."""
+    """Return the field with the distance of an entry from the highest accuracy of its group, and the test's result."""
     if e is group.entries[0]:
         return field("highest", 0.0, tone="good", more={"standing": e.standing})
     p = "; their test items differ, so only the intervals are compared"
@@ -242,7 +242,7 @@ def latency(e: RankingEntry, variant: str, missing: str = "not measured") -> Fie
 
 
 def disturbed(entry: RankingEntry) -> str:
-    """Return the flag of a recipe's latencies, e.g. `unsteady 1 of 3` if one of three Records is. Empty if none is."""
+    """Return the flag of a recipe's latencies, e.g. `unsteady 1 of 3` Records; empty if no latency is disturbed."""
     found = [contention.disturbed(r, timed)[0] for r in entry.records if (timed := _last_pass(r))]
     flags = Counter(filter(None, found))
     return ", ".join(f"{flag} {count} of {len(found)}" for flag, count in sorted(flags.items()))

@@ -240,9 +240,9 @@ def rerun(facts: RunFacts) -> Section:
 
 
 def resume_sentence(facts: RunFacts) -> str:
-    """Return a sentence with the command that measures what an unfinished run lacks: that of the run, with `--resume`.
+    """Return a sentence with the command that completes an unfinished run: the command of the run, with `--resume`.
 
-    Other commands, such as `import`, cannot resume a run. They measure it again, in a new folder.
+    A run of another command, such as `import`, cannot be resumed. It is measured again, in a new folder.
     """
     kept, where, words = list[str](), facts.run.manifest.run, iter(facts.run.manifest.argv)
     for word in words:

@@ -1,4 +1,4 @@
-"""Table of the model servers of Cells: times under each load, and their ratios to those of the bare base model."""
+"""Table of the model servers of Cells: times under each load, and their ratios to the times of the bare base model."""
 
 from __future__ import annotations
 

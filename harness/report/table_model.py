@@ -16,7 +16,7 @@ from harness.report.formatting import MIB, Field
 Table = dict[str, Any]
 Column = dict[str, Any]
 _SCALES = {"MiB": 1 / MIB, "ms": 1e3, "MHz": 1e-6, "%": 100, "points": 100}
-"""Unit of a column -> factor by which the values in base units are multiplied. Other units are base units."""
+"""Factor from base units to the unit of a column, by this unit. All other units are base units."""
 _REASONS = 2
 """Largest number of reasons for missing numbers that a remark below a table lists."""
 STATIC = 200
@@ -82,7 +82,7 @@ def grouped(
 
     key: HTML id. caption: title of the table. groups: the title and the rows of each group; a group with an empty title
     has no row for its title. file: name of the CSV file, without the suffix. first: heading of the first column. by:
-    what the titles of the groups are. example: what a reader may write into the filter.
+    heading of the column with the titles of the groups in the CSV file. example: an example of a text for the filter.
     """
     shown = [{"title": title, "rows": rows} for title, rows in groups]
     return {
@@ -131,7 +131,7 @@ def _reasons(fields: Iterable[Field]) -> str:
 
 
 def facets(rows: Iterable[Table]) -> dict[str, list[str]]:
-    """Return the properties by which a reader can filter the rows: name -> values in natural order.
+    """Return the properties by which a reader can filter the rows: by name, the values in natural order.
 
     A property with only one value is left out.
     """
@@ -150,11 +150,11 @@ def _natural(text: str) -> tuple[float, str]:
 
 
 def stored(tables: Iterable[Table]) -> dict[str, Any]:
-    """Return the rows of the tables whose rows the page stores as data, until a reader opens the table.
+    """Return the rows of tables as data, from which the page makes the rows when a reader opens a table.
 
-    `rows`: name, title, Record, link and facets of each row, once for all tables. `tables`: id of a table -> title and
-    rows of each group. A row is the number of its entry in `rows`, its anchor and its fields. Empty parts at the end of a
-    field are left out. `texts`: the strings of all fields; a field refers to them by number.
+    `rows`: list of (name, title, Record, link, facets), which several tables may share. `tables`: by the id of a table,
+    the title and the rows of each group; each of these rows is (index in `rows`, anchor, fields...). Empty parts at the
+    end of a field are left out. `texts`: list of all strings; a field has indices into this list.
     """
     rows: dict[str, tuple[int, list[Any]]] = {}
     texts = {"": 0}

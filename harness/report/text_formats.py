@@ -24,9 +24,9 @@ COLUMNS = {
     "latency_flag": ("flag of the latencies", None),
     "lr": ("learning rate", None), "seeds": ("seeds", None),
 }  # fmt: skip
-"""Name of a number of a recipe -> heading in the CSV, with its unit, and factor from the base unit to this unit; None for
-values that stay as they are. `busy`: how many of the trainings were timed on a busy machine.
-`latency_flag`: what disturbed the latencies, e.g. `unsteady 1 of 3`."""
+"""Heading and factor of each column of the CSV, by the name of the recipe's number. The factor converts the number from
+the base unit to the unit in the heading. It is None for a value that stays as it is. `busy`: how many of the trainings
+were timed on a busy machine. `latency_flag`: what disturbed the latencies, e.g. `unsteady 1 of 3`."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -98,7 +98,7 @@ def document(analysed: Sequence[RunFacts]) -> str:
 
 
 FORMATS: dict[str, Callable[[Sequence[RunFacts]], str]] = {"markdown": markdown, "csv": rows, "json": document}
-"""Name of a format -> function that returns the report in it."""
+"""Function that returns the report in a format, by the name of the format."""
 
 
 def _scaled(value: Any, factor: float | None) -> Any:

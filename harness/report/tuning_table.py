@@ -11,7 +11,7 @@ from harness.report.table_model import Table, column, grouped
 
 
 def searched(facts: RunFacts) -> Table | None:
-    """Return the table of declared searches, with the accuracy of each learning rate. Without a search, return None."""
+    """Return the table of the suite's searches, with the accuracy of each learning rate; None without a search."""
     found = tuning.searches(facts.run)
     if not found:
         return None

@@ -157,7 +157,7 @@ def _budget(g: Group) -> str:
 
 
 def _sentences(f: RunFacts, g: Group) -> list[str]:
-    """Return sentences about the ranking of a group: the best entry, the tied ones, those below, and the tests."""
+    """Return sentences about the ranking of a group: the best, the tied and the lower entries, and the tests."""
 
     def listed(entries: Sequence[RankingEntry]) -> str:
         shown = ", ".join(f"{f.entry_name(e)} ({_gap(e)})" for e in entries[:_LISTED])

@@ -33,11 +33,12 @@ class RunContext:
 
     folder: store.RunFolder
     environment: Environment
-    """The environment of this machine."""
+    """This machine and its software."""
     timeout: float
     """Maximum duration of an attempt, in seconds."""
     on_imports: Callable[[], object] = _do_nothing
-    """Callback after the imports of a fork server, if no Cell runs meanwhile. The runner times the imports by it."""
+    """Called before an attempt starts while no Cell runs. By then, the imports of its fork server are done. The runner
+    uses the call to measure the time of the imports."""
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def run_suite(
 
     suite_name: name or path, or the suite itself. executor: runs the Cells. By default, they run one at a time on this
     machine. imported: a finished adapter, loaded by the Cells with the key `ADAPTER_SHA256` in their config. own_gates:
-    if true, every Cell runs its own parity gate, and reuses that of no earlier Cell.
+    if true, every Cell runs its own parity gate; if false, a Cell may reuse the gate of an earlier Cell.
     """
     times = _Times()
     suite = suite_name if isinstance(suite_name, Suite) else loader.load(suite_name)
@@ -132,7 +132,8 @@ class _Session:
     times: _Times
     progress: Progress
     imported: ImportedAdapter | None
-    """A finished adapter, loaded by the Cells with the key `ADAPTER_SHA256` in their config. None if there are none."""
+    """A finished adapter, loaded by the Cells with the key `ADAPTER_SHA256` in their config. None if no adapter is
+    imported."""
     gates: SharedGates
 
     def jobs(self) -> Iterator[Job]:
@@ -269,8 +270,8 @@ def _reopen(
     """Return the folder of an old run, its id, and the ids of the Cells that need not run again.
 
     A Cell need not run again if its newest Record is `ok` and was made under the same conditions: machine, code,
-    device, data and plug-in. is_remote: whether the Cells run on other machines. If so, the software must be the same,
-    but not the machine.
+    device, data and plug-in. is_remote: whether the Cells run on other machines. Then the software must be the same,
+    but the machine may differ.
     """
     # Another runner, or the Cells that it left running, may have written until now.
     folder, old = store.RunFolder(path), store.read_run(path)
@@ -294,7 +295,10 @@ def _reopen(
 
 
 def _is_of(record: Record, here: Environment, *, is_remote: bool) -> bool:
-    """Return whether a Record has the software and code of `here` and, unless `is_remote`, is of the same machine."""
+    """Return whether a Record was made with the software and code of `here`, and on the same machine.
+
+    is_remote: if true, the machine may differ.
+    """
     there = record.environment
     same = there.software == here.software if is_remote else there.id == here.id
     return same and there.code_version == here.code_version

@@ -1,8 +1,8 @@
 """Read the folder of a finished training of trl, Axolotl, LLaMA-Factory, ms-swift or Unsloth. Imports no torch.
 
-All of them are Trainers of transformers. They leave an adapter (adapter_config.json, adapter_model.safetensors) in the
-folder or in checkpoint-N, a log (trainer_state.json), and some of them their own settings as text. `training_args.bin`
-and `optimizer.pt` are pickles, which can run code, and are never opened.
+All of these programs use the Trainer of transformers. They write an adapter (adapter_config.json,
+adapter_model.safetensors) into the folder or into checkpoint-N, and a log (trainer_state.json). Some also write their
+settings as text. `training_args.bin` and `optimizer.pt` are pickles, which can run code, and are never opened.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _SETTINGS = (
     "max_length", "sample_packing", "packing", "load_in_4bit", "load_in_8bit", "quantization_bit",
     "quantization_method", "quant_bits", "quant_method",
 )  # fmt: skip
-"""Settings that are copied into the Record, by their keys in the text files of these programs."""
+"""Keys of the settings that are copied into the Record. The training programs write these keys into text files."""
 _QUANTISED = ("load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits")
 _OF_STATE = ("global_step", "max_steps", "num_train_epochs", "train_batch_size", "logging_steps")
 _MEMORY = "memory(GiB)"
-"""Key of the log with the peak memory of a GPU so far. Only ms-swift writes it."""
+"""Key in the log for the peak memory of a GPU so far. Only ms-swift writes it."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class FinishedRun:
     def _state_path(self) -> Path | None:
         """Path of trainer_state.json, which holds the log. None if there is no such file.
 
-        For an adapter in `folder` itself, a missing file is replaced by that of the last checkpoint.
+        If the adapter is in `folder` itself and the file is not there, the file of the last checkpoint is used.
         """
         found = self._file(_STATE)
         if found is None and self.checkpoint is None and (checkpoints := _checkpoints(self.folder)):
@@ -158,7 +158,7 @@ class FinishedRun:
 
     @cached_property
     def _logged(self) -> list[LoggedLoss]:
-        """The logged losses up to the chosen checkpoint, without those that are NaN or infinite."""
+        """The logged losses up to the chosen checkpoint, without NaN and infinite losses."""
         return [
             LoggedLoss(step=entry["step"], loss=float(entry["loss"]))
             for entry in self._log
@@ -196,7 +196,7 @@ class FinishedRun:
 
 
 def _is_plain(value: object) -> bool:
-    """Return whether a setting is a text, a truth value or a finite number."""
+    """Return whether `value` is a text, a truth value or a finite number."""
     return isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
 
 
@@ -211,7 +211,7 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def _require_adapter(folder: Path) -> Path:
-    """Return a folder if it has an adapter. Raises UsageError if not."""
+    """Return `folder` if it holds an adapter. Otherwise, raise UsageError."""
     absent = [name for name in (_WEIGHTS, _CONFIG) if not (folder / name).is_file()]
     if not absent:
         return folder

@@ -49,7 +49,7 @@ def _always(job: Job) -> list[str]:
 
 @functools.cache
 def _own() -> Registry:
-    """Return a registry of the implementations that are part of the harness, without those of other distributions."""
+    """Return a registry that has only the implementations of the harness itself."""
     points = entry_points_by_name()
     return discover(
         [name for name, point in points.items() if point.dist is not None and point.dist.name == OWN_DISTRIBUTION]

@@ -115,7 +115,9 @@ def training_problems(
 
 
 def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator[FieldProblem]:
-    """Yield a problem for each optimizer that cannot be used: nothing trains, or a Method brings its own optimizer."""
+    """Yield a problem for each optimizer that cannot be used, because nothing is trained or a Method has its own
+    optimizer.
+    """
     for index, optimizer in enumerate(keys.optimizer):
         if optimizer == "adamw":
             continue
@@ -132,7 +134,9 @@ def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator
 def _checkpointing(
     config: Mapping[str, Mapping[str, list[Any]]], training: Mapping[str, list[Any]]
 ) -> Iterator[FieldProblem]:
-    """Yield a problem for gradient checkpointing with adapters that use the key-value cache, which it drops."""
+    """Yield a problem if gradient checkpointing is on and an adapter needs the key-value cache. Checkpointing drops the
+    cache.
+    """
     adapters = {value["peft_type"] for fields in config.values() for value in fields.get(KEY, ())}
     for index, checkpointing in enumerate(training.get("checkpointing", ())):
         for kind in sorted(adapters & set(IN_THE_CACHE)) if checkpointing else ():

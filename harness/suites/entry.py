@@ -1,4 +1,4 @@
-"""Check one entry of a suite: merge its keys with those of its block, look up the names in it, and check its values."""
+"""Check one entry of a suite: merge its keys with the keys of its block, look up names, and check values."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class SuiteEntry:
     latency: Timed
     tune: Tune | None
     places: dict[str, str]
-    """Key -> its place in the suite, as `file:line`. It holds only keys whose values are checked later, against model
-    or data."""
+    """Key -> its place in the suite, as `file:line`. Only keys whose values are checked against a model or data set
+    later are in it."""
 
 
 @dataclass
@@ -76,8 +76,8 @@ class SuiteContext:
     ids: dict[str, str] = field(default_factory=dict)
     """Id of an entry -> its place, as `file:line`."""
     entries: dict[str, CellKeys] = field(default_factory=dict)
-    """Id of an entry -> its keys and those of its block. Entries without a required key are left out. Values may be
-    invalid."""
+    """Id of an entry -> the keys of the entry and of its block. Entries without a required key are left out. Values may
+    be invalid."""
 
     @property
     def folder(self) -> Path:
@@ -359,7 +359,7 @@ class _EntryChecker:
 
 
 def _merged(block: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of a block with those of a cell added. A key of the cell replaces the same key of the block.
+    """Return the keys of a block and of a cell in one dict. If both have a key, the value in the cell counts.
 
     If both values of a key are mappings, they are merged in the same way.
     """

@@ -24,7 +24,7 @@ class Plan:
     """The Cells of a suite, its comparisons, and its searches for learning rates."""
 
     cells: tuple[Cell, ...]
-    """The Cells that are ranked. After them come the Cells that the searches for learning rates need."""
+    """The ranked Cells, followed by the Cells of the searches for learning rates."""
     ids: dict[str, str]
     """cell_id -> id of the Cell's entry."""
     comparisons: tuple[Comparison, ...]

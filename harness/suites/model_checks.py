@@ -33,12 +33,12 @@ _TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class _Unseen:
-    """The targets of one model that match no layer in the headers of its weight files."""
+    """The names of layers that a suite gives for one model, and that match no layer in the headers of its weight files."""
 
     folder: Path
     kind: str
     wanted: dict[str, dict[str, str]]
-    """Target -> every place where the suite names it. A place is a `file:line`, with the name of the model."""
+    """Name of a layer -> every place where the suite has this name, as `file:line` -> name of the model."""
 
 
 def check_models(suite: Suite, plan: Plan) -> None:
@@ -123,7 +123,10 @@ def _dropout(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator
 
 
 def _seen(name: str, paths: Collection[str]) -> bool:
-    """Return whether `name` matches a layer. A word such as `attention` matches layers with similar names."""
+    """Return whether `name` matches one of the layers at `paths`.
+
+    The word `attention` matches every path with `attn` or `attention`. The word `all-linear` always matches.
+    """
     if name in TARGET_WORDS:
         return name != "attention" or any("attn" in path or "attention" in path.lower() for path in paths)
     return any(path == name or path.endswith(f".{name}") for path in paths)

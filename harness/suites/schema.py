@@ -81,7 +81,7 @@ class TuneKeys(Keys):
 
 
 Timed = Literal["every-seed", "first-seed", "never"]
-"""The Cells of an entry whose latencies are measured, by seed. Those of a search (`tune:`) never have latencies."""
+"""The seeds with which the Cells of an entry have latencies. Cells of a search (`tune:`) never have latencies."""
 
 
 class CellKeys(Keys):

@@ -1,7 +1,8 @@
 """Check the key `serve:` of an entry, which names the kinds of model servers for the trained adapters. No torch.
 
-A server loads the base from a folder and the adapters from files in the format of peft. So the base must not be quantised,
-and the Method must be LoRA. If only the shape of a model is given, random weights are saved in a folder first.
+A server loads the base from a folder and the adapters from files in the format of peft. So the base must not be
+quantised, and the Method must be LoRA. For a model without weights (`shape:NAME`), random weights are saved in a folder
+first.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def problems(keys: CellKeys, models: Mapping[int, Source]) -> Iterator[FieldProb
 
 
 def _unserved(keys: CellKeys, models: Mapping[int, Source]) -> Iterator[FieldProblem]:
-    """Yield a problem for each value that no server supports. keys: those of an entry with `serve:`."""
+    """Yield a problem for each value that no server supports. keys: the keys of an entry that has `serve:`."""
     apart = "give it an entry without `serve:`"
     for i, method in enumerate(keys.method):
         if method != METHOD:

@@ -26,6 +26,6 @@ class Suite:
     entries: tuple[SuiteEntry, ...]
     plan: Plan
     sources: dict[str, Source]
-    """Name -> source of a model or data set, for built-in sources and those that the suite adds."""
+    """Name -> source of a model or data set. The sources are the built-in ones and those that the suite adds."""
     tasks: dict[str, Task]
     """Name -> task, for each task that an entry names."""

@@ -26,7 +26,7 @@ class Answers(FrozenModel):
     """Settings of the training on a task whose answers are texts."""
 
     loss: Literal["answer", "all"] = "answer"
-    """The tokens that have a loss: those of the answer, or all except the first."""
+    """The tokens that have a loss: `answer` for the tokens of the answer, `all` for all tokens except the first."""
     eos: bool = True
     """True if an answer ends with the tokenizer's end-of-sequence token."""
 

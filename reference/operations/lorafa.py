@@ -1,14 +1,15 @@
 """LoRA-FA: LoRA with a frozen A. Zhang et al., arXiv:2308.03303. An Operation, not a Method.
 
-A layer computes W0 x + s B A x, with A (r, D), B (E, r) and the scaling s. A never changes, so that only B has a gradient.
-If G (E, D) is the gradient of the whole weight, the chain rule gives B the gradient g = s G A^T. If d is subtracted from B,
-the weight changes by -s d A. Version 2 of the paper takes the d for which this change is nearest to -G:
+A layer computes W0 x + s B A x, with A (r, D), B (E, r) and the scaling s. A never changes, so that only B has a
+gradient. If G (E, D) is the gradient of the whole weight, the chain rule gives B the gradient g = s G A^T. If d is
+subtracted from B, the weight changes by -s d A. Version 2 of the paper takes the d for which this change is nearest to
+-G:
 
     d = argmin || s d A - G ||_F^2 = (1 / s) G A^T (A A^T)^-1 = (1 / s^2) g (A A^T)^-1
 
-AdamW gets this corrected gradient in place of g, so that its moments are those of d. Version 1 takes g itself. All other
-trainable tensors of the model get a plain step of AdamW. In a layer of stacked experts each expert is a layer of its own;
-their A and B are packed as in `reference.lora_experts`.
+AdamW gets this corrected gradient in place of g, so that its moments are moments of d. Version 1 takes g itself. All
+other trainable tensors of the model get a plain step of AdamW. In a layer of stacked experts each expert is a layer of
+its own. The A and B of all experts are packed as in `reference.lora_experts`.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def corrected(g: Tensor, A: Tensor, scaling: float, experts: int = 1) -> Tensor:
     """Return g (A A^T + DELTA I)^+ / scaling^2, of the shape (E, r) and the dtype of g.
 
     ^+ is the pseudo-inverse. It is computed in float32, or in float64 if A has this dtype. scaling must not be 0.
-    experts: number of stacked experts. If there are several, A is (experts * r, D) and g is (E, r * experts), both packed.
+    experts: number of stacked experts. If there are several, A is (experts * r, D) and g is (E, r * experts), both
+    packed.
     """
     wide = torch.promote_types(A.dtype, torch.float32)
     A_KRD, g_KER = unpacked(A.to(wide), g.to(wide), experts)

@@ -1,7 +1,8 @@
 """LoRA+: a higher learning rate for B than for A. Hayou et al., ICML 2024, arXiv:2402.12354. An Operation, not a Method.
 
-The paper trains B at `ratio` times the learning rate of A (its lambda), because features are learned efficiently only if the
-ratio of the two rates is of the order of the width. Its code divides the trainable tensors of a model into these groups:
+The paper trains B at `ratio` (the paper's lambda) times the learning rate of A, because features are learned
+efficiently only if the ratio of the two rates is of the order of the width. The authors' code divides the trainable
+tensors of a model into these groups:
 
     tensors                                          learning rate   weight decay
     A, and all others with two or more dimensions    lr              weight_decay
@@ -74,10 +75,10 @@ def loraplus_step(
     eps: float,
     **rates: Any,
 ) -> dict[str, tuple[float, float, Tensor]]:
-    """Return learning rate, weight decay, and value after the first step of AdamW of each tensor, by name.
+    """Return, by name, each tensor's learning rate, weight decay, and value after the first step of AdamW.
 
-    The moments before the step are zero. Both numbers of a frozen tensor are 0, and it does not change. rates: lr, ratio,
-    lr_embedding and weight_decay, see `group_of`.
+    The moments before the step are zero. For a frozen tensor, both rates are 0, and the value does not change. rates:
+    lr, ratio, lr_embedding and weight_decay, see `group_of`.
     """
     found: dict[str, tuple[float, float, Tensor]] = {}
     for name, tensor in tensors.items():

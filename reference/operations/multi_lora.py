@@ -60,8 +60,8 @@ def multi_lora_linear(
 
     x: (N, ..., D). base_out: W0 x plus the bias, (N, ..., E). As[i]: (R_i, D). Bs[i]: (E, R_i). ids: one integer per
     sequence, an index into As and Bs, or -1 for no adapter. Gradients reach x, base_out and the A and B of every
-    adapter in use. The A and B of other adapters get None. Raises ValueError if As, Bs and scalings differ in length,
-    if ids are not one integer per sequence, or if an id is neither -1 nor an index of an adapter.
+    adapter in use. For the A and B of other adapters, the gradient is None. Raises ValueError if As, Bs and scalings
+    differ in length, if ids are not one integer per sequence, or if an id is neither -1 nor an index of an adapter.
     """
     chosen = torch.as_tensor(ids, device=x.device)
     if not len(As) == len(Bs) == len(scalings):

@@ -5,10 +5,11 @@ step of steepest descent is
 
     A' = A - lr (B^T B + delta I)^-1 gA          B' = B - lr gB (A A^T + delta I)^-1
 
-where gA and gB are the gradients of A and B. Both inverses are r x r, and are computed from A and B before the step. The
-paper calls this scaled gradient descent. Scaled AdamW gives the preconditioned gradients to AdamW in place of gA and gB, so
-that its moments are those of the preconditioned gradients. All other trainable tensors of the model get a plain step. In a
-layer of stacked experts each expert is a layer of its own; their A and B are packed as in `reference.lora_experts`.
+where gA and gB are the gradients of A and B. Both inverses are r x r, and are computed from A and B before the step.
+The paper calls this scaled gradient descent. Scaled AdamW gives the preconditioned gradients to AdamW in place of gA
+and gB, so that AdamW's moments are moments of the preconditioned gradients. All other trainable tensors of the model
+get a plain step. In a layer of stacked experts each expert is a layer of its own. The A and B of all experts are packed
+as in `reference.lora_experts`.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def preconditioned(
 def optimizer_step(
     kind: Kind, p: Tensor, g: Tensor, m: Tensor, v: Tensor, *, lr: float, weight_decay: float, **adamw: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return p, m and v after a step of `adamw_step` or of SGD, p = (1 - lr weight_decay) p - lr g, which keeps m and v."""
+    """Return p, m and v after a step. With the kind `gd`, p = (1 - lr weight_decay) p - lr g, and m and v do not change."""
     if kind == "adamw":
         return adamw_step(p, g, m, v, lr=lr, weight_decay=weight_decay, **adamw)
     return (1 - lr * weight_decay) * p - lr * g, m, v
@@ -96,7 +97,7 @@ def riemannian_step(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """Return A and its moments m and v after a step, then B and its moments.
 
-    gradients: those of A and B, or None for both if the layer did not run. Such a layer does not change. experts:
+    gradients: gradient of A, then of B. Both are None if the layer did not run; such a layer does not change. experts:
     see `preconditioned`. options: see `optimizer_step`. Raises ValueError if only one of A and B has a gradient.
     """
     gA, gB = gradients

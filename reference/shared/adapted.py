@@ -130,7 +130,7 @@ class LowRankLayer(AdaptedLayer):
 
 
 def add_bias(layer: Any, vector: Tensor) -> None:
-    """Add a vector (E,) to the bias of a plain layer, in place. A layer without a bias gets this one."""
+    """Add a vector (E,) to the bias of a plain layer, in place. If the layer has no bias, the vector becomes its bias."""
     added = vector.detach().to(layer.weight.dtype)
     layer.bias = nn.Parameter(added if layer.bias is None else layer.bias.detach() + added, requires_grad=False)
 

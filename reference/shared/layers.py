@@ -116,7 +116,7 @@ WORDS: Mapping[str, Callable[[nn.Module], dict[str, nn.Module]]] = {"attention":
 
 
 def _layers_of_word(model: nn.Module, word: str, kinds: Sequence[str]) -> dict[str, nn.Module]:
-    """Return the layers that `word` selects in this model. Raises ValueError as `targets` does."""
+    """Return the layers that `word` selects. Raises ValueError if there are none, or if one has a kind not in `kinds`."""
     found = WORDS[word](model)
     for path, module in found.items():
         if kind_of(module) not in kinds:
@@ -160,9 +160,9 @@ def features_in_out(base: Any) -> tuple[int, int]:
 
 
 def as_stored(base: nn.Module, W_ED: torch.Tensor) -> torch.Tensor:
-    """Return a view of a matrix (E, D) in the layout in which `base` stores its weight, or convert such a weight back.
+    """Convert a matrix (E, D) to the layout of the weight of `base`, or a matrix in this layout to (E, D). Return a view.
 
-    Conv1D and embedding store (D, E), so both conversions transpose. Any other weight is returned as it is.
+    Conv1D and embedding store (D, E), so both conversions transpose. For any other layer, return the matrix as it is.
     """
     return W_ED.T if kind_of(base) in ("Conv1D", "embedding") else W_ED
 

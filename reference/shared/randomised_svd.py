@@ -14,8 +14,8 @@ def randomised_svd(W_ED: Tensor, sketch: Tensor, niter: int) -> tuple[Tensor, Te
     """Return approximations of U (E, K), S (K,) and Vt (K, D) for the K largest singular values. LAPACK chooses the signs.
 
     sketch: random start, (min(E, D), K). niter: number of subspace iterations. Each iteration reduces the error of a
-    singular vector by the factor (s' / s)^2, where s is its singular value and s' is the largest one outside the
-    sketch.
+    singular vector by the factor (s' / s)^2, where s is its singular value and s' is the (K + 1)-th singular value of
+    W.
     """
     if W_ED.shape[0] < W_ED.shape[1]:
         U, S, Vt = randomised_svd(W_ED.T, sketch, niter)

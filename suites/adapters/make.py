@@ -1,4 +1,4 @@
-"""Make the corpus of adapter files: tiny bases, adapters, prompts, and the float64 logits that each adapter must give.
+"""Make the corpus of adapter files: tiny bases, adapters, prompts, and the float64 logits of each base with its adapter.
 
     python suites/adapters/make.py             # writes the folders beside this file
 
@@ -56,7 +56,7 @@ _OF_GPT2 = ("c_attn", "attn.c_proj", "c_fc")
 
 @dataclass(frozen=True)
 class CorpusAdapter:
-    """One adapter of the corpus."""
+    """Description of one adapter of the corpus, the set of test files that this script writes."""
 
     name: str
     base: str
@@ -67,16 +67,16 @@ class CorpusAdapter:
     ranks: Mapping[str, int] = field(default_factory=dict)
     """End of a path -> rank, for layers whose rank is not `r`. The first end that matches counts."""
     stacks: Mapping[str, str] = field(default_factory=dict)
-    """Name of a stacked parameter of experts -> what follows the module's path in the keys of its tensors."""
+    """Name of an adapted stack of experts -> text between the module's path and `.lora_A.weight` in the keys of the file."""
     saved: Iterable[str] = ()
-    """Ends of the names of parameters of the base that the adapter's file also contains."""
+    """Ends of the names of base parameters that the adapter's file contains besides A and B."""
     keys: Mapping[str, str] = field(default_factory=dict)
-    """End of a name in the base -> end of the key in the file, for the parameters of `saved` where they differ."""
+    """End of a name in the base -> end of the key in the file, for parameters of `saved` whose name and key differ."""
     dtype: torch.dtype = torch.float32
     experts: Iterable[str] = ()
-    """Adapted layers of each expert, e.g. `w1`, in a file like those from before transformers stacked the experts."""
+    """Names of the adapted layers of each expert, e.g. `w1`, if the file has an A and a B for each layer of each expert."""
     stack: str = "mlp.experts"
-    """End of the paths of the modules to whose experts `experts` applies."""
+    """End of the paths of the modules whose experts have the layers in `experts`."""
     missing: Iterable[str] = ()
     """Paths of layers that the file adapts but the base does not have."""
 
@@ -153,7 +153,7 @@ CORPUS = (
            {"target_modules": ["q_proj", *_NAMES], "layers_to_transform": [1]}, experts=_NAMES,
            stack="layers.1.mlp.experts"),
 )  # fmt: skip
-"""All adapters of the corpus. Append new ones: the index of an adapter decides its seed."""
+"""All adapters of the corpus. Add a new adapter at the end, because the index of an adapter decides its seed."""
 
 
 def main(folder: Path = HERE) -> None:

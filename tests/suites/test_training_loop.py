@@ -140,7 +140,7 @@ def test_dropout_is_read_from_the_config(facts: dict[str, object], found: str, t
 
 
 def test_explain_says_what_the_loop_is_and_that_dpo_is_not_offered() -> None:
-    text = topics.explain("loop")
+    text = " ".join(topics.explain("loop").split())
     assert "training.loop" in text
     assert "SFTTrainer" in text
     assert "DPO and GRPO are not offered" in text

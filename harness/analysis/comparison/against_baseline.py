@@ -20,7 +20,8 @@ from harness.records import naming
 from harness.records.record import Cell, Outcome, Record, Status
 
 _DIFFERENCES = (RowKind.ENVIRONMENT, RowKind.ASSETS)
-"""Kinds of rows for differences between the environments and the assets. Every verdict names these differences last."""
+"""Kinds of the rows that show a difference in the environment or in the assets. Every verdict names these differences
+last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +118,9 @@ def _status(record: Record | None) -> str | None:
 
 
 def _torn(side: RunFacts) -> dict[str, str]:
-    """Return the Cells whose newest Record file is unreadable: cell_id -> name of the file and reason, as text.
+    """Return cell_id -> reason for each Cell whose newest Record is unreadable. The reason names the file.
 
-    Such a Cell is not compared: an older Record of it must not take the place of the newest.
+    Such a Cell is not compared, even if an older Record of the Cell is readable.
     """
     found = {}
     for name, why in side.run.broken.items():
@@ -155,7 +156,7 @@ def _conformance(pair: RecordPair) -> ComparisonRow:
 
 
 def _looser(base: Record, new: Record) -> list[str]:
-    """List the checks that now allow an error more than LOOSER times as large as in the baseline.
+    """List the checks whose allowed error is more than LOOSER times as large as in the baseline.
 
     Each text holds the name of a check and the factor. The largest factor comes first.
     """
@@ -204,6 +205,6 @@ def _whole(result: BaselineVerdict, strict: bool) -> tuple[Verdict, Exit]:
 
 
 def _counted(rows: Sequence[ComparisonRow]) -> list[str]:
-    """Return one text for each kind of row in `rows`: the kind, the first few Cells, and how many others there are."""
+    """Return one text per kind of row in `rows`: the kind, the first few Cells, and the number of further Cells."""
     kinds = group(dict.fromkeys((row.kind, row.name) for row in rows))
     return [f"{kind.value}: {first_names(kinds[kind])}" for kind in RowKind if kind in kinds]

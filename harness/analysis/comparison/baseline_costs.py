@@ -66,7 +66,10 @@ def counted(pair: RecordPair) -> Iterator[ComparisonRow]:
 
 
 def _peak(pair: RecordPair, margins: Margins) -> Iterator[ComparisonRow]:
-    """Yield a row that compares the peak memory of training; inconclusive if the peak was measured in two ways."""
+    """Yield a row that compares the peak memory of training.
+
+    The row is inconclusive if the peak of the run was measured in another way than the peak of the baseline.
+    """
     a, b = training_peak(pair.base), training_peak(pair.new)
     before, now = (r.measurements.memory.source if r.measurements else "" for r in (pair.base, pair.new))
     what, limit = TRAINING_PEAK.quantity, 0
@@ -98,7 +101,7 @@ def _growth(
 
 
 def _one_sided(pair: RecordPair, what: str, a: Number | None, b: Number | None, unit: Unit) -> Iterator[ComparisonRow]:
-    """Yield a row if only one of two values is known: `a` of the baseline, or `b` of the run. Otherwise yield none."""
+    """Yield a row if only `a`, the value in the baseline, or only `b`, the value in the run, is known."""
     if b is not None:
         yield pair.row(RowKind.NEW, VerdictKind.NOT_RUN, what, "was not measured in the baseline", a, b, unit)
     elif a is not None:

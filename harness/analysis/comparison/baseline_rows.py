@@ -1,4 +1,4 @@
-"""Rows of a comparison with a baseline: one row for each compared quantity. Its kind determines how it is judged."""
+"""Rows of a comparison with a baseline, one per compared quantity. The kind of a row determines how it is judged."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ COUNTED_PEAK_B = 64 * 2**10
 """Largest growth of the counted peak, in bytes, that does not fail. The counted peak is the number of bytes of all
 tensors that exist at the same time in a step on a CPU. The limit has room for some scalars or a short vector. It was
 chosen, not measured. In two processes, thirty Cells of a small Llama had equal counted peaks. These Cells cover six
-methods, packed bases, four providers, 32 and 16 bits, 8-bit and paged optimizers, checkpointing, and torch.compile."""
+methods, 4-bit base weights, four providers, 32 and 16 bits, 8-bit and paged optimizers, checkpointing, and
+torch.compile."""
 ACCURACY = 0.02
 """Largest drop of an accuracy that does not fail: two percentage points."""
 LOOSER = 10.0
-"""Largest factor by which the error that a check allows may grow; a larger one makes the row inconclusive. The allowed
+"""Largest factor by which the allowed error of a check may grow. If it grows more, the row is inconclusive. The allowed
 error follows the noise that each run measures, and this noise differs between machines."""
 LOSS_SHARE, LOSS = 0.1, 0.05
 """Largest rise of a training loss that does not fail: LOSS_SHARE times the loss of the baseline, plus LOSS nats. Both
@@ -128,7 +129,7 @@ class ComparisonRow:
     new: Value = None
     """Value in the run; None if missing."""
     unit: Unit = ""
-    """Unit of the values; empty for words and for counts of checks."""
+    """Unit of the values; empty for texts and for counts of checks."""
     interval: tuple[float, float] | None = None
     """Interval of new - base. For a row of the kind SPEED, interval of new / base - 1."""
     records: tuple[str, ...] = ()
@@ -193,7 +194,7 @@ class Margins:
 
 @dataclass(frozen=True, kw_only=True)
 class GateResult:
-    """Result of a regression gate. Every output format is made from it."""
+    """Result of a regression gate. All output formats are made from this object."""
 
     verdict: Verdict
     """Verdict of the gate."""

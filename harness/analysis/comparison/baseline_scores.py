@@ -1,4 +1,4 @@
-"""Comparison of the accuracies of a run with those of its baseline, paired by test item and by seed."""
+"""Comparison of the accuracies of a run with the accuracies of its baseline, paired by test item and by seed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def rows(pairs: Sequence[_Matched], names: Mapping[str, str], margins: Margins) 
 def _difference(pairs: Sequence[_Matched]) -> RecipePair | tuple[VerdictKind, str]:
     """Return the difference of the accuracies of one recipe: run minus baseline.
 
-    Return a verdict and its reason instead if all answers are equal, or if no difference can be estimated. pairs: for
+    If all answers are equal, or if no difference can be estimated, return a verdict and its reason instead. pairs: for
     each seed, the Record in the baseline and the Record in the run.
     """
     base, new = (accuracies(side) for side in zip(*pairs, strict=True))

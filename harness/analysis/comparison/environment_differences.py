@@ -55,7 +55,10 @@ def _surroundings(base: Record, new: Record) -> list[Difference]:
 
 
 def throttling(base: Record, new: Record) -> list[Difference]:
-    """Compare what throttled the GPU during training. Return one Difference, or an empty list if nothing changed."""
+    """Compare the causes of GPU throttling during training.
+
+    Return a list with one Difference, or an empty list if the causes are equal.
+    """
     before, now = _throttle_reasons(base) or "nothing", _throttle_reasons(new) or "nothing"
     return [Difference("GPU throttled in training by", before, now)] if before != now else []
 

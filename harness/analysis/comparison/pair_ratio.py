@@ -15,7 +15,7 @@ from harness.records.record import Record, TrainingMeasured
 def times(record: Record) -> dict[str, float]:
     """Return the times that the code under test can change: name of the metric -> seconds.
 
-    These are the time of a training step and all latencies except those of the bare base model.
+    These are the time of a training step and all latencies, except the latencies of the bare base model.
     """
     return {metric: s for metric, s in tracked_metrics.times(record).items() if not metric.startswith(SENTINEL)}
 

@@ -26,8 +26,7 @@ from harness.records.record import Record, Status
 
 Records = Sequence[tuple[Record, Record]]
 _INTENDED = (CODE_VERSION, PROVIDER)
-"""Names of differences between the two sides that are the purpose of the comparison, so that no verdict reports
-them."""
+"""Names of the differences between the two sides that the comparison examines. No verdict reports them."""
 _SIDES = ("old", "new")
 PEAK_B = 2**20
 """Largest growth of the median peak memory of the processes, in bytes, that does not fail. A smaller growth does not
@@ -51,7 +50,7 @@ class CellComparison:
     """Reason why `timed` is empty."""
 
     def title(self, metric: str) -> str:
-        """Return the name of the Cell, followed by the name of the metric if this is not the step time."""
+        """Return the name of the Cell. Unless the metric is the step time, add the name of the metric."""
         return self.name if metric == STEP else f"{self.name}, {metric_text(metric)}"
 
     def seconds(self, side: int, metric: str = STEP) -> float | None:
@@ -178,7 +177,7 @@ def _rows(cell: CellComparison) -> list[ComparisonRow]:
 
 
 def _outcome(pair: RecordPair) -> ComparisonRow | None:
-    """Return a row if a side is not ok, or if a check failed on the new side but not on the old side.
+    """Return a row if a Record of the pair is not ok, or if a check failed on the new side but not on the old side.
 
     Otherwise return None.
     """
@@ -205,7 +204,7 @@ def _untimed(pair: RecordPair) -> Iterator[ComparisonRow]:
 
 
 def _peaks(first: RecordPair, whole: Records) -> Iterator[ComparisonRow]:
-    """Compare the peak memory of training over all process runs. Yield up to two rows, for two ways to measure it.
+    """Compare the peak memory of training over all process runs. Yield up to two rows, one for each way to measure it.
 
     The counted peak is the bytes of all tensors that exist at one time. Equal programs have equal counted peaks, so a
     difference needs no test. The peak of the process also includes memory other than tensors, e.g. a library's own
@@ -232,9 +231,10 @@ def _sides(whole: Records, metric: Metric) -> tuple[list[Number], list[Number]] 
 
 
 def _uncounted(whole: Records) -> str:
-    """Say how many process runs of each side have no counted peak of the tensors' memory; empty if all have none.
+    """Return a text with the number of process runs, for each side, that have no counted peak of tensor memory.
 
-    A step that needs too much memory is not counted. So if only one side lacks counts, its memory has probably grown.
+    If no run has a counted peak, return an empty string. A step that needs too much memory is not counted. So if only
+    one side lacks counts, its memory has probably grown.
     """
     without = [sum(COUNTED_PEAK.read(pair[side]) is None for pair in whole) for side in (0, 1)]
     parts = [f"{n} of {len(whole)} runs of the {side} side" for n, side in zip(without, _SIDES, strict=True) if n]
@@ -268,7 +268,7 @@ def _span(values: Sequence[Number]) -> str:
 
 
 def _higher(left: Sequence[Number], right: Sequence[Number]) -> bool:
-    """Return whether the values of `left` are significantly higher than those of `right`, by an exact rank test."""
+    """Return whether the values of `left` are significantly above the values of `right`, by an exact rank test."""
     from scipy.stats import mannwhitneyu
 
     return float(mannwhitneyu(left, right, alternative="greater", method="exact").pvalue) <= _PEAK_LEVEL

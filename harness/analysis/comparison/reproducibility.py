@@ -21,8 +21,8 @@ from harness.records.store import Run
 _GPU = "on a GPU some kernels sum in an order that varies from run to run"
 _NOT_RECORDED = "not recorded"
 CODE_VERSION, PROVIDER = "code version", "implementation from"
-"""Values of `Difference.what` for the two differences in code: of the harness, and of the library that provides the
-implementation."""
+"""The two values of `Difference.what` for differences in code: the code of the harness, and the code of the library
+that provides the implementation."""
 
 
 class Difference(NamedTuple):
@@ -74,8 +74,8 @@ def reruns(runs: Sequence[Run]) -> tuple[Rerun, ...]:
     """Compare the ok Records of each Cell that has several. Return one Rerun per Cell, in the order of the manifests.
 
     Each Record is compared with the first earlier Record that was made in the same circumstances. If there is none, it
-    is compared with the very first Record. A copy of a Record is no rerun: a run may be named twice, or a folder
-    copied.
+    is compared with the very first Record. Copies of a Record count once: the caller may name a run twice, or a run
+    folder may have been copied.
     """
     cells = {cell.cell_id: cell for run in runs for cell in run.manifest.cells}
     by_cell: dict[str, list[Record]] = {cell_id: [] for cell_id in cells}
@@ -216,8 +216,8 @@ def _unequal(
 def usual_environment(run: Run) -> Environment:
     """Return the most frequent environment of a run's ok Records. On a tie, prefer the environment of the runner.
 
-    The runner is the process that starts the Cells. Its own environment may be unusual: on a cluster, Cells may run on
-    other machines. If several Cells run at the same time, they share the threads of a machine.
+    The runner is the process that starts the Cells. Cells may have another environment than the runner: on a cluster,
+    they may run on other machines, and Cells that run at the same time share the threads of a machine.
     """
     ok = [record.environment for record in run.latest().values() if record.status is Status.OK]
     found = Counter(_key(e) for e in ok)

@@ -19,7 +19,7 @@ LARGEST_EXCESS = 3.0
 
 @dataclass(frozen=True)
 class Canaries:
-    """Numbers of A/A runs, which compare one side with itself, and of their false alarms."""
+    """Counts of A/A runs and of their false alarms. An A/A run compares one side with itself."""
 
     alarms: int
     """Number of A/A runs that raised a false alarm."""

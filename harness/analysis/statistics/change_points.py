@@ -3,8 +3,8 @@
 The values are logarithms, so that a relative change is the same at every level. They are divided by their noise. The
 segmentation minimises the sum of the squared deviations from the levels, plus a penalty for each change
 (ruptures.KernelCPD with the linear kernel). A level has at least three nights, so a single slow night is never a
-change. But such a night would shift the level of the nights beside it. So the median of its neighbours replaces its
-value first.
+change. But such a night would shift the level of the nights beside it. So its value is first replaced by the median of
+the five values around it.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class LevelChange:
 def noise(values: Array) -> float:
     """Return the standard deviation of the values around their levels. For fewer than two values, return 0.
 
-    It is estimated from the median of the differences between neighbours. A change of level affects only one of these
-    differences, so it hardly affects the median.
+    The standard deviation is estimated from the median of the differences between neighbours. A change of level affects
+    only one of these differences, so it hardly affects the median.
     """
     import numpy as np
 
@@ -126,7 +126,7 @@ def _large_enough(values: Array, edges: Sequence[int], least: float) -> tuple[Le
     """Merge neighbouring levels, the closest first, until all changes are large and well supported.
 
     Return the remaining changes. A large change is at least `least`. `_supported` says whether a change is well
-    supported. The medians do not show this: two slow nights of three make the median slow, whatever the third night is.
+    supported. Medians alone do not suffice: if two nights of three are slow, the median is slow, whatever the third is.
     """
     bounds = [int(edge) for edge in edges]
     while True:

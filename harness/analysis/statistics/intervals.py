@@ -98,8 +98,8 @@ def paired_difference(
     """Return the interval of left - right, for two shares of the same items (Newcombe 1998, paired, method 10).
 
     The arguments count the items that both sides, only one side, or neither side answered correctly. The interval
-    combines two Wilson intervals with the correlation of the answers. So it is valid for few items. It also has a width
-    if all answers are equal, where an interval from the variance of the differences would have none.
+    combines two Wilson intervals with the correlation of the answers. So it is valid for few items. If all answers are
+    equal, its width is still above 0. (An interval from the variance of the differences would have the width 0.)
     """
     n = both + only_left + only_right + neither
     left, right = both + only_left, both + only_right
@@ -146,7 +146,7 @@ def samples_needed(share: float) -> int:
 
 
 def percentile(samples: Sequence[float], share: float) -> float | None:
-    """Return the smallest sample that is at least as large as the share `share` of all samples.
+    """Return the smallest sample that is at least as large as `share` (e.g. 0.95) of all samples.
 
     If there are too few samples, return None.
     """

@@ -28,14 +28,13 @@ class Design:
     first: int = 6
     """Number of pairs that every Cell gets in the first stage."""
     fresh: tuple[int, ...] = (10, 20)
-    """Numbers of fresh pairs, run for the second stage, after which this stage is judged. A later look includes the
-    pairs of the earlier looks."""
+    """Numbers of fresh pairs at the looks of the second stage. A later look includes the pairs of the earlier looks."""
     levels: tuple[float, ...] = (0.001, 0.009)
     """One-sided significance level of the verdicts `slower` and `faster` at each look at fresh pairs. The first look
     has few degrees of freedom, so its level is stricter."""
     slower_by: float = 0.01
-    """Margin, as a share: a Cell is judged slower only if its slow-down exceeds this margin significantly, and faster
-    only if its speed-up does."""
+    """Margin, as a share. A Cell is judged slower (or faster) only if its slow-down (or speed-up) exceeds this margin
+    significantly."""
     same_within: float = 0.03
     """Largest change of a Cell, as a share, that counts as unchanged."""
     interval: float = 0.95

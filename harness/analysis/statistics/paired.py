@@ -119,7 +119,7 @@ class PairVerdict:
     """Number of pairs of this stage."""
     mde80: float | None
     """Smallest slow-down that all planned looks together detect with 80 % power, given the spread of these pairs. None
-    if the pairs have no spread, or if no fresh pairs run, which alone can detect a slow-down."""
+    if the pairs have no spread. None, too, if no fresh pairs run, because only fresh pairs can prove a slow-down."""
     more: int
     """Number of fresh pairs to run before the next planned look. 0 if no look is left."""
     sentence: str
@@ -152,9 +152,9 @@ def judge(log_ratios: Sequence[float], design: Design, stage: Stage, *, runs_fre
 def decide(first: Sequence[float], fresh: Sequence[float], design: Design, *, runs_fresh: bool = True) -> PairVerdict:
     """Return the verdict of the first planned look that decides. If none decides, return the verdict of the last look.
 
-    first, fresh: log ratio of each pair of the first and the second stage. fresh: empty, or enough pairs for at least
-    one planned look. Pairs after the deciding look are not read. runs_fresh: False if fresh pairs are switched off
-    (--no-fresh). Then no Cell is called slower or faster.
+    first, fresh: log ratio of each pair of the first and the second stage. `fresh` may be empty; otherwise it must have
+    enough pairs for at least one planned look. Pairs after the deciding look are not read. runs_fresh: False if fresh
+    pairs are switched off (--no-fresh). Then no Cell is called slower or faster.
     """
     found = judge(first, design, "first", runs_fresh=runs_fresh)
     for planned in design.fresh:

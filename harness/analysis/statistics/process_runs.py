@@ -7,7 +7,8 @@ distribution. Nothing is trimmed, since the new run may be disturbed too.
 
 The level of the verdict holds for normal noise. Noise may be different: a process may run at one of two speeds, e.g.
 because of its memory layout, and a few saved runs may all have the same speed. But under any noise, an unchanged run
-lies beyond all n saved runs in only one of n + 1 sessions. With up to ten saved runs, only such a run raises an alarm.
+lies beyond all n saved runs in only one of n + 1 sessions. With up to ten saved runs, a new run raises an alarm only if
+it lies beyond all of them.
 
 The machine may have changed since the saved runs. Their spread does not show this, so the margin has to allow for it.
 To find smaller differences, run both sides interleaved (see `paired`).
@@ -79,9 +80,9 @@ class JudgedBenchmark:
 def judge(saved: Sequence[Sequence[float]], new: Sequence[float], margin: float = MARGIN) -> JudgedBenchmark:
     """Judge a new process run by comparing it with saved runs. saved, new: seconds of each round, above 0.
 
-    The verdict is `slower` if new / saved exceeds 1 + margin, and `faster` if saved / new exceeds it, each at the level
-    ALARM. It is `not slower` if the whole interval of new / saved at LEVEL lies below 1 + margin. Otherwise it is
-    `inconclusive`.
+    The verdict is `slower` if new / saved exceeds 1 + margin, and `faster` if saved / new exceeds 1 + margin, each at
+    the level ALARM. It is `not slower` if the whole interval of new / saved at LEVEL lies below 1 + margin. Otherwise
+    it is `inconclusive`.
     """
     centres = [math.log(median(rounds)) for rounds in saved]
     n, limit, seconds, centre = len(saved), math.log1p(margin), median(new), fmean(centres)

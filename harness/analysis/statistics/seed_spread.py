@@ -45,9 +45,10 @@ class Prior:
 
 
 def prior(recipes: Sequence[Sequence[Accuracy]]) -> Prior | None:
-    """Estimate the distribution of the recipes' variances. Return None if there are too few recipes or seeds.
+    """Estimate the distribution of the recipes' variances.
 
-    recipes: the accuracies of each recipe, one per seed. All recipes must have the same number of seeds.
+    recipes: the accuracies of each recipe, one per seed. Return None if there are too few recipes or seeds, or if the
+    recipes have different numbers of seeds.
     """
     seeds = {len(runs) for runs in recipes}
     if len(recipes) < FEWEST or len(seeds) > 1 or min(seeds) < FEWEST_SEEDS:
@@ -76,7 +77,7 @@ def variance(values: Sequence[float]) -> float:
 
 
 def _least(runs: Sequence[Accuracy]) -> float:
-    """Return the variance of an accuracy that comes from rounding to whole items alone."""
+    """Return the variance that an accuracy has because it is rounded to whole items."""
     return 1 / (12 * max(1, len(runs[0].items)) ** 2)
 
 

@@ -175,7 +175,7 @@ def _versions(spec: EnvironmentSpec, python: Path) -> dict[str, str]:
 
 
 def _move_scripts(made: Path, place: Path) -> None:
-    """Write the interpreter's later path, after the folder is renamed, into the first line of each script."""
+    """Replace the interpreter's path in the first line of each script, because `made` will be renamed to `place`."""
     old, new = os.fsencode(f"#!{made}/"), os.fsencode(f"#!{place}/")
     for script in (made / "bin").iterdir():
         if script.is_file() and not script.is_symlink():

@@ -40,7 +40,7 @@ class EnvironmentFile(FrozenModel):
     """The Python that made the environment: its folder, its version, and its versions of torch and of the libraries
     that the environment replaces."""
     versions: dict[str, str]
-    """Required project -> its version."""
+    """Version of each required project, by name."""
     packages: list[str]
     """All packages in the folder, as requirements with versions and hashes. `env repair` installs exactly these again."""
     size: Bytes
@@ -60,7 +60,7 @@ class MadeEnvironment:
 
     @property
     def name(self) -> str:
-        """The name in a table, or a name made from the requirement."""
+        """Name of the environment, from a table or made from the requirement."""
         return self.file.spec.name
 
     @property
@@ -138,7 +138,7 @@ def remove(environment: MadeEnvironment) -> None:
 
 @contextmanager
 def locked(folder: Path, wait: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock of an environment's folder inside the context. wait: called once if another process holds it.
+    """Hold the lock of an environment's folder inside the context. wait: called once if another process holds the lock.
 
     The lock is a file beside the folder. It is removed at the end. The kernel releases the lock of a killed process.
     """

@@ -10,9 +10,9 @@ from harness.assets.environments.folder import MadeEnvironment
 
 
 def of(implementations: Collection[str]) -> dict[str, MadeEnvironment | str]:
-    """Map each implementation to the environment that a table declares for it.
+    """Map each implementation to its environment, which suites/environments.yaml or a user's file declares.
 
-    If the environment has not been made yet, map to its name. Implementations without a declared one are left out.
+    If the environment has not been made yet, map to its name. Implementations without an environment are left out.
     """
     if not implementations:
         return {}

@@ -31,8 +31,8 @@ class EnvironmentSpec(FrozenModel):
     without: list[str] = Field(default=[])
     """Packages that are not installed although pip would install them, e.g. because their build breaks an import."""
     dependencies: bool = True
-    """False if pip installs the requirements alone, without their own requirements. This helps if a library pins other
-    versions than the installed ones, but works with these."""
+    """False if pip installs the requirements alone, without their own requirements. This is useful for a library that
+    pins other versions of its requirements, but works with the installed versions."""
     implementations: list[str] = Field(default=[])
     """Names of implementations and of training loops. If their libraries are not installed, `check` runs them in this
     environment, and so does `bench`."""

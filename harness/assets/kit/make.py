@@ -34,9 +34,9 @@ class Kit:
     python: str
     """Version of Python on the machine that will run the kit, e.g. `3.12`."""
     items: dict[str, int] = field(default_factory=dict)
-    """Name of a part of the kit -> its bytes."""
+    """Bytes of each part of the kit, by name."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Name of a missing part -> the reason why the kit lacks it."""
+    """Reason why the kit lacks a part, by name of the part."""
 
     @property
     def bytes(self) -> int:

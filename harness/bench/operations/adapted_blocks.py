@@ -12,7 +12,11 @@ GROUPS = 4
 
 
 def _outputs(s: BenchSize, *, qkv: bool) -> list[tuple[int, int]]:
-    """Return (E, D) of each layer of the block. s: size of its query layer (`qkv`) or of its gate layer (MLP)."""
+    """Return (output features E, input features D) of each layer of the block.
+
+    qkv: True for the query, key and value layers, False for the MLP. s: size of the query layer, or of the MLP's gate
+    layer.
+    """
     if qkv:
         return [(s.E, s.D), *[(max(1, s.E // GROUPS), s.D)] * 2]
     return [(s.E, s.D), (s.E, s.D), (s.D, s.E)]

@@ -27,9 +27,9 @@ def _adapted_linear(*, times: int = 1, trains: str = "AB", norm: bool = False, p
     """Return the TimedOperation of a layer that computes x W^T plus a low-rank product.
 
     times: rank of the product divided by LoRA's rank. trains: `AB` if the factors A and B are trained, otherwise the
-    names of the trained vectors. norm: True if the layer computes the row norms of W + s B A. They need the product W
-    A^T, which takes as many multiplications as W has elements, times the rank. packed: True if W is in 4 bits. Then
-    decoding takes one more multiplication per element.
+    names of the trained vectors. norm: True if the layer computes the row norms of W + s B A. These norms need the
+    product W A^T, which takes as many multiplications as W has elements, times the rank. packed: True if W is in 4
+    bits. Then decoding takes one more multiplication per element.
     """
 
     def case(s: BenchSize) -> dict[str, Any]:

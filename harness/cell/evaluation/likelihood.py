@@ -19,11 +19,11 @@ from harness.suites.lm_eval_keys import MAX_GEN_TOKS
 
 
 class CausalScorer(TemplateLM):  # type: ignore[misc]
-    """A model for lm-eval. It answers lm-eval's two kinds of requests with `model`: for log-likelihoods, and for texts.
+    """A model for lm-eval. It uses `model` to answer requests of lm-eval: to score a text, or to generate a text.
 
     Requests with equal inputs share a forward pass. For example, if all choices of a question have a single token, one
     pass over the prompt scores all of them. max_tokens: a longer sequence loses its beginning. `cut` holds lm-eval's
-    numbers of the items for which this happened.
+    numbers of the items that lost their beginning.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return a pair for each request, in the order of the requests.
 
-        The pair is the log-likelihood of the answer, and whether greedy decoding would give this answer.
+        The pair is the log-likelihood of the request's answer, and whether greedy decoding would give this answer.
         """
         self._too_long = []
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
@@ -98,7 +98,7 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Return the greedy answer to each request.
 
-        A prompt alone, without the answer, may have `max_tokens` tokens. A longer prompt loses its beginning.
+        `max_tokens` limits the prompt alone, without the answer. A longer prompt loses its beginning.
         """
         prompts = Prompts(self.tokenizer, self.max_tokens)
         # All requests of a task have the same options.

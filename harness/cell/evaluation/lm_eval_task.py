@@ -131,7 +131,7 @@ class BuiltinLmEvalTask(LmEvalTask):
         self._docs: dict[str, Any] = dict(zip(self.ids, docs, strict=True))
 
     def tested(self) -> list[OwnRow]:
-        """Return the test items as rows. Their prompts have the form of training prompts."""
+        """Return the test items as rows. Their prompts have no few-shot examples and no description."""
         return [self._row(name, self._docs[name]) for name in self.ids]
 
     def training(self) -> list[OwnRow]:

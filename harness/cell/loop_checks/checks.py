@@ -1,7 +1,7 @@
 """Checks of a training loop. The docstring of each check states what a correct loop does.
 
 A gradient is judged at the weights at which the loop computed it, so that one fault does not hide in the consequences of
-another one. Losses and final weights are those of the whole training, so a fault also shows in all later steps.
+another one. Losses and final weights are compared over the whole training, so a fault also shows in all later steps.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ _DRAWS = (None, *range(PERTURBED_DRAWS))
 
 
 class ReferenceTrainings:
-    """Trainings to compare with: the reference by the harness's own loop, in float64 and in the trainee's dtype.
+    """Trainings of the reference by the harness's own loop, in float64 and in the trainee's dtype.
 
-    All implementations of a Method in one dtype share them.
+    The checks compare a training by the loop under test with these trainings. All implementations of a Method in one
+    dtype share them.
     """
 
     def __init__(self, trainee: Trainee) -> None:
@@ -54,7 +55,11 @@ class ReferenceTrainings:
 
 @dataclass(frozen=True)
 class ComparedTrainings:
-    """Trainings that a check compares: `trainee` by the loop under test, the reference by the harness's own loop."""
+    """The trainings that a check compares.
+
+    `train` is the loop under test; it trains `trainee`. `yardstick` holds trainings of the reference by the harness's
+    own loop.
+    """
 
     trainee: Trainee
     train: Callable[..., StepSamples]
@@ -135,8 +140,9 @@ def _gradients(trainee: Trainee, seen: Observed) -> Findings:
 
 
 def check_losses(trainings: ComparedTrainings) -> Findings:
-    """The reported loss of every step equals that of the float64 reference in the harness's loop, within the noise of the
-    dtype. This is the rule of `same-losses` in a suite."""
+    """The reported loss of every step equals the loss of the float64 reference in the harness's loop, within the noise
+    of the dtype. The comparison `same-losses` in a suite has the same rule.
+    """
     truth, mine = trainings.reference.truth.samples.losses, trainings.whole.samples.losses
     if len(mine) != len(truth):
         return [f"{len(mine)} losses, should be {len(truth)}"]
@@ -164,8 +170,9 @@ def _errors(losses: list[float], truth: list[float]) -> list[float]:
 
 
 def check_weights(trainings: ComparedTrainings) -> Findings:
-    """After the last step, every trained tensor equals the one that the float64 reference reaches in the harness's loop, up
-    to the noise of the dtype."""
+    """After the last step, every trained tensor equals the same tensor of the float64 reference in the harness's loop,
+    within the noise of the dtype.
+    """
     draws = (draw.end for draw in trainings.reference.draws())
     return carried_noise(
         trainings.whole.end, trainings.reference.truth.end, draws, trainings.trainee.dtype, TRAJECTORY_FACTOR

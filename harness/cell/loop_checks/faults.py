@@ -15,7 +15,7 @@ from harness.methods.spec import Adapted
 
 
 class FaultyLoop:
-    """A plain training loop. Its methods are those parts of a loop that go wrong in practice; subclasses replace one."""
+    """A plain training loop. A loop with a fault is a subclass that overrides one method."""
 
     caught_by = ""
     """Name of the check that must catch the fault."""
@@ -33,7 +33,7 @@ class FaultyLoop:
         report: Callable[[int, float], None],
         accumulate: int = 1,
     ) -> StepSamples:
-        """Train as `loop.train` does, without a measurement of time and memory."""
+        """Train as `loop.train` does, but without a measurement of time and memory."""
         samples = StepSamples()
         self._begin(adapted)
         for index, batch in enumerate(self._ordered(batches)):
@@ -62,11 +62,11 @@ class FaultyLoop:
         return batches
 
     def _used(self, parts: Sequence[Batch]) -> Sequence[Batch]:
-        """Return those parts of a batch that are trained on."""
+        """Return the parts of a batch that are trained on."""
         return parts
 
     def _seen(self, part: Batch) -> Batch:
-        """Return the batch that goes through the model for this part."""
+        """Return the batch whose loss is computed for this part."""
         return part
 
     def _weight(self, part: Batch, batch: Batch, parts: Sequence[Batch]) -> float:

@@ -39,7 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Trainee:
-    """What a loop trains in a check: a Method by an implementation, in a dtype, with the steps of a recipe."""
+    """The training that a loop runs in a check: Method, implementation, dtype and recipe."""
 
     method: str
     implementation: str
@@ -76,7 +76,7 @@ class Observed:
 
 
 def base(dtype: str) -> Any:
-    """Return a Llama of two layers with random weights, always the same."""
+    """Return a Llama of two layers. Its random weights are equal at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = LlamaConfig(
@@ -88,7 +88,10 @@ def base(dtype: str) -> Any:
 
 
 def batches(recipe: Training) -> list[Batch]:
-    """Return batches of texts of 6 to 20 tokens. Answers differ in length (1 to 5 tokens), so that a wrong mean shows."""
+    """Return batches of texts of 6 to 20 tokens.
+
+    The answers have 1 to 5 tokens. Their lengths differ, so that a mean with wrong weights shows.
+    """
     generator = torch.Generator().manual_seed(1)
 
     def number(low: int, high: int) -> int:
@@ -135,7 +138,7 @@ def _attach(trainee: Trainee) -> Adapted:
 def observe(train: Callable[..., StepSamples], trainee: Trainee, moved_by: int | None = None) -> Observed:
     """Train `trainee` by the function `train`, and return the observations.
 
-    train: has the arguments and the result of `loop.train`. moved_by: as in `attached`.
+    train: a function with the arguments and the result of `loop.train`. moved_by: as in `attached`.
     """
     adapted = attached(trainee, moved_by)
     seen = Observed(StepSamples())
@@ -191,9 +194,10 @@ class _WatchedOptimizer(UnsavedOptimizer):
 def gradients_at(
     trainee: Trainee, weights: Sequence[dict[str, Tensor]], dtype: str, seed: int | None
 ) -> dict[str, Tensor]:
-    """Return the gradients of the reference in `dtype` for each batch, at the given weights, by `step N NAME`.
+    """Compute the gradients of the reference in `dtype` for each batch, at the given weights.
 
-    weights: the trained tensors before each step. seed: seed of a random perturbation of the weights, as in `attached`.
+    Return them by name. The name is `step N NAME`, where NAME is the name of a trained tensor. weights: the trained
+    tensors before each step. seed: seed of a random perturbation of the weights, as in `attached`.
     """
     adapted, found = _attach(trainee.of_reference(dtype)), dict[str, Tensor]()
     load(adapted, {}, _start(trainee)[1])

@@ -20,6 +20,6 @@ class LoopEvent(FrozenModel):
     outcome: CheckOutcome | None = None
     """Outcome of a check."""
     setting: SettingFound | None = None
-    """Effect of a setting."""
+    """Effect of one setting of the loop's library on training."""
     died: str = ""
     """Reason why the worker ended early."""

@@ -20,26 +20,26 @@ from harness.methods.registry import Registry
 from harness.records.record import Training
 
 _STEPS = 12
-"""Number of steps. It is larger than in the checks, because some settings need several steps to show."""
+"""Number of steps of each training. The checks use fewer, but some settings need several steps to show an effect."""
 
 
 @dataclass(frozen=True)
 class _Own:
-    """The training to compare with, by the harness's own loop, in float32 and in float64."""
+    """The trainings to compare with, by the harness's own loop: one in float32 and one in float64."""
 
     float32: Observed
     float64: Observed
 
 
 class SettingTrials:
-    """Trains the same model with different settings of a library's loop, and compares with the harness's own loop."""
+    """Trains a model with each setting of a library's loop, and compares with trainings by the harness's own loop."""
 
     def __init__(self, registry: Registry, foreign: TrainingLoop) -> None:
         self._registry, self._loop = registry, foreign
         self._own: dict[int, _Own] = {}
 
     def run(self, setting: LoopSetting) -> SettingFound:
-        """Train with one setting, and return its effect."""
+        """Train with one setting, and return the effect of this setting on training."""
         defaults = {key: self._loop.defaults.get(key, ...) == value for key, value in setting.config.items()}
         found = partial(SettingFound, setting=setting, defaults=defaults)
         if unknown := [key for key in setting.config if key not in self._loop.defaults]:
@@ -74,9 +74,9 @@ def _pair(trainee: Trainee) -> tuple[Trainee, Trainee]:
 
 
 def _compared(setting: LoopSetting, defaults: dict[str, bool], seen: Observed, own: _Own) -> SettingFound:
-    """Compare a training with that of the harness's loop, and return the effect of the setting.
+    """Compare the training `seen` with the trainings `own`, and return the effect of the setting on training.
 
-    Losses are compared by the rule of the check `losses`, and final tensors by that of `weights`.
+    Losses are compared as in the check `losses`, and final tensors as in the check `weights`.
     """
     truth, mine = own.float64.samples.losses, seen.samples.losses
     noise = [abs(a - b) for a, b in zip(own.float32.samples.losses, truth, strict=True)]

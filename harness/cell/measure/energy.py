@@ -21,7 +21,7 @@ is refused if, at this power, the counter could have started again twice."""
 
 @dataclass
 class Counter:
-    """A source of energy readings: one GPU, or all CPU packages (Intel's and AMD's)."""
+    """A source of energy readings: one GPU, or all CPU packages (Intel and AMD)."""
 
     source: str
     """Name of the source: `nvml` or `rapl`."""

@@ -104,7 +104,7 @@ class GpuWatch:
             threading.Thread(target=self._sample_on, daemon=True).start()
 
     def begin(self) -> None:
-        """Begin a phase. Call `PeakMeter.reset` before, so that the peak of torch's allocator is that of this phase."""
+        """Begin a phase. Call `PeakMeter.reset` before, so that the peak belongs to this phase alone."""
         self._before = self._counts()
         self._start = self.gpu.state() if self.gpu else None
         self._driver = 0

@@ -108,7 +108,7 @@ class Prompt:
         return drawn.to(next(self.model.parameters()).device)
 
     def block(self, variant: Variant) -> None:
-        """Time the model in its current state, and store the samples as those of `variant`."""
+        """Time the model in its current state, and store the samples under `variant`."""
         for kind in self.kinds:
             if kind == "decode" and self.no_decoding:
                 continue
@@ -116,7 +116,10 @@ class Prompt:
             self.samples.setdefault((variant, kind), []).extend(run(self.model, self.ids, self.causal, self.passes))
 
     def latencies(self, variant: Variant, because: str = "", adapters: int | None = None) -> list[Latency]:
-        """Return a Latency for each kind of pass. because: the reason why there are no times."""
+        """Return one Latency for each kind of pass: forward, or prefill and decode.
+
+        because: the reason why there are no times. adapters: value of `Latency.adapters`.
+        """
         return [
             Latency(
                 variant=variant,

@@ -28,7 +28,7 @@ _SAMPLE_S = 0.02
 class PeakMeter:
     """A meter of the peak memory since the last `reset`, in bytes.
 
-    On a GPU, the peak is that of the bytes that torch has allocated. On a CPU under Linux, it is VmHWM, the peak of the
+    On a GPU, it measures the bytes that torch has allocated. On a CPU under Linux, it reads VmHWM, the peak of the
     process, which the kernel can reset. (ru_maxrss would include the peak of the parent process.) On other systems, a
     thread samples the resident size, so short peaks are missed.
     """
@@ -183,5 +183,8 @@ def _existing() -> list[Tensor]:
 
 
 def has_storage(tensor: Tensor) -> bool:
-    """Return whether a tensor has a storage. Tensors of an unused lazy module, sparse ones, and those in vmap have none."""
+    """Return whether a tensor has a storage.
+
+    A tensor has none if it is sparse, belongs to an unused lazy module, or is used inside vmap.
+    """
     return not is_lazy(tensor) and torch._C._has_storage(tensor)

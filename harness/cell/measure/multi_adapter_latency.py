@@ -47,7 +47,7 @@ def measure(
     instead of times.
 
     An implementation can mix adapters in one of two ways. It has the Operation `multi_lora_linear`, or its adapted
-    model (`Adapted`) has a method `mixed`. This method takes several adapters, each a dict like that of
+    model (`Adapted`) has a method `mixed`. This method takes several adapters, each a dict with the names of
     `Adapted.tensors()`, and returns a context manager.
     """
     prompt = Prompt(subject.model, causal, vocabulary, cell.evaluation, ADAPTERS)
@@ -77,16 +77,16 @@ def measure(
 def _failed(
     prompt: Prompt, subject: Subject, cell: Cell, error: BaseException
 ) -> tuple[list[Latency], list[CheckResult]]:
-    """Return latencies without times, and a skipped check. The error is the reason of both. The Cell does not fail."""
+    """Return latencies without times, and a skipped check, both with `error` as the reason. The Cell does not fail."""
     because = f"could not be tried: {type(error).__name__}: {error}".partition("\n")[0]
     case = Case("trained", seed=cell.seed)
     return _untimed(prompt, because), [skipped(subject, case, multi_adapter.NAME, because)]
 
 
 def _untimed(prompt: Prompt, because: str) -> list[Latency]:
-    """Return latencies without times, for one adapter and for several adapters. because: the reason.
+    """Return latencies without times, for one adapter and for several adapters.
 
-    Their field `adapters` is set. In the latencies that a suite requests, it is None.
+    because: the reason why there are no times. Each latency has the number of adapters in its field `adapters`.
     """
     return prompt.latencies("unmerged", because, 1) + prompt.latencies("multi-adapter", because, ADAPTERS)
 

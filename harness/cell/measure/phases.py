@@ -14,10 +14,10 @@ from harness.records.record import Phase
 
 
 class PhaseClock:
-    """A meter of the phases of a Cell, one after the other. `done` lists the results, also that of a phase that failed.
+    """A meter of the phases of a Cell, one after the other. `done` lists the results, including those of failed phases.
 
-    announce: called with the name of each phase when it begins. energy, gpu: meters; None if the machine has no such
-    meter.
+    announce: called with the name of each phase when the phase begins. energy, gpu: meters; None if the machine has no
+    such meter.
     """
 
     def __init__(

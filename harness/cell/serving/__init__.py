@@ -1,1 +1,1 @@
-"""Serve a trained LoRA adapter: start a model server, judge its answers, and time those that are right."""
+"""Serve a trained LoRA adapter: start a model server, judge its answers, and time each load that has right answers."""

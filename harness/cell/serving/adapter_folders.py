@@ -45,7 +45,10 @@ def _key(name: str) -> str:
 
 
 def _targets(subject: Subject) -> list[str]:
-    """Return peft's `target_modules`: last parts of the adapted paths, or whole paths if other layers share parts."""
+    """Return peft's `target_modules`: the last part of each adapted path.
+
+    If other layers of the model share one of these parts, return the whole paths instead.
+    """
     model: Any = subject.original.model or subject.model
     last = {path.rpartition(".")[2] for path in subject.bases}
     named = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in last]

@@ -18,8 +18,8 @@ from harness.conformance.subject import DTYPES
 def find(job: Job, new: Path) -> Path:
     """Return the folder of a Cell's base model.
 
-    If the model is a shape (a config.json without weights), save it into `new`, with the same random weights as in the
-    Cell, and return `new`. Servers need a tokenizer, so `new` gets one with a word for every token. The harness sends
+    If the model is only a config.json without weights, save it into `new`, with the same random weights as in the Cell,
+    and return `new`. Servers need a tokenizer, so `new` gets a tokenizer with a word for every token. The harness sends
     token ids only.
     """
     given = Path(job.model.path)

@@ -30,23 +30,24 @@ _CHECKS: dict[str, tuple[str, RequestPhase]] = {
     "base and adapters": ("served-mixed", RequestPhase.MIXED),
     SWAP: ("served-swap", RequestPhase.SWAPPED),
 }
-"""Load, or SWAP (an adapter is replaced by another one) -> name of its check, and phase in which its answers are
-collected."""
+"""Load -> name of its check, and the phase in which its answers are collected. SWAP, the replacement of an adapter by
+another adapter, counts as a load here."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """The results of the checks of a server, and the loads that they forbid to time."""
+    """The results of the checks of a server, and the loads that must not be timed because their check did not pass."""
 
     checks: list[CheckResult]
     refused: dict[str, str]
-    """Load, or SWAP -> reason why it must not be timed. If it may be timed, there is no entry."""
+    """Load, or SWAP -> reason why the load must not be timed. A load that may be timed has no entry."""
 
 
 def judge(session: Session, base: Path, subject: Named, case: Case) -> Judged:
     """Send requests under each load, and judge the answers.
 
-    session: a session with at least two adapters. Raises ServerError if the server does not answer.
+    session: a session with at least two adapters. subject: the Method and the dtype that name the checks. Raises
+    ServerError if the server does not answer.
     """
     names = [BASE, *session.adapters]
     trained, second = names[1:3]
@@ -114,7 +115,7 @@ def _check(subject: Named, case: Case, name: str, phase: RequestPhase, results: 
 
 
 def _wrong_together(result: SubjectResult) -> bool:
-    """Return whether the answers of a model are judged wrong together, although no single answer is."""
+    """Return whether all answers of a model together are judged wrong, although each answer alone is judged right."""
     return result.verdict is SubjectVerdict.NONCONFORMING and not any(part.wrong for part in result.phases)
 
 

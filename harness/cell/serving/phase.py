@@ -1,4 +1,4 @@
-"""Serve the adapter of a Cell: save adapters, start the server, judge its answers, and time those that are right."""
+"""Serve the adapter of a Cell: start a server, judge its answers, and time each load that has right answers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ADAPTERS = 4
 CONCURRENT = 8
 """Largest number of requests at the same time while answers are judged."""
 ALIVE = "served-alive"
-"""Name of the check that a server starts and answers every request."""
+"""Name of the check that a server starts and answers requests."""
 
 
 def draw(run: CellRun, subject: Subject) -> Adapters:
@@ -93,7 +93,10 @@ def _untimed(run: CellRun, subject: Subject, served: Served, *, failed: bool) ->
 
 
 def _save(subject: Subject, adapters: Adapters, base: Path, folder: Path) -> dict[str, Path]:
-    """Save the adapters. Return the folder of each by its name on the server. The trained adapter is the first."""
+    """Save the adapters. Return a dict that maps the name of each adapter on the server to its folder.
+
+    The trained adapter is the first.
+    """
     saved: dict[str, Path] = {}
     for number, tensors in enumerate(adapters):
         name = f"random-{number}" if number else "trained"
@@ -106,7 +109,7 @@ def _served(
     run: CellRun, subject: Subject, kind: ServerKind, python: ServerPython, base: Path, adapters: dict[str, Path],
     served: Served,
 ) -> Served:  # fmt: skip
-    """Start the server, judge its answers and time it. Return `served` with the results.
+    """Start the server, judge its answers and time it. Return a copy of `served` with the results.
 
     Raises HarnessError if the server does not answer.
     """

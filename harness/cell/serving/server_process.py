@@ -24,7 +24,7 @@ from harness.process import lifeline
 from harness.process.supervisor import Subprocess, signal_name
 
 _POLL_S, _ANSWER_S = 0.2, 2.0
-"""Seconds between two requests to a server that starts, and seconds to wait for an answer to each."""
+"""In seconds, while a server starts: the pause between two requests, and the time to wait for each answer."""
 _GRACE_S = 5.0
 """Seconds to wait after SIGTERM before a server is killed. It can remove its files in this time."""
 _END_S = 2.0
@@ -51,13 +51,13 @@ class ServerPython:
     path: str
     """Path of the interpreter."""
     software: dict[str, str]
-    """Name -> version of those of the server's distributions (`ServerKind.distributions`) that are installed there."""
+    """Name of each distribution in `ServerKind.distributions` that is installed for this interpreter -> its version."""
 
 
 def find_python(kind: ServerKind, own: str) -> ServerPython | str:
-    """Return the Python that has the server, or the reason why there is none.
+    """Return an interpreter that can run the server, or the reason why there is none.
 
-    own: interpreter of the server's environment. If it is empty, this Python is searched for the server.
+    own: interpreter of the server's own environment. If it is empty, the interpreter of this process is tried.
     """
     python = own or sys.executable
     command = [python, "-P", "-c", _FACTS, kind.module, *kind.distributions]

@@ -14,7 +14,7 @@ from harness.conformance.served.session import SWAPPED, Session
 from harness.records.served import Load, ServedTimes
 
 TOGETHER = 4
-"""Number of requests at the same time, in loads with several requests."""
+"""Number of simultaneous requests in a round of a load with several requests."""
 TOKENS = 16
 """Number of tokens that the server generates for each request."""
 ROUNDS = 6
@@ -67,8 +67,8 @@ def measure(
 def swaps(session: Session, ids: Sequence[int], prompt_tokens: int, rounds: int) -> list[float]:
     """Replace an adapter on the server by another one `rounds` times, and send a prompt after each replacement.
 
-    Return the seconds from the start of each replacement to the first token of the answer. session: a session in
-    which `swapped_alone` has loaded an adapter. ids, prompt_tokens: as in `measure`.
+    Return the seconds from the start of each replacement to the first token of the answer. session: a session whose
+    `swapped_alone` was called before, so that there is an adapter to replace. ids, prompt_tokens: as in `measure`.
     """
     draw = random.Random(f"{session.seed} swaps")  # noqa: S311  # prompts, not secrets
     names, found = list(session.adapters), []

@@ -198,10 +198,10 @@ class Prompts:
         return Example(name, tuple(tokens), 0, cut=len(tokens) < len(self._start) + len(plain))
 
     def pair(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-        """Return the tokens of a prompt and those of its answer. Neither is cut.
+        """Return the tokens of a prompt and the tokens of its answer. No tokens are cut off.
 
-        Both are tokenised together. But if a token would span the end of the prompt and the start of the answer, each
-        is tokenised separately, because a generating model reads only the prompt.
+        Prompt and answer are tokenised together. But if a token would span the end of the prompt and the start of the
+        answer, they are tokenised separately, because a generating model reads only the prompt.
         """
         before, whole = self._plain(prompt), self._plain(prompt + answer)
         together = whole[: len(before)] == before
@@ -237,8 +237,8 @@ def answered_examples(
 ) -> list[Example]:
     """Tokenise rows and return the examples.
 
-    parts: function that returns the prompt and the answer of a row. A TextRow has neither: every token of the text
-    except the first has a loss.
+    parts: function that returns the prompt and the answer of a row. It is not called for a TextRow, which is a text
+    without a prompt: in it, every token except the first has a loss.
     """
     return [
         prompts.example(row.id, "", row.text, "all", answers.eos)

@@ -21,8 +21,8 @@ def head_of(model: nn.Module, kind: str, lacks: Collection[str] = ()) -> dict[st
     """Return the parameters of an encoder's head by name. They may be new, or come from a checkpoint.
 
     The head consists of the parameters outside the encoder itself, and of the parameters in `lacks`. lacks: names of
-    the parameters that the checkpoint lacks, such as those of the pooler of a masked language model. These parameters
-    start at random, so they must train.
+    the parameters that the checkpoint lacks, for example parameters of the pooler if it is the checkpoint of a masked
+    language model. These parameters start at random, so they must train.
     """
     if kind != "encoder":
         return {}
@@ -52,9 +52,9 @@ def draw(model: nn.Module, names: Collection[str], seed: int) -> dict[str, nn.Pa
 def adapted_layers(
     model: nn.Module, method: str, config: dict[str, Any], head: Collection[str]
 ) -> tuple[Any, list[str]]:
-    """Return a Method's config, and the paths of the layers that the Method adapts. Both leave out layers of the head.
+    """Return a Method's config, and the paths of the layers that the Method adapts, without the layers of the head.
 
-    In the returned config, paths may replace the targets. For example, they replace `all-linear`, because only the
+    In the returned config, `targets` may be these paths. For example, the paths replace `all-linear`, because only the
     model shows which layers this means. Raises UsageError if all targets are in the head.
     """
     chosen = configure(method, config)

@@ -22,8 +22,8 @@ from reference.shared.layerwise import Layerwise
 
 MAX_STEP_SEED = 2**31
 ZERO_GRADIENT_STEPS = 5
-"""Number of first steps to examine. If the gradient is zero in all of them, nothing trains. In a later step, a gradient
-of zero may be valid: in 16 bits, the loss of a batch that the model already predicts is exactly zero."""
+"""If the gradients of this many first steps are all zero, nothing trains. In a later step, a gradient of zero may be
+valid: in 16 bits, the loss of a batch that the model already predicts is exactly zero."""
 
 
 @dataclass
@@ -98,7 +98,7 @@ def last_logits(model: nn.Module, inputs: dict[str, Tensor], count: int) -> Tens
 
 @contextmanager
 def drop_gradients(tensors: Iterable[Tensor], enabled: bool) -> Iterator[None]:
-    """Drop each gradient as soon as it is computed, inside the context and if `enabled`.
+    """Inside the context, drop each gradient as soon as it is computed. If `enabled` is false, do nothing.
 
     Layer-wise training needs this, because it must never store all gradients at once.
     """
@@ -132,8 +132,8 @@ def train(
 ) -> StepSamples:
     """Take one optimizer step for each batch, and return the measured numbers of all steps.
 
-    After each step, report(step, loss) is called; this time is not measured. A batch goes through the model in
-    `accumulate` parts. With dropout, each part draws different masks. layerwise: the object that updates the weights
+    After each step, report(step, loss) is called. The time of this call is not measured. A batch goes through the model
+    in `accumulate` parts. With dropout, each part draws different masks. layerwise: the object that updates the weights
     during the backward pass; None if the optimizer updates them.
 
     Before every step, the global random state is set from (seed, step). So the dropout masks do not depend on how many

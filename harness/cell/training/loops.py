@@ -11,7 +11,7 @@ from harness.records.record import Loop
 
 
 class RefusedOptions(ValueError):  # noqa: N818  # an answer of a library, not an error
-    """Raised by a loop's `train` if its library refuses the options. The message is the library's."""
+    """Raised by a loop's `train` if its library refuses the options. The message comes from the library."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ _COMPILER = ("torch._dynamo", "torch._inductor")
 _PROBED_TOKENS = 4
 """Number of tokens of the text that `future_token_leakage` reads. A suite's `max_tokens` cannot be smaller."""
 _NAMED = 6
-"""Maximum number of weights that a note names. A usual head has no more."""
+"""Maximum number of weights that a note names. The head of a usual model has no more weights."""
 
 
 @dataclass
@@ -101,7 +101,7 @@ def _read(path: Path, kind: str, **options: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _some(names: list[str]) -> str:
-    """Return a text with the first of these names, and with the number of all names if there are more."""
+    """Return a text with the first of `names`. If it leaves names out, it says how many there are."""
     return ", ".join(names[:_NAMED]) + (f" ... ({len(names)} in all)" if len(names) > _NAMED else "")
 
 
@@ -109,18 +109,18 @@ def _some(names: list[str]) -> str:
 def lacks(checkpoint: str) -> frozenset[str]:
     """Return the names of the weights that an encoder's checkpoint lacks.
 
-    checkpoint: path of its folder. For a shape, which has no checkpoint, the path is empty, and the result is empty
-    too. No weight is read, because the model is loaded onto the meta device. Raises AssetError like `load`.
+    checkpoint: path of its folder. If the path is empty, because the model has no checkpoint, the result is empty. The
+    weights are not read, because the model is loaded onto the meta device. Raises AssetError like `load`.
     """
     return frozenset(_read(Path(checkpoint), "encoder", device_map="meta")[1]["missing_keys"] if checkpoint else ())
 
 
 @contextmanager
 def checkpointing(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Use gradient checkpointing for each block of a transformers model inside the context, if `enabled`.
+    """Inside the context, use gradient checkpointing for each block of a transformers model, if `enabled`.
 
-    The checkpointing is not of torch's reentrant kind, which would give adapters in the first block no gradient. Raises
-    UsageError for a model that does not support checkpointing.
+    torch's reentrant variant of checkpointing is not used, because it would give adapters in the first block no
+    gradient. Raises UsageError for a model that does not support checkpointing.
     """
     if not enabled:
         yield

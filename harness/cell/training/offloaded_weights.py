@@ -1,8 +1,8 @@
-"""Take weights that no matrix product uses out of memory, while a Method trains.
+"""Free the memory of weights that no matrix product uses, as long as a Method trains.
 
 For example, QLoRA multiplies by its 4-bit codes and PiSSA by its residual, not by the original weights. The original
 weights are needed only by `detach`, which restores the model, and by the check of `detach`. The papers do not count
-them as memory, so this measurement does not either.
+them as memory, so this measurement does not count them either.
 """
 
 from __future__ import annotations

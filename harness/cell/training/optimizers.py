@@ -273,7 +273,10 @@ def _note_on_16_bits(optimizer: torch.optim.Optimizer) -> str:
 
 
 def _chain(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """Return an optimizer and the optimizers inside it. The last one computes the steps; others add masters or paging."""
+    """Return an optimizer and the optimizers inside it.
+
+    The last optimizer computes the steps. Each optimizer around it adds master weights or paging.
+    """
     inner = getattr(optimizer, "inner", None)
     return [optimizer, *(_chain(inner) if isinstance(inner, torch.optim.Optimizer) else [])]
 

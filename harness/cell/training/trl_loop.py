@@ -41,7 +41,8 @@ ALIGNED: Mapping[str, Any] = {
     "max_length": None,
     "gradient_checkpointing": False,  # `harness.cell.training.model.checkpointing` switches it on, if the suite says so
 }
-"""Field of SFTConfig -> the value set here, because its default would change training, or the suite decides on it."""
+"""Field of SFTConfig -> value to use instead of its default. The default would change training, or would override the
+suite."""
 _QUIET: Mapping[str, Any] = {
     "save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True,
     "dataloader_pin_memory": False,
@@ -123,7 +124,7 @@ def refuse(adapted: Adapted, batches: Sequence[Batch]) -> None:
 def _dropout(model: nn.Module) -> str:
     """Return the path of a dropout above 0 in a model. If there is none, return an empty string.
 
-    A class of a model may set it by default, without a key in config.json.
+    The modules are searched, because the class of a model may set a dropout for which config.json has no key.
     """
     for path, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:

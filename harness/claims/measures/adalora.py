@@ -76,8 +76,8 @@ def budget_only_falls(
 ) -> MeasureResult:
     """Check whether AdaLoRA's budget b(t) stays constant, then never rises, and then stays constant again.
 
-    The budget is that of the reference. It must be b(0) up to step t_i, and b(T) in the last t_f steps, where T is the
-    last step.
+    The reference computes b(t). It must be b(0) up to step t_i, and b(T) in the last t_f steps, where T is the last
+    step.
     """
     from reference.adalora import budget
 
@@ -119,9 +119,9 @@ def regularizer_is_eq_4(form: Literal["mean-norm", "squared-sum"]) -> MeasureRes
 
 @measure("property")
 def scored_weights_are(weights: Literal["before", "after"]) -> MeasureResult:
-    """Check whether AdaLoRA's sensitivity |w dL/dw| is computed with the weights w before, or after, a step's update.
+    """Check whether AdaLoRA computes its sensitivity |w dL/dw| with the weights w before, or after, a step's update.
 
-    weights: which of the two the claim states.
+    weights: the alternative that is checked, `before` or `after`.
     """
     import torch
 

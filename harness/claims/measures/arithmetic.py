@@ -119,8 +119,8 @@ def mean(of: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
 def mean_score(of: list[Any], last: Quantity) -> MeasureResult:
     """The mean of printed scores over tasks.
 
-    of: one score per task. A task with several scores, e.g. accuracy and F1, is a list of them, whose mean counts as
-    one score. last: one unit of the scores' last digit, e.g. 0.1.
+    of: one score per task. For a task with several scores, e.g. accuracy and F1, a list of these scores, whose mean
+    counts as one score. last: one unit of the scores' last digit, e.g. 0.1.
     """
     tasks = [one if isinstance(one, list) else [one] for one in of]
     scores = [sum((Fraction(str(score)) for score in task), Fraction(0)) / len(task) for task in tasks]

@@ -18,16 +18,16 @@ from harness.claims.sums import summed
 Sides = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 """The number of inputs and the number of outputs of a layer, e.g. `[1024, 4096]`."""
 _MIN_STEP = 5
-"""Smallest growth of a number of parameters per rank, in units of the printed figure's last digit, at which a rank may
-be chosen to fit the figure. With less growth, nearly any figure would fit."""
+"""If `fitted` is set, one more rank must add at least this many units of the last digit of the printed figure.
+Otherwise some rank would fit nearly any figure."""
 
 
 @measure("share")
 def added_share(of: Quantity, model: Model, whole: Literal["base", "base+adapter"] = "base+adapter") -> MeasureResult:
     """Parameters that are added to a model, as a share of the model's parameters.
 
-    of: number of added parameters. whole: if it is `base+adapter`, the model's parameters include the added ones; if it
-    is `base`, they do not.
+    of: number of added parameters. whole: if it is `base+adapter`, the model's parameters include the added parameters;
+    if it is `base`, they do not.
     """
     base = attached_model.parameter_count(model)
     if whole == "base":
@@ -86,21 +86,22 @@ def vision_transformer(
 
 @measure("count")
 def at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted: bool = False) -> MeasureResult:
-    """Number of parameters that depends on the rank, if the paper prints this number as `to`, but not the rank.
+    """Number of parameters that is proportional to a rank, if the paper prints the number but not the rank.
 
-    of_rank_1: the number at rank 1. last: one unit of the last digit of `to`. If some rank gives `to`, the result is a
-    range over ranks, because a rank that is chosen to fit cannot confirm the figure. If no rank gives `to`, the result
-    is the number at the nearest rank. fitted: return the number at the nearest rank in both cases. This raises
-    ValueError if one more rank adds less than 5 units of the last digit, because nearly any figure would then fit.
+    of_rank_1: the number at rank 1. to: the printed number. last: one unit of the last digit of `to`. If some rank
+    gives `to`, the result is a range over ranks, because a rank that is chosen to fit cannot confirm the figure. If no
+    rank gives `to`, the result is the number at the nearest rank. fitted: return the number at the nearest rank in both
+    cases. This raises ValueError if one more rank adds less than 5 units of the last digit, because nearly any figure
+    would then fit.
     """
     return of_some(Fraction(0), of_rank_1, to, last, fitted, "rank")
 
 
 @measure("share")
 def share_at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted: bool = False) -> MeasureResult:
-    """A share, e.g. of a model's parameters, if the paper prints the share but not the rank.
+    """A share that is proportional to a rank, if the paper prints the share but not the rank.
 
-    The arguments are those of `at_some_rank`.
+    For example, it is a share of a model's parameters. The arguments are explained in `at_some_rank`.
     """
     return of_some(Fraction(0), of_rank_1, to, last, fitted, "rank")
 

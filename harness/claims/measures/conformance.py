@@ -26,7 +26,7 @@ Check = Annotated[str, AfterValidator(_check)]
 def conforms(method: Method, check: Check, implementation: str = "reference") -> MeasureResult:
     """Check whether an implementation passes one check in every float32 case of the Method's parity suite.
 
-    The results are compared with those of the reference in float64. The tolerances are those of `peft-harness check
+    The reference computes the expected results in float64. The tolerances are the same as in `peft-harness check
     IMPLEMENTATION --method METHOD`.
     """
     from harness.conformance import parity_suite

@@ -37,9 +37,10 @@ def gradient_is(equation: Literal["eq. 6", "eq. 11"], detach_norm: bool) -> Meas
     """Check whether DoRA's gradients by autograd agree with the equations of the paper.
 
     The gradient of m must agree with eq. 7, and the gradients of A and B with `equation`. This equation gives the
-    gradient of V' = W0 + B A, from which those of A and B follow. Eq. 6 is m / |V'| (I - V' V'^T / |V'|^2) dL/dW', and
-    eq. 11 is m / |V'| dL/dW'. detach_norm: whether the norm |V'| is a constant in the backward pass. Autograd computes
-    in float32, and the equations are computed in float64. The tolerance is that of the conformance suite for gradients.
+    gradient of V' = W0 + B A; the gradients of A and B follow from it. Eq. 6 is m / |V'| (I - V' V'^T / |V'|^2) dL/dW',
+    and eq. 11 is m / |V'| dL/dW'. detach_norm: whether the norm |V'| is a constant in the backward pass. Autograd
+    computes in float32, and the equations are computed in float64. The conformance suite's tolerance for gradients
+    applies.
     """
     drawn = _drawn("float32")
     layer = _layer(drawn, detach_norm)
@@ -89,7 +90,7 @@ def _by_equation(drawn: dict[str, Any], equation: str) -> dict[str, Any]:
 
 
 def _drawn(dtype: str) -> dict[str, Any]:
-    """Return random tensors by name: those of a trained layer, its inputs, and the gradient of its outputs.
+    """Return random tensors by name: the tensors of a layer, its inputs x, and the gradient dy of its outputs.
 
     All dtypes get the same numbers.
     """

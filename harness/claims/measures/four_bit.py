@@ -37,7 +37,7 @@ def levels(type: Type, side: Literal["both", "negative", "positive"] = "both", z
 
 @measure("property")
 def nf4_has(printed: list[float]) -> MeasureResult:
-    """Check whether the levels of NF4 equal the printed ones in every bit of float32.
+    """Check whether the levels of NF4 equal the printed levels in every bit of float32.
 
     The reference computes the levels from quantiles.
     """
@@ -130,7 +130,7 @@ def constants_error(centred: bool = True, block: Positive = 64) -> MeasureResult
 
 @measure("property")
 def constants_are(type: Literal["e4m3", "e5m2"]) -> MeasureResult:
-    """Check whether the 8-bit type of the block constants is a float of this format, scaled to a largest value of 1."""
+    """Check whether the 8-bit type of the block constants is the float format `type`, scaled to the largest value 1."""
     import torch
 
     from reference.operations.dynamic_map import dynamic_map

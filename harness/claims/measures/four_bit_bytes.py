@@ -15,9 +15,9 @@ def constant_bits(
 ) -> MeasureResult:
     """Bits per weight that the block constants take, as a mean over all layers that QLoRA quantises.
 
-    There is one constant per `block` weights. double: whether the constants are quantised too. If not, a constant has
-    32 bits. If so, it has 8 bits, and there are 32 further bits per `second_block` constants, and 32 per layer for the
-    mean of the constants.
+    There is one constant per `block` weights. double: whether the constants are quantised too. A constant that is not
+    quantised has 32 bits. A quantised constant has 8 bits; then there are 32 further bits per `second_block` constants,
+    and 32 per layer for the mean of the constants.
     """
     bits, weights = _constants(model, double, block, second_block)
     return MeasureResult(Fraction(bits, weights), f"{_in_words(double, block, second_block)}: {bits:,} / {weights:,}")
@@ -27,8 +27,8 @@ def constant_bits(
 def double_quantisation_saves(model: Model, block: Positive = 64, second_block: Positive = 256) -> MeasureResult:
     """Bytes that a model saves by double quantisation, which quantises the block constants too.
 
-    All layers that QLoRA quantises count. block: weights per constant. second_block: constants per constant of the
-    second quantisation.
+    All layers that QLoRA quantises count. block: number of weights that share a block constant. second_block: number of
+    block constants that share a constant of the second quantisation.
     """
     one, weights = _constants(model, False, block, second_block)
     two, _ = _constants(model, True, block, second_block)

@@ -85,7 +85,7 @@ def refresh_share_by_operations(refresh: Count, step: Count, gap: Positive) -> M
 
 @measure("bytes")
 def left_after_saving(saved: Quantity, share: Quantity) -> MeasureResult:
-    """Bytes that remain after a saving of `saved` bytes, which is the share `share` of all bytes."""
+    """Bytes that remain after a saving. saved: the saved bytes. share: the saved bytes as a share of all bytes."""
     return MeasureResult(saved / share - saved, f"{written(saved)} B / {written(100 * share)}% - {written(saved)} B")
 
 

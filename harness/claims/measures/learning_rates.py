@@ -26,9 +26,10 @@ def best_rate_ratio(suite: SuiteName, of: Rates, to: Rates) -> MeasureResult:
     """Ratio of two best learning rates, `of` / `to`, with an interval that is valid for new seeds.
 
     Each side is a list of entries that differ only in their learning rates. With each seed, the loss of an entry is its
-    mean training loss over the last third of the steps; all entries train on the same batches. The best rate is where
-    the parabola through the lowest loss and its two neighbours, over the logarithm of the rate, has its vertex. If the
-    lowest loss is at an end of a list, the best rate may be outside, and the result is that the list is too short.
+    mean training loss over the last third of the steps; all entries train on the same batches. The best rate is the
+    vertex of a parabola in the logarithm of the rate. The parabola goes through the lowest loss and its two neighbours.
+    If the lowest loss is at an end of a list, the best rate may be outside of the list, and the measure gives no
+    result.
     """
     above, below = _sides(suite, of, to)
     if list(above) != list(below) or len(above) < 2:

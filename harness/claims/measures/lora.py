@@ -61,7 +61,7 @@ def update_is_scaled_by(
 ) -> MeasureResult:
     """Check whether LoRA adds `factor` times B A x to the output of a layer, at every one of these ranks.
 
-    x is the layer's input. The factor `alpha/sqrt(r)` is that of LoRA with rslora.
+    x is the layer's input. `alpha/sqrt(r)` is checked with LoRA's option `rslora`, and `alpha/r` without it.
     """
     import torch
 
@@ -110,7 +110,7 @@ def merged_has_the_bases_layers() -> MeasureResult:
 
 @measure("property")
 def b_learns_faster(ratio: Positive) -> MeasureResult:
-    """Check whether the learning rate of every factor B is `ratio` times that of A (LoRA+, arXiv:2402.12354)."""
+    """Check whether LoRA+ trains every factor B with `ratio` times the learning rate of A (arXiv:2402.12354)."""
     from harness.cell.training import optimizers
     from harness.records.record import Training
 

@@ -37,11 +37,11 @@ def operations_are_2nn_6nr(widths: list[Positive], ranks: list[Positive]) -> Mea
 
 @measure("property")
 def adam_ignores(p: Positive, q: Positive, steps: Positive) -> MeasureResult:
-    """Check whether LoRA's training stays the same if alpha, A's start and the two learning rates are scaled together.
+    """Check whether scaling alpha, the initial A and both learning rates together leaves LoRA's training unchanged.
 
-    alpha is divided by p q, the start of A and its learning rate are multiplied by p, and the learning rate of B by q.
-    The optimizer is Adam without eps. If p and q are powers of two, the weights are equal to the last bit after every
-    step.
+    alpha is divided by p q. The initial A and the learning rate of A are multiplied by p, and the learning rate of B by
+    q. The optimizer is Adam without eps. If p and q are powers of two, the weights are equal to the last bit after
+    every step.
     """
     import torch
 
@@ -61,8 +61,9 @@ def adam_ignores(p: Positive, q: Positive, steps: Positive) -> MeasureResult:
 def first_step_averages(rank: Positive) -> MeasureResult:
     """Check whether LoRA's first update of W is the mean of its updates at rank 1 with each row of A alone.
 
-    If this holds, and the rows of A are drawn alike at every rank, the expected first update does not depend on the
-    rank, with LoRA's factor 1/r. The rank is a power of two, so that the mean is exact up to the order of the sum.
+    LoRA's factor is 1/r. If all ranks draw the rows of A from one distribution, this mean implies that the expected
+    first update does not depend on the rank. The rank must be a power of two, so that the mean is exact up to the order
+    of the sum.
     """
     import torch
 
@@ -138,7 +139,10 @@ def _step(adapted: Any) -> Tensor:
 
 
 def _trained(p: int, q: int, steps: int) -> list[Tensor]:
-    """Return the update of W at the start and after each step of Adam without eps, with alpha, A and rates scaled."""
+    """Return the update of W at the start and after each step of Adam without eps.
+
+    p, q: factors of the initial A and its learning rate (p) and of B's learning rate (q). alpha is divided by p q.
+    """
     import torch
 
     adapted = _layer(rank=4, alpha=8 / (p * q))

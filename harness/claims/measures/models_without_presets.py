@@ -1,4 +1,4 @@
-"""Measures: numbers of parameters of BART, vision transformers and single layers, which have no shape presets."""
+"""Measures: numbers of parameters of BART, vision transformers and single layers, which have no model preset."""
 
 from __future__ import annotations
 

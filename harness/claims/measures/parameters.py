@@ -75,8 +75,8 @@ def trainable_share(
 ) -> MeasureResult:
     """Trainable parameters of a Method, as a share of the model's parameters.
 
-    of: if it is `base+adapter`, the model's parameters include the trainable ones of the Method; if it is `base`, they
-    do not.
+    of: if it is `base+adapter`, the model's parameters include the trainable parameters of the Method; if it is `base`,
+    they do not.
     """
     trained = _trained(model, method, config, split, only, also)
     top, base = total(trained), attached_model.parameter_count(model)

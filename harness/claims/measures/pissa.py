@@ -26,8 +26,8 @@ def pissa_splits_the_weight(
 ) -> MeasureResult:  # fmt: skip
     """Check whether PiSSA's residual plus s B A is the original weight. s is the scaling of the factors A and B.
 
-    The allowed error is that of rounding the weight to `dtype`, the dtype of A, B and the residual. niter: iterations
-    of the randomised SVD; 0 for the exact SVD. decay: the k-th singular value of the weight is k^-decay.
+    The allowed error is the error of rounding the weight to `dtype`, the dtype of A, B and the residual. niter:
+    iterations of the randomised SVD; 0 for the exact SVD. decay: the k-th singular value of the weight is k^-decay.
     """
     W = _weight(rows, columns, decay)
     A, B, residual, scaling = _split(W, rank, niter, dtype)
@@ -41,9 +41,10 @@ def pissa_takes_the_principal_part(
 ) -> MeasureResult:
     """Check whether PiSSA's s B A consists of the weight's largest singular values and their vectors.
 
-    s is the scaling of the factors A and B. The weight is made from known singular values S and vectors U and V. With
-    the largest r of them, the result must be s B A = U_r S_r V_r^T. Each factor must have the square roots of the
-    values: s A A^T = s B^T B = S_r. decay: the k-th singular value of the weight is k^-decay.
+    s is the scaling of the factors A and B. The weight is made from known singular values and vectors. S_r holds the
+    largest r values, and U_r and V_r hold their vectors. The result must be s B A = U_r S_r V_r^T. Each factor must
+    have the square roots of the values: s A A^T = s B^T B = S_r. decay: the k-th singular value of the weight is
+    k^-decay.
     """
     import torch
 
@@ -59,9 +60,10 @@ def pissa_takes_the_principal_part(
 def fast_svd_error(
     rank: Positive, niter: Positive, rows: Positive = 192, columns: Positive = 256, decay: float = 0.5
 ) -> MeasureResult:
-    """Error of the fast SVD: sum of the absolute differences between its principal part of a weight and the exact one.
+    """Error of the fast SVD: the sum of the absolute differences from the exact SVD.
 
-    Both parts are computed in float64. niter: iterations of the fast SVD.
+    Both SVDs give a principal part of a weight. These parts are compared element by element, in float64. niter:
+    iterations of the fast SVD.
     """
     import torch
 
@@ -129,8 +131,8 @@ def quantisation_error_reduced(
     The error is the nuclear norm of W - (Q + B A), where W is the weight and Q is stored in 4 bits. In QLoRA, Q is
     nf4(W), and B A is 0. by: `loftq` begins with B A = 0. Each iteration sets Q to nf4(W - B A), and then takes A and B
     from the SVD of W - Q. `qpissa` begins with A and B from the SVD of W, and Q is nf4(residual). Each further
-    iteration takes A and B from the SVD of W - Q, and then updates the residual. residual_of: whether this uses the A
-    and B of this step or of the step before (Algorithm 1, line 5).
+    iteration takes A and B from the SVD of W - Q, and then updates the residual. residual_of: whether this update uses
+    the A and B of this step or of the step before (Algorithm 1, line 5).
     """
     W = _weight(size, size, decay)
     plain = _nuclear(W - _nf4(W))

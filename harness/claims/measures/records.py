@@ -56,7 +56,8 @@ Depths = Annotated[list[Entry], Field(min_length=2)]
 LABELS = 2
 """Number of classes of the new classification head of an encoder, as in tasks with random labels."""
 _EQUAL_FIELDS = ("method", "base", "dtype", "optimizer")
-"""Fields in which a Cell must agree with the smaller Cells from which its memory is scaled up."""
+"""Fields that must be equal in a Cell and in smaller Cells before the memory of the Cell is scaled up from the smaller
+Cells."""
 _LEFT_OUT = "without CUDA's context and memory that the allocator holds beyond tensors"
 
 
@@ -77,7 +78,7 @@ def device_memory(suite: SuiteName, cell: Entry) -> MeasureResult:
 
     The least value is the peak of the tensors. The largest value is the memory that torch's allocator held, or the
     memory that the driver counted, whichever is larger. The driver also counts CUDA's context and other processes. On a
-    CPU, and if the Record has neither of the two, the result is that of `peak_memory`.
+    CPU, or if the Record has neither of these two numbers, the result is that of `peak_memory`.
     """
     (own,) = record_sources.records(suite, cell)
     peak, seen = _peak(own), [gpu for record in own if (gpu := measurements.training_gpu(record))]
@@ -107,7 +108,7 @@ def memory_less(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
 
 @measure("bytes")
 def memory_more(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
-    """Difference of the peak memory in training, in bytes: that of `of` minus that of `than`."""
+    """Difference `of` - `than` of the peak memory in training, in bytes."""
     a, b = pair(suite, of, than)
     return (_peak(a) - _peak(b)).measured(f"{_peaks(a)} - {_peaks(b)}; {record_sources.place(a[0])}")
 
@@ -223,7 +224,7 @@ def _extrapolated(suite: str, cells: Sequence[str]) -> tuple[Interval, str, Reco
 
 
 def _scaled(suite: str, cells: Sequence[str], model: str, paged: int | None = None) -> tuple[Interval, str, Record]:
-    """Scale the counted bytes of Cells up to `model`. Return the bytes, the arithmetic as text, and one Record of them.
+    """Scale the counted bytes of Cells up to `model`. Return the bytes, the arithmetic as text, and one Record.
 
     paged: bytes of the states that a paged optimizer leaves on the GPU when it trains `model`.
     """

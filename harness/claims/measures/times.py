@@ -64,9 +64,9 @@ def step_time_more(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
 
 @measure("ratio")
 def latency_ratio(suite: SuiteName, cell: Entry, of: Variant, to: Variant, at: Kind) -> MeasureResult:
-    """Ratio of the times that two variants of a Cell's model take for a pass in the same process: `of` / `to`.
+    """Ratio `of` / `to` of the times that two variants of a Cell's model take for one pass, in the same process.
 
-    at: kind of pass.
+    at: kind of pass: a forward pass, a prefill, or the decoding of one token.
     """
     (own,) = record_sources.records(suite, cell)
     x, y = (_merge([_latency(record, variant, at) for record in own]) for variant in (of, to))
@@ -115,7 +115,10 @@ def _compared(suite: str, of: str, to: str, time: Callable[[Sequence[Record]], I
 
 
 def _merge(intervals: Sequence[Interval]) -> Interval:
-    """Return the smallest interval that covers these intervals, one per process. Its value is their median value."""
+    """Return the smallest interval that covers these intervals, one per process.
+
+    Its value is the median of their values.
+    """
     values = sorted(x.value for x in intervals)
     return Interval(values[len(values) // 2], min(x.least for x in intervals), max(x.most for x in intervals))
 
@@ -187,8 +190,8 @@ def _seconds(x: Interval) -> str:
 def _between_processes(found: Interval, *sides: Sequence[Record]) -> tuple[Interval, str]:
     """Return an interval that covers the variation between processes, and a text with the number of processes.
 
-    found: a time or a ratio, with the interval that the processes give. If there are too few processes to show the
-    variation between them, this interval is widened, and the text says so.
+    found: a time or a ratio, with the interval that the processes give. If there are too few processes to show this
+    variation, the returned interval is wider than the interval of `found`, and the text says so.
     """
     counts = [len(side) for side in sides]
     count = "one process" if max(counts) == 1 else f"{min(counts)} processes"

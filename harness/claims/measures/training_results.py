@@ -20,7 +20,7 @@ from harness.records.record import Accuracy, Record
 
 @measure("property")
 def scores_higher(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
-    """Check whether the mean accuracy of `of` is above that of `than`.
+    """Check whether the mean accuracy of `of` exceeds the mean accuracy of `than`.
 
     The result is undecided if the interval of the difference contains 0.
     """
@@ -30,7 +30,7 @@ def scores_higher(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
 
 @measure("property")
 def scores_no_lower(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
-    """Check whether the mean accuracy of `of` is above that of `than` minus 2 percentage points.
+    """Check whether the mean accuracy of `of` exceeds the mean accuracy of `than` minus 2 percentage points.
 
     The 2 points are the margin of the command `gate`.
     """
@@ -40,7 +40,7 @@ def scores_no_lower(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
 
 @measure("property")
 def loss_falls_faster(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
-    """Check whether `of` has a lower training loss than `than`, as a mean over all steps.
+    """Check whether the mean training loss of `of`, over all steps, is below the mean training loss of `than`.
 
     Runs with the same seed are compared. They train on the same batches.
     """

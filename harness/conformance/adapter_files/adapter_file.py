@@ -79,7 +79,7 @@ class AdapterFile:
         return None
 
     def base_for_task(self, folder: Path) -> Path:
-        """Return a folder with the base model in the class on which this adapter was trained, e.g. as a classifier.
+        """Return a folder from which the base model loads as the class that this adapter needs, e.g. a classifier.
 
         folder: the base model. If its config.json names another class, the result is a temporary copy; see `task_base`.
         """

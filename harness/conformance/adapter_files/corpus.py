@@ -1,4 +1,4 @@
-"""Names of the adapters of the corpus in suites/adapters. No torch."""
+"""Names of the adapters in suites/adapters, the corpus with which loaders are checked. No torch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from harness.resources import data_folder
 
 
 def folder() -> Path:
-    """Return the path of suites/adapters, which holds one folder per adapter of the corpus."""
+    """Return the path of suites/adapters, which holds one folder per adapter."""
     return data_folder("suites") / "adapters"
 
 
 def names() -> list[str]:
-    """List the adapters of the corpus by the names of their folders, sorted."""
+    """List the names of the adapters in suites/adapters, sorted. The name of an adapter is that of its folder."""
     return sorted(file.parent.name for file in folder().glob("*/adapter_config.json"))

@@ -61,7 +61,7 @@ _NAMED = re.compile(r"\.lora_[AB]\.(?!weight$|bias$)|\.lora_embedding_[AB]\.|\.l
 _EMBEDDING = re.compile(r".*\.(embed_tokens|lm_head|wte|embed_in|embed_out|word_embeddings|shared)\.(weight|bias)")
 """Key of the weight or bias of a whole embedding or output head."""
 _WRAPPER = re.compile(r"\.(modules_to_save|original_module)\.")
-"""Part of the key under which peft saves the bias of a module of modules_to_save a second time, with `bias="all"`."""
+"""Part of the key of a bias that peft saves a second time: with `bias="all"`, for a module of modules_to_save."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class _Judge:
 
     @cached_property
     def pairs(self) -> dict[str, dict[str, str]]:
-        """Key up to `.lora_A` or `.lora_B` -> `A` or `B` -> the whole key."""
+        """Start of a key, up to `.lora_A` or `.lora_B` -> a dict that maps `A` and `B` to whole keys."""
         found: dict[str, dict[str, str]] = {}
         for key in self.adapter.header:
             if match := _HALF.fullmatch(key):

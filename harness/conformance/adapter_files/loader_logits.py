@@ -51,7 +51,7 @@ class LoaderRequest:
     """Seconds without a result after which a loader counts as hanging."""
 
     def registry(self) -> Registry:
-        """Return a Registry that has the named loaders. Plug-ins are imported only in another process."""
+        """Return a Registry that has the named loaders. Plug-ins are imported in a worker process, not in this process."""
         return discover(only=_OWN) if set(self.names) <= set(_OWN) else worker_processes.discover(self.patience)
 
 
@@ -129,7 +129,7 @@ def _run(
 
 
 def _explained(found: LoaderLogits, used: Sequence[str]) -> LoaderLogits:
-    """Return a result with the id of the known defect that explains it, if one does."""
+    """Return the result, with the id of the known defect that explains it if there is one."""
     if found.verdict not in ("differs", "raises"):
         return found
     explaining = (one.id for one in defects.known() if one.explains_file(found.loader, used, found.detail))

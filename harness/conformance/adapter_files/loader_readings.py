@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 FeatureVerdict = Literal["wrong", "refused", "not known", "ok"]
-"""Result of a loader for a feature. `wrong`: it computes other logits than the file gives, and raises no error. `refused`:
-it raises an error. `not known`: loader_readings.yaml does not say. `ok`: it computes the logits that the file gives."""
+"""Result of a loader for a feature. `wrong`: its logits are not those that the file defines, but it raises no error.
+`refused`: it raises an error. `not known`: loader_readings.yaml does not say. `ok`: its logits are those that the file
+defines."""
 _EXPERT = re.compile(r"\.experts\.\d+\.(\w+)\.lora_A")
 """Part of a key that belongs to a layer of one expert. The group is the name of the layer."""
 _ACTIVATED = "alora_invocation_tokens"
@@ -50,7 +51,7 @@ class _File(FrozenModel):
 
 @dataclass(frozen=True)
 class LoaderVerdict:
-    """How one loader treats an adapter file: its result for the feature of the file that it treats worst."""
+    """How one loader treats an adapter file: its worst result over the features of the file."""
 
     loader: str
     verdict: FeatureVerdict

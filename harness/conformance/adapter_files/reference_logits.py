@@ -29,12 +29,15 @@ def reference_logits(
 ) -> list[Tensor]:
     """Return the logits of the base with the weights that the adapter file gives, one tensor per prompt, in `dtype`.
 
-    adapter: None for the base alone. prompts: token ids. The shapes are (tokens, vocabulary), or (labels,) for a
-    classifier. starts: index of the first token of each prompt whose logits are returned; empty for all tokens. A model
-    computes some parts in float32 for every dtype; if `dtype` is float64, they are in float64 too. perturbation:
-    generator that moves each weight by up to half a unit in its last place, as correct rounding may do. The model is of
-    the class that task_type names. Raises UsageError if the file does not fit the base, or if neither has the weights
-    of a layer, and Unsupported for a config that the reference does not implement.
+    The shapes are (tokens, vocabulary), or (labels,) for a classifier. The model is of the class that task_type names.
+    A model computes some parts in float32 for every dtype; if `dtype` is float64, they are in float64 too.
+
+    adapter: None for the base alone. prompts: token ids. perturbation: generator that moves each weight by up to half a
+    unit in its last place, as correct rounding may do. starts: one number per prompt, the index of the first token
+    whose logits are returned; if empty, the logits of all tokens are returned.
+
+    Raises UsageError if the file does not fit the base, or if neither has the weights of a layer. Raises Unsupported
+    for a config that the reference does not implement.
     """
     model = load_base(base_folder if adapter is None else adapter.base_for_task(base_folder), dtype)
     if dtype is torch.float64:

@@ -1,4 +1,4 @@
-"""The subject of a check of a loader: the implementation, and one adapter of the corpus in suites/adapters."""
+"""The subject of a check of a loader: the implementation, and one adapter from suites/adapters."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from harness.methods.loader import ADAPTER_FILES, Loader
 from harness.methods.module_copy import copied
 
 FIRST, SECOND = "style", "style-2"
-"""Names under which checks load adapters. SECOND begins with FIRST, because some programs confuse such names."""
+"""Names under which checks load two adapters. SECOND begins with FIRST, because some programs confuse such names."""
 
 
 @dataclass(frozen=True)
 class ExpectedAdapter:
-    """An adapter on disk, with prompts and the logits that it must give; usually one of those in suites/adapters."""
+    """An adapter on disk, usually from suites/adapters, with prompts and the logits that it must give for them."""
 
     name: str
     folder: Path
-    """Folder with adapter_config.json, adapter_model.safetensors and expected.safetensors."""
+    """Folder with adapter_config.json and adapter_model.safetensors."""
     base: Path
     """Folder of the base model."""
     prompts: list[list[int]]
@@ -46,7 +46,7 @@ class ExpectedAdapter:
 
 @cache
 def corpus_adapter(name: str) -> ExpectedAdapter:
-    """Read one adapter of the corpus in suites/adapters. name: name of its folder."""
+    """Read one adapter from suites/adapters, with the prompts and logits in its expected.safetensors. name: its folder."""
     file = AdapterFile.read(corpus.folder() / name)
     expected = load_file(file.folder / "expected.safetensors")
     count = sum(key.startswith("prompt.") for key in expected)
@@ -71,7 +71,7 @@ class LoaderSubject:
 
     @property
     def method(self) -> str:
-        """The target's name, the same for every loader. Check ids contain it in the place of a Method's name."""
+        """The target's name, which is the same for all loaders. Check ids contain it in the place of a Method's name."""
         return ADAPTER_FILES
 
     def fresh(self) -> Loader:
@@ -91,7 +91,7 @@ class LoaderSubject:
         return loader
 
     def truth(self) -> dict[str, Tensor]:
-        """Map the name of each prompt to the logits that the corpus has for it, in float64."""
+        """Map the name of each prompt to the logits that the adapter must give for it, in float64."""
         return by_prompt(self.adapter.logits)
 
     def rounded(self) -> Iterator[dict[str, Tensor]]:
@@ -103,7 +103,7 @@ class LoaderSubject:
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Prompts of checks that compute logits many times: only the longest prompt."""
+        """The longest prompt, in a list. Checks that compute logits many times use only this prompt."""
         return [max(self.adapter.prompts, key=len)]
 
     @property
@@ -116,7 +116,8 @@ class LoaderSubject:
     ) -> Judgement:
         """Compare logits with those that the reference computes in float64 for weighted sums of adapters.
 
-        have: name -> logits of `prompts`. want: the same name -> the adapters in the sum; none for the base alone.
+        have: name of each sum -> its logits for `prompts`. want: name of each sum -> its adapters; none for the base
+        alone.
         """
 
         def expected(dtype: str, seed: int | None = None) -> dict[str, Tensor]:

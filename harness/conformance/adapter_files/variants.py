@@ -1,4 +1,4 @@
-"""Variants of an adapter of the corpus, in temporary folders that are removed when the process ends."""
+"""Variants of an adapter, in temporary folders that are removed when the process ends."""
 
 from __future__ import annotations
 

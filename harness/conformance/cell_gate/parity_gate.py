@@ -39,8 +39,8 @@ def gate(
     """Check a freshly attached subject at its start and with random adapter tensors, and return the results.
 
     Afterwards the subject is at its start again. The Method's parity suite and the declarations of the checks decide
-    which checks apply. The gate stops early if a packed base is wrong, or if the layers or their tensors are not the
-    reference's.
+    which checks apply. The gate stops early if a packed base is wrong, or if the layers or their tensors differ from
+    the reference's.
 
     run_model: runs the whole model on fixed inputs. base_output: output of the model before attaching. start: the
     initial tensors. None means the subject's own. forward: runs a given model on the same inputs, so that gradients can
@@ -82,7 +82,7 @@ def _without_reference(subject: Subject, case: Case) -> list[CheckResult]:
 
 @dataclass(frozen=True)
 class _Base:
-    """Name and dtype of a base without a Method, which a check result shows in place of a subject."""
+    """Stand-in for the subject in the result of a check of a packed base. `method` is a text such as `base nf4`."""
 
     method: str
     dtype: str

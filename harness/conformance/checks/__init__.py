@@ -87,12 +87,12 @@ class Check(Generic[_Subject]):
     in_cell: tuple[CellStage, ...]
     reference: Reference
     depends_on_sizes: bool
-    """True if the checked property depends on sizes and settings. Otherwise the check is tried only in the examples
-    that the parity suite lists."""
+    """True if the checked property depends on the sizes of the layers or on the settings of the Method or Operation. If
+    False, the check is not tried in the sample that a wide selection of cases adds to the suite's examples."""
     only_wide: bool
     """True if the check is tried only in a wide selection of cases (`CaseSelection.is_wide`)."""
     also_in_typical_case: bool
-    """True if a check with `only_wide` is also tried in the suite's typical case of a selection that is not wide."""
+    """True if a check with `only_wide` is also tried in the suite's typical case when the selection is not wide."""
 
     def __call__(self, subject: _Subject, case: Case) -> CheckResult:
         """Run the check and return its result."""
@@ -167,7 +167,7 @@ def docstrings() -> dict[str, str]:
 
 
 def names_of_wide() -> set[str]:
-    """Return the names of the checks that run only with `--wide`, without importing torch."""
+    """Return the names of the checks that declare `only_wide`, without importing torch."""
     return {
         name
         for name, function in _declared().items()

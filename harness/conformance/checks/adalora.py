@@ -62,10 +62,10 @@ def check_importance(subject: Subject, case: Case) -> CheckResult:
 
 @check(States.WARM, depends_on_sizes=False)
 def check_unused(subject: Subject, case: Case) -> CheckResult:
-    """After a step in which a layer got no gradient, AdaLoRA's averages equal those after gradients of zero.
+    """If a layer gets no gradient in a step, AdaLoRA's averages change as they do for a gradient of zero.
 
-    The importance of a layer without a gradient, such as an expert that no token reaches, therefore declines. The
-    averages of all other layers follow their gradients.
+    The importance of this layer, for example an expert that no token reaches, therefore declines. The averages of all
+    other layers follow their gradients.
     """
     fresh = case.attach_again(**_SHORT)
     if fresh is None or not any(".exp_avg_ipt_" in name for name in fresh.state()):
@@ -87,10 +87,11 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
     """Over a short schedule AdaLoRA leaves as many lambdas (singular values) unpruned as its budget b(t) allows.
 
     b(t) = target + (start - target) (1 - (t - t_i) / (T - t_f - t_i))^3, rounded down  (eq. 12): at the end target_rank
-    per layer on average. Between two prunings lambdas may grow back, as they do here at each step. In float32 and
-    float64 the same lambdas are left as in the reference, by the scores of eq. 7. In half precision two lambdas with close
-    scores may change places. Twice, the check continues with a fresh model that gets `tensors()` and `state()`, as after an
-    interruption. Once, if `state()` contains the pruning masks, other masks are written there and must take effect.
+    per layer on average. Between two prunings lambdas may grow back, and the check lets them grow back at each step.
+    In float32 and float64 the same lambdas are left as in the reference, by the scores of eq. 7. In half precision two
+    lambdas with close scores may change places. Twice, the check continues with a fresh model that gets `tensors()` and
+    `state()`, as after an interruption. Once, if `state()` contains the pruning masks, the check writes other masks there,
+    which must take effect.
     """
     if sum(t.numel() for t in subject.added().values()) > _LARGEST:
         return skipped(subject, case, "budget", "the schedule does not depend on the size of an adapter")
@@ -171,7 +172,7 @@ def check_regularizer(subject: Subject, case: Case) -> CheckResult:
 def _regularizers_in_dtype(subject: Subject) -> Iterator[dict[str, Tensor]]:
     """Yield the regularizer and its gradients as correct programs with other rounding errors might compute them.
 
-    The first result is that of the reference in the subject's dtype. It may happen to be exact, because the regularizer
+    The reference in the subject's dtype gives the first result, which may happen to be exact, because the regularizer
     is a single number. For the other results, each tensor is moved by up to half a unit in the last place, and the
     reference computes in float64.
     """
@@ -205,9 +206,9 @@ def _averages(adapted: Adapted) -> dict[str, Tensor]:
 def _judge_averages(
     subject: Subject, case: Case, name: str, mine: Adapted, truth: Adapted, rounded: Adapted
 ) -> Judgement:
-    """Judge the averages of the subject, `mine`, by those of the reference.
+    """Compare the averages of the subject's adapter `mine` with the averages of the reference.
 
-    truth: the reference in float64. rounded: the reference in the subject's dtype.
+    truth: the reference in float64. rounded: the reference in the subject's dtype. name: name of the check.
     """
     averages = _averages(mine), _averages(truth), _averages(rounded)
     return noise_floor(*averages, subject.dtype, case.factor(name))

@@ -49,7 +49,7 @@ TINY = 2.0**-13
 OTHER_DTYPE = {"float64": "float32", "float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
 """dtype of a layer -> dtype to which a copy of the layer is cast."""
 LAYERS = 2
-"""Number of adapted layers on which `check_calls` tries its forms. All layers of a model are of one class."""
+"""Number of adapted layers that `check_calls` calls. More are not needed, since all layers of a model are of one class."""
 
 
 class LayerForm(StrEnum):
@@ -83,8 +83,8 @@ def forms() -> dict[str, list[str]]:
 def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Every way to call an implementation gives what the reference gives for the same numbers.
 
-    The ways are modes of torch, shapes and layouts of the input, earlier calls, copies, threads and more. A way is left
-    out where it cannot apply, for example a change of the input in place if the input is token numbers. copy.deepcopy
+    The ways are modes of torch, shapes and layouts of the input, earlier calls, copies, threads and more. A way that
+    cannot apply is left out, for example a change of the input in place if the input is token numbers. copy.deepcopy
     must copy a layer. pickle may refuse it, but a pickled layer must compute the same. No call may make memory grow.
     """
     found = list(of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
@@ -95,7 +95,7 @@ def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
 
 @dataclass
 class _LayerJudge:
-    """Judge of one layer: compares what calls on one input give, called observations, with the float64 reference."""
+    """Judge of one layer. It compares the outputs and gradients of calls on one input with the float64 reference."""
 
     subject: Subject
     case: Case
@@ -103,7 +103,7 @@ class _LayerJudge:
     truth: dict[str, Tensor]
     draws: Iterable[Mapping[str, Tensor]]
     passed: list[dict[str, Tensor]] = field(default_factory=list)
-    """Observations that passed. An observation that equals one of them to the last bit passes at once."""
+    """Outputs and gradients of the calls that passed. A call that gives the same, to the last bit, passes at once."""
 
     def __call__(
         self,
@@ -114,8 +114,8 @@ class _LayerJudge:
     ) -> Judgement:
         """Judge the output and the gradients `mine` of a call in the form `name`.
 
-        wanted: names of the tensors that `mine` must have. further: results of this form that correct programs might
-        give, in addition to `draws`.
+        wanted: names of the tensors that `mine` must have. further: results that correct programs might give in this
+        form, in addition to `draws`.
         """
         expected = {n: t for n, t in self.truth.items() if n in wanted}
         known = ({n: one[n] for n in expected} for one in self.passed if expected.keys() <= one.keys())
@@ -219,8 +219,8 @@ def _with_other_rows(subject: Subject, case: Case, path: str, call: Call) -> Ite
 def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
     """Yield judgements of outputs and gradients under autocast in both 16-bit dtypes, also after the tensors change.
 
-    Autocast rounds to 16 bits, so the errors may be as large as those of this dtype. The output must have
-    autocast's dtype or that of the reference's output, because later layers may refuse two dtypes. A packed layer may
+    Autocast rounds to 16 bits, so the errors may be as large as rounding errors of 16 bits. The output must have the
+    dtype of autocast or of the reference's output, because later layers may refuse two dtypes. A packed layer may
     return the dtype of its input, as bitsandbytes does.
     """
     wide, own = (subject.reference(path, dtype) for dtype in ("float64", "float32"))
@@ -260,7 +260,10 @@ def _rounded_by_autocast(own: ReferenceLayer, call: Call, dtype: str) -> Iterato
 
 
 def _untrained(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
-    """Yield judgements of the output without gradients while one tensor is tiny, as after the first steps of training."""
+    """Yield judgements of the output while one adapter tensor is tiny, as after the first steps of training.
+
+    The layer runs in eval mode and without gradients.
+    """
     for name, tensor in call.tensors.items():
         held = tensor.detach().clone()
         try:
@@ -314,7 +317,7 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
     x_other, dy_other = cast(x, other), dy.to(DTYPES[other])
 
     def moved(of: nn.Module, named: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-        """Run a copy of the layer in `dtype`, after rounding its values to `other`; return output and gradients."""
+        """Round a copy of the layer to the dtype `other`, run it in `dtype`, and return output and gradients."""
         made = copy.deepcopy(of).to(DTYPES[other]).to(DTYPES[dtype])
         named = tensors_of_copy(of, made, named)
         return observe(made, named, cast(x_other, dtype), dy_other.to(DTYPES[dtype]), training=subject.trains_plainly)
@@ -347,9 +350,10 @@ def _second(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tens
 def _by_functorch(
     layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor, *, training: bool = False
 ) -> dict[str, Tensor]:
-    """Return outputs by torch.func.vmap, and the derivative along dx = x by torch.func.jvp, unless torch refuses one.
+    """Return outputs by torch.func.vmap, and the derivative along dx = x by torch.func.jvp.
 
-    vmap maps over inputs of one row each. torch refuses both for an autograd.Function without the rules for them.
+    vmap maps over inputs of one row each. If torch refuses vmap or jvp, leave its result out. torch refuses both for an
+    autograd.Function that does not define rules for them.
     """
     seen: dict[str, Tensor] = {}
     with preserved_state(layer, tensors, training):

@@ -21,8 +21,8 @@ def check_codes(subject: Subject, case: Case) -> CheckResult:
     units of the middle of two levels. Libraries divide by absmax or multiply by its reciprocal, which may differ there.
     A block of zeros may have any codes and any absmax that decode to zero, since bitsandbytes' back ends differ.
 
-    If absmax is quantised too, its decoded values must equal those of the reference's double quantisation, up to the
-    rounding of the mean that is added back. The codes of a large model are judged in pieces, as each layer is packed.
+    If absmax is quantised too, its decoded values must equal the reference's decoded values, up to the rounding of
+    the mean that is added back. The codes of a large model are judged in pieces while its layers are packed.
     """
     wanted = subject.expected_codes.keys() | subject.judged_codes.keys()
     if not wanted:
@@ -44,8 +44,8 @@ def check_codes(subject: Subject, case: Case) -> CheckResult:
 def check_packing(subject: Subject, case: Case) -> CheckResult:
     """QLoRA's `state()` has the reference's NF4 codes and absmax of the original weight, by the rules of the check `codes`.
 
-    All other checks compute with the codes that `state()` shows. Codes that it does not show are not judged here: the
-    other checks then compute with the reference's own.
+    In all other checks, the reference computes with the codes that `state()` shows. If `state()` shows no codes, the
+    reference computes with its own codes, and this check cannot judge the implementation's codes.
     """
     found = []
     block, double = subject.config.block, subject.config.double_quant

@@ -22,16 +22,17 @@ from harness.conformance.tolerance_constants import DRAWS_AT_ONCE, DROPOUT_SIGMA
 from harness.records.record import CheckResult
 
 FEATURES = 32
-"""Number of features with which a right mask drops some features and retains others in nearly every token."""
+"""Smallest number of features with which a correct mask drops some and retains others in nearly every token."""
 TOKENS = 64
-"""Smallest number of tokens that the check uses. For a convolution of few channels, the number of images."""
+"""Smallest number of tokens in the check's input. A convolution gets this number of images, or fewer if it has many
+channels (see `CHANNELS`)."""
 CHANNELS = 4_096
-"""Largest number of channels of all images together, unless that leaves fewer than `IMAGES` images. With more channels, a
-convolution in 16 bits takes minutes."""
+"""Largest number of images times channels. A larger convolution in 16 bits takes minutes. If this number would leave fewer
+than `IMAGES` images, the convolution still gets `IMAGES` images."""
 IMAGES = 8
 """Smallest number of images with which a convolution is checked."""
 MANY = 8_192
-"""Number of equal tokens with which `_share` finds a wrong share of dropped tokens or a mask that repeats itself."""
+"""Number of tokens, all equal, in the input of `_share`."""
 
 
 @check(States.WARM)
@@ -39,12 +40,12 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
     """Training mode drops features of the adapter's input as the config states; eval mode drops none.
 
     Each feature is dropped with probability p or scaled by 1/(1-p). The base gets all features, and the backward pass
-    uses the mask of the forward pass. A mask must not drop a token of many features as a whole, must differ between
-    tokens, and must differ between calls. The random numbers need not equal the reference's.
+    uses the mask of the forward pass. A mask must differ between tokens and between calls. It must not
+    drop or retain all features of a wide token together. The random numbers need not equal the reference's.
 
     In the check's input, every token has only one feature that is not zero. The output must equal the reference's with
-    this feature retained or dropped, which reveals the mask. The gradients are compared with those of the reference
-    with this mask. The binomial distribution bounds the number of dropped features. For a convolution, an image is a
+    this feature retained or dropped, which reveals the mask. The gradients must equal the reference's for this
+    mask. The binomial distribution bounds the number of dropped features. For a convolution, an image is a
     token, and the middle pixel of a channel is the feature. An embedding drops nothing: training mode gives what eval
     mode gives.
     """
@@ -149,12 +150,15 @@ def _rows_as(subject: Subject, path: str, ys: Sequence[Tensor], x: Tensor, masks
 def _masked_outputs(
     masks: Sequence[float], layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor
 ) -> dict[str, Tensor]:
-    """Return an output of the reference's layer in training mode for each factor in `masks`, in place of dropout."""
+    """Return one output of the reference's layer in training mode for each factor in `masks`.
+
+    The layer multiplies all features by the factor instead of dropping some.
+    """
     return {f"y {number}": _masked(mask, layer, tensors, x, dy)["y"] for number, mask in enumerate(masks)}
 
 
 def _whole_tokens(subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: Tensor, p: float) -> int:
-    """Return how many tokens training mode retains or drops as a whole. Each token has many features."""
+    """Return the number of tokens in which training mode retains all features or drops all features."""
     y = observe(layer, {}, x, dy, training=True)["y"]
     retained, dropped = _rows_as(subject, path, [y], x, (1 / (1 - p), 0.0))
     return int((retained | dropped).sum())
@@ -187,9 +191,10 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterato
 
 
 def _share(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterator[str]:
-    """Yield a message if training mode drops another share than p of many tokens, or repeats a mask after some tokens.
+    """Yield a message if the share of dropped tokens is not p, or if the mask repeats itself after some tokens.
 
-    All tokens are equal and have one nonzero feature, so that each output is one of two vectors.
+    The layer runs in training mode on `MANY` equal tokens. A token has one nonzero feature, so that each output is one of
+    two vectors.
     """
     dtype, generator = DTYPES[subject.dtype], torch.Generator().manual_seed(0)
     x, dy = inputs(subject.original_base(path), 1, dtype, generator)

@@ -42,7 +42,9 @@ Signs = tuple[float, ...]
 
 
 _Bases = dict[tuple[Any, ...], Projector]
-"""Cache: (tensor name, step number, dtype, what the old subspace depends on) -> singular vectors of the gradient."""
+"""Cache: (tensor name, step number, dtype, dtype and signs of the earlier steps) -> singular vectors of the gradient.
+
+The last item of the key is empty if the SVD is exact, because only a randomised SVD starts from the old subspace."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,9 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
     - In one step a closure computes the gradients.
     - Between two steps, a new optimizer loads the state_dict of the old one.
 
-    No step changes the gradients. A parameter that is given to a new group leaves its old one, unless `add_param_group`
-    raises ValueError, as that of torch does. An optimizer with the option `bits` also takes the twelve steps with bits=8.
-    This changes nothing, because the moments have fewer than 4096 elements and stay in 32 bits.
+    No step changes the gradients. If a parameter is added to a new group, it leaves its old group, or
+    `add_param_group` raises ValueError, as in torch. An optimizer with the option `bits` also takes the twelve steps with
+    bits=8. This changes nothing, because the moments have fewer than 4096 elements and stay in 32 bits.
     """
     fresh = case.attach_again(rank=2, update_gap=1000)
     if fresh is None:
@@ -279,7 +281,7 @@ def _judgements(
 ) -> Iterator[Judgement]:
     """Compare the subject with the reference, and yield a judgement for each choice of signs.
 
-    The signs are those of the reference's singular vectors at both refreshes. Stop after the first judgement that
+    The signs apply to the reference's singular vectors at both refreshes. Stop after the first judgement that
     passes.
     """
     rank = min(fresh.config.rank, *next(t for t in tensors.values() if t.dim() == 2).shape)
@@ -309,9 +311,9 @@ def _steps_of_reference(
 ) -> dict[str, Tensor]:
     """Return the tensors after each step of the reference, by the same names as `_steps_of_subject`.
 
-    signs: maps the steps with a new subspace to the signs of its vectors; by default those of an exact SVD. bases:
-    singular vectors that an earlier call with the same steps has computed; this call adds its own. as_printed: add eps
-    to sqrt(V / (1 - beta2^t)), as algorithm 2 prints it.
+    signs: maps the number of a step with a new subspace to the signs of its singular vectors. For a step that is missing
+    here, the signs of the float64 SVD are used. bases: cache of singular vectors for calls with the same steps. as_printed:
+    add eps to sqrt(V / (1 - beta2^t)), as algorithm 2 prints it.
     """
     config, seen = fresh.config, {}
     adam: dict[str, Any] = {"beta1": config.beta1, "beta2": config.beta2, "bits": bits}

@@ -13,10 +13,10 @@ from harness.records.record import CheckResult
 
 @check()
 def check_logits(subject: LoaderSubject, case: Case) -> CheckResult:
-    """The logits of the base with the adapter loaded are those that the adapter file gives.
+    """With the adapter loaded, the model gives the logits that the adapter file defines.
 
-    They are compared with the float64 logits that are stored beside the adapter in suites/adapters, computed from the
-    effective weights that the file gives (reference/adapter_file.py). The allowed error is a multiple of the error that
+    The expected logits are stored beside the adapter in suites/adapters. They were computed in float64 from the
+    effective weights that the file defines (reference/adapter_file.py). The allowed error is a multiple of the error that
     the reference has in the dtype of the base.
     """
     have = by_prompt(subject.loaded().logits(subject.adapter.prompts, FIRST))

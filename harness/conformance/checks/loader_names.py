@@ -39,7 +39,7 @@ def check_switch(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_renamed(subject: LoaderSubject, case: Case) -> CheckResult:
-    """An adapter file gives the same logits under a second name, also if it is deleted and loaded again there."""
+    """An adapter file loaded under a second name gives the same logits, also after it is deleted and loaded again."""
     loader, prompts = subject.loaded(), subject.prompts
     loader.load(subject.adapter.folder, _RENAMED)
     have = {name: loader.logits(prompts, name) for name in (_RENAMED, FIRST)}
@@ -55,7 +55,7 @@ def check_renamed(subject: LoaderSubject, case: Case) -> CheckResult:
 def check_hotswap(subject: LoaderSubject, case: Case) -> CheckResult:
     """An adapter that replaces another one in place gives the same logits as after a fresh load.
 
-    The two adapters differ in rank, alpha and values. The check swaps them there and back. The base must not change.
+    The two adapters differ in rank, alpha and values. The check swaps one for the other, and back. The base must not change.
     """
     loader, prompts = subject.fresh(), subject.prompts
     first, second = WeightedAdapterFile(subject.adapter.folder), WeightedAdapterFile(subject.another)
@@ -70,7 +70,7 @@ def check_hotswap(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_hotswap_beside(subject: LoaderSubject, case: Case) -> CheckResult:
-    """Replacing an adapter changes no other one, even if its name begins with the name of the replaced one."""
+    """Replacing an adapter does not change a second adapter, even if the second name begins with the first name."""
     loader = subject.fresh()
     for name in (FIRST, SECOND):
         loader.load(subject.another, name)
@@ -83,7 +83,7 @@ def check_hotswap_beside(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_hotswap_scale(subject: LoaderSubject, case: Case) -> CheckResult:
-    """After a hot-swap, a factor on the scaling multiplies the scaling of the new file, not of the replaced one."""
+    """After a hot-swap, a factor on the scaling multiplies the scaling of the new file, not of the replaced file."""
     loader = subject.fresh()
     loader.load(subject.another, FIRST)
     loader.hotswap(subject.adapter.folder, FIRST)
@@ -130,7 +130,7 @@ def check_delete(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_delete_last(subject: LoaderSubject, case: Case) -> CheckResult:
-    """After the only adapter is deleted, the logits are those of the base, and an adapter can be loaded again."""
+    """After the only adapter is deleted, the model gives the base's logits, and an adapter can be loaded again."""
     loader, prompts = subject.loaded(), subject.prompts
     loader.delete(FIRST)
     have = {"base": loader.logits(prompts, None)}
@@ -142,7 +142,7 @@ def check_delete_last(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_deepcopy(subject: LoaderSubject, case: Case) -> CheckResult:
-    """A copy is independent: loading or merging in one of the two does not change the other."""
+    """A loader and its copy are independent: an adapter that is loaded or merged in one does not change the other."""
     loader, prompts = subject.loaded(), subject.prompts
     first, second = WeightedAdapterFile(subject.adapter.folder), WeightedAdapterFile(subject.another)
     twin = loader.copy()

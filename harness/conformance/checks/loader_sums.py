@@ -1,10 +1,9 @@
 """Checks of sums of adapter files: combined, merged, scaled and switched off.
 
-The effective update of a parameter is its value with the adapter minus its value in the base. The truth of every sum is
-the base plus the weighted sum of the effective updates in float64, whatever the adapters are. For LoRA this is the sum
-of w s B A with the weights w, for the bias c of B (lora_bias) that of w s c, and for modules_to_save that of w (P' -
-P). DoRA has a sum too: its update is m (W + s B A) / ||W + s B A|| - W. A program that cannot represent a sum should
-refuse it (harness.Unsupported).
+The effective update of a parameter is its value with the adapter minus its value in the base. The expected result of
+every sum is the base plus the weighted sum of the effective updates, computed in float64. An adapter with the weight w
+adds w s B A for LoRA, w s c for the bias c of B (lora_bias), and w (P' - P) for modules_to_save. For DoRA it adds
+w (m (W + s B A) / ||W + s B A|| - W). A program that cannot represent a sum should refuse it (harness.Unsupported).
 """
 
 from __future__ import annotations
@@ -122,7 +121,7 @@ def check_merge_undone(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_disabled(subject: LoaderSubject, case: Case) -> CheckResult:
-    """With adapters disabled, the logits are those of the base. After enabling, they are as before."""
+    """While adapters are disabled, the model gives the base's logits. Afterwards it gives the adapter's logits again."""
     loader, prompts = subject.loaded(), subject.prompts
     with loader.disabled():
         have = {"disabled": loader.logits(prompts, FIRST)}

@@ -35,9 +35,10 @@ from harness.records.record import CheckResult
 def check_identity(subject: Subject, case: Case) -> CheckResult:
     """At its start the adapted model computes what the base model computes.
 
-    The outputs are equal to the last bit if the update is exactly zero (LoRA: B = 0) and the base's own product is
-    unchanged. But a kernel may sum in another order, and some starts cancel only in exact arithmetic (PiSSA: residual +
-    s B A = W). Then the error against the base model in float64 may be a multiple of the rounding error in this dtype.
+    The outputs are equal to the last bit if the update is exactly zero (LoRA: B = 0) and the product with the base
+    weight is computed as before. But a kernel may sum in another order, and the start of some Methods equals the base only
+    in exact arithmetic (PiSSA: residual + s B A = W). Then the error against the base model in float64 may be a multiple
+    of the rounding error in this dtype.
     """
     if case.run_model is None or case.base_output is None:
         return skipped(subject, case, "identity", "no whole-model input in this case")
@@ -82,8 +83,8 @@ def check_gradient(subject: Subject, case: Case) -> CheckResult:
 def check_strides(subject: Subject, case: Case) -> CheckResult:
     """Outputs and gradients equal the reference's for other memory layouts, and for an input without tokens.
 
-    The input is a transposed view. The incoming gradient is one row expanded, as in the backward pass of `y.sum(0)`, or
-    one number expanded, as in that of `y.sum()`.
+    The input is a transposed view. The incoming gradient is one expanded row, as `y.sum(0)` sends it backward, or one
+    expanded number, as `y.sum()` sends it.
     """
     found = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
@@ -163,7 +164,7 @@ def _moved_reference(subject: Subject, path: str, dtype: str, x: Tensor, dy: Ten
 def _moved_draws(subject: Subject, path: str, x: Tensor, dy: Tensor) -> Iterator[dict[str, Tensor]]:
     """Yield the tensors after one optimizer step as correct programs with other rounding errors might compute them.
 
-    The first result is that of the reference in the subject's dtype. For the other results, the inputs are moved by up
+    The reference in the subject's dtype gives the first result. For the other results, the inputs are moved by up
     to half a unit in the last place, and the reference computes in float64. These results show how much the step
     amplifies rounding errors, even for a float64 subject. GaLore's SVD amplifies them, for example.
     """
@@ -178,8 +179,7 @@ def _moved_draws(subject: Subject, path: str, x: Tensor, dy: Tensor) -> Iterator
 def check_model(subject: Subject, case: Case) -> CheckResult:
     """The logits and the gradients of the whole model equal the reference's.
 
-    The reference is a float64 copy of the model before attaching, in which the reference's layers replace the adapted
-    ones.
+    The reference is a float64 copy of the original model with the reference's layers in place of the adapted layers.
     """
     if case.forward is None:
         return skipped(subject, case, "model", "no whole-model input in this case")
@@ -196,10 +196,10 @@ def check_model(subject: Subject, case: Case) -> CheckResult:
 def _carried(subject: Subject, case: Case) -> Iterator[Mapping[str, Tensor]]:
     """Yield the whole model's logits and gradients as correct programs with other rounding errors might compute them.
 
-    The first result is that of the reference in the subject's dtype. For each other result, every weight is moved at
+    The reference in the subject's dtype gives the first result. For each other result, every weight is moved at
     random, at most to a neighbouring number of the dtype. This stands for the rounding of intermediate results, where a
-    model loses most accuracy. Several results are needed because a sensitive model carries all roundings into one
-    direction, so one result may have almost no error in any tensor.
+    model loses most accuracy. Several results are needed: in a sensitive model all rounding errors change the
+    results in one direction, where they may happen to cancel.
     """
     forward = case.forward
     if forward is None:

@@ -30,7 +30,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     """Merged layers, and layers that are unmerged again, compute what the float64 reference computes.
 
     A merged layer no longer depends on its adapter; an unmerged layer follows its adapter again, and trains as before.
-    This also holds when another adapter is merged, in training mode and while gradients are recorded.
+    This also holds if the adapter is changed and merged again, in training mode and while gradients are recorded.
     """
     if not subject.adapted.can_merge:
         return skipped(subject, case, "merge", "this adapter cannot be merged")
@@ -134,8 +134,8 @@ def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Te
     """Return what a layer should output, first with its adapter, then with the tensors of the adapter times HALF.
 
     Each of the two items is a pair: the output of the float64 reference, and outputs that correct programs with other
-    rounding errors might give. For a small model, the latter are computed when they are needed. For a large model, they
-    are computed at once, because the reference layers of all paths would not fit into memory together.
+    rounding errors might give. In a small model, the outputs of the pair are computed when they are needed. In a large
+    model, they are computed at once, because the reference layers of all paths would not fit into memory together.
     """
     whole = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
     half = copy.deepcopy(whole)
@@ -156,10 +156,10 @@ def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Te
 def check_detach(subject: Subject, case: Case) -> CheckResult:
     """Detaching restores the base layers themselves and their outputs, and every parameter and buffer of the model.
 
-    This also holds after the layers were used. A parameter that the Method froze may stay frozen; detaching freezes no
-    other. An adapter that is then attached to the same model starts and computes as one on a fresh copy of the model
-    does. If it is merged when it is detached, the base layers come back too; the check `unmerge` judges their values.
-    No second adapter is attached to a quantised base, because its layers cannot be packed twice.
+    This also holds after the layers were used. Detaching freezes no parameter; parameters that the Method froze may stay
+    frozen. A second adapter on the same model then starts and computes like an adapter on a fresh copy of the model.
+    Detaching a merged adapter brings back the base layers, too; the check `unmerge` judges their values. No second adapter
+    is attached to a quantised base, because its layers cannot be packed twice.
     """
     fresh = case.attach_again()
     if fresh is None or fresh.original.model is None:
@@ -212,9 +212,9 @@ def _used(subject: Subject | None, case: Case) -> dict[str, Tensor]:
 def check_save(subject: Subject, case: Case) -> CheckResult:
     """`tensors()` and `state()` are the whole state of an adapter.
 
-    Copied into a freshly attached model they give the same outputs and gradients, to the last bit, also if that model was
-    called with another state before. `state()` returns the adapter's own tensors: values that are copied into them are
-    there at the next call.
+    Copied into a freshly attached model, they give the same outputs and gradients, to the last bit, even if that model
+    has already run with another state. `state()` returns the adapter's own tensors, not copies, so that a
+    program can load values by writing to them.
     """
     fresh = case.attach_again()
     if fresh is None:

@@ -29,7 +29,7 @@ def check_outputs(subject: OperationSubject, case: Case) -> CheckResult:
 
 @check()
 def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
-    """Every code that the Operation returns is that of the nearest level, unless rounding decides between two."""
+    """Every code that the Operation returns stands for the nearest level, or for either level if rounding decides."""
     if subject.operation.codes is None:
         return skipped(subject, case, "output_codes", "this Operation returns no codes, or `outputs` judges them")
     found = operation_call.judge_codes(subject, subject.operation.codes, subject.call(), case)
@@ -40,7 +40,7 @@ def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
 def check_rounded_once(subject: OperationSubject, case: Case) -> CheckResult:
     """A 16-bit result that needs one rounding equals the correctly rounded float64 result in nearly every element.
 
-    The noise floor of `outputs` would not notice a second rounding, such as that of a table of levels in bfloat16.
+    The check `outputs` would not notice a second rounding, for example in a table of levels in bfloat16.
     """
     names = subject.operation.rounded_once
     if not names or subject.dtype in ROUNDED_SUMS:
@@ -67,7 +67,7 @@ def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
 
 @check(depends_on_sizes=False)
 def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
-    """A call changes none of its arguments, and its backward pass changes neither these nor the incoming gradients."""
+    """A call does not change its arguments. Its backward pass changes neither the arguments nor the incoming gradients."""
     given = cloned(subject.arguments)
     subject.function(**given)
     seen, before = operation_call.flatten(given), operation_call.flatten(subject.arguments)
@@ -116,7 +116,7 @@ def check_nonfinite(subject: OperationSubject, case: Case) -> CheckResult:
     """A NaN in an argument reaches every output that it reaches in the reference.
 
     One element of each floating argument in turn is NaN. Where the reference returns NaN, the Operation returns NaN or
-    infinity; otherwise a training run would go on with invented numbers.
+    infinity. A finite number would hide the fault, and training would go on with it.
     """
     if 0 in (subject.arguments.get("scaling"), *subject.arguments.get("scalings", ())):
         return skipped(subject, case, "nonfinite", "an update that is scaled by 0 need not be computed")

@@ -1,4 +1,4 @@
-"""Checks of a Method's own optimizer that need no reference: what every optimizer of torch does."""
+"""Checks that a Method's own optimizer behaves as every optimizer of torch does. They need no reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check that calls of an implementation whose backward passes are still to come do not disturb each other."""
+"""Check that several forward calls before the first backward pass do not disturb each other."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def check_overlap(subject: Subject | OperationSubject, case: Case) -> CheckResul
     """Calls with inputs of one shape do not disturb each other, even if all run before the first backward pass.
 
     A layer is called three times with different inputs and an Operation twice, then the backward passes run in the same
-    order. Each call gives what the reference gives for its own input. A later call changes nothing that an earlier one
+    order. Each call gives what the reference gives for its own input. A later call changes nothing that an earlier call
     returned or saved for its backward pass, and the gradients of all calls are added up, as when gradients are
-    accumulated over batches. What is wrong in a single call already is left to other checks.
+    accumulated over batches. Other checks report a call that is wrong even alone.
     """
     found = list(_of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:

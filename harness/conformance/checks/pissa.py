@@ -30,7 +30,7 @@ from reference.pissa import exact_svd, fast_svd
 _STARTS = 4
 """Number of times that an implementation with a randomised SVD is attached."""
 _REFERENCE_STARTS = 32
-"""Number of the reference's randomised SVDs, which give the mean and the standard error."""
+"""Number of randomised SVDs of the reference from which `check_principal` takes the expected mean of ||s B A||^2."""
 _LEAST_RESIDUAL = 0.125
 """Least ||W_res|| / ||W|| at which float32 errors of W - s B A are far below the 16-bit rounding errors of W_res."""
 
@@ -39,9 +39,10 @@ _LEAST_RESIDUAL = 0.125
 def check_residual(subject: Subject, case: Case) -> CheckResult:
     """At PiSSA's start W_res + s B A is the original weight.
 
-    The allowed error is that of the reference's own split in this dtype: W_res contains the rounding errors of A and
-    B  (PiSSA, eqs. 2 to 5). In 16 bits, W_res is also W - s B A of the rounded factors, correctly rounded, in nearly every
-    element. This is not required of a W_res much smaller than W, in which the errors of float32 show.
+    The allowed error is a multiple of the reference's error in this dtype. W_res contains the rounding errors of A and
+    B  (PiSSA, eqs. 2 to 5). In 16 bits, nearly every element of W_res must also be the correctly rounded value of W - s B A,
+    computed from the rounded factors. This is not required if W_res is much smaller than W, because it then shows the
+    errors of float32.
     """
     fresh = case.attach_again()
     if fresh is None or not all(f"{path}.residual" in fresh.state() for path in fresh.bases):

@@ -69,8 +69,8 @@ def check_parameters(subject: Subject, case: Case) -> CheckResult:
 def check_base(subject: Subject, case: Case) -> CheckResult:
     """Attaching changes no parameter and no buffer of the model, not by one bit.
 
-    Quantising (packing) the base changes none outside the packed layers; the check `codes` judges the packed ones. For
-    `method: peft` the adapted weights are left out where the method's start rewrites them (OLoRA, PiSSA, LoftQ).
+    Quantising (packing) the base changes no tensor outside the packed layers; the check `codes` judges the packed layers.
+    For `method: peft` the adapted weights are left out if the method's start rewrites them (OLoRA, PiSSA, LoftQ).
     """
     if subject.original.model is None and not subject.original.crc32:
         return skipped(subject, case, "base", "there is neither a copy nor a checksum of the model before attaching")

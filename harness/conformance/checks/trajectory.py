@@ -25,7 +25,7 @@ STEPS = 3
 def check_trajectory(subject: Subject, case: Case) -> CheckResult:
     """Three optimizer steps of the whole model leave every trainable tensor where the float64 reference leaves it.
 
-    Each step has another gradient, and includes the Method's own term of the loss and its work between steps. The
+    Each step has another gradient, and includes the Method's own loss term and the Method's own work after a step. The
     optimizer is the Method's own, or torch's fused AdamW with weight decay, so that its moments are compared too.
     """
     if subject.dtype == "float64":

@@ -23,16 +23,16 @@ from harness.process.out_of_memory import shortage
 from harness.records.record import CheckResult
 
 _NUDGE = 0.05
-"""Factor of the noise that is added to a tensor. With 1, a noise matrix would keep the length of a vector. Training
-moves a tensor about as far as the scaled noise."""
+"""Factor of the noise that is added to a tensor. The noise then moves a tensor about as far as training does. Without the
+factor, a matrix of noise would be large enough to keep the length of a vector."""
 _TOO_LARGE = "the model is too large to be copied"
 
 
 class Unreferenced(Adapted, Protocol):
-    """An adapter without a reference, which `method: peft` attaches. It may be of any kind that its library offers."""
+    """An adapter without a reference, attached by `method: peft`. Its library may offer any type of adapter."""
 
     starts_as_base: bool
-    """True if the library promises that the output at the start equals that of the base model."""
+    """True if the library promises that the output at the start equals the base model's output."""
     bases: Callable[[], Mapping[str, nn.Module]]
     """Function that returns the layers under the adapter, by path."""
     reloaded: Callable[[nn.Module], nn.Module]
@@ -42,7 +42,7 @@ class Unreferenced(Adapted, Protocol):
 def nudged(subject: Subject, generator: torch.Generator) -> Subject:
     """Return a copy of the subject with noise added to every trainable tensor.
 
-    At the start, before any noise, a gradient may be zero: in LoRA, that of A while B is zero.
+    Without noise, some gradients at the start are zero. In LoRA, for example, A gets a gradient of zero while B is zero.
     """
     adapted = copy.deepcopy(cast("Unreferenced", subject.adapted))
     with torch.no_grad():
@@ -150,8 +150,8 @@ def check_reload(subject: Subject, case: Case) -> CheckResult:
 def check_merge_itself(subject: Subject, case: Case) -> CheckResult:
     """Merging does not change the outputs of the model, and after unmerging they depend on the adapter again.
 
-    The allowed error is twice the rounding error of the model in its dtype, or that of weights that are rounded once
-    more. The merged model no longer depends on the adapter. The check works on a copy.
+    The allowed error is a multiple of the rounding error of the model in its dtype, or of a copy whose weights are rounded
+    once more. The merged model no longer depends on the adapter. The check works on a copy.
     """
     if not is_small(subject.model):
         return skipped(subject, case, "merge_itself", _TOO_LARGE)
@@ -213,9 +213,9 @@ def _round_once_more(adapted: Unreferenced, dtype: str, generator: torch.Generat
 
 
 def _added(adapted: Unreferenced) -> list[Tensor]:
-    """Return the trainable tensors that do not belong to the base layers.
+    """Return the trainable tensors that are not parameters of the base layers.
 
-    For example, the tensors of LayerNorm tuning belong to the base layers once they are merged.
+    In LayerNorm tuning, for example, merging makes the trainable tensors parameters of the base layers.
     """
     own = {id(p) for base in adapted.bases().values() for p in base.parameters()}
     return [t for t in adapted.tensors().values() if id(t) not in own]

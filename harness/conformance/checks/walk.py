@@ -31,7 +31,7 @@ copies of the model."""
 
 @check(States.INIT, only_wide=True)
 def check_walk(subject: Subject, case: Case) -> CheckResult:
-    """Random walks leave outputs, gradients and tensors where the float64 reference, taken through the same walk, has them.
+    """In random walks, outputs, gradients and tensors equal those of the float64 reference that takes the same walk.
 
     A walk is a sequence of up to 20 actions, called rules: forward and backward, micro-batches, optimizer steps, a
     scheduler, train and eval, no_grad, inference_mode, checkpointing, hooks, deepcopy, load_state_dict, resuming from a

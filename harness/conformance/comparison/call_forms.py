@@ -36,7 +36,7 @@ class Call:
     training: bool
     """True if the layer is run in training mode. It then has no dropout, so that both modes must compute the same."""
     numbers: Sequence[Tensor] = ()
-    """All tensors that determine the output: those of the adapter, of its state, and of the base layer."""
+    """All tensors that determine the output: the adapter's tensors and state, and the parameters of the base layer."""
 
     def observe(
         self, x: Tensor, dy: Tensor, layer: nn.Module | None = None, training: bool | None = None, **how: Any
@@ -54,7 +54,7 @@ class Call:
     def in_shape(self, seen: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
         """Give the output in `seen` the shape of `self.dy`, and the gradient of x the shape of `self.x`. Return `seen`.
 
-        An output that has not the shape of the incoming gradient `dy` stays as it is, so that a comparison fails.
+        An output whose shape differs from the incoming gradient `dy` stays as it is, so that a comparison fails.
         """
         if seen["y"].shape == dy.shape:
             seen["y"] = seen["y"].reshape(self.dy.shape)
@@ -75,7 +75,7 @@ class Form:
     run: Callable[[Call], dict[str, Tensor] | None]
     """Function that calls the layer and returns the output and the gradients; None if the form does not apply."""
     leaves_out: Literal["", "all gradients", "grad x", "the tensors' gradients"] = ""
-    """Part that is missing from the result of `run`, compared with the output and all gradients."""
+    """Gradients that are missing from the result of `run`. Empty if none is missing."""
     rounds_differently: bool = False
     """True if a correct layer rounds differently in this form.
 
@@ -84,7 +84,7 @@ class Form:
     """
 
     def shown(self, names: Iterable[str]) -> list[str]:
-        """Return the part of `names`, names of an output and gradients, that the result of `run` contains."""
+        """Return those of `names` that the result of `run` contains. names: names of the output and of all gradients."""
         outputs, gradients = ("y",), ("y", "grad x")
         match self.leaves_out:
             case "all gradients":
@@ -145,14 +145,14 @@ WITHOUT_GRADIENTS: dict[str, tuple[Callable[[], Any], bool]] = {
     "under inference_mode": (torch.inference_mode, False),
     "under no_grad in training mode": (torch.no_grad, True),
 }
-"""Name -> context without gradients, and whether the layer is in training mode."""
+"""Name -> (function that returns a context without gradients, whether the layer is in training mode)."""
 
 
 def forms_without_gradients(layouts: Mapping[str, Layout]) -> dict[str, Form]:
     """Return forms that call the layer without gradients, in each mode and with the input in each of the layouts.
 
-    Each mode has two more forms. One returns an output as it is after a later call with another input. The other calls the
-    layer with single rows, and returns their outputs after the last call.
+    Each mode has two more forms. The first calls the layer, calls it again with another input, and then returns the output
+    of the first call. The second calls the layer on one row at a time, and returns all outputs after the last call.
     """
 
     def form(
@@ -302,9 +302,9 @@ def _compiled(call: Call) -> dict[str, Tensor]:
 
 
 def _repeated(call: Call) -> dict[str, Tensor]:
-    """Run forward and backward many times. Return output and gradients of a run that differs from the first.
+    """Run forward and backward many times. Return output and gradients of a run that differs from the first run.
 
-    If none differs, return those of the first run.
+    If no run differs, return the output and gradients of the first run.
     """
     first = call.observe(call.x, call.dy)
     later = (call.observe(call.x, call.dy) for _ in range(REPEATS))
@@ -312,7 +312,7 @@ def _repeated(call: Call) -> dict[str, Tensor]:
 
 
 def _long_run(call: Call) -> dict[str, Tensor]:
-    """Call the layer many times without gradients, and return an output that differs from the first, if one does."""
+    """Call the layer many times without gradients. Return an output that differs from the first, or else the first."""
     with torch.no_grad(), preserved_state(call.layer, call.tensors, training=False):
         first = {"y": call.layer(call.x).clone()}
         later = ({"y": call.layer(call.x)} for _ in range(LONG_RUN))
@@ -320,10 +320,10 @@ def _long_run(call: Call) -> dict[str, Tensor]:
 
 
 def _threaded(call: Call) -> dict[str, Tensor]:
-    """Call the layer in several threads at once, and return an output that differs from a call without threads.
+    """Call the layer in several threads at once, and return an output that differs from the output without threads.
 
-    Each thread has its own input. Only outputs for `call.x` are returned. If none differs, return the output without
-    threads.
+    One thread uses `call.x`, the others use another input. Only an output for `call.x` is returned. If no such output
+    differs, return the output without threads.
     """
 
     def run(x: Tensor) -> list[Tensor]:

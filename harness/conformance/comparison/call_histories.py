@@ -34,7 +34,7 @@ def _in_parts(call: Call, parts: list[tuple[Tensor, Tensor]]) -> dict[str, Tenso
 
 
 def _micro_batches(call: Call) -> dict[str, Tensor]:
-    """Call the layer on the first row, then on all others."""
+    """Call the layer on the first row, then on the remaining rows."""
     return _in_parts(call, [(call.x[:1], call.dy[:1]), (call.x[1:], call.dy[1:])])
 
 
@@ -47,7 +47,7 @@ def _token_by_token(call: Call) -> dict[str, Tensor] | None:
 
 
 def _image_by_image(call: Call) -> dict[str, Tensor] | None:
-    """Call the layer on one image (C, H, W) at a time. As nn.Conv2d, it must take an image without a batch dimension."""
+    """Call the layer on one image (C, H, W) at a time, without a batch dimension. nn.Conv2d accepts such an image, too."""
     return _in_parts(call, list(zip(call.x, call.dy, strict=True))) if call.x.dim() == 4 else None
 
 
@@ -85,7 +85,7 @@ def _with_strided_tensors(call: Call) -> dict[str, Tensor]:
 def _with_hooks(call: Call) -> dict[str, Tensor]:
     """Call the layer with a forward pre-hook, a forward hook and a backward hook.
 
-    If they are not called once each and in order, add the entry `calls of hooks`, which lets the comparison fail.
+    If the hooks are not called once each and in order, add the entry `calls of hooks`, so that the comparison fails.
     """
     called: list[str] = []
     handles = [

@@ -34,12 +34,12 @@ class _Scaled:
     truth: Tensor
     """The truth in float64."""
     unit: float
-    """Largest magnitude in `truth`, or 1 if that is 0 or infinite. Distances are computed in this unit, because the
+    """Largest magnitude in `truth`, or 1 if it is 0 or infinite. Distances are computed in this unit, because the
     squares of numbers below 1e-154 are 0."""
     units: Tensor
     """`truth` divided by `unit`."""
     scale: float
-    """Norm of `units`, or 1 if that is 0."""
+    """Norm of `units`, or 1 if the norm is 0."""
 
     @classmethod
     def of(cls, truth: Tensor) -> _Scaled:
@@ -61,7 +61,7 @@ class _Scaled:
 
 
 class Distances:
-    """Distances from the float64 truths of one judgement, which are several tensors by name.
+    """Distances of named tensors from the tensors of the same names in the float64 reference.
 
     subject: the tensors to judge. truth: the tensors of the reference in float64.
     """
@@ -71,13 +71,13 @@ class Distances:
         self._subject, self._scaled, self._own = subject, dict[str, _Scaled](), dict[str, Distance]()
 
     def of(self, name: str, value: Tensor) -> Distance:
-        """Return the distance of `value` from the truth of this name."""
+        """Return the distance of `value` from the reference's tensor `name`."""
         if name not in self._scaled:
             self._scaled[name] = _Scaled.of(self.truth[name])
         return self._scaled[name].distance_of(value)
 
     def of_subject(self, name: str) -> Distance:
-        """Return the distance of the subject's tensor. It is computed once and kept."""
+        """Return the distance of the subject's tensor `name` from the reference's. It is computed once and kept."""
         if name not in self._own:
             self._own[name] = self.of(name, self._subject[name])
         return self._own[name]

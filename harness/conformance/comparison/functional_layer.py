@@ -14,7 +14,7 @@ from harness.conformance.operation import Arguments, draw
 from reference import dora, lora
 
 _TIMES = (1.0, 0.5, 3.0)
-"""Scalings of several layers, as multiples of that of the first layer."""
+"""Scalings of several layers, as multiples of the first layer's scaling."""
 
 
 class Masked(nn.Module):
@@ -35,8 +35,8 @@ class Masked(nn.Module):
 def apply_layer(layer: nn.Module, x: Tensor, mask: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return layer(x), with `tensors` as the layer's own tensors and with `mask` in place of its dropout.
 
-    Gradients reach `tensors`. This would not work with the layer's own tensors: they are leaves, which pass no
-    gradients on.
+    Gradients flow back through `tensors`. They would not if the values were copied into the layer's own parameters,
+    because these are leaves of the graph.
     """
     layer.dropout = Masked(mask)
     y: Tensor = torch.func.functional_call(layer, dict(tensors), (x,))

@@ -30,9 +30,9 @@ def inputs(
     """Return an input x and an incoming gradient dy for the layer `base`.
 
     Both are drawn in float64, so that every dtype sees the same numbers. A linear layer gets x (T, D) and dy (T, E). An
-    embedding gets token numbers (T,) and dy (T, dim); the last of several tokens is its padding entry, if it has one. A
-    Conv2d gets at most `images` images (N, C, H, W). Stacked experts get x and dy (T, D); see `stacked_experts`.
-    magnitude: magnitude of x, see `magnitudes.vary`.
+    embedding gets token numbers (T,) and dy (T, dim). If it has a padding entry and T is above 1, the last token is the
+    padding entry. A Conv2d gets at most `images` images (N, C, H, W). Stacked experts get x and dy (T, D); see
+    `stacked_experts`. magnitude: magnitude of x, see `magnitudes.vary`.
     """
     layer: Any = base
     if isinstance(base, nn.Embedding):
@@ -75,5 +75,5 @@ def features(base: nn.Module) -> tuple[int, int]:
 
 
 def takes_rows(base: nn.Module) -> bool:
-    """Return whether the layer maps rows of features to rows of features, each by itself, with any leading dimensions."""
+    """Return whether the layer takes inputs (..., D) and maps each row of D features independently of all other rows."""
     return not isinstance(base, nn.Embedding | nn.Conv2d) and kind_of(base) != "experts"

@@ -24,7 +24,8 @@ RunLayer = Callable[..., dict[str, Tensor]]
 class PlausibleResults:
     """Outputs and gradients of a layer as correct programs with other rounding errors might compute them.
 
-    Each item has both by name. It is computed when it is first needed, and then stored.
+    Each item is a dict with the output and gradients, by name, of one such program. An item is computed when it is first
+    needed, and then stored.
     """
 
     def __init__(self, make: Iterator[dict[str, Tensor]]) -> None:
@@ -47,9 +48,9 @@ def observe_with_reference(
     training: bool = False,
     run: RunLayer = observe,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], PlausibleResults]:
-    """Run the subject's layer and the reference's layer by `run` on the same input.
+    """Run the subject's layer and the reference's layer on the same input, both with the function `run`.
 
-    Return the subject's output and gradients, followed by both results of `reference_runs`.
+    Return the subject's output and gradients, followed by the two results of `reference_runs`.
     """
     mine = run(layer, subject.tensors_of(path), x, dy, training=training)
     return mine, *reference_runs(subject, path, x, dy, run=run)
@@ -58,10 +59,10 @@ def observe_with_reference(
 def reference_runs(
     subject: Subject, path: str, x: Tensor, dy: Tensor, *, run: RunLayer = observe
 ) -> tuple[dict[str, Tensor], PlausibleResults]:
-    """Run the reference's layer at `path` by `run`.
+    """Run the reference's layer at `path` with the function `run`.
 
-    Return its output and gradients in float64, and those that correct programs in the subject's dtype might give. See
-    `runs_of`.
+    Return output and gradients in float64, and then the output and gradients that correct programs in the subject's dtype
+    might give. See `runs_of`.
     """
     wide, own = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
     return runs_of(wide, own, subject.dtype, x, dy, run=run, narrow=partial(subject.reference, path, "float32"))
@@ -77,16 +78,16 @@ def runs_of(
     run: RunLayer = observe,
     narrow: Callable[[], ReferenceLayer] | None = None,
 ) -> tuple[dict[str, Tensor], PlausibleResults]:
-    """Return output and gradients of the float64 reference, and those that correct programs in `dtype` might give.
+    """Return output and gradients of the float64 reference, and then results that correct programs in `dtype` might give.
 
-    wide: the reference in float64. own: the reference in `dtype`. run: function that runs a layer, and that may change
-    it. narrow: function that returns the reference in float32. It is called if `dtype` is float64.
+    wide: the reference in float64. own: the reference in `dtype`. run: function that runs a layer and may change the
+    layer. narrow: function that returns the reference in float32. It is called if `dtype` is float64.
 
-    The first result in `dtype` is that of `own`, which may happen to have almost no rounding error. For every further
+    The layer `own` gives the first result in `dtype`, which may happen to have almost no rounding error. For every further
     result, each number in the input and in the layer is moved by up to half a unit in the last place of `dtype`, as
     rounding might move it. If `dtype` has 16 bits, the layer then runs in float64. Otherwise it runs in `dtype`, so
-    that each result also has other rounded sums. Afterwards the layers hold moved numbers. In float64, the second
-    result shows the errors of the float64 reference itself, if `narrow` is given; see `with_error_of_float64`.
+    that each result also has other rounded sums. Afterwards the layers hold moved numbers. If `dtype` is float64 and
+    `narrow` is given, the second result shows the errors of the float64 reference itself; see `with_error_of_float64`.
     """
     exactly = cast(x, "float64"), dy.double()
     truth = run(wide.layer, wide.tensors, *exactly)

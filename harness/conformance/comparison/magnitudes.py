@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 _LARGE = {torch.float16: 2.0**7}
-"""dtype -> factor between normal inputs and `large` or `small` ones, for dtypes with a small range. With this factor,
-sums of products stay finite."""
+"""dtype -> factor of `large` inputs and divisor of `small` inputs, for dtypes with a small range. The factor is so small
+that sums of products stay finite."""
 _LARGE_ELSEWHERE = 2.0**60
 _HUGE = {torch.float16: 2.0**10}
 _HUGE_ELSEWHERE = 2.0**110
@@ -27,7 +27,7 @@ def vary(drawn: Tensor, magnitude: str, dtype: torch.dtype) -> Tensor:
     dtype: the dtype to which the inputs will be cast. magnitude: `normal` changes nothing. `large` multiplies by a
     power of two, and `small` divides by it. In float16 this power is small enough not to overflow. `outlier` makes one
     feature large. `zero-rows` sets every second row to zero. `huge` is near the largest number of the dtype, and `tiny`
-    below the smallest one with all digits. `constant` is one in all places. `positive` has no negative number.
+    below its smallest normal number. `constant` is 1 everywhere. `positive` has no negative number.
     """
     factor = _LARGE.get(dtype, _LARGE_ELSEWHERE)
     if magnitude == "large":

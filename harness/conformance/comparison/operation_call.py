@@ -36,9 +36,10 @@ def judge(
 ) -> tuple[Judgement, str]:
     """Judge the outputs `mine` of a call. Return the judgement, and a detail as text.
 
-    First, dtype, shape and device must be those of the reference. Then the values are judged by the Operation's own
-    rule. If the Operation has no rule, they must be within the noise floor of the reference. given: the subject's
-    arguments in another memory layout, if the call got these. The reference's sums then have another order, too.
+    First, dtype, shape and device must equal the reference's. Then the values are judged by the Operation's own
+    rule. If the Operation has no rule, they must be within the noise floor of the reference. given: the arguments of
+    the call, if they are a copy of the subject's in another memory layout. The reference is then also called with them,
+    because its sums may have another order.
     """
     if given is not None:
         return _judge(subject, mine, case, given)
@@ -72,7 +73,7 @@ def _judge(
 
 
 def ill_formed(mine: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Judgement | None:
-    """Return a failure for the first tensor whose dtype, shape or device is not that of the reference.
+    """Return a failure for the first tensor whose dtype, shape or device differs from the reference's.
 
     If there is no such tensor, return None.
     """
@@ -172,7 +173,7 @@ def backward(
     A leaf that gets no gradient has zeros. layout: see Layout. used: names of the outputs that get a gradient; by
     default all. times: number of backward passes through the same graph. Only the last one is returned. zeros:
     begin with gradients of zeros, as `zero_grad(set_to_none=False)` leaves them. incoming: the gradient of each output, in
-    place of a random one; the last pass gets these very tensors.
+    place of a random one. The last pass gets these tensors themselves, not copies.
     """
     incoming = incoming_gradients(outputs, case, layout) if incoming is None else incoming
     given = [name for name, y in outputs.items() if y.requires_grad and (used is None or name in used)]

@@ -143,7 +143,11 @@ def _after_overwriting(subject: OperationSubject, judge: Callable[[str, _Named],
 
 
 def _gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
-    """Yield judgements of gradients: of one argument, from one output, in other layouts, in a second backward pass."""
+    """Yield judgements of the Operation's gradients.
+
+    Backward is called for one argument alone, from one output alone, with other layouts of the incoming gradients, twice
+    through one graph, with gradients of zeros, and with arguments that are not leaves.
+    """
     differentiable, factor = subject.operation.differentiable, case.factor("calls")
 
     def judge(form: str, **how: Any) -> Judgement:
@@ -245,7 +249,7 @@ def _judge_changed(
 
 
 def _change(tensor: Tensor) -> Tensor:
-    """Change a tensor in place: halve numbers, and move codes or indices by one place."""
+    """Change a tensor in place: halve floating-point numbers, and shift codes or indices by one place."""
     return tensor.mul_(HALF) if tensor.is_floating_point() else tensor.copy_(tensor.roll(1, 0))
 
 

@@ -24,7 +24,7 @@ def optimizer_of(
     zero would dominate the error, and two correct programs could differ by any factor. In float16 the usual eps, 1e-8,
     would even be zero.
 
-    fused: let AdamW be torch's fused one. It writes into the tensors without raising their `_version`, as bitsandbytes'
+    fused: use torch's fused AdamW. It writes into the tensors without raising their `_version`, as bitsandbytes'
     optimizers do, so that a cache that relies on the version is wrong after the step.
     """
     lr = max(1e-2, LEARNING_RATE_EPS * EPSILON[dtype])

@@ -22,7 +22,7 @@ _CHOSEN = 2
 def fix_routing(module: nn.Module) -> None:
     """Let `module` be called without a choice of experts. A call with a choice is left as it is.
 
-    module: a module of stacked experts, or a layer that adapts one. If this was done before, nothing changes.
+    module: a module of stacked experts, or an adapter layer around such a module. A second call changes nothing.
     """
     if _with_choice not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(_with_choice)

@@ -13,10 +13,10 @@ _Found = TypeVar("_Found")
 
 
 def at_once(call: Callable[[_Given], _Found], given: Sequence[_Given]) -> list[_Found]:
-    """Return `call(one)` for each one of `given`. Every call has a thread of its own, and all start at the same time.
+    """Return `call(item)` for each item of `given`. Every call has a thread of its own, and all start at the same time.
 
-    Triton's interpreter replaces functions of Triton while a kernel runs, so two threads would disturb each other. If it
-    is on, the calls run one after another.
+    If Triton's interpreter is on, the calls run one after another. It replaces functions of Triton while a kernel runs, so
+    two threads would disturb each other.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         return [call(one) for one in given]

@@ -37,7 +37,7 @@ ROUNDED_SUMS = ("float32", "float64")
 
 @dataclass(frozen=True)
 class Judgement:
-    """Result of a comparison: whether all tensors passed, and details of the tensor with the worst error / allowed."""
+    """Result of a comparison: whether all tensors passed, and details of the tensor with the largest error / allowed."""
 
     passed: bool
     error: float | None
@@ -97,10 +97,11 @@ def _by_draws(
     policy: str,
     judge: Callable[[Sequence[Mapping[str, Distance]]], Judgement],
 ) -> Judgement:
-    """Judge by the errors of more and more draws, and return the first judgement that passes.
+    """Judge with one draw, then with two and so on, and return the first judgement that passes.
 
-    A draw is a result that a correct program with other rounding errors might give. Each judgement uses all draws so
-    far. If none passes, return the last. No further draws are made if they could hardly explain the error.
+    A draw is a result that a correct program with other rounding errors might give. Its errors decide how large the
+    subject's errors may be. If no judgement passes, return the last one. Stop early if further draws could hardly explain
+    the subject's error.
     """
     drawn: list[dict[str, Distance]] = []
     verdict = worst_of([], policy)
@@ -155,7 +156,7 @@ def carried_noise(
     dtype: str,
     factor: float = CARRIED_FACTOR,
 ) -> Judgement:
-    """Judge tensors that passed through many layers. The rule is that of `noise_floor`, with two exceptions.
+    """Judge tensors that passed through many layers. The rule is the same as in `noise_floor`, with two exceptions.
 
     First, the projection on the truth is not judged, because later layers amplify rounding errors so that a whole
     tensor may grow or shrink. Second, the reference's error in a single tensor may happen to be small. If the median of

@@ -1,4 +1,4 @@
-"""Run the whole model as it trains, and make copies of it with the reference's layers."""
+"""Run a whole model forward and backward, as in training, and build copies of it with the reference's layers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def base(subject: Subject, dtype: str) -> nn.Module:
 
 
 def start(subject: Subject, dtype: str) -> nn.Module:
-    """Return a model like that of `base`, with the Method's reference attached in the state from which it trains."""
+    """Return the model that `base` returns, with the Method's reference attached in the state from which training starts."""
     model = base(subject, dtype)
     attach_reference(subject.method, model, subject.config, None, torch.Generator().manual_seed(0))
     return model.eval()

@@ -40,12 +40,12 @@ def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
     """Yield each combination as values of some factors. The other factors of its case have their plainest values.
 
     - beta2 near 1, with a step shortly after 1 / (1 - beta2), where the bias correction is 0.8.
-    - In float16 a large gate before each activation. Without DoRA, which would divide by the norm of its weight.
+    - In float16 a large gate before each activation. DoRA is off here, because it would divide by the norm of the gate.
     - A square layer with each kind of layer, and with each option that is a word or a switch. In a square layer, a
       transposed weight has the right shape and is noticed only by its values.
     - An embedding with more entries than 16 bits can count.
     - A scaling of 1, for which a program may have a shorter path, with dropout.
-    - A bias of B in a model whose layers all have a bias. HF peft can merge it only there.
+    - A bias of B in a model whose layers all have a bias. HF peft can merge a bias of B only in such layers.
     """
     if "step" in factors and "beta2" in factors:
         for beta in (*factors["beta2"].levels, *factors["beta2"].extremes):

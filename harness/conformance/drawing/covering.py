@@ -30,7 +30,7 @@ def every_pair(levels: Mapping[str, Sequence[Any]]) -> list[Pair]:
 def every_level(levels: Mapping[str, Sequence[Any]], beside: str) -> list[Pair]:
     """Return one pair for each level of each factor except `beside`.
 
-    The other half of each pair is the first level of `beside`, which is the last factor.
+    Each pair joins this level with the first level of `beside`. beside: the last factor of `levels`.
     """
     return [((name, i), (beside, 0)) for name in levels if name != beside for i in range(len(levels[name]))]
 
@@ -57,8 +57,8 @@ def covering(
 
     The result is deterministic. Each row begins with a pair that is still missing. For every other factor, the row
     takes the level that adds most missing pairs. If this row is not valid, another row is made for the pair. It begins
-    as a valid row: the row of all first levels, an earlier row or a random row, in each case with the levels of the
-    pair put in. Then every other factor takes the level that adds most missing pairs and leaves the row valid.
+    as a valid row: the row of all first levels, an earlier row or a random row, with the levels of the pair put in.
+    Then every other factor takes the level that adds most missing pairs and leaves the row valid.
     """
 
     def fits(row: Row) -> bool:
@@ -97,7 +97,7 @@ def _filled(
     """Return a row that contains `pair` and many of the missing pairs.
 
     The other factors get their levels in turn. Each gets the level that adds most missing pairs, among the levels that
-    `fits` accepts. For this test, factors without a level have their level of `start`.
+    `fits` accepts. `fits` tests a whole row, in which factors without a level yet have their level of `start`.
     """
     row = dict(pair)
     for name in levels:

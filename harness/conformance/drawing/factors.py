@@ -179,7 +179,7 @@ def _of_hint(parameter: inspect.Parameter, hint: Any) -> Factor:
 
 
 def _others(values: Sequence[Any], levels: Sequence[Any], least: float | None, most: float | None) -> tuple[Any, ...]:
-    """Return the items of `values` that lie between `least` and `most` and are not in `levels`. None is no bound."""
+    """Return the items of `values` that lie between `least` and `most` and are not in `levels`. None means no bound."""
     low, high = -math.inf if least is None else least, math.inf if most is None else most
     return tuple(value for value in values if low <= value <= high and value not in levels)
 

@@ -60,11 +60,11 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     lack it, such as an option of the Method or another kind of layer.
 
     The sample has five parts. In the first part, optional factors have their plainest level, and every pair of levels
-    of two other factors occurs. In the second part, every other level of each optional factor occurs, or with
-    `wanted.full` every pair of levels of any two factors. In the third part, every other level of each optional factor
-    occurs while all other factors have their plainest level: an implementation that lacks one option skips every case
-    that combines it with other options. In the fourth part, each extreme value occurs once, beside plain values. The
-    fifth part has the combinations of `drawing.combinations`, and for an Operation those of `beyond_16_bits`.
+    of two other factors occurs. In the second part, every level of each optional factor occurs, or with
+    `wanted.full` every pair of levels of any two factors. In the third part, every level of each optional factor occurs
+    while all other factors have their plainest level: an implementation that lacks an option skips every case that
+    combines this option with others. In the fourth part, each extreme value occurs once, beside plain values. The
+    fifth part has the combinations of `drawing.combinations`, and for an Operation the values of `beyond_16_bits`.
     """
     # 16 bits first, so that what a first call caches in its dtype shows in the wider ones.
     examples: list[AnyCase] = [*plan.cases(wanted, dtypes)]
@@ -102,10 +102,10 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
 def _extremes(
     there: Mapping[str, Factor], rows: Sequence[dict[str, Any]], valid: Callable[[dict[str, Any]], bool]
 ) -> Iterator[dict[str, Any]]:
-    """Yield a case for each extreme value of each factor. Magnitudes are tried in every dtype, other values in one.
+    """Yield a case for each extreme value of each factor. All other factors have their plainest values.
 
-    The other factors have their plainest values. If the extreme value is not valid with these, they have the values of
-    the first of `rows` with which it is valid.
+    If this case is not valid, the other factors have the values of the first row in `rows` that makes the case valid. An
+    extreme value of `magnitude` or `weights` is tried in every dtype, any other extreme value in one dtype.
     """
     plain = {name: factor.levels[0] for name, factor in there.items()}
     for name, factor in there.items():
@@ -152,7 +152,7 @@ def factors(plan: MethodSuite | OperationSuite, dtypes: Collection[str]) -> dict
         "kind": Factor(tuple(plan.layers), optional=True),
         "sides": _SIDES,
         "tokens": _TOKENS,
-        "model": Factor(get_args(ModelForm)),
+        "model": Factor(get_args(ModelForm)[:-1], get_args(ModelForm)[-1:]),
         "magnitude": _MAGNITUDES,
         "weights": _WEIGHTS,
         "dtype": Factor(tuple(there)),

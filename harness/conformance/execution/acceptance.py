@@ -33,7 +33,8 @@ once for each of them."""
 
 
 _LARGEST_BUILT_SIDE = 160
-"""Largest side of the model that is built to try a case, unless the rank is larger. Small models are built faster."""
+"""Largest side of a weight in the model that is built to try a case, unless a rank is larger. Small models are built
+faster."""
 _LARGEST_INPUT = 600_000
 """Largest number of elements that the input and the output of a layer have together."""
 _LARGEST_STACK = 1_000_000
@@ -44,8 +45,8 @@ a check would take minutes."""
 def is_accepted(plan: ParitySuite, case: AnyCase) -> bool:
     """Return whether a case can be tried with the reference.
 
-    For a Method, the parity model must exist in the case's form, must be small enough, and the reference must accept
-    the settings. Every case of another target can be tried, unless its stacked experts are too large.
+    For a Method, the parity model must exist for the case (`is_built`) and must be small enough, and the reference must
+    accept the settings. Every case of another target can be tried, unless its stacked experts are too large.
     """
     if isinstance(case, OperationCase) and "experts" in case.values and "shape" in case.values:
         return bool(math.prod(case.values["shape"]) * case.values["experts"] <= _LARGEST_STACK)

@@ -150,7 +150,7 @@ class CaseRunner:
     dtype: str
 
     def check(self, name: str, subject: Subject | OperationSubject | LoaderSubject, case: Case) -> CheckOutcome:
-        """Run one check and return its outcome. Its changes to process-wide settings are undone."""
+        """Run one check and return its outcome. Process-wide settings that the check has changed are restored."""
 
         def run() -> CheckResult:
             with torch.random.fork_rng(), process_settings.restored():

@@ -64,8 +64,9 @@ class CheckFindings:
 def discover(patience: float = PATIENCE, python: Path | None = None) -> Registry:
     """Return the Registry of the installed distributions. The functions of its Implementations cannot be called.
 
-    Another process imports the entry points, because a plug-in may hang or crash on import. Raises HarnessError if this
-    process dies before it begins to import an entry point. python: interpreter of that process, by default this one.
+    Another process imports the entry points, because a plug-in may hang or crash on import. Raises HarnessError if the
+    other process dies before it begins to import an entry point. python: interpreter of the other process, by default the
+    interpreter of this process.
     """
     pool = WorkerPool(python)
     broken: dict[str, str] = {}

@@ -6,8 +6,8 @@ There is one file per Method, base or group of Operations. Most faults replace c
     line_fault("dora", "does_not_detach_the_norm", ["gradient"],
         "norm.detach() if self.detach_norm else norm", "norm", values={"rank": 3, "alpha": 8.0}),
 
-Any other fault is a function that changes a copy of the source, with a decorator that names the target and the checks that
-must catch it:
+Any other fault is a function that changes a copy of the source. A decorator names the checks that must catch the fault,
+and its target: a Method, an Operation, a quantised base or the loaders.
 
     @planted("lora", "merge", values={"rank": 3, "alpha": 8.0})
     def forgets_to_unmerge(copy: PatchedCopy) -> None:
@@ -48,7 +48,7 @@ class FaultCase:
     outputs: int = 24
     magnitude: parity_suite.Magnitude = "normal"
     weights: parity_suite.WeightSize = "normal"
-
+    model: parity_suite.ModelForm = "plain"
     adapter: str = ""
     """Name of the adapter in suites/adapters, if the target is a loader. Otherwise empty."""
 
@@ -56,8 +56,8 @@ class FaultCase:
         if self.adapter:
             return f"{self.adapter} {self.dtype}"
         shape = f"{self.tokens}x{self.inputs}x{self.outputs}"
-        odd = {"magnitude": self.magnitude, "weights": self.weights}
-        sizes = parity_suite.in_words({name: value for name, value in odd.items() if value != "normal"})
+        odd = {"magnitude": self.magnitude, "weights": self.weights, "model": self.model}
+        sizes = parity_suite.in_words({name: value for name, value in odd.items() if value not in ("normal", "plain")})
         return " ".join(filter(None, [parity_suite.in_words(self.values), self.layer, shape, sizes, self.dtype]))
 
     def of_kind(self, kind: TargetKind) -> parity_suite.AnyCase:
@@ -69,13 +69,13 @@ class FaultCase:
         shape = {"tokens": self.tokens, "in": self.inputs, "out": self.outputs}
         of = parity_suite.CaseShape.model_validate(shape)
         return parity_suite.MethodCase(
-            self.values, self.layer, of, self.dtype, magnitude=self.magnitude, weights=self.weights
+            self.values, self.layer, of, self.dtype, self.model, magnitude=self.magnitude, weights=self.weights
         )
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A mistake planted in one target."""
+    """A mistake planted in the reference of one target: a Method, an Operation, a quantised base or the loaders."""
 
     name: str
     target: str

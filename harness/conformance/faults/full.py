@@ -21,6 +21,8 @@ FAULTS = [
         'model.requires_grad_(True)\n    [p.requires_grad_("bias" not in n) for n, p in model.named_parameters()]'),
     _full("lists_a_parameter_twice", ["parameters"],
         "return list(self.model.parameters())", "return [*self.model.parameters(), *self.model.parameters()][:-1]"),
+    _full("lists_a_shared_weight_twice", ["parameters"], "return list(self.model.parameters())",
+        "return [p for _, p in self.model.named_parameters(remove_duplicate=False)]", model="tied"),
     _frozen("trains_the_frozen_base", ["layers"], "model.requires_grad_(False)", "model.requires_grad_(True)"),
     _frozen("changes_the_base", ["base", "identity"],
         "model.requires_grad_(False)", "model.requires_grad_(False)\n    model.first.weight.data.add_(1e-3)"),

@@ -24,9 +24,10 @@ def _fault(name: str, check: str, *lines: str, adapter: str = "plain") -> Fault:
 
 
 def _swap(change: str) -> str:
-    """Return source lines that replace the adapter `name`, with its old parts in `old` and the new ones in `new`.
+    """Return source lines that load a new adapter under the name of a loaded adapter, and then run the statement
+    `change`.
 
-    change: source of a statement that follows, in which the mistake is made.
+    change: source of a statement with a mistake. It can use `old` and `new`, the parts of the old and the new adapter.
     """
     kept = "        old = self.adapters[name]\n        self.load(folder, name)\n        new = self.adapters[name]\n"
     return f"            {_REFUSED}\n{kept}        {change}"

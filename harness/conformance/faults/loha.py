@@ -79,7 +79,7 @@ def merges_the_rank_dropout_of_training_mode(copy: PatchedCopy) -> None:
 
 
 def merge_the_rank_dropout(layer: Any) -> None:
-    """Make `merged` of a layer add an update with rows dropped, if the layer is in training mode."""
+    """Make `merged` of a layer apply rank dropout to the update that it adds, if the layer is in training mode."""
     delta, dropout = layer.delta, layer.rank_dropout
 
     def merged() -> Any:

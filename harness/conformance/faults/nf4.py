@@ -1,4 +1,4 @@
-"""Planted faults of NF4 bases. In their cases, the base carries the reference's LoRA."""
+"""Planted faults of NF4 bases. Each is tried with the reference's LoRA on the packed base."""
 
 from __future__ import annotations
 

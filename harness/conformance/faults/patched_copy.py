@@ -61,7 +61,7 @@ class PatchedCopy:
         self._sources[module] = source
 
     def change_adapted(self, change: Callable[[Any], object]) -> None:
-        """Register a function that changes each Adapted before `attach` returns it."""
+        """Register a function that changes the Adapted object that `attach` makes, before `attach` returns it."""
         self._changes.append(change)
 
     def change_layers(self, change: Callable[[Any], object]) -> None:

@@ -59,7 +59,8 @@ class Defect(FrozenModel):
     """Name of the script that shows the defect with only this library and torch. It lies beside the file of defects."""
     link: str = ""
     feature: str = ""
-    """Feature of an adapter file, as in loader_readings.yaml, with which loading shows the defect. Empty for none."""
+    """Feature of adapter files for which a loader has the defect, by its name in loader_readings.yaml. Empty for
+    none."""
     sometimes: str = ""
     """Reason why the defect shows only by chance or on some machines. If a reason is given, only the reproduction must
     show the defect."""

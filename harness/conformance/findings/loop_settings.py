@@ -36,7 +36,7 @@ class LoopSetting(FrozenModel):
     own_optimizer: bool = False
     """True if the loop makes its own optimizer and schedule."""
     warmup: int = 0
-    """Number of warm-up steps of the harness's recipe."""
+    """Number of warm-up steps in the training that tries the setting."""
     effect: Effect
     """Effect that the check must find. If it is `untried`, the check is skipped, and fails once the setting runs."""
     about: str = ""
@@ -53,14 +53,16 @@ class SettingFound(FrozenModel):
     effect: Effect
     """Effect that the check found. `changes`: a loss or a trained tensor differs by more than the noise of the dtype."""
     first: float | None = None
-    """Distance of the first loss from that of the harness's loop, in nats. None if no training was completed."""
+    """Difference of the first loss from the first loss of the harness's loop, in nats. None if no training was
+    completed."""
     worst: float | None = None
-    """Largest distance of a step's loss from that of the harness's loop, in nats. None if no training was completed."""
+    """Largest difference of a loss from the loss of the harness's loop at the same step, in nats. None if no training
+    was completed."""
     step: int | None = None
     """First step, counted from 1, whose loss differs by more than the noise. None if there is none."""
     weights: float | None = None
-    """Distance of the final trained tensors from those of the harness's loop, relative to their norm. None if no
-    training was completed."""
+    """Norm of the difference of the final trained tensors from those of the harness's loop, divided by the norm of the
+    latter. None if no training was completed."""
     because: str = ""
     """Reason why no training was completed. Otherwise empty."""
 
@@ -71,7 +73,9 @@ class SettingFound(FrozenModel):
 
     @property
     def shown(self) -> list[str]:
-        """Names of the options in `setting.config` that are tried. The other options have the values of the recipe."""
+        """Names of the options in `setting.config` that the setting is about. Other options have the values of the
+        harness's loop.
+        """
         option = self.setting.name.partition(",")[0]
         return [key for key in self.setting.config if not self.setting.own_optimizer or key == option]
 

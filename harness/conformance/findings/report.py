@@ -1,4 +1,4 @@
-"""Report of one run of `check`: outcomes, skipped targets with reasons, exit code and JSON document. No torch."""
+"""Report of one run of `check`: outcomes, skipped implementations with reasons, exit code and JSON document. No torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class CheckReport:
 
     tried: list[CheckOutcome]
     skipped: dict[str, str] = field(default_factory=dict)
-    """"implementation target" -> reason why the target was not tried."""
+    """"implementation target" -> reason why the target (a Method, an Operation, a quantised base or the loaders) was
+    not tried."""
     complaints: list[str] = field(default_factory=list)
     """Messages about known defects that did not show, although they should have."""
     broken: dict[str, str] = field(default_factory=dict)
@@ -40,7 +41,9 @@ class CheckReport:
 
     @classmethod
     def joined(cls, reports: Sequence[CheckReport]) -> CheckReport:
-        """Return one report with the findings of all `reports`. The versions of libraries are those of the first."""
+        """Return one report with the findings of all `reports`. The versions of libraries are taken from the first
+        report.
+        """
         first = reports[0]
         return cls(
             tried=[one for report in reports for one in report.tried],

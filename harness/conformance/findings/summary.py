@@ -20,7 +20,9 @@ _WORST_FIRST = (
 
 @dataclass(frozen=True)
 class MatrixField:
-    """One field of the matrix that `check` prints: the outcomes of one implementation of a target in one dtype."""
+    """One field of the matrix that `check` prints: the outcomes of one implementation of one Method, Operation or other
+    target in one dtype.
+    """
 
     status: CheckStatus
     """The worst status in the field."""
@@ -88,7 +90,7 @@ def format_field(field: MatrixField | None) -> str:
 
 
 def failures(tried: Iterable[CheckOutcome]) -> list[str]:
-    """Return one line per failure: implementation, check id, case, error and place.
+    """Return one line per failure: implementation, check id, case, and the text of `describe`.
 
     Failures of one implementation with the same description, such as one exception in every case, share a line.
     """

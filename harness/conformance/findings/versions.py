@@ -25,7 +25,7 @@ class CheckedEnvironment(FrozenModel):
     """Name of the environment in the commands `peft-harness env`."""
     requirements: list[str]
     packages: list[str]
-    """Packages that the environment adds or replaces, each as a requirement that allows exactly one file."""
+    """Packages that the environment adds or replaces, as requirements with versions and hashes."""
     environment: Environment
     """Machine and software that the workers saw."""
 
@@ -56,7 +56,7 @@ class CheckRow:
 
     @property
     def differs(self) -> bool:
-        """True if the environments have different failures, or known defects explain them in some only."""
+        """True if the worst status of the check, or the set of its failures, is not the same in all environments."""
         return len({(field.summary and field.summary.status, field.failed) for field in self.fields}) > 1
 
 

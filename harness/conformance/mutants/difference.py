@@ -1,8 +1,7 @@
 """Compare a mutant with the original, by digests of what both compute in random cases.
 
-If no check catches a mutant, the checks may have a hole. Or the mutant is no mistake at all, such as another size of a
-buffer. If the mutant computes the same bits as the original in random cases of other sizes and settings, it is probably
-no mistake.
+If no check catches a mutant, the checks may have a hole. It is also possible that the mutant is no mistake: it may
+change only the size of a buffer. If both compute the same bits in random cases, the mutant is probably no mistake.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from harness.methods.registry import Implementation
 
 SEED = 7919
 CASES = 24
-"""Number of random cases of a target."""
+"""Number of random cases for each Method, Operation or quantised base."""
 
 
 def digests(implementation: Implementation) -> list[str]:
@@ -71,9 +70,9 @@ def _observed(
 def _adapter_lifecycle(
     implementation: Implementation, plan: MethodSuite, of: MethodCase
 ) -> Iterator[Mapping[str, object]]:
-    """Yield the tensors that a training program sees of an adapter, from attaching to detaching.
+    """Yield tensors and outputs of an adapter at each stage of its life, as a training program sees them.
 
-    They are those of the fresh adapter, of training steps with dropout, of merging, of unmerging and of detaching.
+    The stages are: attaching, calls with random adapter tensors, training steps, merging, unmerging and detaching.
     """
     subject, case = suite_run.attach(implementation, plan, of)
     if case.forward is None:

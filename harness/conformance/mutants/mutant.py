@@ -33,8 +33,9 @@ class Mutant:
     """End of the changed part. The characters of the source from `start` up to `end` are replaced."""
     text: str
     probe: tuple[int, int]
-    """Two positions in the source, where `source` can insert a call. For a compound statement, they enclose
-    its head expression. For a simple statement, both are its start. (-1, -1) for code outside functions."""
+    """Two positions in the source, where `source` can insert a call. For `if`, `while`, `for` and `with`, they are the
+    start and the end of the expression that follows the keyword. For any other statement, both are its start. (-1, -1)
+    for code outside functions."""
 
     @property
     def name(self) -> str:
@@ -86,8 +87,8 @@ def mutants(module: str) -> Iterator[Mutant]:
     """Yield every mutant of a module, in the order of its lines.
 
     Changes are made in the bodies of functions and in the constants of the module. Docstrings, annotations, defaults of
-    arguments, assertions and error messages are not changed. The conditions of errors are not changed either, because a
-    check gives an implementation only arguments that the reference accepts.
+    arguments, assertions and error messages are not changed. The condition of an `if` that only raises an error is not
+    changed either, because a check gives an implementation only arguments that the reference accepts.
     """
     source = source_of(module)
     if not source.isascii():

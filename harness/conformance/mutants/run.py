@@ -27,12 +27,13 @@ from harness.resources import data_folder
 PACKAGES = ("reference", "harness.kernels.torch", "harness.methods.implementations.fused.methods")
 """Packages whose modules have mutants."""
 _TARGETS = 3
-"""Largest number of targets whose checks try one mutant. Shared code may be called by twenty targets."""
+"""Largest number of targets (Methods, Operations and quantised bases) whose checks try one mutant. Shared code may be
+called by twenty targets."""
 _LIMITS = forks.Limits(cpu_s=300, memory_b=8 << 30)
 
 
 Run = tuple[Owner, str]
-"""The owner of an implementation's code, and the target that the code implements."""
+"""The owner of an implementation's code, and the Method, Operation or quantised base that the code implements."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class MutantResult:
 
     mutant: Mutant
     targets: tuple[str, ...]
-    """The targets whose checks try the mutant. Empty if no case runs the changed statement."""
+    """The Methods, Operations and quantised bases whose checks try the mutant. Empty if no case runs the changed
+    statement."""
     catch: Catch | None = None
     died: str = ""
     """Signal or exit code that ended the mutant's process before there was a result. Such a mutant counts as caught."""
@@ -93,8 +95,9 @@ class MutantReport:
 
     @property
     def exit(self) -> Exit:
-        """The exit code: 4 if a mutant could not be tried; else 5 if no mutant counts; else 1 if a mutant survived;
-        else 0.
+        """The exit code. The first of these rules that applies decides.
+
+        4: a mutant could not be tried. 5: no mutant counts. 1: a mutant survived. 0: otherwise.
         """
         if any(one.error for one in self.verdicts):
             return Exit.INFRASTRUCTURE
@@ -163,8 +166,8 @@ def run(
 ) -> MutantReport:
     """Try `number` random mutants, or all if it is None, and return the report.
 
-    only: names of the targets whose checks are run. If it is empty, the checks of all targets are run. progress: a
-    function that is called with a line of text after every 50 mutants.
+    only: names of the Methods, Operations and quantised bases whose checks are run. If it is empty, all checks are run.
+    progress: a function that is called with a line of text after every 50 mutants.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a fork of a process with several threads may hang
@@ -201,7 +204,7 @@ class _Trials:
     """The trials of the chosen mutants."""
 
     verdicts: dict[Mutant, MutantResult]
-    """The verdict so far on each mutant. A mutant is tried further as long as its verdict is that it survives."""
+    """The verdict so far on each mutant. Only mutants that survive so far are tried further."""
     jobs: int
     progress: Callable[[str], None]
     reached: set[Mutant] = field(default_factory=set)

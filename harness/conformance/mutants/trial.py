@@ -1,5 +1,6 @@
-"""Trial of one mutant: run the checks of the targets that call the changed function, until a check fails.
+"""Trial of one mutant: run checks until one fails.
 
+The checks are those of the targets (Methods, Operations and quantised bases) whose code calls the changed function.
 Every trial runs in its own forked process, because a mutant may hang, crash or leave the process changed.
 """
 
@@ -63,10 +64,11 @@ def owner(module: str) -> Owner:
 
 
 def implementation(target: str, of: Owner, mutant: Mutant | None) -> Implementation:
-    """Return an implementation of a target, with the mutant's change in its code.
+    """Return an implementation of a target, with the mutant's change in its code. If `mutant` is None, nothing is
+    changed.
 
-    The implementation is a copy of the reference, or `fused` itself, as `of` says. If `mutant` is None, nothing is
-    changed. A process can try only one mutant of `fused`, because the changed module stays imported.
+    of: `reference` for a copy of the reference, `fused` for the implementation `fused` itself. A process can try only
+    one mutant of `fused`, because the changed module stays imported.
     """
     torch.set_num_threads(1)  # remakes torch's pool in this fork; two threads that did so at once would raise
     if of == "reference":
@@ -80,14 +82,15 @@ def implementation(target: str, of: Owner, mutant: Mutant | None) -> Implementat
 
 
 def targets(of: Owner) -> list[str]:
-    """List the targets of the reference or of `fused` that have a parity suite, except loaders."""
+    """List the Methods, Operations and quantised bases of the reference or of `fused` that have a parity suite."""
     if of == "reference":
         return [name for name in parity_suite.names() if parity_suite.kind_of(name) != "loader"]
     return [one.target for one in fused.implementations() if one.target in parity_suite.names()]
 
 
 def called_functions(target: str, of: Owner) -> set[tuple[str, str]]:
-    """Run a target in every float32 case of the wide sample, and return the functions that the target calls.
+    """Run a Method, Operation or quantised base in every float32 case of the wide sample, and return the functions that
+    it calls.
 
     Each function is a pair (module, qualified name). A nested function counts under the name of the function around it.
     Code at module level has an empty name.
@@ -123,9 +126,9 @@ def outcomes(of: Implementation, form: str) -> Iterator[CheckOutcome]:
 
 
 def caught(mutant: Mutant, targets: Iterable[str], form: str) -> Catch | None:
-    """Run the checks of the targets on the mutant until one fails; return the catch, or None.
+    """Run the checks of the targets on the mutant until one fails, and return the Catch. Return None if no check fails.
 
-    form: DEFAULT or WIDE. The process must be a fork that has tried no other mutant.
+    form: `default` or `wide`, as in `Catch.form`. The process must be a fork in which no other mutant was tried.
     """
     try:
         made = [_changed(target, mutant) for target in targets]

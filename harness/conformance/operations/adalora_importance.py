@@ -49,8 +49,8 @@ def reference(A: Tensor, E: Tensor, B: Tensor, beta1: float, beta2: float, **giv
     """Return I_A, U_A, I_E, U_E, I_B, U_B after the step, and the scores (R,), all in float32 or float64.
 
     A is (R, D), E (R, 1) and B (out, R). I is the average of the sensitivity |w grad|, and U the average of the
-    uncertainty (arXiv:2303.10512, eqs. 7 to 11). given: grad_A and the previous I_A and U_A, in the shape of A;
-    likewise for E and B.
+    uncertainty (arXiv:2303.10512, eqs. 7 to 11). given: grad_A and the previous I_A and U_A, in the shape of A,
+    and the corresponding tensors for E and B.
     """
     layer = adalora.AdaLoraLinear(
         dense_linear(A.new_zeros(len(B), A.shape[1]), None), A, E, B, scaling=1.0, dropout=0.0

@@ -45,7 +45,7 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of one call. shape: (E, D) of W. rows: leading dimensions of x. dropout: 0 gives no mask.
 
-    kind: what every fourth row of V = W + scaling B A is like. `normal`: like the other rows. `zero-rows`: W and B are
+    kind: kind of every fourth row of V = W + scaling B A. `normal`: like the other rows. `zero-rows`: W and B are
     zero there, as in published weights. `cancelled`: W cancels all but a sixteenth of the update. `large-rows`: W and B
     are 256 times as large. The magnitudes m are noise of either sign, unlike the norms with which DoRA starts.
     """

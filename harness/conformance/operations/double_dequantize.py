@@ -22,7 +22,10 @@ def arguments(
 
 
 def reference(codes: Any, absmax2: Any, offset: Any, block: int) -> Any:
-    """Return the decoded absmax: value of the code x absmax2 of its block, plus the mean (arXiv:2305.14314, eq. 6)."""
+    """Return the decoded absmax (arXiv:2305.14314, eq. 6).
+
+    It is the value of each code, times the `absmax2` of its block, plus the mean `offset`.
+    """
     return double_quant.dequantize(codes, absmax2, offset, block)
 
 

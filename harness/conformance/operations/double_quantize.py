@@ -30,7 +30,7 @@ def arguments(
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge the mean `offset` by its noise floor, and the codes by those of the reference for the subject's mean."""
+    """Judge the mean `offset` by its noise floor, and compare the codes with the reference's codes for the same mean."""
     absmax, block, levels = given["absmax"], given["block"], dynamic_map(signed=True)
     truth, rounded = {"offset": absmax.double().mean()}, {"offset": absmax.mean()}
     mean = noise_floor({"offset": outputs["offset"]}, truth, rounded, "float32")

@@ -38,9 +38,7 @@ def reference(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge the codes: each must be that of the nearest level. Where rounding decides between two levels, both are
-    right.
-    """
+    """Judge the codes: each must stand for the nearest level, or for either level if rounding decides."""
     x, block, levels = given["x"], given["block"], dynamic_map(given["signed"])
     return judge_codes(outputs, reference(**given), nf4.near_tie(x, block, levels), block, levels)
 

@@ -56,7 +56,10 @@ def reference(
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge W and every absmax by the noise floor of the gradient's dtype, which the projected gradient has, too."""
+    """Judge W and every absmax by the noise floor of W's dtype.
+
+    In a float64 step, the absmax is stored in float32 and is judged by the noise floor of float32.
+    """
     dtype = given["W"].dtype
     own = next(name for name, one in DTYPES.items() if one == dtype)
     # Even a float64 step stores every absmax in float32.

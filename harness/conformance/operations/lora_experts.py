@@ -33,10 +33,10 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of one call.
 
-    shape: (D, H), the features of a token, and those between up and down. experts: their number K. chosen: experts per
-    token. used: only the last `used` experts are chosen. padding: number of further ranks, in which A and B are zero,
-    as in a server that reserves the same memory for every adapter. transposed: the weights are (K, inputs, outputs), as
-    in gpt-oss.
+    shape: (D, H): D features of a token, H features between up and down. experts: the number K of experts. chosen: number
+    of experts per token. used: only the last `used` experts are chosen. padding: number of further ranks, in which A and B
+    are zero, as in a server that reserves the same memory for every adapter. transposed: the weights are
+    (K, inputs, outputs), as in gpt-oss.
     """
     (D, H), K, total = shape, experts, rank + padding
 

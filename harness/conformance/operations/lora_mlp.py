@@ -41,8 +41,8 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of a call.
 
-    shape: (F, D) of the gate's and the up layer's W; the down layer's is (D, F). rows: the leading dimensions of x.
-    ranks: of gate, up and down. scaling: that of gate; those of up and down are 0.5 and 3 times as large. dora: also draw
+    shape: the shape (F, D) of W in gate and up; in down it is (D, F). rows: the leading dimensions of x. ranks: the ranks
+    of gate, up and down. scaling: the scaling of gate; up and down have 0.5 and 3 times this scaling. dora: also draw
     magnitudes; without them, every layer has plain LoRA. gate: with `large`, the activation gets numbers of about 2,000.
     """
     F, D = shape
@@ -66,8 +66,9 @@ def reference(
 ) -> Tensor:
     """Return down(activation(gate(x)) * up(x)), shape (..., D).
 
-    The lists have the tensors of gate, up and down, in this order. A layer is x W^T + bias + scaling (x A^T) B^T, or with
-    magnitudes ms DoRA's layer, as in lora_qkv. `gelu` is the exact GELU, and `gelu-tanh` its approximation by tanh.
+    The lists have the tensors of gate, up and down, in this order. Each layer is x W^T + bias + scaling (x A^T) B^T. If
+    magnitudes ms are given, it is DoRA's layer instead, as in lora_qkv. `gelu` is the exact GELU, and `gelu-tanh` its
+    approximation by tanh.
     """
 
     def layer(x: Tensor, at: int) -> Tensor:

@@ -28,8 +28,8 @@ def arguments(
     """Draw the arguments of a call.
 
     shape: (E, D) of the query's W. rows: the leading dimensions of x. groups: the number of query heads that share a
-    key and a value, so that k and v have E / groups outputs, at least one. scaling: that of q; those of k and v are
-    0.5 and 3 times as large. dora: also draw magnitudes; without them, every layer has plain LoRA.
+    key and a value, so that k and v have E / groups outputs, at least one. scaling: the scaling of q; k and v have
+    0.5 and 3 times this scaling. dora: also draw magnitudes; without them, every layer has plain LoRA.
     """
     E, D = shape
     shared = (max(1, E // groups), D)
@@ -50,8 +50,8 @@ def reference(
 ) -> tuple[Tensor, ...]:
     """Return q, k and v: x W^T + bias + scaling (x A^T) B^T each, shape (..., E).
 
-    With magnitudes ms, each is bias + g (x W^T + scaling (x A^T) B^T) instead, with DoRA's gain g = m / ||W + scaling B
-    A|| per output, whose norm is a constant in the backward pass.
+    With magnitudes ms, each is bias + g (x W^T + scaling (x A^T) B^T) instead. Here g = m / ||W + scaling B A|| is DoRA's
+    gain per output, whose norm is a constant in the backward pass.
     """
 
     def layer(at: int) -> Tensor:

@@ -52,10 +52,10 @@ def arguments(
 ) -> Arguments:
     """Draw the tensors of one call. For step 1, all moments are zero.
 
-    shape: (E, D); the first layer has D inputs and E outputs, the second E inputs and D outputs. ranks: those of both
-    layers, at most as large as the inputs of the layer. scaling: that of the first layer; the second has 3 / 4 of it.
+    shape: (E, D); the first layer has D inputs and E outputs, the second E inputs and D outputs. ranks: the rank of each
+    layer, at most the number of its inputs. scaling: scaling of the first layer; the second layer has 3 / 4 of it.
     B: `zero` is LoRA's start. gradient: `zero` makes all gradients zero. unused: `second` gives the B of the second
-    layer no gradient, as if the layer had not run. other: which trainable tensor the model has besides: the bias of the
+    layer no gradient, as if the layer had not run. other: one more trainable tensor of the model: the bias of the
     first layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts: number of matrices in
     each layer; above 1 the layers are stacks (peft's `target_parameters`), packed as in reference/lora_experts.py.
     correction: how the gradient of B is corrected (LoRA-FA's version 2), or `none` (version 1). adamw: the library

@@ -50,10 +50,10 @@ def arguments(
 ) -> Arguments:
     """Draw the tensors of one call. For step 1, all moments are zero.
 
-    shape: (E, D); the first layer has D inputs and E outputs, the second E inputs and D outputs. ranks: those of both
+    shape: (E, D); the first layer has D inputs and E outputs, the second E inputs and D outputs. ranks: the ranks of both
     layers, at most E and D. optimizer: AdamW, or gradient descent, which has no moments. B: `zero` is LoRA's start; the
     columns of `one-direction` are equal, so that B^T B is singular. gradient: `zero` makes all gradients zero. unused:
-    `second` gives the second layer no gradients, as if it had not run. other: which trainable tensor the model has besides:
+    `second` gives the second layer no gradients, as if it had not run. other: one more trainable tensor of the model:
     the bias of the first layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts: number
     of matrices in each layer; above 1 the layers are stacks (peft's `target_parameters`), packed as in
     reference/lora_experts.py. By default lr is so large that the step is as large as the weights.

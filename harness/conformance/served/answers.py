@@ -30,7 +30,7 @@ class Position:
 
     @property
     def values(self) -> tuple[float, ...]:
-        """The log-probability of the token, then those of the others."""
+        """The log-probability of the token, followed by the values of `others`."""
         return (math.nan if self.logprob is None else self.logprob, *self.others.values())
 
 

@@ -32,7 +32,8 @@ def cause(
     wrong: Sequence[ScoredAnswer],
     limit: Errors,
 ) -> str:
-    """Return a sentence with the mistakes that explain wrong positions, and the number of positions that each explains.
+    """Return a sentence with the mistakes that explain wrong answers, and the number of tokens that each mistake
+    explains.
 
     adapter: the right adapter, or None for the base. others: the other adapters of the server, by name. wrong: the
     wrong answers. limit: the largest allowed errors.
@@ -102,7 +103,7 @@ def _mistakes(
 
 @dataclass(frozen=True)
 class _Changed(AdapterFile):
-    """An adapter with other tensors than its file."""
+    """An adapter whose tensors differ from those in its file."""
 
     change: Callable[[dict[str, Tensor]], None]
     """Function that changes the tensors of the file."""
@@ -114,9 +115,9 @@ class _Changed(AdapterFile):
 
 
 def _with_head(adapter: AdapterFile | None, other: AdapterFile) -> _Changed | None:
-    """Return `adapter` with the update of the head from `other` in place of its own. None stands for the base.
+    """Return `adapter`, but with the update of the output head from `other`. adapter: None for the base.
 
-    Return None if `other` does not update the head, or if the settings of the two do not fit into one file.
+    Return None if `other` does not update the head, or if the settings of both adapters do not fit into one file.
     """
     if not any(map(_is_of_head, other.header)):
         return None
@@ -158,9 +159,10 @@ def _transpose(tensors: dict[str, Tensor]) -> None:
 
 
 def _shard(kind: str, half: int, factor: float, tensors: dict[str, Tensor]) -> None:
-    """Multiply by `factor` one half (0 or 1) of A in row-parallel layers (kind `row`), or of B in all other layers.
+    """Multiply one half of A in row-parallel layers, or one half of B in all other layers, by `factor`.
 
-    These are the halves that a server with tensor parallelism on two GPUs computes in different processes.
+    kind: `row` for A, `column` for B. half: 0 for the first half, 1 for the second. A server with tensor parallelism on
+    two GPUs computes the two halves in different processes.
     """
     for key in tensors:
         module, _, name = key.rpartition(".lora_")

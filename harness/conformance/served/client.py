@@ -90,7 +90,7 @@ class Client:
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
         self._token, self._patience = token, patience
         self._open: set[socket.socket] = set()
-        """Copies of the sockets in use, also of those that are still connecting."""
+        """Copies of all sockets that are in use or still connecting."""
         self._lock, self._closed = threading.Lock(), False
         self.url = f"{parts.scheme}://{parts.netloc}{self._prefix}"
         self.dialect = Dialect()
@@ -170,9 +170,9 @@ class Client:
         self._request("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
     def abort(self) -> None:
-        """End all requests, also those that are still connecting, and refuse new ones until `reopen`.
+        """End all requests, even if they are still connecting, and refuse new ones until `reopen`.
 
-        Each raises ServerError in its thread. Only the look-up of a host's name cannot be ended.
+        Each ended request raises ServerError in its thread. Only the look-up of a host's name cannot be ended.
         """
         with self._lock:
             self._closed = True
@@ -186,7 +186,9 @@ class Client:
 
     @contextlib.contextmanager
     def _held(self, one: socket.socket) -> Iterator[None]:
-        """Let `abort` shut a socket down inside the context. A copy is registered, because TLS takes over the original."""
+        """Let `abort` shut a socket down inside the context. A copy of the socket is registered, because TLS takes over
+        `one`.
+        """
         with one.dup() as copy:
             with self._lock:
                 self._open.add(copy)
@@ -199,9 +201,9 @@ class Client:
                     self._open.discard(copy)
 
     def _connect(self, address: tuple[str, int], stack: contextlib.ExitStack, deadline: float) -> socket.socket:
-        """Connect to the first address of a host that answers, as `socket.create_connection` does.
+        """Return a socket connected to the first address of a host that answers, as `socket.create_connection` does.
 
-        stack: until it closes, `abort` also ends requests on this socket.
+        stack: as long as this stack is open, `abort` can end requests on the socket.
         """
         failed: OSError = ConnectionError(errno.EADDRNOTAVAIL, "the host has no address")
         for family, kind, protocol, _, place in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):

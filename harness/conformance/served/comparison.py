@@ -24,7 +24,7 @@ from harness.errors import UsageError, plural
 _LONG = 64
 """Number of tokens of a request that keeps the server busy while another one is sent."""
 _EFFECT = 0.125
-"""Relative error of the scaling whose effect is simulated, to find the smallest such error that the check notices."""
+"""Relative error of a simulated wrong scaling. The smallest error that the check notices is computed from its effect."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class NoiseFloor:
     dtype: str
     """Dtype whose rounding errors explain the errors of these answers."""
     measured: Errors | None
-    """Errors of these answers. None if the answers are wrong: NaN, or those of an adapter."""
+    """Errors of these answers. None if the answers are wrong: all have NaN, or they are the answers of an adapter."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class AnswerComparison:
     def noise_floor(self, alone: Sequence[ServedAnswer], dtypes: Sequence[str]) -> NoiseFloor:
         """Return the noise floor of the server, from its answers for the base model.
 
-        alone: these answers. Those with NaN are left out, because no dtype explains them. dtypes: dtypes that the
-        server may use, the one with the smallest errors first. Raises UsageError if the answers are neither those of
-        the base nor those of one of the adapters.
+        alone: the answers for the base model. Answers with NaN are left out, because no dtype explains them. dtypes:
+        dtypes that the server may use, in the order of their rounding errors, smallest first. Raises UsageError if the
+        answers are neither those of the base nor those of one of the adapters.
         """
         alone = [one for one in alone if not one.missing]
         if not alone:
@@ -138,7 +138,8 @@ class AnswerComparison:
     ) -> SubjectFinding:
         """Return the evidence that an adapter, or the base, does not conform.
 
-        rows: its answers. If none of them is wrong by itself, their errors are too large on average.
+        rows: the answers for `name`. If no answer is wrong by itself and none failed, the errors of all answers
+        together are too large.
         """
         company = next((one for one in every if one.request.subject not in (BASE, name)), None)
         others = {other: adapter for other, adapter in self.adapters.items() if other != name}
@@ -179,7 +180,9 @@ def _failures(failed: Sequence[FailedRequest]) -> str:
 def _lengths(
     every: Sequence[ServedAnswer], wrong: Sequence[ServedAnswer], failed: Sequence[FailedRequest]
 ) -> list[str]:
-    """Return one sentence in a list if all wrong answers are to longer prompts than the right ones, else nothing."""
+    """Return a list with one sentence if all wrong answers have longer prompts than all right ones. Otherwise return
+    [].
+    """
     # An answer with `echo` begins after the first token, so its context is not the prompt.
     asked: list[ServedAnswer | FailedRequest] = [*every, *failed]
     asked = [one for one in asked if one.request.phase is not RequestPhase.ECHO]

@@ -27,16 +27,16 @@ class Errors:
     rms: float
     """Root mean square of all errors."""
     row_rms: float
-    """Root mean square of the errors in one answer, the largest over all answers."""
+    """Root mean square of the errors in one answer, for the answer where it is largest."""
     largest: float
     """The largest absolute error."""
 
     def at_most(self, other: Errors) -> bool:
-        """Return whether each of the three numbers is at most as large as in `other`."""
+        """Return whether `rms`, `row_rms` and `largest` are each at most as large as in `other`."""
         return self.rms <= other.rms and self.row_rms <= other.row_rms and self.largest <= other.largest
 
     def share_of(self, other: Errors) -> float:
-        """Return the largest of the ratios of the three numbers to those in `other`."""
+        """Divide `rms`, `row_rms` and `largest` by their values in `other`, and return the largest of the three ratios."""
         return max(self.rms / other.rms, self.row_rms / other.row_rms, self.largest / other.largest)
 
 
@@ -49,8 +49,9 @@ def allowed(own: Errors, measured: Errors | None, want: Sequence[Sequence[float]
     """Return the largest errors that a right server may have.
 
     own: errors of the reference in `dtype`. measured: errors of the server's answers for the base model, or None if
-    these are wrong. want: the reference's log-probabilities in float64, one list per answer. The rule is that of
-    `carried_noise`, applied to the larger of CARRIED_FACTOR times `own` and NOISE_FACTOR times `measured`.
+    these answers are wrong. want: the reference's log-probabilities in float64, one list per answer. The rule is that
+    of `tolerance_policies.carried_noise`. As noise, it takes CARRIED_FACTOR times `own` or NOISE_FACTOR times
+    `measured`, whichever is larger.
     """
     numbers = [one for row in want for one in row]
     floor = NOISE_FLOOR_EPS[dtype] * EPSILON[dtype] * rms(numbers)
@@ -68,7 +69,7 @@ def allowed(own: Errors, measured: Errors | None, want: Sequence[Sequence[float]
 
 
 def smallest_noticed(effect: Errors, factor: float, limit: Errors) -> float:
-    """Return the smallest relative error of the scaling that exceeds a limit; infinite if a wrong scaling has no effect.
+    """Return the smallest relative error of the scaling that causes errors above `limit`, or infinity if none does.
 
     effect: errors that result if the scaling is wrong by `factor`. They are assumed to be proportional to `factor`.
     """

@@ -98,7 +98,7 @@ def room(folder: Path, longest: int | None) -> int | None:
 def long_prompt(folder: Path, seed: int, tokens: int) -> list[int]:
     """Return a prompt of LONG random token ids, or fewer, so that it and its answer have at most `tokens` tokens.
 
-    Return an empty list if the prompt would not be longer than those of LENGTHS.
+    Return an empty list if the prompt would not be longer than the longest of LENGTHS.
     """
     length = min(LONG, tokens - TOKENS)
     draw = random.Random(f"{seed} long")  # noqa: S311  # a prompt, not a secret
@@ -131,7 +131,7 @@ def plain_ids(folder: Path) -> list[int]:
 
 
 def require_tokenizer(client: Client, base: str, tokenizer: Tokenizer) -> None:
-    """Compare the server's tokenizer with that of the base. Raises UsageError if they split a text differently."""
+    """Raise UsageError if the server's tokenizer and the base's tokenizer split a text differently."""
     for text in TEXTS:
         ids = tokenizer.encode(text)
         answer = client.complete(base, text, 1)
@@ -159,7 +159,7 @@ def _listed(value: Any) -> list[int]:
 def adapters(given: Sequence[str]) -> Mapping[str, Path]:
     """Parse the values NAME=DIR or DIR of `--adapter`, and map each adapter's name on the server to its folder.
 
-    For DIR, the name is that of the folder. Raises UsageError for a name that occurs twice.
+    DIR alone stands for NAME=DIR with the name of the folder. Raises UsageError for a name that occurs twice.
     """
     found: dict[str, Path] = {}
     for one in given:

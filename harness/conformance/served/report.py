@@ -37,7 +37,8 @@ class PhaseResult:
     mean: float
     """Mean absolute difference of the log-probabilities, in nats."""
     mean_exp: float
-    """Mean of exp(absolute difference) of the tokens' own log-probabilities. 1 if all are equal."""
+    """Mean of exp(d) over all tokens, where d is the absolute difference of a token's own log-probability from the
+    reference. It is 1 if there is no difference."""
     tokens: int
     """Number of tokens that the server generated or scored."""
     differ: int
@@ -46,13 +47,13 @@ class PhaseResult:
     """Number of generated tokens that are not the reference's most likely token, but close enough to it (within twice
     the allowed error, in nats) that rounding may decide."""
     margin: float
-    """Largest difference, in nats, between the reference's log-probability of its most likely token and that of a
-    different token that the server generated. 0 if no token differs."""
+    """Largest amount, in nats, by which the reference prefers its most likely token to a different token that the
+    server generated. 0 if no token differs."""
 
 
 @dataclass(frozen=True)
 class SubjectFinding:
-    """The evidence of one nonconforming adapter, or of the base."""
+    """The evidence that one adapter, or the base, does not conform."""
 
     cause: str
     """The mistake that explains the wrong answers, in one sentence."""
@@ -97,7 +98,7 @@ class ServedReport:
     stopped: str = ""
     """Error that ended the requests early. Empty if all requests were answered."""
     stopped_exit: Exit = Exit.INFRASTRUCTURE
-    """Exit code of this error."""
+    """Exit code of the error in `stopped`."""
     notes: Sequence[str] = ()
     """Messages beside the results, e.g. that an adapter is still loaded."""
     software: Mapping[str, str] = field(default_factory=dict)
@@ -107,8 +108,9 @@ class ServedReport:
     def exit(self) -> Exit:
         """The exit code. The first of these rules that applies decides.
 
-        4, or 2 for a refused token: the requests ended early. 1: an adapter or the base does not conform. 5: an adapter
-        or the base was not compared. 3: an adapter changes too little to be judged. 0: otherwise.
+        `stopped_exit`: the requests ended early. 1: an adapter or the base does not conform, or `findings` has a
+        mistake. 5: an adapter or the base was not compared. 3: an adapter changes too little to be judged. 0:
+        otherwise.
         """
         verdicts = [one.verdict for one in self.subjects]
         if self.stopped:

@@ -19,11 +19,13 @@ class ReferenceScore:
     """The numbers that the reference computes for the tokens of one answer."""
 
     values: tuple[tuple[float, ...], ...]
-    """Log-probabilities in nats, one tuple per position: first that of the token, then those of the other tokens."""
+    """Log-probabilities in nats, one tuple per position. As in `Position.values`, the token of the answer is first, and
+    other tokens follow."""
     best: tuple[int, ...]
     """Id of the most likely token at each position."""
     margins: tuple[float, ...]
-    """Log-probability of the most likely token minus that of the server's token, in nats, at each position."""
+    """Log-probability of the most likely token minus the log-probability of the server's token, in nats, at each
+    position."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class ScoredAnswer:
 
     @property
     def differences(self) -> list[list[float]]:
-        """Absolute differences in nats, one list per position; infinite where the server returned NaN."""
+        """Absolute differences of log-probabilities from the reference, in nats, one list per position. A difference is
+        infinite where the server returned NaN.
+        """
         return [
             [_distance(have, want) for have, want in zip(one.values, expected, strict=True)]
             for one, expected in zip(self.observation.positions, self.score.values, strict=True)
@@ -55,7 +59,7 @@ class ScoredAnswer:
         return [i for i, margin in enumerate(margins) if margin > 2 * limit.largest]
 
     def inaccurate(self, limit: Errors) -> list[int]:
-        """Return the positions with a difference above `limit.largest`."""
+        """Return the positions where a log-probability differs from the reference by more than `limit.largest`."""
         return [i for i, several in enumerate(self.differences) if max(several) > limit.largest]
 
     def is_wrong(self, limit: Errors) -> bool:
@@ -64,7 +68,10 @@ class ScoredAnswer:
 
 
 def distances(have: Sequence[ReferenceScore], want: Sequence[ReferenceScore]) -> list[list[float]]:
-    """Return the absolute differences between two scores of the same answers, one list per answer."""
+    """Return the absolute differences between the log-probabilities of two scores, one list per answer.
+
+    have, want: scores of the same answers.
+    """
     return [
         [abs(a - b) for x, y in zip(one.values, other.values, strict=True) for a, b in zip(x, y, strict=True)]
         for one, other in zip(have, want, strict=True)

@@ -23,8 +23,9 @@ def score(
 ) -> list[ReferenceScore]:
     """Return the reference's score of each answer, computed in `dtype` for the server's own tokens.
 
-    With the server's tokens, a tie changes one token only, not all that follow. Raises UsageError if the
-    adapter does not fit the base, or if the base does not have the server's tokens.
+    The reference continues from the tokens that the server chose. So if two tokens are equally likely, the choice of
+    the server changes one position only, not all that follow. Raises UsageError if the adapter does not fit the base,
+    or if the base does not have the server's tokens.
     """
     # Only the logits of the answers are kept: those of a long prompt would take a gigabyte.
     starts: dict[tuple[int, ...], int] = {}

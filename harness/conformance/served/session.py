@@ -22,7 +22,8 @@ SWAPPED = "peft-harness-swap"
 ALLOW = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
 """Environment variable of the server that makes vLLM offer to load and unload adapters."""
 ROUNDS = 2
-"""Rounds of mixed requests before the check loads adapters. Each sends every prompt to every model, in a new order."""
+"""Number of rounds of mixed requests before the check loads adapters. Each round sends every prompt to every model, in
+a new order."""
 
 
 class RequestPhase(StrEnum):
@@ -35,11 +36,12 @@ class RequestPhase(StrEnum):
     MIXED = "mixed"
     """Base and adapters in random order, several requests at the same time."""
     LOADED = "loaded"
-    """An adapter loaded under a new name during mixed requests."""
+    """Mixed requests while the server loads an adapter under a new name, then requests to this name."""
     SWAPPED = "hot-swapped"
-    """Another adapter loaded under the same name in place of the first, during mixed requests."""
+    """Mixed requests while another adapter replaces the first under the same name, then requests to this name."""
     RELOADED = "reloaded"
-    """The first adapter loaded under the same name again, after the name was unloaded."""
+    """Mixed requests while the first adapter is loaded again, after an unload of the name, then requests to this
+    name."""
     ECHO = "echo"
     """Requests for the log-probabilities of the prompt's own tokens."""
 
@@ -219,7 +221,7 @@ class Session:
         self._send([one for one in several if len(self.prompts[one.prompt]) > 1 and one.prompt != self.long], 1)
 
     def tidy(self) -> str:
-        """Unload the adapters that this session loaded. Return a message about those that the server does not unload."""
+        """Unload the adapters that this session loaded. Return a message about adapters that are still loaded, or ""."""
         left = []
         for name in list(self._loaded):
             try:

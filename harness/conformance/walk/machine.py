@@ -43,7 +43,10 @@ class Programs:
         return self.subject, self.wide, self.own, self.near
 
     def align(self) -> None:
-        """Load the subject's tensors and state into the others, so that no comparison judges old rounding errors again."""
+        """Load the subject's tensors and state into the references. `near` gets slightly moved tensors.
+
+        Later comparisons then ignore earlier rounding errors.
+        """
         tensors, state = self.subject.adapted.tensors(), self.subject.adapted.state()
         generator = torch.Generator().manual_seed(self.subject.steps)
         moved = {name: perturbed(t.detach(), self.dtype, generator) for name, t in tensors.items()}
@@ -63,8 +66,8 @@ class WalkFailedError(AssertionError):
 def walk(make: Callable[[], Programs], walks: int, number: int) -> WalkFailedError | None:
     """Take `walks` random walks. Return the failure of the shortest walk that fails. If none fails, return None.
 
-    make: makes the programs of a walk, all in the same state. number: seed of the walks. If a rule raises another
-    exception, a note with the rules of the walk is added to the exception.
+    make: makes the programs of a walk, all in the same state. number: seed of the walks. If a rule raises an
+    exception other than WalkFailedError, a note with the rules of the walk is added to the exception.
     """
 
     class Walk(AdapterWalk):
@@ -158,7 +161,7 @@ class AdapterWalk(RuleBasedStateMachine):
     @rule(number=st.integers(1, 9))
     @precondition(lambda self: not self.merged and not self.frozen)
     def backward(self, number: int) -> None:
-        """Run forward and backward on a micro-batch, and add its gradients. number: its seed."""
+        """Run forward and backward on a micro-batch, and add its gradients. number: seed of its incoming gradient."""
         self._all(f"backward({number})", lambda program: program.backward(number))
 
     @rule(number=st.integers(1, 9))

@@ -1,4 +1,4 @@
-"""A program of a walk: one model, what is attached to the model, and the actions of a training program."""
+"""A program of a walk: one model with its adapter and optimizer, and the actions of a training program."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from harness.methods.spec import Adapted
 
 Forward = Callable[[nn.Module], Tensor]
 CHANGE = 1.5
-"""Factor by which `reload_model` changes the tensors before it restores them, and `deepcopy` those of the original."""
+"""Factor by which `reload_model` changes the tensors before it restores them. `deepcopy` changes the original's tensors by
+the same factor."""
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Program:
     model: nn.Module
     adapted: Adapted
     attach: Callable[[], tuple[nn.Module, Adapted]]
-    """Function that attaches to a fresh copy of the model, and returns the copy and what is attached."""
+    """Function that attaches the adapter to a fresh copy of the model, and returns the copy and the adapter."""
     forward: Forward
     """Function that runs a given model on the inputs of the walk, and returns the output."""
     may_train: bool

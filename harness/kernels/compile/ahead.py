@@ -44,12 +44,12 @@ Table = dict[str, dict[str, dict[str, int]]]
 
 @dataclass(frozen=True)
 class KernelVerdict:
-    """The judgement of one specimen for one architecture."""
+    """Result of judging one specimen (an instance of a kernel) for one architecture."""
 
     name: str
     architecture: int
     found: MachineCode | None
-    """Counts of the machine code. None if the specimen did not compile."""
+    """Counts of instructions, registers and memory in the machine code. None if the specimen did not compile."""
     faults: tuple[str, ...]
     """Reasons why the specimen fails. Empty if it passes."""
 
@@ -75,9 +75,10 @@ def modules() -> dict[str, str]:
 
 
 def faults(specimen: Specimen, found: MachineCode, architecture: int, limit: int | None) -> Iterator[str]:
-    """Yield a text for each fault of the compiled code.
+    """Yield a text for each reason why a compiled specimen (an instance of a kernel) fails.
 
-    limit: allowed registers per thread. None if the table has no entry for this specimen.
+    found: counts in the compiled code. limit: allowed registers per thread. None if the table has no entry for this
+    specimen.
     """
     if found.stack:
         yield f"{found.stack} B of stack: registers are spilled"
@@ -103,7 +104,7 @@ def faults(specimen: Specimen, found: MachineCode, architecture: int, limit: int
 
 
 def judge(module: str, architecture: int, limits: dict[str, int]) -> list[KernelVerdict]:
-    """Compile and judge the specimens of the module at this dotted path.
+    """Compile and judge the specimens (instances of kernels) of the module at this dotted path.
 
     Errors of import and compilation become faults. limits: name of a specimen -> allowed registers per thread.
     """
@@ -133,7 +134,10 @@ def _short(error: Exception) -> str:
 
 
 def judge_all(chosen: list[str], architectures: list[int], table: Table, version: str) -> list[KernelVerdict]:
-    """Judge the specimens of the chosen modules for all architectures, in two processes. chosen: dotted paths."""
+    """Judge the specimens (instances of kernels) of the chosen modules for all architectures, in two processes.
+
+    chosen: dotted paths of the modules. version: minor version of Triton.
+    """
     limits = {architecture: table.get(version, {}).get(f"sm_{architecture}", {}) for architecture in architectures}
     # Compilers and threads of torch do not survive a fork, hence spawn.
     context = multiprocessing.get_context("spawn")

@@ -1,4 +1,4 @@
-"""Compile a Specimen for an architecture, and count the instructions of its machine code. This needs no GPU."""
+"""Compile an instance of a kernel (a `Specimen`), and count the instructions of its machine code. This needs no GPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class MachineCode:
     wide_stores: int
     """Number of instructions that store 128 bits per thread to global memory."""
     narrow_loads: int
-    """Number of instructions that load 8 bits."""
+    """Number of instructions that load 8 bits per thread from global memory."""
     matrix: dict[str, int]
     """Name of a matrix instruction -> number of its occurrences."""
     fused_multiply_adds: int
@@ -49,10 +49,10 @@ def version() -> str:
 
 
 def machine_code(specimen: Specimen, architecture: int) -> MachineCode:
-    """Compile `specimen` for the architecture with the installed Triton, and return the counts of its machine code.
+    """Compile an instance of a kernel for an architecture, and return the counts of its machine code.
 
-    architecture: 90 stands for sm_90. Errors of Triton are not caught. Raises RuntimeError if cuobjdump fails. The
-    function does not work in a process that runs Triton's interpreter.
+    architecture: 90 stands for sm_90. The compiler is the installed Triton, whose errors are not caught. Raises
+    RuntimeError if cuobjdump fails. The function does not work in a process that runs Triton's interpreter.
     """
     names = specimen.kernel.arg_names
     at = {name: (index,) for index, name in enumerate(names)}

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 Kind = Literal["streaming", "gemm", "other"]
 """What the machine code of a kernel must contain. `streaming`: loads and stores of 128 bits. `gemm`: matrix
-instructions. `other`: nothing in particular. No kernel of any kind may spill registers.
+instructions. `other`: nothing in particular. In all three cases, a kernel must not spill registers.
 """
 
 
 @dataclass(frozen=True)
 class Specimen:
-    """One instance of a kernel, specialised as a launch would specialise it."""
+    """An instance of a Triton kernel: the kernel, with the types and constants for which it is compiled."""
 
     name: str
     """Name in registers.json, unique among all specimens."""
@@ -30,16 +30,16 @@ class Specimen:
     num_warps: int = 4
     num_stages: int = 3
     fused_multiply_add: bool = False
-    """True to allow fused multiply-adds, which round a * b + c once."""
+    """True to let the compiler replace a * b + c by a fused multiply-add, which rounds only once."""
     separate_roundings: bool = False
-    """True if every fused multiply-add is a fault.
+    """True if the specimen fails when its code has a fused multiply-add.
 
     A kernel that divides needs False, because a division takes some fused multiply-adds.
     """
     narrow_loads: int = 0
     """Largest number of single-byte loads in a streaming kernel.
 
-    Such loads read tables, constants or a ragged end.
+    Such loads read tables, constants, or values after the last full 128 bits.
     """
     oldest: int = 80
     """Oldest architecture for which this specimen is compiled."""

@@ -18,7 +18,7 @@ def adalora_importance_(
     A: Tensors, E: Tensors, B: Tensors, grad_A: Gradients, grad_E: Gradients, grad_B: Gradients,
     I_A: Tensors, U_A: Tensors, I_E: Tensors, U_E: Tensors, I_B: Tensors, U_B: Tensors, beta1: float, beta2: float,
 ) -> None:  # fmt: skip
-    """Update the averages of several layers by one step, in place (arXiv:2303.10512, eqs. 8 to 10).
+    """Update the moving averages of several layers by one step, in place (arXiv:2303.10512, eqs. 8 to 10).
 
     Each layer has factors A (R, D), E (R, 1) and B (out, R) of one floating dtype. A gradient of None stands for zeros.
     For each factor, I is the average of the sensitivity and U the average of the uncertainty. The arithmetic is in the
@@ -46,10 +46,10 @@ def adalora_importance(
     A: Tensor, E: Tensor, B: Tensor, grad_A: Tensor, grad_E: Tensor, grad_B: Tensor,
     I_A: Tensor, U_A: Tensor, I_E: Tensor, U_E: Tensor, I_B: Tensor, U_B: Tensor, beta1: float, beta2: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return I_A, U_A, I_E, U_E, I_B, U_B after one step, and the scores (R,) of the layer's triplets.
+    """Return I_A, U_A, I_E, U_E, I_B, U_B of one layer after one step, and the layer's scores (R,), one per rank.
 
-    The equations are 7 to 11 of arXiv:2303.10512. Shapes and dtypes are those of `adalora_importance_`, for one layer.
-    The arguments are not modified.
+    The equations are 7 to 11 of arXiv:2303.10512. The arguments have the shapes and dtypes that `adalora_importance_`
+    takes for one layer. They are not modified.
     """
     if by_triton(A, E, B, I_A, I_E, I_B):
         from harness.kernels.triton import adalora_importance as gpu

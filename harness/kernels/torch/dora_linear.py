@@ -1,4 +1,4 @@
-"""DoRA linear layer (arXiv:2402.09353): LoRA's product with the low-rank term, then a gain per output."""
+"""DoRA linear layer (arXiv:2402.09353): LoRA's product with W and the low-rank term, times a gain per output."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from harness.kernels.torch.support.autocast import outside_autocast
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """Return the norm of each row of W + scaling B A, shape (E,), without a gradient (arXiv:2402.09353, section 4.3).
 
-    The function computes the sum itself, instead of combining the norms of W and B A. On a CPU this takes a third
-    longer, but is accurate where W and B A cancel each other. Autocast does not reduce its precision.
+    The function computes the sum W + scaling B A itself, instead of combining the norms of W and B A. On a CPU this
+    takes a third longer, but is accurate where W and B A cancel each other. Autocast does not reduce its precision.
     """
     dtype = torch.promote_types(W.dtype, B.dtype)  # under autocast, a base in 16 bits may have an adapter in float32
     with torch.no_grad(), torch.autocast(W.device.type, enabled=False):
@@ -83,7 +83,7 @@ def dora_linear(
     is 0. Shapes: x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), m (E,). mask has the shape of x, or is None. All
     tensors have one dtype. The result is twice differentiable in all tensors but the mask. The norm counts as a
     constant. In Triton, the result is differentiable only once, and a second derivative raises RuntimeError. Under
-    autocast, the products are in its dtype, and the norm, the gain and the result in that of m.
+    autocast, the products are in autocast's dtype. The norm, the gain and the result are in the dtype of m.
     """
     if multiplied_by_triton(x, W, A, B, m) and frozen(W, bias):
         from harness.kernels.triton import dora_linear as gpu

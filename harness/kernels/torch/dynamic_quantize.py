@@ -50,9 +50,9 @@ def tables(device: torch.device, signed: bool) -> Tables:
 
 
 def nearest(relative: Tensor, of: Tables) -> Tensor:
-    """Return the uint8 codes of the values nearest to `relative`. Ties go to the lower value.
+    """Return the uint8 code of the map's nearest value for each number in `relative`. Ties go to the lower value.
 
-    relative: float32, contiguous, 1-d.
+    relative: float32, contiguous, 1-d. of: tables of the map.
     """
     bucket = (relative.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
     codes = of.below.index_select(0, bucket)
@@ -60,7 +60,7 @@ def nearest(relative: Tensor, of: Tables) -> Tensor:
 
 
 def decode(codes: Tensor, absmax: Tensor, block: int, of: Tables) -> Tensor:
-    """Return the values of the codes times the absmax of their blocks, as flat float32.
+    """Return the flat float32 values that the codes stand for: values of the map times the absmax of each block.
 
     codes: uint8, 1-d. absmax: one per block. of: tables of the map.
     """
@@ -86,9 +86,9 @@ def encode(x: Tensor, block: int, of: Tables) -> tuple[Tensor, Tensor]:
 def dynamic_quantize(x: Tensor, block: int = 256, signed: bool = True) -> tuple[Tensor, Tensor]:
     """Return (codes, absmax). codes: uint8, in the order of x.flatten(). absmax: float32, one per block.
 
-    x: any shape and floating dtype, read as float32. The last block may be short. The code of an element is that of the
-    value nearest to x / absmax. A tie goes to the lower value. A NaN or an infinity in a block is also the block's
-    absmax. Raises ValueError for a block below 1.
+    x: any shape and floating dtype, read as float32. The last block may be short. The code of an element stands for the
+    value of the map that is nearest to x / absmax. A tie goes to the lower value. A NaN or an infinity in a block is
+    also the block's absmax. Raises ValueError for a block below 1.
     """
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")

@@ -89,7 +89,10 @@ def _sketch(W: Tensor, rank: int, P: Tensor | None, Q: Tensor | None) -> Tensor:
 def galore_step(
     W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return W, M and V after a step. The arguments are those of `galore_step_`, in any memory layout."""
+    """Return W, M and V after a step.
+
+    The arguments are those of `galore_step_`, in any memory layout. They are not modified.
+    """
     if by_triton(W, G):
         from harness.kernels.triton import galore_step as gpu
 
@@ -137,8 +140,8 @@ def galore_step_(
 
     All tensors have one floating dtype, but M and V may also be float32. M and V are contiguous. If M_absmax and
     V_absmax are given, M and V are 8-bit codes as in `adamw8bit_step_`. As in the authors' code, eps is added to
-    sqrt(V), the bias corrections are part of the step size, and weight decay comes last, by the full lr. side: ignored,
-    because P and Q show which sides are projected.
+    sqrt(V), and the bias corrections are part of the step size. Weight decay comes last: the updated W is multiplied by
+    1 - lr weight_decay. side: ignored, because P and Q show which sides are projected.
     """
     if M.dtype == W.dtype and W.is_contiguous() and by_triton(W, G):
         from harness.kernels.triton import galore_step as gpu

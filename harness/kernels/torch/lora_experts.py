@@ -2,10 +2,10 @@
 
     y_t = sum_n w_tn down_k(silu(gate_k x_t) * up_k x_t)   with k = chosen_tn, and LoRA (arXiv:2106.09685) on each weight
 
-Pairs of a token and one of its experts are sorted by expert, so that the rows of an expert are adjacent. Then each
-expert multiplies a slice, and its low-rank term is added in place. No matrix of the size of the stack is written: the
-update B A is never computed. In shapes, T is the number of tokens, N the chosen experts per token, P = T N the pairs, K
-the experts, D and E the input and output features, H the features between up and down, R the rank.
+Pairs of a token and one of its experts are sorted by expert, so that the rows of an expert are adjacent. Each expert
+then multiplies its own slice of rows, and its low-rank term is added in place. The update B A, which would be as large
+as the weights of all experts, is never computed. In shapes, T is the number of tokens, N the chosen experts per token,
+P = T N the pairs, K the experts, D and E the input and output features, H the features between up and down, R the rank.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class _GroupedLora(torch.autograd.Function):
 
 
 def _matrices(W: Tensor | PackedStack, dtype: torch.dtype) -> Callable[[int], Tensor]:
-    """Return a function that maps an expert's number to its matrix (E, D). The next call may overwrite this matrix."""
+    """Return a function that maps an expert's number to the expert's matrix (E, D). The next call may overwrite it."""
     return W.matrices(dtype) if isinstance(W, PackedStack) else W.__getitem__
 
 
@@ -147,7 +147,7 @@ def grouped_lora_linear(
 
 
 class _Reordered(torch.autograd.Function):
-    """Autograd function whose output row p is row order[p] // copies of t.
+    """Autograd function that returns the rows of t in another order: output row p is row order[p] // copies of t.
 
     The backward pass sums the gradients of the copies of a row in a fixed order.
     """
@@ -176,8 +176,8 @@ def routed_experts(
     """Return sum_n weights[t, n] down_k(activate(up_k(x_t))) with k = chosen[t, n], shape (T, D).
 
     Shapes: x (T, D), chosen and weights (T, N). chosen: numbers of the experts of each token. activate: maps the output
-    of `up` to the input of `down`, row by row. Two calls return the same bits. Raises ValueError for the number of an
-    expert that does not exist, if `chosen` is on the CPU.
+    of `up` to the input of `down`, row by row. Equal calls return the same bits. If `chosen` is on the CPU and has the
+    number of an expert that does not exist, raises ValueError.
     """
     K, N, flat = up.experts, chosen.shape[1], chosen.reshape(-1)
     order = flat.argsort(stable=True)
@@ -208,7 +208,7 @@ def lora_experts(
     Shapes: x (T, D), chosen and weights (T, N), gate_up (K, 2 H, D), down (K, D, H); if `transposed`, gate_up (K, D, 2
     H) and down (K, H, D). A and B are packed: gate_up_A (K R, D), gate_up_B (2 H, R K), down_A (K R, H), down_B (D, R
     K); see `StackedLinear`. The floating tensors have one dtype, or get it from autocast. The result is differentiable
-    in `weights`, and in the other floating tensors as the result of `grouped_lora_linear` is.
+    in all floating tensors; for those other than `weights`, see `grouped_lora_linear`.
     """
     up = StackedLinear(gate_up, gate_up_A, gate_up_B, scaling, transposed)
     return routed_experts(x, chosen, weights, up, StackedLinear(down, down_A, down_B, scaling, transposed), gated)

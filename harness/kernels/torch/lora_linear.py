@@ -20,7 +20,7 @@ from harness.kernels.torch.support.autocast import cast_by_autocast, outside_aut
 
 
 class _LoraLinear(torch.autograd.Function):
-    """A LoRA layer. Forward and backward, addmm adds the low-rank terms to the large products in place.
+    """A LoRA layer. In the forward and the backward pass, addmm adds the low-rank terms to the large products in place.
 
     The Function saves x and S = (x mask) A^T, shape (T, R). Compared with the plain expression, the forward pass does
     not allocate the update (T, E) and its scaled copy. The backward pass does not allocate a scaled copy of dy, and
@@ -102,10 +102,10 @@ def lora_linear_over(
 ) -> Tensor:
     """Return base(x) + scaling ((x mask) A^T) B^T, shape (..., E).
 
-    If the base is an nn.Linear without hooks, `lora_linear` computes the result. If it is an `Nf4Linear` without hooks,
-    `packed_lora_linear` does. Any other base is called. The base's output is then not modified, because it may be the
-    input or a tensor that the base holds. Under torch.compile, which then fuses better, every base is called, and under
-    autocast an `Nf4Linear` is called.
+    `lora_linear` computes the result if the base is an nn.Linear without hooks, and `packed_lora_linear` if it is an
+    `Nf4Linear` without hooks. Any other base is called, and its output is not modified, because it may be the input or
+    a tensor that the base holds. Under torch.compile every base is called, because torch.compile then fuses better.
+    Under autocast, an `Nf4Linear` is called.
     """
     inner: Any = base
     if not torch.compiler.is_compiling():

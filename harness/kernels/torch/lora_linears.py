@@ -35,11 +35,11 @@ class LoraFactors:
 
 
 class _LoraLinears(torch.autograd.Function):
-    """Autograd function that computes all layers from As: the A of each layer times its scaling, stacked.
+    """Autograd function that computes all layers from one matrix `As`: the A of each layer times its scaling, stacked.
 
-    As is (ranks, D), where `ranks` is the sum of the layers' ranks. S = x As^T, dx += dS As and dAs = dS^T x are then
-    one product each. As As includes the scaling, no tensor with a row per token needs to be scaled. The Function saves
-    x and S (T, ranks).
+    `As` is (ranks, D), where `ranks` is the sum of the layers' ranks. Each of S = x As^T, dx += dS As and dAs = dS^T x
+    is then one product for all layers. Because `As` includes the scaling, no tensor with a row per token needs to be
+    scaled. The Function saves x and S (T, ranks).
     """
 
     @staticmethod
@@ -149,10 +149,10 @@ def lora_linears(x: Tensor, layers: Sequence[LoraFactors], precomputed: dict[Any
 
 
 def factors_over(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> LoraFactors | None:
-    """Return the factors of a LoRA layer on `base`, or None if the weight of `base` cannot be used directly.
+    """Return the factors of a LoRA layer on `base`, or None if the layer is to be computed alone.
 
-    It cannot be used under autocast and torch.compile, and if the base has hooks, another type than nn.Linear and
-    `Nf4Linear`, or another dtype than x, A and B. The result is also None if the base is in NF4 and Triton multiplies,
+    The result is None under autocast and under torch.compile. It is None if the base has hooks, is neither an nn.Linear
+    nor an `Nf4Linear`, or differs in dtype from x, A or B. It is also None if the base is in NF4 and Triton multiplies,
     because Triton has a kernel for a single such layer (`nf4_lora_linear`).
     """
     inner: Any = base

@@ -147,11 +147,11 @@ def _groups_above_crossover(
     """Return the result of `groups` if `products_per_adapter` is expected to be faster than Triton, else None.
 
     It is expected to be faster if the used adapters have more tokens on average than the crossover of the card; see
-    `harness.kernels.crossover`. The result is None in any case if
+    `harness.kernels.crossover`. The result is always None
 
-    - the ids are on the GPU, or the sequences of an adapter are not adjacent: the host would have to wait;
-    - the tensors are float32 on a GPU;
-    - an unused adapter trains: it needs a gradient of zeros, and `products_per_adapter` would give it none.
+    - if the ids are on the GPU, or the sequences of an adapter are not adjacent: the host would have to wait;
+    - if the tensors are float32 on a GPU;
+    - if an unused adapter trains: it needs a gradient of zeros, and `products_per_adapter` would give it none.
     """
     limit = crossover_of("multi_lora_linear", card(x.device), len(W))
     if limit == inf or ids.device.type != "cpu" or not multiplied_by_triton(x):

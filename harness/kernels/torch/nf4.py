@@ -2,8 +2,8 @@
 
 torch works in pieces that fit the cache. On a GPU, Triton does the work. Encoding divides the axis from -1 to 1 into
 cells. A cell has at most one midpoint between two levels. For each value, that midpoint is looked up and compared once.
-Decoding looks up both values of a byte as one 8-byte word. Whole blocks of a large tensor on a CPU go through compiled
-code instead (support/nf4_compiled.py), which gives the same bits.
+A packed byte holds the codes of two values, and decoding finds both values with one look-up. Whole blocks of a large
+tensor on a CPU go through compiled code instead (support/nf4_compiled.py), which gives the same bits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _numbers() -> tuple[float, ...]:
 
 @cache
 def _words(device: torch.device) -> Tensor:
-    """Return a table, int64 (256,). Entry i holds the levels of both codes in byte i as adjacent float32 numbers."""
+    """Return a table, int64 (256,). Entry i is two adjacent float32 numbers: the levels of the two codes in byte i."""
     with torch.inference_mode(False):
         byte = torch.arange(256, device="cpu")
         return torch.stack([levels()[byte >> 4], levels()[byte & 15]], dim=1).view(torch.int64).flatten().to(device)
@@ -136,9 +136,9 @@ def double_quantize(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]
     """Quantise absmax to 8 bits, and return (codes, absmax2, offset).
 
     codes: uint8, one per number. absmax2: float32, one per block. offset: the mean of absmax, float32 (0-d). absmax:
-    float32, not empty. The mean is subtracted, and each block is divided by its largest magnitude. The code is that of
-    the nearest value of the signed dynamic map. A tie goes to the lower value. A NaN or an infinity spreads to every
-    result through the mean. Raises ValueError for an empty absmax or a block below 1.
+    float32, not empty. The mean is subtracted, and each block is divided by its largest magnitude. The code of a number
+    stands for the nearest value of the signed dynamic map. A tie goes to the lower value. A NaN or an infinity spreads
+    to every result through the mean. Raises ValueError for an empty absmax or a block below 1.
     """
     if block < 1 or not absmax.numel():
         raise ValueError(f"needs at least one absmax, and a block of at least 1, got {absmax.numel()} and {block}")

@@ -19,7 +19,7 @@ from harness.kernels.torch.support.packed_weight import PackedWeight
 class _Product(torch.autograd.Function):
     """The function x W^T + bias for x (T, D) or, if `transposed`, x W for x (T, E).
 
-    The backward pass computes the other of the two products.
+    The backward pass of x W^T + bias computes dy W, and the backward pass of x W computes dy W^T.
     """
 
     @staticmethod
@@ -72,10 +72,11 @@ def nf4_linear(
     bias: Tensor | None,
     training: bool = True,
 ) -> Tensor:
-    """Return x W^T + bias, shape (..., E), for x (..., D) and W (E, D) packed as `nf4.quantize` does.
+    """Return x W^T + bias, shape (..., E), for x (..., D) and W (E, D).
 
-    The result is differentiable in x and bias. training: ignored here, but other implementations need it. Raises
-    ValueError if the length of `packed` or `absmax` does not fit `shape`.
+    packed, absmax: W as packed by `nf4.quantize`. shape: (E, D). The result is differentiable in x and bias. training:
+    ignored here, but other implementations need it. Raises ValueError if the length of `packed` or `absmax` does not
+    fit `shape`.
     """
     E, D = shape
     return packed_linear(x, PackedWeight(packed, absmax, block, (E, D)), bias)
@@ -112,7 +113,7 @@ class Nf4Linear(nn.Linear):
 
     @property
     def packed_weight(self) -> PackedWeight:
-        """The weight in the form that `packed_linear` takes."""
+        """The packed weight with its constants, as `packed_linear` takes it."""
         shape = self.out_features, self.in_features
         if self.absmax2 is None or self.offset is None:
             return PackedWeight(self.weight, self.absmax.view(torch.float32), self.block, shape)

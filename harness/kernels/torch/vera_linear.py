@@ -15,9 +15,9 @@ from harness.kernels.torch.support.autocast import cast_by_autocast, outside_aut
 class _Projection(torch.autograd.Function):
     """The function u = (x mask) A^T, with A frozen.
 
-    A and the mask are attributes of the graph's node instead of saved tensors. A backward pass would free saved tensors,
-    but several layers share this node, which must survive the backward pass of one of them. This takes no memory, because
-    A and the mask stay alive anyway. Only under autocast does each node keep a copy of A.
+    Several layers share the autograd node of u, which must survive the backward pass of each layer. A and the mask are
+    therefore attributes of the node, because a backward pass would free saved tensors. The attributes take no memory,
+    because A and the mask stay alive anyway. Only under autocast does each node keep a copy of A.
     """
 
     @staticmethod

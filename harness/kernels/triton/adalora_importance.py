@@ -39,7 +39,7 @@ def _pointer(row, column, dtype: tl.constexpr, aligned: tl.constexpr):
 
 @triton.jit
 def _update(row, first: tl.constexpr, at, mask, beta1, rest1, beta2, rest2, dtype: tl.constexpr, aligned: tl.constexpr):
-    """Update the averages I and U of the elements at the offsets `at`, and return I U.
+    """Update the averages I and U of the elements at the offsets `at`, and return the products of I and U.
 
     row points to the layer's line in the table of addresses. From the column `first` on, this line has the addresses of
     a factor, of its gradient (0 for none), of I and of U.
@@ -64,10 +64,10 @@ def _weights(
     table, jobs, sums, beta1, rest1, beta2, rest2,
     dtype: tl.constexpr, rank: tl.constexpr, columns: tl.constexpr, tile: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
-    """Update one tile of the averages of one A or B, and store sums of I U.
+    """Update one tile of the averages of one A or B, and store sums of the products I U.
 
     jobs: three numbers per program: the layer; the row of A, or -1 for B; the number of the tile. sums: `columns`
-    numbers per program. For A, the first one is the sum over the tile. For B, there is one sum per rank.
+    numbers per program. For A, the first number is the sum over the tile. For B, there is one sum per rank.
     """
     job = tl.program_id(0).to(tl.int64)
     row = table + tl.load(jobs + 3 * job).to(tl.int64) * _COLUMNS
@@ -148,7 +148,7 @@ def adalora_importance_(
     Each layer has factors A (R, D), E (R, 1) and B (out, R) of one dtype: float32, bfloat16 or float16. A gradient of
     None stands for zeros. For each factor, I is the average of the sensitivity and U the average of the uncertainty. I
     and U are contiguous and always float32. Layers of the same rank, dtype and device share the launches. Raises
-    ValueError for other averages, shapes or dtypes.
+    ValueError if an average is not contiguous float32, or if the factors of a layer differ in rank or dtype.
     """
     layers = list(
         zip(A, grad_A, I_A, U_A, E, grad_E, I_E, U_E, B, grad_B, I_B, U_B, strict=True)

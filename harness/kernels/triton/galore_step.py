@@ -67,7 +67,10 @@ def _back(
 def galore_step(
     W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return W, M and V after a step. The arguments are those of `galore_step_`, in any memory layout."""
+    """Return W, M and V after a step.
+
+    The arguments are those of `galore_step_`, in any memory layout. They are not modified.
+    """
     W, M, V = (t.contiguous() for t in (W, M, V))
     out = (torch.empty_like(W), torch.empty_like(M), torch.empty_like(V))
     _launch(W, G, P, Q, M, V, out, **options)

@@ -1,9 +1,10 @@
 """LoRA's linear layer for many experts on a GPU, in one launch for all experts per product.
 
 Rows are sorted by expert. A table, made on the device, gives each program its expert and its rows, so the host never
-waits. Forward and backward, the low-rank update is added in the accumulator of the product with the frozen weight. Each
-sum has a fixed order and uses no atomics. An expert's offset in its stack is int64: a stack may have more than 2**31
-elements. In shapes, P is the number of rows, K the experts, D and E the input and output features, R the rank.
+waits. In both passes, the low-rank update is added in the accumulator of the product with the frozen weight. Each sum
+has a fixed order and uses no atomics. An expert's offset in the stacked weights is int64, because these may have more
+than 2**31 elements. In shapes, P is the number of rows, K the experts, D and E the input and output features, R the
+rank.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def grouped_product(
     """Compute one tile of `out` (P, N): left @ right[e] + scale S @ T[e], for some rows of one expert e.
 
     left is (P, K), right (experts, K, N), S (P, R), T (experts, R, N). S and T may be None. table: three numbers for
-    each group of rows: its expert, its first row, and the end of the expert's rows.
+    each group of rows: its expert, the index of its first row, and the index after the expert's last row.
     """
     place = table + tl.program_id(0) * 3
     expert, first, end = tl.load(place), tl.load(place + 1), tl.load(place + 2)
@@ -64,7 +65,7 @@ def grouped_outer(
 ):  # fmt: skip
     """Compute one tile of out[e] (M, N) = scale left^T @ right, summed over the rows of expert e.
 
-    left is (P, M), right (P, N). ends: the end of each expert's rows.
+    left is (P, M), right (P, N). ends: for each expert, the index after its last row.
     """
     down = tl.cdiv(M, BLOCK_M)
     expert = (tl.program_id(0) // down).to(tl.int64)
@@ -83,9 +84,9 @@ def grouped_outer(
 def _table(counts: Tensor, rows: int, block: int) -> Tensor:
     """Return the table of `grouped_product`, int64 (groups, 3). A group has at most `block` rows of one expert.
 
-    counts: number of rows of each expert. rows: sum of the counts. The number of groups does not depend on the single
-    counts, so that the host need not know them. Groups that are left over have the expert len(counts), which does not
-    exist.
+    counts: number of rows of each expert. rows: sum of the counts. The number of groups follows from `rows`, `block`
+    and the number of experts, so that the host need not know the counts. Groups that are left over have the expert
+    len(counts), which does not exist.
     """
     number = torch.arange(triton.cdiv(rows, block) + len(counts), device=counts.device)
     groups, ends = (counts + block - 1) // block, counts.cumsum(0)
@@ -136,7 +137,7 @@ def _outer(left: Tensor, right: Tensor, ends: Tensor, scale: float, out: Tensor,
 
 
 class _Groups:
-    """The number of rows of each expert in one call, and the products over these rows."""
+    """The number of rows of each expert in one call, with methods for matrix products over these rows."""
 
     def __init__(self, counts: Tensor, rows: int) -> None:
         self.counts, self.rows, self.ends = counts, rows, counts.cumsum(0)

@@ -1,9 +1,9 @@
 """LoRA's linear layer on a GPU.
 
-Forward and backward, the low-rank update is added in the accumulator of the product with the frozen weight. Compared
-with the layer without LoRA, the forward pass reads x one more time. The backward pass reads x one more time and dy two
-more times. No tensor of y's size is written except y. S = (x mask) A^T, of shape (tokens, rank), is saved for the
-backward pass.
+In both passes, the low-rank update is added in the accumulator of the product with the frozen weight. Compared with the
+layer without LoRA, the forward pass reads x one more time. The backward pass reads x one more time and dy two more
+times. No tensor of y's size is written except y. S = (x mask) A^T, of shape (tokens, rank), is saved for the backward
+pass.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Several LoRA linear layers with the same input x on a GPU.
 
-Forward and backward, one pass over x computes the low-rank products of all layers. As in `lora_linear`, the update of
-each layer is added in the accumulator of the product with its frozen weight. The gradient of x is one sum.
+In both passes, x is read once for the low-rank products of all layers. As in `lora_linear`, the update of each layer is
+added in the accumulator of the product with its frozen weight. The gradient of x is one sum.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Layer = tuple[Tensor, Tensor | None, Tensor, Tensor, float]
 
 
 class _LoraLinears(torch.autograd.Function):
-    """The layers and their gradients. The forward pass saves x and S = x As^T, shape (T, ranks).
+    """Autograd function that computes all layers. The forward pass saves x and S (T, ranks).
 
-    As stacks the A of all layers, so that `ranks` is the sum of their ranks.
+    S is x times the transpose of all A, stacked along the rows. `ranks` is the sum of the layers' ranks.
     """
 
     @staticmethod

@@ -95,8 +95,8 @@ def _table(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the table for the kernels of `grouped_lora`, int64 (adapters, 5), and the scalings, on the device.
 
-    addresses: those of each adapter's A and B. The result is cached, so that nothing is uploaded unless an adapter has
-    moved.
+    addresses: memory addresses of each adapter's A and B. The result is cached, so that nothing is uploaded unless an
+    adapter has moved.
     """
     rows, before = [], 0
     for pair, rank in zip(addresses, ranks, strict=True):

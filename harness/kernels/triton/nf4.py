@@ -195,7 +195,7 @@ _BYTES, _FLOATS = "*u8", "*fp32"
 
 
 def _specimens(values: str, block: int, ragged: bool = False) -> list[Specimen]:
-    """Return specimens of the three kernels for ahead-of-time compilation.
+    """Return instances of the three kernels for ahead-of-time compilation.
 
     values: Triton type of the weight, such as `*bf16`. ragged: True if the number of values is not a multiple of 32, so
     that the last program masks each value.

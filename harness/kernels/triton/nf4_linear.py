@@ -1,11 +1,11 @@
 """Multiply by a packed NF4 weight. For few tokens, one launch decodes and multiplies. For many, decoding comes first.
 
 With few tokens, reading the weight takes nearly all the time, and in NF4 this takes a quarter as long as in 16 bits.
-With many tokens it is faster to decode once and let torch multiply. A table of `harness/kernels/crossovers` has the
-number of tokens at which the faster way changes. The fused kernel, which decodes and multiplies, computes y^T = W x^T.
-Decoded values go from registers into matrix instructions without passing through shared memory, and a tile may have as
-few as 16 tokens. A byte holds the codes of two neighbouring columns. The kernel therefore computes two products, one
-for the even and one for the odd columns.
+With many tokens it is faster to decode once and let torch multiply. A table in `harness/kernels/crossovers` gives the
+largest number of tokens for the first way. Its kernel decodes and multiplies, and computes y^T = W x^T. Decoded values
+go from registers into matrix instructions without passing through shared memory, and a tile may have as few as 16
+tokens. A byte holds the codes of two neighbouring columns. The kernel therefore computes two products, one for the even
+and one for the odd columns.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _fused(
 
 
 def fused(x: Tensor, packed: Tensor, absmax: Tensor, block: int, shape: Sequence[int], bias: Tensor | None) -> Tensor:
-    """Return x W^T + bias, shape (T, E), for x (T, D), by the fused kernel.
+    """Return x W^T + bias, shape (T, E), for x (T, D), by the fused kernel, which decodes and multiplies in one launch.
 
     Unlike `nf4_linear`, this computes no gradients. Raises ValueError if the kernel does not support D, block and
     dtype.
@@ -101,9 +101,9 @@ def _tile(tokens: int, block: int) -> dict[str, int]:
 
 
 def is_fused_faster(tokens: int, E: int, device: torch.device) -> bool:
-    """Return whether the fused kernel is expected to be faster for this many tokens and a weight of E rows.
+    """Return whether the fused kernel is expected to be faster for this many tokens and a weight (E, D).
 
-    The answer comes from the table of the card, or from the default; see `harness.kernels.crossover`.
+    The crossover in the card's table or in the default table decides; see `harness.kernels.crossover`.
     """
     return tokens <= crossover_of("nf4_linear", card(device), E)
 
@@ -137,13 +137,13 @@ def nf4_linear(
     bias: Tensor | None,
     training: bool = True,
 ) -> Tensor:
-    """Return x W^T + bias, shape (..., E), for x (..., D) and W (E, D) packed as `nf4.quantize` does.
+    """Return x W^T + bias, shape (..., E), for x (..., D) and W (E, D).
 
-    W is cast to x's dtype, and the sum is in float32. The result is twice differentiable in x and bias. The backward
-    pass decodes the weight again. The decoded weight is in fresh memory and not in a buffer, because torch's allocator
-    knows which stream uses the memory, and reserves the memory for a CUDA graph that is being captured. training:
-    ignored. Raises ValueError for a block that is not a power of two of at least 32, and if the length of `packed` or
-    `absmax` does not fit `shape`.
+    packed, absmax: W as packed by `nf4.quantize`. shape: (E, D). W is cast to x's dtype, and the sum is in float32. The
+    result is twice differentiable in x and bias. The backward pass decodes the weight again. The decoded weight is in
+    fresh memory and not in a buffer, because torch's allocator knows which stream uses the memory, and reserves the
+    memory for a CUDA graph that is being captured. training: ignored. Raises ValueError for a block that is not a power
+    of two of at least 32, and if the length of `packed` or `absmax` does not fit `shape`.
     """
     check_sizes(packed, absmax, block, shape)
     E, D = shape

@@ -1,10 +1,10 @@
 """VeRA's linear layer on a GPU, as two products.
 
-The first is d u with u = (x mask) A^T. The second is x W^T, to whose accumulator b * ((d u) B^T) is added. The tiles are
-those of support/shrink.py (d u) and support/gemm_tiles.py.
+The first product is d u with u = (x mask) A^T, in the tiles of support/shrink.py. The second product is x W^T, in the
+tiles of support/gemm_tiles.py. Its accumulator also adds b * ((d u) B^T).
 
-The gradients of d and b need no temporary of the size of the output y. Let dy be the gradient of y. The gradient of d is
-the sum of u * ((dy b) B) over the tokens. The gradient of b is the sum of B * (dy^T (d u)) over the ranks.
+The gradients of d and b need no temporary of the size of the output y. Let dy be the gradient of y. The gradient of d
+is the sum of u * ((dy b) B) over the tokens. The gradient of b is the sum of B * (dy^T (d u)) over the ranks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`litgpt`: its LoRAQKVLinear, one layer that computes q, k and v, as an Operation."""
+"""`litgpt`: LitGPT's LoRAQKVLinear, one layer that computes q, k and v, as an Operation."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def lora_qkv(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return q, k and v, computed by one LoRAQKVLinear from their stacked tensors, as LitGPT's checkpoints store them.
 
-    The layer has one scaling, that of q, so the B of k and v are rescaled in advance. Raises Unsupported for DoRA, for
-    ranks that differ, and for a scaling of q that is 0.
+    The layer has a single scaling. It gets the scaling of q, and the B of k and v are rescaled in advance. Raises
+    Unsupported for DoRA, for ranks that differ, and for a scaling of q that is 0.
     """
     import torch
     from litgpt.lora import LoRAQKVLinear

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 _OPERATION: dict[str, Any] = {"name": "torch-compile", "kind": "operation", "devices": ["cuda"]}
-"""Arguments of `implements`, for GPUs only: on a CPU, compiling takes longer than all checks of another implementation."""
+"""Arguments of `implements`. GPUs only: on a CPU, compiling takes longer than all checks of another implementation."""
 _OPTIONS: dict[str, Any] = {"compile_threads": 1}
 """Options of torch.compile. With more than one thread, inductor would start processes that outlive the call."""
 

@@ -1,4 +1,4 @@
-"""`torchao`: its NF4 tensor, as an Operation and as a quantisation of base weights, and its 8-bit AdamW."""
+"""`torchao`: an NF4 tensor, as an Operation and as a quantisation of base weights, and 8-bit AdamW."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def nf4_module() -> Any:
 def nf4_quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Pack W by torchao's `to_nf4`. Return the packed bytes, and the absmax of each block.
 
-    `to_nf4` divides by this absmax, and quantises it only later. Raises Unsupported for more than two dimensions and for
-    sizes that torchao's blocks do not divide.
+    `to_nf4` divides the weight by this absmax, and quantises the absmax only afterwards. Raises Unsupported for more
+    than two dimensions and for sizes that torchao's blocks do not divide.
     """
     nf4_tensor = nf4_module()
     if W.dim() > 2 or W.numel() % (block * SCALER_BLOCK):

@@ -1,4 +1,4 @@
-"""`torchtune`: LoRALinear, DoRALinear and their merge, over dense weights and over torchao's NF4.
+"""`torchtune`: LoRALinear and DoRALinear with torchtune's merge, over dense weights and over torchao's NF4.
 
 torchtune is no longer developed.
 """
@@ -25,7 +25,7 @@ _NAME: dict[str, Any] = {"name": "torchtune", "requires": ["torchtune", "torchao
 
 @implements("lora", dtypes=DTYPES, **_NAME)
 def lora(model: nn.Module, config: reference_lora.Config, generator: Generator) -> Adapted:
-    """Replace linear layers by LoRALinear. Raises Unsupported for rslora and for other layers.
+    """Replace linear layers by LoRALinear. Raises Unsupported for rslora, and for targets that are not linear.
 
     torchtune draws from torch's global generator, which is seeded here.
     """
@@ -70,7 +70,7 @@ def _attach(model: nn.Module, config: Any, generator: Generator, kind: type[Any]
 
 @implements("nf4-dq", kind="base", **_NAME)
 def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int, bool]]:
-    """Replace linear layers as `torchao.nf4_dq` does, and return the same.
+    """Replace linear layers as `torchao.nf4_dq` does, and return what `torchao.nf4_dq` returns.
 
     The layers multiply as FrozenNF4Linear does, the layer under torchtune's QLoRA.
     """

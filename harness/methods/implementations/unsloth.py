@@ -1,8 +1,8 @@
-"""`unsloth`: its LoRA kernels as Operations.
+"""`unsloth`: the LoRA kernels of Unsloth as Operations.
 
 On a CPU, `import unsloth` falls back to the layers of transformers and peft, and it patches torch, transformers and peft
 for the whole process. So this module imports the kernels without the package around them. On a CPU,
-`gated_activations` chooses between their Triton code and torch. NF4 needs a GPU.
+`gated_activations` chooses between Unsloth's Triton code and torch. NF4 needs a GPU.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def lora_linear(
 ) -> Tensor:
     """Return the output of a LoRA layer, computed by Unsloth's LoRA_W.
 
-    Raises Unsupported for a dropout mask, since LoRA_W draws its own.
+    Raises Unsupported for a given dropout mask, since LoRA_W draws a mask itself.
     """
     if mask is not None:
         raise Unsupported("LoRA_W draws its own dropout mask and takes no other")

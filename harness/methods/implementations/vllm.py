@@ -1,9 +1,9 @@
 """`vllm`, `vllm-triton`: vLLM's LoRA operations in torch (for CPUs) and in Triton (for GPUs), as `multi_lora_linear`.
 
-Both get the same arguments as in vLLM: the adapters in slots of one stacked tensor, padded with zeros to the largest rank;
-B multiplied by the scaling in the adapter's dtype, as vLLM does on loading; and one slot per token, -1 for none. vLLM skips
-both operations for a batch without adapters, and so do these functions. On a CPU, Triton's interpreter runs the kernels:
-`TRITON_INTERPRET=1 peft-harness check vllm-triton`.
+Both get the same arguments as in vLLM: the adapters in slots of one stacked tensor, padded with zeros to the largest
+rank; B multiplied by the scaling in the adapter's dtype, as vLLM does on loading; and one slot per token, or -1 for a
+token without adapter. vLLM skips both operations for a batch without adapters, and so do these functions. On a CPU,
+Triton's interpreter runs the kernels: `TRITON_INTERPRET=1 peft-harness check vllm-triton`.
 """
 
 from __future__ import annotations

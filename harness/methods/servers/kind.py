@@ -53,8 +53,8 @@ class ServerKind:
     distributions: tuple[str, ...] = ()
     """Distributions whose versions the Record holds. Those that are not installed are left out."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
-    """Dtypes in which it can serve."""
+    """Dtypes in which the server can compute."""
     start_s: float = 600.0
-    """Seconds within which it must answer after its start."""
+    """Seconds after the start of the server within which it must answer."""
     patience_s: float = 300.0
-    """Seconds within which it must answer a request."""
+    """Seconds within which the server must answer a request."""

@@ -1,7 +1,8 @@
 """Find changes of level in the series of a history.
 
-The machine may be slower on some nights than on others. So each time is divided by the anchor of its night, i.e. by the
-factor that all series of one place share. Changes of the anchor itself, of bytes and of scores are found too.
+A series holds one value per night, for one metric of a Cell at one place (machine and software). The machine may be
+slower on some nights than on others. So each time is divided by the anchor of its night: the median of value / usual
+value over all series of the place. Changes of the anchor itself, of bytes and of scores are found too.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Change:
     """A change in the level of one series."""
 
     cell: str
-    """A cell_id, or `*` if the anchor has changed, i.e. the factor that all series of a place share."""
+    """A cell_id; `*` if the times of all Cells at one place (machine and software) changed together."""
     metric: str
     place: str
     old_night: str
@@ -42,8 +43,8 @@ class Change:
     night: str
     """First night of the new level."""
     before: float
-    """Old level, in the unit of the metric. For a time, the level is divided by the anchor, i.e. by the factor that all
-    series of the place share. For the anchor itself, the level is this factor."""
+    """Old level, in the unit of the metric. Times are first divided by the anchor of their night (see this module). If
+    `cell` is `*`, the level is that of the anchor, which has no unit."""
     after: float
     """New level, in the unit of `before`."""
     worse: bool
@@ -77,7 +78,10 @@ class Change:
 
 @dataclass(frozen=True)
 class Unanchored:
-    """A family of times that is not judged: its place has too few series for an anchor, i.e. for a shared factor."""
+    """A family of times that is not judged, because its place (machine and software) has too few series.
+
+    Each time is compared with the other series of the same place and night.
+    """
 
     place: str
     metric: str
@@ -87,9 +91,9 @@ class Unanchored:
 
 @dataclass(frozen=True)
 class Unjudged:
-    """Nights on which a place has too few series to compute an anchor, i.e. the factor that all series share.
+    """Nights whose times are not judged, because the place (machine and software) had too few series on these nights.
 
-    The times of these nights are not judged.
+    Each time is compared with the other series of the same place and night.
     """
 
     place: str
@@ -104,11 +108,10 @@ class FoundChanges:
 
     history: History
     last: str
-    """Last night that any series has. Only a level that includes this night can be recent."""
+    """Last night that any series has."""
     changes: list[Change] = field(default_factory=list)
     machine: list[Change] = field(default_factory=list)
-    """Changes that all series of a place share, even the sentinels, whose code does not change. So the machine has
-    changed."""
+    """Changes of the machine: all series of a place share them, even those of Cells whose code never changes."""
     unanchored: list[Unanchored] = field(default_factory=list)
     unjudged: list[Unjudged] = field(default_factory=list)
     compared: int = 0
@@ -177,7 +180,8 @@ def _scores(scores: Sequence[HistorySeries], found: FoundChanges) -> None:
 def _timed(family: str, judged: Sequence[HistorySeries], guards: Sequence[HistorySeries], found: FoundChanges) -> None:
     """Judge the times of one family of metrics at one place, relative to the anchor. Then judge the anchor itself.
 
-    The anchor is the factor that all series share. guards: series of the sentinels. The changes are added to `found`.
+    The anchor of a night is the median of value / usual value over all series. judged: the series of the family.
+    guards: series of sentinels, i.e. of Cells whose code does not change. The changes are added to `found`.
     """
     import numpy as np
 
@@ -213,10 +217,11 @@ def _timed(family: str, judged: Sequence[HistorySeries], guards: Sequence[Histor
 
 
 def _anchor(one: HistorySeries, common: Array, guards: Array, found: FoundChanges) -> None:
-    """Judge the anchor, i.e. the factor that all series of a place share, and add its changes to `found`.
+    """Judge the anchor, i.e. the median of value / usual value over all series of a place. Add its changes to `found`.
 
-    If the sentinels change too, the machine has changed. Otherwise the code under test has changed. common: the log of
-    the anchor on each night. guards: log times of the sentinels.
+    Sentinels are Cells whose code does not change. If the sentinels change with the anchor, the machine has changed.
+    Otherwise the code under test has changed. common: log of the anchor on each night. guards: log times of the
+    sentinels.
     """
     import numpy as np
 
@@ -248,7 +253,7 @@ def _log_changes(
 
 
 def _changes(one: HistorySeries, nights: Sequence[str], steps: Sequence[LevelChange], least: float) -> list[Change]:
-    """Return the steps of a series as changes. A step to a lower value counts as worse, as for an accuracy."""
+    """Return the steps of a series as changes. A change is marked as worse if the value falls, as for an accuracy."""
     found = []
     for number, step in enumerate(steps):
         # Nights on which a later change brings the level back to that before this change, or beyond.

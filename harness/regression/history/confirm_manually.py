@@ -16,8 +16,8 @@ def confirm(
 ) -> Decision:
     """Store and return a person's verdict on a change. Print a warning if there is no change near this night.
 
-    If there is a change in exactly this series, its night and its levels are stored with the verdict. So the verdict
-    still applies on later nights. For errors, see `decisions.checked`.
+    If a change of this Cell and metric is near, its night and its levels are stored with the verdict. For errors, see
+    `decisions.checked`.
     """
     history, decision = decisions.checked(folder, cell, metric, night, evidence, author, "--evidence")
     changes = [c for c in all_changes(history) if decision.applies(c.cell, c.metric)]

@@ -53,8 +53,8 @@ def detection(
 ) -> Detection:
     """Return all findings in a history.
 
-    only: cell_ids to report. The anchor, i.e. the factor that all times of a night share, is computed from all Cells
-    anyway. sentinel: an expression that selects Cells whose code does not change.
+    only: cell_ids to report. The times of a night are compared across all Cells anyway. sentinel: an expression that
+    selects Cells whose code does not change.
     """
     known = series(history)
     sentinels = cell_names.select(history, sentinel, "--sentinel") if sentinel else frozenset()
@@ -156,7 +156,7 @@ def _place_changes(history: History, known: Iterable[HistorySeries]) -> Iterator
 
 
 def _few_passes(history: History) -> dict[str, int]:
-    """Return the nights on which a Cell ran less than PASSES times: night -> smallest number of runs of a Cell."""
+    """Map each night on which a Cell ran less than PASSES times to the smallest number of runs of a Cell."""
     counts = {
         night.night: min(Counter(f"{row['cell']} {row['on']}" for row in night.rows).values(), default=0)
         for night in history.nights

@@ -17,7 +17,7 @@ from harness.regression.pairs.request import PairsRequest
 
 @dataclass(frozen=True)
 class Between:
-    """What else changed when a series changed its level: from the last night before it to the first night after it."""
+    """Differences between the last night before a change of level and the first night after the change."""
 
     code: tuple[str, str]
     """Code versions of the harness on the old night and on the new night."""
@@ -30,8 +30,8 @@ class Between:
     because: str
     """Reason why there is no request, or remarks on the request."""
     paired: tuple[str, str]
-    """Revisions to compare: (old, new). The exact night of a change is uncertain. So these revisions come from two
-    nights that are further apart than those of `revisions`."""
+    """Revisions to compare: (old, new). The exact night of the change is uncertain, so they may be some nights further
+    apart than `revisions`."""
     libraries: tuple[str, ...]
     """Libraries that changed between the `paired` nights, as `name old -> new`."""
 
@@ -117,17 +117,16 @@ def _request(change: Change, run: RunHeader, place: Mapping[str, str], paired: t
 
 
 def _measured_by_pairs(metric: str) -> bool:
-    """Return whether pairs of runs can judge a metric. They can judge peaks, and times that depend on the code."""
+    """Return whether pairs of runs can judge a metric: a memory peak, or a time that depends on the code."""
     kind = tracked_metrics.kind(metric)
     return kind == "peak" or (kind == "timed" and not metric.startswith(tracked_metrics.SENTINEL))
 
 
 def _outer_nights(history: History, change: Change) -> tuple[str, str]:
-    """Return the nights to compare, one before and one after a change.
+    """Return the two nights to compare: up to NEAR nights before `change.old_night` and after `change.night`.
 
-    The night of a change is uncertain by NEAR nights. So both returned nights lie up to NEAR nights further from the
-    change than the nights in `change`. If the change is recent, the new level has hardly any later nights, so its first
-    night is returned.
+    The distance is needed because the exact night of a change is uncertain. If the change is recent, the second night
+    is `change.night` itself.
     """
     begin = last_reset(history.resets, change.cell, change.metric)
     nights = [
@@ -145,7 +144,7 @@ def _ships(suite: str) -> bool:
 
 
 def _is_search(history: History, cell: str) -> bool:
-    """Return whether a Cell only tries a learning rate. Such a Cell is known by `evaluation.skip`, which is above 0."""
+    """Return whether a Cell only tries a learning rate. Such a Cell has an `evaluation.skip` above 0."""
     evaluation = history.cells.get(cell, {}).get("evaluation")
     return isinstance(evaluation, dict) and bool(evaluation.get("skip"))
 

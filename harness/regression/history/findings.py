@@ -109,8 +109,7 @@ class Detection:
     candidates: list[JudgedChange]
     suspects: list[JudgedChange]
     machine: list[Change]
-    """Changes that all series of a place share, even the sentinels, whose code does not change. So the machine has
-    changed."""
+    """Changes of the machine: all series of a place share them, even those of Cells whose code never changes."""
     residue: list[PlaceChange]
     unanchored: list[Unanchored]
     loose: list[Unjudged]

@@ -16,8 +16,7 @@ NO_RECORD = "no Record"
 def stopped_cells(history: History, names: Mapping[str, str]) -> Iterator[StoppedCell]:
     """Yield the Cells that ended ok on an earlier night, but not on the last night that ran them.
 
-    A user accepts the end of such a Cell by a reset of all its metrics, on a night after the last good one. Accepted
-    Cells are left out.
+    A Cell is left out if a user has reset all its metrics after the last night on which it ended ok.
     """
     latest: dict[str, tuple[str, str]] = {}
     last_ok: dict[str, str] = {}
@@ -39,8 +38,8 @@ def missing_series(
 ) -> Iterator[MissingSeries]:
     """Yield metrics of a Cell that a place measured on an earlier night, but not on the last night of the place.
 
-    Metrics of a Cell with the same last night are yielded together. known: the series, each from its last reset on, so
-    that accepted series are left out. stopped: the Cells that `stopped_cells` yields; they are left out too.
+    Metrics of a Cell that were last measured on the same night are yielded together. known: the series, each without
+    the nights before its last reset. stopped: cell_ids of the Cells to leave out, which `stopped_cells` yields.
     """
     last = {place: night for night in history.nights for place in night.places}
     missing: dict[tuple[str, str, str], list[str]] = {}

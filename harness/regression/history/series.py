@@ -91,7 +91,7 @@ def _since(one: HistorySeries, history: History) -> HistorySeries:
 def _medians(order: Sequence[str], passes: list[dict[str, float]]) -> list[float]:
     """Return the value of each metric in `order` on one night.
 
-    passes: the values of each pass, by metric. The keys of each dict are in the order of `order`.
+    passes: the values of each pass (run of the suite), by metric. The keys of each dict are `order`, in this order.
     """
     together = zip(order, zip(*(values.values() for values in passes), strict=True), strict=True)
     return [got[0] if got.count(got[0]) == len(got) else _median(metric, got) for metric, got in together]

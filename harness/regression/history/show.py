@@ -16,7 +16,7 @@ def show(folder: Path, cell: str | None, metric: str | None, *, each_night: bool
 
     cell: an expression in the syntax of `--only`. metric: a name, or the part of names before the first `/`. Returns
     NOTHING_COMPARED if there is nothing to show. Returns INFRASTRUCTURE if a file cannot be read. Raises UsageError if
-    `cell` selects nothing, or if `metric` is no metric.
+    `cell` selects nothing, or if no metric has the name `metric`.
     """
     history = night_files.read(folder)
     if metric is not None and not (tracked_metrics.kind(metric) or metric == tracked_metrics.LATENCY):

@@ -10,16 +10,16 @@ from harness.regression.night import part_run
 from harness.regression.night.parts import Device, NightPart
 
 LAST_S = {"cuda": 5.0 + part_run.GRACE_S + 7.0, "cpu": 5.0}
-"""Device -> seconds of the budget that are kept for the footer and the page. On a GPU, which may be lent only until a
-fixed time, they include the seconds that a part gets to end after SIGTERM."""
+"""Seconds of the budget that are kept for the end of the night, by device. They suffice to write the footer and the
+page. On a GPU, which may be lent only until a fixed time, they also suffice for a part to end after SIGTERM."""
 _FACTOR = {"cuda": 4.0, "cpu": 12.0}
-"""Device -> multiple of its estimate after which a part counts as hanging and is ended. The factors are large, since
-the estimates are rough and a rehearsal (a night on a CPU) often shares its cores."""
+"""Largest duration of a part divided by its estimate, by device. A part that takes longer counts as hanging. The
+factors are large, since the estimates are rough and a rehearsal (a night on a CPU) often shares its cores."""
 DEFAULT_S = {"cuda": 600.0, "cpu": 720.0}
-"""Device -> budget in seconds of a night without `--budget`. For a CPU, it suffices for all parts on a machine as fast
-as that of the estimates. If a user sets a larger budget for a CPU, each part may take longer in proportion."""
+"""Budget in seconds of a night without `--budget`, by device. On a CPU, it suffices for all parts if they take their
+estimated times. If a user sets a larger budget for a CPU, each part may take longer in proportion."""
 AROUND_S = 5.0
-"""Seconds added to the estimate of a part for its start and its end, in which a part that is cut prints its results."""
+"""Seconds added to the estimate of a part, for its start and for the output of results at its end."""
 LEAST_S = 120.0
 """Seconds that a part may take before it counts as hanging, however short its estimate is."""
 
@@ -37,8 +37,8 @@ class Limit:
 def limit(part: NightPart, later: Sequence[NightPart], left_s: float, device: Device, budget_s: float) -> Limit:
     """Return the time limit of a part that starts now.
 
-    later: the parts after it. The limit leaves enough time for those with `is_reserved`, but is never below the part's own
-    estimate unless less of the budget is left.
+    later: the parts that follow. The limit leaves enough time for those of them whose `is_reserved` is true. But it is at
+    least the estimate of `part`, if so much time is left.
     left_s: seconds of the budget that are left.
     budget_s: the whole budget in seconds.
     """

@@ -28,7 +28,7 @@ _LONGEST = 180
 _MOST_SHOWN = 3
 """Number of failures of a part that are shown at once."""
 _MOST_NAMED = 5
-"""Number of parts with a status, or with failures, that the top of the page names."""
+"""Largest number of parts that the top of the page names for one status, and of parts with failures that it shows."""
 _PAGES = {"check.html": "checks", "claims.html": "claims", "report.html": "report", "log.txt": "log"}
 
 

@@ -19,7 +19,7 @@ from harness.process.supervisor import Subprocess, signal_name
 from harness.process.worker_pool import marked
 
 _NOT_INHERITED = ("TRITON_INTERPRET", "CUDA_LAUNCH_BLOCKING")
-"""Environment variables that would make the times of a GPU meaningless. A part sets those that it needs."""
+"""Environment variables that a part does not inherit, since they make times of a GPU meaningless. It may set them."""
 GRACE_S = 20.0
 """Seconds in which a command whose time is over can save and print what it has measured."""
 STDOUT = "stdout.json"
@@ -100,10 +100,10 @@ def _cpu_s() -> float:
 
 
 def _kill(token: str) -> list[str]:
-    """Kill the processes that a command has left behind, and return their names.
+    """Kill the processes that a command has left behind, and return their names. token: mark of these processes.
 
-    The workers of a command are in other process groups, and end by themselves soon after the command. Only processes
-    that still run then count as left behind.
+    The workers of a command are in other process groups, and end by themselves soon after the command. A process counts
+    as left behind if it still runs two seconds later.
     """
     deadline = time.monotonic() + 2.0
     while (found := list(marked(_MARK, token))) and time.monotonic() < deadline:

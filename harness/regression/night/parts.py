@@ -15,7 +15,7 @@ Device = Literal["cpu", "cuda"]
 OUT = "{out}"
 """Placeholder in the arguments of a part: the part's own folder."""
 HEADLINE = "headline-"
-"""Prefix of the names of the parts whose runs the part `claims` judges."""
+"""Start of the names of the parts that run headline claims. The part `claims` judges their runs."""
 RUNS = "{runs}"
 """Placeholder in the arguments of a part: `--run FOLDER` for each finished run of this night."""
 MATRIX = "{matrix}"
@@ -23,8 +23,8 @@ MATRIX = "{matrix}"
 CARD = "{card}"
 """Placeholder in the arguments of a part: the name of the GPU's baseline. On a CPU, it has the value of `MATRIX`."""
 REAL, REAL_SUITE, REAL_SOURCES = "matrix-real", "sentinels", ("minilm-l6", "movie-reviews")
-"""Name of the part that trains a pretrained model; name of its suite; names of the model and the data in
-suites/sources.yaml that the suite needs."""
+"""Name of the part that trains a pretrained model; name of its suite; names of this model and its data in
+suites/sources.yaml."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class NightPart:
     """True if the time limits of earlier parts must leave enough of the budget for this part."""
 
     def line(self, words: Sequence[str] | None = None) -> str:
-        """Return the command as a line for a shell. words: its arguments; by default with their placeholders."""
+        """Return the command as a line for a shell. words: its arguments; by default `self.words`."""
         given = (f"{name}={value}" for name, value in self.variables.items())
         return shlex.join([*given, "peft-harness", *(self.words if words is None else words)])
 
@@ -68,7 +68,7 @@ _OPERATIONS: dict[str, tuple[str, ...]] = {
     "double_dequantize": ("bitsandbytes",),
     "paged_adamw": ("bitsandbytes",),
 }
-"""Operation -> the implementations that its fused kernel is timed against. `reference` is plain torch."""
+"""Implementations with which the fused kernel of an operation is compared, by operation. `reference` is plain torch."""
 _FIRST = 4
 """Number of operations that are timed before the papers' claims. For training steps, the number is `_FIRST_STEPS`."""
 _STEPS: dict[str, tuple[str, ...]] = {
@@ -177,7 +177,7 @@ _BASELINE = NightPart(
 
 
 def sources(name: str, names: Iterable[str]) -> list[str]:
-    """Return those of `names` that are parts whose runs the part `name` judges. Most parts judge no runs."""
+    """Return the parts among `names` whose runs are judged by the part `name`. Empty for most parts."""
     made = {"claims": lambda one: one.startswith(HEADLINE), "baseline": lambda one: one == "matrix"}.get(name)
     return list(filter(made, names)) if made else []
 

@@ -23,7 +23,8 @@ class PlannedPart(FrozenModel):
     command: str
     estimate_s: Seconds
     limit_s: Seconds = 0.0
-    """Time limit in seconds, if earlier parts take their estimates. 0 if the part does not fit into the budget."""
+    """Time limit in seconds, assuming that each earlier part takes its estimated time. 0 if the part does not fit into
+    the budget."""
 
 
 class NightManifest(FrozenModel):
@@ -106,8 +107,8 @@ class NightFooter(FrozenModel):
     verdict: str
     seconds: Seconds
     counts: dict[str, int]
-    """Status -> number of parts."""
+    """Number of parts with each status."""
     left_out: dict[str, str] = Field(default={})
-    """Part that was cut or not run for lack of time, or because of an interruption -> the reason."""
+    """Reason why a part was cut or not run, by name of the part: lack of time, or an interruption."""
     sha256: dict[str, str]
-    """Name of night.json or of the file of a part -> SHA-256 of the file."""
+    """SHA-256 of night.json and of the file of each part, by file name."""

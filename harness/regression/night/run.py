@@ -38,7 +38,7 @@ _ENDED = {
     "share": "its share of the budget, {}, was over, and the rest is kept for later parts",
     "estimate": "it took too long, and was ended after {}",
 }
-"""What set the limit that a part reached -> clause that says why the part was ended."""
+"""Clause that says why a part was ended at its time limit, by `Limit.by`."""
 _INTERRUPTED = "interrupted"
 
 
@@ -75,7 +75,7 @@ class NightRun:
     def exit(self) -> Exit:
         """The exit code. The first of these rules that applies decides.
 
-        1: a check, a benchmark's check, a Cell, the baseline or the canary has a finding. 4: the night was interrupted,
+        1: a part has a finding, e.g. a failed check or a regression. 4: the night was interrupted,
         a part failed, or a GPU was wanted and there is none. 5: nothing was measured. 0: otherwise, also if the time did
         not suffice for all parts.
         """
@@ -94,7 +94,7 @@ class NightRun:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Part that was cut or not run for lack of time, or because of an interruption -> the reason."""
+        """Reason why a part was cut or not run, by name of the part: lack of time, or an interruption."""
         return {one.name: one.because for one in self.results if one.left_out}
 
     @property
@@ -111,7 +111,7 @@ class NightRun:
 
     @property
     def without_baseline(self) -> str:
-        """Part of the verdict: that the card has no baseline. Empty if it has one or no part `baseline` was planned."""
+        """Clause of the verdict that says that the card has no baseline; empty if it has one or needs none."""
         asked = any(one.name == "baseline" for one in self.results)
         return "this card has no baseline yet" if asked and self.lacks_baseline else ""
 
@@ -302,7 +302,7 @@ def _filled(top: Path, baseline: str, part: NightPart, made: Sequence[Path] | No
     """Return the arguments of a part with its placeholders replaced.
 
     top: folder of the night. baseline: name of the card's baseline; empty for a CPU, whose run is compared with itself.
-    made: folders of runs for the placeholder `RUNS`; by default those that are finished.
+    made: folders of runs for the placeholder `RUNS`; by default, all finished runs of the night.
     """
     made = sorted(path.parent for path in top.glob("parts/*/run/footer.json")) if made is None else sorted(made)
     runs = [word for path in made for word in ("--run", str(path))]

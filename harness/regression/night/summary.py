@@ -63,10 +63,10 @@ def next_steps(night: NightRun) -> list[str]:
 
 
 def _left_out(night: NightRun) -> list[str]:
-    """Return the commands that run the left-out parts, i.e. those that lack of time or an interruption cut or skipped.
+    """Return the commands that run the parts which this night has cut or skipped.
 
-    Some parts judge the runs of other parts. Such a part is repeated if one of these other parts was left out. If only
-    the judging part itself was left out, its command judges the existing runs of this night.
+    A part that judges the runs of other parts is repeated with these parts. If only the judging part itself was left
+    out, its command judges the existing runs of this night.
     """
     found = {one.name: one for one in night.results}
     left, alone = set(night.left_out), []

@@ -95,7 +95,7 @@ def delta(row: ComparisonRow) -> str:
 
 
 def interval(row: ComparisonRow) -> str:
-    """Format the interval of a row: for a time in per cent, otherwise in points."""
+    """Format the interval of a row: for a time in per cent, otherwise in percentage points."""
     if row.interval is None:
         return ""
     low, high = (f"{MINUS if x < 0 else '+'}{100 * abs(x):.1f}" for x in row.interval)

@@ -21,8 +21,7 @@ def is_job() -> bool:
 def lines(result: GateResult) -> list[str]:
     """Return the commands: one error per failed row, and one warning per undecided row.
 
-    GitHub shows only a few errors and a few warnings. If a level has more, its last command gives the number of the
-    others.
+    GitHub shows only a few errors and a few warnings. If there are more, the last one says how many are left out.
     """
     failed, open_ = result.of(VerdictKind.FAIL), result.of(VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE)
     found = _level("error", failed, [f"changed since its run: {what}" for what in result.changed])

@@ -12,7 +12,7 @@ from harness.report.tones import icon
 
 _NOT_JUDGED = (RowKind.TIME, RowKind.NEW)
 _ORDER = (*_NOT_JUDGED, *(kind for kind in RowKind if kind not in _NOT_JUDGED))
-"""Order of the kinds. Judged kinds come last, since a terminal shows the end of a text."""
+"""Order of the kinds of findings. Judged kinds come last, since a terminal shows the end of a text."""
 _GROUPED = (RowKind.ENVIRONMENT, RowKind.ASSETS)
 _WORDS = ("what", "verdict")
 """Columns that are aligned to the left, like the first column."""

@@ -1,1 +1,1 @@
-"""`gate --pairs OLD NEW`: compare two revisions or implementations by interleaved pairs of runs, each a process."""
+"""`gate --pairs OLD NEW`: compare two revisions or implementations by pairs of runs. Each run is a process."""

@@ -1,8 +1,8 @@
 """Find the packages in the repository of a plug-in, and the Cells that run these packages.
 
-If two revisions of a plug-in are compared, they differ only in the Python code of the plug-in's package. The harness
-builds and installs nothing for a revision. Both revisions import the other packages and the compiled code that Python
-finds on its path.
+If two revisions of a plug-in are compared, these sides differ only in the Python code of the plug-in's package. The
+harness builds and installs nothing for a revision. Both revisions import the other packages and the compiled code that
+Python finds on its path.
 """
 
 from __future__ import annotations

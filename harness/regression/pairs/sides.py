@@ -50,7 +50,7 @@ class Side:
     """Environment variables of the side's processes, each NAME=VALUE."""
 
     def with_variables(self, variables: Sequence[str]) -> Side:
-        """Return this side with environment variables, which its label names."""
+        """Return a copy of this side with environment variables. The label of the copy names them."""
         label = f"{self.label} with {' '.join(variables)}" if variables else self.label
         return replace(self, label=label, variables=tuple(variables))
 
@@ -120,9 +120,9 @@ def _revisions(
 def pairs(plan: Plan, names: dict[str, str], sides: tuple[Side, Side]) -> list[CellPair]:
     """Return the pairs of Cells to compare.
 
-    If the sides are implementations, each Cell of the old one is paired with a Cell of the new one that is otherwise
-    equal. If the sides are revisions, each Cell is paired with itself. names: names of the Cells, by cell_id. Raises
-    UsageError if there is no pair.
+    If the sides are implementations, each Cell of the old implementation is paired with the Cell of the new
+    implementation that is otherwise equal. If the sides are revisions, each Cell is paired with itself. names: names of
+    the Cells, by cell_id. Raises UsageError if there is no pair.
     """
     old, new = (side.implementation for side in sides)
     if (packages := sides[0].packages) is not None:
@@ -177,7 +177,7 @@ def _ran(command: Sequence[str], variables: dict[str, str]) -> tuple[int | None,
     """Run a command, and return its exit code and stderr.
 
     If this process is terminated, the command gets time to end cleanly. If this process is killed, the command is
-    killed too: the command runs under a watching script of the installed harness, which an old revision may lack.
+    killed too, by a script of the installed harness, because an old revision may lack such a script.
     """
     script = [sys.executable, "-I", "-S", lifeline.__file__]
     with Subprocess(

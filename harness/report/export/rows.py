@@ -155,9 +155,10 @@ def _measured(record: Record) -> ExportRow:
 
 
 def _phases(record: Record) -> ExportRow:
-    """Return the time, the peak memory and the energy of every phase. Leave out energy that other Cells share.
+    """Return the time, the peak memory and the energy of every phase.
 
-    If a phase is repeated, its times and its energies are summed, and its highest peak counts.
+    The energy is left out if it includes the energy of other Cells. If a phase is repeated, its times and its energies
+    are summed, and its highest peak counts.
     """
     found: dict[str, float] = {}
     own_energy = not measurements.not_its_own_energy(record)

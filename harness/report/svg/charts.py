@@ -53,7 +53,7 @@ class Series:
 
     name: str
     hue: int
-    """Number of the colour; series of one method have the same."""
+    """Number of the colour. All series of one method have the same colour."""
     points: Sequence[Point] = ()
     variant: int = 0
     """Number of the series among those of the same hue. It chooses the dash of the line and the symbol."""
@@ -160,7 +160,8 @@ def _name(c: Canvas, series: Sequence[Series], places: Sequence[Sequence[tuple[f
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """Return the indices of the points on the Pareto front, sorted by x.
 
-    No other point has an x as low or lower, and also a y as high or higher. Of equal points, only the first is returned.
+    A point is on the front if no other point has both a lower or equal x and a higher or equal y. Of equal points, only
+    the first is returned.
     """
     front: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
@@ -172,7 +173,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 def bars(
     x: Axis, rows: Mapping[str, Sequence[float]], series: Sequence[Series], write: Callable[[float], str]
 ) -> Drawing:
-    """Draw a bar for each row, divided into parts. rows: name of each bar -> lengths of its parts, one per series."""
+    """Draw a bar for each row, divided into parts. rows: by name of a bar, the lengths of its parts, one per series."""
     bottom = 6 + _ROW * len(rows)
     left = 12 + min(_NAMES, max(_WIDE_LETTER * len(name) for name in rows))
     c = Canvas(WIDTH, bottom + 40)

@@ -49,7 +49,7 @@ class Axis:
         return math.log10(max(value, 5e-324)) if self.log else value
 
     def ticks(self, about: int = 6) -> list[float]:
-        """Return about `about` round values in the range; if `each`, those of `values` whose labels do not collide."""
+        """Return about `about` round values in the range. If `each` is true, return `values` whose labels have room."""
         low, high, *_ = self.span
         if self.each:
             found: list[float] = []

@@ -88,7 +88,7 @@ def _paths(job: Job) -> Iterator[str]:
 
 
 def _each(jobs: Sequence[Job], folder: store.RunFolder, node: str) -> Iterator[Job]:
-    """Yield each job. Before that, write the machine and the time into the job's log, for `final_record`."""
+    """Write the machine and the time into the log of each job, for `final_record`, and then yield the job."""
     for job in jobs:
         with contextlib.suppress(OSError):  # the worker reports errors of the folder
             folder.log_path(job.cell.cell_id, job.attempt).write_text(f"{_BEGUN}{node} at {store.now()}\n")

@@ -167,8 +167,8 @@ class Ray:
     def _ending(self, reference: Any) -> Ending:
         """Return how a task ended. The result is used only if the worker has not written a Record.
 
-        If the task raised an error, raise this error. Exception: a MissingPathError is returned as an Ending as long as
-        other nodes may see the path.
+        Raises the error that the task raised. But a MissingPathError is returned as an Ending as long as other nodes
+        may see the path.
         """
         errors = self._ray.exceptions
         try:

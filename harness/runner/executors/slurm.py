@@ -225,7 +225,7 @@ def _await_cancelled(elements: Sequence[Any]) -> None:
 
 
 def _await_local(elements: Sequence[Any]) -> None:
-    """Wait a few seconds for elements on this machine to end. Then cancel those that still run."""
+    """Wait a few seconds for elements on this machine to end. Then cancel the elements that still run."""
     deadline = time.monotonic() + _GRACE_S
     while any(not element.done() for element in elements) and time.monotonic() < deadline:
         time.sleep(0.05)

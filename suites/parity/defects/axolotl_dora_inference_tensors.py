@@ -1,6 +1,7 @@
 """axolotl: DoRA's kernels raise for an adapter that was made or loaded under torch.inference_mode.
 
-They read the `_version` of A and B, which such tensors do not have. peft's own layer does not raise. Seen in 0.19.0.
+The kernels read `_version` of A and B, and tensors from inference mode do not have it. peft's own layer does not raise.
+Seen in 0.19.0.
 """
 
 import torch

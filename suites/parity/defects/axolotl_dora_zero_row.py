@@ -1,6 +1,6 @@
 """axolotl: DoRA's kernels divide m by the norm of each row, so a row of zeros gives NaN (0 / 0), as in peft.
 
-m starts as 0 there, and the gradient of m also divides by m. Seen in 0.19.0.
+For such a row, m starts as 0, and the gradient of m also divides by m. Seen in 0.19.0.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """axolotl: for models with GELU's tanh approximation (Gemma), the feed-forward kernel computes the exact GELU.
 
-`axolotl.monkeypatch.lora_kernels` uses the kernel of GEGLU for every activation whose name contains gelu, and this kernel
-computes `erf`. The two differ by up to 4.7e-4. Run with TRITON_INTERPRET=1 on a CPU. Seen in 0.19.0. Axolotl closed a
-request for a kernel with tanh, because it was not faster.
+`axolotl.monkeypatch.lora_kernels` uses the kernel of GEGLU for every activation whose name contains gelu, and this
+kernel computes `erf`. The two forms of GELU differ by up to 4.7e-4. Run with TRITON_INTERPRET=1 on a CPU. Seen in
+0.19.0. Axolotl closed a request for a kernel with tanh, because it was not faster.
 """
 
 from importlib.util import find_spec

@@ -1,6 +1,7 @@
-"""axolotl: the backward pass of LoRA_MLP overwrites the outputs of gate and up, so a second pass raises.
+"""axolotl: the backward pass of LoRA_MLP overwrites the outputs of gate and up, so a second backward pass raises.
 
-torch's and peft's layers allow a second pass with retain_graph=True. Run with TRITON_INTERPRET=1 on a CPU. Seen in 0.19.0.
+torch's and peft's layers allow a second pass with retain_graph=True. Run with TRITON_INTERPRET=1 on a CPU. Seen in
+0.19.0.
 """
 
 from types import SimpleNamespace

@@ -1,9 +1,9 @@
 """With AVX-512 bitsandbytes' CPU decoder uses the absmax of another block if a row does not consist of whole blocks.
 
 For rows of n elements, n a multiple of 16, it reads absmax[row * (n // block) + column // block]: n // block loses the
-remainder, so every row but the first uses constants of earlier rows. For other n, and for blocks of 2048 or more, another
-path is used, which is right. Linear4bit decodes its weight in this way, forward and backward. Seen in 0.50.2, on CPUs with
-AVX-512 only.
+remainder, so every row but the first uses constants of earlier rows. For other n, and for blocks of 2048 or more, other
+code decodes the weight correctly. Linear4bit uses the decoder in its forward and backward pass. Seen in 0.50.2, on CPUs
+with AVX-512 only.
 """
 
 import torch

@@ -1,8 +1,9 @@
 """bitsandbytes: a Linear4bit cannot load the state_dict that it saved.
 
-It saves the constants of its weight beside the weight (weight.absmax, weight.quant_map, ...), but no code loads them, so
-load_state_dict raises because of unexpected keys. With strict=False it loads the codes and keeps its own constants, so the
-layer gets another weight. Only Params4bit.from_prequantized, which transformers calls, reads them. Seen in 0.50.2.
+It saves the constants of its weight beside the weight (weight.absmax, weight.quant_map, ...), but no code loads them,
+so load_state_dict raises because of unexpected keys. With strict=False the layer loads the codes but keeps its own
+constants, so it gets another weight. Only Params4bit.from_prequantized, which transformers calls, reads saved
+constants. Seen in 0.50.2.
 """
 
 import bitsandbytes

@@ -1,4 +1,4 @@
-"""bitsandbytes' CPU decoder returns a vector of even length as a matrix of one row, and one of odd length as a vector.
+"""bitsandbytes' CPU decoder returns a vector of even length as a matrix of one row. A vector of odd length keeps its shape.
 
 Seen in 0.50.2.
 """

@@ -1,8 +1,8 @@
-"""bitsandbytes' 8-bit optimizers on the CPU move a weight without a gradient if others in its block of 256 have gradients.
+"""bitsandbytes' 8-bit optimizers on the CPU move a weight with a zero gradient if its block of 256 has other gradients.
 
-A moment of zero is stored as the code of about 2e-5 absmax. In AdamW8bit the quotient of two such moments is not small, and
-Lion8bit takes its sign, so that it moves the weight by lr at every step. Seen in 0.50.2. torch's AdamW does not move the
-weight.
+A moment of zero is stored as the code of about 2e-5 absmax. In AdamW8bit the quotient of two such moments is not small.
+Lion8bit takes the sign of such a moment, so that it moves the weight by lr at every step. Seen in 0.50.2. torch's AdamW
+does not move the weight.
 """
 
 import bitsandbytes

@@ -1,7 +1,7 @@
 """bitsandbytes' CPU 8-bit quantiser looks x / absmax up in 65,536 bins of [-1, 1], so it misses the nearest code.
 
-Some of the 256 codes are never used. Double quantisation and 8-bit optimizers use this quantiser. Seen in 0.50.2; on CUDA
-the search is exact.
+Some of the 256 codes are never used. Double quantisation and 8-bit optimizers use this quantiser. Seen in 0.50.2. On
+CUDA the quantiser finds the nearest code.
 """
 
 import torch

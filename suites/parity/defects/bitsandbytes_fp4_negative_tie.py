@@ -1,7 +1,7 @@
-"""bitsandbytes' FP4 on a CPU rounds a positive tie to the smaller magnitude, and a negative tie to the larger.
+"""bitsandbytes' FP4 on a CPU rounds a positive tie to the smaller magnitude, but a negative tie to the larger one.
 
-Its CUDA and Triton kernels encode sign and magnitude separately, and round both ties to the smaller magnitude. Seen in
-0.50.2.
+bitsandbytes' CUDA and Triton kernels encode sign and magnitude separately, and round both ties to the smaller
+magnitude. Seen in 0.50.2.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""bitsandbytes: a step of LAMB8bit is that of AdamW8bit, without the trust ratio of LAMB.
+"""bitsandbytes: LAMB8bit takes the same step as AdamW8bit, without the trust ratio of LAMB.
 
-The norm of a step should be lr times the norm of the tensor. The 8-bit kernels do not know the norm of an update; LAMB8bit
-documents this at `max_unorm`. Seen in 0.50.2.
+The norm of a step should be lr times the norm of the tensor. The 8-bit kernels do not know the norm of an update;
+LAMB8bit documents this at `max_unorm`. Seen in 0.50.2.
 """
 
 import bitsandbytes

@@ -1,7 +1,7 @@
 """On CPUs with AVX512-BF16 Linear4bit in eval mode ignores compute_dtype and computes in bfloat16.
 
-For this it repacks the weight permanently. If the layer trains again later, a backward pass gives the input no gradient,
-and no error. Seen in 0.50.2.
+To do so, it repacks the weight permanently. If the layer trains again later, a backward pass silently gives the input no
+gradient. Seen in 0.50.2.
 """
 
 import bitsandbytes

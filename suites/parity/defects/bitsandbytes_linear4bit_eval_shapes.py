@@ -1,7 +1,7 @@
-"""On CPUs with AVX512-BF16 Linear4bit raises in eval mode unless out_features is a multiple of 32 and rows are whole blocks.
+"""On CPUs with AVX512-BF16, bitsandbytes' Linear4bit in eval mode raises for many sizes of its weight.
 
-_convert_weight_packed_for_cpu repacks the weight. It asserts the first condition, and its reshape requires the second. In
-training the same layer works. Seen in 0.50.2.
+_convert_weight_packed_for_cpu repacks the weight. It asserts that out_features is a multiple of 32, and its reshape
+requires that each row of the weight consists of whole blocks. In training the same layer works. Seen in 0.50.2.
 """
 
 import bitsandbytes

@@ -1,4 +1,4 @@
-"""bitsandbytes' paged optimizers page nothing on the CPU: they warn, and work as the plain ones. Seen in 0.50.2."""
+"""bitsandbytes' paged optimizers page nothing on the CPU: they warn, and work like the plain optimizers. Seen in 0.50.2."""
 
 import warnings
 

@@ -1,7 +1,7 @@
 """bitsandbytes' Triton kernels round ties of the 8-bit quantiser up, not down, and round FP4's midpoints to six decimals.
 
-Its other back ends round ties down. A midpoint is 0.583333 instead of 0.5833334, so a number between the two gets the wrong
-code. The script runs in Triton's interpreter. Seen in 0.50.2.
+The other back ends of bitsandbytes round ties down. One FP4 midpoint is 0.583333 instead of 0.5833334, so a number
+between the two gets the wrong code. The script runs in Triton's interpreter. Seen in 0.50.2.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""peft: `add_weighted_adapter` of one adapter gives the new adapter the base's modules, not those in modules_to_save.
+"""peft: `add_weighted_adapter` of one adapter gives the new adapter the base's modules, not the trained ones.
 
-Two adapters that replace the same module are refused with a ValueError. One adapter is not, and its trained module is lost:
-the new adapter has a fresh copy of the base's module. The head of a classifier is such a module. Seen in 0.21.2.
+Two adapters that replace the same module are refused with a ValueError. One adapter is not, and its trained module is
+lost: the new adapter has a fresh copy of the base's module. The head of a classifier is such a module. Seen in 0.21.2.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """peft: LoRA on a dilated Conv2d builds lora_A without the dilation.
 
-With a number as padding that keeps the size of the image, the two outputs have different sizes and forward raises. With
-padding="same" forward runs, but its output differs from that of the merged layer. The defect is as old as LoRA's
-convolutions. Seen in 0.21.2.
+If the padding is a number that keeps the size of the image, base and adapter give outputs of different sizes, and
+forward raises. With padding="same" forward runs, but its output differs from that of the merged layer. The defect is as
+old as LoRA's convolutions. Seen in 0.21.2.
 """
 
 import torch

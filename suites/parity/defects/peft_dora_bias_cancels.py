@@ -1,8 +1,8 @@
 """peft: DoRA computes W x as the base layer's output minus the bias, which loses digits if the bias is much larger than W x.
 
 The gradient of m is dy (W' x) / ||W'||. Here the bias is about 2e3 times W x for an input of size 1e-4, and two of
-float32's seven digits are lost; for 1e-8 nearly all are lost. Without a bias nothing is lost. With dropout, in training
-mode, peft multiplies W by x instead and is right. Seen in 0.21.2.
+float32's seven digits are lost. For an input of size 1e-8 nearly all digits are lost. Without a bias none are lost.
+With dropout, in training mode, peft multiplies W by x instead and is right. Seen in 0.21.2.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """peft: LoRA on experts that bitsandbytes packs into 4 bits trains one of the two projections, and its second call fails.
 
-bitsandbytes' replace_parameter_4bit packs a stacked parameter and decodes it by a parametrization. peft's
-`target_parameters` adds a parametrization to it for each call, and does not remove it if the parameter has another one. The
-inner of the two wrappers gets no gradient. The second call raises or, under no_grad, applies the update twice. Seen in peft
+bitsandbytes' replace_parameter_4bit packs a stacked parameter and decodes it by a parametrization. For each call,
+peft's `target_parameters` adds a parametrization, and does not remove it if the parameter has another one. The inner of
+the two wrappers gets no gradient. The second call raises or, under no_grad, applies the update twice. Seen in peft
 0.21.2 with bitsandbytes 0.50.2.
 """
 

@@ -1,8 +1,9 @@
 """peft: loading an adapter of Mixtral's experts from before transformers 5 converts it to stacked experts, often wrongly.
 
-w1 and w3 become one update of twice the rank, and alpha is doubled. This is right for the scaling alpha / r, but by the
-factor sqrt(2) too large for rsLoRA. alpha_pattern and rank_pattern keep the old names, which match no parameter. Without
-w2, the tensors get a name for a second wrapper that does not exist, and are dropped. Seen in 0.21.2 with transformers 5.24.
+w1 and w3 become one update of twice the rank, and alpha is doubled. This is right for the scaling alpha / r. For
+rsLoRA, the scaling becomes too large by the factor sqrt(2). alpha_pattern and rank_pattern keep the old names, which
+match no parameter. If the adapter leaves out w2, its tensors get a name for a second wrapper that does not exist, and
+are dropped. Seen in 0.21.2 with transformers 5.24.
 """
 
 import json

@@ -1,8 +1,8 @@
 """peft: `hotswap_adapter` to a smaller rank mixes up the experts of an adapter with target_parameters.
 
 A has the rows of one expert after another. The smaller tensor is written into the first rows of the larger one, and the
-rest is set to zero, so the rows of the second expert become rows of the first. B is stored rank by rank, so for B this is
-right. Seen in 0.21.2.
+rest is set to zero, so the rows of the second expert become rows of the first. B is stored rank by rank, so B is
+written correctly. Seen in 0.21.2.
 """
 
 import tempfile

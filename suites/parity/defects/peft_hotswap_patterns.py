@@ -1,7 +1,7 @@
-"""peft: `hotswap_adapter` ignores rank_pattern and alpha_pattern, so the scaling of these layers is wrong.
+"""peft: `hotswap_adapter` ignores rank_pattern and alpha_pattern, so the layers that they match get a wrong scaling.
 
-The patterns are matched with keys that end in `.lora_A.default.weight`, so none matches, and each layer gets lora_alpha /
-r. Even a swap of an adapter for itself changes it. peft#3738. Seen in 0.21.2.
+The patterns are matched with keys that end in `.lora_A.default.weight`, so none matches, and each layer gets lora_alpha
+/ r. Even a swap of an adapter for itself changes it. peft#3738. Seen in 0.21.2.
 """
 
 import tempfile

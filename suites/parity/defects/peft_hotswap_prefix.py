@@ -1,7 +1,7 @@
 """peft: `hotswap_adapter` sets other adapters to zero if their names contain the name of the swapped one.
 
-The keys of the swapped adapter are those that contain its name anywhere, so `style-2` counts as a part of `style` that the
-new file lacks. peft#3780. Seen in 0.21.2.
+The keys of the swapped adapter are those that contain its name anywhere, so the tensors of `style-2` count as tensors of
+`style` that the new file lacks. peft#3780. Seen in 0.21.2.
 """
 
 import tempfile

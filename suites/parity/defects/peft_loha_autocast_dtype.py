@@ -1,4 +1,4 @@
-"""peft: under autocast, a linear layer with LoHa returns the dtype of its input, where the base layer returns autocast's.
+"""peft: under autocast, a linear layer with LoHa returns the dtype of its input, not autocast's as the base layer does.
 
 So layers of one model have two dtypes, and an operation that autocast does not know may refuse them. Seen in 0.21.2.
 """

@@ -1,7 +1,7 @@
-"""peft: LoHa multiplies by alpha / r rounded to torch's default dtype: in float64 off by up to 6e-8.
+"""peft: LoHa rounds its scaling alpha / r to torch's default dtype, so in float64 the update is off by up to 6e-8.
 
-With `torch.set_default_dtype(torch.bfloat16)` the update is off by up to 0.4 %, whatever the dtype of the adapter. The
-scaling becomes a tensor at every call. Seen in 0.21.2.
+With `torch.set_default_dtype(torch.bfloat16)` the update is off by up to 0.4 %, whatever the dtype of the adapter. At
+every call, peft makes a tensor from the scaling. Seen in 0.21.2.
 """
 
 import torch

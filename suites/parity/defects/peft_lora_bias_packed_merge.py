@@ -1,8 +1,8 @@
 """peft: merging `lora_bias` into a layer of bitsandbytes in 4 or 8 bits adds the bias of B without the scaling.
 
-The forward pass and the merge into a plain layer add scaling times the bias. With `safe_merge=True` the merge raises, as it
-asks whether a tensor with several elements is true. Into a layer without a bias, it raises AttributeError after the weight
-was changed; a plain layer raises RuntimeError with the reason. Seen in 0.21.2.
+The forward pass and the merge into a plain layer add scaling times the bias. With `safe_merge=True` the merge raises,
+as it asks whether a tensor with several elements is true. A merge into a packed layer without a bias raises
+AttributeError after the weight was changed; a plain layer raises RuntimeError with the reason. Seen in 0.21.2.
 """
 
 import warnings

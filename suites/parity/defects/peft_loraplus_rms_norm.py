@@ -1,7 +1,7 @@
 """peft: LoRA+ decays the weights of RMSNorm, but not those of LayerNorm.
 
 It leaves out the classes of transformers' ALL_LAYERNORM_LAYERS, which is torch.nn.LayerNorm alone. transformers' Trainer
-goes by names too, and decays no norm. Seen in 0.21.2.
+also recognises norms by name, and decays none of them. Seen in 0.21.2.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""peft: LoRA+ ignores the keyword `weight_decay`, although it passes on all keywords that it does not know to the optimizer.
+"""peft: LoRA+ ignores the keyword `weight_decay`, although it passes unknown keywords on to the optimizer.
 
 Every group gets a weight decay of its own, which is that of the undocumented keyword `loraplus_weight_decay`, or 0. So
 nothing decays, and nothing warns. Seen in 0.21.2.

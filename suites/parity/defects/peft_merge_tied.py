@@ -1,7 +1,7 @@
 """peft: merging an adapter of one of two tied layers changes the other layer too.
 
-Unmerged, the adapter acts on its own layer only. `merge_adapter` adds the update to the shared weight. peft warns that tied
-layers "can lead to complications", but still merges. Seen in 0.21.2.
+Before the merge, the adapter acts on its own layer only. `merge_adapter` adds the update to the shared weight. peft
+warns that tied layers "can lead to complications", but still merges. Seen in 0.21.2.
 """
 
 import torch

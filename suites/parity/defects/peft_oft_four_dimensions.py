@@ -1,6 +1,6 @@
 """peft: OFT of an nn.Linear raises if the input has 4 dimensions, e.g. (batch, height, width, features) in a vision model.
 
-`OFTRotationModule` takes every such input for that of a convolution, and unfolds it. nn.Linear takes any number of
+`OFTRotationModule` takes every such input for the input of a convolution, and unfolds it. nn.Linear takes any number of
 dimensions, and so does OFT with 2, 3 or 5. Seen in 0.21.2.
 """
 

@@ -1,7 +1,8 @@
 """peft: merging OFT and unmerging it leaves W R^-1 R instead of the base weight: off by up to 1e-7 even in float64.
 
-Unmerging multiplies with an inverse that is computed in float32. The series is only nearly orthogonal, and can even be
-singular, so that nothing can restore the weight. peft keeps no copy of it. Seen in 0.21.2.
+Unmerging multiplies by an inverse that is computed in float32. With the Cayley-Neumann series, R is only nearly
+orthogonal. It can even be singular, and then nothing can restore the weight, because peft keeps no copy of the weight.
+Seen in 0.21.2.
 """
 
 import torch

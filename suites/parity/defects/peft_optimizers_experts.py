@@ -1,8 +1,8 @@
 """peft: LoRA-FA and Riemannian LoRA take the A of all stacked experts (`target_parameters`) for the A of one layer.
 
-Their r x r inverse becomes (experts * r) x (experts * r), so that the gradients of different experts are mixed. Its rows are
-ordered expert by expert, as those of A, but it multiplies the gradient of B, whose columns are ordered rank by rank. Each
-expert should be stepped as a linear layer of its own. Seen in 0.21.2.
+Their r x r inverse becomes (experts * r) x (experts * r), so that the gradients of different experts are mixed. The
+rows of the inverse are ordered expert by expert, like the rows of A. But the inverse multiplies the gradient of B,
+whose columns are ordered rank by rank. Each expert should be stepped as a linear layer of its own. Seen in 0.21.2.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """peft: merging LoRA into a 4-bit layer quantises the sum again, so the outputs of the merged model differ.
 
-The error is as large as that of the first quantisation. Unmerging subtracts and quantises a third time, so it does not
-restore the layer. peft warns of rounding errors. Seen in 0.21.2.
+The error is as large as the error of the first quantisation. Unmerging subtracts and quantises a third time, so it does
+not restore the layer. peft warns of rounding errors. Seen in 0.21.2.
 """
 
 import bitsandbytes

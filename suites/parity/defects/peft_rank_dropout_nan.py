@@ -1,7 +1,7 @@
-"""peft: if rank dropout drops every row of LoHa's update, the output is NaN. With rank_dropout_scale, so is LoKr's.
+"""peft: if rank dropout drops every row of LoHa's update, the output is NaN. LoKr's is NaN too with rank_dropout_scale.
 
-The mask is divided by its mean, which is then 0 / 0. The narrower the layer and the larger the probability, the more
-often: half of the calls with one output and a probability of 0.5. Seen in 0.21.2.
+The mask is divided by its mean, which is then 0 / 0. This happens more often in a narrow layer and with a large
+probability: in half of the calls with one output and a probability of 0.5. Seen in 0.21.2.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """peft: VeRA's d starts as d_initial rounded to float32, even in a float64 model: an error of 1.5e-8.
 
-It is filled in torch's default dtype and cast afterwards. Seen in 0.21.2.
+peft fills d in torch's default dtype, and casts it afterwards. Seen in 0.21.2.
 """
 
 import torch

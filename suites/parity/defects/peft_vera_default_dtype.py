@@ -1,6 +1,6 @@
 """peft: VeRA draws A and B in torch's default dtype, so one key gives other projections under another default.
 
-A file that holds only b and d (`save_projection=False`) then computes something else. Seen in 0.21.2.
+A file that holds only b and d (`save_projection=False`) then gives other outputs. Seen in 0.21.2.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""peft: VeRA beside another VeRA adapter of larger rank raises in its forward pass; with rank 1 it computes something else.
+"""peft: VeRA beside another VeRA adapter of larger rank raises in its forward pass; with rank 1, its output is wrong.
 
-The adapters share the first one's A and B, and the layers slice them to their own sizes, but not to the adapter's rank.
-peft intends to support a smaller rank: its own check refuses only a larger one. Seen in 0.21.2.
+Both adapters use A and B of the first one. A layer slices A and B to its sizes, but not to the rank of the second
+adapter. peft intends to support a smaller rank: its own check refuses only a larger one. Seen in 0.21.2.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """torchao's AdamW8bit computes 1 - beta2^t from a float32 t, so at small t only three or four digits are right.
 
-With beta2 = 0.999 the first correction is 0.001, a difference of two numbers near 1. The relative error of the step is up
-to about 1e-5, where float32 has 1e-7. Seen in 0.18.0.
+With beta2 = 0.999 the first correction is 0.001, a difference of two numbers near 1. The relative error of the step is
+up to about 1e-5, and in float32 it should be 1e-7. Seen in 0.18.0.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """torchao: NF4 with double quantisation differs from that of QLoRA and bitsandbytes.
 
-torchao's levels have four decimals, and the weight's dtype. It stores the absmax of each block as int8 on a linear grid,
-where QLoRA has 8-bit floats; the largest value, 128, becomes 127. So the same bytes are decoded to different weights by
-torchao and by bitsandbytes. Seen in 0.18.0.
+torchao's levels have four decimals, and the weight's dtype. It stores the absmax of each block as int8 on a linear
+grid, and clips the largest value, 128, to 127. QLoRA stores 8-bit floats. So the same bytes are decoded to different
+weights by torchao and by bitsandbytes. Seen in 0.18.0.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """trl: SFTTrainer ignores a LoRA of the output layer if the model is no PeftModel: it never calls the layer's forward.
 
-The trainer multiplies the hidden states by `lm_head.weight` itself. It refuses such an adapter of a PeftModel. Any other
-model is trained without the adapter, and the reported loss is that of the model without it. The model's own forward, and so
-its inference, has the adapter. Seen in trl 1.16.0.
+The trainer multiplies the hidden states by `lm_head.weight` itself. It refuses a PeftModel with such an adapter. Any
+other model trains without the adapter, and the reported loss is the loss without it. But the model's own forward, and
+so its inference, uses the adapter. Seen in trl 1.16.0.
 """
 
 import tempfile

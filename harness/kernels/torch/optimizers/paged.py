@@ -33,7 +33,7 @@ def _large(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 class Lane:
-    """A queue of copies that run parallel to the computation.
+    """A queue of copies that run in parallel with the computation.
 
     On CUDA the queue is a stream. Elsewhere copies are synchronous.
     """

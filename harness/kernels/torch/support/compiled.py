@@ -52,13 +52,13 @@ _OPTIONS: dict[str, Any] = {
 
 
 class NotCompiled(Exception):  # noqa: N818 - control flow, not an error
-    """Raised where a function would run uncompiled. `Compiled` catches it."""
+    """Raised where a function would run uncompiled although it must not. `Compiled` catches this exception."""
 
 
 def only_compiled() -> None:
     """Raise NotCompiled if the calling function runs uncompiled.
 
-    torch.compile silently runs it uncompiled under set_stance("force_eager") or with TORCH_COMPILE_DISABLE=1.
+    torch.compile silently runs a function uncompiled under set_stance("force_eager") or with TORCH_COMPILE_DISABLE=1.
     """
     if not torch.compiler.is_compiling():
         raise NotCompiled
@@ -84,8 +84,8 @@ class Compiled:
     def wanted(self, values: int, *tensors: Tensor) -> bool:
         """Return whether to call the compiled function for `tensors`. values: number of values to be processed.
 
-        It is called if PEFT_HARNESS_COMPILE allows it, there are many values, all tensors are plain CPU tensors, the CPU
-        has wide vectors, and no torch mode or transform is active.
+        The result is True if PEFT_HARNESS_COMPILE allows it, there are enough values, all tensors are plain CPU
+        tensors, the CPU has wide vectors, no torch mode or transform is active, and no earlier call failed.
         """
         setting = os.environ.get("PEFT_HARNESS_COMPILE")
         if setting == "0" or values < (_SMALL if setting == "1" else LARGE):
@@ -175,7 +175,7 @@ def _plain(tensor: Tensor) -> bool:
 def _observed() -> bool:
     """Return whether a torch mode or transform observes operations. Such a mode would not see compiled operations.
 
-    If this torch lacks the private names that show modes, the result is True.
+    The result is True if this version of torch gives no access to its modes.
     """
     try:
         return (

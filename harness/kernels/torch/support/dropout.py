@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _COARSE = 1 / 256
-"""Distance from 0 and from 1. For a probability closer to 0 or 1 than this, 16 random bits are too coarse."""
+"""Probabilities closer to 0 or 1 than this need 32 random bits per element. For all others, 16 bits are enough."""
 
 
 def keep_mask(x: Tensor, p: float) -> tuple[Tensor, float]:

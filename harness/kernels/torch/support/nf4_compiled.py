@@ -1,7 +1,7 @@
 """NF4 encoding and decoding of whole blocks as float32 expressions that inductor vectorises completely.
 
-Both values of a byte form one word of twice their width, so that loads and stores are contiguous. A level is found by 15
-selections, because inductor does not vectorise look-ups.
+The two values of a packed byte are loaded and stored as one word, twice as wide as a value, so that loads and stores
+are contiguous. A level is found by 15 selections, because inductor does not vectorise look-ups.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from harness.kernels.torch.support.compiled import Compiled, only_compiled
 
 _MAKING = Lock()
-"""Lock that is held while a function is looked up, so that two threads do not compile one function twice."""
+"""Lock for making a `Compiled` function, so that two threads do not compile one function twice."""
 _BLOCKS = tuple(1 << i for i in range(5, 13))
 """Supported block sizes, 32 to 4096. Each has its own compiled code, so that loops have constant bounds."""
 
@@ -47,8 +47,8 @@ def encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int, levels: t
 def decode(packed: Tensor, absmax: Tensor, out: Tensor, block: int, levels: tuple[float, ...]) -> int:
     """Write the values of all whole blocks to `out`. Return the number of values decoded.
 
-    packed: uint8 (ceil(n / 2),). absmax: float32 (ceil(n / block),). levels: the 16 levels of NF4. out: (n,), float32.
-    The result is 0 if compiled code is not used. For another dtype of `out` compiled code is never used, because a
+    packed: uint8 (ceil(n / 2),). absmax: float32 (ceil(n / block),). levels: the 16 levels of NF4. out: (n,). The
+    result is 0 if compiled code is not used. It is never used for an `out` in another dtype than float32, because a
     float32 copy costs as much as compilation gains. Beyond the decoded blocks, `out` is undefined.
     """
     blocks = out.numel() // block

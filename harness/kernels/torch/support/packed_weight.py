@@ -51,7 +51,7 @@ class PackedWeight:
     packed: Tensor
     """The packed codes: uint8 (ceil(E D / 2),)."""
     absmax: Tensor
-    """One float32 number per block. If absmax2 and offset are given, one 8-bit code per block instead."""
+    """One float32 number per block, or one 8-bit code per block if absmax2 and offset are given."""
     block: int
     shape: tuple[int, ...]
     absmax2: Tensor | None = None
@@ -61,7 +61,7 @@ class PackedWeight:
     block2: int = 256
 
     def constants(self) -> Tensor:
-        """Return the float32 absmax of every block. If it is stored in 8 bits, decode it first."""
+        """Return the float32 absmax of every block, decoded first if it is stored in 8 bits."""
         if self.absmax2 is None or self.offset is None:
             return self.absmax
         return nf4.double_dequantize(self.absmax, self.absmax2, self.offset, self.block2)

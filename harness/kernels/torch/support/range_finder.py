@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 LEAST_GRAM_RATIO = 2.0**-12
-"""Smallest ratio of the smallest to the largest singular value for which a float64 Gram matrix serves a float32 matrix.
+"""Smallest ratio of the smallest to the largest singular value at which the Gram matrix of a float32 matrix is used.
 
-Above this ratio, squaring singular values in float64 loses less than the precision of float32.
+The Gram matrix is in float64. Above this ratio, squaring singular values in float64 loses less than the precision of
+float32. Below it, LAPACK computes the SVD.
 """
 
 
@@ -37,9 +38,9 @@ def orthonormal(Y: Tensor) -> Tensor:
 def range_finder(W: Tensor, sketch: Tensor, niter: int) -> Tensor:
     """Return an orthonormal basis (E, R) that approximately contains the R leading left singular vectors of W (E, D).
 
-    sketch: normal noise (D, R). niter: number of power iterations. Each iteration multiplies by W^T and then by W. It
-    reduces the error of a singular vector by the factor (s' / s)^2, where s is its singular value and s' is the largest
-    one outside the basis.
+    sketch: normal noise (D, R). niter: number of power iterations. Each iteration multiplies by W^T and then by W. For
+    a vector with singular value s, it reduces the error by the factor (s' / s)^2, where s' is the largest singular
+    value outside the basis.
     """
     Q = orthonormal(W @ sketch)
     for _ in range(niter):

@@ -25,10 +25,10 @@ GROUPS = (
 Layers are grouped by name and not by observed calls, because the first step must round like later steps.
 """
 MAX_UNUSED_OUTPUTS = 8
-"""Number of a layer's unused outputs, minus its used ones, from which the layer is no longer computed with the others.
+"""Number of unused outputs of a layer from which the layer is no longer computed with the other layers of its group.
 
-Outputs stay unused in cross-attention, where the layers have different inputs. An output that is computed alone may be
-rounded differently.
+Each used output lowers the count by one, but not below zero. Outputs stay unused in cross-attention, where the layers
+have different inputs. An output that is computed alone may be rounded differently.
 """
 
 
@@ -131,7 +131,7 @@ class _Call:
         self._context = _context(x)
 
     def is_of(self, x: Tensor) -> bool:
-        """Return whether this call had the input x, and x and its context are unchanged since.
+        """Return whether x was the input of this call, and neither x nor its context has changed since.
 
         The context consists of the modes of torch, the CUDA stream and the number of optimizer steps.
         """
@@ -157,8 +157,8 @@ def link(layers: Mapping[str, Any]) -> None:
 def _optimizer_steps() -> list[int]:
     """Return a list with one number: the optimizer steps in this process since the first call of this function.
 
-    Saved outputs are not used after a step, because fused optimizers and those of bitsandbytes write into tensors
-    without raising their version.
+    Saved outputs are not used after a step, because some optimizers (fused ones, and bitsandbytes) write into tensors
+    without raising the version of the tensors.
     """
     steps = [0]
 
@@ -203,7 +203,7 @@ def _same(one: tuple[Any, ...] | None, other: tuple[Any, ...] | None) -> bool:
 
 
 def _factors(layer: SharedInputLayer, x: Tensor) -> LoraFactors | None:
-    """Return the layer's factors for x. If they do not allow a joint computation with other layers, return None."""
+    """Return the layer's factors for x, or None if the layer cannot be computed together with other layers."""
     factors = layer.factors(x)
     if (
         factors is None
@@ -221,6 +221,6 @@ def _trains(factors: LoraFactors, x: Tensor) -> bool:
 
 
 def _has_hooks() -> bool:
-    """Return whether saved-tensor hooks are set. If this torch does not show hooks, return True."""
+    """Return whether saved-tensor hooks are set. If this version of torch does not tell, return True."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(True) is not None

@@ -27,9 +27,9 @@ def _forward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute a tile of out = left @ right + gain_minus_one * product + t + bias.
+    """Compute a tile of out = left @ right + gain_minus_one * product + t + bias, where t is scale S @ T.
 
-    Here t is scale S @ T. product is (left * mask) @ right + t, and is stored, too. gain_minus_one: DoRA's gain
+    Also store a tile of product = (left * mask) @ right + t. gain_minus_one: DoRA's gain
     minus 1, one number per column.
     """
     rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N, WIDE)
@@ -123,7 +123,10 @@ def _launch(kernel: Any, tile: GemmTile, operands: Operands, mask: Tensor, **oth
 
 
 def _specimens() -> list[Specimen]:
-    """Return specimens of both kernels for a layer with 4096 inputs, 14336 outputs and 8192 tokens."""
+    """Return instances of both kernels for ahead-of-time compilation.
+
+    They have the sizes of a layer with 4096 inputs, 14336 outputs and 8192 tokens.
+    """
     M, D, E = 8192, 4096, 14336
 
     def of(name: str, dtype: torch.dtype, tile: GemmTile, forward: bool, R: int = 16) -> Specimen:

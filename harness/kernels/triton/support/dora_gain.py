@@ -1,9 +1,9 @@
 """The gain of DoRA, m / ||W + s B A|| per row (arXiv:2402.09353), in one pass over W that never writes B A.
 
 The kernel computes the norm n of a row from the sum W + s B A itself. The expansion n^2 = ||W||^2 + 2 s <B, W A^T> +
-s^2 <B, B (A A^T)> also needs no B A, but it is less accurate. With N = ||W|| + ||s B A||, its relative error is eps N^2 /
-n^2, and that of the sum is only eps N / n. For a row in which B A cancels W, the expansion is useless. Nor is it faster:
-W A^T reads all of W and takes E D R multiplications, as the sum does tile by tile, with B A in the accumulator.
+s^2 <B, B (A A^T)> also needs no B A, but it is less accurate. With N = ||W|| + ||s B A||, the expansion has the
+relative error eps N^2 / n^2, and the sum only eps N / n. For a row in which B A cancels W, the expansion is useless. It
+is not faster, either: like the sum, it reads all of W and takes E D R multiplications, for W A^T.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _gain(
 ):  # fmt: skip
     """Compute gain and norm of one block of rows.
 
-    WHOLE_RANK: whether one block has all ranks, so that B is read only once.
+    WHOLE_RANK: whether BLOCK_R covers all ranks, so that B is read only once.
     """
     e = (tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)).to(tl.int64)
     r, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
@@ -81,7 +81,7 @@ def _launch(gain: Tensor, norm: Tensor, W: Tensor, A: Tensor, B: Tensor, m: Tens
 
 
 def _specimens() -> list[Specimen]:
-    """Return specimens for a weight with 4096 inputs and 14336 outputs."""
+    """Return instances of the kernel for ahead-of-time compilation, for a weight with 4096 inputs and 14336 outputs."""
 
     def of(name: str, R: int, dtype: torch.dtype) -> Specimen:
         E, D = 14336, 4096

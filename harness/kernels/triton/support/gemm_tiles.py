@@ -24,7 +24,7 @@ class GemmTile:
     stages: int
 
     def shallow(self) -> GemmTile:
-        """Return a tile with half of this tile's k and one more stage.
+        """Return a tile with half of this tile's k and one more pipeline stage.
 
         A kernel with more than two operands per iteration needs such a tile.
         """
@@ -49,7 +49,7 @@ _INTERPRETED = GemmTile(128, 128, 128, 4, 1)
 
 
 def _variants(k: int, *sizes: tuple[int, int, int, int]) -> tuple[GemmTile, ...]:
-    """Return tiles with this k. sizes: rows, columns, warps and stages of each."""
+    """Return tiles with this k. sizes: rows, columns, warps and stages of each tile."""
     return tuple(GemmTile(m, n, k, warps, stages) for m, n, warps, stages in sizes)
 
 
@@ -63,17 +63,18 @@ CANDIDATES: dict[GemmTile, tuple[GemmTile, ...]] = {
 }
 """Default tile, which `gemm_tile` returns -> the tiles that `peft-harness bench --crossovers` tries instead.
 
-The candidates have the k of the default. They have 64 rows or more if the default does, and fewer otherwise, which on
-an H100 decides the matrix instruction. So every element of the output is the same sum in the same order, and a tuned
-tile changes no bit of a result. The tiles of `crowded` calls and of float32 are never replaced.
+The candidates have the k of the default. They have 64 rows or more if the default does, and fewer otherwise, because
+the number of rows decides the matrix instruction on an H100. So every element of the output is the same sum in the same
+order, and a tuned tile changes no bit of a result. Tiles for float32, and tiles that `gemm_tile` returns for
+`crowded=True`, are never replaced.
 """
 
 
 def gemm_tile(M: int, N: int, dtype: torch.dtype, device: torch.device, *, crowded: bool = False) -> GemmTile:
-    """Return the tile for an output (M, N).
+    """Return the tile for an output (M, N). The tile is the same on every GPU of an architecture.
 
-    crowded: True if registers also hold another tile of the output's size, a factor or a second output. The tile is the
-    same on every GPU of an architecture. `tuned_tiles.tuned` may replace it by one of its `CANDIDATES`.
+    crowded: True if registers also hold a factor or a second output with a tile of the same size. Otherwise,
+    `tuned_tiles.tuned` may replace the returned tile by one of its `CANDIDATES`.
     """
     if interpreted():
         return _INTERPRETED
@@ -100,6 +101,6 @@ def rank_block(R: int) -> int:
 def _multiplies_from_shared_memory(device: torch.device) -> bool:
     """Return whether matrix instructions read operands from shared memory, as on H100 and B200.
 
-    Elsewhere operands take registers, and LARGEST takes too many of them.
+    On other GPUs operands take registers, and the tile LARGEST takes too many of them.
     """
     return torch.cuda.get_device_capability(device)[0] in (9, 10)

@@ -126,7 +126,8 @@ def outer(
 ):  # fmt: skip
     """Compute one tile of the gradient of one adapter's A or B, summed over all sequences of the adapter.
 
-    The gradient of A (if `which` is 0) is S^T x, (rank, features). That of B (if it is 1) is (S^T dy)^T; x holds dy.
+    If `which` is 0, the gradient is that of A: S^T x, (rank, features). If `which` is 1, it is that of B: (S^T dy)^T,
+    (features, rank), and the argument x holds dy.
     """
     adapter = tl.program_id(0).to(tl.int64)
     _, rank = _weights(table, adapter, which, x.dtype.element_ty, aligned)
@@ -155,7 +156,8 @@ def outer(
 def tile(dtype: torch.dtype, tokens: int) -> dict[str, int]:
     """Return the size of the tile that a program computes: its `rows`, `ranks` and `columns`.
 
-    It is the largest one without spilled registers, and smaller in float32. tokens: number of tokens per sequence.
+    This is the largest tile that does not spill registers. It is smaller in float32. tokens: number of tokens per
+    sequence.
     """
     if dtype == torch.float32:
         return {"rows": 16 if tokens <= 16 else 32, "ranks": 16, "columns": 64}

@@ -1,4 +1,4 @@
-"""Launches of kernels: run them, or describe them so that the same instance can be compiled ahead of time.
+"""Launches of kernels: run them, or describe them for ahead-of-time compilation of the same instance of the kernel.
 
 Every launch goes through `launch`. Triton itself launches on the current device, which need not be the device of the
 tensors.
@@ -24,9 +24,10 @@ _POINTERS = {
 
 
 def launch(kernel: Any, grid: tuple[int, ...], /, *positional: Any, **named: Any) -> Any:
-    """Launch the kernel on the device of the first tensor among the arguments. Return what Triton compiled.
+    """Launch the kernel on the device of the first tensor among the arguments. Return the compiled kernel.
 
-    The interpreter compiles nothing and returns None. An exception gets a note that describes the launch.
+    Triton's interpreter compiles nothing, and the result is then None. An exception gets a note that describes the
+    launch.
     """
     first = next(one for one in (*positional, *named.values()) if isinstance(one, Tensor))
     if interpreted():
@@ -69,7 +70,7 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class KernelLaunch:
-    """A launch of a kernel with its arguments. It can be run, or described as a Specimen."""
+    """A launch of a kernel with its arguments. It can be run, or described for ahead-of-time compilation."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -88,7 +89,7 @@ class KernelLaunch:
         )  # fmt: skip
 
     def specimen(self, name: str, kind: Kind | None = None, *, oldest: int = 80) -> Specimen:
-        """Return the Specimen that this launch would compile.
+        """Return a description of the kernel instance that this launch would compile.
 
         Like Triton, this treats None and the integer 1 as constants, and marks multiples of 16. kind: by default `gemm`
         for a kernel with 16-bit tensors, else `other`, because no matrix unit multiplies float32.

@@ -109,8 +109,7 @@ def low_rank_gemm(
 def product_launch(tile: GemmTile, operands: Operands, *, scale: float, **optional: Tensor | None) -> KernelLaunch:
     """Return the launch of `low_rank_gemm` with this tile.
 
-    optional: tensors for the arguments of `low_rank_gemm` that may be None, under their names there. The kernel gets None
-    for each one that is left out.
+    optional: those arguments of `low_rank_gemm` that may be None, by name. An argument that is left out is None.
     """
     others: dict[str, Any] = dict.fromkeys(_OPTIONAL) | optional
     block_r = rank_block(len(operands[-1]))
@@ -140,9 +139,10 @@ def low_rank_launch(
 
 
 def _specimens() -> list[Specimen]:
-    """Return specimens of the products in training, for a layer with 4096 inputs, 14336 outputs and 8192 tokens.
+    """Return instances of the kernel for ahead-of-time compilation, with the products of a training.
 
-    The specimens of `CANDIDATES` have the arguments with which `peft-harness bench --crossovers` measures these tiles.
+    The layer has 4096 inputs, 14336 outputs and 8192 tokens. Instances with a tile of `CANDIDATES` have the arguments
+    with which `peft-harness bench --crossovers` measures this tile.
     """
     M, D, E = 8192, 4096, 14336
 

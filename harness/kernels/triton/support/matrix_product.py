@@ -23,7 +23,7 @@ def product(left, right, acc):
 def program_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
     """Return the rows (int64) and the columns of the output tile that this program computes.
 
-    The order of the tiles lets consecutive programs find the same rows and columns in the L2 cache. WIDE: whether
+    The tiles are ordered so that consecutive programs find the same rows and columns in the L2 cache. WIDE: whether
     columns are int64, too, which takes registers; see `is_wide`.
     """
     GROUP: tl.constexpr = 8

@@ -114,7 +114,7 @@ def _launch(out: Tensor, left: Tensor, right: Tensor, scale: float, **optional: 
 
 
 def _specimens() -> list[Specimen]:
-    """Return specimens of `_shrink` for ahead-of-time compilation.
+    """Return instances of `_shrink` for ahead-of-time compilation.
 
     They have the sizes of a layer with 4096 inputs and 14336 outputs. The ranks are 16 to 128, and 256 for VeRA.
     """

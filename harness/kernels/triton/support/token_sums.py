@@ -28,8 +28,8 @@ def _outer_sum(
 ):  # fmt: skip
     """Compute (wide * mask)^T @ narrow, shape (N, R), over one part of the tokens, and write it to out[part].
 
-    If `weights` (N, R) is given, multiply the product by it element by element, sum each row over one block of columns,
-    and write the N sums to out[part, block].
+    If `weights` (N, R) is given, write row sums instead: multiply the product by `against` element by element, sum each
+    row over one block of columns, and write the N sums to out[part, block].
     """
     part, block = tl.program_id(2).to(tl.int64), tl.program_id(1)
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -153,7 +153,7 @@ def _product_launch(out: Tensor, a: Tensor, b: Tensor, per_part: int) -> KernelL
 
 
 def _specimens() -> list[Specimen]:
-    """Return specimens of the kernels of this file for ahead-of-time compilation.
+    """Return instances of the kernels of this file for ahead-of-time compilation.
 
     They have the sizes of a layer with 4096 inputs, 14336 outputs and 8192 tokens. The rank is 16, and 256 for VeRA.
     """

@@ -1,8 +1,9 @@
-"""Tiles of matrix products that were measured to be faster on a card than the default.
+"""Tiles of matrix products that were measured to be faster on a card than the default tile.
 
-`peft-harness bench --crossovers` measures them and writes them into the card's table. A call only reads the table, once
-per process: it never searches. Each tile is one of the `CANDIDATES` of the default, which all sum in the same order. A
-candidate that changed a bit when it was measured is never chosen. So a call rounds in the same way with a table and without.
+`peft-harness bench --crossovers` measures these tiles and writes them into the card's table. A call only reads the
+table, once per process: it never searches. Each tile is one of the `CANDIDATES` of the default, which all sum in the
+same order. A candidate is never chosen if a bit of its result differed when it was measured. So a call rounds in the
+same way with a table and without.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _MEASURED = {
     "kernel": "with another version of the kernel",
     "capability": "on another GPU architecture",
 }
-"""Key of a `stamp` -> the part of a warning that says how tiles with another value were measured."""
+"""Key of a `stamp` -> words for a warning about tiles that are ignored because their stamp has another value there."""
 _SIZES = ("m", "n", "k", "warps", "stages")
 
 
@@ -60,7 +61,7 @@ def stamp(kernel: Any, device: torch.device) -> dict[str, Any]:
 
 
 def tiles(section: Entry) -> dict[_Key, GemmTile]:
-    """Return the rows of a table's section `tiles`: key -> the tile that replaces the default tile in the key.
+    """Return the tiles in a table's section `tiles`: key -> the tile that replaces the default tile named in the key.
 
     Raises ValueError for a row that is not as expected, for two rows of one bucket, and for an unknown key.
     """
@@ -120,7 +121,7 @@ def _tile(given: Entry) -> GemmTile:
 
 @cache
 def _code_hash(kernel: Any) -> str:
-    """Return a hash of a kernel, of the Triton functions that it calls, and of the candidates.
+    """Return a hash of the code of a kernel, of the Triton functions that it calls, and of `CANDIDATES`.
 
     Comments, docstrings and line numbers do not change it.
     """
@@ -129,7 +130,7 @@ def _code_hash(kernel: Any) -> str:
 
 
 def _called(kernel: Any) -> Iterator[Any]:
-    """Yield the Triton functions that a kernel calls, compiled or interpreted, and those that they call."""
+    """Yield the Triton functions that a kernel calls directly or through other functions, compiled or interpreted."""
     for name in kernel.fn.__code__.co_names:
         function = kernel.fn.__globals__.get(name)
         if isinstance(getattr(function, "fn", None), FunctionType):

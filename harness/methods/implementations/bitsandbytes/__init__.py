@@ -1,4 +1,4 @@
-"""`bitsandbytes`: NF4 quantisation of base weights, and its quantisers, 4-bit layer and optimizers as Operations."""
+"""`bitsandbytes`: NF4 quantisation of base weights; quantisers, a 4-bit layer and optimizers as Operations."""
 
 from __future__ import annotations
 

@@ -52,8 +52,8 @@ def state_of(absmax: Tensor, block: int, shape: tuple[int, ...], dtype: torch.dt
 def double_quantize(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Subtract the mean of `absmax`, and quantise the differences in blocks.
 
-    Return the codes, the absmax of each block of codes, and the mean. `quantize_4bit` does the same with
-    compress_statistics.
+    Return the codes, the absmax of each block of codes, and the mean. bitsandbytes' `quantize_4bit`
+    does the same if compress_statistics is True.
     """
     from bitsandbytes.functional import quantize_blockwise
 
@@ -64,7 +64,7 @@ def double_quantize(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]
 
 @implements("double_dequantize", **_OPERATION)
 def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, block: int) -> Tensor:
-    """Decode the codes, add `offset`, and return the sum. `dequantize_4bit` does the same for a nested state."""
+    """Decode the codes, add `offset`, and return the sum. `dequantize_4bit` decodes a nested absmax in this way."""
     from bitsandbytes.functional import dequantize_blockwise
 
     constants: Tensor = dequantize_blockwise(codes, absmax=absmax2, blocksize=block) + offset
@@ -73,7 +73,7 @@ def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, block: int
 
 @implements("dynamic_quantize", **_OPERATION)
 def dynamic_quantize(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """Quantise x by `quantize_blockwise` with its dynamic map. Return the 8-bit codes, and the absmax of each block."""
+    """Quantise x by `quantize_blockwise` and the dynamic map. Return the 8-bit codes, and the absmax of each block."""
     from bitsandbytes.functional import create_dynamic_map, quantize_blockwise
 
     codes, state = quantize_blockwise(x, code=create_dynamic_map(signed=signed).to(x.device), blocksize=block)

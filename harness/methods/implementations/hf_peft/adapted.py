@@ -26,7 +26,7 @@ def has_conv1d(found: Mapping[str, nn.Module]) -> bool:
 
 
 def dense_targets(model: nn.Module, names: tuple[str, ...], method: str) -> dict[str, nn.Linear]:
-    """Return the targets by path, for a method of peft that changes a dense weight.
+    """Return the target layers by path, for a method of peft that needs dense weights.
 
     Raises Unsupported for a quantised layer, and ValueError if a target is no linear layer.
     """
@@ -62,7 +62,7 @@ def peft_model(model: nn.Module, peft_config: Any, generator: Generator, name: s
 
 @contextmanager
 def _marked(model: nn.Module) -> Iterator[None]:
-    """Set `is_loaded_in_4bit` within the context on a model with 4-bit layers, as transformers does.
+    """While the context is open, set `is_loaded_in_4bit` on a model with 4-bit layers, as transformers does.
 
     Otherwise peft would treat a Linear4bit as an nn.Linear.
     """

@@ -23,7 +23,7 @@ _NEAR_THE_BASE = ("VBLORA", "UNILORA")
 """Methods that start near the base model, but not exactly at it."""
 _NAMED_STARTS = ("LORA", "LOKR")
 """Methods that start at the base model even if the config names an initialisation. In other methods, a named
-initialisation may be random, such as C3A's `gaussian`."""
+initialisation may be random, such as `gaussian` of C3A."""
 _ACT_BETWEEN_STEPS = ("ADALORA", "ADAMSS")
 """Methods for which peft's `update_and_allocate` must be called between optimizer steps."""
 _STARTS = ("init_weights", "init_lora_weights", "init_ia3_weights")
@@ -186,7 +186,7 @@ class AnyPeft(PeftAdapted):
         self.wrapper.unmerge_adapter()
 
     def reloaded(self, base: nn.Module) -> nn.Module:
-        """Save the adapter, load it into the original model `base` as another process would, and return `base`."""
+        """Save the adapter, load it from its files into the original model `base`, and return `base`."""
         from tempfile import TemporaryDirectory
 
         from peft import PeftConfig

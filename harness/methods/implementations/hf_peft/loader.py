@@ -65,7 +65,7 @@ class PeftLoader(Loader):
         return logits(self.model, prompts)
 
     def combine(self, names: Sequence[str], weights: Sequence[float], new_name: str, way: str) -> None:
-        """Combine by `add_weighted_adapter`. Raises Unsupported for the way `linear`, which sums A and B, not updates."""
+        """Combine by `add_weighted_adapter`. Raises Unsupported for the way `linear`, which sums A and B instead of B A."""
         if way == "linear" and len(names) > 1:
             raise Unsupported("combine: `linear` of peft adds the factors A and B, not the updates")
         rank = sum(max([config.r, *config.rank_pattern.values()]) for config in map(self.model.peft_config.get, names))
@@ -90,7 +90,7 @@ class PeftLoader(Loader):
     def unmerge(self) -> None:
         """Undo `merge` by `unmerge_adapter`. Raises RuntimeError if a layer is still merged.
 
-        peft would unmerge such a layer by itself when the adapters are disabled, so the logits would not show it.
+        peft would unmerge such a layer by itself when the adapters are disabled, so the logits would not show the error.
         """
         self.model.unmerge_adapter()
         if any(getattr(module, "merged", False) is True for module in self.model.modules()):
@@ -117,7 +117,7 @@ class PeftLoader(Loader):
             yield
 
     def set_scale(self, name: str, factor: float) -> None:
-        """Set the scaling to `factor` times that of the file, by `set_scale` of each layer."""
+        """Set the scaling to `factor` times the scaling that the file gives, by `set_scale` of each layer."""
         from peft.tuners.lora import LoraLayer
 
         for module in self.model.modules():

@@ -75,7 +75,7 @@ class PeftLora(PeftAdapted):
 
     @contextmanager
     def mixed(self, adapters: Sequence[Mapping[str, Tensor]]) -> Iterator[None]:
-        """Send row n of each batch through adapter n while the context is open. An adapter is a dict like `tensors()`.
+        """Send row n of each batch through adapter n while the context is open. An adapter is a result of `tensors()`.
 
         peft calls this feature `adapter_names`. At every call, peft's wrapper sets hooks that pass the names to the
         layers. The harness calls the inner model, so this context sets such hooks itself.
@@ -143,9 +143,9 @@ def pissa(model: nn.Module, config: reference_pissa.Config, generator: Generator
 
 @implements("pissa", name="hf-peft-reloaded", dtypes=["float32"], requires=["peft"])
 def reloaded_pissa(model: nn.Module, config: reference_pissa.Config, generator: Generator) -> PeftAdapted:
-    """Attach peft's PiSSA, save the adapter, and load it into the original model, as another process would.
+    """Attach peft's PiSSA, save the adapter, and load it into the original model with another state of torch's generator.
 
-    Raises Unsupported for embeddings and without `niter`. In these cases, loading draws no random numbers, so there is
+    Raises Unsupported for embeddings and for niter=0. In these cases, loading draws no random numbers, so there is
     nothing to check.
     """
     from tempfile import TemporaryDirectory
@@ -178,7 +178,7 @@ def _pissa(config: reference_pissa.Config, found: Mapping[str, nn.Module]) -> An
 
 
 def lora_config(config: Any, paths: Iterable[str], **options: Any) -> Any:
-    """Return peft's LoraConfig for the layers at `paths`. config: that of LoRA, DoRA, PiSSA or QLoRA in the reference."""
+    """Return peft's LoraConfig for the layers at `paths`. config: the Config of LoRA, DoRA, PiSSA or QLoRA."""
     from peft import LoraConfig
 
     dropout, bias = getattr(config, "dropout", 0.0), getattr(config, "lora_bias", False)

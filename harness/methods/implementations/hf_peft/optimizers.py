@@ -23,9 +23,10 @@ def lorafa_step(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Take one step of peft's LoRA-FA from the given moments.
 
-    Return A, B and the moments m and v of B for the first layer, then for the second, then `other` and its moments. The
-    adapter has the dtype of the arguments, as with `autocast_adapter_dtype=False`. Raises Unsupported for what peft's
-    optimizer does not offer: torch's AdamW, and the gradient without correction.
+    Return A, B, and the moments m and v of B for the first layer, then the same for the second layer, then `other` and
+    its moments. other, role, experts: see `_two_layers`. The adapter has the dtype of the arguments, as with
+    `autocast_adapter_dtype=False`. Raises Unsupported for what peft's optimizer does not offer: torch's AdamW, and the
+    gradient without correction.
     """
     from peft.optimizers import create_lorafa_optimizer
 
@@ -62,8 +63,9 @@ def riemannian_lora_step(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Take one step of peft's Riemannian LoRA from the given moments.
 
-    Return A of the first layer with its moments m and v, then B, then both of the second layer, then `other`, each with
-    its moments. torch's AdamW or SGD takes the preconditioned gradients. The adapter has the dtype of the arguments.
+    Return A and B of the first layer, A and B of the second layer, and `other`, each followed by its moments m and v.
+    other, role, experts: see `_two_layers`. torch's AdamW or SGD takes the preconditioned gradients. The adapter has
+    the dtype of the arguments.
     """
     import torch
     from peft.optimizers import create_riemannian_optimizer
@@ -95,9 +97,9 @@ def loraplus_groups(
     tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor], frozen: Collection[str], *, weight_decay: float,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return learning rates and weight decays of peft's LoRA+ (float64, one per tensor), and all values after one step.
+    """Return learning rates and weight decays of peft's LoRA+ (float64, one per tensor), and the tensors after one step.
 
-    The values are flat and concatenated. The weight decay is set by peft's keyword `loraplus_weight_decay`.
+    The tensors are flattened and concatenated. The weight decay is set by peft's keyword `loraplus_weight_decay`.
     """
     return _loraplus(tensors, gradients, loraplus_weight_decay=weight_decay, **options)
 
@@ -147,7 +149,7 @@ def _plain_name(name: str) -> str:
 
 
 def _model_of(tensors: Mapping[str, Tensor]) -> Any:
-    """Return a PeftModel whose parameters have the values `tensors`. Their names are those of `loraplus_groups`."""
+    """Return a PeftModel whose parameters have the values `tensors`, by the names that `_plain_name` returns."""
     import torch
     from peft import LoraConfig, get_peft_model
     from torch import nn
@@ -196,9 +198,9 @@ def _two_layers(
 ) -> Any:
     """Return a PeftModel of two linear layers with these adapters, each with its own rank and scaling.
 
-    other: a trainable tensor of the first layer besides A and B. role: which one it is: the layer's `bias`, the bias of B
-    (`lora-bias`) or DoRA's `magnitude`. experts: number of weights in each layer; above 1 the layers are stacks. Raises
-    Unsupported for stacks with another role than `bias`.
+    other: a trainable tensor of the first layer besides A and B. role: what `other` is: the layer's `bias`, the bias of
+    B (`lora-bias`) or DoRA's `magnitude`. experts: number of weights in each layer; above 1 the layers are stacks.
+    Raises Unsupported for stacks with another role than `bias`.
     """
     import torch
     from peft import LoraConfig, get_peft_model

@@ -1,10 +1,10 @@
 """peft's prompt learning (virtual tokens before every text), attached in place.
 
-For these methods, peft returns a wrapper around the model, but the harness uses the model without a wrapper. So the model
-gets a class whose forward pass calls the wrapper and drops the logits of the virtual tokens. This forward pass corrects two
-errors of peft. First, peft drops the position ids, so that padding before a text would shift positions. Second, peft
-0.21 generates incorrectly with transformers from 5.24 on. It reads the cache under its old name, and so repeats its
-virtual tokens before every new token.
+For these methods, peft returns a wrapper around the model, but the harness uses the model without a wrapper. So the
+model gets a class whose forward pass calls the wrapper and drops the logits of the virtual tokens. This forward pass
+corrects two errors of peft. First, peft drops the position ids, so that padding before a text would shift positions.
+Second, peft 0.21 generates incorrectly with transformers from 5.24 on. It reads the cache under its old name, and so
+repeats its virtual tokens before every new token.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def _prompted(
 def _numbered(model: Any, own: Any, **options: Any) -> Any:
     """Run the model's forward pass `own` with corrected arguments, and return its output.
 
-    The position ids do not count padding between virtual tokens and text. peft passes its cache under an old name, for
-    which transformers warns and from 5.40 on raises an error, so the cache gets the name that the model expects.
+    The position ids do not count padding between virtual tokens and text. peft passes the cache under an old name.
+    transformers warns of this name, and refuses it from 5.40 on. So the cache gets the name that the model expects.
     """
     parameters = inspect.signature(own).parameters
     mask = options.get("attention_mask")

@@ -30,7 +30,7 @@ from reference.shared.layers import LINEAR_OR_CONV1D, dense_weight, kind_of, tar
 
 
 class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
-    """DoRA's layer, computed by `dora_linear`, or as W0 x + s B A x in one product, which `gained` multiplies by g.
+    """DoRA's layer. Either `dora_linear` computes it, or one product gives W0 x + s B A x, and `gained` multiplies it by g.
 
     Unlike the reference, the layer saves no decoded copy of a 4-bit weight for the backward pass.
     """
@@ -88,7 +88,7 @@ class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
     def factors(self, x: Tensor) -> LoraFactors | None:
         """Return the matrices from which `lora_linears` computes W0 x + s B A x.
 
-        Return None in the cases of `factors_over`, e.g. if the base layer must be called.
+        Return None if `factors_over` does, e.g. if the base layer must be called.
         """
         factors = factors_over(self.base, x, self.A, self.B, self.scaling)
         return None if factors is None else replace(factors, bias=None)

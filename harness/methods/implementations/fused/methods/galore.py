@@ -4,9 +4,9 @@ For a gradient in float32 or a narrower dtype, the singular vectors come from th
 matrix in float64. float64 holds the products of float32 numbers exactly. So the squared singular values are as precise
 as the values of an SVD in float32. A float64 gradient gets an SVD.
 
-The randomised SVD (niter > 0) begins with the same sketch as the reference. It computes a basis by Cholesky factorisation
-in float64. If the columns are nearly linearly dependent, it uses Householder reflections, like the reference. Both bases
-span the same space.
+The randomised SVD (niter > 0) begins with the same sketch as the reference. It computes a basis by Cholesky
+factorisation in float64. If the columns are nearly linearly dependent, it uses Householder reflections, like the
+reference. Both bases span the same space.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class GaLore(galore.GaLore):
 
     @torch.no_grad()
     def update(self, p: Tensor, G: Tensor, group: dict[str, Any]) -> None:
-        """Take one step of parameter p with its gradient G."""
+        """Update the parameter p by one step, with the gradient G."""
         state, rank = self.state[p], group["rank"]
         steps = state.get("step", 0)
         if rank and steps % group["update_gap"] == 0:

@@ -43,7 +43,7 @@ class FusedLowRankLayer(SharedInputLayer):
         return lora_linear_over(self.base, x, self.left_factor(), self.B, self.scaling)
 
     def factors(self, x: Tensor) -> LoraFactors | None:
-        """Return the matrices from which `lora_linears` computes the output. Return None in the cases of `factors_over`."""
+        """Return the matrices from which `lora_linears` computes the output. Return None if `factors_over` does."""
         return factors_over(self.base, x, self.left_factor(), self.B, self.scaling)
 
 
@@ -76,7 +76,7 @@ def attach(model: nn.Module, config: lora.Config, generator: torch.Generator) ->
 
 
 def _why_not(base: nn.Module) -> str:
-    """Return why this package has no code for LoRA of a layer, or an empty string."""
+    """Return why `fused` cannot compute LoRA for a layer, or an empty string."""
     if kind_of(base) == "experts":
         return why_not(base)
     return "" if kind_of(base) == "linear" else "the fused LoRA supports linear layers and stacked experts only"

@@ -5,7 +5,7 @@ matrix in float64. The squared singular values are then as precise as the values
 the SVD of a float64 weight, and of a weight whose singular values span more than a factor of 2^12.
 
 The randomised SVD (niter > 0) begins with the same sketch as the reference. It computes bases by Cholesky factorisation
-in float64 if the columns are far enough from dependent. Otherwise it uses Householder reflections, like the reference.
+in float64 if the columns are far from linearly dependent. Otherwise it uses Householder reflections, like the reference.
 Both bases span the same space.
 """
 
