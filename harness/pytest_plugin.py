@@ -40,9 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
     Workers of xdist and runs that only collect tests have no gate.
     """
     if config.getoption("harness_gate") and not hasattr(config, "workerinput") and not config.option.collectonly:
-        from harness.regression.pytest_gate import Gate
+        from harness.regression.pytest_gate import PytestGate
 
-        config.pluginmanager.register(Gate(config, CaseItem), "peft-harness-gate")
+        config.pluginmanager.register(PytestGate(config, CaseItem), "peft-harness-gate")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -63,10 +63,10 @@ def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> pytest.Col
     testing = sys.modules.get("harness.testing")
     if testing is None or not isinstance(obj, testing.Conforming):
         return None
-    return Suite.from_parent(collector, name=name, conforming=obj)
+    return ConformanceCollector.from_parent(collector, name=name, conforming=obj)
 
 
-class Suite(pytest.Collector):
+class ConformanceCollector(pytest.Collector):
     """The collector of a function that `@conformance` decorates."""
 
     def __init__(self, *, conforming: Any, **kwargs: Any) -> None:
@@ -102,6 +102,6 @@ class CaseItem(pytest.Item):
         The line is never None, because a mark that skips the test (--benchmark-only) would then fail.
         """
         suite = self.parent
-        assert isinstance(suite, Suite)  # noqa: S101
+        assert isinstance(suite, ConformanceCollector)  # noqa: S101
         code = getattr(suite.conforming.implementation.function, "__code__", None)
         return self.path, code.co_firstlineno - 1 if code else 0, f"{suite.name}[{self.name}]"

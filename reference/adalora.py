@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import LINEAR_OR_CONV1D, floating_dtype, replace, sides, targets
+from reference.shared.layers import LINEAR_OR_CONV1D, features_in_out, floating_dtype, replace, targets
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -329,7 +329,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaL
     layers = {}
     for path, base in found.items():
         dtype, device = floating_dtype(base), next(base.parameters()).device
-        inputs, outputs = sides(base)
+        inputs, outputs = features_in_out(base)
         # Drawn in float64 so that every dtype starts from the same numbers.
         A, B = (
             (torch.randn(shape, generator=generator, dtype=torch.float64) * _STD).to(device, dtype)

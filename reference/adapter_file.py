@@ -62,7 +62,7 @@ class AdapterSettings:
         return cls(**{name: config[name] for name in names if config.get(name) is not None})
 
     @property
-    def saved(self) -> tuple[str, ...]:
+    def replaced_modules(self) -> tuple[str, ...]:
         """Names of the modules that the file replaces: modules_to_save, and the head of a model with this task_type."""
         scored = ("classifier", "score")
         heads = {"SEQ_CLS": scored, "TOKEN_CLS": scored, "QUESTION_ANS": ("qa_outputs",)}
@@ -359,7 +359,8 @@ def _of_experts(
 
 def _saved(settings: AdapterSettings, model: nn.Module) -> list[str]:
     """Return the paths of the modules that the file replaces. A name matches the end of a path, even within a word."""
-    return [path for path, _ in model.named_modules() if path.endswith(settings.saved)] if settings.saved else []
+    names = settings.replaced_modules
+    return [path for path, _ in model.named_modules() if path.endswith(names)] if names else []
 
 
 def _kind(module: nn.Module) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from reference.lora_experts import LoraExperts, expert_factors
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers, LowRankLayer, adapt
-from reference.shared.layers import KINDS, floating_dtype, kind_of, sides, targets
+from reference.shared.layers import KINDS, features_in_out, floating_dtype, kind_of, targets
 from reference.shared.lora_layers import LoraConv2d, LoraConv2dKernel, LoraEmbedding
 from reference.shared.lora_start import embedding_factors, initial_factors
 from reference.spec import Deviation, ReferenceSpec
@@ -192,5 +192,5 @@ def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLa
         if K[0] != K[1]:
             raise ValueError(f"conv=loralib is defined for square kernels, and this one is {K[0]} x {K[1]}")
         return LoraConv2dKernel(base, *factors(R * K[0], C * K[0], E // G * K[0]), s, p, bias(E))
-    D, E = sides(base)
+    D, E = features_in_out(base)
     return LoraLinear(base, *factors(R, D, E), s, p, bias(E))

@@ -22,10 +22,10 @@ from reference.shared.layers import (
     as_stored,
     dense_copy,
     dense_weight,
+    features_in_out,
     floating_dtype,
     kind_of,
     replace,
-    sides,
     targets,
 )
 from reference.shared.lora_layers import LoraEmbedding
@@ -252,7 +252,7 @@ def attach(
     """
     found = targets(model, config.targets, KINDS)
     for path, base in found.items():
-        D, E = sides(base)
+        D, E = features_in_out(base)
         if config.rank > min(D, E):
             raise ValueError(
                 f"rank {config.rank}: {path} maps {D} to {E} features and has only {min(D, E)} singular values"

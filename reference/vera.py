@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import LINEAR_OR_CONV1D, floating_dtype, replace, sides, targets
+from reference.shared.layers import LINEAR_OR_CONV1D, features_in_out, floating_dtype, replace, targets
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -144,12 +144,12 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
     """
     model.requires_grad_(False)
     found = targets(model, config.targets, LINEAR_OR_CONV1D)
-    widest, tallest = (max(sides(base)[side] for base in found.values()) for side in (0, 1))
+    widest, tallest = (max(features_in_out(base)[side] for base in found.values()) for side in (0, 1))
     A_shared, B_shared = projections(config.projection_key, config.rank, widest, tallest)
     shared: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
     layers = {}
     for path, base in found.items():
-        D, E = sides(base)
+        D, E = features_in_out(base)
         dtype, device = floating_dtype(base), next(base.parameters()).device
         if (device, dtype) not in shared:  # layers on one device and in one dtype share a pair
             shared[device, dtype] = (A_shared.to(device, dtype), B_shared.to(device, dtype))

@@ -11,9 +11,9 @@ from harness.records.record import Record
 FEW = 5
 """Number of first steps and of last steps whose median losses are compared. Medians are used since a single batch may
 be hard."""
-TIMES = 2.0
-NATS = math.log(2)
-"""Smallest rise of the loss, in nats, that counts as divergence. The loss must also rise by more than the factor TIMES.
+LEAST_FACTOR = 2.0
+LEAST_RISE_NATS = math.log(2)
+"""Smallest rise of the loss, in nats, that counts as divergence. The loss must also rise by more than LEAST_FACTOR.
 Either rise alone may be chance: a loss near 0 may double, and a loss of 5 may rise by log(2)."""
 
 
@@ -26,7 +26,7 @@ def rose(losses: Sequence[float]) -> str:
     if not few:
         return ""
     first, last = median(losses[:few]), median(losses[-few:])
-    if last <= TIMES * first or last <= first + NATS:
+    if last <= LEAST_FACTOR * first or last <= first + LEAST_RISE_NATS:
         return ""
     medians = f"the medians of the first and the last {few} " if few > 1 else ""
     return f"the loss rose from {first:.3g} to {last:.3g} ({medians}of {len(losses)} steps): training diverged"

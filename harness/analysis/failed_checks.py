@@ -10,7 +10,7 @@ def failed(record: Record) -> list[CheckResult]:
     return [check for check in record.unpassed if check.outcome is Outcome.FAIL]
 
 
-def own(record: Record) -> list[CheckResult]:
+def checks_run_here(record: Record) -> list[CheckResult]:
     """Return the checks that this attempt ran itself.
 
     The checks of a parity gate that ran in another Cell are left out.

@@ -67,7 +67,7 @@ def throughput(training: TrainingMeasured) -> float | None:
     return sum(training.tokens[steady(training)]) / seconds if seconds > 0 else None
 
 
-def timed_for_comparison(cell: Cell, latency: Latency) -> bool:
+def is_reference_for_several_adapters(cell: Cell, latency: Latency) -> bool:
     """Return whether a latency serves only as the reference for latencies of a batch with several adapters.
 
     Such a latency has one adapter and the batch size that the suite requests.

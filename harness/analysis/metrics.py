@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from harness.analysis import failed_checks, measurements
-from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, FindingKind, Unit
+from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, RowKind, Unit
 from harness.records.base_model import meaning
 from harness.records.cost import Checkpoint
 from harness.records.memory import ALLOCATED, Memory
@@ -71,7 +71,7 @@ class Metric:
     """Name of the metric in the history of nightly runs."""
     quantity: str = ""
     """Name of the metric in the regression gate that compares a run with a baseline."""
-    finding: FindingKind = FindingKind.MEMORY
+    row_kind: RowKind = RowKind.MEMORY
     """Kind of the row that the regression gate makes from the metric."""
 
     def value(self, record: Record) -> Number | None:
@@ -96,10 +96,10 @@ def _measured(part: str, field: str) -> Callable[[Record], Number | None]:
     return read
 
 
-_PARTS: dict[str, tuple[type[BaseModel], FindingKind]] = {
-    "parameters": (Parameters, FindingKind.PARAMETERS),
-    "memory": (Memory, FindingKind.MEMORY),
-    "checkpoint": (Checkpoint, FindingKind.CHECKPOINT),
+_PARTS: dict[str, tuple[type[BaseModel], RowKind]] = {
+    "parameters": (Parameters, RowKind.PARAMETERS),
+    "memory": (Memory, RowKind.MEMORY),
+    "checkpoint": (Checkpoint, RowKind.CHECKPOINT),
 }
 
 
@@ -108,11 +108,11 @@ def _counted(part: str, field: str, **more: Any) -> Metric:
 
     more: further fields of the `Metric`.
     """
-    model, finding = _PARTS[part]
+    model, row_kind = _PARTS[part]
     name = f"{part}.{field}"
     size: dict[str, Any] = {"unit": "B", "better": "lower"} if field.endswith("_B") else {"unit": "1"}
     read, about = _measured(part, field), meaning(model, field)
-    return Metric(name=name, meaning=about, read=read, kind="counted", column=name, finding=finding, **size, **more)
+    return Metric(name=name, meaning=about, read=read, kind="counted", column=name, row_kind=row_kind, **size, **more)
 
 
 def _peak(record: Record) -> int | None:
@@ -210,7 +210,7 @@ PEAK_ABOVE_IMPORTS = Metric(
 STEP = Metric(
     name="step_s", unit="s", kind="timed", better="lower", read=measurements.step_seconds, why_missing=_no_speed,
     meaning="median time of a steady step in this process; missing where a check failed or was impossible",
-    finding=FindingKind.TIME,
+    row_kind=RowKind.TIME,
     heading="Step, ms", terminal_heading="step ms", axis="step time", column="step_s", history="step_s", quantity="step",
 )  # fmt: skip
 TOKENS_PER_S = Metric(

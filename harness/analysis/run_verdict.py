@@ -102,7 +102,9 @@ def judge(run: Run) -> RunVerdict:
 
 
 def _parity(latest: dict[str, Record]) -> Parity:
-    found = [check for record in latest.values() for check in parity.own(record) if not parity.of_serving(check)]
+    found = [
+        check for record in latest.values() for check in parity.checks_run_here(record) if not parity.of_serving(check)
+    ]
     # A gate counts once, also if the Record that took it is no longer the newest of its Cell.
     newest = {record.id for record in latest.values()}
     older = {

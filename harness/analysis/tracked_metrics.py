@@ -96,7 +96,7 @@ def times(record: Record) -> dict[str, float]:
     refused = {"merged": failed_checks.no_merged_speed(record), "multi-adapter": failed_checks.no_mixed_speed(record)}
     for one in m.latency:
         if one.seconds and not refused.get(one.variant):
-            suffix = "-beside-several" if measurements.timed_for_comparison(record.cell, one) else ""
+            suffix = "-beside-several" if measurements.is_reference_for_several_adapters(record.cell, one) else ""
             found[f"{LATENCY}/{one.variant}{suffix}/{one.kind}/{one.batch}x{one.tokens}"] = median(one.seconds)
     # A time of 0 is no measurement: the clock did not move.
     return {name: _short(seconds) for name, seconds in found.items() if seconds > 0}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.methods.registry import format_error
-from harness.process.event_pipe import Emit, event_writer
+from harness.process.event_pipe import EventWriter, event_writer
 
 if TYPE_CHECKING:
     from harness.bench.timing import Clock
@@ -39,7 +39,7 @@ def main(fd: int, line: int, task: dict[str, Any]) -> None:
             raise
 
 
-def _run(task: dict[str, Any], emit: Emit) -> None:
+def _run(task: dict[str, Any], emit: EventWriter) -> None:
     import torch
 
     from harness.bench import ceilings
@@ -56,7 +56,7 @@ def _run(task: dict[str, Any], emit: Emit) -> None:
         _measure_crossovers(clock, emit)
 
 
-def _measure_crossovers(clock: Clock, emit: Emit) -> None:
+def _measure_crossovers(clock: Clock, emit: EventWriter) -> None:
     """Measure the tiles, then the crossovers with these tiles, always in the same order.
 
     The kernels ignore all tables of earlier measurements. The table is emitted whenever the tiles of a dtype or the
@@ -66,7 +66,7 @@ def _measure_crossovers(clock: Clock, emit: Emit) -> None:
     import triton
 
     from harness.bench import crossovers, tiles
-    from harness.kernels.card_tables import TILES, Entry, card, file_name, in_force
+    from harness.kernels.card_tables import TILES, Entry, card, file_name, only_tables
     from harness.kernels.triton.support import low_rank_gemm, tuned_tiles
 
     random.seed(0)  # decides which side of the first pair comes first
@@ -82,13 +82,13 @@ def _measure_crossovers(clock: Clock, emit: Emit) -> None:
 
     stamp = tuned_tiles.stamp(low_rank_gemm.KERNEL, clock.device)
     rows: list[dict[str, Any]] = []
-    with in_force():
+    with only_tables():
         for _, of_dtype in groupby(tiles.measure(clock), key=itemgetter("dtype")):
             rows += measured(of_dtype)
             table[TILES] = tiles.section(rows, stamp)
             emit(file=file_name(name), table=table)
-    with in_force(Entry(Path(file_name(name)), "", {TILES: table[TILES]})):
-        for operation in crossovers.CROSSINGS:
+    with only_tables(Entry(Path(file_name(name)), "", {TILES: table[TILES]})):
+        for operation in crossovers.CROSSOVER_MEASUREMENTS:
             table[operation] = crossovers.table(operation, measured(crossovers.measure(operation, clock)))
             emit(file=file_name(name), table=table)
 

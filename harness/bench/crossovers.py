@@ -26,7 +26,7 @@ _ADAPTERS = {"cuda": 4, "cpu": 2}
 
 
 @dataclass(frozen=True)
-class Crossing:
+class CrossoverMeasurement:
     """How to measure an Operation for which there is a fused kernel and another way to compute it.
 
     Which of the two is faster depends on a size, e.g. on the number of tokens.
@@ -117,18 +117,18 @@ def _pass(case: str, forward: Callable[[], Tensor], leaves: Sequence[Tensor]) ->
 
 
 _SMALL = ((64, 64),)
-CROSSINGS = {
-    "nf4_linear": Crossing(
+CROSSOVER_MEASUREMENTS = {
+    "nf4_linear": CrossoverMeasurement(
         other="decode, then multiply", by_default="other",
         weights={"cuda": ((1024, 4096), (4096, 4096), (10240, 5120), (14336, 4096), (28672, 8192)), "cpu": _SMALL},
         sizes={"cuda": (1, 8, 16, 32, 64, 128, 256), "cpu": (1,)}, cases=(_FORWARD,), ways=_packed,
     ),
-    "multi_lora_linear": Crossing(
+    "multi_lora_linear": CrossoverMeasurement(
         other="products per adapter", by_default="fused",
         weights={"cuda": ((1024, 4096), (4096, 4096), (14336, 4096)), "cpu": _SMALL},
         sizes={"cuda": (1, 16, 128, 512, 2048), "cpu": (4,)}, cases=(_FORWARD, _TRAINED), ways=_adapters,
     ),
-    "lora_linear": Crossing(
+    "lora_linear": CrossoverMeasurement(
         other="separate products", by_default="fused",
         weights={"cuda": ((1024, 4096), (4096, 4096), (14336, 4096)), "cpu": _SMALL},
         sizes={"cuda": (16, 32, 64, 128, 256), "cpu": (4,)}, cases=(_FORWARD, _TRAINED), ways=_adapted,
@@ -143,7 +143,7 @@ def measure(operation: str, clock: Clock) -> Iterator[dict[str, Any]]:
     `fused_s` and `other_s` are the median seconds of the fused kernel and of the other way. `ratio` is the median, over
     pairs of samples, of the fused kernel's time divided by the other way's time.
     """
-    crossing, kind = CROSSINGS[operation], clock.device.type
+    crossing, kind = CROSSOVER_MEASUREMENTS[operation], clock.device.type
     torch.manual_seed(0)
     for E, D in crossing.weights[kind]:
         for size in crossing.sizes[kind]:
@@ -175,7 +175,7 @@ def _limit(operation: str, rows: Sequence[dict[str, Any]]) -> int | None:
     by_size: dict[int, list[float]] = {}
     for row in rows:
         by_size.setdefault(row[CROSSOVERS[operation]], []).append(row["ratio"])
-    if CROSSINGS[operation].by_default == "other":
+    if CROSSOVER_MEASUREMENTS[operation].by_default == "other":
         most = 0
         for size, ratios in by_size.items():
             if max(ratios) * MARGIN >= 1:

@@ -127,7 +127,7 @@ class BenchRow(FrozenModel):
     packed the base."""
 
     @property
-    def red(self) -> bool:
+    def has_unexplained_failure(self) -> bool:
         """True if a check failed, and no known defect explains the failure."""
         return any(one.status is CheckStatus.FAIL for one in self.parity)
 

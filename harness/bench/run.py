@@ -47,7 +47,7 @@ class BenchReport:
         """
         if self.interrupted:
             return Exit.INFRASTRUCTURE
-        if any(row.red for row in self.rows):
+        if any(row.has_unexplained_failure for row in self.rows):
             return Exit.FAIL
         if any(row.outcome == "failed" for row in self.rows):
             return Exit.INFRASTRUCTURE
@@ -224,7 +224,7 @@ class TaskRunner:
                 error = event["failed"]
             elif "lost" in event:
                 error = lost = event["lost"]
-            elif "died" in event and lost and row is not None and row.red:
+            elif "died" in event and lost and row is not None and row.has_unexplained_failure:
                 yield "lost", lost
             elif "died" in event and complete:  # all rows were reported
                 print_note(f"{task.name}: after its last benchmark {event['died']}")

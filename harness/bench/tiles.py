@@ -20,7 +20,7 @@ from harness.bench.timing import Clock, pairs
 
 if TYPE_CHECKING:
     from harness.kernels.triton.support.gemm_tiles import GemmTile
-    from harness.kernels.triton.support.launch import Launch
+    from harness.kernels.triton.support.launch import KernelLaunch
 
 SHAPES = {
     "cuda": ((16, 32, 64, 256, 1024, 2048, 4096, 8192), ((1024, 4096), (4096, 4096), (14336, 4096))),
@@ -38,7 +38,7 @@ _COMPILER_FAILED = "PassManager::run failed"
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenTile:
     """The tile that a search has chosen."""
 
     tile: GemmTile
@@ -51,7 +51,7 @@ class Choice:
 def choose(
     default: GemmTile, candidates: Sequence[GemmTile], ratio: Callable[[GemmTile, GemmTile], float],
     reason: Callable[[GemmTile], str],
-) -> Choice:  # fmt: skip
+) -> ChosenTile:  # fmt: skip
     """Return the fastest tile. A tile is replaced only by one that is faster by more than `MARGIN`.
 
     The winner must beat the default again in a second series. ratio: measures the time of the first tile / the time of
@@ -64,8 +64,8 @@ def choose(
         elif ratio(best, candidate) > MARGIN:
             best = candidate
     if best == default or (found := ratio(default, best)) <= MARGIN:
-        return Choice(default, 1.0, refused)
-    return Choice(best, found, refused)
+        return ChosenTile(default, 1.0, refused)
+    return ChosenTile(best, found, refused)
 
 
 def measure(clock: Clock) -> Iterator[dict[str, Any]]:
@@ -108,7 +108,7 @@ class _Product:
             launch.run()
         self.expected = [out.clone() for out in self.outs]
 
-    def launches(self, tile: GemmTile) -> list[Launch]:
+    def launches(self, tile: GemmTile) -> list[KernelLaunch]:
         from harness.kernels.triton.support.low_rank_gemm import product_launch
 
         return [
@@ -142,7 +142,7 @@ class _Product:
     def ratio(self, first: GemmTile, second: GemmTile) -> float:
         runs = [self.launches(tile) for tile in (first, second)]
 
-        def timed(launches: list[Launch]) -> Callable[[], None]:
+        def timed(launches: list[KernelLaunch]) -> Callable[[], None]:
             def run() -> None:
                 for launch in launches:
                     launch.run()

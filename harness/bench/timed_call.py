@@ -18,7 +18,7 @@ from harness.bench import random_numbers
 from harness.bench.results import TIMED_CALL
 from harness.conformance.case import Case
 from harness.conformance.comparison import operation_call
-from harness.conformance.comparison.check_results import judged, listed
+from harness.conformance.comparison.check_results import from_problems, judged
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
 from harness.conformance.operation import Arguments, Operation, OperationSubject, cloned
 from harness.conformance.subject import DTYPES
@@ -91,7 +91,7 @@ class TimedCall:
         if odd := [
             f"{name} is a {type(t).__name__}, no Tensor" for name, t in returned.items() if type(t) is not Tensor
         ]:
-            return listed(subject, case, TIMED_CALL, odd)
+            return from_problems(subject, case, TIMED_CALL, odd)
         del returned
         self.arguments, self.leaves, self.dys = {}, {}, []
         if not _equal(copies, self._with(self.function, fresh).results()):
@@ -102,7 +102,7 @@ class TimedCall:
                 worst_of([*self._judgements(subject, copies, case)], "as outputs and backward"),
             )
         same = any(t.numel() for t in copies.values()) and _digests(copies) == old
-        return listed(
+        return from_problems(
             subject,
             case,
             TIMED_CALL,

@@ -21,7 +21,7 @@ from harness.bench.sizes import BenchSize
 from harness.bench.steps import Backbone
 from harness.errors import Unsupported
 from harness.methods.registry import Implementation, discover, format_error
-from harness.process.event_pipe import Emit, event_writer
+from harness.process.event_pipe import EventWriter, event_writer
 
 
 def main(fd: int, line: int, task: dict[str, Any]) -> None:
@@ -40,7 +40,7 @@ def main(fd: int, line: int, task: dict[str, Any]) -> None:
             raise
 
 
-def _run(task: dict[str, Any], emit: Emit) -> None:
+def _run(task: dict[str, Any], emit: EventWriter) -> None:
     # Before the plug-ins, so that the clock of the samples is the original one.
     from harness.bench import timing  # noqa: F401
 

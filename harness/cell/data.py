@@ -51,7 +51,7 @@ class CellData:
         device = torch.device(job.device)
         self._lm_task: Any = None
         if task.file:
-            self._lm_task, train_rows, test_rows = _own(job, job.data)
+            self._lm_task, train_rows, test_rows = _builtin_task(job, job.data)
         else:
             train_rows, test_rows = _split(job, job.data)
         wanted, batch = cell.training.steps, cell.training.batch
@@ -156,13 +156,13 @@ def _split(job: Job, data: Asset) -> tuple[list[rows.AnyRow], list[rows.AnyRow]]
     return trained, tested[evaluation.skip : evaluation.skip + evaluation.items]
 
 
-def _own(job: Job, data: Asset) -> tuple[Any, list[Any], list[Any]]:
+def _builtin_task(job: Job, data: Asset) -> tuple[Any, list[Any], list[Any]]:
     """Return a task that lm-eval defines, its training rows and its test rows."""
-    from harness.cell.evaluation.lm_eval_task import OwnTask
+    from harness.cell.evaluation.lm_eval_task import BuiltinLmEvalTask
 
     evaluation = job.cell.evaluation
     tested = range(evaluation.skip, evaluation.skip + evaluation.items)
-    task = OwnTask(Path(job.task.file), Path(data.path), tested, job.task.filter)
+    task = BuiltinLmEvalTask(Path(job.task.file), Path(data.path), tested, job.task.filter)
     return task, task.training() if job.cell.training.steps else [], task.tested()
 
 

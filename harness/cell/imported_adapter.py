@@ -18,7 +18,7 @@ from harness.cell.training import loop
 from harness.cell.training.batches import Batch
 from harness.conformance.adapter_files.adapter_file import AdapterFile
 from harness.conformance.adapter_files.reference_logits import reference_logits
-from harness.conformance.adapter_files.subject import FIRST, CorpusAdapter, LoaderSubject, by_prompt
+from harness.conformance.adapter_files.subject import FIRST, ExpectedAdapter, LoaderSubject, by_prompt
 from harness.conformance.case import Case
 from harness.conformance.comparison.check_results import Named, judged, skipped
 from harness.conformance.comparison.tolerance_policies import carried_noise
@@ -59,7 +59,7 @@ def checks(run: CellRun, model: nn.Module, folder: Path, data: CellData | Random
         yield skipped(evaluated, case, "reference", f"the reference does not implement this adapter file: {error}")
         return
     loader = run.registry.find("loader", ADAPTER_FILES, run.cell.implementation)
-    subject = LoaderSubject(loader.function, run.cell.dtype, CorpusAdapter("imported", folder, base, prompts, truth))
+    subject = LoaderSubject(loader.function, run.cell.dtype, ExpectedAdapter("imported", folder, base, prompts, truth))
     draws, same_draws = itertools.tee(subject.rounded())
 
     def compared(one: Named, found: list[Tensor], rounded: Iterator[dict[str, Tensor]]) -> CheckResult:

@@ -55,18 +55,18 @@ class UpdateTracker:
     Comparing after the last step would not suffice: AdaLoRA resets pruned values to zero, their initial value.
     """
 
-    def __init__(self, start: Mapping[str, Tensor], look: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, start: Mapping[str, Tensor], select: Callable[[Tensor], Tensor]) -> None:
         """Copy the dict `start`, which maps names to initial values.
 
-        look: function that takes a tensor, and returns the part of it to compare with the initial value.
+        select: function that takes a tensor, and returns the part of it to compare with the initial value.
         """
-        self._start, self._look = dict(start), look
+        self._start, self._select = dict(start), select
 
     def observe(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
         """Compare the tensors that have not changed yet. Does not call `tensors` if all have changed."""
         now = tensors() if self._start else {}
         for name in [name for name in self._start if name in now]:
-            if not _same(self._start[name], self._look(now[name])):
+            if not _same(self._start[name], self._select(now[name])):
                 del self._start[name]
 
     def unchanged(self, now: Mapping[str, Tensor]) -> list[str]:

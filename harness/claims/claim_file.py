@@ -120,10 +120,10 @@ def load(paths: Iterable[Path]) -> list[Claim]:
         except SuiteError as error:
             problems += error.problems
             continue
-        reading = _Reading(document)
-        found += reading.claims(keys)
-        problems += reading.problems
-        for where, name in reading.ids:
+        reader = _ClaimFileReader(document)
+        found += reader.claims(keys)
+        problems += reader.problems
+        for where, name in reader.ids:
             if name in first:
                 problems.append(
                     Problem(where, f"duplicate id `{name}`, first at {first[name]}", "give each claim its own id")
@@ -134,7 +134,7 @@ def load(paths: Iterable[Path]) -> list[Claim]:
     return found
 
 
-class _Reading:
+class _ClaimFileReader:
     """Reader of one claim file. `problems` collects the errors. `ids` collects the place and the id of each claim."""
 
     def __init__(self, document: Document) -> None:

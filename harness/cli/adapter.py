@@ -128,7 +128,7 @@ def _base(adapter: AdapterFile, folder: Path | None) -> tuple[Any, list[Finding]
     if folder is None:
         return None, []
     try:
-        return empty_base(adapter.base(folder)), []
+        return empty_base(adapter.base_for_task(folder)), []
     except Unsupported as error:
         return None, [Finding("not-compared", "task_type", str(error))]
 

@@ -112,10 +112,10 @@ def judge(request: CheckRequest) -> CheckReport:
                 break
         return CheckReport.joined(reports)
     report, missing = _judge_in(request, None)
-    return report if report.interrupted else _with_homes(report, missing, request)
+    return report if report.interrupted else _with_declared_environments(report, missing, request)
 
 
-def _with_homes(report: CheckReport, missing: Collection[Target], request: CheckRequest) -> CheckReport:
+def _with_declared_environments(report: CheckReport, missing: Collection[Target], request: CheckRequest) -> CheckReport:
     """Check targets whose libraries this Python lacks, and return the report with the results.
 
     missing: these targets. Each is checked in the environment that suites/environments.yaml or a user's file declares

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from harness.conformance.served import prompts
 from harness.conformance.served.client import TOKEN_VARIABLE, Client, Dialect, ServedModel, first_dialect
 from harness.conformance.served.noise import NARROWEST_NOISE_FIRST
-from harness.conformance.served.report import ServedReport, SubjectResult, Verdict
+from harness.conformance.served.report import ServedReport, SubjectResult, SubjectVerdict
 from harness.conformance.served.session import BASE, ROUNDS, Session
 from harness.console import print_json, print_lines, print_note
 from harness.errors import Exit, HarnessError, UsageError, did_you_mean
@@ -21,7 +21,7 @@ from harness.report import served_terminal
 
 if TYPE_CHECKING:
     from harness.conformance.adapter_files.adapter_file import AdapterFile
-    from harness.conformance.served.comparison import Comparison, NoiseFloor
+    from harness.conformance.served.comparison import AnswerComparison, NoiseFloor
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def check(request: ServedRequest, as_json: bool) -> Exit:
     Raises UsageError for wrong options, a wrong model or a server that cannot be compared, and ServerError if the server
     stops before its rounding errors are known. A later error ends the requests, and the report has the results so far.
     """
-    from harness.conformance.served.comparison import Comparison
+    from harness.conformance.served.comparison import AnswerComparison
 
     dtypes = [one for one in NARROWEST_NOISE_FIRST if one in (request.dtypes or NARROWEST_NOISE_FIRST)]
     if unknown := set(request.dtypes) - set(dtypes):
@@ -66,10 +66,10 @@ def check(request: ServedRequest, as_json: bool) -> Exit:
         session = Session(client, base_name, folders, drawn, (), prompts.TOKENS, request.concurrency, request.seed)
         session.skip_failed = True
         tokenizer = prompts.Tokenizer.find(base)
-        _agree(client, session, tokenizer)
+        _find_dialect_and_set_prompts(client, session, tokenizer)
         longest = next((one.longest for one in listed if one.name == base_name), None)
         _add_long(session, base, tokenizer, longest)
-        comparison = Comparison(client.url, base, files, session.again)
+        comparison = AnswerComparison(client.url, base, files, session.body_of)
         stopped, code = "", Exit.PASS
         try:
             session.load_missing([one.name for one in listed])
@@ -100,12 +100,12 @@ def check(request: ServedRequest, as_json: bool) -> Exit:
     return report.exit
 
 
-def _judge(comparison: Comparison, session: Session, name: str, floor: NoiseFloor) -> SubjectResult:
+def _judge(comparison: AnswerComparison, session: Session, name: str, floor: NoiseFloor) -> SubjectResult:
     try:
         return comparison.judge(name, session.observations, floor, session.failures)
     except UsageError as error:  # the file of this adapter does not fit the base
         folder = session.adapters.get(name, comparison.base)
-        return SubjectResult(name, str(folder), Verdict.NOT_COMPARED, reason=str(error))
+        return SubjectResult(name, str(folder), SubjectVerdict.NOT_COMPARED, reason=str(error))
 
 
 def _read(folder: Path) -> AdapterFile:
@@ -172,7 +172,7 @@ def _base_name(name: str, folder: Path, listed: Sequence[ServedModel], adapters:
     return bases[0]
 
 
-def _agree(client: Client, session: Session, tokenizer: prompts.Tokenizer | None) -> None:
+def _find_dialect_and_set_prompts(client: Client, session: Session, tokenizer: prompts.Tokenizer | None) -> None:
     """Find the dialect of the server's API, check that the server uses the base's tokenizer, and set the prompts."""
     if tokenizer is not None:
         known = client.names

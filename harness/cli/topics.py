@@ -175,7 +175,7 @@ def _check(name: str, rule: str) -> str:
 def _forms(check: str) -> Iterator[str]:
     """Yield the ways in which the check `calls` calls an implementation. For another check, yield nothing."""
     if check == "calls":
-        from harness.conformance.checks.modes import forms  # imports torch
+        from harness.conformance.checks.calls import forms  # imports torch
 
         for what, names in forms().items():
             yield from ("", f"{what}:", *(f"  {name.format('NAME') if '{}' in name else name}" for name in names))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-class Attach(Protocol):
+class AttachFresh(Protocol):
     """Type of the function that attaches the implementation under test to a model once more."""
 
     def __call__(self, *, seed: int = ..., square: bool = ..., model: nn.Module | None = ..., **config: Any) -> Subject:
@@ -44,15 +44,15 @@ class Case:
     magnitude: str = "normal"
     """Magnitude of the numbers in a layer's input, by a name from `comparison.magnitudes`."""
     seed: int = 0
-    inputs: Callable[[], Tensor] | None = None
+    run_model: Callable[[], Tensor] | None = None
     """Function that runs the whole model on fixed inputs and returns the output. None if only single layers are run."""
     base_output: Tensor | None = None
-    """Output of the model for the inputs of `inputs`, computed before attaching."""
+    """Output of the model for the inputs of `run_model`, computed before attaching."""
     forward: Callable[[nn.Module], Tensor] | None = None
-    """Function that runs a given model on the inputs of `inputs`, and returns an output from which gradients can be
+    """Function that runs a given model on the inputs of `run_model`, and returns an output from which gradients can be
     computed."""
     forward_of: Callable[[nn.Module], Callable[[nn.Module], Tensor]] | None = None
-    """Function that takes the model of a Subject that `fresh` returned, and returns the function `forward` for that
+    """Function that takes the model of a Subject that `attach_fresh` returned, and returns the function `forward` for that
     model."""
     walks: int = 0
     """Number of random walks (random sequences of calls) to try. If it is 0, other long tests are left out too."""
@@ -60,7 +60,7 @@ class Case:
     """True if the selection of cases is not wide (see `CaseSelection.is_wide`). Checks then repeat calls less often."""
     walk_seed: int = 0
     """Seed that decides the calls in the random walks."""
-    fresh: Attach | None = None
+    attach_fresh: AttachFresh | None = None
     """Function that attaches the implementation once more, to a model with the same weights. None if this is
     impossible, as with the model of a Cell."""
     factors: Mapping[str, float] = field(default_factory=dict)
@@ -77,8 +77,8 @@ class Case:
         return self.factors.get(check, NOISE_FACTOR)
 
     def attach_again(self, **config: Any) -> Subject | None:
-        """Attach the implementation once more by `fresh`, and return the new Subject, or None if `fresh` is None."""
-        return None if self.fresh is None else self.fresh(**config)
+        """Return a new Subject from `attach_fresh`. Return None if `attach_fresh` is None."""
+        return None if self.attach_fresh is None else self.attach_fresh(**config)
 
     def once(self, compute: Callable[[Subject, Case], _T], subject: Subject) -> _T:
         """Return `compute(subject, self)`. The first call computes the result, and further calls return it again.

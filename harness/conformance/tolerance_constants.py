@@ -115,7 +115,7 @@ REFERENCE_GROWTH_EPS = 16.0
 
 # Share of the gradient of a causal model's first outputs that may reach a later token. A mask gives exactly zero; a causal
 # convolution by Fourier transforms gives a few eps of float32. One fresh layer of a BERT of 8 features gives 5e-4.
-FORESIGHT = 2.0**-16
+FUTURE_TOKEN_LEAKAGE = 2.0**-16
 
 # Largest relative difference between the prediction of `fit` and the ledger of a real Cell. Both count the same tensors.
 # Only small tensors, such as a packed weight's table of 16 levels, are not predicted; they matter only in small layers.

@@ -108,11 +108,11 @@ def card(device: torch.device) -> str:
 
 
 _only: tuple[Entry, ...] | None = None
-"""Tables that the context `in_force` has set. None outside of this context."""
+"""Tables that the context `only_tables` has set. None outside of this context."""
 
 
 @contextmanager
-def in_force(*only: Entry) -> Iterator[None]:
+def only_tables(*only: Entry) -> Iterator[None]:
     """Let kernels read only the given tables and `default.json` inside the context, on every card.
 
     Measurements use this context, so that an older table for the card can neither change their result nor make them

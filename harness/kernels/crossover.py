@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def most(operation: str, on: str, E: int) -> float:
+def crossover_of(operation: str, on: str, E: int) -> float:
     """Return the crossover of an Operation for a weight (E, D). Infinity means that all sizes use the fused kernel.
 
     on: name of the card; empty for the CPU. Each row of a table has the smallest E to which the row applies. Among the
@@ -65,4 +65,4 @@ def is_lora_fused(rank: int, E: int, mask: torch.Tensor | None, device: torch.de
     With a dropout mask, the result is True for every rank: the fused kernel then avoids a masked copy of x, and the
     crossover was measured without a mask.
     """
-    return mask is not None or rank <= most("lora_linear", card(device), E)
+    return mask is not None or rank <= crossover_of("lora_linear", card(device), E)

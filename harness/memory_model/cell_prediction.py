@@ -42,7 +42,7 @@ def predict(work: Job, batches: list[Batch]) -> Predicted | str:
     if work.device != "cpu":
         return found.model_copy(update={"no_peak": "the peak is predicted for CPU kernels only"})
     parts, others_B = most_tokens(batches, work.cell.training.accumulate), isolated_step.bytes_of(batches)
-    step = plan_prediction.step_request(work.cell, request, answer=0)
+    step = plan_prediction.step_request(work.cell, request, loss_tokens=0)
     answer = _cached(
         {**step, "batches": _sha256(parts), "others_B": others_B},
         lambda: isolated_step.peak(

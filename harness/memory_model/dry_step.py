@@ -66,7 +66,7 @@ class _DecodedAnew(PackedWeight):
         return self.decoded(dtype)
 
 
-class _Packed(Nf4Linear):
+class _Nf4StandIn(Nf4Linear):
     """A stand-in for a packed 4-bit layer. It has the sizes of such a layer, but no values.
 
     Packing a large weight would take thousands of operations.
@@ -97,15 +97,15 @@ def registry() -> Registry:
     return discover()
 
 
-def longest_batches(cell: Cell, kind: str, answer: int) -> list[Batch]:
+def longest_batches(cell: Cell, kind: str, loss_tokens: int) -> list[Batch]:
     """Return the largest batch of a Cell as a list of its micro-batches. Every text has `max_tokens` tokens.
 
-    answer: number of tokens with a loss in each text of a causal model.
+    loss_tokens: number of tokens with a loss in each text of a causal model.
     """
     training = cell.training
     rows, side = -(-training.batch // training.accumulate), "left" if kind == "causal" else "right"
     example = Example(
-        "", (0,) * training.max_tokens, 0, min(answer, training.max_tokens - 1) if kind == "causal" else 0
+        "", (0,) * training.max_tokens, 0, min(loss_tokens, training.max_tokens - 1) if kind == "causal" else 0
     )
     return [collate([example] * rows, 0, side)] * training.accumulate
 
@@ -206,7 +206,7 @@ def _attached(step: DryStep, model: nn.Module, head: Mapping[str, nn.Parameter])
     for path in paths if cell.base.quantization != "none" else ():
         dense = model.get_submodule(path)
         assert isinstance(dense, nn.Linear)  # noqa: S101
-        layer: Nf4Linear = _Packed(dense, DTYPES[cell.dtype], double)
+        layer: Nf4Linear = _Nf4StandIn(dense, DTYPES[cell.dtype], double)
         if cell.base.implementation == "fused":  # use the layer of `fused`, because `fused` has faster code for it
             layer.__class__ = Nf4Linear
         replace_layer(model, path, layer)

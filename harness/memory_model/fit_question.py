@@ -15,7 +15,7 @@ from harness.console import print_note
 from harness.errors import UsageError, plural
 from harness.memory_model import fit
 from harness.memory_model.fit import DOES_NOT_FIT, FitRequest
-from harness.memory_model.fit_search import LATE, MAX_BATCH, Row, Search, provider, run_steps, tried_sizes
+from harness.memory_model.fit_search import LATE, MAX_BATCH, FitSearch, Row, run_steps, step_implementation, tried_sizes
 from harness.memory_model.largest_batch import largest_fitting
 from harness.memory_model.messages import MethodCount, ModelCount, StepAnswer, StepRequest
 from harness.methods.spec import methods
@@ -72,7 +72,7 @@ class _Question:
     def __init__(self, request: FitRequest, counted: ModelCount, document: Mapping[str, Any], by_steps: bool) -> None:
         self.request, self.counted, self.document, self.by_steps = request, counted, document, by_steps
         self.tokens, self.room, self.batch = int(document["tokens"]), int(document["memory_B"]), request.batch or 1
-        self.search = Search(request, counted, document)
+        self.search = FitSearch(request, counted, document)
 
     def answered(self) -> list[Row]:
         """Return all rows with their predictions."""
@@ -109,13 +109,13 @@ class _Question:
         if rows or searches:
             of_searches = f", and looking for the largest batch of {plural(len(searches), 'row')}" if searches else ""
             print_note(f"simulating {plural(len(rows), 'training step')}{of_searches} (a few seconds each) ...")
-        steps = [Search(how, self.counted, self.document).step(row, self.batch, self.tokens) for how, row in rows]
+        steps = [FitSearch(how, self.counted, self.document).step(row, self.batch, self.tokens) for how, row in rows]
         answers = run_steps([*steps, *searches])
         found = [self._by_step(row, one) for (_, row), one in zip(rows, answers, strict=False)]
         return found, answers[len(rows) :]
 
     def _by_step(self, row: Row, found: StepAnswer) -> Row:
-        by = {"peak_B": None, "peak_by": provider(row["method"]), "no_peak": found.get("no_peak", LATE)}
+        by = {"peak_B": None, "peak_by": step_implementation(row["method"]), "no_peak": found.get("no_peak", LATE)}
         if "peak_B" not in found:
             known = self.document["activations_known"]
             return _judged(row | by, row["ledger"]["total_B"] if known else None, self.room)

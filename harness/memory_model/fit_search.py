@@ -46,14 +46,19 @@ def search_by_steps(request: FitRequest, counted: ModelCount, document: Mapping[
     rank fits. It then gets the largest rank at which one text fits.
     """
     rows = [
-        row | {"peak_B": None, "peak_by": provider(row["method"]), "no_peak": "" if row["ledger"] else row["because"]}
+        row
+        | {
+            "peak_B": None,
+            "peak_by": step_implementation(row["method"]),
+            "no_peak": "" if row["ledger"] else row["because"],
+        }
         for row in document["rows"]
     ]
     there = [n for n, row in enumerate(rows) if not row["no_peak"]]
     if there:
         count = plural(len(there), "row")
         print_note(f"simulating training steps for {count} (several steps each, a few seconds per row) ...")
-    search = Search(request, counted, document)
+    search = FitSearch(request, counted, document)
     for n, row in zip(there, search.batches([rows[n] for n in there]), strict=True):
         rows[n] = row
     others = {n: ranks for n in there if (ranks := search.other_ranks(rows[n], document["rows"][n]))}
@@ -63,12 +68,12 @@ def search_by_steps(request: FitRequest, counted: ModelCount, document: Mapping[
 
 
 @cache
-def provider(method: str) -> str:
+def step_implementation(method: str) -> str:
     """Return the Implementation that takes a Method's steps: `fused` if it supports the Method, else `reference`."""
     return OURS if OURS in discover().names("method", method) else _REFERENCE
 
 
-class Search:
+class FitSearch:
     """A search for the batch, text length and rank that fit, in several rows. One child process takes the steps."""
 
     def __init__(self, request: FitRequest, counted: ModelCount, document: Mapping[str, Any]) -> None:
@@ -159,7 +164,7 @@ class Search:
             model=self.request.model.name,
             task="synthetic",
             method=row["method"],
-            implementation=provider(row["method"]),
+            implementation=step_implementation(row["method"]),
             config=config_at(info, row["rank"]) | targets,
             base=Base(quantization=row["base"], implementation=OURS) if packed else Base(),
             optimizer="adamw" if row["optimizer"] == OWN else row["optimizer"],
@@ -169,7 +174,7 @@ class Search:
         )
         model = self.request.model
         return {
-            "cell": cell.model_dump(mode="json"), "config": model.config, "kind": model.kind, "answer": tokens
+            "cell": cell.model_dump(mode="json"), "config": model.config, "kind": model.kind, "loss_tokens": tokens
         }  # fmt: skip
 
     def _updated(self, row: Row, found: StepAnswer) -> Row:

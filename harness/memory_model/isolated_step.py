@@ -95,7 +95,7 @@ def answer(request: StepRequest) -> StepAnswer:
     """
     cell = Cell.model_validate(request["cell"])
     if "largest" not in request:
-        return _answer(cell, request, request["answer"])
+        return _answer(cell, request, request["loss_tokens"])
     options = dict[str, Any](request["largest"])
     of, by = options.pop("of"), ""
     transience: StepAnswer = {}
@@ -121,8 +121,8 @@ def import_classes(config: str, kind: str) -> None:
         structure.build(json.loads(config), kind, torch.float32)
 
 
-def _answer(cell: Cell, request: StepRequest, answer: int) -> StepAnswer:
-    parts = dry_step.longest_batches(cell, request["kind"], answer)
+def _answer(cell: Cell, request: StepRequest, loss_tokens: int) -> StepAnswer:
+    parts = dry_step.longest_batches(cell, request["kind"], loss_tokens)
     try:
         lacks = models.lacks(request.get("checkpoint", ""))
     except HarnessError as error:

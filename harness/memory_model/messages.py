@@ -73,7 +73,7 @@ class StepRequest(TypedDict):
     """Content of the model's config.json."""
     kind: str
     """Kind of the model, `causal` or `encoder`."""
-    answer: int
+    loss_tokens: int
     """Number of tokens with a loss in each text."""
     checkpoint: NotRequired[str]
     """Folder with an encoder's checkpoint. Its missing weights train, too. Empty for a model without a checkpoint."""

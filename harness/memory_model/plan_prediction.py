@@ -81,7 +81,9 @@ def prediction(cell: Cell, counted: ModelCount, *, on_cpu: bool = False, every_t
         activations_B=found.activations if trains and known else None,
         logits_B=found.logits if trains and known and (every_token or cell.evaluation.items == 0) else None,
         step_B=found.step if trains else 0,
-        untouched=experts.note(one["untouched"], counted["parameters"]) if experts.means_all(cell) else "",
+        untouched=experts.note(one["untouched"], counted["parameters"])
+        if experts.takes_all_linear_layers(cell)
+        else "",
     )
 
 
@@ -121,17 +123,17 @@ def predictions(
     return found
 
 
-def step_request(cell: Cell, one: CountRequest, answer: int) -> StepRequest:
+def step_request(cell: Cell, one: CountRequest, loss_tokens: int) -> StepRequest:
     """Return the request for a Cell's training step.
 
-    Options that do not change the memory of the step get fixed values. one: the Cell's count request. answer: number of
+    Options that do not change the memory of the step get fixed values. one: the Cell's count request. loss_tokens: number of
     tokens with a loss in each text.
     """
     training = cell.training.model_copy(update=_SAME)
     same = {"seed": 0, "evaluation": Evaluation(items=0), "task": "", "training": training}
     return {
         "cell": cell.model_copy(update=same).model_dump(mode="json"), "config": one["config"], "kind": one["kind"],
-        "checkpoint": one["checkpoint"], "answer": answer,
+        "checkpoint": one["checkpoint"], "loss_tokens": loss_tokens,
     }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def untouched(model: nn.Module) -> int:
     )
 
 
-def means_all(cell: Cell) -> bool:
+def takes_all_linear_layers(cell: Cell) -> bool:
     """Return whether a Cell adapts all linear layers, or has no list of targets and quantises all linear layers."""
     if isinstance(keys := cell.config.get(KEY), dict):
         return keys.get("target_modules") == ALL_LINEAR
@@ -62,4 +62,4 @@ def notes(cell: Cell, model: nn.Module, weights: int) -> list[str]:
 
     weights: number of the model's weights without its adapter.
     """
-    return [text] if means_all(cell) and (text := note(untouched(model), weights)) else []
+    return [text] if takes_all_linear_layers(cell) and (text := note(untouched(model), weights)) else []

@@ -124,7 +124,7 @@ class AdapterConfigField(FieldInfo):
         """Return all problems of a config in one line, or an empty string."""
         return "; ".join(text for _, text, _ in self.problems(value))
 
-    def is_legible(self, value: Any) -> bool:
+    def is_well_formed(self, value: Any) -> bool:
         """Return whether the config has a `peft_type`, so that further checks are possible."""
         return isinstance(value, dict) and isinstance(value.get("peft_type"), str)
 

@@ -133,8 +133,8 @@ class FieldInfo:
         """Yield the reasons why a valid value does not suit a model of this kind (`causal`, `encoder`)."""
         yield from ()
 
-    def is_legible(self, value: Any) -> bool:
-        """Return whether `canonical` and `misfits` can take a value. In this class, only a valid value is legible."""
+    def is_well_formed(self, value: Any) -> bool:
+        """Return whether `canonical` and `misfits` can take a value. In this class, only a valid value is well-formed."""
         return not self.problem(value)
 
     def canonical(self, value: Any) -> Any:

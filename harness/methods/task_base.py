@@ -103,7 +103,7 @@ def _labels(folder: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> i
 
 
 @dataclass(frozen=True)
-class _View:
+class _ChangedBase:
     """A temporary folder. Python removes it together with this object."""
 
     folder: tempfile.TemporaryDirectory[str]
@@ -114,8 +114,8 @@ class _View:
 
 
 @cache
-def _changed(folder: Path, name: str, labels: int) -> _View:
-    view = _View(tempfile.TemporaryDirectory(prefix="base-"))
+def _changed(folder: Path, name: str, labels: int) -> _ChangedBase:
+    view = _ChangedBase(tempfile.TemporaryDirectory(prefix="base-"))
     for file in folder.iterdir():
         if file.name != "config.json":
             (view.path / file.name).symlink_to(file)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from harness.process.lifeline import die_with_parent
 
 
-class Emit(Protocol):
+class EventWriter(Protocol):
     """A function that reports one event."""
 
     def __call__(self, **event: Any) -> None:
@@ -19,7 +19,7 @@ class Emit(Protocol):
 
 
 @contextmanager
-def event_writer(events: int, lifeline: int) -> Iterator[Emit]:
+def event_writer(events: int, lifeline: int) -> Iterator[EventWriter]:
     """Yield a function that writes events to the descriptor `events`. Redirect stdout to stderr, also for C libraries.
 
     If a plug-in forks this process, the events of the fork are dropped. This process is killed when the other end of

@@ -30,7 +30,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Ended(Generic[_T]):
+class ForkEnd(Generic[_T]):
     """How one fork ended."""
 
     task: _T
@@ -43,7 +43,7 @@ class Ended(Generic[_T]):
     """Last line of the traceback if the function raised an exception. Otherwise empty."""
 
 
-def run(tasks: Iterable[_T], act: Callable[[_T], Any], jobs: int, limits: Limits) -> Iterator[Ended[_T]]:
+def run(tasks: Iterable[_T], act: Callable[[_T], Any], jobs: int, limits: Limits) -> Iterator[ForkEnd[_T]]:
     """Call act(task) in a fork for every task, with at most `jobs` forks at a time. Yield the end of each fork.
 
     The forks are yielded in the order in which they end. `act` returns a JSON value, and what it prints is dropped. If
@@ -129,9 +129,9 @@ def _limit(limits: Limits) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size + limits.memory_b, resource.RLIM_INFINITY))
 
 
-def _end(task: _T, code: int, received: bytes) -> Ended[_T]:
+def _end(task: _T, code: int, received: bytes) -> ForkEnd[_T]:
     try:
         message = json.loads(received)
     except ValueError:
-        return Ended(task, None, signal.Signals(-code).name if code < 0 else f"exit code {code}", "")
-    return Ended(task, message.get("returned"), "", message.get("error", ""))
+        return ForkEnd(task, None, signal.Signals(-code).name if code < 0 else f"exit code {code}", "")
+    return ForkEnd(task, message.get("returned"), "", message.get("error", ""))

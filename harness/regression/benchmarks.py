@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind, Findings
+from harness.analysis.comparison.baseline_rows import ComparisonRow, GateResult, RowKind
 from harness.analysis.statistics.process_runs import ALARM, MARGIN, Pace, judge
 from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.bench.pytest_benchmark import Saved
@@ -17,13 +17,13 @@ _KINDS = {
     Pace.NOT_SLOWER: VerdictKind.PASS,
     Pace.INCONCLUSIVE: VerdictKind.INCONCLUSIVE,
 }
-_ALWAYS = ("torch", "gpu")
+_COMPARED_EVEN_IF_MISSING = ("torch", "gpu")
 """Facts about a session that are recorded only if it uses torch or a GPU. A session with such a fact is not comparable
 with a session without it."""
 
 
 @dataclass(frozen=True)
-class Session:
+class SessionResults:
     """Results of a pytest session."""
 
     place: Mapping[str, str]
@@ -41,7 +41,7 @@ class Session:
     """Number of failed test cases that the decorator `harness.testing.conformance` made."""
 
 
-def compare(saved_runs: Sequence[Saved], session: Session, margin: float = MARGIN) -> Findings:
+def compare(saved_runs: Sequence[Saved], session: SessionResults, margin: float = MARGIN) -> GateResult:
     """Compare each benchmark of a session with saved runs, and return the rows and the verdict.
 
     A benchmark is compared only with saved runs of the same benchmark on the same machine, with the same Python and
@@ -56,45 +56,45 @@ def compare(saved_runs: Sequence[Saved], session: Session, margin: float = MARGI
     if session.cases_failed:
         failed, total = session.cases_failed, session.cases_failed + session.cases_passed
         reason = f"{failed} of {total} cases failed: no speed without parity"
-        rows.append(_row(FindingKind.PARITY, VerdictKind.FAIL, "@conformance", "cases", reason))
+        rows.append(_row(RowKind.PARITY, VerdictKind.FAIL, "@conformance", "cases", reason))
     for name in names:
         runs = [saved for saved in saved_runs if name in saved.rounds]
         here = [saved.rounds[name] for saved in runs if not differences[saved.path]]
         if name in session.failed:
             reason = "failed, so its time is not shown"
-            rows.append(_row(FindingKind.OUTCOME, VerdictKind.FAIL, name, "test", reason))
+            rows.append(_row(RowKind.OUTCOME, VerdictKind.FAIL, name, "test", reason))
         elif name not in session.rounds:
             if name in session.absent:
                 reason = session.absent[name]
-                rows.append(_row(FindingKind.MISSING, VerdictKind.NOT_RUN, name, "benchmark", reason))
+                rows.append(_row(RowKind.MISSING, VerdictKind.NOT_RUN, name, "benchmark", reason))
         elif not here:
             elsewhere.setdefault(differences[runs[-1].path], []).append(name)
         else:
             compared += 1
             rows.append(_speed(name, here, session, margin))
     new = [name for name in session.rounds if name not in names and name not in session.failed]
-    rows += [_row(FindingKind.NEW, VerdictKind.NOT_RUN, name, "benchmark", "is not in the baseline") for name in new]
+    rows += [_row(RowKind.NEW, VerdictKind.NOT_RUN, name, "benchmark", "is not in the baseline") for name in new]
     for why, found in elsewhere.items():
         reason = f"saved on another machine only: {why}"
-        rows.append(_row(FindingKind.ENVIRONMENT, VerdictKind.INCONCLUSIVE, first_names(found), "machine", reason))
+        rows.append(_row(RowKind.ENVIRONMENT, VerdictKind.INCONCLUSIVE, first_names(found), "machine", reason))
     if unused := [saved for saved in saved_runs if differences[saved.path]]:
         what = f"{len(unused)} of {len(saved_runs)} saved runs"
         reason = f"not used: {differences[unused[-1].path]}"
-        rows.append(_row(FindingKind.ENVIRONMENT, VerdictKind.PASS, what, "machine", reason))
+        rows.append(_row(RowKind.ENVIRONMENT, VerdictKind.PASS, what, "machine", reason))
     verdict = _verdict(rows, compared, session, margin, next(iter(names), ""))
-    return Findings(verdict=verdict, rows=tuple(rows), compared=compared)
+    return GateResult(verdict=verdict, rows=tuple(rows), compared=compared)
 
 
-def _row(kind: FindingKind, word: VerdictKind, name: str, what: str, reason: str) -> ComparisonRow:
+def _row(kind: RowKind, word: VerdictKind, name: str, what: str, reason: str) -> ComparisonRow:
     return ComparisonRow(kind, word, name, (), what, reason)
 
 
-def _speed(name: str, saved: Sequence[Sequence[float]], session: Session, margin: float) -> ComparisonRow:
+def _speed(name: str, saved: Sequence[Sequence[float]], session: SessionResults, margin: float) -> ComparisonRow:
     found = judge(saved, session.rounds[name], margin)
     word, reason = _KINDS[found.pace], found.sentence
     if session.cases_failed and word is VerdictKind.PASS:
         word, reason = VerdictKind.INCONCLUSIVE, f"no pass without parity: {reason}"
-    row = _row(FindingKind.SPEED, word, name, "median round", reason)
+    row = _row(RowKind.SPEED, word, name, "median round", reason)
     return replace(row, base=found.base, new=found.new, unit="s", interval=found.interval)
 
 
@@ -105,21 +105,25 @@ def _other_place(saved: Mapping[str, str], here: Mapping[str, str]) -> str:
     times on a GPU and on a CPU are not comparable.
     """
     none = "none in use"
-    facts = [fact for fact in {**saved, **here} if fact in _ALWAYS or (fact in saved and fact in here)]
+    facts = [
+        fact for fact in {**saved, **here} if fact in _COMPARED_EVEN_IF_MISSING or (fact in saved and fact in here)
+    ]
     changed = [fact for fact in facts if saved.get(fact) != here.get(fact)]
     return "; ".join(f"{fact}: {saved.get(fact, none)}, here {here.get(fact, none)}" for fact in changed)
 
 
-def _verdict(rows: Sequence[ComparisonRow], compared: int, session: Session, margin: float, example: str) -> Verdict:
-    def names(kind: FindingKind, word: VerdictKind) -> list[str]:
+def _verdict(
+    rows: Sequence[ComparisonRow], compared: int, session: SessionResults, margin: float, example: str
+) -> Verdict:
+    def names(kind: RowKind, word: VerdictKind) -> list[str]:
         return [row.name for row in rows if row.kind is kind and row.word is word]
 
-    slower, passed = names(FindingKind.SPEED, VerdictKind.FAIL), names(FindingKind.SPEED, VerdictKind.PASS)
-    failed = names(FindingKind.OUTCOME, VerdictKind.FAIL)
+    slower, passed = names(RowKind.SPEED, VerdictKind.FAIL), names(RowKind.SPEED, VerdictKind.PASS)
+    failed = names(RowKind.OUTCOME, VerdictKind.FAIL)
     problems = {
-        "undecided": [] if session.cases_failed else names(FindingKind.SPEED, VerdictKind.INCONCLUSIVE),
-        "missing": names(FindingKind.MISSING, VerdictKind.NOT_RUN),
-        "saved on another machine only": names(FindingKind.ENVIRONMENT, VerdictKind.INCONCLUSIVE),
+        "undecided": [] if session.cases_failed else names(RowKind.SPEED, VerdictKind.INCONCLUSIVE),
+        "missing": names(RowKind.MISSING, VerdictKind.NOT_RUN),
+        "saved on another machine only": names(RowKind.ENVIRONMENT, VerdictKind.INCONCLUSIVE),
         "test failed": failed,
     }
     notes = [f"{what}: {first_names(found)}" for what, found in problems.items() if found]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from harness.analysis.comparison.baseline_rows import Findings
+from harness.analysis.comparison.baseline_rows import GateResult
 from harness.analysis.verdict_kind import VerdictKind
 from harness.bench import pytest_benchmark
 from harness.bench.pytest_benchmark import Saved
@@ -24,14 +24,14 @@ _JUDGED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_
 """Exit codes of sessions that are judged. An interrupted session keeps its exit code."""
 
 
-class Gate:
+class PytestGate:
     """Plugin that collects the results of a session, and judges the session at its end."""
 
     def __init__(self, config: pytest.Config, conforming: type[pytest.Item]) -> None:
         self.config, self.conforming = config, conforming
         self.saved: list[Saved] = []
         self.margin = 0.0
-        self.findings: Findings | None = None
+        self.result: GateResult | None = None
         self._collected: set[str] = set()
         self._deselected: set[str] = set()
         self._cases: set[str] = set()
@@ -71,8 +71,8 @@ class Gate:
         """
         if session.exitstatus not in _JUDGED:
             return
-        self.findings = benchmarks.compare(self.saved, self._session(), self.margin)
-        word, strict = self.findings.verdict.word, self.config.getoption("harness_gate_strict")
+        self.result = benchmarks.compare(self.saved, self._session(), self.margin)
+        word, strict = self.result.verdict.word, self.config.getoption("harness_gate_strict")
         # If nothing was compared, the exit code is not 5, which many scripts ignore.
         if word in (VerdictKind.FAIL, VerdictKind.NOT_RUN) or (strict and word is VerdictKind.INCONCLUSIVE):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -81,11 +81,11 @@ class Gate:
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Print the table after the tables of pytest-benchmark; the verdict comes last."""
         terminalreporter.section("peft-harness gate")
-        if self.findings is None:
+        if self.result is None:
             terminalreporter.write_line("not judged: the session was interrupted")
             return
-        annotations = github.lines(self.findings) if github.is_job() else []
-        for line in [*terminal.lines(self.findings, first="benchmark"), *annotations]:
+        annotations = github.lines(self.result) if github.is_job() else []
+        for line in [*terminal.lines(self.result, first="benchmark"), *annotations]:
             terminalreporter.write_line(line)
 
     def _benchmarks(self) -> Any:
@@ -102,11 +102,11 @@ class Gate:
                 raise UsageError(f"nothing is timed with {option}", where=_OPTION, hint=f"leave {option} out")
         return plugin
 
-    def _session(self) -> benchmarks.Session:
+    def _session(self) -> benchmarks.SessionResults:
         plugin = self._benchmarks()
         timed = [one for one in plugin.benchmarks if one and not one.has_error and min(one.stats.data) > 0]
         cases = [self._outcomes.get(nodeid) for nodeid in self._cases]
-        return benchmarks.Session(
+        return benchmarks.SessionResults(
             place=pytest_benchmark.place(plugin.get_machine_info()),
             rounds={one.fullname: one.stats.data for one in timed},
             failed=frozenset(nodeid for nodeid, outcome in self._outcomes.items() if outcome == "failed"),

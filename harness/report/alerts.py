@@ -52,7 +52,7 @@ def of_run(f: RunFacts) -> list[dict[str, Any]]:
         ],
         "These Records are from another environment than most; do not compare their times and memory with the others:": [
             f"{plural(n, 'Cell')}: {differences or 'only the id differs'}"
-            for differences, records in reproducibility.strangers(f.run).items()
+            for differences, records in reproducibility.records_from_other_environments(f.run).items()
             if (n := sum(r.environment.id != usual.id for r in records))
         ],
     }

@@ -79,10 +79,10 @@ def percent(share: float) -> str:
 
 def points(difference: float) -> str:
     """Format the difference of two shares in percentage points, with its sign."""
-    return f"{percentage(difference)} points"
+    return f"{signed_percent(difference)} points"
 
 
-def percentage(share: float) -> str:
+def signed_percent(share: float) -> str:
     """Format a change, given as a share of 1, in per cent, with its sign but without the unit."""
     return f"{MINUS if share < 0 else '+'}{abs(100 * share):.1f}"
 

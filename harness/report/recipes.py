@@ -130,15 +130,19 @@ def _fields(
         ),
         "interval": field(formatting.interval(score), score.value) | drawn,
         "difference": gap(group, e),
-        "trainable": over(e.records, metrics.TRAINABLE.read, lambda n: f"{n:,.0f}", "not trained"),
-        "peak_B": over(e.records, metrics.PEAK_ABOVE_IMPORTS.read, formatting.mebibytes, no_peak),
-        "step_s": _timed(e, over(e.records, metrics.STEP.value, formatting.milliseconds, untimed)),
+        "trainable": median_over_seeds(e.records, metrics.TRAINABLE.read, lambda n: f"{n:,.0f}", "not trained"),
+        "peak_B": median_over_seeds(e.records, metrics.PEAK_ABOVE_IMPORTS.read, formatting.mebibytes, no_peak),
+        "step_s": _timed(e, median_over_seeds(e.records, metrics.STEP.value, formatting.milliseconds, untimed)),
         "to_target_s": _timed(e, _to_target(e, target, untimed)),
-        "tokens_per_s": _timed(e, over(e.records, metrics.TOKENS_PER_S.value, lambda n: f"{n:,.0f}", untimed)),
-        "adapter_file_B": over(e.records, _file, formatting.mebibytes, "there is no such file, or it was not measured"),
+        "tokens_per_s": _timed(e, median_over_seeds(e.records, metrics.TOKENS_PER_S.value, lambda n: f"{n:,.0f}", untimed)),
+        "adapter_file_B": median_over_seeds(
+            e.records, _file, formatting.mebibytes, "there is no such file, or it was not measured"
+        ),
         "unmerged_s": latency(e, "unmerged", "not measured, or no adapter"),
         "merged_s": latency(e, "merged", "not measured, or not merged"),
-        "lr": over(e.records, lambda r: r.cell.training.lr if r.cell.training.steps else None, "{:g}".format, untrained),
+        "lr": median_over_seeds(
+            e.records, lambda r: r.cell.training.lr if r.cell.training.steps else None, "{:g}".format, untrained
+        ),
         "seeds": field(str(len(accuracies)), len(accuracies), why=f"seeds {seeds}: {each} %"),
         "spread": field(f"{100 * stdev(accuracies):.1f}", stdev(accuracies), why=f"seeds {seeds}: {each} %")
         if len(accuracies) > 1
@@ -160,7 +164,7 @@ def gap(group: Group, e: RankingEntry) -> Field:
         "untrained": "imported, not trained here" if e.record.imported else "not trained",
     }
     tied = e.standing == "tied"
-    text = formatting.percentage(e.difference) + (" ≈" if tied else "")
+    text = formatting.signed_percent(e.difference) + (" ≈" if tied else "")
     more: dict[str, str] = {"standing": e.standing} | ({} if e.p is None else {"p": f"{e.p:.3g}"})
     # Without the remark, the gap of an untrained recipe would look as if a test had shown it.
     small = "not tested" if e.standing == "untrained" else ""
@@ -191,7 +195,7 @@ def busy(entry: RankingEntry) -> int:
     return sum(bool(contention.busy(record)) for record in entry.records)
 
 
-def over(
+def median_over_seeds(
     records: Sequence[Record],
     value: Read,
     write: Callable[[float], str],
@@ -233,7 +237,7 @@ def latency(e: RankingEntry, variant: str, missing: str = "not measured") -> Fie
     """
     refusal = failed_checks.no_merged_speed if variant == "merged" else failed_checks.no_speed
     refused = next(filter(None, map(refusal, e.records)), "")
-    shown = over(e.records, _latency(variant), formatting.milliseconds, missing, refused=refused)
+    shown = median_over_seeds(e.records, _latency(variant), formatting.milliseconds, missing, refused=refused)
     return shown if shown["value"] is None else shown | {"flag": disturbed(e)}
 
 

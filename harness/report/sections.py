@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.analysis import failed_checks
-from harness.analysis.comparison.reproducibility import strangers, usual_environment
+from harness.analysis.comparison.reproducibility import records_from_other_environments, usual_environment
 from harness.analysis.grouping import group
 from harness.analysis.run_facts import RunFacts
 from harness.analysis.run_verdict import QuestionVerdict
@@ -157,7 +157,7 @@ def environment(facts: RunFacts) -> Section:
         "assets": [{key: value or DASH for key, value in a.model_dump().items()} for a in assets.values()],
         "strangers": [
             {"differences": differences, "cells": [links.row(facts, r.cell) for r in records]}
-            for differences, records in strangers(facts.run).items()
+            for differences, records in records_from_other_environments(facts.run).items()
             if differences
         ],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from harness.conformance.served.report import Verdict
+from harness.conformance.served.report import SubjectVerdict
 from harness.console import align_columns
 
 if TYPE_CHECKING:
@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 _HEAD = [
     "adapter", "answers", "requests", "wrong", "max |Δ|", "mean |Δ|", "mean exp|Δ|", "tokens", "differ", "ties",
 ]  # fmt: skip
-_SIGNS = {Verdict.CONFORMS: "✓", Verdict.NONCONFORMING: "✗", Verdict.CANNOT_TELL: "?", Verdict.NOT_COMPARED: "!"}
+_SIGNS = {
+    SubjectVerdict.CONFORMS: "✓",
+    SubjectVerdict.NONCONFORMING: "✗",
+    SubjectVerdict.CANNOT_TELL: "?",
+    SubjectVerdict.NOT_COMPARED: "!",
+}
 
 
 def lines(report: ServedReport) -> list[str]:
@@ -49,7 +54,7 @@ def _verdict(one: SubjectResult, dtype: str) -> list[str]:
         return [*found, f"    worst: {one.finding.worst}", f"    again: {one.finding.request}"]
     if one.notices is None:
         return [f"{head} ({allowed})"]
-    if one.verdict is Verdict.CANNOT_TELL:
+    if one.verdict is SubjectVerdict.CANNOT_TELL:
         return [
             f"{head}: a scaling that is wrong by {one.notices:.0%} would not show ({allowed}); the adapter is too weak"
         ]

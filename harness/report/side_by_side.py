@@ -8,8 +8,8 @@ from typing import Any
 
 from harness.analysis import contention, failed_checks, metrics
 from harness.analysis.comparison import against_baseline
-from harness.analysis.comparison.against_baseline import Against
-from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind
+from harness.analysis.comparison.against_baseline import BaselineVerdict
+from harness.analysis.comparison.baseline_rows import ComparisonRow, RowKind
 from harness.analysis.run_facts import RunFacts
 from harness.analysis.verdict_kind import VerdictKind
 from harness.errors import plural
@@ -20,7 +20,7 @@ from harness.report.formatting import Field, field, unmeasured
 from harness.report.table_model import Column, Table, column, condensed, grouped
 from harness.report.tones import badge
 
-_AROUND = (FindingKind.ENVIRONMENT, FindingKind.ASSETS)
+_AROUND = (RowKind.ENVIRONMENT, RowKind.ASSETS)
 """Kinds of rows that compare the environments and the assets of two runs, not their results."""
 
 
@@ -40,30 +40,28 @@ def lines(analysed: Sequence[RunFacts]) -> list[str]:
 
 
 def _pair(base: RunFacts, new: RunFacts, number: int) -> dict[str, Any]:
-    against = against_baseline.judge(base, new)
-    judged = [
-        row for row in against.rows if row.word is not VerdictKind.PASS and row.kind not in _AROUND and row.judged
-    ]
-    findings = [row for row in judged if not (row.kind is FindingKind.MISSING and row.what == "Cell")]
-    word, sentence = _whole(against, findings)
+    result = against_baseline.judge(base, new)
+    judged = [row for row in result.rows if row.word is not VerdictKind.PASS and row.kind not in _AROUND and row.judged]
+    findings = [row for row in judged if not (row.kind is RowKind.MISSING and row.what == "Cell")]
+    word, sentence = _whole(result, findings)
     return badge(word) | {
         "id": f"pair-{number}",
         "title": f"{new.run.manifest.run} against {base.run.manifest.run}",
         "sentence": " ".join([sentence, *_only_in_one(base, new)]),
         "table": _table(base, new, number),
         "findings": [badge(row.word) | {"name": row.name, "text": _text(row)} for row in findings],
-        "around": [f"{row.what}: {_text(row)}" for row in against.rows if row.kind in _AROUND and not row.same],
+        "around": [f"{row.what}: {_text(row)}" for row in result.rows if row.kind in _AROUND and not row.same],
     }
 
 
-def _whole(against: Against, findings: Sequence[ComparisonRow]) -> tuple[VerdictKind, str]:
+def _whole(result: BaselineVerdict, findings: Sequence[ComparisonRow]) -> tuple[VerdictKind, str]:
     """Return the verdict on the common Cells, and a sentence about it."""
-    if not against.compared:
+    if not result.compared:
         return VerdictKind.NOT_RUN, "Nothing was compared: no Cell has a Record in both runs."
     failed = sum(row.word is VerdictKind.FAIL for row in findings)
     word = VerdictKind.FAIL if failed else VerdictKind.INCONCLUSIVE if findings else VerdictKind.PASS
     what = f"{plural(failed, 'finding')}, {len(findings) - failed} undecided" if findings else "no finding"
-    return word, f"{plural(against.compared, 'common Cell')}: {what}, by the rules of peft-harness gate."
+    return word, f"{plural(result.compared, 'common Cell')}: {what}, by the rules of peft-harness gate."
 
 
 def _only_in_one(base: RunFacts, new: RunFacts) -> Iterator[str]:
@@ -148,7 +146,7 @@ def _three(
         yield unmeasured("not measured" if one == other else "only one run has it")
     else:
         changed = change(one, other)
-        text = formatting.percentage(changed) if changed is not None else ""
+        text = formatting.signed_percent(changed) if changed is not None else ""
         yield unmeasured("the first is 0") if changed is None else field(text, changed, flag=max(flags))
 
 

@@ -39,16 +39,16 @@ class GpuDevice:
         return ""
 
 
-def probe(look: Callable[[], list[GpuDevice]]) -> Future[list[GpuDevice]]:
-    """Call `look` in a thread, and return a Future of its result. A slow driver therefore does not block the runner.
+def probe(list_gpus: Callable[[], list[GpuDevice]]) -> Future[list[GpuDevice]]:
+    """Call `list_gpus` in a thread, and return a Future of its result. A slow driver therefore does not block the runner.
 
-    If `look` raises HarnessError, the method `result()` of the Future raises it.
+    If `list_gpus` raises HarnessError, the method `result()` of the Future raises it.
     """
     found: Future[list[GpuDevice]] = Future()
 
     def work() -> None:
         try:
-            found.set_result(look())
+            found.set_result(list_gpus())
         except HarnessError as error:
             found.set_exception(error)
         finally:
@@ -60,7 +60,7 @@ def probe(look: Callable[[], list[GpuDevice]]) -> Future[list[GpuDevice]]:
     return found
 
 
-def look() -> list[GpuDevice]:
+def list_gpus() -> list[GpuDevice]:
     """Return the GPUs that this process may use. If CUDA_VISIBLE_DEVICES is set, its order is kept.
 
     If CUDA_VISIBLE_DEVICES names a part of a GPU (MIG), return an empty list.

@@ -104,7 +104,7 @@ def _judge(adapter: AdapterFile, base: Path) -> Exit:
     from harness.methods.base_model import empty_base
 
     with hold_output():
-        if adapter.base(base) != base:
+        if adapter.base_for_task(base) != base:
             hint = "give the base as it was trained on: saved with the class and the labels of the task"
             task = adapter.settings.task_type
             raise UsageError(

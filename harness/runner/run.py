@@ -105,7 +105,7 @@ def run_suite(
         else:
             folder, run_id, done = _open(suite, plan, here, out, progress, stack)
         times.lap("scheduling")
-        with _errors_name(folder):
+        with _note_folder_on_errors(folder):
             servers = cell_environments.server_pythons(plan.cells)
             session = _Session(
                 plan, assets, homes, servers, done, folder, run_id, chosen, times, progress, imported, gates
@@ -199,7 +199,7 @@ def _gate_key(assets: CellAssets, record: Record, device: Device) -> str:
 
 
 @contextlib.contextmanager
-def _errors_name(folder: store.RunFolder) -> Iterator[None]:
+def _note_folder_on_errors(folder: store.RunFolder) -> Iterator[None]:
     """Add a note to every error that is raised inside the context. The note names the folder of the finished Cells."""
     try:
         yield
@@ -259,7 +259,7 @@ def _find_old(plan: Plan, out: Path | None, resume: str | None, stack: contextli
         hint = "resume with the suite it was started with, or start a new run"
         raise UsageError(what, where=f"--resume {manifest.run}", hint=hint)
     stack.callback(store.RunFolder.take(path).release)
-    executors.recall(path)  # they end while models are fetched, and their last Records count
+    executors.end_orphans(path)  # they end while models are fetched, and their last Records count
     return path
 
 

@@ -253,7 +253,7 @@ class _EntryChecker:
                     continue
                 subject = f"`{key}` of {info.name}" + (f" ({one})" if resolved is not one else "")
                 problems = list(knob.problems(resolved))
-                if knob.is_legible(resolved):
+                if knob.is_well_formed(resolved):
                     values.setdefault(key, []).append(knob.canonical(resolved))
                     for model, kind in kinds.items():
                         problems += [

@@ -86,7 +86,7 @@ def _items(items: int, scored: int, tasks: Sequence[Task]) -> Iterator[FieldProb
 
 def _config(written: Mapping[str, Any], info: MethodInfo) -> dict[str, Any]:
     fields = {key: info.fields[key] for key in written if key in info.fields and key != peft_config.KEY}
-    return {key: knob.canonical(written[key]) for key, knob in fields.items() if knob.is_legible(written[key])}
+    return {key: knob.canonical(written[key]) for key, knob in fields.items() if knob.is_well_formed(written[key])}
 
 
 def _config_problems(written: Mapping[str, Any], methods: Sequence[MethodInfo]) -> Iterator[FieldProblem]:

@@ -149,7 +149,7 @@ def floating_dtype(base: nn.Module) -> torch.dtype:
     return getattr(base, "compute_dtype", None) or torch.float32  # an attribute of bitsandbytes' layers
 
 
-def sides(base: Any) -> tuple[int, int]:
+def features_in_out(base: Any) -> tuple[int, int]:
     """Return D and E, the sizes of a layer's inputs and outputs. The layer is linear, a Conv1D or an embedding."""
     match kind_of(base):
         case "Conv1D":

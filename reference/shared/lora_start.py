@@ -13,9 +13,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from reference.shared.layers import floating_dtype, sides
+from reference.shared.layers import features_in_out, floating_dtype
 
-_SPREAD = 10.0
+_ORTHOGONAL_DIVISOR = 10.0
 """Number by which both orthogonal factors are divided, as in HF peft."""
 
 
@@ -42,7 +42,7 @@ def linear_factors(base: nn.Module, rank: int, generator: torch.Generator) -> tu
 
     Dtype and device are those of the layer.
     """
-    A, B = initial_factors("kaiming", rank, *sides(base), generator)
+    A, B = initial_factors("kaiming", rank, *features_in_out(base), generator)
     dtype, device = floating_dtype(base), next(base.parameters()).device
     return A.to(device, dtype), B.to(device, dtype)
 
@@ -66,8 +66,8 @@ def _orthogonal(rank: int, inputs: int, outputs: int, generator: torch.Generator
 
     basis, _ = torch.linalg.qr(normal(rank, rank))
     of_a, of_b = basis[0::2], basis[1::2]
-    A = (normal(inputs, rank // 2) @ of_a).T / _SPREAD
-    return A.contiguous(), normal(outputs, rank // 2) @ of_b / _SPREAD
+    A = (normal(inputs, rank // 2) @ of_a).T / _ORTHOGONAL_DIVISOR
+    return A.contiguous(), normal(outputs, rank // 2) @ of_b / _ORTHOGONAL_DIVISOR
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ _OF_GPT2 = ("c_attn", "attn.c_proj", "c_fc")
 
 
 @dataclass(frozen=True)
-class Corpus:
+class CorpusAdapter:
     """Description of one adapter of the corpus, the set of test files that this script writes."""
 
     name: str
@@ -92,58 +92,64 @@ _HEAD = {"lm_head.weight": "lm_head.base_layer.weight"}
 _BIASES = {f"{name}.bias": f"{name}.base_layer.bias" for name in _OF_GPT2}
 
 CORPUS = (
-    Corpus("plain", "llama", _ATTENTION_AND_MLP),
-    Corpus("rslora", "llama", _ATTENTION_AND_MLP, {"use_rslora": True}),
-    Corpus("rank_pattern", "llama", _ATTENTION_AND_MLP, _PATTERN, _PATTERN_RANKS),
-    Corpus("alpha_pattern", "llama", _ATTENTION_AND_MLP, _ALPHAS),
+    CorpusAdapter("plain", "llama", _ATTENTION_AND_MLP),
+    CorpusAdapter("rslora", "llama", _ATTENTION_AND_MLP, {"use_rslora": True}),
+    CorpusAdapter("rank_pattern", "llama", _ATTENTION_AND_MLP, _PATTERN, _PATTERN_RANKS),
+    CorpusAdapter("alpha_pattern", "llama", _ATTENTION_AND_MLP, _ALPHAS),
     # Several patterns fit layers.1.self_attn.q_proj; the first one counts.
-    Corpus(
+    CorpusAdapter(
         "both_patterns", "llama", _ATTENTION_AND_MLP,
         {"rank_pattern": {"layers.1.self_attn.q_proj": 3, "q_proj": 2},
          "alpha_pattern": {"layers.1.self_attn.q_proj": 12, "self_attn.q_proj": 2, "mlp.up_proj": 20}},
         {"layers.1.self_attn.q_proj": 3, "q_proj": 2},
     ),
-    Corpus("rslora_patterns", "llama", _ATTENTION_AND_MLP, {"use_rslora": True, **_PATTERN, **_ALPHAS}, _PATTERN_RANKS),
-    Corpus(
+    CorpusAdapter("rslora_patterns", "llama", _ATTENTION_AND_MLP, {"use_rslora": True, **_PATTERN, **_ALPHAS},
+           _PATTERN_RANKS),
+    CorpusAdapter(
         "mixed_ranks", "llama", (*_ATTENTION_AND_MLP, "k_proj", "o_proj"),
         {"r": 2, "rank_pattern": {"q_proj": 1, "k_proj": 3, "v_proj": 5, "o_proj": 8}},
         {"q_proj": 1, "k_proj": 3, "v_proj": 5, "o_proj": 8},
     ),
-    Corpus("some_layers", "llama", ("layers.1.self_attn.q_proj", "layers.1.mlp.up_proj"),
+    CorpusAdapter("some_layers", "llama", ("layers.1.self_attn.q_proj", "layers.1.mlp.up_proj"),
            {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}),
-    Corpus("dora", "llama", (*_ATTENTION_AND_MLP, "k_proj", "o_proj"), {"use_dora": True, "target_modules": "all-linear"}),
-    Corpus("modules_to_save", "llama", ("q_proj",), {"modules_to_save": ["lm_head", "model.norm"]},
+    CorpusAdapter("dora", "llama", (*_ATTENTION_AND_MLP, "k_proj", "o_proj"),
+           {"use_dora": True, "target_modules": "all-linear"}),
+    CorpusAdapter("modules_to_save", "llama", ("q_proj",), {"modules_to_save": ["lm_head", "model.norm"]},
            saved=("lm_head.weight", "model.norm.weight")),
-    Corpus("embedding", "llama", ("embed_tokens", "q_proj"), saved=("embed_tokens.weight",), keys=_EMBEDDING),
-    Corpus("unmatched_keys", "llama", ("q_proj",),
+    CorpusAdapter("embedding", "llama", ("embed_tokens", "q_proj"), saved=("embed_tokens.weight",), keys=_EMBEDDING),
+    CorpusAdapter("unmatched_keys", "llama", ("q_proj",),
            missing=("model.layers.7.self_attn.q_proj", "model.layers.0.self_attn.qkv_proj")),
-    Corpus("float16", "llama", _ATTENTION_AND_MLP, dtype=torch.float16),
-    Corpus("bfloat16", "llama", _ATTENTION_AND_MLP, {"use_rslora": True}, dtype=torch.bfloat16),
-    Corpus("tied_head", "llama-tied", ("q_proj", "lm_head"), saved=("lm_head.weight",), keys=_HEAD),
-    Corpus("tied_embedding", "llama-tied", ("q_proj", "embed_tokens"), saved=("embed_tokens.weight",), keys=_EMBEDDING),
-    Corpus("tied_saved_head", "llama-tied", ("q_proj",), {"modules_to_save": ["lm_head"]}, saved=("lm_head.weight",)),
-    Corpus("conv1d", "gpt2", _OF_GPT2, {"fan_in_fan_out": True}),
-    Corpus("conv1d_dora", "gpt2", _OF_GPT2, {"fan_in_fan_out": True, "use_dora": True}),
-    Corpus("bias_all", "gpt2", _OF_GPT2, {"fan_in_fan_out": True, "bias": "all"}, saved=(".bias",), keys=_BIASES),
-    Corpus("bias_lora_only", "gpt2", _OF_GPT2, {"fan_in_fan_out": True, "bias": "lora_only"},
+    CorpusAdapter("float16", "llama", _ATTENTION_AND_MLP, dtype=torch.float16),
+    CorpusAdapter("bfloat16", "llama", _ATTENTION_AND_MLP, {"use_rslora": True}, dtype=torch.bfloat16),
+    CorpusAdapter("tied_head", "llama-tied", ("q_proj", "lm_head"), saved=("lm_head.weight",), keys=_HEAD),
+    CorpusAdapter("tied_embedding", "llama-tied", ("q_proj", "embed_tokens"), saved=("embed_tokens.weight",),
+           keys=_EMBEDDING),
+    CorpusAdapter("tied_saved_head", "llama-tied", ("q_proj",), {"modules_to_save": ["lm_head"]}, saved=("lm_head.weight",)),
+    CorpusAdapter("conv1d", "gpt2", _OF_GPT2, {"fan_in_fan_out": True}),
+    CorpusAdapter("conv1d_dora", "gpt2", _OF_GPT2, {"fan_in_fan_out": True, "use_dora": True}),
+    CorpusAdapter("bias_all", "gpt2", _OF_GPT2, {"fan_in_fan_out": True, "bias": "all"}, saved=(".bias",), keys=_BIASES),
+    CorpusAdapter("bias_lora_only", "gpt2", _OF_GPT2, {"fan_in_fan_out": True, "bias": "lora_only"},
            saved=[f"{name}.bias" for name in _OF_GPT2], keys=_BIASES),
-    Corpus("lora_bias", "gpt2", _OF_GPT2, {"fan_in_fan_out": True, "lora_bias": True}),
-    Corpus("classifier", "bert", ("query", "value"), {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]},
+    CorpusAdapter("lora_bias", "gpt2", _OF_GPT2, {"fan_in_fan_out": True, "lora_bias": True}),
+    CorpusAdapter("classifier", "bert", ("query", "value"), {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]},
            saved=("classifier.weight", "classifier.bias")),
-    Corpus("experts", "mixtral", ("q_proj",), _EXPERTS | {"rank_pattern": {"experts.down_proj": 3}},
+    CorpusAdapter("experts", "mixtral", ("q_proj",), _EXPERTS | {"rank_pattern": {"experts.down_proj": 3}},
            {"experts.down_proj": 3}, stacks=_STACKS),
-    Corpus("experts_rslora", "mixtral", (), _EXPERTS | {"use_rslora": True, "r": 4}, stacks=_STACKS),
-    Corpus("experts_by_name", "mixtral", ("q_proj",), {"target_modules": ["q_proj", "w1", "w2", "w3"]}, experts=_NAMES),
-    Corpus("experts_by_name_rslora", "mixtral", (), {"target_modules": _NAMES, "use_rslora": True}, experts=_NAMES),
-    Corpus("experts_by_name_alpha_pattern", "mixtral", (), {"target_modules": _NAMES, "alpha_pattern": {"w2": 24, "w3": 2}},
+    CorpusAdapter("experts_rslora", "mixtral", (), _EXPERTS | {"use_rslora": True, "r": 4}, stacks=_STACKS),
+    CorpusAdapter("experts_by_name", "mixtral", ("q_proj",), {"target_modules": ["q_proj", "w1", "w2", "w3"]},
            experts=_NAMES),
-    Corpus("experts_by_name_rank_pattern", "mixtral", (), {"target_modules": _NAMES, "rank_pattern": {"w2": 3}}, {"w2": 3},
+    CorpusAdapter("experts_by_name_rslora", "mixtral", (), {"target_modules": _NAMES, "use_rslora": True}, experts=_NAMES),
+    CorpusAdapter("experts_by_name_alpha_pattern", "mixtral", (),
+           {"target_modules": _NAMES, "alpha_pattern": {"w2": 24, "w3": 2}},
            experts=_NAMES),
-    Corpus("experts_by_name_without_w2", "mixtral", (), {"target_modules": ["w1", "w3"]}, experts=("w1", "w3")),
-    Corpus("conv2d", "nystromformer", ("query", "conv"), {"task_type": None}),
-    Corpus("conv2d_dora", "nystromformer", ("query", "conv"), {"task_type": None, "use_dora": True}),
+    CorpusAdapter("experts_by_name_rank_pattern", "mixtral", (), {"target_modules": _NAMES, "rank_pattern": {"w2": 3}},
+           {"w2": 3},
+           experts=_NAMES),
+    CorpusAdapter("experts_by_name_without_w2", "mixtral", (), {"target_modules": ["w1", "w3"]}, experts=("w1", "w3")),
+    CorpusAdapter("conv2d", "nystromformer", ("query", "conv"), {"task_type": None}),
+    CorpusAdapter("conv2d_dora", "nystromformer", ("query", "conv"), {"task_type": None, "use_dora": True}),
     # The numbers of the experts 0 and 2 are not in layers_to_transform, and no number of a layer but 1 is.
-    Corpus("experts_by_name_some_layers", "mixtral", ("layers.1.self_attn.q_proj",),
+    CorpusAdapter("experts_by_name_some_layers", "mixtral", ("layers.1.self_attn.q_proj",),
            {"target_modules": ["q_proj", *_NAMES], "layers_to_transform": [1]}, experts=_NAMES,
            stack="layers.1.mlp.experts"),
 )  # fmt: skip
@@ -176,7 +182,7 @@ def _write_base(folder: Path, name: str, generator: torch.Generator) -> None:
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 
-def _write_adapter(root: Path, adapter: Corpus, generator: torch.Generator) -> None:
+def _write_adapter(root: Path, adapter: CorpusAdapter, generator: torch.Generator) -> None:
     from harness.conformance.adapter_files.adapter_file import AdapterFile
     from harness.conformance.adapter_files.reference_logits import reference_logits
     from harness.methods.base_model import load_base
@@ -200,7 +206,7 @@ def _write_adapter(root: Path, adapter: Corpus, generator: torch.Generator) -> N
 
 
 def _tensors(
-    model: torch.nn.Module, adapter: Corpus, config: Mapping[str, Any], generator: torch.Generator
+    model: torch.nn.Module, adapter: CorpusAdapter, config: Mapping[str, Any], generator: torch.Generator
 ) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules():
@@ -267,7 +273,7 @@ def _of_layer(
     return found
 
 
-def _rank(adapter: Corpus, path: str, usual: int) -> int:
+def _rank(adapter: CorpusAdapter, path: str, usual: int) -> int:
     return next((rank for end, rank in adapter.ranks.items() if path.endswith(end)), usual)
 
 

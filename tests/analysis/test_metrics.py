@@ -8,7 +8,7 @@ import pytest
 
 from harness.analysis import metrics, tracked_metrics
 from harness.analysis.comparison import against_baseline
-from harness.analysis.comparison.baseline_rows import FindingKind
+from harness.analysis.comparison.baseline_rows import RowKind
 from harness.analysis.metrics import Metric
 from harness.analysis.run_facts import analyse
 from harness.analysis.verdict_kind import VerdictKind
@@ -25,7 +25,7 @@ def _tensors(record: Record) -> int | None:
 NEW = Metric(
     name="tensors", unit="1", meaning="tensors that train", kind="counted", better="lower", read=_tensors,
     heading="Tensors", terminal_heading="tensors", column="parameters.tensors", history="tensors",
-    quantity="trained tensors", finding=FindingKind.PARAMETERS,
+    quantity="trained tensors", row_kind=RowKind.PARAMETERS,
 )  # fmt: skip
 
 

@@ -142,7 +142,7 @@ def test_a_wrong_output_gets_no_speed(registry: Registry) -> None:
         return reference("lora_linear")(**given) * 1.001
 
     for one in rows(offered("acme", "lora_linear", wrong), registry):
-        assert (one.outcome, one.samples, one.red) == ("refused", None, True)
+        assert (one.outcome, one.samples, one.has_unexplained_failure) == ("refused", None, True)
         assert "acme fails lora_linear/outputs/float32/call" in one.because
         assert "refused: no parity" in "\n".join(table.lines([one]))
 
@@ -164,7 +164,7 @@ def test_unwritten_codes_get_no_speed(registry: Registry) -> None:
         return p, torch.zeros_like(m), m_absmax, torch.zeros_like(v), v_absmax
 
     (one,) = rows(offered("acme", "adamw8bit_step", lazy), registry, "adamw8bit_step")
-    assert (one.outcome, one.red) == ("refused", True)
+    assert (one.outcome, one.has_unexplained_failure) == ("refused", True)
     assert "output_codes" in one.because
 
 
@@ -237,7 +237,7 @@ def test_a_call_that_is_right_only_outside_timing_gets_no_speed(
 ) -> None:
     acme = offered("acme", "lora_linear", fault())
     forward = next(iter(benchmark_of(acme, registry).rows(SMALL)))
-    assert (forward.outcome, forward.samples, forward.red) == ("refused", None, True)
+    assert (forward.outcome, forward.samples, forward.has_unexplained_failure) == ("refused", None, True)
     assert "acme fails lora_linear/timed_call/float32/call" in forward.because
     assert why in forward.because
 
@@ -260,7 +260,7 @@ def test_memory_that_runs_out_in_the_check_after_timing_leaves_the_time(
 
     monkeypatch.setattr(timing, "pairs", measured)
     forward = next(iter(benchmark_of(offered("acme", "lora_linear", scarce), registry).rows(SMALL)))
-    assert (forward.outcome, forward.red) == ("measured", False), forward.because
+    assert (forward.outcome, forward.has_unexplained_failure) == ("measured", False), forward.because
     assert forward.samples is not None
     text = "\n".join(table.lines([forward]))
     assert "the timed call was not checked once more" in text
@@ -302,7 +302,7 @@ def test_an_unsupported_case_is_not_run_and_no_failure(registry: Registry) -> No
         raise Unsupported("only on Sundays")
 
     for one in rows(offered("acme", "lora_linear", picky), registry):
-        assert (one.outcome, one.red) == ("not-run", False)
+        assert (one.outcome, one.has_unexplained_failure) == ("not-run", False)
         assert "only on Sundays" in one.because
 
 
@@ -318,7 +318,7 @@ def test_a_step_with_a_slightly_wrong_update_gets_no_speed(registry: Registry) -
 
     both = (registry.find("method", "lora", "reference"), offered("acme", "lora", wrong, "method"))
     one = step_benchmark.row(setting("lora", registry), both, ("", ""), 5, {})
-    assert (one.outcome, one.samples, one.red) == ("refused", None, True)
+    assert (one.outcome, one.samples, one.has_unexplained_failure) == ("refused", None, True)
     assert "no parity: acme fails lora/" in one.because
 
 
@@ -672,7 +672,7 @@ def test_samples_far_shorter_than_the_time_that_passed_outside_are_refused(
     task = BenchTask("lora_linear", "operation", "lora_linear", ("fused", "acme"), (), "float32", "cpu", (SMALL,))
     (one,) = command.TaskRunner(BenchRequest(), 1, Workers()).rows(task)  # type: ignore[arg-type]
     assert one.outcome == outcome
-    assert one.red is (outcome == "refused")
+    assert one.has_unexplained_failure is (outcome == "refused")
     assert (one.samples is None) is (outcome == "refused")
     assert ("the timer of the measured process is wrong" in "\n".join(table.lines([one]))) is (outcome == "refused")
 

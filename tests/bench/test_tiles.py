@@ -39,7 +39,7 @@ class Card:
         luck = 1.5 if len(self.compared) == self.lucky else 1.0
         return luck * self.seconds[one] / self.seconds[other]
 
-    def choose(self, refused: GemmTile | None = None) -> tiles.Choice:
+    def choose(self, refused: GemmTile | None = None) -> tiles.ChosenTile:
         return tiles.choose(
             LARGE, (FIRST, SECOND), self.ratio, lambda one: "spills registers" if one == refused else ""
         )

@@ -30,14 +30,14 @@ def registry() -> Registry:
     return discover()
 
 
-YARDSTICKS: dict[str, checks.Yardstick] = {}
+REFERENCES: dict[str, checks.ReferenceTrainings] = {}
 
 
 def failed(train: object, trainee: Trainee, only: str = "") -> set[str]:
-    yardstick = YARDSTICKS.setdefault(trainee.method, checks.Yardstick(trainee))
-    evidence = checks.Evidence(trainee, train, yardstick)  # type: ignore[arg-type]
+    reference = REFERENCES.setdefault(trainee.method, checks.ReferenceTrainings(trainee))
+    trainings = checks.ComparedTrainings(trainee, train, reference)  # type: ignore[arg-type]
     names = [only] if only else list(checks.CHECKS)
-    return {name for name in names if checks.outcome_of("a loop", name, evidence).status is CheckStatus.FAIL}
+    return {name for name in names if checks.outcome_of("a loop", name, trainings).status is CheckStatus.FAIL}
 
 
 @pytest.mark.nightly
@@ -84,8 +84,8 @@ class TakesNoStep(FaultyLoop):
 
 def test_a_training_that_diverges_fails_the_check(registry: Registry) -> None:
     trainee = Trainee("lora", "reference", "float32", registry)
-    evidence = checks.Evidence(trainee, Diverges(), checks.Yardstick(trainee))
-    outcome = checks.outcome_of("a loop", "schedule", evidence)
+    trainings = checks.ComparedTrainings(trainee, Diverges(), checks.ReferenceTrainings(trainee))
+    outcome = checks.outcome_of("a loop", "schedule", trainings)
     assert outcome.status is CheckStatus.FAIL
     assert "loss nan in step 1" in outcome.result.detail
 

@@ -44,7 +44,7 @@ def test_sfttrainer_trains_as_the_harness_does(
     method: str, implementation: str, names: tuple[str, ...], registry: Registry
 ) -> None:
     trainee = Trainee(method, implementation, "float32", registry)
-    evidence = checks.Evidence(trainee, loops.find("trl").train, checks.Yardstick(trainee))
+    evidence = checks.ComparedTrainings(trainee, loops.find("trl").train, checks.ReferenceTrainings(trainee))
     found = {name: checks.outcome_of("trl", name, evidence) for name in names}
     assert {name: one.status for name, one in found.items()} == dict.fromkeys(names, CheckStatus.PASS), found
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from harness.conformance import checks, operations, parity_suite
 from harness.conformance.adapter_files import reference_logits
-from harness.conformance.adapter_files.reference_logits import Part
+from harness.conformance.adapter_files.reference_logits import WeightedAdapterFile
 from harness.conformance.adapter_files.subject import LoaderSubject, corpus_adapter
 from harness.conformance.case import Case
 from harness.conformance.comparison import distances
@@ -203,7 +203,7 @@ def test_a_sum_of_adapters_is_combined_once_although_many_draws_judge_it(monkeyp
     adapter = corpus_adapter("plain")
     subject = LoaderSubject(lambda *_: None, "float32", adapter)  # type: ignore[arg-type, return-value]
     wrong = [max(adapter.logits, key=len).float() * 1.001]
-    assert not subject.compare({"sum": wrong}, {"sum": [Part(adapter.folder)]}).passed
+    assert not subject.compare({"sum": wrong}, {"sum": [WeightedAdapterFile(adapter.folder)]}).passed
     assert combined["sums"] == 2  # in float64 and in float32
 
 

@@ -10,7 +10,7 @@ import pytest
 from harness.cli import topics
 from harness.conformance import parity_suite
 from harness.conformance.case_selection import FEW
-from harness.conformance.checks import modes
+from harness.conformance.checks import calls
 from harness.conformance.comparison import call_forms, operation_call, operation_forms
 from harness.conformance.drawing import sample
 from harness.conformance.execution import suite_run
@@ -29,7 +29,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return note
 
-    monkeypatch.setattr(modes, "_named", noted(1, modes._named))
+    monkeypatch.setattr(calls, "_named", noted(1, calls._named))
     monkeypatch.setattr(operation_forms, "prefix_tensor", noted(0, operation_forms.prefix_tensor))
     monkeypatch.setattr(operation_call, "judge_form", noted(0, operation_call.judge_form))
     return found
@@ -40,7 +40,7 @@ def _reference(kind: Any, target: str) -> Implementation:
 
 
 def _expected(kinds: list[str]) -> str:
-    names = [re.escape(name).replace(r"\{\}", ".+") for kind in kinds for name in modes.forms()[kind]]
+    names = [re.escape(name).replace(r"\{\}", ".+") for kind in kinds for name in calls.forms()[kind]]
     return "|".join(names)
 
 
@@ -53,17 +53,17 @@ def test_every_form_has_its_name_in_explain(target: str, kind: str, tried: list[
         subject, case = suite_run.attach(implementation, plan, first)  # type: ignore[arg-type]
     else:
         subject, case = suite_run.call(implementation, plan, first)  # type: ignore[arg-type,assignment]
-    modes.check_calls(subject, case)
+    calls.check_calls(subject, case)
     described = topics.explain("calls")
-    of_layers, of_operations = ([k for k in modes.forms() if ("layer" in k) is layer] for layer in (True, False))
+    of_layers, of_operations = ([k for k in calls.forms() if ("layer" in k) is layer] for layer in (True, False))
     alone = _expected(of_layers if kind == "method" else of_operations)
     in_layouts = f"({_expected([of_layers[2]])}) ({_expected([of_layers[0]])})"
     assert len(tried) > 15
     assert [form for form in tried if not re.fullmatch(f"{alone}|{in_layouts}", form)] == []
-    for names in modes.forms().values():
+    for names in calls.forms().values():
         assert all(name.replace("{}", "NAME") in described for name in names)
     # and no name is listed that is never tried
-    never = [n for k in (of_layers if kind == "method" else of_operations) for n in modes.forms()[k]]
+    never = [n for k in (of_layers if kind == "method" else of_operations) for n in calls.forms()[k]]
     never = [n for n in never if not any(re.fullmatch(re.escape(n).replace(r"\{\}", ".+"), form) for form in tried)]
     assert set(never) <= {"channels_last", *_NOT_OF_THIS_CASE}
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from harness.conformance.comparison.kept_memory import kept_alive
+from harness.conformance.comparison.kept_memory import describe_leak
 
 
 @pytest.fixture(autouse=True)
@@ -23,9 +23,9 @@ def test_a_cycle_in_each_call_is_no_leak() -> None:
         cycle: list[object] = [torch.ones(3)]
         cycle.append(cycle)
 
-    assert kept_alive(call) == ""
+    assert describe_leak(call) == ""
 
 
 def test_a_tensor_that_each_call_keeps_is_a_leak() -> None:
     kept: list[torch.Tensor] = []
-    assert kept_alive(lambda: kept.append(torch.ones(3))) == "4 tensors are left after 4 calls"
+    assert describe_leak(lambda: kept.append(torch.ones(3))) == "4 tensors are left after 4 calls"

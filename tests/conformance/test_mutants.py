@@ -95,15 +95,15 @@ def test_the_checks_of_a_target_catch_its_mutants() -> None:
 def test_a_mutant_that_is_no_mistake_is_not_counted() -> None:
     one = next(iter(mutants("reference.vera")))
     verdicts = [
-        run.Verdict(one, ("vera",), run.Catch("default", "vera/forward/float32/warm", False)),
-        run.Verdict(one, ("vera",), equivalent="a reason"),
-        run.Verdict(one, ("vera",), same_bits=True),
-        run.Verdict(one, ()),
+        run.MutantResult(one, ("vera",), run.Catch("default", "vera/forward/float32/warm", False)),
+        run.MutantResult(one, ("vera",), equivalent="a reason"),
+        run.MutantResult(one, ("vera",), same_bits=True),
+        run.MutantResult(one, ()),
     ]
     report = run.MutantReport(verdicts)
     assert report.exit is Exit.PASS
     assert [len(report.tried()), report.survivors()] == [1, []]
-    survivor = run.MutantReport([*verdicts, run.Verdict(one, ("vera",))])
+    survivor = run.MutantReport([*verdicts, run.MutantResult(one, ("vera",))])
     assert survivor.exit is Exit.FAIL
     assert "1 of 2 counted mutants caught (50.0 %)" in "\n".join(survivor.lines())
     assert one.diff().splitlines()[1] in "\n".join(survivor.lines())
@@ -111,7 +111,7 @@ def test_a_mutant_that_is_no_mistake_is_not_counted() -> None:
 
 def test_a_mutant_that_could_not_be_tried_is_neither_caught_nor_a_survivor() -> None:
     one = next(iter(mutants("reference.vera")))
-    report = run.MutantReport([run.Verdict(one, ("vera",), error="AlreadyImportedError: too late")])
+    report = run.MutantReport([run.MutantResult(one, ("vera",), error="AlreadyImportedError: too late")])
     assert report.exit is Exit.INFRASTRUCTURE
     assert [report.tried(), report.survivors()] == [[], []]
     assert f"COULD NOT BE TRIED {one.name}: AlreadyImportedError: too late" in report.lines()

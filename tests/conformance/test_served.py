@@ -23,7 +23,7 @@ from harness.assets import generated
 from harness.cli import main
 from harness.conformance.served import answers, causes, comparison
 from harness.conformance.served.client import TOKEN_VARIABLE, Client
-from harness.conformance.served.session import Failure, Observation, Phase, Request
+from harness.conformance.served.session import FailedRequest, Request, RequestPhase, ServedAnswer
 from harness.errors import Exit, HarnessError, ServerError
 from support import adapter_folders
 from support.model_server import ModelServer, serving
@@ -225,19 +225,19 @@ def test_long_prompts_are_as_long_as_the_server_takes_them(check, roomy, options
 
 
 def test_the_length_of_a_prompt_decides_only_if_no_right_answer_is_as_long() -> None:
-    def answer(length: int, phase: Phase = Phase.ALONE) -> Observation:
-        return Observation(Request(phase, "", "base", 0), (5,) * length, (), greedy=True)
+    def answer(length: int, phase: RequestPhase = RequestPhase.ALONE) -> ServedAnswer:
+        return ServedAnswer(Request(phase, "", "base", 0), (5,) * length, (), greedy=True)
 
-    def failure(length: int, phase: Phase = Phase.ALONE) -> Failure:
-        return Failure(Request(phase, "", "base", 0), (5,) * length, "status 500")
+    def failure(length: int, phase: RequestPhase = RequestPhase.ALONE) -> FailedRequest:
+        return FailedRequest(Request(phase, "", "base", 0), (5,) * length, "status 500")
 
-    short, wrong, right = answer(20), answer(40, Phase.MIXED), answer(40)
+    short, wrong, right = answer(20), answer(40, RequestPhase.MIXED), answer(40)
     assert comparison._lengths([short, wrong], [wrong], []) == [
         "prompts of at most 20 tokens have right answers, those of 40 tokens or more have not"
     ]
     assert comparison._lengths([short, wrong, right], [wrong], []) == []  # wrong only beside others
     assert comparison._lengths([short], [], [failure(40)]) != []
-    assert comparison._lengths([answer(1, Phase.ECHO), short], [], [failure(3, Phase.ECHO)]) == []
+    assert comparison._lengths([answer(1, RequestPhase.ECHO), short], [], [failure(3, RequestPhase.ECHO)]) == []
 
 
 def test_a_shard_of_one_row_is_no_crash() -> None:

@@ -83,7 +83,7 @@ def assets(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cells_that_end_while_the_run_is_taken_over_are_not_measured_again(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A killed runner leaves a Slurm array, whose elements end when they are recalled; one has just finished its Cell."""
+    """A killed runner leaves a Slurm array, whose elements the next runner ends; one has just finished its Cell."""
     monkeypatch.chdir(sandbox.folder)
     suite = sandbox.suite("{implementation: reference, seed: [0, 1]}")
     cells = loader.load(suite).plan.cells
@@ -92,7 +92,7 @@ def test_cells_that_end_while_the_run_is_taken_over_are_not_measured_again(
     late = store.RunFolder(Path("run")).record_path(cells[1].cell_id, 1)
     late.rename("late.json")
     Path("run", "footer.json").unlink()
-    monkeypatch.setattr(executors, "recall", lambda folder: Path("late.json").rename(late))
+    monkeypatch.setattr(executors, "end_orphans", lambda folder: Path("late.json").rename(late))
     run.run_suite(suite, resume="run", device="cpu", executor=Local(1, command))
     assert [record.attempt for record in store.read_run(Path("run")).records] == [1, 1]
 

@@ -75,9 +75,9 @@ from pathlib import Path
 from harness.regression.night import parts, run
 always = ("--dtype", "float32", "--jobs", "1", "--json")
 def check(name, *more):
-    return parts.Part(name, "?", "check", ("check", name, *always, *more), 60.0)
+    return parts.NightPart(name, "?", "check", ("check", name, *always, *more), 60.0)
 plan = [check("planted-raises"), check("planted-nan"), check("planted-hangs", "--patience", "2"),
-        parts.Part("oom", "?", "run", ("run", sys.argv[1], "--device", "cpu", "--out", "{out}/run"), 120.0),
+        parts.NightPart("oom", "?", "run", ("run", sys.argv[1], "--device", "cpu", "--out", "{out}/run"), 120.0),
         check("reference", "--op", "nf4_dequantize")]
 parts.on_cpu = lambda: plan
 sys.exit(run.night(run.NightRequest(7200.0, "cpu", Path("night")), as_json=False))
@@ -89,7 +89,7 @@ import sys, time
 from pathlib import Path
 from harness.regression.night import part_run, parts, run
 always = ("check", "planted-slow", "--dtype", "float32", "--jobs", "1", "--json")
-plan = [parts.Part("slow", "?", "check", always, 60.0), parts.Part("later", "?", "check", always, 590.0)]
+plan = [parts.NightPart("slow", "?", "check", always, 60.0), parts.NightPart("later", "?", "check", always, 590.0)]
 parts.on_cpu = lambda: plan
 wait = part_run._wait
 def until_it_waits(child, limit_s):  # so the end of the budget does not depend on the speed of this machine

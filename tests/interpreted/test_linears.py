@@ -19,7 +19,7 @@ from harness.kernels.triton.lora_linear import lora_linear
 from harness.kernels.triton.nf4_lora_linear import nf4_lora_linear
 from harness.kernels.triton.support.dora_gain import dora_gain
 from harness.kernels.triton.support.shrink import shrink
-from harness.kernels.triton.support.token_sums import outer_sum, outer_sum_against, product_sum
+from harness.kernels.triton.support.token_sums import outer_sum, product_sum, weighted_outer_sum
 from harness.kernels.triton.vera_linear import vera_linear
 from harness.methods.registry import Implementation
 from harness.records.record import Outcome
@@ -141,7 +141,7 @@ def test_rank_0_is_the_frozen_layer() -> None:
     assert judged.passed, judged
     assert A.grad.shape == A.shape
     assert B.grad.shape == B.shape
-    assert not outer_sum_against(noise(5, 6), noise(5, 0), B.detach()).any()
+    assert not weighted_outer_sum(noise(5, 6), noise(5, 0), B.detach()).any()
     assert product_sum(noise(5, 0), noise(5, 0)).shape == (0,)
 
 

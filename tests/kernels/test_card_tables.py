@@ -52,12 +52,12 @@ def measured(operation: str, *rows: tuple[int, int, float]) -> dict[str, Any]:
 
 
 def test_a_card_without_a_table_has_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    default = crossover.most("nf4_linear", "", 16384)
+    default = crossover.crossover_of("nf4_linear", "", 16384)
     assert 0 < default < inf
     write_table(tmp_path, monkeypatch, measured("nf4_linear", (1, 1, 2.0)))
-    assert crossover.most("nf4_linear", CARD, 16384) == 0
+    assert crossover.crossover_of("nf4_linear", CARD, 16384) == 0
     with pytest.warns(RuntimeWarning, match="acme-x2.json"):
-        assert crossover.most("nf4_linear", "ACME X2", 16384) == default
+        assert crossover.crossover_of("nf4_linear", "ACME X2", 16384) == default
 
 
 @pytest.mark.parametrize("folder", ["mistyped", ""])
@@ -66,12 +66,12 @@ def test_a_folder_without_a_table_of_the_card_is_named_once(
 ) -> None:
     monkeypatch.setenv(card_tables.VARIABLE, str(tmp_path / folder))
     with pytest.warns(RuntimeWarning) as said:
-        assert crossover.most("lora_linear", CARD, 4096) == inf
+        assert crossover.crossover_of("lora_linear", CARD, 4096) == inf
     (one,) = said
     assert str(tmp_path / folder / card_tables.file_name(CARD)) in str(one.message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert crossover.most("lora_linear", CARD, 1024) == inf
+        assert crossover.crossover_of("lora_linear", CARD, 1024) == inf
 
 
 def test_while_a_card_is_measured_only_the_given_tables_and_the_default_are_read(
@@ -79,19 +79,19 @@ def test_while_a_card_is_measured_only_the_given_tables_and_the_default_are_read
 ) -> None:
     write_table(tmp_path, monkeypatch, "{")
     given = card_tables.Entry(tmp_path, "", measured("lora_linear", (1024, 16, 2.0)))
-    with card_tables.in_force(given):
-        assert crossover.most("lora_linear", CARD, 4096) == 15
-        assert crossover.most("multi_lora_linear", CARD, 4096) == inf
-        with card_tables.in_force():
-            assert crossover.most("lora_linear", CARD, 4096) == inf
+    with card_tables.only_tables(given):
+        assert crossover.crossover_of("lora_linear", CARD, 4096) == 15
+        assert crossover.crossover_of("multi_lora_linear", CARD, 4096) == inf
+        with card_tables.only_tables():
+            assert crossover.crossover_of("lora_linear", CARD, 4096) == inf
     with pytest.raises(ValueError, match="is not JSON"):
-        crossover.most("lora_linear", CARD, 4096)
+        crossover.crossover_of("lora_linear", CARD, 4096)
 
 
 @pytest.mark.parametrize("operation", ["multi_lora_linear", "lora_linear"])
 @pytest.mark.parametrize("E", [0, 1, 100_000])
 def test_by_default_triton_computes_every_size(operation: str, E: int) -> None:
-    assert crossover.most(operation, "", E) == inf
+    assert crossover.crossover_of(operation, "", E) == inf
 
 
 def test_a_measured_table_wins_for_the_weights_that_it_measured(
@@ -100,9 +100,9 @@ def test_a_measured_table_wins_for_the_weights_that_it_measured(
     rows = ((1024, 1, 2.0), (4096, 1, 0.5), (4096, 8, 0.9), (4096, 16, 1.5), (4096, 32, 0.5))
     write_table(tmp_path, monkeypatch, measured("nf4_linear", *rows))
     assert card_tables.file_name(CARD) == "acme-x1-80-gb.json"
-    found = [crossover.most("nf4_linear", CARD, E) for E in (512, 1024, 4096, 9999)]
+    found = [crossover.crossover_of("nf4_linear", CARD, E) for E in (512, 1024, 4096, 9999)]
     assert found == [0, 0, 8, 8]  # 32 tokens are faster again, but not all numbers up to them
-    assert crossover.most("lora_linear", CARD, 4096) == inf  # the table lacks it, so the default decides
+    assert crossover.crossover_of("lora_linear", CARD, 4096) == inf  # the table lacks it, so the default decides
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_wrong_table_is_refused_with_its_file_and_key(
 ) -> None:
     file = write_table(tmp_path, monkeypatch, table)
     with pytest.raises(ValueError, match="hint: measure the card again") as caught:
-        crossover.most("lora_linear", CARD, 4096)
+        crossover.crossover_of("lora_linear", CARD, 4096)
     assert str(caught.value).startswith(": ".join(filter(None, [str(file), key, expected])))
 
 
@@ -205,7 +205,7 @@ def test_tiles_of_another_version_or_card_are_ignored_and_this_is_said_once(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert chosen(4096, 1024) == LARGE
-    assert crossover.most("lora_linear", "", 4096) == 7  # a crossover still holds
+    assert crossover.crossover_of("lora_linear", "", 4096) == 7  # a crossover still holds
 
 
 @pytest.mark.parametrize(

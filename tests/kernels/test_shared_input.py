@@ -145,13 +145,13 @@ def test_any_order_any_subset_and_repeated_calls(names: tuple[str, ...]) -> None
 
 def test_unused_layers_stop_being_precomputed(together: list[int]) -> None:
     adapted = attached()
-    for _ in range(3 * shared_input.PATIENCE):  # as often asked as not
+    for _ in range(3 * shared_input.MAX_UNUSED_OUTPUTS):  # as often asked as not
         adapted.model(given())
         adapted.model(given(), ("q", "k"))
     assert set(together) == {3}
-    for _ in range(3 * shared_input.PATIENCE):  # buys no patience
+    for _ in range(3 * shared_input.MAX_UNUSED_OUTPUTS):  # buys no patience
         adapted.model(given())
-    for _ in range(shared_input.PATIENCE + 1):
+    for _ in range(shared_input.MAX_UNUSED_OUTPUTS + 1):
         adapted.model(given(), ("q", "k"))
     assert together[-2:] == [3, 2]
 
@@ -304,9 +304,9 @@ def test_checkpointing_from_the_first_step(reentrant: bool) -> None:
 def test_checkpointing_of_layers_that_stop_being_precomputed() -> None:
     """A recomputation that kept other tensors than the first pass would be refused."""
     adapted = attached()
-    for _ in range(shared_input.PATIENCE + 3):
+    for _ in range(shared_input.MAX_UNUSED_OUTPUTS + 3):
         gradients(adapted, given(), lambda m, x: checkpoint(_cross, m, x, use_reentrant=False))
-    for _ in range(shared_input.PATIENCE + 3):
+    for _ in range(shared_input.MAX_UNUSED_OUTPUTS + 3):
         adapted.model(given(), ("q",))
     gradients(adapted, given(), lambda m, x: checkpoint(_cross, m, x, use_reentrant=False))
 

@@ -40,7 +40,7 @@ ROBERTA = {
 
 def request(cell: Cell = CELL, config: dict[str, Any] = ROBERTA, checkpoint: str = "") -> Any:
     one = plan_prediction.count_request(cell, config, "encoder", 2, checkpoint)
-    return plan_prediction.step_request(cell, one, answer=1)
+    return plan_prediction.step_request(cell, one, loss_tokens=1)
 
 
 @pytest.fixture(autouse=True)
@@ -241,7 +241,7 @@ def test_a_broken_or_foreign_entry_is_replaced(broken: str, predictions: Path) -
     (file,) = predictions.iterdir()
     entry = json.loads(file.read_bytes())
     if broken == "other request":
-        entry["facts"]["request"]["answer"] = 2
+        entry["facts"]["request"]["loss_tokens"] = 2
     file.write_text(
         json.dumps({**entry, "answer": 3})
         if broken == "answer"

@@ -63,13 +63,13 @@ def attached(kind: str, dtype: str = "float32", **keys: Any) -> tuple[Subject, C
     adapted = any_method(model, config, torch.Generator().manual_seed(0))
     bases, _ = attached_layers(adapted, [])
     subject = Subject("peft", config, dtype, model, adapted, bases, own, original)  # type: ignore[arg-type]
-    return subject, Case("init", inputs=run, base_output=base_output, forward=logits)
+    return subject, Case("init", run_model=run, base_output=base_output, forward=logits)
 
 
 def gated(subject: Subject, case: Case) -> dict[str, CheckResult]:
-    assert case.inputs is not None
+    assert case.run_model is not None
     assert case.base_output is not None
-    found = parity_gate.gate(subject, 0, case.inputs, case.base_output, forward=logits)
+    found = parity_gate.gate(subject, 0, case.run_model, case.base_output, forward=logits)
     return {"/".join(result.check.split("/")[1::2]): result for result in found}
 
 

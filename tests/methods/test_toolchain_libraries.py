@@ -51,7 +51,7 @@ def test_every_function_says_what_it_needs_and_where_it_runs() -> None:
 def test_on_a_cpu_torch_computes_the_activation_and_its_gradients(module: str, name: str, up_first: bool) -> None:
     gate, up, dh = torch.randn(3, 2, 5, 7, dtype=torch.float64, generator=generator()).unbind()
     leaves = [t.clone().requires_grad_(True) for t in (gate, up)]
-    forward, backward = gated_activations.of_library(f"any.{module}", name, "", gate, up_first=up_first)
+    forward, backward = gated_activations.activation_functions(f"any.{module}", name, "", gate, up_first=up_first)
     wanted = forward(*leaves)
     wanted.backward(dh)
     h, *gradients = backward(dh, gate, up)

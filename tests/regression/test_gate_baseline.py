@@ -20,7 +20,7 @@ from scipy import stats
 
 from harness.analysis import metrics
 from harness.analysis.comparison import against_baseline
-from harness.analysis.comparison.against_baseline import Against
+from harness.analysis.comparison.against_baseline import BaselineVerdict
 from harness.analysis.comparison.baseline_rows import (
     COUNTED_PEAK_B,
     ONE_SEED,
@@ -28,9 +28,9 @@ from harness.analysis.comparison.baseline_rows import (
     PROCESS_SHARE,
     TIMES,
     ComparisonRow,
-    FindingKind,
-    Findings,
+    GateResult,
     Margins,
+    RowKind,
 )
 from harness.analysis.measurements import above_imports, training_peak
 from harness.analysis.run_facts import analyse
@@ -91,12 +91,12 @@ def base(tmp_path: Path) -> store.Run:
     return recorded_run.write_run(tmp_path / "results" / "runs" / "base", run="base", only=FEW)
 
 
-def judge(base: store.Run, new: store.Run, **options: Any) -> Against:
+def judge(base: store.Run, new: store.Run, **options: Any) -> BaselineVerdict:
     """Compare two loaded runs."""
     return against_baseline.judge(analyse(base), analyse(new), **options)
 
 
-def against(base: store.Run, change: Change = lambda _, r: r, **more: Any) -> Against:
+def against(base: store.Run, change: Change = lambda _, r: r, **more: Any) -> BaselineVerdict:
     """Judge a run of the same Cells, with some Records changed."""
     margins, strict = more.pop("margins", None), more.pop("strict", False)
     folder = base.path.with_name("new")
@@ -109,7 +109,7 @@ def against(base: store.Run, change: Change = lambda _, r: r, **more: Any) -> Ag
     )
 
 
-def found(result: Against, kind: FindingKind) -> list[ComparisonRow]:
+def found(result: BaselineVerdict, kind: RowKind) -> list[ComparisonRow]:
     return [row for row in result.rows if row.kind is kind and not row.same]
 
 
@@ -119,8 +119,8 @@ def found(result: Against, kind: FindingKind) -> list[ComparisonRow]:
 def test_an_equal_run_passes_and_times_are_not_judged(base: store.Run) -> None:
     result = against(base)
     assert (result.verdict.word, result.exit, result.compared) == (VerdictKind.PASS, Exit.PASS, 3)
-    assert {row.kind for row in result.rows if not row.same} == {FindingKind.TIME}
-    times = found(result, FindingKind.TIME)
+    assert {row.kind for row in result.rows if not row.same} == {RowKind.TIME}
+    times = found(result, RowKind.TIME)
     assert all(row.reason == TIMES and row.base and row.new for row in times)
     assert not any(row.judged for row in times)
 
@@ -134,16 +134,16 @@ def slower(record: Record) -> Record:
 def test_a_time_ten_times_as_long_fails_nothing(base: store.Run) -> None:
     result = against(base, only("fused", slower))
     assert result.exit == Exit.PASS
-    assert [row.new for row in found(result, FindingKind.TIME) if row.what == "step" and row.cells == (FUSED,)] == [9.0]
+    assert [row.new for row in found(result, RowKind.TIME) if row.what == "step" and row.cells == (FUSED,)] == [9.0]
 
 
 def test_a_missing_time_is_a_finding(base: store.Run) -> None:
     untimed = against(base, only("fused", lambda r: measured(r, latency=[])))
-    missing = found(untimed, FindingKind.MISSING)
+    missing = found(untimed, RowKind.MISSING)
     assert [row.what for row in missing] == [f"forward {of}, 1 x 40" for of in ("base", "unmerged", "merged")]
     assert (untimed.exit, untimed.verdict.word) == (Exit.FAIL, VerdictKind.FAIL)
     untrained = against(base, only("fused", lambda r: measured(r, training=None)))
-    assert "step" in [row.what for row in found(untrained, FindingKind.MISSING)]
+    assert "step" in [row.what for row in found(untrained, RowKind.MISSING)]
 
 
 def with_losses(factor: float) -> Callable[[Record], Record]:
@@ -158,7 +158,7 @@ def with_losses(factor: float) -> Callable[[Record], Record]:
 @pytest.mark.parametrize(("factor", "code"), [(100.0, Exit.FAIL), (1.001, Exit.PASS), (0.5, Exit.PASS)])
 def test_a_higher_training_loss_is_a_finding(factor: float, code: Exit, base: store.Run) -> None:
     result = against(base, only("fused", with_losses(factor)))
-    (row,) = found(result, FindingKind.LOSS)
+    (row,) = found(result, RowKind.LOSS)
     assert (row.cells, result.exit) == ((FUSED,), code)
     training = next(m.training for r in base.records if r.cell_id == FUSED and (m := r.measurements))
     assert training is not None
@@ -177,7 +177,7 @@ def test_a_check_that_allows_far_more_is_inconclusive(base: store.Run) -> None:
         return only("fused", change)
 
     result = against(base, looser(1e6))
-    (row,) = found(result, FindingKind.PARITY)
+    (row,) = found(result, RowKind.PARITY)
     assert (row.word, result.verdict.word) == (VerdictKind.INCONCLUSIVE, VerdictKind.INCONCLUSIVE)
     assert row.reason == "larger errors allowed than in the baseline: lora/forward/float32/init (1e+06 times)"
     assert (
@@ -197,7 +197,7 @@ def test_a_run_without_hashes_does_not_pass(base: store.Run) -> None:
 
 def test_a_check_that_passed_before_and_fails_now(base: store.Run) -> None:
     result = against(base, only("fused", red))
-    (row,) = found(result, FindingKind.PARITY)
+    (row,) = found(result, RowKind.PARITY)
     assert (row.word, row.cells, result.exit) == (VerdictKind.FAIL, (FUSED,), Exit.FAIL)
     assert "lora/forward/float32/init failed" in row.reason
     assert "parity: " in result.verdict.reason
@@ -205,8 +205,8 @@ def test_a_check_that_passed_before_and_fails_now(base: store.Run) -> None:
 
 def test_a_nonconforming_cell_fails(base: store.Run) -> None:
     result = against(base, only("fused", lambda r: recorded_run.failed(r, Status.NONCONFORMING, because="diverged")))
-    (row,) = found(result, FindingKind.PARITY)
-    assert (row.word, row.reason, found(result, FindingKind.OUTCOME)) == (VerdictKind.FAIL, "diverged", [])
+    (row,) = found(result, RowKind.PARITY)
+    assert (row.word, row.reason, found(result, RowKind.OUTCOME)) == (VerdictKind.FAIL, "diverged", [])
 
 
 @pytest.mark.parametrize("before", [Status.NONCONFORMING, Status.OOM])
@@ -216,7 +216,7 @@ def test_a_nonconforming_cell_fails_whatever_it_was_before(before: Status, base:
 
     old = recorded_run.write_run(base.path.with_name("old"), run="old", only=FEW, change=wrong(before))
     result = against(old, wrong(Status.NONCONFORMING))
-    (row,) = [row for row in found(result, FindingKind.PARITY) if row.word is VerdictKind.FAIL]
+    (row,) = [row for row in found(result, RowKind.PARITY) if row.word is VerdictKind.FAIL]
     assert (row.cells, result.exit) == ((FUSED,), Exit.FAIL)
     assert row.reason.endswith(f"was {before.value} in the baseline")
     assert against(old, only("fused", lambda r: recorded_run.failed(r, Status.OOM))).exit == Exit.PASS
@@ -226,25 +226,25 @@ def test_a_check_that_no_longer_runs_is_inconclusive(base: store.Run) -> None:
     fewer = only("fused", lambda r: r.model_copy(update={"checks": r.checks[1:]}))
     assert against(base, fewer).exit == Exit.PASS
     result = against(base, fewer, strict=True)
-    assert (found(result, FindingKind.PARITY)[0].word, result.exit) == (VerdictKind.INCONCLUSIVE, Exit.INCONCLUSIVE)
+    assert (found(result, RowKind.PARITY)[0].word, result.exit) == (VerdictKind.INCONCLUSIVE, Exit.INCONCLUSIVE)
 
 
 @pytest.mark.parametrize("status", [Status.OOM, Status.TIMEOUT, Status.ERROR, Status.LOST, Status.SKIPPED])
 def test_another_outcome_of_an_ok_cell_fails(base: store.Run, status: Status) -> None:
     result = against(base, only("fused", lambda r: recorded_run.failed(r, status)))
-    (row,) = found(result, FindingKind.OUTCOME)
+    (row,) = found(result, RowKind.OUTCOME)
     assert (row.word, row.base, row.new, result.exit) == (VerdictKind.FAIL, "ok", status.value, Exit.FAIL)
 
 
 def test_a_cell_that_the_run_does_not_plan_fails(base: store.Run) -> None:
     result = against(base, only=FEW[:2])
-    (row,) = found(result, FindingKind.MISSING)
+    (row,) = found(result, RowKind.MISSING)
     assert (row.word, row.cells, result.exit) == (VerdictKind.FAIL, (FUSED,), Exit.FAIL)
 
 
 def test_a_cell_that_the_run_did_not_reach_is_not_run(base: store.Run) -> None:
     result = against(base, only("fused", lambda _: None))
-    (row,) = found(result, FindingKind.MISSING)
+    (row,) = found(result, RowKind.MISSING)
     assert (row.word, result.verdict.word, result.exit) == (
         VerdictKind.NOT_RUN,
         VerdictKind.INCONCLUSIVE,
@@ -256,7 +256,7 @@ def test_a_cell_that_the_run_did_not_reach_is_not_run(base: store.Run) -> None:
 def test_a_new_cell_is_listed_and_not_judged(base: store.Run) -> None:
     result = against(base, only=(*FEW, "lora-r1"))
     assert result.exit == Exit.PASS
-    assert [row.cells for row in found(result, FindingKind.NEW)] == [(recorded_run.cells()["lora-r1"].cell_id,)]
+    assert [row.cells for row in found(result, RowKind.NEW)] == [(recorded_run.cells()["lora-r1"].cell_id,)]
 
 
 def test_nothing_compared_is_never_a_pass(base: store.Run) -> None:
@@ -271,11 +271,11 @@ def test_one_more_counted_byte_fails_and_fewer_are_listed(base: store.Run, field
         return only("fused", lambda r: memory(r, **{field: getattr(measurements(r).memory, field) + n}))
 
     result = against(base, by(1))
-    (row,) = found(result, FindingKind.MEMORY)
+    (row,) = found(result, RowKind.MEMORY)
     assert (row.word, row.delta, row.reason, result.exit) == (VerdictKind.FAIL, 1, "grew", Exit.FAIL)
     if field != "optimizer_host_B":
         less = against(base, by(-1))
-        (row,) = found(less, FindingKind.MEMORY)
+        (row,) = found(less, RowKind.MEMORY)
         assert (row.word, row.reason, less.exit) == (VerdictKind.PASS, "shrank", Exit.PASS)
 
 
@@ -286,7 +286,7 @@ def test_another_parameter_count_fails(base: store.Run, by: int) -> None:
         return measured(record, parameters=count.model_copy(update={"adapter": count.adapter + by}))
 
     result = against(base, only("fused", change))
-    assert [(row.word, row.what) for row in found(result, FindingKind.PARAMETERS)] == [
+    assert [(row.word, row.what) for row in found(result, RowKind.PARAMETERS)] == [
         (VerdictKind.FAIL, "adapter parameters")
     ]
 
@@ -296,7 +296,7 @@ def test_process_peaks_have_a_margin_and_gpu_peaks_none(base: store.Run) -> None
     def grown(n: int, source: str = "VmHWM") -> Change:
         return only("fused", lambda r: memory(peak(r, n), source=source))
 
-    (row,) = found(against(base, grown(1)), FindingKind.MEMORY)
+    (row,) = found(against(base, grown(1)), RowKind.MEMORY)
     assert isinstance(row.base, int)
     usual = max(PROCESS_PEAK_B, int(PROCESS_SHARE * row.base))
     assert against(base, grown(usual)).exit == Exit.PASS
@@ -306,7 +306,7 @@ def test_process_peaks_have_a_margin_and_gpu_peaks_none(base: store.Run) -> None
     large = recorded_run.write_run(base.path.with_name("large"), only=FEW, change=grown(2**31))
     for share, code in ((0.03, Exit.PASS), (0.08, Exit.FAIL)):
         assert against(large, grown(2**31 + int(share * 2**31))).exit == code
-    assert found(against(base, grown(0, "sampled")), FindingKind.MEMORY)[0].word is VerdictKind.INCONCLUSIVE
+    assert found(against(base, grown(0, "sampled")), RowKind.MEMORY)[0].word is VerdictKind.INCONCLUSIVE
     gpu = recorded_run.write_run(base.path.with_name("gpu"), only=FEW, change=grown(0, "cuda allocated"))
     assert against(gpu, grown(0, "cuda allocated")).exit == Exit.PASS
     assert against(gpu, grown(1, "cuda allocated")).exit == Exit.FAIL
@@ -317,13 +317,13 @@ def test_counted_peaks_may_grow_by_little_or_by_the_option(base: store.Run) -> N
         base.path.with_name("counted"), only=FEW, change=only("fused", lambda r: of_tensors(r, 0))
     )
 
-    def grown(n: int, **more: Any) -> Against:
+    def grown(n: int, **more: Any) -> BaselineVerdict:
         return against(counted, only("fused", lambda r: of_tensors(r, n)), **more)
 
-    assert found(grown(0), FindingKind.MEMORY) == []
+    assert found(grown(0), RowKind.MEMORY) == []
     assert grown(COUNTED_PEAK_B).exit == Exit.PASS
     result = grown(COUNTED_PEAK_B + 1)
-    (row,) = found(result, FindingKind.MEMORY)
+    (row,) = found(result, RowKind.MEMORY)
     assert (row.what, row.word, row.delta, result.exit) == (
         COUNTED_PEAK,
         VerdictKind.FAIL,
@@ -335,8 +335,8 @@ def test_counted_peaks_may_grow_by_little_or_by_the_option(base: store.Run) -> N
     assert grown(1, margins=Margins(memory_B=0)).exit == Exit.FAIL
     # An old baseline has no counts, and is not compared; a run that lacks counts is a finding.
     new = against(base, only("fused", lambda r: of_tensors(r, 0)))
-    assert ([row.what for row in found(new, FindingKind.NEW)], new.exit) == ([COUNTED_PEAK], Exit.PASS)
-    assert [row.what for row in found(against(counted), FindingKind.MISSING)] == [COUNTED_PEAK]
+    assert ([row.what for row in found(new, RowKind.NEW)], new.exit) == ([COUNTED_PEAK], Exit.PASS)
+    assert [row.what for row in found(against(counted), RowKind.MISSING)] == [COUNTED_PEAK]
 
 
 def of_tensors(record: Record, more: int) -> Record:
@@ -362,7 +362,7 @@ def test_the_published_run_supports_the_margin_of_a_process() -> None:
 
 def test_a_drop_of_accuracy_with_one_seed_names_the_seed(base: store.Run) -> None:
     result = against(base, only("fused", lambda r: recorded_run.with_accuracy(r, 0.75)))
-    (row,) = found(result, FindingKind.ACCURACY)
+    (row,) = found(result, RowKind.ACCURACY)
     assert (row.word, result.exit) == (VerdictKind.FAIL, Exit.FAIL)
     assert ONE_SEED in row.reason
     assert "margin 2 points" in row.reason
@@ -372,16 +372,16 @@ def test_a_drop_of_accuracy_with_one_seed_names_the_seed(base: store.Run) -> Non
 
 def test_a_higher_accuracy_passes_and_is_listed(base: store.Run) -> None:
     result = against(base, only("fused", lambda r: recorded_run.with_accuracy(r, 0.87)))
-    (row,) = found(result, FindingKind.ACCURACY)
+    (row,) = found(result, RowKind.ACCURACY)
     assert (row.word, row.reason.startswith("rose"), result.exit) == (VerdictKind.PASS, True, Exit.PASS)
 
 
 def test_a_small_drop_is_inconclusive_or_within_a_wide_margin(base: store.Run) -> None:
     drop = only("fused", lambda r: recorded_run.with_accuracy(r, 0.805))
     strict = against(base, drop, strict=True, margins=Margins(accuracy=0.001))
-    assert (found(strict, FindingKind.ACCURACY)[0].word, strict.exit) == (VerdictKind.INCONCLUSIVE, Exit.INCONCLUSIVE)
-    assert "smallest detectable drop" in found(strict, FindingKind.ACCURACY)[0].reason
-    assert found(against(base, drop), FindingKind.ACCURACY)[0].word is VerdictKind.PASS
+    assert (found(strict, RowKind.ACCURACY)[0].word, strict.exit) == (VerdictKind.INCONCLUSIVE, Exit.INCONCLUSIVE)
+    assert "smallest detectable drop" in found(strict, RowKind.ACCURACY)[0].reason
+    assert found(against(base, drop), RowKind.ACCURACY)[0].word is VerdictKind.PASS
 
 
 def test_other_items_are_not_compared(base: store.Run) -> None:
@@ -392,12 +392,12 @@ def test_other_items_are_not_compared(base: store.Run) -> None:
         return measured(record, accuracy=a.model_copy(update={"items": items}))
 
     result = against(base, only("fused", renamed), strict=True)
-    assert (found(result, FindingKind.ACCURACY)[0].word, result.exit) == (VerdictKind.INCONCLUSIVE, Exit.INCONCLUSIVE)
+    assert (found(result, RowKind.ACCURACY)[0].word, result.exit) == (VerdictKind.INCONCLUSIVE, Exit.INCONCLUSIVE)
 
 
 def test_a_number_that_is_no_longer_measured_is_missing(base: store.Run) -> None:
     result = against(base, only("fused", lambda r: measured(r, accuracy=None)))
-    assert [(row.word, row.what) for row in found(result, FindingKind.MISSING)] == [(VerdictKind.FAIL, "accuracy")]
+    assert [(row.word, row.what) for row in found(result, RowKind.MISSING)] == [(VerdictKind.FAIL, "accuracy")]
 
 
 def test_an_environment_is_named_once_for_all_its_cells(base: store.Run) -> None:
@@ -407,7 +407,7 @@ def test_an_environment_is_named_once_for_all_its_cells(base: store.Run) -> None
         return record.model_copy(update={"environment": recorded_run.environment(software=software)})
 
     result = against(base, upgraded)
-    (row,) = found(result, FindingKind.ENVIRONMENT)
+    (row,) = found(result, RowKind.ENVIRONMENT)
     assert (row.name, row.reason, result.exit) == ("3 Cells", "software torch: 2.9.1+cpu, 2.10.0", Exit.PASS)
     assert "software torch: 2.9.1+cpu, 2.10.0 (3 Cells)" in result.verdict.reason
     assert against(base, upgraded, strict=True).exit == Exit.INCONCLUSIVE
@@ -427,7 +427,7 @@ def test_another_commit_is_named_and_passes(base: store.Run) -> None:
 def test_another_model_under_the_same_name_is_named(base: store.Run) -> None:
     other: list[AssetUse] = recorded_run.assets("d" * 64)
     result = against(base, only("fused", lambda r: r.model_copy(update={"assets": other})), strict=True)
-    (row,) = found(result, FindingKind.ASSETS)
+    (row,) = found(result, RowKind.ASSETS)
     assert (row.word, row.cells, result.exit) == (VerdictKind.INCONCLUSIVE, (FUSED,), Exit.INCONCLUSIVE)
 
 
@@ -446,7 +446,7 @@ def test_broken_files_are_named_and_the_others_are_used(base: store.Run) -> None
     files[3].write_text(json.dumps({"schema": 1, "other": "program"}), encoding="utf-8")
     result = judge(whole, store.read_run(new.path))
     assert (result.compared, result.exit, result.verdict.word) == (1, Exit.INFRASTRUCTURE, VerdictKind.INCONCLUSIVE)
-    assert {row.cells[0] for row in found(result, FindingKind.MISSING)} == set(ids)
+    assert {row.cells[0] for row in found(result, RowKind.MISSING)} == set(ids)
     assert all(any(file.name in why for why in result.unreadable) for file in files)
     assert any("written with schema 99, this version reads up to 1" in why for why in result.unreadable)
 
@@ -465,7 +465,7 @@ def test_no_older_attempt_replaces_a_torn_one(base: store.Run) -> None:
     folder = base.path.with_name("new")
     (folder / "cells" / f"{FUSED}.2.json").write_text("{", encoding="utf-8")
     result = judge(base, store.read_run(folder))
-    assert [row.cells for row in found(result, FindingKind.MISSING)] == [(FUSED,)]
+    assert [row.cells for row in found(result, RowKind.MISSING)] == [(FUSED,)]
     assert result.exit == Exit.INFRASTRUCTURE
 
 
@@ -684,8 +684,8 @@ def test_a_file_that_cannot_be_written_after_all_loses_no_finding(
 
 
 def test_a_difference_below_the_shown_digits_is_written_in_bytes() -> None:
-    row = ComparisonRow(FindingKind.MEMORY, VerdictKind.FAIL, "a", ("0",), "adapter", "grew", 1_400_000, 1_400_001, "B")
-    reported = Findings(verdict=Verdict(VerdictKind.FAIL, ""), rows=(row,), compared=1)
+    row = ComparisonRow(RowKind.MEMORY, VerdictKind.FAIL, "a", ("0",), "adapter", "grew", 1_400_000, 1_400_001, "B")
+    reported = GateResult(verdict=Verdict(VerdictKind.FAIL, ""), rows=(row,), compared=1)
     assert "adapter 1.3 MiB, now 1.3 MiB (+1 B" in github.lines(reported)[0]
     assert b"adapter: 1.3 MiB, now 1.3 MiB (+1 B" in junit.render(reported)
 
@@ -697,7 +697,7 @@ def test_json_is_one_document_with_everything(worse: Path, capsys: pytest.Captur
     assert (document["verdict"], document["exit"], document["compared"], document["cells"]) == ("fail", 1, 3, 3)
     assert [(r["what"], r["delta"]) for r in document["rows"] if r["word"] == "fail"] == [("adapter", 512)]
     assert document["baseline"]["author"] == "Ada"
-    assert set(document["kinds"]) == {kind.value for kind in FindingKind}
+    assert set(document["kinds"]) == {kind.value for kind in RowKind}
 
 
 def test_github_jobs_get_annotations_by_default(
@@ -726,7 +726,7 @@ def test_markdown_stays_under_its_limit_and_counts_omitted_rows(base: store.Run)
 
 @pytest.mark.slow
 def test_explain_has_the_rule_of_every_kind() -> None:
-    assert all(f"{kind.value}: " in explain("gate") for kind in FindingKind)
+    assert all(f"{kind.value}: " in explain("gate") for kind in RowKind)
 
 
 # ---- cost

@@ -19,7 +19,7 @@ from harness.process.supervisor import Subprocess
 from harness.process.worker_pool import marked
 from harness.regression.night import budget, part_run, parts
 from harness.regression.night import run as nights
-from harness.regression.night.parts import Part
+from harness.regression.night.parts import NightPart
 from harness.regression.night.run import NightRequest, night
 from harness.suites import loader
 from harness.suites.expand import select
@@ -80,14 +80,23 @@ elif what == "garbage":
 """
 
 
-def part(word: str, estimate_s: float = 1.0, name: str = "", kind: Any = "check", kept: bool = False) -> Part:
-    return Part(name or word, f"What if it {word}?", kind, (word, "--json", "--out", parts.OUT), estimate_s, kept=kept)
+def part(
+    word: str, estimate_s: float = 1.0, name: str = "", kind: Any = "check", is_reserved: bool = False
+) -> NightPart:
+    return NightPart(
+        name or word,
+        f"What if it {word}?",
+        kind,
+        (word, "--json", "--out", parts.OUT),
+        estimate_s,
+        is_reserved=is_reserved,
+    )
 
 
 def run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    plan: list[Part],
+    plan: list[NightPart],
     budget_s: float = 600.0,
     only: tuple[str, ...] = (),
 ) -> tuple[Exit, dict[str, dict[str, Any]], str]:
@@ -217,7 +226,7 @@ def test_a_slow_part_is_cut_so_that_a_later_part_keeps_its_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(budget, "LEAST_S", 1000.0)
-    plan = [part("saves", 0.125), part("good", 200.0, kept=True), part("good", 1.0, "last")]
+    plan = [part("saves", 0.125), part("good", 200.0, is_reserved=True), part("good", 1.0, "last")]
     code, results, page = run(tmp_path, monkeypatch, plan, budget_s=400.0)
     assert code == Exit.PASS
     assert results["saves"]["status"] == "cut"
@@ -238,18 +247,20 @@ def test_three_slow_parts_of_parity_leave_ten_minutes_for_ceilings_operations_an
                 most = budget.limit(one, plan[number + 1 :], left, device, 600.0)  # type: ignore[arg-type]
                 assert most.seconds >= one.estimate_s
                 left -= most.seconds + 2.0 if one.name.startswith("parity") else one.estimate_s  # 2 s: its end
-        wanted = [one.name for one in plan if one.kept]
+        wanted = [one.name for one in plan if one.is_reserved]
         assert {name.partition("-")[0] for name in wanted} == {"parity", "ceilings", "operation", "step"}
         assert set(wanted) <= set(reached)
 
 
 def test_a_part_that_takes_many_times_its_estimate_seems_to_hang() -> None:
-    def limit(later: list[Part], left_s: float, device: parts.Device = "cuda", budget_s: float = 600.0) -> budget.Limit:
+    def limit(
+        later: list[NightPart], left_s: float, device: parts.Device = "cuda", budget_s: float = 600.0
+    ) -> budget.Limit:
         return budget.limit(part("good", 60.0), later, left_s, device, budget_s)
 
     assert limit([], 10_000.0).by == "estimate"
     assert limit([], 100.0).by == "budget"
-    assert limit([part("good", 50.0, kept=True)], 120.0).by == "share"
+    assert limit([part("good", 50.0, is_reserved=True)], 120.0).by == "share"
     usual_s = budget.DEFAULT_S["cpu"]
     usual, slower = (limit([], 10_000.0, "cpu", factor * usual_s).seconds for factor in (1, 2))
     assert slower == 2 * usual  # a slower machine
@@ -343,7 +354,7 @@ def test_ctrl_c_leaves_a_footer_and_a_page(tmp_path: Path) -> None:
     out = tmp_path / "night"
     code = (
         "import sys; from pathlib import Path; from harness.regression.night import parts, run\n"
-        "plan = [parts.Part(n, n, 'check', (n,), 1.0) for n in ('saves', 'good')]\n"
+        "plan = [parts.NightPart(n, n, 'check', (n,), 1.0) for n in ('saves', 'good')]\n"
         "parts.on_cpu = lambda: plan\n"
         f"wanted = run.NightRequest(600, 'cpu', Path({str(out)!r}), command=(sys.executable, {str(stub)!r}))\n"
         "sys.exit(run.night(wanted, True))"
@@ -393,7 +404,7 @@ def test_a_suite_of_ones_own_takes_the_place_of_the_real_model(tmp_path: Path, m
 
 @pytest.mark.slow
 def test_a_rehearsal_runs_cells_of_the_same_kind_as_the_headlines() -> None:
-    def kinds(plan: list[Part]) -> set[tuple[object, ...]]:
+    def kinds(plan: list[NightPart]) -> set[tuple[object, ...]]:
         """Return a tuple for each kind of Cell that the parts of the headlines run."""
         found = set()
         for part in plan:

@@ -16,7 +16,7 @@ from harness.cli import main
 from harness.errors import Exit
 from harness.regression.night import budget, parts
 from harness.regression.night import run as nights
-from harness.regression.night.parts import Part
+from harness.regression.night.parts import NightPart
 from harness.regression.night.run import NightRequest, night
 
 STUB = """
@@ -71,16 +71,16 @@ def test_claims_that_were_left_out_are_judged_from_the_runs_of_the_night(
     stub.write_text(STUB)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     first, second = (
-        Part(f"headline-{name}", "?", "run", ("run", "suite", "--out", f"{parts.OUT}/run"), 1.0)
+        NightPart(f"headline-{name}", "?", "run", ("run", "suite", "--out", f"{parts.OUT}/run"), 1.0)
         for name in ("7b", "33b")
     )
-    claims = Part("claims", "?", "claims", ("claims", parts.RUNS), 900.0)
+    claims = NightPart("claims", "?", "claims", ("claims", parts.RUNS), 900.0)
     monkeypatch.setattr(parts, "on_cpu", lambda: [first, claims])
     night(NightRequest(600.0, "cpu", tmp_path / "one", command=(sys.executable, str(stub))), as_json=False)
     run = str(tmp_path / "one" / "parts" / "headline-7b" / "run")
     assert next_steps(capsys.readouterr().out) == [["peft-harness", "claims", "--run", run]]
 
-    slow = Part(second.name, "?", "run", second.words, 900.0)
+    slow = NightPart(second.name, "?", "run", second.words, 900.0)
     monkeypatch.setattr(parts, "on_cpu", lambda: [first, slow, claims])
     night(NightRequest(600.0, "cpu", tmp_path / "two", command=(sys.executable, str(stub))), as_json=False)
     alone, again = next_steps(capsys.readouterr().out)
@@ -94,8 +94,8 @@ def test_the_command_that_makes_a_baseline_can_be_pasted(
     stub, out = tmp_path / "stub.py", tmp_path / "my night"
     stub.write_text("import sys; sys.exit(0)")
     monkeypatch.setattr(nights, "find_gpu", lambda: Gpu(name="A card"))
-    monkeypatch.setattr(parts, "on_gpu", lambda: [Part("matrix", "?", "run", ("run", "suite"), 1.0)])
-    monkeypatch.setattr(nights.documents, "read", lambda *_: nights.documents.Reading("1 ok"))
+    monkeypatch.setattr(parts, "on_gpu", lambda: [NightPart("matrix", "?", "run", ("run", "suite"), 1.0)])
+    monkeypatch.setattr(nights.documents, "read", lambda *_: nights.documents.PartReading("1 ok"))
     night(NightRequest(600.0, "cuda", out, command=(sys.executable, str(stub))), as_json=False)
     run = str(out / "parts" / "matrix" / "run")
     promote = ["peft-harness", "baseline", "promote", run, "night-a-card", "--reason", "first night"]
@@ -117,7 +117,7 @@ def test_the_command_that_copies_a_table_of_a_card_works_from_every_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write = "import pathlib, sys; pathlib.Path(sys.argv[-1], 'a-card.json').write_text('{}')"
-    part = Part("crossovers", "?", "card", ("bench", "--out", parts.OUT), 1.0)
+    part = NightPart("crossovers", "?", "card", ("bench", "--out", parts.OUT), 1.0)
     monkeypatch.setattr(parts, "on_cpu", lambda: [part])
     request = NightRequest(600.0, "cpu", tmp_path / "a night", command=(sys.executable, "-c", write))
     night(request, as_json=False)
@@ -150,7 +150,7 @@ def test_without_a_gpu_the_output_names_the_rehearsal_and_no_parts(
 
 def test_without_scipy_the_pairs_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nights, "find_spec", lambda name: None)
-    monkeypatch.setattr(parts, "on_cpu", lambda: [Part("canary", "?", "pairs", ("gate",), 1.0)])
+    monkeypatch.setattr(parts, "on_cpu", lambda: [NightPart("canary", "?", "pairs", ("gate",), 1.0)])
     request = NightRequest(600.0, "cpu", tmp_path / "night", command=(sys.executable, "-c", "raise SystemExit(4)"))
     assert night(request, as_json=True) == Exit.NOTHING_COMPARED
     found = json.loads((tmp_path / "night" / "parts" / "canary.json").read_text())

@@ -12,7 +12,7 @@ import pytest
 from harness.errors import Exit
 from harness.records.record import Status
 from harness.regression.night import parts
-from harness.regression.night.parts import Part
+from harness.regression.night.parts import NightPart
 from harness.regression.night.run import NightRequest, night
 
 STUB = """
@@ -48,7 +48,7 @@ def test_a_cell_that_fails_is_told_at_the_top(
     monkeypatch.setattr(
         parts,
         "on_cpu",
-        lambda: [Part(name, "?", "run", ("run", "./my suite.yaml", cell.value, f"{parts.OUT}/run"), 1.0)],
+        lambda: [NightPart(name, "?", "run", ("run", "./my suite.yaml", cell.value, f"{parts.OUT}/run"), 1.0)],
     )
     code = night(NightRequest(600.0, "cpu", tmp_path / "night", command=(sys.executable, str(stub))), as_json=True)
     assert code == (Exit.FAIL if status == "finding" else Exit.PASS)
@@ -67,7 +67,7 @@ def test_a_rival_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pyt
         "outcome": "not-run", "because": "acme is not installed", "parity": [],
     }  # fmt: skip
     code = f"import sys; print({json.dumps({'benchmarks': [row, row]})!r}); sys.exit(5)"
-    monkeypatch.setattr(parts, "on_cpu", lambda: [Part("operation-nf4", "?", "bench", ("bench",), 1.0)])
+    monkeypatch.setattr(parts, "on_cpu", lambda: [NightPart("operation-nf4", "?", "bench", ("bench",), 1.0)])
     night(NightRequest(600.0, "cpu", tmp_path / "night", command=(sys.executable, "-c", code)), as_json=True)
     found = json.loads((tmp_path / "night" / "parts" / "operation-nf4.json").read_text())
     assert (found["status"], found["summary"]) == ("not-run", "2 not-run: acme is not installed")

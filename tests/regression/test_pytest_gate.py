@@ -14,12 +14,12 @@ import pytest
 import scipy.special  # noqa: F401
 
 from harness import pytest_plugin
-from harness.analysis.comparison.baseline_rows import FindingKind, Findings
+from harness.analysis.comparison.baseline_rows import GateResult, RowKind
 from harness.analysis.verdict_kind import VerdictKind
 from harness.bench import pytest_benchmark
 from harness.bench.pytest_benchmark import Saved
 from harness.errors import UsageError
-from harness.regression.benchmarks import Session, compare
+from harness.regression.benchmarks import SessionResults, compare
 from support.process_rounds import FIVE, rounds
 
 pytest_plugins = ["pytester"]
@@ -35,17 +35,19 @@ def saved_runs(*names: str, place: dict[str, str] | None = None) -> list[Saved]:
     return [Saved(Path(f"{i}.json"), place, dict.fromkeys(names, run)) for i, run in enumerate(FIVE)]
 
 
-def session(**changes: object) -> Session:
-    return Session(**{"place": HERE, "rounds": {KERNEL: rounds(1e-3)}, "absent": {}, "cases_passed": 4} | changes)  # type: ignore[arg-type]
+def session(**changes: object) -> SessionResults:
+    return SessionResults(
+        **{"place": HERE, "rounds": {KERNEL: rounds(1e-3)}, "absent": {}, "cases_passed": 4} | changes
+    )  # type: ignore[arg-type]
 
 
-def words(found: Findings) -> list[tuple[FindingKind, VerdictKind]]:
+def words(found: GateResult) -> list[tuple[RowKind, VerdictKind]]:
     return [(row.kind, row.word) for row in found.rows]
 
 
 def test_a_correct_session_that_is_not_slower_passes() -> None:
     found = compare(saved_runs(KERNEL), session())
-    assert words(found) == [(FindingKind.SPEED, VerdictKind.PASS)]
+    assert words(found) == [(RowKind.SPEED, VerdictKind.PASS)]
     assert found.verdict.word is VerdictKind.PASS
     assert found.verdict.reason == (
         "1 of 1 benchmarks not slower (by more than 10 %, each at a level of 1 %); @conformance: 4 cases passed"
@@ -61,13 +63,13 @@ def test_the_verdict_names_a_slower_benchmark() -> None:
 
 def test_no_speed_is_a_pass_without_parity() -> None:
     found = compare(saved_runs(KERNEL), session(cases_failed=1))
-    assert words(found) == [(FindingKind.PARITY, VerdictKind.FAIL), (FindingKind.SPEED, VerdictKind.INCONCLUSIVE)]
+    assert words(found) == [(RowKind.PARITY, VerdictKind.FAIL), (RowKind.SPEED, VerdictKind.INCONCLUSIVE)]
     assert found.verdict.word is VerdictKind.FAIL
     assert "no benchmark passes without parity: 1 case of @conformance failed" in found.verdict.reason
     found = compare(
         saved_runs(KERNEL, OTHER), session(failed=frozenset([OTHER]), rounds={KERNEL: FIVE[0], OTHER: FIVE[0]})
     )
-    assert words(found) == [(FindingKind.SPEED, VerdictKind.PASS), (FindingKind.OUTCOME, VerdictKind.FAIL)]
+    assert words(found) == [(RowKind.SPEED, VerdictKind.PASS), (RowKind.OUTCOME, VerdictKind.FAIL)]
     assert found.verdict.word is VerdictKind.FAIL
     assert "no case of @conformance ran" in compare(saved_runs(KERNEL), session(cases_passed=0)).verdict.reason
 
@@ -78,12 +80,12 @@ def test_undecided_or_missing_benchmarks_do_not_pass() -> None:
     found = compare(saved_runs(KERNEL, OTHER), session(absent={OTHER: "this session has no such test"}))
     assert (found.verdict.word, f"missing: {OTHER}" in found.verdict.reason) == (VerdictKind.INCONCLUSIVE, True)
     # A deselected benchmark is neither missing nor listed.
-    assert words(compare(saved_runs(KERNEL, OTHER), session())) == [(FindingKind.SPEED, VerdictKind.PASS)]
+    assert words(compare(saved_runs(KERNEL, OTHER), session())) == [(RowKind.SPEED, VerdictKind.PASS)]
 
 
 def test_a_new_benchmark_is_listed_and_not_judged() -> None:
     found = compare(saved_runs(KERNEL), session(rounds={KERNEL: rounds(1e-3), OTHER: rounds(9)}))
-    assert words(found) == [(FindingKind.SPEED, VerdictKind.PASS), (FindingKind.NEW, VerdictKind.NOT_RUN)]
+    assert words(found) == [(RowKind.SPEED, VerdictKind.PASS), (RowKind.NEW, VerdictKind.NOT_RUN)]
     assert found.verdict.word is VerdictKind.PASS
 
 
@@ -98,7 +100,7 @@ def test_times_of_another_machine_python_or_torch_are_not_compared(what: str) ->
 def test_saved_runs_of_another_machine_are_left_out_and_named() -> None:
     mixed = [*saved_runs(KERNEL), Saved(Path("x.json"), HERE | {"cpu": "a Xeon"}, {KERNEL: rounds(9)})]
     found = compare(mixed, session())
-    assert words(found) == [(FindingKind.SPEED, VerdictKind.PASS), (FindingKind.ENVIRONMENT, VerdictKind.PASS)]
+    assert words(found) == [(RowKind.SPEED, VerdictKind.PASS), (RowKind.ENVIRONMENT, VerdictKind.PASS)]
     assert "5 saved runs" in found.rows[0].reason
     assert (found.rows[1].name, found.rows[1].reason) == ("1 of 6 saved runs", "not used: cpu: a Xeon, here an EPYC")
     # A fact that a file lacks is no difference: an old pytest-benchmark does not store the cores.
@@ -117,7 +119,7 @@ def test_torch_or_a_gpu_on_one_side_only_is_another_machine(what: str) -> None:
         found = compare(saved_runs(KERNEL, place=old), session(place=new, rounds={KERNEL: rounds(1e-4)}))
         assert found.verdict.word is VerdictKind.NOT_RUN
         assert (words(found)[0], output in found.rows[0].reason) == (
-            (FindingKind.ENVIRONMENT, VerdictKind.INCONCLUSIVE),
+            (RowKind.ENVIRONMENT, VerdictKind.INCONCLUSIVE),
             True,
         )
 

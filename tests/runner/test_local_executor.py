@@ -122,10 +122,10 @@ def test_what_ends_a_run_ends_all_that_is_at_work(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_each_cell_has_a_gpu_for_itself(tmp_path: Path) -> None:
     run = stub_attempts.Stubbed(tmp_path, 6)
-    records = run.run(Local(2, run.command(), look=lambda: CARDS), device="cuda")
+    records = run.run(Local(2, run.command(), list_gpus=lambda: CARDS), device="cuda")
     assert {r.notes[1] for r in records.values()} == {"GPU-aa", "GPU-bb"}
     lone = stub_attempts.Stubbed(tmp_path / "lone", 2)
-    records = lone.run(Local(1, lone.command(), look=lambda: [BUSY, CARDS[1]]), device="cuda")
+    records = lone.run(Local(1, lone.command(), list_gpus=lambda: [BUSY, CARDS[1]]), device="cuda")
     assert {r.notes[1] for r in records.values()} == {"GPU-bb"}  # the one that nobody uses
 
 
@@ -134,7 +134,7 @@ def test_a_gpu_that_others_use_is_waited_for(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("harness.runner.executors.local._PROBE_S", 0.01)
     run = stub_attempts.Stubbed(tmp_path, 1)
     looks = iter([BUSY, BUSY, CARDS[0]])
-    records = run.run(Local(1, run.command(), look=lambda: [next(looks)]), device="cuda")
+    records = run.run(Local(1, run.command(), list_gpus=lambda: [next(looks)]), device="cuda")
     assert records[0].status is Status.OK
     assert (0, {"event": "phase", "name": "waiting for a GPU"}) in run.nobody.heard
 
@@ -144,7 +144,7 @@ def test_a_gpu_that_our_own_cells_use_is_waited_for_without_end(
 ) -> None:
     monkeypatch.setattr("harness.runner.executors.local._PROBE_S", 0.01)
     run = stub_attempts.Stubbed(tmp_path, 3)
-    records = run.run(Local(2, run.command(), look=lambda: [BUSY, CARDS[1]], patience=0.001), device="cuda")
+    records = run.run(Local(2, run.command(), list_gpus=lambda: [BUSY, CARDS[1]], patience=0.001), device="cuda")
     assert {r.status for r in records.values()} == {Status.OK}
     assert {r.notes[1] for r in records.values()} == {"GPU-bb"}
 
@@ -153,12 +153,12 @@ def test_a_driver_that_does_not_answer_at_once_ends_no_run(tmp_path: Path, monke
     monkeypatch.setattr("harness.runner.executors.local._PROBE_S", 0.01)
     run, answers = stub_attempts.Stubbed(tmp_path, 3), iter([True, False, True])
 
-    def look() -> list[gpus.GpuDevice]:
+    def list_gpus() -> list[gpus.GpuDevice]:
         if not next(answers, False):
             raise HarnessError("nvidia-smi does not answer: timed out")
         return CARDS
 
-    records = run.run(Local(2, run.command(), look=look, patience=0.001), device="cuda")
+    records = run.run(Local(2, run.command(), list_gpus=list_gpus, patience=0.001), device="cuda")
     assert [records[seed].status for seed in range(3)] == [Status.OK, Status.OK, Status.SKIPPED]
     assert records[2].because == "nvidia-smi does not answer: timed out; it was waited for 0.001 s"
 
@@ -172,12 +172,12 @@ def test_a_driver_that_takes_its_time_holds_no_cell_up(tmp_path: Path) -> None:
         [],
     )
 
-    def look() -> list[gpus.GpuDevice]:
+    def list_gpus() -> list[gpus.GpuDevice]:
         if next(looks):
             waited.append(ended.wait(30))
         return CARDS
 
-    records = Local(2, run.command({0: "hang"}), look=look).run(run.works("cuda"), run.terms, run.nobody)
+    records = Local(2, run.command({0: "hang"}), list_gpus=list_gpus).run(run.works("cuda"), run.terms, run.nobody)
     with contextlib.closing(records):
         assert next(records).status is Status.TIMEOUT
         assert (0, {"event": "phase", "name": "pretending"}) in run.nobody.heard
@@ -188,7 +188,7 @@ def test_a_driver_that_takes_its_time_holds_no_cell_up(tmp_path: Path) -> None:
 
 def test_a_gpu_that_stays_busy_is_said_and_is_no_success(tmp_path: Path) -> None:
     run = stub_attempts.Stubbed(tmp_path, 1)
-    record = run.run(Local(1, run.command(), look=lambda: [BUSY], patience=0.0), device="cuda")[0]
+    record = run.run(Local(1, run.command(), list_gpus=lambda: [BUSY], patience=0.0), device="cuda")[0]
     assert record.status is Status.SKIPPED
     assert record.because == "GPU 0 (GPU-aa) is in use by process 7 (python, 29996 MiB); it was waited for 0 s"
     run.folder.close(store.read_run(run.folder.path), Footer(
@@ -200,11 +200,11 @@ def test_a_gpu_that_stays_busy_is_said_and_is_no_success(tmp_path: Path) -> None
 
 def test_more_cells_at_a_time_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "gpus", lambda: ("a", "b"))
-    assert Local(2, look=lambda: CARDS).device("auto") == "cuda"
+    assert Local(2, list_gpus=lambda: CARDS).device("auto") == "cuda"
     with pytest.raises(HarnessError, match="3 Cells at a time need a GPU each, and there are 2") as caught:
-        Local(3, look=lambda: CARDS).device("auto")
+        Local(3, list_gpus=lambda: CARDS).device("auto")
     assert "--jobs 2" in caught.value.hint
-    assert Local(3, look=lambda: CARDS).device("cpu") == "cpu"
+    assert Local(3, list_gpus=lambda: CARDS).device("cpu") == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_what_nvidia_smi_says(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    found = gpus.look()
+    found = gpus.list_gpus()
     assert [card.index for card in found] == seen
     says = {card.index: card.busy for card in found}
     expected = {
@@ -235,7 +235,7 @@ def test_what_nvidia_smi_says(
     assert says == {index: expected[index] for index in seen}
     tool.write_text("#!/bin/sh\nexit 9\n")
     with pytest.raises(HarnessError, match="nvidia-smi does not answer"):
-        gpus.look()
+        gpus.list_gpus()
 
 
 # --- the runner itself -----------------------------------------------------------------------------------------------

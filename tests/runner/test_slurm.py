@@ -262,7 +262,7 @@ def test_cells_that_are_called_back(tmp_path: Path) -> None:
         _, said = element.communicate(timeout=PATIENCE_S)
     finally:
         element.kill()  # and so what it had started; nothing to do where it has ended
-    assert "RecalledError" in said
+    assert "RunTakenOverError" in said
     assert gone(int((run.folder.path / "pid").read_text()))
 
 

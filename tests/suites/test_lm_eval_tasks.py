@@ -248,9 +248,9 @@ def test_hub_data_are_read_at_their_commit(tmp_path: Path, monkeypatch: pytest.M
     assert asked == [(("openai/gsm8k", "main"), {"split": split, "revision": COMMIT}) for split in ("test", "train")]
     use = fetch.asset_use(task.data)
     assert (use.source, use.revision, len(use.sha256)) == ("lm-eval:gsm8k", COMMIT, 64)
-    from harness.cell.evaluation.lm_eval_task import OwnTask
+    from harness.cell.evaluation.lm_eval_task import BuiltinLmEvalTask
 
-    own = OwnTask(task.path, folder, range(1), "flexible-extract")
+    own = BuiltinLmEvalTask(task.path, folder, range(1), "flexible-extract")
     assert own.training() == []  # the only question is in the test
     (row,) = own.tested()
     assert own.pair(row) == ("Question: 1+1?\nAnswer:", " two #### 2")

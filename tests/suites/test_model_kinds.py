@@ -118,7 +118,7 @@ def test_a_causal_class_that_looks_ahead_is_refused_as_it_is_loaded(
     assert caught.value.where == str(folder)
     assert "`kind: encoder`" in caught.value.hint
     decoder = saved(bert(BertLMHeadModel, is_decoder=True), tokenizer, tmp_path / "decoder")
-    assert models.foresight(load(decoder, dtype)) == 0
+    assert models.future_token_leakage(load(decoder, dtype)) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -128,7 +128,7 @@ def test_causal_models_are_loaded_and_left_as_they_were(
 ) -> None:
     torch.manual_seed(0)
     model = load(saved(make(), tokenizer, tmp_path / "mine"), dtype)
-    assert models.foresight(model) == 0
+    assert models.future_token_leakage(model) == 0
     assert all(p.grad is None for p in model.parameters())
     assert not model.get_input_embeddings()._forward_hooks
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness.analysis import failed_checks
 from harness.analysis.comparison import baseline_costs, baseline_scores, environment_differences
-from harness.analysis.comparison.baseline_rows import LOOSER, CellPair, ComparisonRow, FindingKind, Findings, Margins
+from harness.analysis.comparison.baseline_rows import LOOSER, ComparisonRow, GateResult, Margins, RecordPair, RowKind
 from harness.analysis.grouping import group
 from harness.analysis.run_facts import RunFacts
 from harness.analysis.verdict_kind import Verdict, VerdictKind
@@ -19,13 +19,13 @@ from harness.errors import Exit, first_names, plural
 from harness.records import naming
 from harness.records.record import Cell, Outcome, Record, Status
 
-_DIFFERENCES = (FindingKind.ENVIRONMENT, FindingKind.ASSETS)
+_DIFFERENCES = (RowKind.ENVIRONMENT, RowKind.ASSETS)
 """Kinds of the rows that show a difference in the environment or in the assets. Every verdict names these differences
 last."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Against(Findings):
+class BaselineVerdict(GateResult):
     """Verdict on a run compared with a baseline."""
 
     exit: Exit
@@ -38,7 +38,7 @@ class Against(Findings):
     """Reasons why the comparison is incomplete: the run did not finish, or a side has no hashes of its files."""
 
 
-def judge(base: RunFacts, new: RunFacts, *, margins: Margins | None = None, strict: bool = False) -> Against:
+def judge(base: RunFacts, new: RunFacts, *, margins: Margins | None = None, strict: bool = False) -> BaselineVerdict:
     """Compare each Cell of the baseline with its Record in the run. Return the verdict, the exit code and all rows.
 
     A row compares one quantity. The exit code is the first in this list whose condition holds:
@@ -66,17 +66,17 @@ def judge(base: RunFacts, new: RunFacts, *, margins: Margins | None = None, stri
         # Without hashes, an edit of a Record goes unnoticed. For a new run without a footer, "the run is ..." is enough.
         if not (run.footer.sha256 if run.footer else side == "run"):
             notes += (f"the {side} has no footer with hashes, so changes of its Records cannot be detected",)
-    against = Against(
+    result = BaselineVerdict(
         verdict=Verdict(VerdictKind.NOT_RUN, ""), exit=Exit.NOTHING_COMPARED, rows=tuple(rows), compared=len(pairs),
         unreadable=tuple(f"{side}: {name}: {why}" for side, run in sides for name, why in run.broken.items()),
         changed=tuple(f"{side}: {name} {what}" for side, run in sides for name, what in run.changed.items()),
         cells=len(base.run.manifest.cells), margins=margins, notes=notes,
     )  # fmt: skip
-    verdict, code = _whole(against, strict)
-    return replace(against, verdict=verdict, exit=code)
+    verdict, code = _whole(result, strict)
+    return replace(result, verdict=verdict, exit=code)
 
 
-def _matched(base: RunFacts, new: RunFacts, names: Mapping[str, str]) -> tuple[list[CellPair], list[ComparisonRow]]:
+def _matched(base: RunFacts, new: RunFacts, names: Mapping[str, str]) -> tuple[list[RecordPair], list[ComparisonRow]]:
     """Pair the Records of each Cell that can be compared. Return the pairs, and a row for every Cell without a pair."""
     expected, planned = ({cell.cell_id for cell in side.run.manifest.cells} for side in (base, new))
     sides = {"baseline": base, "run": new}
@@ -101,15 +101,15 @@ def _matched(base: RunFacts, new: RunFacts, names: Mapping[str, str]) -> tuple[l
         i = cell.cell_id
         obstacle = next(obstacles(i), None)
         if obstacle is None:
-            pairs.append(CellPair(names[i], base.latest[i], new.latest[i]))
+            pairs.append(RecordPair(names[i], base.latest[i], new.latest[i]))
         else:
             word, reason = obstacle
             statuses = _status(base.latest.get(i)), _status(new.latest.get(i))
-            rows.append(ComparisonRow(FindingKind.MISSING, word, names[i], (i,), "Cell", reason, *statuses))
+            rows.append(ComparisonRow(RowKind.MISSING, word, names[i], (i,), "Cell", reason, *statuses))
     for cell in new.run.manifest.cells:
         if (i := cell.cell_id) not in expected:
             word, reason, status = VerdictKind.NOT_RUN, "is not in the baseline", _status(new.latest.get(i))
-            rows.append(ComparisonRow(FindingKind.NEW, word, names[i], (i,), "Cell", reason, None, status))
+            rows.append(ComparisonRow(RowKind.NEW, word, names[i], (i,), "Cell", reason, None, status))
     return pairs, rows
 
 
@@ -130,7 +130,7 @@ def _torn(side: RunFacts) -> dict[str, str]:
     return found
 
 
-def _conformance(pair: CellPair) -> ComparisonRow:
+def _conformance(pair: RecordPair) -> ComparisonRow:
     """Return a row that judges the status and the checks of one Cell."""
     base, new = pair.base, pair.new
     statuses = (base.status.value, new.status.value)
@@ -138,9 +138,9 @@ def _conformance(pair: CellPair) -> ComparisonRow:
     wrong = failed_checks.nonconforming(new)
     if base.status is not Status.OK and not wrong:
         word = VerdictKind.PASS if new.status is Status.OK else VerdictKind.INCONCLUSIVE
-        return pair.row(FindingKind.OUTCOME, word, "status", was, *statuses)
+        return pair.row(RowKind.OUTCOME, word, "status", was, *statuses)
     if base.status is Status.OK and new.status is not Status.OK and not new.status.departs:
-        return pair.row(FindingKind.OUTCOME, VerdictKind.FAIL, "status", new.because, *statuses)
+        return pair.row(RowKind.OUTCOME, VerdictKind.FAIL, "status", new.because, *statuses)
     failed = [c.check for c in failed_checks.failed(new)]
     passed, now = ({c.check for c in r.checks if c.outcome is Outcome.PASS} for r in (base, new))
     untried, looser = sorted(passed - now), _looser(base, new)
@@ -152,7 +152,7 @@ def _conformance(pair: CellPair) -> ComparisonRow:
         word, reason = VerdictKind.INCONCLUSIVE, f"passed in the baseline, not tried now: {first_names(untried)}"
     elif looser:
         word, reason = VerdictKind.INCONCLUSIVE, f"larger errors allowed than in the baseline: {first_names(looser)}"
-    return pair.row(FindingKind.PARITY, word, "checks passed", reason, len(passed), len(now))
+    return pair.row(RowKind.PARITY, word, "checks passed", reason, len(passed), len(now))
 
 
 def _looser(base: Record, new: Record) -> list[str]:
@@ -176,28 +176,28 @@ def _recipe_names(cells: Mapping[str, Cell], names: Mapping[str, str]) -> dict[s
     return {recipe: names[same[0].cell_id] for recipe, same in recipes.items()} | naming.recipes(several)
 
 
-def _whole(against: Against, strict: bool) -> tuple[Verdict, Exit]:
+def _whole(result: BaselineVerdict, strict: bool) -> tuple[Verdict, Exit]:
     """Return the verdict on the whole run, and the exit code."""
-    files = [plural(len(against.unreadable), "unreadable file")] if against.unreadable else []
-    changed = [f"changed files: {', '.join(against.changed)}"] if against.changed else []
-    differences = [f"{row.reason} ({row.name})" for row in against.rows if row.kind in _DIFFERENCES]
-    ids = tuple(dict.fromkeys(i for row in against.rows if row.judged for i in row.records))
+    files = [plural(len(result.unreadable), "unreadable file")] if result.unreadable else []
+    changed = [f"changed files: {', '.join(result.changed)}"] if result.changed else []
+    differences = [f"{row.reason} ({row.name})" for row in result.rows if row.kind in _DIFFERENCES]
+    ids = tuple(dict.fromkeys(i for row in result.rows if row.judged for i in row.records))
 
     def verdict(word: VerdictKind, *reasons: str) -> Verdict:
         last = [f"not the same: {first_names(differences)}"] if differences else []
         return Verdict(word, "; ".join([*reasons, *last]), ids)
 
-    if not against.compared:
+    if not result.compared:
         nothing = "nothing was compared: no Cell has a Record both in the baseline and in the run"
-        return verdict(VerdictKind.NOT_RUN, nothing, *changed, *files, *against.notes), Exit.NOTHING_COMPARED
-    failed, missing = against.of(VerdictKind.FAIL), against.of(VerdictKind.NOT_RUN)
-    open_ends = [*([f"not compared: {', '.join(_counted(missing))}"] if missing else []), *files, *against.notes]
+        return verdict(VerdictKind.NOT_RUN, nothing, *changed, *files, *result.notes), Exit.NOTHING_COMPARED
+    failed, missing = result.of(VerdictKind.FAIL), result.of(VerdictKind.NOT_RUN)
+    open_ends = [*([f"not compared: {', '.join(_counted(missing))}"] if missing else []), *files, *result.notes]
     if changed or failed:
         return verdict(VerdictKind.FAIL, *_counted(failed), *changed, *open_ends), Exit.FAIL
-    compared = f"{plural(against.compared, 'Cell')} compared, no regression"
-    if missing or against.notes:
+    compared = f"{plural(result.compared, 'Cell')} compared, no regression"
+    if missing or result.notes:
         return verdict(VerdictKind.INCONCLUSIVE, compared, *open_ends), Exit.INFRASTRUCTURE
-    if undecided := against.of(VerdictKind.INCONCLUSIVE):
+    if undecided := result.of(VerdictKind.INCONCLUSIVE):
         kinds = _counted([row for row in undecided if row.kind not in _DIFFERENCES])
         reasons = [compared, *([f"undecided: {', '.join(kinds)}"] if kinds else []), *files]
         return verdict(VerdictKind.INCONCLUSIVE, *reasons), Exit.INCONCLUSIVE if strict else Exit.PASS
@@ -207,4 +207,4 @@ def _whole(against: Against, strict: bool) -> tuple[Verdict, Exit]:
 def _counted(rows: Sequence[ComparisonRow]) -> list[str]:
     """Return one text per kind of row in `rows`: the kind, the first few Cells, and the number of further Cells."""
     kinds = group(dict.fromkeys((row.kind, row.name) for row in rows))
-    return [f"{kind.value}: {first_names(kinds[kind])}" for kind in FindingKind if kind in kinds]
+    return [f"{kind.value}: {first_names(kinds[kind])}" for kind in RowKind if kind in kinds]

@@ -13,13 +13,13 @@ from harness.analysis.comparison.baseline_rows import (
     PROCESS_PEAK_B,
     PROCESS_SHARE,
     TIMES,
-    CellPair,
     ComparisonRow,
-    FindingKind,
     Margins,
+    RecordPair,
+    RowKind,
     Unit,
 )
-from harness.analysis.measurements import above_imports, timed_for_comparison, training_peak
+from harness.analysis.measurements import above_imports, is_reference_for_several_adapters, training_peak
 from harness.analysis.metrics import TRAINING_PEAK, Number
 from harness.analysis.verdict_kind import VerdictKind
 from harness.records.memory import ALLOCATED
@@ -28,7 +28,7 @@ from harness.records.record import Cell, Latency, Record
 PEAK = "training peak above imports"
 
 
-def rows(pair: CellPair, margins: Margins) -> Iterator[ComparisonRow]:
+def rows(pair: RecordPair, margins: Margins) -> Iterator[ComparisonRow]:
     """Yield all rows on the costs and the training loss of one Cell. Both of its Records must have measurements."""
     yield from counted(pair)
     for metric in metrics.METRICS:
@@ -42,13 +42,13 @@ def rows(pair: CellPair, margins: Margins) -> Iterator[ComparisonRow]:
     before, now = _times(pair.base), _times(pair.new)
     for what in dict.fromkeys([*before, *now]):
         if what in now or failed_checks.no_speed(pair.new):  # the row of the failed check explains a hidden time
-            yield pair.row(FindingKind.TIME, VerdictKind.NOT_RUN, what, TIMES, before.get(what), now.get(what), "s")
+            yield pair.row(RowKind.TIME, VerdictKind.NOT_RUN, what, TIMES, before.get(what), now.get(what), "s")
         else:
             yield from _one_sided(pair, what, before[what], None, "s")
     yield from _loss(pair)
 
 
-def counted(pair: CellPair) -> Iterator[ComparisonRow]:
+def counted(pair: RecordPair) -> Iterator[ComparisonRow]:
     """Yield a row for each metric that is counted exactly: numbers of parameters, bytes of tensors, sizes of files.
 
     A smaller number of parameters is a regression too, since an unchanged recipe has as many parameters as before.
@@ -62,10 +62,10 @@ def counted(pair: CellPair) -> Iterator[ComparisonRow]:
             continue
         reason = "" if a == b else "grew" if b > a else "shrank"
         word = VerdictKind.FAIL if metric.got_worse(a, b) else VerdictKind.PASS
-        yield pair.row(metric.finding, word, metric.quantity, reason, a, b, metric.unit)
+        yield pair.row(metric.row_kind, word, metric.quantity, reason, a, b, metric.unit)
 
 
-def _peak(pair: CellPair, margins: Margins) -> Iterator[ComparisonRow]:
+def _peak(pair: RecordPair, margins: Margins) -> Iterator[ComparisonRow]:
     """Yield a row that compares the peak memory of training.
 
     The row is inconclusive if the peak of the run was measured in another way than the peak of the baseline.
@@ -76,7 +76,7 @@ def _peak(pair: CellPair, margins: Margins) -> Iterator[ComparisonRow]:
     if before != now:
         if a is not None or b is not None:
             reason = f"measured in two ways: baseline {before}, run {now}"
-            yield pair.row(FindingKind.MEMORY, VerdictKind.INCONCLUSIVE, what, reason, a, b, "B")
+            yield pair.row(RowKind.MEMORY, VerdictKind.INCONCLUSIVE, what, reason, a, b, "B")
         return
     if now != ALLOCATED:
         a, b = (None if peak is None else above_imports(r, peak) for r, peak in ((pair.base, a), (pair.new, b)))
@@ -85,7 +85,7 @@ def _peak(pair: CellPair, margins: Margins) -> Iterator[ComparisonRow]:
 
 
 def _growth(
-    pair: CellPair, what: str, a: Number | None, b: Number | None, limit: int, method: str
+    pair: RecordPair, what: str, a: Number | None, b: Number | None, limit: int, method: str
 ) -> Iterator[ComparisonRow]:
     """Yield a row on two numbers of bytes, `a` and `b`. The row fails if b - a exceeds `limit`.
 
@@ -97,16 +97,16 @@ def _growth(
     change = "grew" if b - a > limit else "shrank" if a - b > limit else "within the margin" if b != a else ""
     reason = f"{change} (margin {limit:,} B, {method})" if change else ""
     word = VerdictKind.FAIL if b - a > limit else VerdictKind.PASS
-    yield pair.row(FindingKind.MEMORY, word, what, reason, a, b, "B")
+    yield pair.row(RowKind.MEMORY, word, what, reason, a, b, "B")
 
 
-def _one_sided(pair: CellPair, what: str, a: Number | None, b: Number | None, unit: Unit) -> Iterator[ComparisonRow]:
+def _one_sided(pair: RecordPair, what: str, a: Number | None, b: Number | None, unit: Unit) -> Iterator[ComparisonRow]:
     """Yield a row if only `a`, the value in the baseline, or only `b`, the value in the run, is known."""
     if b is not None:
-        yield pair.row(FindingKind.NEW, VerdictKind.NOT_RUN, what, "was not measured in the baseline", a, b, unit)
+        yield pair.row(RowKind.NEW, VerdictKind.NOT_RUN, what, "was not measured in the baseline", a, b, unit)
     elif a is not None:
         reason = "was measured in the baseline, and is not now"
-        yield pair.row(FindingKind.MISSING, VerdictKind.FAIL, what, reason, a, b, unit)
+        yield pair.row(RowKind.MISSING, VerdictKind.FAIL, what, reason, a, b, unit)
 
 
 def _times(record: Record) -> dict[str, float]:
@@ -124,11 +124,11 @@ def _times(record: Record) -> dict[str, float]:
 
 def _latency(cell: Cell, latency: Latency) -> str:
     adapters = f" of {latency.adapters}" if latency.variant == "multi-adapter" else ""
-    purpose = " for comparison" if timed_for_comparison(cell, latency) else ""
+    purpose = " for comparison" if is_reference_for_several_adapters(cell, latency) else ""
     return f"{latency.kind} {latency.variant}{adapters}{purpose}, {latency.batch} x {latency.tokens}"
 
 
-def _loss(pair: CellPair) -> Iterator[ComparisonRow]:
+def _loss(pair: RecordPair) -> Iterator[ComparisonRow]:
     """Yield a row that compares the mean training loss over the last quarter of the steps.
 
     Yield nothing if a Record has no training, or if the batches differ.
@@ -141,4 +141,4 @@ def _loss(pair: CellPair) -> Iterator[ComparisonRow]:
     change = "rose" if rose else "within the margin" if now != before else ""
     reason = f"{change} (margin {100 * LOSS_SHARE:g} % and {LOSS:g})" if change else ""
     word = VerdictKind.FAIL if rose else VerdictKind.PASS
-    yield pair.row(FindingKind.LOSS, word, "training loss", reason, before, now, "nats")
+    yield pair.row(RowKind.LOSS, word, "training loss", reason, before, now, "nats")

@@ -39,7 +39,7 @@ ONE_SEED = "one seed: valid for this checkpoint, not for the method"
 TIMES = "not judged here: `peft-harness gate --pairs` judges times"
 
 
-class FindingKind(StrEnum):
+class RowKind(StrEnum):
     """Kind of a `ComparisonRow`. `MEANING` says what the rows of each kind compare, and when they fail."""
 
     PARITY = "parity"
@@ -57,49 +57,49 @@ class FindingKind(StrEnum):
     TIME = "time"
 
 
-MEANING: dict[FindingKind, str] = {
-    FindingKind.PARITY: (
+MEANING: dict[RowKind, str] = {
+    RowKind.PARITY: (
         "the checks of a Cell. Fails if the Cell departs from its Method or if a check fails, whatever the baseline shows; "
         "inconclusive if a check that passed before was not tried, or now allows an error more than ten times as large"
     ),
-    FindingKind.OUTCOME: (
+    RowKind.OUTCOME: (
         "the status of a Cell. Fails if the Cell was ok and is not ok now: oom, timeout, error, lost or skipped"
     ),
-    FindingKind.MISSING: (
+    RowKind.MISSING: (
         "a Cell or a number that only the baseline has. Fails if the run does not plan the Cell, if its Record was changed "
         "after the run, or if the number was measured before; not-run if the run did not reach the Cell, or if its Record "
         "cannot be read"
     ),
-    FindingKind.NEW: "a Cell or a number that only the run has: shown, not judged",
-    FindingKind.PARAMETERS: "counts of scalars. Fails at any difference, since the Cell is the same",
-    FindingKind.MEMORY: (
+    RowKind.NEW: "a Cell or a number that only the run has: shown, not judged",
+    RowKind.PARAMETERS: "counts of scalars. Fails at any difference, since the Cell is the same",
+    RowKind.MEMORY: (
         "bytes of tensors, and peaks of training. Counted bytes fail if they grow by one byte. A peak fails on a GPU if the "
         "allocated memory grows by one byte; on a CPU if the tensors in one step grow by more than 64 KiB, or if the "
         "memory of the process (VmHWM) above its imports grows by more than 16 MiB and by more than 5 %, since equal "
         "programs may differ by less. --memory-bytes replaces these three limits"
     ),
-    FindingKind.CHECKPOINT: "sizes of saved files. Fails if a size grows by one byte",
-    FindingKind.ACCURACY: (
+    RowKind.CHECKPOINT: "sizes of saved files. Fails if a size grows by one byte",
+    RowKind.ACCURACY: (
         "accuracies, paired on the same items and, with several seeds, on the same seeds. Passes if the 95 % interval of "
         "the difference lies above minus the margin (--accuracy-points); otherwise fails if the drop is significant at 5 % "
         "over all comparisons of the gate (Holm); otherwise inconclusive. With one seed the verdict is valid for this "
         "checkpoint, not for the method"
     ),
-    FindingKind.LOSS: (
+    RowKind.LOSS: (
         "the mean training loss over the last quarter of the steps. Fails if it rises by more than 10 % plus 0.05: the "
         "batches are the same, so only rounding may differ"
     ),
-    FindingKind.ASSETS: "models, data sets and tasks. Inconclusive if one of them is not the same",
-    FindingKind.ENVIRONMENT: (
+    RowKind.ASSETS: "models, data sets and tasks. Inconclusive if one of them is not the same",
+    RowKind.ENVIRONMENT: (
         "machine, driver, libraries, threads, variables and device. Inconclusive if one of them differs, since it may "
         "explain other differences; another code version or commit is only shown"
     ),
-    FindingKind.SPEED: (
+    RowKind.SPEED: (
         "times that can be judged: `gate --pairs` compares interleaved runs, and pytest --harness-gate compares a run with "
         "the spread of saved runs. Fails if a time is longer by more than a margin; inconclusive if this is neither proven "
         "nor excluded. Each reason gives the smallest detectable slow-down"
     ),
-    FindingKind.TIME: (
+    RowKind.TIME: (
         "medians of single processes from two sessions: shown, never judged. `peft-harness gate --pairs` judges times"
     ),
 }
@@ -112,7 +112,7 @@ Unit = Literal["B", "1", "s", "1/s", "J", "share", "nats", ""]
 class ComparisonRow:
     """Comparison of one quantity between a baseline and a run."""
 
-    kind: FindingKind
+    kind: RowKind
     """Kind of the row, e.g. memory or accuracy. It determines how the row is judged."""
     word: VerdictKind
     """Verdict on this quantity."""
@@ -138,7 +138,7 @@ class ComparisonRow:
     @property
     def judged(self) -> bool:
         """True if the row counts for the verdict of the whole comparison."""
-        return self.kind not in (FindingKind.TIME, FindingKind.NEW)
+        return self.kind not in (RowKind.TIME, RowKind.NEW)
 
     @property
     def same(self) -> bool:
@@ -159,7 +159,7 @@ class ComparisonRow:
 
 
 @dataclass(frozen=True)
-class CellPair:
+class RecordPair:
     """Two Records of one Cell. `base` is from the baseline or the old code, `new` is from the run under test."""
 
     name: str
@@ -168,7 +168,7 @@ class CellPair:
     new: Record
 
     def row(
-        self, kind: FindingKind, word: VerdictKind, what: str, reason: str,
+        self, kind: RowKind, word: VerdictKind, what: str, reason: str,
         base: Value = None, new: Value = None, unit: Unit = "",
     ) -> ComparisonRow:  # fmt: skip
         """Return a row about this Cell, with the ids of both Records."""
@@ -193,7 +193,7 @@ class Margins:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Findings:
+class GateResult:
     """Result of a regression gate. All output formats are made from this object."""
 
     verdict: Verdict

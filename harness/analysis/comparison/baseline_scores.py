@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from harness.analysis.comparison.baseline_rows import ONE_SEED, ComparisonRow, FindingKind, Margins
+from harness.analysis.comparison.baseline_rows import ONE_SEED, ComparisonRow, Margins, RowKind
 from harness.analysis.grouping import group
 from harness.analysis.ranking import RecipePair, accuracies
 from harness.analysis.statistics import over_seeds
@@ -28,10 +28,10 @@ def rows(pairs: Sequence[_Matched], names: Mapping[str, str], margins: Margins) 
         name = names[base.cell.recipe_id]
         if base.accuracy and not new.accuracy:
             reason = f"seed {base.cell.seed} was scored in the baseline, and is not now"
-            found.append(_row(FindingKind.MISSING, VerdictKind.FAIL, name, [(base, new)], reason))
+            found.append(_row(RowKind.MISSING, VerdictKind.FAIL, name, [(base, new)], reason))
         elif new.accuracy and not base.accuracy:
             reason = f"seed {base.cell.seed} was not scored in the baseline"
-            found.append(_row(FindingKind.NEW, VerdictKind.NOT_RUN, name, [(base, new)], reason))
+            found.append(_row(RowKind.NEW, VerdictKind.NOT_RUN, name, [(base, new)], reason))
     differences = {recipe: _difference(same) for recipe, same in recipes.items()}
     # Equal answers on both sides need no test, so such a recipe does not count in the adjustment for several tests.
     adjusted = holm({r: d.p for r, d in differences.items() if isinstance(d, RecipePair)})
@@ -42,7 +42,7 @@ def rows(pairs: Sequence[_Matched], names: Mapping[str, str], margins: Margins) 
             interval: tuple[float, float] | None = difference.interval
         else:
             word, reason, interval = (*difference, None)
-        found.append(_row(FindingKind.ACCURACY, word, names[recipe], same, f"{reason}; {_seeds(same)}", interval))
+        found.append(_row(RowKind.ACCURACY, word, names[recipe], same, f"{reason}; {_seeds(same)}", interval))
     return found
 
 
@@ -76,7 +76,7 @@ def _judge(d: RecipePair, p: float, margin: float) -> tuple[VerdictKind, str]:
 
 
 def _row(
-    kind: FindingKind, word: VerdictKind, name: str, pairs: Sequence[_Matched], reason: str,
+    kind: RowKind, word: VerdictKind, name: str, pairs: Sequence[_Matched], reason: str,
     interval: tuple[float, float] | None = None,
 ) -> ComparisonRow:  # fmt: skip
     base, new = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from harness.analysis.comparison import reproducibility
-from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind
+from harness.analysis.comparison.baseline_rows import ComparisonRow, RowKind
 from harness.analysis.comparison.reproducibility import CODE_VERSION, Difference
 from harness.analysis.grouping import group
 from harness.analysis.measurements import training_gpu
@@ -26,19 +26,19 @@ def rows(pairs: _Records) -> Iterator[ComparisonRow]:
     If the range of the GPU clocks, over all Cells, differs between baseline and run, a last row shows both ranges.
     """
     for kind, differences in (
-        (FindingKind.ENVIRONMENT, _surroundings),
-        (FindingKind.ASSETS, reproducibility.asset_differences),
+        (RowKind.ENVIRONMENT, _surroundings),
+        (RowKind.ASSETS, reproducibility.asset_differences),
     ):
         for found, same in group((tuple(differences(*pair)), pair) for pair in pairs).items():
             if found:
-                code_only = kind is FindingKind.ENVIRONMENT and all(d.what in _CODE for d in found)
+                code_only = kind is RowKind.ENVIRONMENT and all(d.what in _CODE for d in found)
                 yield _row(kind, VerdictKind.PASS if code_only else VerdictKind.INCONCLUSIVE, found, same)
     clocks = [clocks_of(side) for side in zip(*pairs, strict=True)]
     if len(clocks) == 2 and clocks[0] != clocks[1]:
-        yield _row(FindingKind.ENVIRONMENT, VerdictKind.PASS, [Difference(CLOCK, *clocks)], pairs)
+        yield _row(RowKind.ENVIRONMENT, VerdictKind.PASS, [Difference(CLOCK, *clocks)], pairs)
 
 
-def _row(kind: FindingKind, word: VerdictKind, found: Iterable[Difference], pairs: _Records) -> ComparisonRow:
+def _row(kind: RowKind, word: VerdictKind, found: Iterable[Difference], pairs: _Records) -> ComparisonRow:
     cells = tuple(base.cell_id for base, _ in pairs)
     return ComparisonRow(kind, word, plural(len(cells), "Cell"), cells, kind.value, "; ".join(map(str, found)))
 

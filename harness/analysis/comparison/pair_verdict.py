@@ -10,7 +10,7 @@ from statistics import median
 from harness.analysis import failed_checks
 from harness.analysis.comparison import baseline_costs
 from harness.analysis.comparison.baseline_costs import PEAK
-from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, CellPair, ComparisonRow, FindingKind
+from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, ComparisonRow, RecordPair, RowKind
 from harness.analysis.comparison.environment_differences import CLOCK, clocks_of, throttling
 from harness.analysis.comparison.pair_ratio import metric_text, times
 from harness.analysis.comparison.reproducibility import CODE_VERSION, PROVIDER, Difference, circumstances
@@ -166,17 +166,17 @@ def _ok(pair: tuple[Record, Record]) -> bool:
 
 
 def _rows(cell: CellComparison) -> list[ComparisonRow]:
-    rows = [row for pair in cell.records if (row := _outcome(CellPair(cell.name, *pair)))][:1]
+    rows = [row for pair in cell.records if (row := _outcome(RecordPair(cell.name, *pair)))][:1]
     ok = [pair for pair in cell.records if _ok(pair)]
     if ok:
-        first = CellPair(cell.name, *ok[0])
+        first = RecordPair(cell.name, *ok[0])
         rows += baseline_costs.counted(first)
         rows += _untimed(first)
         rows += _peaks(first, ok)
     return rows
 
 
-def _outcome(pair: CellPair) -> ComparisonRow | None:
+def _outcome(pair: RecordPair) -> ComparisonRow | None:
     """Return a row if a Record of the pair is not ok, or if a check failed on the new side but not on the old side.
 
     Otherwise return None.
@@ -186,24 +186,24 @@ def _outcome(pair: CellPair) -> ComparisonRow | None:
         before = {check.check for check in failed_checks.failed(old)}
         failed = [check.check for check in failed_checks.failed(new) if check.check not in before]
         reason = f"{', '.join(failed)} failed on the new side only"
-        return pair.row(FindingKind.PARITY, VerdictKind.FAIL, "checks", reason) if failed else None
+        return pair.row(RowKind.PARITY, VerdictKind.FAIL, "checks", reason) if failed else None
     statuses = old.status.value, new.status.value
     if old.status is not Status.OK:
         reason = f"the old side is {old.status.value}: {old.because}"
-        return pair.row(FindingKind.OUTCOME, VerdictKind.NOT_RUN, "outcome", reason, *statuses)
-    kind = FindingKind.PARITY if new.status.departs else FindingKind.OUTCOME
+        return pair.row(RowKind.OUTCOME, VerdictKind.NOT_RUN, "outcome", reason, *statuses)
+    kind = RowKind.PARITY if new.status.departs else RowKind.OUTCOME
     return pair.row(kind, VerdictKind.FAIL, "outcome", new.because, *statuses)
 
 
-def _untimed(pair: CellPair) -> Iterator[ComparisonRow]:
+def _untimed(pair: RecordPair) -> Iterator[ComparisonRow]:
     """Yield a row for each latency that only the old side measured."""
     there, reason = times(pair.new), "is measured by the old side only"
     for metric, before in times(pair.base).items():
         if metric not in there:
-            yield pair.row(FindingKind.SPEED, VerdictKind.FAIL, metric_text(metric), reason, before, None, "s")
+            yield pair.row(RowKind.SPEED, VerdictKind.FAIL, metric_text(metric), reason, before, None, "s")
 
 
-def _peaks(first: CellPair, whole: Records) -> Iterator[ComparisonRow]:
+def _peaks(first: RecordPair, whole: Records) -> Iterator[ComparisonRow]:
     """Compare the peak memory of training over all process runs. Yield up to two rows, one for each way to measure it.
 
     The counted peak is the bytes of all tensors that exist at one time. Equal programs have equal counted peaks, so a
@@ -215,7 +215,7 @@ def _peaks(first: CellPair, whole: Records) -> Iterator[ComparisonRow]:
     if counted is not None:
         yield _grown(first, COUNTED_PEAK.quantity, counted, 0 if allocated else COUNTED_PEAK_B, exact=True)
     elif not allocated and (reason := _uncounted(whole)):
-        yield first.row(FindingKind.MEMORY, VerdictKind.INCONCLUSIVE, COUNTED_PEAK.quantity, reason, unit="B")
+        yield first.row(RowKind.MEMORY, VerdictKind.INCONCLUSIVE, COUNTED_PEAK.quantity, reason, unit="B")
     if of_process is not None and not (allocated and counted is not None):
         yield _grown(first, PEAK, of_process, 0 if allocated else PEAK_B, exact=False)
 
@@ -243,7 +243,7 @@ def _uncounted(whole: Records) -> str:
 
 
 def _grown(
-    first: CellPair, what: str, sides: tuple[list[Number], list[Number]], allowed: int, *, exact: bool
+    first: RecordPair, what: str, sides: tuple[list[Number], list[Number]], allowed: int, *, exact: bool
 ) -> ComparisonRow:
     """Return a row that compares one kind of memory peak between the old and the new side, over all process runs.
 
@@ -259,7 +259,7 @@ def _grown(
     rule = f"counted, so growth by more than {allowed:,} B is a finding: " if alike else ""
     reason = f"{change}{rule}old {_span(old)}, new {_span(new)} in {len(old)} process runs each"
     word = VerdictKind.FAIL if grew else VerdictKind.PASS
-    return first.row(FindingKind.MEMORY, word, what, reason, a, b, "B")
+    return first.row(RowKind.MEMORY, word, what, reason, a, b, "B")
 
 
 def _span(values: Sequence[Number]) -> str:

@@ -225,7 +225,7 @@ def usual_environment(run: Run) -> Environment:
     return next(e for e in (run.manifest.environment, *ok) if found[_key(e)] == most)
 
 
-def strangers(run: Run) -> dict[str, list[Record]]:
+def records_from_other_environments(run: Run) -> dict[str, list[Record]]:
     """Return the newest Records that were made in an unusual environment, grouped by their environment.
 
     Each key is a text that lists the differences from the usual environment.

@@ -13,7 +13,7 @@ from harness.analysis.statistics.trimmed import trimmed
 from harness.errors import UsageError
 
 NOMINAL = 0.05
-TIMES = 3.0
+LARGEST_EXCESS = 3.0
 """Largest accepted false-alarm rate, as a multiple of the nominal rate."""
 
 
@@ -44,7 +44,7 @@ class Canaries:
     @property
     def limit(self) -> float:
         """Largest accepted false-alarm rate."""
-        return min(1.0, TIMES * self.nominal)
+        return min(1.0, LARGEST_EXCESS * self.nominal)
 
     @property
     def closed(self) -> bool:
@@ -62,8 +62,8 @@ class Canaries:
         rate = f"{self.alarms} of {self.runs} A/A {noun} alarmed: {share}, nominally {100 * self.nominal:g} %"
         if self.closed:
             return (
-                f"{rate}. This is more than {TIMES:g} times nominal, so the gate is closed: look for other load, unsteady "
-                "clocks, or pairs that did not share a device"
+                f"{rate}. This is more than {LARGEST_EXCESS:g} times nominal, so the gate is closed: look for other load, "
+                "unsteady clocks, or pairs that did not share a device"
             )
         return rate if self._closes(self.runs) else f"{rate}; too few to close the gate"
 

@@ -101,7 +101,7 @@ _SHOTS_SEED = 1234
 """Seed that selects the few-shot examples; lm-eval has the same default."""
 
 
-class OwnTask(LmEvalTask):
+class BuiltinLmEvalTask(LmEvalTask):
     """A task that lm-eval defines.
 
     A test prompt may contain few-shot examples and a description. A training prompt contains neither. file: the task's

@@ -29,7 +29,7 @@ PARTS = 2
 _DRAWS = (None, *range(PERTURBED_DRAWS))
 
 
-class Yardstick:
+class ReferenceTrainings:
     """Trainings of the reference by the harness's own loop, in float64 and in the trainee's dtype.
 
     The checks compare a training by the loop under test with these trainings. All implementations of a Method in one
@@ -54,7 +54,7 @@ class Yardstick:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ComparedTrainings:
     """The trainings that a check compares.
 
     `train` is the loop under test; it trains `trainee`. `yardstick` holds trainings of the reference by the harness's
@@ -63,7 +63,7 @@ class Evidence:
 
     trainee: Trainee
     train: Callable[..., StepSamples]
-    yardstick: Yardstick
+    reference: ReferenceTrainings
 
     @cached_property
     def whole(self) -> Observed:
@@ -81,13 +81,13 @@ Findings = Judgement | list[str]
 """Result of a check: a judgement of numbers, or a list of what is wrong."""
 
 
-def check_order(evidence: Evidence) -> Findings:
+def check_order(trainings: ComparedTrainings) -> Findings:
     """Each optimizer step sees all texts of one batch, and the loop keeps the order of batches and texts."""
     wanted = [
         [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(*map(b.inputs.get, _TEXTS), strict=True)]  # type: ignore[arg-type,union-attr]
-        for b in batches(evidence.trainee.recipe)
+        for b in batches(trainings.trainee.recipe)
     ]
-    found = evidence.whole.rows
+    found = trainings.whole.rows
     odd = [f"{len(found)} optimizer steps, should be {len(wanted)}"] if len(found) != len(wanted) else []
     for step, (have, want) in enumerate(zip(found, wanted, strict=False), 1):
         if have != want:
@@ -101,10 +101,10 @@ def check_order(evidence: Evidence) -> Findings:
 _TEXTS = ("input_ids", "attention_mask")
 
 
-def check_schedule(evidence: Evidence) -> Findings:
+def check_schedule(trainings: ComparedTrainings) -> Findings:
     """Each optimizer step has the learning rate of the recipe. In the warm-up the rate rises linearly to its peak, and is
     above zero in the first step. Then it falls linearly, and would be zero after the last step."""
-    recipe, found = evidence.trainee.recipe, evidence.whole.rates
+    recipe, found = trainings.trainee.recipe, trainings.whole.rates
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=recipe.lr)
     schedule = optimizers.schedule(optimizer, recipe)
@@ -118,16 +118,16 @@ def check_schedule(evidence: Evidence) -> Findings:
     return odd
 
 
-def check_gradients(evidence: Evidence) -> Findings:
+def check_gradients(trainings: ComparedTrainings) -> Findings:
     """The optimizer gets the gradient of the mean loss over the answers' tokens plus the Method's own loss term.
     Nothing else is added to this gradient, and nothing clips or scales it."""
-    return _gradients(evidence.trainee, evidence.whole)
+    return _gradients(trainings.trainee, trainings.whole)
 
 
-def check_accumulation(evidence: Evidence) -> Findings:
+def check_accumulation(trainings: ComparedTrainings) -> Findings:
     """With a batch in two parts, the optimizer gets the gradient of the whole batch. Each part counts in proportion to its
     number of answer tokens."""
-    return _gradients(evidence.trainee, evidence.parts)
+    return _gradients(trainings.trainee, trainings.parts)
 
 
 def _gradients(trainee: Trainee, seen: Observed) -> Findings:
@@ -139,24 +139,24 @@ def _gradients(trainee: Trainee, seen: Observed) -> Findings:
     return carried_noise(mine, truth, draws, trainee.dtype)
 
 
-def check_losses(evidence: Evidence) -> Findings:
+def check_losses(trainings: ComparedTrainings) -> Findings:
     """The reported loss of every step equals the loss of the float64 reference in the harness's loop, within the noise
     of the dtype. The comparison `same-losses` in a suite has the same rule.
     """
-    truth, mine = evidence.yardstick.truth.samples.losses, evidence.whole.samples.losses
+    truth, mine = trainings.reference.truth.samples.losses, trainings.whole.samples.losses
     if len(mine) != len(truth):
         return [f"{len(mine)} losses, should be {len(truth)}"]
     noises: list[list[float]] = []
     judgement = Judgement(False, None, None, "", "", "", 0)
-    for draw in evidence.yardstick.draws():
+    for draw in trainings.reference.draws():
         noises.append([max(pair) for pair in zip(_errors(draw.samples.losses, truth), *noises[-1:], strict=True)])
-        allowed = trajectories.allowed_errors(truth, noises[-1], evidence.trainee.dtype)
+        allowed = trajectories.allowed_errors(truth, noises[-1], trainings.trainee.dtype)
         errors = _errors(mine, truth)
         step = max(range(len(errors)), key=lambda t: errors[t] / allowed[t])
         finite = all(map(math.isfinite, mine))
         within = finite and errors[step] <= allowed[step]
         worst = f"step {step + 1}: {mine[step]:.9g}, should be {truth[step]:.9g}"
-        policy = f"trajectory: {TRAJECTORY_FACTOR:g} x reference in {evidence.trainee.dtype}"
+        policy = f"trajectory: {TRAJECTORY_FACTOR:g} x reference in {trainings.trainee.dtype}"
         judgement = Judgement(
             within, errors[step] if finite else None, allowed[step], "loss", worst, policy, 0 if finite else 1
         )
@@ -169,34 +169,34 @@ def _errors(losses: list[float], truth: list[float]) -> list[float]:
     return [abs(a - b) for a, b in zip(losses, truth, strict=True)]
 
 
-def check_weights(evidence: Evidence) -> Findings:
+def check_weights(trainings: ComparedTrainings) -> Findings:
     """After the last step, every trained tensor equals the same tensor of the float64 reference in the harness's loop,
     within the noise of the dtype.
     """
-    draws = (draw.end for draw in evidence.yardstick.draws())
+    draws = (draw.end for draw in trainings.reference.draws())
     return carried_noise(
-        evidence.whole.end, evidence.yardstick.truth.end, draws, evidence.trainee.dtype, TRAJECTORY_FACTOR
+        trainings.whole.end, trainings.reference.truth.end, draws, trainings.trainee.dtype, TRAJECTORY_FACTOR
     )
 
 
-def check_method_steps(evidence: Evidence) -> Findings:
+def check_method_steps(trainings: ComparedTrainings) -> Findings:
     """The loop calls the Method's `after_step`, e.g. AdaLoRA's pruning, once after each step, with the step's number."""
-    want, found = list(range(1, evidence.trainee.recipe.steps + 1)), evidence.whole.method_steps
+    want, found = list(range(1, trainings.trainee.recipe.steps + 1)), trainings.whole.method_steps
     return [] if found == want else [f"after_step was called for steps {found}, should be {want}"]
 
 
-def check_frozen_weights(evidence: Evidence) -> Findings:
+def check_frozen_weights(trainings: ComparedTrainings) -> Findings:
     """The loop changes no frozen tensor of the model."""
-    return [f"{name} changed" for name in evidence.whole.changed]
+    return [f"{name} changed" for name in trainings.whole.changed]
 
 
-def check_training_mode(evidence: Evidence) -> Findings:
+def check_training_mode(trainings: ComparedTrainings) -> Findings:
     """The model is in training mode in every forward pass."""
-    count = evidence.whole.in_evaluation
+    count = trainings.whole.in_evaluation
     return [f"{count} forward passes were in evaluation mode"] if count else []
 
 
-CHECKS: dict[str, Callable[[Evidence], Findings]] = {
+CHECKS: dict[str, Callable[[ComparedTrainings], Findings]] = {
     name.removeprefix("check_"): function
     for name, function in list(globals().items())
     if name.startswith("check_") and inspect.isfunction(function)
@@ -204,11 +204,11 @@ CHECKS: dict[str, Callable[[Evidence], Findings]] = {
 """Name of a check -> its function."""
 
 
-def outcome_of(name: str, check: str, evidence: Evidence) -> CheckOutcome:
+def outcome_of(name: str, check: str, trainings: ComparedTrainings) -> CheckOutcome:
     """Run one check of a loop, and return its outcome. name: the loop's name."""
-    trainee = evidence.trainee
+    trainee = trainings.trainee
     try:
-        found = CHECKS[check](evidence)
+        found = CHECKS[check](trainings)
     except CellOutcomeError as error:
         found = [f"training ends early: {error}"]
     return CheckOutcome(

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from harness.cell.training import loop, optimizers
 from harness.cell.training.batches import Batch, Example, collate
 from harness.cell.training.loop import StepSamples
-from harness.cell.training.passed_optimizer import PassedOptimizer
+from harness.cell.training.unsaved_optimizer import UnsavedOptimizer
 from harness.conformance.comparison.tolerance_policies import perturbed
 from harness.conformance.subject import DTYPES, configure, load, warm
 from harness.methods import checksums
@@ -178,7 +178,7 @@ def observe(train: Callable[..., StepSamples], trainee: Trainee, moved_by: int |
     return seen
 
 
-class _WatchedOptimizer(PassedOptimizer):
+class _WatchedOptimizer(UnsavedOptimizer):
     """An optimizer that calls a function before each step."""
 
     def __init__(self, inner: torch.optim.Optimizer, before: Callable[[], None]) -> None:

@@ -27,13 +27,13 @@ class LoopSelfTest:
 
     caught: dict[str, bool]
     """Name of a faulty loop -> whether the check named in its `caught_by` failed, as it must."""
-    wrong: Sequence[str]
+    false_alarms: Sequence[str]
     """Checks that failed on a loop without a fault, as `loop/check`."""
 
     @property
     def exit(self) -> Exit:
         """FAIL if a fault was missed, or if a check failed on a loop without a fault."""
-        return Exit.PASS if all(self.caught.values()) and not self.wrong else Exit.FAIL
+        return Exit.PASS if all(self.caught.values()) and not self.false_alarms else Exit.FAIL
 
     def lines(self) -> Iterator[str]:
         """Yield one line per fault, then one per failed check of a correct loop, then the number of faults caught."""
@@ -41,7 +41,7 @@ class LoopSelfTest:
         width = max(map(len, self.caught), default=0)
         for name, caught in self.caught.items():
             yield f"{name:<{width}}  {'caught by' if caught else 'NOT caught by'} {by[name]}"
-        yield from (f"FAIL a right loop is accused: {accusation}" for accusation in self.wrong)
+        yield from (f"FAIL a right loop is accused: {accusation}" for accusation in self.false_alarms)
         yield f"{sum(self.caught.values())} of {len(self.caught)} faults caught"
 
 
@@ -51,17 +51,19 @@ def run(faults: Sequence[type[FaultyLoop]] = FAULTS) -> LoopSelfTest:
     torch.set_num_threads(1)  # the tensors are tiny, and threads would wait for each other
     try:
         registry = discover(only=["reference"])
-        yardsticks = {method: checks.Yardstick(_trainee(method, registry)) for method in ("lora", "adalora")}
+        references = {method: checks.ReferenceTrainings(_trainee(method, registry)) for method in ("lora", "adalora")}
 
         def failed(train: Callable[..., StepSamples], method: str, names: Sequence[str]) -> list[str]:
-            evidence = checks.Evidence(_trainee(method, registry), train, yardsticks[method])
-            found = {name: checks.outcome_of("a loop", name, evidence) for name in names}
+            trainings = checks.ComparedTrainings(_trainee(method, registry), train, references[method])
+            found = {name: checks.outcome_of("a loop", name, trainings) for name in names}
             return [name for name, one in found.items() if one.status is CheckStatus.FAIL]
 
         caught = {fault.__name__: bool(failed(fault(), fault.method, [fault.caught_by])) for fault in faults}
         names = [*checks.CHECKS]
-        wrong = [f"{name}/{check}" for name, train in _RIGHT.items() for check in failed(train, "adalora", names)]
-        return LoopSelfTest(caught, wrong)
+        false_alarms = [
+            f"{name}/{check}" for name, train in _RIGHT.items() for check in failed(train, "adalora", names)
+        ]
+        return LoopSelfTest(caught, false_alarms)
     finally:
         torch.set_num_threads(threads)
 
@@ -72,7 +74,7 @@ def check(as_json: bool) -> Exit:
     if as_json:
         caught = sum(report.caught.values())
         document = {"schema": 1, "faults": report.caught, "caught": caught, "planted": len(report.caught)}
-        print_json({**document, "wrong": [*report.wrong]})
+        print_json({**document, "wrong": [*report.false_alarms]})
     else:
         print_lines(report.lines())
     return report.exit

@@ -49,14 +49,14 @@ def _events(name: Loop) -> Iterator[LoopEvent]:
 
     yield LoopEvent(environment=environment.describe())
     registry, loop = discover(), loops.find(name)
-    yardsticks: dict[tuple[str, str], checks.Yardstick] = {}
+    references: dict[tuple[str, str], checks.ReferenceTrainings] = {}
     for method, implementation, dtype in TRAINEES:
         yield LoopEvent(begin=f"{method} by {implementation} in {dtype}")
         trainee = Trainee(method, implementation, dtype, registry)
-        yardstick = yardsticks.setdefault((method, dtype), checks.Yardstick(trainee))
-        evidence = checks.Evidence(trainee, loop.train, yardstick)
+        reference = references.setdefault((method, dtype), checks.ReferenceTrainings(trainee))
+        trainings = checks.ComparedTrainings(trainee, loop.train, reference)
         for check in checks.CHECKS:
-            yield LoopEvent(outcome=checks.outcome_of(name, check, evidence))
+            yield LoopEvent(outcome=checks.outcome_of(name, check, trainings))
     yield LoopEvent(begin="settings, one at a time")
     trials = settings.SettingTrials(registry, loop)
     for setting in loop_settings.load(name):

@@ -15,20 +15,20 @@ from harness.conformance.adapter_files.adapter_file import AdapterFile
 from harness.conformance.case import Case
 from harness.conformance.comparison.check_results import Named, identifier, skipped
 from harness.conformance.served.client import RequestRefusedError
-from harness.conformance.served.comparison import Comparison
-from harness.conformance.served.report import PhaseResult, SubjectResult, Verdict
-from harness.conformance.served.session import BASE, Phase, Session
+from harness.conformance.served.comparison import AnswerComparison
+from harness.conformance.served.report import PhaseResult, SubjectResult, SubjectVerdict
+from harness.conformance.served.session import BASE, RequestPhase, Session
 from harness.errors import UsageError
 from harness.records.record import CheckResult, Outcome
 from harness.records.served import Load
 
 SWAP = "hot-swap"
-_CHECKS: dict[str, tuple[str, Phase]] = {
-    "base": ("served-base", Phase.ALONE),
-    "one adapter": ("served-one", Phase.ALONE),
-    "several adapters": ("served-several", Phase.ADAPTERS),
-    "base and adapters": ("served-mixed", Phase.MIXED),
-    SWAP: ("served-swap", Phase.SWAPPED),
+_CHECKS: dict[str, tuple[str, RequestPhase]] = {
+    "base": ("served-base", RequestPhase.ALONE),
+    "one adapter": ("served-one", RequestPhase.ALONE),
+    "several adapters": ("served-several", RequestPhase.ADAPTERS),
+    "base and adapters": ("served-mixed", RequestPhase.MIXED),
+    SWAP: ("served-swap", RequestPhase.SWAPPED),
 }
 """Load -> name of its check, and the phase in which its answers are collected. SWAP, the replacement of an adapter by
 another adapter, counts as a load here."""
@@ -53,7 +53,7 @@ def judge(session: Session, base: Path, subject: Named, case: Case) -> Judged:
     trained, second = names[1:3]
     session.alone(BASE)
     files = {name: AdapterFile.read(folder) for name, folder in session.adapters.items()}
-    comparison = Comparison(session.client.url, base, files, session.again)
+    comparison = AnswerComparison(session.client.url, base, files, session.body_of)
     try:
         floor = comparison.noise_floor(session.observations, [subject.dtype])
     except UsageError as error:  # without a noise floor, no other answer can be judged
@@ -62,8 +62,8 @@ def judge(session: Session, base: Path, subject: Named, case: Case) -> Judged:
         )
         return Judged([check], dict.fromkeys(_CHECKS, f"no speed without parity: {check.check} failed"))
     session.alone(trained)
-    session.mixed(Phase.ADAPTERS)
-    session.mixed(Phase.MIXED)
+    session.mixed(RequestPhase.ADAPTERS)
+    session.mixed(RequestPhase.MIXED)
     not_offered = ""
     try:
         session.swapped_alone(trained, second)
@@ -89,10 +89,12 @@ def judge(session: Session, base: Path, subject: Named, case: Case) -> Judged:
     return Judged(checks, refused)
 
 
-def _check(subject: Named, case: Case, name: str, phase: Phase, results: Sequence[SubjectResult]) -> CheckResult:
+def _check(subject: Named, case: Case, name: str, phase: RequestPhase, results: Sequence[SubjectResult]) -> CheckResult:
     """Return the check result of one load, judged by the answers in the load's phase."""
     found = {one: part for one in results for part in one.phases if part.phase is phase}
-    if undecided := next((one for one in results if one.verdict in (Verdict.CANNOT_TELL, Verdict.NOT_COMPARED)), None):
+    if undecided := next(
+        (one for one in results if one.verdict in (SubjectVerdict.CANNOT_TELL, SubjectVerdict.NOT_COMPARED)), None
+    ):
         because = undecided.reason or "the adapter changes the answers too little to judge them"
         return skipped(subject, case, name, f"{undecided.name}: {because}")
     bad = [one for one, part in found.items() if part.wrong or _wrong_together(one)]
@@ -114,7 +116,7 @@ def _check(subject: Named, case: Case, name: str, phase: Phase, results: Sequenc
 
 def _wrong_together(result: SubjectResult) -> bool:
     """Return whether all answers of a model together are judged wrong, although each answer alone is judged right."""
-    return result.verdict is Verdict.NONCONFORMING and not any(part.wrong for part in result.phases)
+    return result.verdict is SubjectVerdict.NONCONFORMING and not any(part.wrong for part in result.phases)
 
 
 def _share(result: SubjectResult, part: PhaseResult) -> float:

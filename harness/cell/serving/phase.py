@@ -128,7 +128,7 @@ def _served(
             run.cell.seed,
         )  # fmt: skip
         try:
-            _agree(session)
+            _choose_dialect(session)
             judged = judge_answers.judge(session, base, subject, case)
             run.checks += judged.checks
             times, swaps, costs = _timed(run, server, session, ids, prompt_tokens, judged.refused)
@@ -149,7 +149,7 @@ def _served(
         )  # fmt: skip
 
 
-def _agree(session: Session) -> None:
+def _choose_dialect(session: Session) -> None:
     """Find the dialect (form of requests) that the server accepts, and use it in the session.
 
     Only dialects with token ids as prompts are tried, so no tokenizer is needed.

@@ -97,12 +97,12 @@ def last_logits(model: nn.Module, inputs: dict[str, Tensor], count: int) -> Tens
 
 
 @contextmanager
-def drop_gradients(tensors: Iterable[Tensor], wanted: bool) -> Iterator[None]:
-    """Inside the context, drop each gradient as soon as it is computed. If `wanted` is false, do nothing.
+def drop_gradients(tensors: Iterable[Tensor], enabled: bool) -> Iterator[None]:
+    """Inside the context, drop each gradient as soon as it is computed. If `enabled` is false, do nothing.
 
     Layer-wise training needs this, because it must never store all gradients at once.
     """
-    hooks = [t.register_post_accumulate_grad_hook(_drop) for t in tensors] if wanted else []
+    hooks = [t.register_post_accumulate_grad_hook(_drop) for t in tensors] if enabled else []
     try:
         yield
     finally:

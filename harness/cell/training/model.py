@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from harness.assets import conv1d
 from harness.cell.training import head
 from harness.conformance.comparison.stacked_experts import one_by_one
-from harness.conformance.tolerance_constants import FORESIGHT
+from harness.conformance.tolerance_constants import FUTURE_TOKEN_LEAKAGE
 from harness.errors import AssetError, UsageError
 from harness.process.out_of_memory import shortage
 
 _COMPILER = ("torch._dynamo", "torch._inductor")
 _PROBED_TOKENS = 4
-"""Number of tokens of the text that `foresight` reads. A suite's `max_tokens` cannot be smaller."""
+"""Number of tokens of the text that `future_token_leakage` reads. A suite's `max_tokens` cannot be smaller."""
 _NAMED = 6
 """Maximum number of weights that a note names. The head of a usual model has no more weights."""
 
@@ -60,7 +60,7 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
         raise AssetError(what, where=str(path), hint="copy or fetch its folder again, or correct config.json")
     written = conv1d.as_linear(model)
     one_by_one(model.to(device), dtype)
-    if kind == "causal" and (share := foresight(model)) > FORESIGHT:
+    if kind == "causal" and (share := future_token_leakage(model)) > FUTURE_TOKEN_LEAKAGE:
         raise AssetError(
             f"{type(model).__name__} is configured as no causal model: its output depends on later tokens too "
             f"({share:.2g} of its gradient), so it sees the answers, and a score would have no meaning",
@@ -116,13 +116,13 @@ def lacks(checkpoint: str) -> frozenset[str]:
 
 
 @contextmanager
-def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Inside the context, use gradient checkpointing for each block of a transformers model, if `wanted`.
+def checkpointing(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Inside the context, use gradient checkpointing for each block of a transformers model, if `enabled`.
 
     torch's reentrant variant of checkpointing is not used, because it would give adapters in the first block no
     gradient. Raises UsageError for a model that does not support checkpointing.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
     if not getattr(model, "supports_gradient_checkpointing", False):
@@ -139,13 +139,13 @@ def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def compiled(model: nn.Module, wanted: bool, notes: list[str]) -> Iterator[None]:
-    """Compile the model by torch.compile inside the context, if `wanted`.
+def compiled(model: nn.Module, enabled: bool, notes: list[str]) -> Iterator[None]:
+    """Compile the model by torch.compile inside the context, if `enabled`.
 
     At the end, a sentence about the compilation is added to `notes`. The modules and their names stay the same. Raises
     UsageError if the compiler fails.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
     from torch._dynamo.utils import counters
@@ -181,7 +181,7 @@ def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def foresight(model: Any) -> float:
+def future_token_leakage(model: Any) -> float:
     """Return how much the logits at all earlier positions depend on the last token: 0 for a causal model.
 
     The number is the norm of the gradient at the last token's embedding, divided by the norm of the gradient at all

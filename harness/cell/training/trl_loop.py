@@ -28,7 +28,7 @@ from harness.cell.training import loop
 from harness.cell.training.batches import Batch
 from harness.cell.training.loop import StepLog, StepSamples
 from harness.cell.training.loops import RefusedOptions
-from harness.cell.training.passed_optimizer import PassedOptimizer
+from harness.cell.training.unsaved_optimizer import UnsavedOptimizer
 from harness.errors import Unsupported
 from harness.methods.spec import Adapted
 from reference.shared.layerwise import Layerwise
@@ -86,7 +86,7 @@ def train(
     log = StepLog(adapted, optimizer, len(batches), report)
     watch = _Watch(adapted, loop.trainable(adapted, head), optimizer, log, seed)
     parts = [part for batch in batches for part in batch.parts(accumulate)]
-    optimizers = (None, None) if own_optimizer else (PassedOptimizer(optimizer), schedule)
+    optimizers = (None, None) if own_optimizer else (UnsavedOptimizer(optimizer), schedule)
     _run(adapted, parts, accumulate, optimizers, watch, options)
     return log.samples
 
@@ -97,7 +97,7 @@ def step(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimi
     seed: as in `loop.step`; not used.
     """
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    _run(adapted, parts, len(parts), (PassedOptimizer(optimizer), schedule), _OneStep(adapted), {})
+    _run(adapted, parts, len(parts), (UnsavedOptimizer(optimizer), schedule), _OneStep(adapted), {})
 
 
 def defaults() -> dict[str, Any]:

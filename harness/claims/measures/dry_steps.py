@@ -11,11 +11,11 @@ from functools import cache
 from harness.assets import shapes
 from harness.claims import record_sources
 from harness.claims.measure import MeasureResult, NotRunError, measure
-from harness.claims.measures.records import Entry, Suite, predicted, shape_of
+from harness.claims.measures.records import Entry, SuiteName, predicted, shape_of
 
 
 @measure("bytes")
-def step_peak(suite: Suite, cell: Entry) -> MeasureResult:
+def step_peak(suite: SuiteName, cell: Entry) -> MeasureResult:
     """Peak memory of tensors in a training step of a Cell.
 
     The step's CPU code runs on fake tensors, which have no data, so that a model of any size works. Texts have their
@@ -30,7 +30,7 @@ def step_peak(suite: Suite, cell: Entry) -> MeasureResult:
 
 
 @measure("bytes")
-def step_peak_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
+def step_peak_more(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
     """Difference of the peak memory of two Cells' training steps: `of` minus `than`, each as in `step_peak`."""
     a, b = step_peak(suite, of), step_peak(suite, than)
     return MeasureResult(a.value - b.value, f"{a.value:,} B - {b.value:,} B: {a.how}; {b.how}")

@@ -13,7 +13,7 @@ from pydantic import Field
 from harness.analysis.statistics.over_seeds import Spread
 from harness.claims import record_sources
 from harness.claims.measure import MeasureResult, NotRunError, measure
-from harness.claims.measures.records import Entry, Suite
+from harness.claims.measures.records import Entry, SuiteName
 from harness.records.record import Record
 
 Rates = Annotated[list[Entry], Field(min_length=3)]
@@ -22,7 +22,7 @@ first."""
 
 
 @measure("ratio")
-def best_rate_ratio(suite: Suite, of: Rates, to: Rates) -> MeasureResult:
+def best_rate_ratio(suite: SuiteName, of: Rates, to: Rates) -> MeasureResult:
     """Ratio of two best learning rates, `of` / `to`, with an interval that is valid for new seeds.
 
     Each side is a list of entries that differ only in their learning rates. With each seed, the loss of an entry is its

@@ -12,14 +12,18 @@ from pydantic import Field
 
 from harness.claims.measure import MeasureResult, Positive, measure
 
-Part = Annotated[float, Field(gt=0, lt=1)]
+ShareOfStates = Annotated[float, Field(gt=0, lt=1)]
 """A parameter that is a fraction of the bytes of all states."""
 _SEED, _LR = 0, 1e-3
 
 
 @measure("property")
 def paging_survives_a_spike(
-    spike: Part = 0.75, matrices: Positive = 6, rows: Positive = 400, columns: Positive = 300, steps: Positive = 5
+    spike: ShareOfStates = 0.75,
+    matrices: Positive = 6,
+    rows: Positive = 400,
+    columns: Positive = 300,
+    steps: Positive = 5,
 ) -> MeasureResult:
     """Check whether, with paging, a step with a memory spike succeeds, and the training gives the same weights.
 

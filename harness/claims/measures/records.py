@@ -46,7 +46,7 @@ def _entry(name: str, info: ValidationInfo) -> str:
     return name
 
 
-Suite = Annotated[str, AfterValidator(_suite)]
+SuiteName = Annotated[str, AfterValidator(_suite)]
 """A parameter that is the name of a suite, or the path of a suite file relative to the claim file."""
 Entry = Annotated[str, AfterValidator(_entry)]
 """A parameter that is the id of an entry of `suite`. If the parameter is called `whole`, it is the id of an entry of
@@ -55,14 +55,14 @@ Depths = Annotated[list[Entry], Field(min_length=2)]
 """A parameter that lists the ids of entries of a suite. They differ only in the number of blocks of their model."""
 LABELS = 2
 """Number of classes of the new classification head of an encoder, as in tasks with random labels."""
-_RECIPE = ("method", "base", "dtype", "optimizer")
+_EQUAL_FIELDS = ("method", "base", "dtype", "optimizer")
 """Fields that must be equal in a Cell and in smaller Cells before the memory of the Cell is scaled up from the smaller
 Cells."""
 _LEFT_OUT = "without CUDA's context and memory that the allocator holds beyond tensors"
 
 
 @measure("bytes")
-def peak_memory(suite: Suite, cell: Entry) -> MeasureResult:
+def peak_memory(suite: SuiteName, cell: Entry) -> MeasureResult:
     """Peak memory of a Cell's training, as a range over seeds.
 
     On a GPU, this is the peak of the tensors, without CUDA's context. On a CPU, it is the peak of the process, minus
@@ -73,7 +73,7 @@ def peak_memory(suite: Suite, cell: Entry) -> MeasureResult:
 
 
 @measure("bytes")
-def device_memory(suite: Suite, cell: Entry) -> MeasureResult:
+def device_memory(suite: SuiteName, cell: Entry) -> MeasureResult:
     """GPU memory that a Cell's training needs, as a range.
 
     The least value is the peak of the tensors. The largest value is the memory that torch's allocator held, or the
@@ -92,14 +92,14 @@ def device_memory(suite: Suite, cell: Entry) -> MeasureResult:
 
 
 @measure("ratio")
-def memory_ratio(suite: Suite, of: Entry, to: Entry) -> MeasureResult:
+def memory_ratio(suite: SuiteName, of: Entry, to: Entry) -> MeasureResult:
     """Ratio of the peak memory in training: `of` / `to`."""
     a, b = pair(suite, of, to)
     return over(_peak(a), _peak(b)).measured(f"{_peaks(a)} / {_peaks(b)}; {record_sources.place(a[0])}")
 
 
 @measure("share")
-def memory_less(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
+def memory_less(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
     """Relative reduction of the peak memory in training: 1 - `of` / `than`."""
     a, b = pair(suite, of, than)
     less = ONE - over(_peak(a), _peak(b))
@@ -107,14 +107,14 @@ def memory_less(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
 
 
 @measure("bytes")
-def memory_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
+def memory_more(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
     """Difference `of` - `than` of the peak memory in training, in bytes."""
     a, b = pair(suite, of, than)
     return (_peak(a) - _peak(b)).measured(f"{_peaks(a)} - {_peaks(b)}; {record_sources.place(a[0])}")
 
 
 @measure("bytes")
-def extrapolated_memory(suite: Suite, cells: Depths) -> MeasureResult:
+def extrapolated_memory(suite: SuiteName, cells: Depths) -> MeasureResult:
     """Peak memory of training a whole model, extrapolated linearly from Cells with only its first blocks.
 
     Each pair of Cells with neighbouring depths gives a line. If there are several lines, the result is a range.
@@ -124,7 +124,7 @@ def extrapolated_memory(suite: Suite, cells: Depths) -> MeasureResult:
 
 
 @measure("ratio")
-def extrapolated_memory_ratio(suite: Suite, of: Depths, to: Depths) -> MeasureResult:
+def extrapolated_memory_ratio(suite: SuiteName, of: Depths, to: Depths) -> MeasureResult:
     """Ratio `of` / `to` of two peak memories, each extrapolated as in `extrapolated_memory`."""
     for a, b in zip(of, to, strict=True):
         pair(suite, a, b)
@@ -133,7 +133,7 @@ def extrapolated_memory_ratio(suite: Suite, of: Depths, to: Depths) -> MeasureRe
 
 
 @measure("bytes")
-def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: Entry) -> MeasureResult:
+def scaled_memory(suite: SuiteName, cells: Depths, whole_suite: SuiteName, whole: Entry) -> MeasureResult:
     """Training memory of a Cell, scaled up from Cells with a narrower model.
 
     cells: two entries with the narrower model, one with a single block and one with two blocks. Their ranks are smaller
@@ -148,7 +148,7 @@ def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: Entry)
     at = record_sources.cell(whole_suite, whole)
     prediction = predicted(at)
     value, how, own = _scaled(suite, cells, at.model.removeprefix(shapes.PREFIX), prediction.optimizer_B)
-    if unlike := [key for key in _RECIPE if getattr(own.cell, key) != getattr(at, key)]:
+    if unlike := [key for key in _EQUAL_FIELDS if getattr(own.cell, key) != getattr(at, key)]:
         raise ValueError(f"{own.cell.label} is not a rehearsal of {at.label}: different {', '.join(unlike)}")
     if prediction.activations_B is None or prediction.logits_B is None:
         raise NotRunError(f"there is no formula for the activations of {at.label}")
@@ -160,7 +160,7 @@ def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: Entry)
 
 
 @measure("ratio")
-def scaled_memory_ratio(suite: Suite, of: Depths, to: Depths, model: Model) -> MeasureResult:
+def scaled_memory_ratio(suite: SuiteName, of: Depths, to: Depths, model: Model) -> MeasureResult:
     """Ratio `of` / `to` of two memories without activations and logits, each scaled up as in `scaled_memory`."""
     for a, b in zip(of, to, strict=True):
         pair(suite, a, b)
@@ -169,7 +169,7 @@ def scaled_memory_ratio(suite: Suite, of: Depths, to: Depths, model: Model) -> M
 
 
 @measure("count")
-def trained_parameters(suite: Suite, cell: Entry) -> MeasureResult:
+def trained_parameters(suite: SuiteName, cell: Entry) -> MeasureResult:
     """Number of parameters that a Cell's Method trains, without a new head."""
     (own,) = record_sources.records(suite, cell)
     counts = {record.measurements.parameters.adapter for record in own if record.measurements}

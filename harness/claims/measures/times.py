@@ -14,7 +14,7 @@ from harness.analysis.statistics.process_runs import ASSUMED, FEWEST
 from harness.claims import record_sources
 from harness.claims.interval import ONE, Interval
 from harness.claims.measure import MeasureResult, NotRunError, measure
-from harness.claims.measures.records import Entry, Suite, over, pair
+from harness.claims.measures.records import Entry, SuiteName, over, pair
 from harness.records.record import Latency, Record, TrainingMeasured
 
 Variant = Literal["base", "unmerged", "merged"]
@@ -22,7 +22,7 @@ Kind = Literal["forward", "prefill", "decode"]
 
 
 @measure("seconds")
-def step_time(suite: Suite, cell: Entry) -> MeasureResult:
+def step_time(suite: SuiteName, cell: Entry) -> MeasureResult:
     """Median time of a training step of a Cell, with an interval.
 
     The interval covers the variation between processes. The times hold only for the machine of the Records.
@@ -33,7 +33,7 @@ def step_time(suite: Suite, cell: Entry) -> MeasureResult:
 
 
 @measure("rate")
-def throughput(suite: Suite, cell: Entry) -> MeasureResult:
+def throughput(suite: SuiteName, cell: Entry) -> MeasureResult:
     """Tokens per second in training, without padding: the median over the steps, with an interval as for `step_time`.
 
     Reports show another number, which is all tokens divided by all seconds, and which has no interval. The two numbers
@@ -45,7 +45,7 @@ def throughput(suite: Suite, cell: Entry) -> MeasureResult:
 
 
 @measure("ratio")
-def step_time_ratio(suite: Suite, of: Entry, to: Entry) -> MeasureResult:
+def step_time_ratio(suite: SuiteName, of: Entry, to: Entry) -> MeasureResult:
     """Ratio `of` / `to` of the median times of a training step, with an interval.
 
     The interval comes from order statistics. With few processes, it is widened by an assumed deviation between
@@ -56,14 +56,14 @@ def step_time_ratio(suite: Suite, of: Entry, to: Entry) -> MeasureResult:
 
 
 @measure("share")
-def step_time_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
+def step_time_more(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
     """Relative increase of the time of a training step, `of` / `than` - 1; negative if `of` is faster."""
     ratio, times, how = _compared(suite, of, than, _steps)
     return (ratio - ONE).measured(f"{times} per step, minus 1; {how}")
 
 
 @measure("ratio")
-def latency_ratio(suite: Suite, cell: Entry, of: Variant, to: Variant, at: Kind) -> MeasureResult:
+def latency_ratio(suite: SuiteName, cell: Entry, of: Variant, to: Variant, at: Kind) -> MeasureResult:
     """Ratio `of` / `to` of the times that two variants of a Cell's model take for one pass, in the same process.
 
     at: kind of pass: a forward pass, a prefill, or the decoding of one token.
@@ -76,7 +76,7 @@ def latency_ratio(suite: Suite, cell: Entry, of: Variant, to: Variant, at: Kind)
 
 
 @measure("ratio")
-def phase_ratio(suite: Suite, phase: str, of: Entry, to: Entry) -> MeasureResult:
+def phase_ratio(suite: SuiteName, phase: str, of: Entry, to: Entry) -> MeasureResult:
     """Ratio `of` / `to` of the times that two Cells take for a phase, e.g. `attach`.
 
     The interval covers the variation between processes.
@@ -86,7 +86,7 @@ def phase_ratio(suite: Suite, phase: str, of: Entry, to: Entry) -> MeasureResult
 
 
 @measure("share")
-def refresh_share(suite: Suite, cell: Entry) -> MeasureResult:
+def refresh_share(suite: SuiteName, cell: Entry) -> MeasureResult:
     """Share of the training time that GaLore's projector refreshes take.
 
     The first step has a refresh, and takes longer than a median step. This extra time, as a share of the time of all

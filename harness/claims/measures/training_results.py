@@ -14,12 +14,12 @@ from harness.analysis.statistics import over_seeds
 from harness.analysis.statistics.over_seeds import Spread
 from harness.claims import record_sources
 from harness.claims.measure import MeasureResult, NotRunError, measure
-from harness.claims.measures.records import Entry, Suite
+from harness.claims.measures.records import Entry, SuiteName
 from harness.records.record import Accuracy, Record
 
 
 @measure("property")
-def scores_higher(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
+def scores_higher(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
     """Check whether the mean accuracy of `of` exceeds the mean accuracy of `than`.
 
     The result is undecided if the interval of the difference contains 0.
@@ -29,7 +29,7 @@ def scores_higher(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
 
 
 @measure("property")
-def scores_no_lower(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
+def scores_no_lower(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
     """Check whether the mean accuracy of `of` exceeds the mean accuracy of `than` minus 2 percentage points.
 
     The 2 points are the margin of the command `gate`.
@@ -39,7 +39,7 @@ def scores_no_lower(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
 
 
 @measure("property")
-def loss_falls_faster(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
+def loss_falls_faster(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
     """Check whether the mean training loss of `of`, over all steps, is below the mean training loss of `than`.
 
     Runs with the same seed are compared. They train on the same batches.

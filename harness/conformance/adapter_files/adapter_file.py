@@ -78,7 +78,7 @@ class AdapterFile:
             return next((one for one in folders if (one / "config.json").is_file()), None)
         return None
 
-    def base(self, folder: Path) -> Path:
+    def base_for_task(self, folder: Path) -> Path:
         """Return a folder from which the base model loads as the class that this adapter needs, e.g. a classifier.
 
         folder: the base model. If its config.json names another class, the result is a temporary copy; see `task_base`.

@@ -107,7 +107,7 @@ def judge(adapter: AdapterFile, base: nn.Module | None = None) -> list[Finding]:
 
 def is_saved_embedding(settings: AdapterSettings, key: str) -> bool:
     """Return whether a key belongs to a whole embedding or head, and modules_to_save does not name this module."""
-    return _EMBEDDING.fullmatch(key) is not None and not any(f".{name}." in key for name in settings.saved)
+    return _EMBEDDING.fullmatch(key) is not None and not any(f".{name}." in key for name in settings.replaced_modules)
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class _Judge:
                     yield Finding("unused-pattern", setting, f"{pattern!r} fits no layer of the file")
 
     def _is_saved(self, key: str) -> bool:
-        return any(f".{name}." in key for name in self.adapter.settings.saved)
+        return any(f".{name}." in key for name in self.adapter.settings.replaced_modules)
 
     def against(self, base: nn.Module) -> Iterator[Finding]:
         """Yield the findings from a comparison of the file with a base model."""
@@ -336,7 +336,7 @@ class _Judge:
 
     def _is_named(self, parameter: str) -> bool:
         path = parameter.rpartition(".")[0]
-        saved = self.adapter.settings.saved
+        saved = self.adapter.settings.replaced_modules
         return bool(saved) and any(part.endswith(saved) for part in _parents(path))
 
 

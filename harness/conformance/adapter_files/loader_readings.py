@@ -19,17 +19,17 @@ from reference.adapter_file import PREFIX
 if TYPE_CHECKING:
     from torch import nn
 
-Verdict = Literal["wrong", "refused", "not known", "ok"]
+FeatureVerdict = Literal["wrong", "refused", "not known", "ok"]
 """Result of a loader for a feature. `wrong`: its logits are not those that the file defines, but it raises no error.
 `refused`: it raises an error. `not known`: loader_readings.yaml does not say. `ok`: its logits are those that the file
 defines."""
 _EXPERT = re.compile(r"\.experts\.\d+\.(\w+)\.lora_A")
 """Part of a key that belongs to a layer of one expert. The group is the name of the layer."""
 _ACTIVATED = "alora_invocation_tokens"
-_WORST_FIRST: tuple[Verdict, ...] = ("wrong", "refused", "not known", "ok")
+_WORST_FIRST: tuple[FeatureVerdict, ...] = ("wrong", "refused", "not known", "ok")
 
 
-class Reading(FrozenModel):
+class FeatureSupport(FrozenModel):
     """How one loader treats adapter files with one feature."""
 
     reading: Literal["wrong", "refused", "ok"]
@@ -38,10 +38,10 @@ class Reading(FrozenModel):
 
 
 class KnownLoader(FrozenModel):
-    """A loader, and how it treats features of adapter files: feature -> Reading."""
+    """A loader, and how it treats features of adapter files: feature -> FeatureSupport."""
 
     loader: str
-    readings: dict[str, Reading]
+    readings: dict[str, FeatureSupport]
 
 
 class _File(FrozenModel):
@@ -54,7 +54,7 @@ class LoaderVerdict:
     """How one loader treats an adapter file: its worst result over the features of the file."""
 
     loader: str
-    verdict: Verdict
+    verdict: FeatureVerdict
     feature: str
     """Feature of the file that the verdict is about. Empty if the verdict is `ok`."""
     because: str

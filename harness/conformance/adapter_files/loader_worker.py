@@ -26,7 +26,7 @@ from harness.conformance.adapter_files.loader_protocol import (
     ReferenceComputed,
 )
 from harness.conformance.adapter_files.reference_logits import reference_logits
-from harness.conformance.adapter_files.subject import FIRST, CorpusAdapter, LoaderSubject, by_prompt
+from harness.conformance.adapter_files.subject import FIRST, ExpectedAdapter, LoaderSubject, by_prompt
 from harness.conformance.comparison.tolerance_policies import carried_noise
 from harness.conformance.execution.suite_run import CaseRunner
 from harness.conformance.execution.worker_protocol import send
@@ -35,7 +35,7 @@ from harness.conformance.served.prompts import drawn
 from harness.errors import Unsupported, UsageError
 from harness.methods.loader import ADAPTER_FILES
 from harness.methods.registry import Implementation, discover
-from harness.process.event_pipe import Emit, event_writer
+from harness.process.event_pipe import EventWriter, event_writer
 from harness.process.out_of_memory import shortage
 from harness.records.check import CheckId
 
@@ -89,18 +89,18 @@ def _reference() -> Iterator[None]:
 class _Comparison:
     """Compares loaders with the reference, by their logits for one adapter file and the same prompts."""
 
-    adapter: CorpusAdapter
-    emit: Emit
+    adapter: ExpectedAdapter
+    emit: EventWriter
 
     @classmethod
-    def of(cls, task: LoaderTask, emit: Emit) -> _Comparison:
+    def of(cls, task: LoaderTask, emit: EventWriter) -> _Comparison:
         """Draw prompts, and compute their logits by the reference. Raises UsageError or Unsupported if it cannot."""
         adapter = AdapterFile.read(Path(task.adapter))
-        base = adapter.base(Path(task.base))
+        base = adapter.base_for_task(Path(task.base))
         prompts = drawn(base, 0)[:PROMPTS]
         truth = reference_logits(base, adapter, prompts)
         send(emit, ReferenceComputed(runs=0))
-        return cls(CorpusAdapter("file", adapter.folder, base, prompts, truth), emit)
+        return cls(ExpectedAdapter("file", adapter.folder, base, prompts, truth), emit)
 
     def judge(self, loader: Implementation) -> LoaderLogits:
         """Load the adapter file with `loader`, and compare its logits with those of the reference."""

@@ -39,7 +39,7 @@ def reference_logits(
     Raises UsageError if the file does not fit the base, or if neither has the weights of a layer. Raises Unsupported
     for a config that the reference does not implement.
     """
-    model = load_base(base_folder if adapter is None else adapter.base(base_folder), dtype)
+    model = load_base(base_folder if adapter is None else adapter.base_for_task(base_folder), dtype)
     if dtype is torch.float64:
         model = model.double()  # converts the frequencies of rotary embeddings too
     missing = set(missing_weights(model))
@@ -62,7 +62,7 @@ def reference_logits(
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightedAdapterFile:
     """One adapter in a weighted sum of adapters."""
 
     folder: Path
@@ -71,7 +71,7 @@ class Part:
     """Factor on the scaling that the file gives."""
 
 
-def combined(base_folder: Path, parts: Sequence[Part], dtype: torch.dtype) -> nn.Module:
+def combined(base_folder: Path, parts: Sequence[WeightedAdapterFile], dtype: torch.dtype) -> nn.Module:
     """Return the base with a weighted sum of adapters, in `dtype`. Without parts, this is the base."""
     model = load_base(base_folder, dtype)
     if dtype is torch.float64:

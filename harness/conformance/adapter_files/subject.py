@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from harness.conformance.adapter_files import corpus, variants
 from harness.conformance.adapter_files.adapter_file import AdapterFile
-from harness.conformance.adapter_files.reference_logits import Part, combined, logits_of, reference_logits
+from harness.conformance.adapter_files.reference_logits import (
+    WeightedAdapterFile,
+    combined,
+    logits_of,
+    reference_logits,
+)
 from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
@@ -25,7 +30,7 @@ FIRST, SECOND = "style", "style-2"
 
 
 @dataclass(frozen=True)
-class CorpusAdapter:
+class ExpectedAdapter:
     """An adapter on disk, usually from suites/adapters, with prompts and the logits that it must give for them."""
 
     name: str
@@ -40,12 +45,12 @@ class CorpusAdapter:
 
 
 @cache
-def corpus_adapter(name: str) -> CorpusAdapter:
+def corpus_adapter(name: str) -> ExpectedAdapter:
     """Read one adapter from suites/adapters, with the prompts and logits in its expected.safetensors. name: its folder."""
     file = AdapterFile.read(corpus.folder() / name)
     expected = load_file(file.folder / "expected.safetensors")
     count = sum(key.startswith("prompt.") for key in expected)
-    return CorpusAdapter(
+    return ExpectedAdapter(
         name,
         file.folder,
         (file.folder / file.config["base_model_name_or_path"]).resolve(),
@@ -62,7 +67,7 @@ class LoaderSubject:
     """Function (base_folder, dtype) -> Loader."""
     dtype: str
     """Name of the dtype of the base model."""
-    adapter: CorpusAdapter
+    adapter: ExpectedAdapter
 
     @property
     def method(self) -> str:
@@ -106,7 +111,9 @@ class LoaderSubject:
         """Folder of another adapter of the same layers: other values, a rank that is larger by 1, and twice the alpha."""
         return variants.another(self.adapter.folder, self.adapter.base)
 
-    def compare(self, have: Mapping[str, Sequence[Tensor]], want: Mapping[str, Sequence[Part]]) -> Judgement:
+    def compare(
+        self, have: Mapping[str, Sequence[Tensor]], want: Mapping[str, Sequence[WeightedAdapterFile]]
+    ) -> Judgement:
         """Compare logits with those that the reference computes in float64 for weighted sums of adapters.
 
         have: name of each sum -> its logits for `prompts`. want: name of each sum -> its adapters; none for the base
@@ -124,7 +131,11 @@ class LoaderSubject:
 
 @cache
 def _combined_logits(
-    base: Path, parts: tuple[Part, ...], prompts: tuple[tuple[int, ...], ...], dtype: str, seed: int | None
+    base: Path,
+    parts: tuple[WeightedAdapterFile, ...],
+    prompts: tuple[tuple[int, ...], ...],
+    dtype: str,
+    seed: int | None,
 ) -> list[Tensor]:
     model = _combined(base, parts, dtype)
     if seed is None:
@@ -133,7 +144,7 @@ def _combined_logits(
 
 
 @lru_cache(maxsize=16)  # the draws of one judgement move the weights of the same few models
-def _combined(base: Path, parts: tuple[Part, ...], dtype: str) -> nn.Module:
+def _combined(base: Path, parts: tuple[WeightedAdapterFile, ...], dtype: str) -> nn.Module:
     return combined(base, parts, DTYPES[dtype])
 
 

@@ -40,7 +40,7 @@ def check_rows(
     found = []
     for path in list(calls):
         x, y = calls.pop(path)
-        truth, draws = reference_runs(subject, path, x, x.new_zeros(()), look=_row_by_row(path, adapters))
+        truth, draws = reference_runs(subject, path, x, x.new_zeros(()), run=_row_by_row(path, adapters))
         found.append(prefix_tensor(path, noise_floor({"y": y}, truth, draws, subject.dtype, case.factor("forward"))))
     verdict = worst_of(found, "no adapted layer was run")
     return judged(subject, case, NAME, verdict, "" if verdict.passed else "rows do not follow their own adapters")
@@ -94,7 +94,7 @@ def _row_by_row(path: str, adapters: Adapters) -> Callable[..., dict[str, Tensor
     """
     start = f"{path}."
 
-    def look(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, _: Tensor) -> dict[str, Tensor]:
+    def run(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, _: Tensor) -> dict[str, Tensor]:
         rows = []
         with torch.no_grad():
             for row, adapter in zip(x, adapters, strict=True):
@@ -103,4 +103,4 @@ def _row_by_row(path: str, adapters: Adapters) -> Callable[..., dict[str, Tensor
                 rows.append(layer.eval()(row))
         return {"y": torch.stack(rows)}
 
-    return look
+    return run

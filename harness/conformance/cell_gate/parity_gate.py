@@ -46,7 +46,7 @@ def gate(
     initial tensors. None means the subject's own. forward: runs a given model on the same inputs, so that gradients can
     be computed. base: the quantisation of the base, such as `nf4 by bitsandbytes`.
     """
-    case = Case("init", seed=seed, inputs=run_model, base_output=base_output, forward=forward)
+    case = Case("init", seed=seed, run_model=run_model, base_output=base_output, forward=forward)
     if subject.method in UNREFERENCED:
         return _without_reference(subject, case)
     plan = parity_suite.load(subject.method)

@@ -86,12 +86,12 @@ class Check(Generic[_Subject]):
     states: States
     in_cell: tuple[CellStage, ...]
     reference: Reference
-    of_sizes: bool
+    depends_on_sizes: bool
     """True if the checked property depends on the sizes of the layers or on the settings of the Method or Operation. If
     False, the check is not tried in the sample that a wide selection of cases adds to the suite's examples."""
     only_wide: bool
     """True if the check is tried only in a wide selection of cases (`CaseSelection.is_wide`)."""
-    in_typical: bool
+    also_in_typical_case: bool
     """True if a check with `only_wide` is also tried in the suite's typical case when the selection is not wide."""
 
     def __call__(self, subject: _Subject, case: Case) -> CheckResult:
@@ -104,8 +104,8 @@ class Check(Generic[_Subject]):
         wide: whether the selection of cases is wide. sampled: whether the case belongs to the sample that a wide
         selection adds to the suite's examples. typical: whether the case is the suite's typical case.
         """
-        selected = wide or not self.only_wide or (self.in_typical and typical)
-        return selected and (self.of_sizes or not sampled)
+        selected = wide or not self.only_wide or (self.also_in_typical_case and typical)
+        return selected and (self.depends_on_sizes or not sampled)
 
 
 def check(
@@ -113,9 +113,9 @@ def check(
     *,
     in_cell: Iterable[CellStage] = (),
     reference: Reference = Reference.REQUIRED,
-    of_sizes: bool = True,
+    depends_on_sizes: bool = True,
     only_wide: bool = False,
-    in_typical: bool = False,
+    also_in_typical_case: bool = False,
 ) -> Callable[[Callable[[_Subject, Case], CheckResult]], Check[_Subject]]:
     """Return a decorator that makes the function `check_NAME` the check NAME.
 
@@ -127,7 +127,9 @@ def check(
         if not function.__name__.startswith(_PREFIX):
             raise TypeError(f"a check is called {_PREFIX}NAME, not {function.__name__}")
         name = function.__name__.removeprefix(_PREFIX)
-        return Check(name, function, states, tuple(in_cell), reference, of_sizes, only_wide, in_typical)
+        return Check(
+            name, function, states, tuple(in_cell), reference, depends_on_sizes, only_wide, also_in_typical_case
+        )
 
     return declare
 

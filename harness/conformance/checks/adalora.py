@@ -10,7 +10,7 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
-from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
+from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import observe_with_reference
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, perturbed, worst_of
@@ -60,7 +60,7 @@ def check_importance(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "importance", worst_of(found, found[0].policy))
 
 
-@check(States.WARM, of_sizes=False)
+@check(States.WARM, depends_on_sizes=False)
 def check_unused(subject: Subject, case: Case) -> CheckResult:
     """If a layer gets no gradient in a step, AdaLoRA's averages change as they do for a gradient of zero.
 
@@ -125,10 +125,10 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
             problems.append(
                 f"after step {step} {int((mine != want).sum())} lambdas are left or pruned against the scores"
             )
-    return listed(subject, case, "budget", problems, f"{int(mine.sum())} of {len(mine)} lambdas left at the end")
+    return from_problems(subject, case, "budget", problems, f"{int(mine.sum())} of {len(mine)} lambdas left at the end")
 
 
-@check(States.WARM, of_sizes=False)
+@check(States.WARM, depends_on_sizes=False)
 def check_pruned(subject: Subject, case: Case) -> CheckResult:
     """While some lambdas are pruned, outputs and gradients still equal the reference's.
 

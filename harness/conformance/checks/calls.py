@@ -1,100 +1,370 @@
-"""Check that several forward calls before the first backward pass do not disturb each other."""
+"""Check of the ways to call an implementation: modes of torch, shapes and layouts of the input, copies and repetition."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+import copy
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import partial
+from itertools import chain, islice
 
 import torch
 from torch import Tensor, nn
 
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
-from harness.conformance.comparison import operation_call
+from harness.conformance.comparison.call_forms import (
+    IMAGE_LAYOUTS,
+    LAYOUTS,
+    LONG_FORMS,
+    MODES,
+    ROWS,
+    Call,
+    Form,
+    forms_without_gradients,
+    layouts_with_gradients,
+    owns,
+    same,
+    tensors_of_copy,
+)
+from harness.conformance.comparison.call_histories import HISTORIES, NEW_VALUES, NEW_VALUES_UNDER_AUTOCAST
 from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
-from harness.conformance.comparison.inputs import inputs
-from harness.conformance.comparison.layer_comparison import observe_with_reference
-from harness.conformance.comparison.observations import preserved_state
-from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
-from harness.conformance.operation import OperationSubject, cloned
-from harness.conformance.subject import DTYPES, Subject
+from harness.conformance.comparison.inputs import HALF, cast, inputs
+from harness.conformance.comparison.kept_memory import describe_leak
+from harness.conformance.comparison.layer_comparison import PlausibleResults, reference_runs, runs_of
+from harness.conformance.comparison.observations import observe, preserved_state
+from harness.conformance.comparison.operation_call import ill_formed
+from harness.conformance.comparison.operation_forms import OperationForm, of_operation
+from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed, worst_of
+from harness.conformance.operation import OperationSubject
+from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load
+from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from harness.records.record import CheckResult
+from reference.shared.layers import kind_of
 
-_SALTS = (0, 500, 600)
-"""Salts of the random inputs of three calls. Two calls would not reveal a layer that alternates between two buffers."""
+TINY = 2.0**-13
+"""Factor that makes a tensor of an adapter tiny. The adapter's update still exceeds the rounding errors of float32."""
+OTHER_DTYPE = {"float64": "float32", "float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
+"""dtype of a layer -> dtype to which a copy of the layer is cast."""
+LAYERS = 2
+"""Number of adapted layers that `check_calls` calls. More are not needed, since all layers of a model are of one class."""
 
 
-@check(States.WARM, of_sizes=False)
-def check_overlap(subject: Subject | OperationSubject, case: Case) -> CheckResult:
-    """Calls with inputs of one shape do not disturb each other, even if all run before the first backward pass.
+class LayerForm(StrEnum):
+    """Names of ways to call a layer, besides those in the tables of `call_forms` and `call_histories`.
 
-    A layer is called three times with different inputs and an Operation twice, then the backward passes run in the same
-    order. Each call gives what the reference gives for its own input. A later call changes nothing that an earlier call
-    returned or saved for its backward pass, and the gradients of all calls are added up, as when gradients are
-    accumulated over batches. Other checks report a call that is wrong even alone.
+    `{}` stands for the name of a tensor or a dtype.
     """
-    found = list(_of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
+
+    ONE_TRAINED = "with only {} trained"
+    ONE_ROW = "one row expanded"
+    NO_TOKENS = "no tokens"
+    AUTOCAST = "under autocast to {}"
+    AUTOCAST_AFTER = "under autocast after a change to {}"
+    TINY = "with a tiny {}"
+    SECOND_ORDER = "the gradient of a gradient"
+    FUNCTORCH = "by torch.func"
+    OTHER_DTYPE = "by a copy in {}"
+
+
+def forms() -> dict[str, list[str]]:
+    """Return the names of all ways to call (forms) that the check `calls` tries, grouped by what is called."""
+    return {
+        "a layer, in layouts of its input": [*LAYOUTS, *IMAGE_LAYOUTS],
+        "a layer": [*MODES, *HISTORIES, *NEW_VALUES, *NEW_VALUES_UNDER_AUTOCAST, *LayerForm, *LONG_FORMS],
+        "a layer without gradients; also in each layout": [*forms_without_gradients({})],
+        "an Operation": [*OperationForm],
+    }
+
+
+@check(States.WARM, only_wide=True, also_in_typical_case=True)
+def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
+    """Every way to call an implementation gives what the reference gives for the same numbers.
+
+    The ways are modes of torch, shapes and layouts of the input, earlier calls, copies, threads and more. A way that
+    cannot apply is left out, for example a change of the input in place if the input is token numbers. copy.deepcopy
+    must copy a layer. pickle may refuse it, but a pickled layer must compute the same. No call may make memory grow.
+    """
+    found = list(of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:
-        return skipped(subject, case, "overlap", "a single call is wrong already; other checks report it")
-    return judged(subject, case, "overlap", worst_of(found, found[0].policy))
+        return skipped(subject, case, "calls", "there is no layer to call")
+    return judged(subject, case, "calls", worst_of(found, found[0].policy))
+
+
+@dataclass
+class _LayerJudge:
+    """Judge of one layer. It compares the outputs and gradients of calls on one input with the float64 reference."""
+
+    subject: Subject
+    case: Case
+    path: str
+    truth: dict[str, Tensor]
+    draws: Iterable[Mapping[str, Tensor]]
+    passed: list[dict[str, Tensor]] = field(default_factory=list)
+    """Outputs and gradients of the calls that passed. A call that gives the same, to the last bit, passes at once."""
+
+    def __call__(
+        self,
+        name: str,
+        mine: dict[str, Tensor],
+        wanted: Collection[str],
+        further: Iterable[Mapping[str, Tensor]] = (),
+    ) -> Judgement:
+        """Judge the output and the gradients `mine` of a call in the form `name`.
+
+        wanted: names of the tensors that `mine` must have. further: results that correct programs might give in this
+        form, in addition to `draws`.
+        """
+        expected = {n: t for n, t in self.truth.items() if n in wanted}
+        known = ({n: one[n] for n in expected} for one in self.passed if expected.keys() <= one.keys())
+        if mine.keys() == expected.keys() and any(same(mine, one) for one in known):
+            return _named(self.path, name, Judgement(True, 0.0, 0.0, "y", "", "noise-floor", 0))
+        draws = iter(self.draws)
+        own = ({n: draw[n] for n in expected} for draw in chain(islice(draws, 1), further, draws))
+        verdict = noise_floor(mine, expected, own, self.subject.dtype, self.case.factor("calls"))
+        if verdict.passed and verdict.decided:
+            self.passed.append(mine)
+        return _named(self.path, name, verdict)
 
 
 def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
-    for index, (path, layer) in enumerate(subject.adapted.layers.items()):
-        base, dtype, factor = subject.original_base(path), DTYPES[subject.dtype], case.factor("overlap")
-        drawn = [inputs(base, case.tokens, dtype, case.generator(salt + index)) for salt in _SALTS]
-        x, dy = (torch.stack(every) for every in zip(*drawn, strict=True))
-        training = subject.trains_plainly
-        verdict = noise_floor(
-            *observe_with_reference(subject, path, layer, x, dy, training=training, look=_together),
-            subject.dtype,
-            factor,
-        )
-        alone = (
-            observe_with_reference(subject, path, layer, x[0], dy[0], training=training) if not verdict.passed else None
-        )
-        if alone is None or noise_floor(*alone, subject.dtype, factor).passed:
-            yield prefix_tensor(path, verdict)
+    for index, path in enumerate(list(subject.adapted.layers)[:LAYERS]):
+        base, layer = subject.original_base(path), subject.adapted.layers[path]
+        generator = case.generator(index + 700)
+        x, dy = inputs(base, ROWS, DTYPES[subject.dtype], generator, case.magnitude)
+        tensors = subject.tensors_of(path)
+        state = [tensor for name, tensor in subject.state().items() if name.startswith(f"{path}.")]
+        numbers = [*tensors.values(), *state, *subject.bases[path].parameters()]
+        call = Call(layer, tensors, x, dy, subject.trains_plainly, numbers)
+        judge = _LayerJudge(subject, case, path, *reference_runs(subject, path, x, dy))
+        # transformers' Conv1D itself takes no strided input.
+        rows, images = isinstance(base, nn.Linear), isinstance(base, nn.Conv2d)
+        layouts = LAYOUTS if rows else IMAGE_LAYOUTS if images else {}
+        long = LONG_FORMS if index == 0 and case.walks else {}
+        # The fixed choice of stacked experts depends on the number of rows, and so does the frequency of a token.
+        whole = kind_of(base) == "experts" or getattr(base, "scale_grad_by_freq", False)
+        apart = ("in micro-batches", "token by token") if whole else ()
+        tried = layouts_with_gradients(layouts) | MODES | HISTORIES | long | forms_without_gradients(layouts)
+        for name, form in tried.items():
+            seen = None if name.endswith(apart) else form.run(call)
+            if seen is not None:
+                yield judge(name, seen, form.shown(judge.truth), _by_reference(subject, path, call, form))
+        for name in call.tensors if len(call.tensors) > 1 else ():
+            with _only_trained(call.tensors, name):
+                seen = call.observe(call.x, call.dy)
+            yield judge(LayerForm.ONE_TRAINED.format(name), seen, ["y", "grad x", f"grad {name}"])
+        if kept := describe_leak(partial(call.observe, call.x, call.dy)):
+            yield Judgement(False, None, None, path, f"memory grows with every call: {kept}", "exact", 0)
+        yield from _with_new_values(subject, case, path, call)
+        if rows:
+            yield from _with_other_rows(subject, case, path, call)
+        if subject.dtype == "float32":
+            yield from _under_autocast(subject, case, path, call)
+            yield from _untrained(subject, case, path, call)
+    yield from _in_other_precisions(subject, case)
 
 
-def _together(
+def _by_reference(subject: Subject, path: str, call: Call, form: Form) -> Iterator[dict[str, Tensor]]:
+    """If a correct layer rounds differently in `form`, call the reference's layer in this form and yield the result."""
+    if form.rounds_differently:
+        own = subject.reference(path, subject.dtype)
+        seen = form.run(replace(call, layer=own.layer, tensors=own.tensors, numbers=()))
+        if seen is not None:
+            yield seen
+
+
+def _with_new_values(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
+    """Yield judgements of copies of the layer whose tensors were halved after a first call."""
+    autocast = NEW_VALUES_UNDER_AUTOCAST if subject.dtype == "float32" else {}
+    seen = {name: form.run(call) for name, form in (NEW_VALUES | autocast).items()}
+    found = {name: one for name, one in seen.items() if one is not None}
+    if not found:
+        return
+
+    def halved(dtype: str) -> ReferenceLayer:
+        reference = subject.reference(path, dtype)
+        layer = reference.layer
+        with torch.no_grad():
+            for tensor in {id(t): t for t in (*layer.parameters(), *layer.buffers())}.values():
+                if tensor.is_floating_point():
+                    tensor.mul_(HALF)
+        return reference
+
+    wide, own = halved("float64"), halved(subject.dtype)
+    runs = runs_of(wide, own, subject.dtype, call.x, call.dy, narrow=partial(halved, "float32"))
+    judge = _LayerJudge(subject, case, path, *runs)
+    rounded = PlausibleResults({"y": draw["y"]} for draw in _rounded_by_autocast(own, call, "bfloat16"))
+    for name, one in found.items():
+        if name in autocast:
+            verdict = noise_floor(one, {"y": judge.truth["y"]}, rounded, "bfloat16", case.factor("calls"))
+            yield _named(path, name, verdict)
+        else:
+            yield judge(name, one, NEW_VALUES[name].shown(judge.truth))
+
+
+def _with_other_rows(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
+    """Yield judgements of calls with other rows: one row expanded to several, and an input (2, 0, D) without rows."""
+    D, E = call.x.shape[-1], call.dy.shape[-1]
+    for name, x, dy in (
+        (LayerForm.ONE_ROW, call.x[:1].expand(ROWS, D), call.dy[:1].expand(ROWS, E)),
+        (LayerForm.NO_TOKENS, call.x[:0].view(2, 0, D), call.dy[:0].view(2, 0, E)),
+    ):
+        mine = observe(call.layer, call.tensors, x, dy, training=call.training)
+        truth, draws = reference_runs(subject, path, x, dy)
+        yield _named(path, name, noise_floor(mine, truth, draws, subject.dtype, case.factor("calls")))
+
+
+def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
+    """Yield judgements of outputs and gradients under autocast in both 16-bit dtypes, also after the tensors change.
+
+    Autocast rounds to 16 bits, so the errors may be as large as rounding errors of 16 bits. The output must have the
+    dtype of autocast or of the reference's output, because later layers may refuse two dtypes. A packed layer may
+    return the dtype of its input, as bitsandbytes does.
+    """
+    wide, own = (subject.reference(path, dtype) for dtype in ("float64", "float32"))
+    mine, x, dy, factor = call.tensors, call.x, call.dy, case.factor("calls")
+    held = {name: t.detach().clone() for name, t in mine.items()}
+
+    try:
+        for when in (LayerForm.AUTOCAST, LayerForm.AUTOCAST_AFTER):
+            truth = observe(wide.layer, wide.tensors, cast(x, "float64"), dy.double())
+            for dtype in ("bfloat16", "float16"):
+                seen = _autocast(call, call.layer, mine, dtype, x)
+                rounded = PlausibleResults(_rounded_by_autocast(own, call, dtype))
+                verdict = noise_floor(seen, truth, rounded, dtype, factor)
+                if seen["y"].dtype != DTYPES[dtype] and not subject.packed:
+                    verdict = ill_formed({"y": seen["y"]}, {"y": next(iter(rounded))["y"]}) or verdict
+                yield _named(path, when.format(dtype), verdict)
+            with torch.no_grad():
+                for tensor in (*mine.values(), *wide.tensors.values(), *own.tensors.values()):
+                    tensor.mul_(HALF)
+    finally:
+        load(subject.adapted, {f"{path}.{name}": value for name, value in held.items()})
+
+
+def _autocast(call: Call, layer: nn.Module, tensors: Mapping[str, Tensor], dtype: str, x: Tensor) -> dict[str, Tensor]:
+    with torch.autocast(x.device.type, DTYPES[dtype]):
+        return observe(layer, tensors, x, call.dy, training=call.training)
+
+
+def _rounded_by_autocast(own: ReferenceLayer, call: Call, dtype: str) -> Iterator[dict[str, Tensor]]:
+    """Yield output and gradients as correct programs might give them under autocast. own: the reference in float32."""
+    yield _autocast(call, own.layer, own.tensors, dtype, call.x)
+    for seed in range(PERTURBED_DRAWS):
+        generator, moved = torch.Generator().manual_seed(seed), copy.deepcopy(own)
+        for parameter in moved.layer.parameters():
+            parameter.data = perturbed(parameter.data, dtype, generator)
+        yield _autocast(call, moved.layer, moved.tensors, dtype, perturbed(call.x, dtype, generator))
+
+
+def _untrained(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
+    """Yield judgements of the output while one adapter tensor is tiny, as after the first steps of training.
+
+    The layer runs in eval mode and without gradients.
+    """
+    for name, tensor in call.tensors.items():
+        held = tensor.detach().clone()
+        try:
+            with torch.no_grad():
+                tensor.mul_(TINY)
+                seen = call.output(training=False)
+            truth, draws = reference_runs(subject, path, call.x, call.dy[:0])
+            verdict = noise_floor(seen, truth, draws, subject.dtype, case.factor("calls"))
+            yield _named(path, LayerForm.TINY.format(name), verdict)
+        finally:
+            load(subject.adapted, {f"{path}.{name}": held})
+
+
+@contextmanager
+def _only_trained(tensors: Mapping[str, Tensor], name: str) -> Iterator[None]:
+    """Let only the tensor `name` require a gradient in this context. LoRA-FA, for example, trains only one factor."""
+    others = [tensor for key, tensor in tensors.items() if key != name]
+    for tensor in others:
+        tensor.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for tensor in others:
+            tensor.requires_grad_(True)
+
+
+def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
+    """Yield judgements of the first adapted layer: second derivatives, torch.func, and a copy in another dtype."""
+    path = next(iter(subject.adapted.layers), None)
+    if path is None:
+        return
+    layer, tensors = subject.adapted.layers[path], subject.tensors_of(path)
+    x, dy = inputs(subject.original_base(path), ROWS, DTYPES[subject.dtype], case.generator(720))
+    own, factor = subject.reference(path, subject.dtype), case.factor("calls")
+    if x.is_floating_point() and _second(own.layer, own.tensors, x, dy):
+        truth, draws = reference_runs(subject, path, x, dy, run=_second)
+        verdict = noise_floor(_second(layer, tensors, x, dy), truth, draws, subject.dtype, factor)
+        yield _named(path, LayerForm.SECOND_ORDER, verdict)
+        own = subject.reference(path, subject.dtype)  # the draws may have moved its tensors
+    if x.is_floating_point() and (seen := _by_functorch(layer, tensors, x, dy)):
+        truth, draws = reference_runs(subject, path, x, dy, run=_by_functorch)
+        known = ({n: t for n, t in draw.items() if n in seen} for draw in draws)
+        expected = {n: t for n, t in truth.items() if n in seen}
+        yield _named(path, LayerForm.FUNCTORCH, noise_floor(seen, expected, known, subject.dtype, factor))
+    rounded_alike = {t.dtype for t in tensors.values()} <= {
+        DTYPES[subject.dtype]
+    }  # False if an adapter stays in float32
+    if path in subject.packed or not rounded_alike or not owns(layer, tensors):
+        return
+    other = OTHER_DTYPE[subject.dtype]
+    x_other, dy_other = cast(x, other), dy.to(DTYPES[other])
+
+    def moved(of: nn.Module, named: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+        """Round a copy of the layer to the dtype `other`, run it in `dtype`, and return output and gradients."""
+        made = copy.deepcopy(of).to(DTYPES[other]).to(DTYPES[dtype])
+        named = tensors_of_copy(of, made, named)
+        return observe(made, named, cast(x_other, dtype), dy_other.to(DTYPES[dtype]), training=subject.trains_plainly)
+
+    truth, rounded = (moved(own.layer, own.tensors, dtype) for dtype in ("float64", other))
+    yield _named(
+        path,
+        LayerForm.OTHER_DTYPE.format(other),
+        noise_floor(moved(layer, tensors, other), truth, rounded, other, factor),
+    )
+
+
+def _second(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """Return the gradients of sum(x * dL/dx) with respect to `tensors`, by name.
+
+    dL/dx is the gradient of the input x for the incoming gradient dy. If dL/dx has no graph, return an empty dict.
+    """
+    leaf = x.detach().clone().requires_grad_(True)
+    with preserved_state(layer, tensors, training=False):
+        y = layer(leaf)
+        if not y.requires_grad:
+            return {}
+        first = torch.autograd.grad(y, leaf, dy, create_graph=True)[0]
+        if not first.requires_grad:
+            return {}
+        (first * x).sum().backward()
+        return {f"grad {n}": t.grad.detach().clone() for n, t in tensors.items() if t.grad is not None}
+
+
+def _by_functorch(
     layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor, *, training: bool = False
 ) -> dict[str, Tensor]:
-    """Run `layer` on each input in x, and return the outputs and gradients of all calls.
+    """Return outputs by torch.func.vmap, and the derivative along dx = x by torch.func.jvp.
 
-    The backward passes begin after the last forward pass. The layer's tensors accumulate the gradients of all calls.
+    vmap maps over inputs of one row each. If torch refuses vmap or jvp, leave its result out. torch refuses both for an
+    autograd.Function that does not define rules for them.
     """
+    seen: dict[str, Tensor] = {}
     with preserved_state(layer, tensors, training):
-        leaves = [one.detach().clone().requires_grad_(one.is_floating_point()) for one in x]
-        ys = [layer(leaf) for leaf in leaves]
-        for y, one in zip(ys, dy, strict=True):
-            if y.requires_grad and y.shape == one.shape:
-                y.backward(one)
-        seen = {f"y of call {n}": y.detach().clone() for n, y in enumerate(ys, 1)}
-        seen |= {f"grad x of call {n}": leaf.grad for n, leaf in enumerate(leaves, 1) if leaf.grad is not None}
-        return seen | {f"grad {name}": t.grad for name, t in tensors.items() if t.grad is not None}
+        for name, run in (
+            ("y by vmap", lambda: torch.func.vmap(layer)(x.detach().unsqueeze(1)).squeeze(1)),
+            ("derivative by jvp", lambda: torch.func.jvp(layer, (x.detach(),), (x.detach(),))[1]),
+        ):
+            with suppress(RuntimeError, NotImplementedError):
+                seen[name] = run().detach().clone()
+    return seen
 
 
-def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
-    if not all(verdict.passed for verdict, _ in operation_call.judgements(subject, subject.call(), case)):
-        return
-    both = [subject, replace(subject, arguments=subject.another())]
-    outputs = [one.operation.named(one.function(**cloned(one.arguments))) for one in both]
-    for number, (one, mine) in enumerate(zip(both, outputs, strict=True), 1):
-        yield from (
-            prefix_tensor(f"call {number}", verdict) for verdict, _ in operation_call.judgements(one, mine, case)
-        )
-    if not subject.operation.differentiable:
-        return
-    dtype, factor = DTYPES[subject.dtype], case.factor("overlap")
-    expected = []
-    for one in both:
-        truth, rounded = (operation_call.reference_gradients(one, to, case) for to in (torch.float64, dtype))
-        expected.append((truth, rounded))
-    alone = operation_call.gradients(subject, subject.function, dtype, case)
-    if not noise_floor(alone, *expected[0], subject.dtype, factor).passed:
-        return
-    under_way = [operation_call.forward(one, subject.function, dtype) for one in both]
-    gradients = [operation_call.backward(outputs, leaves, case) for outputs, leaves in under_way]
-    for number, (mine, wanted) in enumerate(zip(gradients, expected, strict=True), 1):
-        yield prefix_tensor(f"call {number}", noise_floor(mine, *wanted, subject.dtype, factor))
+def _named(path: str, form: str, judgement: Judgement) -> Judgement:
+    return prefix_tensor(f"{path} {form}" if path else form, judgement)

@@ -6,7 +6,7 @@ from typing import Any
 
 from harness.conformance.case import Case
 from harness.conformance.checks import CellStage, States, check
-from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
+from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.packed_codes import judge
 from harness.conformance.comparison.tolerance_policies import worst_of
 from harness.conformance.subject import DTYPES, ExpectedCodes, PackedLayer, Subject
@@ -30,7 +30,7 @@ def check_codes(subject: Subject, case: Case) -> CheckResult:
     odd = [f"{path} is not packed" for path in sorted(wanted - subject.packed.keys())]
     odd += [f"{path} should not be packed" for path in sorted(subject.packed.keys() - wanted)]
     if odd:
-        return listed(subject, case, "codes", odd)
+        return from_problems(subject, case, "codes", odd)
     found, ties = [], 0
     for path, form in subject.packed.items():
         bias = getattr(subject.bases[path], "bias", None)

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from harness.conformance.case import Case
 from harness.conformance.checks import check
-from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
+from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import noise_floor, worst_of
 from harness.conformance.subject import DTYPES, Subject, load
 from harness.records.record import CheckResult
 from reference.dora import norms
-from reference.shared.layers import as_stored, floating_dtype, sides
+from reference.shared.layers import as_stored, features_in_out, floating_dtype
 
 
 @check()
@@ -50,7 +50,7 @@ def check_norm(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "norm", worst_of(found, found[0].policy))
 
 
-@check(of_sizes=False)
+@check(depends_on_sizes=False)
 def check_zero_rows(subject: Subject, case: Case) -> CheckResult:
     """A row of zeros in DoRA's base weight gives finite outputs and gradients.
 
@@ -69,7 +69,7 @@ def check_zero_rows(subject: Subject, case: Case) -> CheckResult:
         x, dy = inputs(fresh.original_base(path), case.tokens, DTYPES[fresh.dtype], case.generator(index))
         seen = observe(layer, fresh.tensors_of(path), x, dy)
         problems += [f"{path}: {name} is not finite" for name, t in seen.items() if not bool(t.isfinite().all())]
-    return listed(subject, case, "zero_rows", problems)
+    return from_problems(subject, case, "zero_rows", problems)
 
 
 @torch.no_grad()
@@ -86,6 +86,6 @@ def _matrix(layer: nn.Module, base: Any) -> Tensor | None:
     if isinstance(base, nn.Embedding):
         table: Tensor = layer(torch.arange(base.num_embeddings, device=base.weight.device))
         return table.T / getattr(base, "embed_scale", 1.0)
-    unit = torch.eye(sides(base)[0], dtype=floating_dtype(layer), device=next(layer.parameters()).device)
+    unit = torch.eye(features_in_out(base)[0], dtype=floating_dtype(layer), device=next(layer.parameters()).device)
     outputs: Tensor = layer(unit) - layer(torch.zeros_like(unit[:1]))
     return outputs.T

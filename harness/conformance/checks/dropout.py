@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
-from harness.conformance.comparison.check_results import listed, skipped
+from harness.conformance.comparison.check_results import from_problems, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import observe_with_reference, reference_runs
 from harness.conformance.comparison.observations import observe
@@ -74,7 +74,7 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
         dropped += int((is_dropped & ~is_retained).sum())
         if bool((is_retained ^ is_dropped).all()):
             masked = partial(_masked, is_retained.double().view(-1, *(1,) * (x.dim() - 1)) / (1 - p))
-            truth, draws = reference_runs(subject, path, only, dy, look=masked)
+            truth, draws = reference_runs(subject, path, only, dy, run=masked)
 
             def known(seen: dict[str, Tensor], where: Tensor = where) -> dict[str, Tensor]:
                 """Return the observation with `grad x` only at the nonzero features. Only their mask is known."""
@@ -99,7 +99,7 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
     if not problems and abs(dropped - p * total) > spread + 1:
         problems.append(f"{dropped} of {total} features were dropped, should be {p * total:.0f} +- {spread:.0f}")
     detail = f"{dropped} of {total} features dropped at p = {p:g}" if drops else "an embedding drops nothing"
-    return listed(subject, case, "dropout", problems, detail)
+    return from_problems(subject, case, "dropout", problems, detail)
 
 
 def _changes(
@@ -134,7 +134,7 @@ def _rows_as(subject: Subject, path: str, ys: Sequence[Tensor], x: Tensor, masks
     with the reference's output for every factor; the comparisons of the first output come first.
     """
     # x[:0] fits no output, so that no gradients are computed.
-    truth, draws = reference_runs(subject, path, x, x[:0], look=partial(_masked_outputs, masks))
+    truth, draws = reference_runs(subject, path, x, x[:0], run=partial(_masked_outputs, masks))
     own = list(islice(draws, DRAWS_AT_ONCE))
 
     def rows(named: Mapping[str, Tensor], name: str) -> Tensor:
@@ -199,8 +199,8 @@ def _share(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterator[
     dtype, generator = DTYPES[subject.dtype], torch.Generator().manual_seed(0)
     x, dy = inputs(subject.original_base(path), 1, dtype, generator)
     one, _ = _single(x, torch.zeros(1, dtype=torch.long))
-    look = partial(_masked_outputs, (1 / (1 - p), 0.0))
-    retained, dropped = (y.double() for y in reference_runs(subject, path, one, dy[:0], look=look)[0].values())
+    run = partial(_masked_outputs, (1 / (1 - p), 0.0))
+    retained, dropped = (y.double() for y in reference_runs(subject, path, one, dy[:0], run=run)[0].values())
     if torch.equal(retained, dropped):
         return
     ys = observe(layer, {}, one.expand(MANY, -1).contiguous(), dy[:0], training=True)["y"].double()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.checks import check
-from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
+from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
 from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
@@ -57,7 +57,7 @@ class _Step:
     decay: float = _DECAY
 
 
-@check(of_sizes=False)
+@check(depends_on_sizes=False)
 def check_refresh(subject: Subject, case: Case) -> CheckResult:
     """GaLore's own optimizer moves the weights as the reference does, also across a refresh of the subspace.
 
@@ -80,7 +80,7 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "refresh", worst_of(found, found[0].policy))
 
 
-@check(of_sizes=False)
+@check(depends_on_sizes=False)
 def check_optimizer(subject: Subject, case: Case) -> CheckResult:
     """GaLore's own optimizer does what a training program expects of an optimizer of torch.
 
@@ -102,7 +102,9 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
     if fresh.adapted.optimizer(_LR, _DECAY) is None:
         return skipped(subject, case, "optimizer", "the Method has no optimizer")
     if (groups := _groups_after_a_move(fresh)) != 1:
-        return listed(subject, case, "optimizer", [f"a parameter that moved to a new group is in {groups} groups"])
+        return from_problems(
+            subject, case, "optimizer", [f"a parameter that moved to a new group is in {groups} groups"]
+        )
     every: list[Judgement] = []
     for bits in numbers_of_bits(fresh):  # the default comes first, so that a defect with 8 bits hides none without
         found, problems = list[Judgement](), list[str]()
@@ -121,7 +123,7 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
         if not worst.passed:
             return judged(subject, case, "optimizer", worst)
         if problems:
-            return listed(subject, case, "optimizer", problems)
+            return from_problems(subject, case, "optimizer", problems)
     return judged(subject, case, "optimizer", worst_of(every, every[0].policy))
 
 

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from torch import Tensor
 
-from harness.conformance.adapter_files.reference_logits import Part
+from harness.conformance.adapter_files.reference_logits import WeightedAdapterFile
 from harness.conformance.adapter_files.subject import FIRST, SECOND, LoaderSubject
 from harness.conformance.case import Case
 from harness.conformance.checks import check
@@ -24,9 +24,13 @@ def check_switch(subject: LoaderSubject, case: Case) -> CheckResult:
 
     No call depends on the adapter of the call before it.
     """
-    loader, first, second = subject.loaded_both(), Part(subject.adapter.folder), Part(subject.another)
+    loader, first, second = (
+        subject.loaded_both(),
+        WeightedAdapterFile(subject.adapter.folder),
+        WeightedAdapterFile(subject.another),
+    )
     have: dict[str, list[Tensor]] = {}
-    want: dict[str, list[Part]] = {}
+    want: dict[str, list[WeightedAdapterFile]] = {}
     for name, part in ((None, []), (SECOND, [second]), (FIRST, [first]), (None, []), (FIRST, [first])):
         label = f"call {len(have) + 1}, {name or 'base'}"
         have[label], want[label] = loader.logits(subject.prompts, name), part
@@ -43,7 +47,7 @@ def check_renamed(subject: LoaderSubject, case: Case) -> CheckResult:
         loader.delete(_RENAMED)
         loader.load(subject.adapter.folder, _RENAMED)
         have["deleted and loaded again"] = loader.logits(prompts, _RENAMED)
-    verdict = subject.compare(have, dict.fromkeys(have, (Part(subject.adapter.folder),)))
+    verdict = subject.compare(have, dict.fromkeys(have, (WeightedAdapterFile(subject.adapter.folder),)))
     return judged(subject, case, "renamed", verdict)
 
 
@@ -54,7 +58,7 @@ def check_hotswap(subject: LoaderSubject, case: Case) -> CheckResult:
     The two adapters differ in rank, alpha and values. The check swaps one for the other, and back. The base must not change.
     """
     loader, prompts = subject.fresh(), subject.prompts
-    first, second = Part(subject.adapter.folder), Part(subject.another)
+    first, second = WeightedAdapterFile(subject.adapter.folder), WeightedAdapterFile(subject.another)
     loader.load(second.folder, FIRST)
     loader.hotswap(first.folder, FIRST)
     have = {"swapped": loader.logits(prompts, FIRST)}
@@ -72,7 +76,9 @@ def check_hotswap_beside(subject: LoaderSubject, case: Case) -> CheckResult:
         loader.load(subject.another, name)
     loader.hotswap(subject.adapter.folder, FIRST)
     have = {SECOND: loader.logits(subject.prompts, SECOND)}
-    return judged(subject, case, "hotswap_beside", subject.compare(have, {SECOND: [Part(subject.another)]}))
+    return judged(
+        subject, case, "hotswap_beside", subject.compare(have, {SECOND: [WeightedAdapterFile(subject.another)]})
+    )
 
 
 @check()
@@ -83,7 +89,7 @@ def check_hotswap_scale(subject: LoaderSubject, case: Case) -> CheckResult:
     loader.hotswap(subject.adapter.folder, FIRST)
     loader.set_scale(FIRST, _HALF)
     have = {FIRST: loader.logits(subject.prompts, FIRST)}
-    verdict = subject.compare(have, {FIRST: [Part(subject.adapter.folder, factor=_HALF)]})
+    verdict = subject.compare(have, {FIRST: [WeightedAdapterFile(subject.adapter.folder, factor=_HALF)]})
     return judged(subject, case, "hotswap_scale", verdict)
 
 
@@ -96,11 +102,11 @@ def check_hotswap_merged(subject: LoaderSubject, case: Case) -> CheckResult:
     loader, prompts = subject.fresh(), subject.prompts
     loader.load(subject.another, FIRST)
     loader.merge([FIRST])
-    loaded, detail = Part(subject.adapter.folder), ""
+    loaded, detail = WeightedAdapterFile(subject.adapter.folder), ""
     try:
         loader.hotswap(loaded.folder, FIRST)
     except Unsupported as error:
-        loaded, detail = Part(subject.another), f"refused: {error}"
+        loaded, detail = WeightedAdapterFile(subject.another), f"refused: {error}"
     loader.unmerge()
     have = {"base": loader.logits(prompts, None), FIRST: loader.logits(prompts, FIRST)}
     return judged(subject, case, "hotswap_merged", subject.compare(have, {"base": [], FIRST: [loaded]}), detail)
@@ -114,7 +120,11 @@ def check_delete(subject: LoaderSubject, case: Case) -> CheckResult:
     have = {SECOND: loader.logits(prompts, SECOND), "base": loader.logits(prompts, None)}
     loader.load(subject.adapter.folder, FIRST)
     have[FIRST] = loader.logits(prompts, FIRST)
-    want = {SECOND: [Part(subject.another)], "base": [], FIRST: [Part(subject.adapter.folder)]}
+    want = {
+        SECOND: [WeightedAdapterFile(subject.another)],
+        "base": [],
+        FIRST: [WeightedAdapterFile(subject.adapter.folder)],
+    }
     return judged(subject, case, "delete", subject.compare(have, want))
 
 
@@ -126,7 +136,7 @@ def check_delete_last(subject: LoaderSubject, case: Case) -> CheckResult:
     have = {"base": loader.logits(prompts, None)}
     loader.load(subject.adapter.folder, FIRST)
     have[FIRST] = loader.logits(prompts, FIRST)
-    want = {"base": [], FIRST: [Part(subject.adapter.folder)]}
+    want = {"base": [], FIRST: [WeightedAdapterFile(subject.adapter.folder)]}
     return judged(subject, case, "delete_last", subject.compare(have, want))
 
 
@@ -134,7 +144,7 @@ def check_delete_last(subject: LoaderSubject, case: Case) -> CheckResult:
 def check_deepcopy(subject: LoaderSubject, case: Case) -> CheckResult:
     """A loader and its copy are independent: an adapter that is loaded or merged in one does not change the other."""
     loader, prompts = subject.loaded(), subject.prompts
-    first, second = Part(subject.adapter.folder), Part(subject.another)
+    first, second = WeightedAdapterFile(subject.adapter.folder), WeightedAdapterFile(subject.another)
     twin = loader.copy()
     twin.load(second.folder, SECOND)
     with suppress(Unsupported):

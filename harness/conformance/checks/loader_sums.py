@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from harness.conformance.adapter_files import variants
-from harness.conformance.adapter_files.reference_logits import Part
+from harness.conformance.adapter_files.reference_logits import WeightedAdapterFile
 from harness.conformance.adapter_files.subject import FIRST, SECOND, LoaderSubject
 from harness.conformance.case import Case
 from harness.conformance.checks import check
@@ -47,7 +47,7 @@ def _combined(
     subject: LoaderSubject, case: Case, name: str, names: Sequence[str], weights: Sequence[float]
 ) -> CheckResult:
     folders = (subject.adapter.folder, subject.another)
-    parts = [Part(folder, weight) for folder, weight in zip(folders, weights, strict=False)]
+    parts = [WeightedAdapterFile(folder, weight) for folder, weight in zip(folders, weights, strict=False)]
     have, want = {}, {}
     raised: list[Exception] = []
     for way in subject.fresh().combinations:
@@ -62,7 +62,7 @@ def _combined(
             raised.append(error)
             continue
         have[f"{FIRST} after {label}"] = loader.logits(subject.prompts, FIRST)
-        want[f"{FIRST} after {label}"] = [Part(folders[0])]
+        want[f"{FIRST} after {label}"] = [WeightedAdapterFile(folders[0])]
     verdict = subject.compare(have, want) if have else None
     broken = [error for error in raised if not isinstance(error, Unsupported)]
     if verdict is None or (verdict.passed and broken):
@@ -73,7 +73,7 @@ def _combined(
 @check()
 def check_merge_two(subject: LoaderSubject, case: Case) -> CheckResult:
     """Two adapters merged in either order give the base with the sum of their updates."""
-    parts = (Part(subject.adapter.folder), Part(subject.another))
+    parts = (WeightedAdapterFile(subject.adapter.folder), WeightedAdapterFile(subject.another))
     have = {}
     for first, second in ((FIRST, SECOND), (SECOND, FIRST)):
         loader = subject.loaded_both()
@@ -96,7 +96,7 @@ def check_merge_training(subject: LoaderSubject, case: Case) -> CheckResult:
         loader.merge([FIRST])
         loader.train(False)
         have[f"merged in {'training' if training else 'evaluation'} mode"] = loader.logits(subject.prompts, None)
-    verdict = subject.compare(have, dict.fromkeys(have, (Part(subject.adapter.folder),)))
+    verdict = subject.compare(have, dict.fromkeys(have, (WeightedAdapterFile(subject.adapter.folder),)))
     return judged(subject, case, "merge_training", verdict)
 
 
@@ -115,7 +115,7 @@ def check_merge_undone(subject: LoaderSubject, case: Case) -> CheckResult:
     have = {"base": loader.logits(prompts, None), FIRST: loader.logits(prompts, FIRST)}
     equal = all(torch.equal(one, other) for one, other in zip(have["base"], before, strict=True))
     detail = "restored to the last bit" if equal else "restored with rounding errors"
-    verdict = subject.compare(have, {"base": [], FIRST: [Part(subject.adapter.folder)]})
+    verdict = subject.compare(have, {"base": [], FIRST: [WeightedAdapterFile(subject.adapter.folder)]})
     return judged(subject, case, "merge_undone", verdict, detail if verdict.passed else "")
 
 
@@ -126,7 +126,7 @@ def check_disabled(subject: LoaderSubject, case: Case) -> CheckResult:
     with loader.disabled():
         have = {"disabled": loader.logits(prompts, FIRST)}
     have["enabled again"] = loader.logits(prompts, FIRST)
-    want = {"disabled": [], "enabled again": [Part(subject.adapter.folder)]}
+    want = {"disabled": [], "enabled again": [WeightedAdapterFile(subject.adapter.folder)]}
     return judged(subject, case, "disabled", subject.compare(have, want))
 
 
@@ -141,5 +141,5 @@ def check_scale(subject: LoaderSubject, case: Case) -> CheckResult:
     for factor in _FACTORS:
         loader.set_scale(FIRST, factor)
         have[f"factor {factor:g}"] = loader.logits(subject.prompts, FIRST)
-        want[f"factor {factor:g}"] = [Part(subject.adapter.folder, factor=factor)]
+        want[f"factor {factor:g}"] = [WeightedAdapterFile(subject.adapter.folder, factor=factor)]
     return judged(subject, case, "scale", subject.compare(have, want))

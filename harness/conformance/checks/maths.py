@@ -40,9 +40,9 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
     in exact arithmetic (PiSSA: residual + s B A = W). Then the error against the base model in float64 may be a multiple
     of the rounding error in this dtype.
     """
-    if case.inputs is None or case.base_output is None:
+    if case.run_model is None or case.base_output is None:
         return skipped(subject, case, "identity", "no whole-model input in this case")
-    mine, base = {"logits": case.inputs()}, {"logits": case.base_output}
+    mine, base = {"logits": case.run_model()}, {"logits": case.base_output}
     if (same := exact(mine, base)).passed:
         return judged(subject, case, "identity", same, "to the last bit")
     if subject.original.model is None or case.forward is None:
@@ -79,7 +79,7 @@ def check_gradient(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "gradient", case.once(_judge_layers, subject).gradients)
 
 
-@check(States.WARM, of_sizes=False)
+@check(States.WARM, depends_on_sizes=False)
 def check_strides(subject: Subject, case: Case) -> CheckResult:
     """Outputs and gradients equal the reference's for other memory layouts, and for an input without tokens.
 
@@ -101,7 +101,7 @@ def check_strides(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "strides", worst_of(found, found[0].policy))
 
 
-@check(States.WARM, of_sizes=False)
+@check(States.WARM, depends_on_sizes=False)
 def check_vector(subject: Subject, case: Case) -> CheckResult:
     """For a single vector (D,) the output (E,) and the gradients equal the reference's."""
     found = []

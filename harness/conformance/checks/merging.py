@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from harness.conformance.case import Case
 from harness.conformance.checks import CellStage, States, check
 from harness.conformance.comparison import whole_model
-from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
+from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import HALF, inputs
-from harness.conformance.comparison.layer_comparison import Draws, runs_of
+from harness.conformance.comparison.layer_comparison import PlausibleResults, runs_of
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, unchanged, worst_of
 from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load, warm
@@ -75,7 +75,9 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         verdicts[when] = worst_of(found, found[0].policy if found else "noise-floor")
     failures = [when for when, verdict in verdicts.items() if verdict.decided and not verdict.passed]
     if frozen := sorted(trained - now):
-        return listed(subject, case, "merge", [f"{name} does not train any more after unmerging" for name in frozen])
+        return from_problems(
+            subject, case, "merge", [f"{name} does not train any more after unmerging" for name in frozen]
+        )
     if failures:
         return judged(subject, case, "merge", verdicts[failures[0]], failures[0])
     return judged(subject, case, "merge", worst_of([*verdicts.values()], verdicts[_CHANGED].policy))
@@ -99,7 +101,7 @@ def _merged_outputs(subject: Subject, xs: dict[str, Tensor]) -> dict[str, Tensor
     return _outputs(subject, xs)
 
 
-@check(States.WARM, of_sizes=False, only_wide=True)
+@check(States.WARM, depends_on_sizes=False, only_wide=True)
 def check_unmerge(subject: Subject, case: Case) -> CheckResult:
     """Merging and unmerging restores every parameter and buffer of the model, to the last bit.
 
@@ -144,13 +146,13 @@ def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Te
     x = x.clone()  # the subject may write to the one that it gets
     for wide, own in (whole, half):
         first = _merged(own, x)
-        truth, draws = runs_of(wide, own, subject.dtype, x, x.new_zeros(()), look=_output)
-        made = Draws(chain([first], islice(draws, DRAWS_AT_ONCE)))
+        truth, draws = runs_of(wide, own, subject.dtype, x, x.new_zeros(()), run=_output)
+        made = PlausibleResults(chain([first], islice(draws, DRAWS_AT_ONCE)))
         found.append((truth, made if subject.reference_cache is not None else list(made)))
     return found
 
 
-@check(States.INIT, of_sizes=False)
+@check(States.INIT, depends_on_sizes=False)
 def check_detach(subject: Subject, case: Case) -> CheckResult:
     """Detaching restores the base layers themselves and their outputs, and every parameter and buffer of the model.
 
@@ -169,7 +171,7 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
     odd = [f"{p} is not the base layer" for p, b in fresh.bases.items() if fresh.model.get_submodule(p) is not b]
     odd += [f"{n} is frozen" for n, p in fresh.model.named_parameters() if id(p) in trained and not p.requires_grad]
     if odd:
-        return listed(subject, case, "detach", odd)
+        return from_problems(subject, case, "detach", odd)
     with torch.no_grad():
         outputs = exact(_outputs(fresh, xs), {path: fresh.original_base(path)(x) for path, x in xs.items()})
     weights = unchanged(whole_model.tensors(fresh.model), whole_model.tensors(fresh.original.model))
@@ -184,7 +186,7 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
             odd = [path for path, base in again.bases.items() if again.model.get_submodule(path) is not base]
             if odd:
                 problems = [f"detached while merged, {path} is not the base layer" for path in odd]
-                return listed(subject, case, "detach", problems)
+                return from_problems(subject, case, "detach", problems)
     return judged(subject, case, "detach", worst_of(found, "exact"))
 
 
@@ -206,7 +208,7 @@ def _used(subject: Subject | None, case: Case) -> dict[str, Tensor]:
     return seen
 
 
-@check(States.WARM, of_sizes=False)
+@check(States.WARM, depends_on_sizes=False)
 def check_save(subject: Subject, case: Case) -> CheckResult:
     """`tensors()` and `state()` are the whole state of an adapter.
 
@@ -220,7 +222,7 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
     saved, places = ({*s.adapted.tensors(), *s.state()} for s in (subject, fresh))
     if saved != places:
         names = [f"only one of the two adapters has {name}" for name in sorted(saved ^ places)]
-        return listed(subject, case, "save", names)
+        return from_problems(subject, case, "save", names)
     load(fresh.adapted, subject.adapted.tensors())
     state = {name: t.detach().clone() for name, t in subject.state().items()}
     # The fresh adapter starts with the same state. Load another one first; otherwise loading this one shows nothing.

@@ -8,7 +8,7 @@ from torch import Tensor
 from harness.conformance.case import Case
 from harness.conformance.checks import check
 from harness.conformance.comparison import operation_call
-from harness.conformance.comparison.check_results import judged, listed, skipped
+from harness.conformance.comparison.check_results import from_problems, judged, skipped
 from harness.conformance.comparison.distances import place
 from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, exact, rounded_once, worst_of
 from harness.conformance.operation import OperationSubject, cloned
@@ -65,7 +65,7 @@ def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
     return judged(subject, case, "backward", verdict)
 
 
-@check(of_sizes=False)
+@check(depends_on_sizes=False)
 def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
     """A call does not change its arguments. Its backward pass changes neither the arguments nor the incoming gradients."""
     given = cloned(subject.arguments)
@@ -86,7 +86,7 @@ def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
     return judged(subject, case, "arguments", exact(operation_call.finite(seen), operation_call.finite(before)))
 
 
-@check(of_sizes=False)
+@check(depends_on_sizes=False)
 def check_repeatable(subject: OperationSubject, case: Case) -> CheckResult:
     """Two calls with the same arguments return the same, to the last bit."""
     first = {name: t.detach().clone() for name, t in subject.call().items()}
@@ -131,10 +131,10 @@ def check_nonfinite(subject: OperationSubject, case: Case) -> CheckResult:
         for output, expected in want.items():
             if expected.is_floating_point() and bool((expected.isnan() & mine[output].isfinite()).any()):
                 odd.append(f"a NaN in {name} does not reach {output}")
-    return listed(subject, case, "nonfinite", odd)
+    return from_problems(subject, case, "nonfinite", odd)
 
 
-@check(of_sizes=False)
+@check(depends_on_sizes=False)
 def check_written(subject: OperationSubject, case: Case) -> CheckResult:
     """No output and no gradient contains memory that was never written.
 
@@ -155,7 +155,7 @@ def check_written(subject: OperationSubject, case: Case) -> CheckResult:
         for name, t in poisoned.items()
         if bool((t.isnan() & ~clean[name].isnan()).any() if t.is_floating_point() else (t != clean[name]).any())
     ]
-    return listed(subject, case, "written", odd)
+    return from_problems(subject, case, "written", odd)
 
 
 def _gapped(tensor: Tensor) -> Tensor:

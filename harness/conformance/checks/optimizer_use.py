@@ -10,7 +10,7 @@ from torch import Tensor
 from harness.conformance.case import Case
 from harness.conformance.checks import check
 from harness.conformance.checks.galore import new_optimizer, numbers_of_bits
-from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
+from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.tolerance_policies import unchanged, worst_of
 from harness.conformance.subject import Subject
 from harness.records.record import CheckResult
@@ -20,7 +20,7 @@ _STEPS_BEFORE = 2
 """Number of steps before the state is saved."""
 
 
-@check(of_sizes=False)
+@check(depends_on_sizes=False)
 def check_closure(subject: Subject, case: Case) -> CheckResult:
     """The Method's own optimizer calls a closure in gradient mode, so that the closure can call `loss.backward()`."""
     fresh = case.attach_again()
@@ -35,10 +35,10 @@ def check_closure(subject: Subject, case: Case) -> CheckResult:
     new_optimizer(fresh).step(closure)
     odd = [] if len(modes) == 1 else [f"step calls the closure {len(modes)} times"]
     odd += [] if all(modes) else ["step calls the closure without gradients"]
-    return listed(subject, case, "closure", odd)
+    return from_problems(subject, case, "closure", odd)
 
 
-@check(of_sizes=False)
+@check(depends_on_sizes=False)
 def check_resume(subject: Subject, case: Case) -> CheckResult:
     """An optimizer that loads the state_dict of another one has the state's values and dtypes, and takes the same next step.
 

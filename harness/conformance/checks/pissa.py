@@ -11,8 +11,8 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.checks import check
-from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
-from harness.conformance.comparison.layer_comparison import Draws
+from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
+from harness.conformance.comparison.layer_comparison import PlausibleResults
 from harness.conformance.comparison.tolerance_policies import (
     ROUNDED_SUMS,
     Judgement,
@@ -86,12 +86,12 @@ def check_principal(subject: Subject, case: Case) -> CheckResult:
     if fresh is None:
         return skipped(subject, case, "principal", "the case cannot attach again")
     if fresh.config.niter:
-        return listed(subject, case, "principal", [*_of_randomised_starts(subject, case)])
+        return from_problems(subject, case, "principal", [*_of_randomised_starts(subject, case)])
     reference, found = fresh.fresh_reference(fresh.dtype), []
     for path in fresh.bases:
         W = fresh.original_weight(path).double()
         mine, rounded = (_principal(fresh, adapted, path) for adapted in (fresh.adapted, reference))
-        draws = Draws(chain([rounded], _perturbed(W, fresh)))
+        draws = PlausibleResults(chain([rounded], _perturbed(W, fresh)))
         truth = _best(*exact_svd(W, fresh.config.rank), fresh.config)
         found.append(prefix_tensor(path, noise_floor(mine, truth, draws, subject.dtype, case.factor("principal"))))
     return judged(subject, case, "principal", worst_of(found, found[0].policy))

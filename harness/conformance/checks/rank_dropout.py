@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
-from harness.conformance.comparison.check_results import listed, skipped
+from harness.conformance.comparison.check_results import from_problems, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import reference_runs
 from harness.conformance.comparison.observations import observe
@@ -48,10 +48,12 @@ def check_rank_dropout(subject: Subject, case: Case) -> CheckResult:
             mine = observe(layer, subject.tensors_of(path), x, dy, training=True)
             kept = _kept(subject, path, mine["y"], x, dy)
             if kept is None:
-                return skipped(subject, case, "rank_dropout", f"{path}: rounding hides which rows of the update are kept")
+                return skipped(
+                    subject, case, "rank_dropout", f"{path}: rounding hides which rows of the update are kept"
+                )
             masks.append(kept)
             mask = kept.double() / kept.double().mean().clamp(min=1 / len(kept))
-            truth, draws = reference_runs(subject, path, x, dy, look=partial(_masked, mask[:, None]))
+            truth, draws = reference_runs(subject, path, x, dy, run=partial(_masked, mask[:, None]))
             verdict = noise_floor(mine, truth, draws, subject.dtype, case.factor("gradient"))
             if verdict.decided and not verdict.passed:
                 off = verdict.worst if verdict.error is None else f"is off by {verdict.error:.3g}"
@@ -68,7 +70,7 @@ def check_rank_dropout(subject: Subject, case: Case) -> CheckResult:
     spread = DROPOUT_SIGMAS * (rows * p * (1 - p)) ** 0.5
     if not problems and abs(dropped - p * rows) > spread + 1:
         problems.append(f"{dropped} of {rows} rows were dropped, should be {p * rows:.0f} +- {spread:.0f}")
-    return listed(subject, case, "rank_dropout", problems, f"{dropped} of {rows} rows dropped at p = {p:g}")
+    return from_problems(subject, case, "rank_dropout", problems, f"{dropped} of {rows} rows dropped at p = {p:g}")
 
 
 def _differs_with_one_seed(subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: Tensor) -> bool:
@@ -89,7 +91,7 @@ def _kept(subject: Subject, path: str, y: Tensor, x: Tensor, dy: Tensor) -> Tens
     rounding of y hides it.
     """
     base, whole = (
-        reference_runs(subject, path, x, dy[:0], look=partial(_masked, x.new_full((), factor)))[0]["y"].double()
+        reference_runs(subject, path, x, dy[:0], run=partial(_masked, x.new_full((), factor)))[0]["y"].double()
         for factor in (0.0, 1.0)
     )
     update = (whole - base).flatten(0, -2)

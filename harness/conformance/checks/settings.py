@@ -9,7 +9,7 @@ import torch
 from harness.conformance import process_settings
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
-from harness.conformance.comparison.check_results import listed, skipped
+from harness.conformance.comparison.check_results import from_problems, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import unchanged
@@ -19,7 +19,7 @@ from harness.methods.spec import method_info
 from harness.records.record import CheckResult
 
 
-@check(States.INIT, of_sizes=False)
+@check(States.INIT, depends_on_sizes=False)
 def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Attaching and computing change no process-wide setting, and seed no random numbers.
 
@@ -31,12 +31,14 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
     if isinstance(subject, OperationSubject):
         with process_settings.restored() as changed:
             seeded = process_settings.find_seeding(subject.call)
-        return listed(subject, case, "settings", [*changed, *seeded])
-    if case.fresh is None:
+        return from_problems(subject, case, "settings", [*changed, *seeded])
+    if case.attach_fresh is None:
         return skipped(subject, case, "settings", "the case cannot attach again")
     with process_settings.restored() as changed:
         seeded = process_settings.find_seeding(lambda: _use(case.attach_again(), case))
-    return listed(subject, case, "settings", [*subject.disturbed, *changed, *seeded, *_by_default_dtype(subject, case)])
+    return from_problems(
+        subject, case, "settings", [*subject.disturbed, *changed, *seeded, *_by_default_dtype(subject, case)]
+    )
 
 
 def _by_default_dtype(subject: Subject, case: Case) -> Iterator[str]:

@@ -10,7 +10,7 @@ import torch
 from harness.conformance import process_settings
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
-from harness.conformance.comparison.check_results import listed
+from harness.conformance.comparison.check_results import from_problems
 from harness.conformance.subject import Subject, drawn_tensors, initial_tensors
 from harness.conformance.tolerance_constants import INITIAL_SIGMAS, RANDOM_SHARE
 from harness.methods.spec import method_info
@@ -59,7 +59,7 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
             problems.append(
                 f"{name}: mean is {float(mine.mean()):.3g}, should be {float(want.mean()):.3g} +- {spread:.2g}"
             )
-    return listed(subject, case, "initial", [*problems, *_generator_problems(case)])
+    return from_problems(subject, case, "initial", [*problems, *_generator_problems(case)])
 
 
 def _several_starts(subject: Subject, case: Case, name: str, number: int) -> tuple[torch.Tensor, torch.Tensor]:

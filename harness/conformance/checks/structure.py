@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from harness.conformance.case import Case
 from harness.conformance.checks import CellStage, Reference, States, check
 from harness.conformance.comparison import whole_model
-from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
+from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.observations import observe, preserved_state
 from harness.conformance.comparison.tolerance_policies import exact, unchanged, worst_of
@@ -20,7 +20,7 @@ from harness.methods import checksums
 from harness.records.record import CheckResult
 
 
-@check(in_cell=[CellStage.ATTACHED], of_sizes=False)
+@check(in_cell=[CellStage.ATTACHED], depends_on_sizes=False)
 def check_layers(subject: Subject, case: Case) -> CheckResult:
     """The adapter sits on exactly the layers that the config's targets name, and nothing else of the model trains.
 
@@ -38,7 +38,7 @@ def check_layers(subject: Subject, case: Case) -> CheckResult:
         *(f"{name} trains but is not the adapter's" for name in stray),
         *(f"{name} does not train" for name in idle),
     ]
-    return listed(subject, case, "layers", odd, f"{len(have)} layers")
+    return from_problems(subject, case, "layers", odd, f"{len(have)} layers")
 
 
 @check(in_cell=[CellStage.ATTACHED])
@@ -62,10 +62,10 @@ def check_parameters(subject: Subject, case: Case) -> CheckResult:
             f"parameters() lists {len(counted)} tensors, tensors() names {len(named)}, and they are not the same"
         )
     total = sum(t.numel() for t in subject.added().values())
-    return listed(subject, case, "parameters", odd, f"{total:,} scalars")
+    return from_problems(subject, case, "parameters", odd, f"{total:,} scalars")
 
 
-@check(States.INIT, in_cell=[CellStage.START], reference=Reference.UNUSED, of_sizes=False)
+@check(States.INIT, in_cell=[CellStage.START], reference=Reference.UNUSED, depends_on_sizes=False)
 def check_base(subject: Subject, case: Case) -> CheckResult:
     """Attaching changes no parameter and no buffer of the model, not by one bit.
 
@@ -86,12 +86,12 @@ def check_base(subject: Subject, case: Case) -> CheckResult:
     now = {n: now[n] if n in now else buffers[n] for n in before if n in now or n in buffers}
     missing = [f"{name} is gone" for name in before if name not in now]
     if missing:
-        return listed(subject, case, "base", missing)
+        return from_problems(subject, case, "base", missing)
     if getattr(subject.adapted, "rewrites_base", False):
         before = [name for name in before if name not in {f"{path}.weight" for path in subject.bases}]
     if original is None:
         changed = [f"{n} has changed" for n in before if checksums.crc32(now[n]) != crc32[n]]
-        return listed(subject, case, "base", changed, f"{len(before)} tensors, by their checksums")
+        return from_problems(subject, case, "base", changed, f"{len(before)} tensors, by their checksums")
     then = whole_model.tensors(original)
     found = [unchanged({n: now[n].detach() for n in before}, {n: then[n] for n in before})]
     if subject.unpacked is not None:
@@ -105,7 +105,7 @@ def _unpacked(subject: Subject, model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in whole_model.tensors(model).items() if not name.startswith(packed)}
 
 
-@check(States.WARM, of_sizes=False)
+@check(States.WARM, depends_on_sizes=False)
 def check_inputs(subject: Subject, case: Case) -> CheckResult:
     """Forward and backward change neither the input, nor the incoming gradient, nor any weight, the base's included.
 
@@ -127,7 +127,7 @@ def check_inputs(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "inputs", worst_of(found, "exact"))
 
 
-@check(States.WARM, of_sizes=False)
+@check(States.WARM, depends_on_sizes=False)
 def check_deterministic(subject: Subject, case: Case) -> CheckResult:
     """Two runs on the same input give the same output and gradients, to the last bit."""
     found = []
@@ -138,7 +138,7 @@ def check_deterministic(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "deterministic", worst_of(found, "exact"))
 
 
-@check(States.WARM, of_sizes=False)
+@check(States.WARM, depends_on_sizes=False)
 def check_poison(subject: Subject, case: Case) -> CheckResult:
     """No output and no gradient contains memory that was never written.
 
@@ -153,4 +153,4 @@ def check_poison(subject: Subject, case: Case) -> CheckResult:
         with poisoned_memory():
             poisoned = observe(layer, tensors, x, dy)
         odd += [f"{path}: {n} holds NaN" for n in clean if bool(poisoned[n].isnan().any() & ~clean[n].isnan().any())]
-    return listed(subject, case, "poison", odd)
+    return from_problems(subject, case, "poison", odd)

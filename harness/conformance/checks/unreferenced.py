@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from harness.conformance.case import Case
 from harness.conformance.checks import CellStage, Reference, check
 from harness.conformance.comparison import whole_model
-from harness.conformance.comparison.check_results import judged, listed, skipped
+from harness.conformance.comparison.check_results import from_problems, judged, skipped
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor, perturbed
 from harness.conformance.subject import Subject, is_small, noise_for
 from harness.errors import UsageError
@@ -107,7 +107,7 @@ def check_reached(subject: Subject, case: Case) -> CheckResult:
     if problems and all("trainable_tokens" in name for name in problems):
         message = "no text of the task contains a token that the adapter_config trains"
         raise UsageError(message, where=subject.method, hint="name tokens that the task's texts contain")
-    return listed(subject, case, "reached", list(problems.values()), f"{len(subject.adapted.tensors())} tensors")
+    return from_problems(subject, case, "reached", list(problems.values()), f"{len(subject.adapted.tensors())} tensors")
 
 
 def _unreached(subject: Subject, case: Case) -> dict[str, str]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.checks import check
-from harness.conformance.comparison.check_results import judged, listed, skipped
+from harness.conformance.comparison.check_results import from_problems, judged, skipped
 from harness.conformance.comparison.tolerance_policies import exact
 from harness.conformance.subject import Subject
 from harness.records.record import CheckResult
@@ -29,7 +29,7 @@ def check_projections(subject: Subject, case: Case) -> CheckResult:
         return skipped(subject, case, "projections", "the implementation does not show its projections in state()")
     same = sorted(name for name, tensor in mine.items() if name in other_key and torch.equal(tensor, other_key[name]))
     if same:
-        return listed(subject, case, "projections", [f"{name} is the same for another key" for name in same])
+        return from_problems(subject, case, "projections", [f"{name} is the same for another key" for name in same])
     verdict = exact(repeated, mine)
     if not verdict.passed:
         return judged(subject, case, "projections", verdict, "attached twice with one key")

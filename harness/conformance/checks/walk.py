@@ -13,16 +13,16 @@ from torch import nn
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
 from harness.conformance.comparison import whole_model
-from harness.conformance.comparison.check_results import judged, listed, skipped
+from harness.conformance.comparison.check_results import from_problems, judged, skipped
 from harness.conformance.comparison.inputs import HALF
 from harness.conformance.subject import Subject, attach_reference, load, warm
 from harness.conformance.tolerance_constants import TRAJECTORY_FACTOR
-from harness.conformance.walk.world import Forward, World
+from harness.conformance.walk.program import Forward, Program
 from harness.methods.spec import Adapted
 from harness.records.record import CheckResult
 
 if TYPE_CHECKING:
-    from harness.conformance.walk.machine import Worlds
+    from harness.conformance.walk.machine import Programs
 
 LARGEST = 2_000
 """Walks are taken only if the first adapted weight has at most this number of elements, because a walk attaches to many
@@ -41,7 +41,12 @@ def check_walk(subject: Subject, case: Case) -> CheckResult:
     if subject.dtype == "float64":
         return skipped(subject, case, "walk", "the float64 reference cannot show how much noise the rules carry on")
     base = next(iter(subject.bases.values()), None)
-    if case.fresh is None or case.forward is None or not isinstance(base, nn.Linear) or base.weight.numel() > LARGEST:
+    if (
+        case.attach_fresh is None
+        or case.forward is None
+        or not isinstance(base, nn.Linear)
+        or base.weight.numel() > LARGEST
+    ):
         return skipped(subject, case, "walk", "walks are taken with small linear layers")
     if not case.walks:
         return skipped(subject, case, "walk", "a part of the sample is enough")
@@ -52,9 +57,9 @@ def check_walk(subject: Subject, case: Case) -> CheckResult:
     from harness.conformance.walk.machine import walk
 
     warm(start.added(), case.generator(salt=1))
-    failure = walk(lambda: _worlds(start, case, forward), case.walks, case.walk_seed)
+    failure = walk(lambda: _programs(start, case, forward), case.walks, case.walk_seed)
     if failure is None:
-        return listed(subject, case, "walk", [], f"{case.walks} walks")
+        return from_problems(subject, case, "walk", [], f"{case.walks} walks")
     return judged(subject, case, "walk", failure.judgement, "; ".join(["attach()", *failure.rules]))
 
 
@@ -65,13 +70,13 @@ def _other_numbers(config: Any) -> dict[str, float]:
     }
 
 
-def _worlds(start: Subject, case: Case, forward: Forward) -> Worlds:
+def _programs(start: Subject, case: Case, forward: Forward) -> Programs:
     """Return the models that take a walk together, all in the state of `start`.
 
     They are the subject, the float64 reference, and two references in the subject's dtype. The second of the two starts
     from slightly moved tensors.
     """
-    from harness.conformance.walk.machine import Worlds
+    from harness.conformance.walk.machine import Programs
 
     def subject() -> tuple[nn.Module, Adapted]:
         again = case.attach_again()
@@ -84,18 +89,20 @@ def _worlds(start: Subject, case: Case, forward: Forward) -> Worlds:
         generator = torch.Generator().manual_seed(0)
         return model, attach_reference(start.method, model, start.config, start.bases, generator)
 
-    def another() -> World:
+    def another() -> Program:
         other = case.attach_again(square=True, **_other_numbers(start.config))
         if other is None or case.forward_of is None:
             raise ValueError("the case cannot attach again")
-        return World(other.model, other.adapted, subject, case.forward_of(other.model), start.trains_plainly)
+        return Program(other.model, other.adapted, subject, case.forward_of(other.model), start.trains_plainly)
 
-    def world(attach: Callable[[], tuple[nn.Module, Adapted]]) -> World:
+    def program(attach: Callable[[], tuple[nn.Module, Adapted]]) -> Program:
         model, adapted = attach()
         load(adapted, start.adapted.tensors(), start.state())
-        return World(model, adapted, attach, forward, start.trains_plainly)
+        return Program(model, adapted, attach, forward, start.trains_plainly)
 
-    wide, own, near = (world(partial(reference, dtype)) for dtype in ("float64", start.dtype, start.dtype))
-    worlds = Worlds(world(subject), wide, own, near, start.dtype, case.factors.get("walk", TRAJECTORY_FACTOR), another)
-    worlds.align()
-    return worlds
+    wide, own, near = (program(partial(reference, dtype)) for dtype in ("float64", start.dtype, start.dtype))
+    programs = Programs(
+        program(subject), wide, own, near, start.dtype, case.factors.get("walk", TRAJECTORY_FACTOR), another
+    )
+    programs.align()
+    return programs

@@ -45,18 +45,21 @@ def judged(subject: Named, case: Case, name: str, judgement: Judgement, detail: 
     )
 
 
-def listed(subject: Named, case: Case, name: str, odd: Sequence[str], otherwise: str = "") -> CheckResult:
-    """Return the result of the check `name`: a pass if `odd` is empty, otherwise a failure.
+def from_problems(
+    subject: Named, case: Case, name: str, problems: Sequence[str], detail_of_pass: str = ""
+) -> CheckResult:
+    """Return the result of the check `name`: a pass if `problems` is empty, otherwise a failure.
 
-    odd: descriptions of what is wrong. The failure shows the first five. otherwise: text for the `detail` of a pass.
+    problems: descriptions of what is wrong. The failure shows the first five. detail_of_pass: text for the `detail` of a
+    pass.
     """
     return CheckResult(
         check=identifier(subject, case, name),
-        outcome=Outcome.FAIL if odd else Outcome.PASS,
-        error=float(len(odd)),
+        outcome=Outcome.FAIL if problems else Outcome.PASS,
+        error=float(len(problems)),
         allowed=0.0,
         policy="exact",
-        detail="; ".join(odd[:5]) or otherwise,
+        detail="; ".join(problems[:5]) or detail_of_pass,
     )
 
 

@@ -88,7 +88,7 @@ def draw_low_rank(dtype: torch.dtype, generator: torch.Generator, shape: Sequenc
     }
 
 
-def agreeing(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+def with_rows_turned_towards(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """Return B with some rows negated, so that no row of scaling B A has a negative product with the same row of W.
 
     Otherwise, in a layer of few features, a row of W + scaling B A may be nearly zero, and DoRA divides by its norm.
@@ -115,7 +115,7 @@ def draw_adapted_layers(
     low = [draw_low_rank(torch.float64, generator, shape, rank) for shape, rank in zip(shapes, ranks, strict=True)]
     Bs = [one["B"] for one in low]
     if dora:
-        Bs = [agreeing(W, one["A"], one["B"], scaling) for W, one in zip(Ws, low, strict=True)]
+        Bs = [with_rows_turned_towards(W, one["A"], one["B"], scaling) for W, one in zip(Ws, low, strict=True)]
     return {
         "Ws": [W.to(dtype) for W in Ws],
         "biases": [draw(generator, dtype, E) for E, _ in shapes] if bias else None,

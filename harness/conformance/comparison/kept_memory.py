@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 CALLS = 4
 
 
-def kept_alive(act: Callable[[], object]) -> str:
+def describe_leak(act: Callable[[], object]) -> str:
     """Call `act` a few times, and describe the memory that every call has left behind. If there is none, return "".
 
     A cache of the latest results does not grow, so it is not described.

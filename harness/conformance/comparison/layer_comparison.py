@@ -17,11 +17,11 @@ from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, pert
 from harness.conformance.subject import ReferenceLayer, Subject
 from harness.conformance.tolerance_constants import LAYER_DRAWS
 
-Look = Callable[..., dict[str, Tensor]]
+RunLayer = Callable[..., dict[str, Tensor]]
 """Function that runs a layer and returns its output and gradients by name. It takes the parameters of `observe`."""
 
 
-class Draws:
+class PlausibleResults:
     """Outputs and gradients of a layer as correct programs with other rounding errors might compute them.
 
     Each item is a dict with the output and gradients, by name, of one such program. An item is computed when it is first
@@ -46,26 +46,26 @@ def observe_with_reference(
     dy: Tensor,
     *,
     training: bool = False,
-    look: Look = observe,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Draws]:
-    """Run the subject's layer and the reference's layer on the same input, both with the function `look`.
+    run: RunLayer = observe,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], PlausibleResults]:
+    """Run the subject's layer and the reference's layer on the same input, both with the function `run`.
 
     Return the subject's output and gradients, followed by the two results of `reference_runs`.
     """
-    mine = look(layer, subject.tensors_of(path), x, dy, training=training)
-    return mine, *reference_runs(subject, path, x, dy, look=look)
+    mine = run(layer, subject.tensors_of(path), x, dy, training=training)
+    return mine, *reference_runs(subject, path, x, dy, run=run)
 
 
 def reference_runs(
-    subject: Subject, path: str, x: Tensor, dy: Tensor, *, look: Look = observe
-) -> tuple[dict[str, Tensor], Draws]:
-    """Run the reference's layer at `path` with the function `look`.
+    subject: Subject, path: str, x: Tensor, dy: Tensor, *, run: RunLayer = observe
+) -> tuple[dict[str, Tensor], PlausibleResults]:
+    """Run the reference's layer at `path` with the function `run`.
 
     Return output and gradients in float64, and then the output and gradients that correct programs in the subject's dtype
     might give. See `runs_of`.
     """
     wide, own = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
-    return runs_of(wide, own, subject.dtype, x, dy, look=look, narrow=partial(subject.reference, path, "float32"))
+    return runs_of(wide, own, subject.dtype, x, dy, run=run, narrow=partial(subject.reference, path, "float32"))
 
 
 def runs_of(
@@ -75,12 +75,12 @@ def runs_of(
     x: Tensor,
     dy: Tensor,
     *,
-    look: Look = observe,
+    run: RunLayer = observe,
     narrow: Callable[[], ReferenceLayer] | None = None,
-) -> tuple[dict[str, Tensor], Draws]:
+) -> tuple[dict[str, Tensor], PlausibleResults]:
     """Return output and gradients of the float64 reference, and then results that correct programs in `dtype` might give.
 
-    wide: the reference in float64. own: the reference in `dtype`. look: function that runs a layer and may change the
+    wide: the reference in float64. own: the reference in `dtype`. run: function that runs a layer and may change the
     layer. narrow: function that returns the reference in float32. It is called if `dtype` is float64.
 
     The layer `own` gives the first result in `dtype`, which may happen to have almost no rounding error. For every further
@@ -90,14 +90,14 @@ def runs_of(
     `narrow` is given, the second result shows the errors of the float64 reference itself; see `with_error_of_float64`.
     """
     exactly = cast(x, "float64"), dy.double()
-    truth = look(wide.layer, wide.tensors, *exactly)
+    truth = run(wide.layer, wide.tensors, *exactly)
     moved, given = (own, (x, dy)) if dtype in ROUNDED_SUMS else (wide, exactly)
 
     def drawn() -> Iterator[dict[str, Tensor]]:
-        yield look(own.layer, own.tensors, x, dy)
+        yield run(own.layer, own.tensors, x, dy)
         if narrow is not None and dtype == "float64":
             rough = narrow()
-            yield with_error_of_float64(look(rough.layer, rough.tensors, cast(x, "float32"), dy.float()), truth)
+            yield with_error_of_float64(run(rough.layer, rough.tensors, cast(x, "float32"), dy.float()), truth)
         there = (*moved.layer.parameters(), *moved.layer.buffers())
         held = [(t, t.detach().clone()) for t in there if t.is_floating_point()]
         for seed in range(LAYER_DRAWS):
@@ -105,6 +105,6 @@ def runs_of(
             with torch.no_grad():
                 for tensor, value in held:
                     tensor.copy_(perturbed(value, dtype, generator))
-            yield look(moved.layer, moved.tensors, *(perturbed(t, dtype, generator) for t in given))
+            yield run(moved.layer, moved.tensors, *(perturbed(t, dtype, generator) for t in given))
 
-    return truth, Draws(drawn())
+    return truth, PlausibleResults(drawn())

@@ -16,7 +16,7 @@ from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.call_forms import LONG_RUN, REPEATS, THREADS
 from harness.conformance.comparison.check_results import prefix_tensor
 from harness.conformance.comparison.inputs import HALF
-from harness.conformance.comparison.kept_memory import kept_alive
+from harness.conformance.comparison.kept_memory import describe_leak
 from harness.conformance.comparison.threads import at_once
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, worst_of
 from harness.conformance.operation import OperationSubject, cloned, mapped
@@ -75,7 +75,7 @@ def of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     yield from _after_overwriting(subject, judge)
     if subject.operation.differentiable:
         yield from _gradients(subject, case)
-    if kept := kept_alive(subject.call):
+    if kept := describe_leak(subject.call):
         yield Judgement(False, None, None, "", f"memory grows with every call: {kept}", "exact", 0)
     yield judge(OperationForm.THREADS, _in_threads(subject, _detached(subject.call())))
     if not case.is_brief:

@@ -32,7 +32,7 @@ _LARGEST_DEEP = 4096
 once for each of them."""
 
 
-_SIDE = 160
+_LARGEST_BUILT_SIDE = 160
 """Largest side of a weight in the model that is built to try a case, unless a rank is larger. Small models are built
 faster."""
 _LARGEST_INPUT = 600_000
@@ -62,7 +62,7 @@ def is_accepted(plan: ParitySuite, case: AnyCase) -> bool:
         return False  # its few digits lose an update that is a 256th of the weight
     # Larger sides would change nothing, because no rank of the case is larger.
     sizes = [value for value in case.config.values() if type(value) is int and value <= LARGEST_RANK]
-    sides = (min(side, max([_SIDE, *sizes])) for side in (case.shape.inputs, case.shape.outputs))
+    sides = (min(side, max([_LARGEST_BUILT_SIDE, *sizes])) for side in (case.shape.inputs, case.shape.outputs))
     return _attaches(plan.method, tuple(sorted(case.config.items())), case.kind, *sides)
 
 

@@ -312,10 +312,10 @@ def attach(
     original = subject.original.model
     assert original is not None  # noqa: S101  # a parity model is small enough to be copied
     case = Case(
-        "init", tokens=of.shape.tokens, magnitude=of.magnitude, seed=SEED, inputs=run_model,
+        "init", tokens=of.shape.tokens, magnitude=of.magnitude, seed=SEED, run_model=run_model,
         base_output=whole(original)[0](), walks=0 if of.sampled and of.shape.tokens > 1 else WALKS,
         walk_seed=seed + zlib.crc32(f"{plan.method} {of} {of.dtype}".encode()), forward=forward,
-        forward_of=lambda model: whole(model)[1], fresh=fresh, factors=plan.factors(),
+        forward_of=lambda model: whole(model)[1], attach_fresh=fresh, factors=plan.factors(),
     )  # fmt: skip
     return subject, case
 

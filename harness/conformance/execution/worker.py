@@ -23,7 +23,7 @@ from harness.conformance.execution.worker_protocol import (
 )
 from harness.conformance.findings.outcomes import CheckOutcome, DeviceLostError, Execution
 from harness.methods.registry import Implementation, discover, format_error
-from harness.process.event_pipe import Emit, event_writer
+from harness.process.event_pipe import EventWriter, event_writer
 
 
 def main(fd: int, line: int, task: WorkerTask) -> None:
@@ -46,7 +46,7 @@ def main(fd: int, line: int, task: WorkerTask) -> None:
 
 
 def _run(
-    target: Target, implementation: Implementation, task: WorkerTask, before: dict[str, object], emit: Emit
+    target: Target, implementation: Implementation, task: WorkerTask, before: dict[str, object], emit: EventWriter
 ) -> None:
     """Run the parity suite of one target, and report the outcome of every check.
 

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.findings.outcomes import CheckOutcome
 from harness.methods.registry import TargetKind
-from harness.process.event_pipe import Emit
+from harness.process.event_pipe import EventWriter
 from harness.process.worker_pool import WorkerPool
 from harness.records.base_model import FrozenModel
 from harness.records.record import Environment
@@ -96,7 +96,7 @@ _DISCOVERY: TypeAdapter[DiscoveryEvent] = TypeAdapter(DiscoveryEvent)
 _WORKER: TypeAdapter[WorkerEvent] = TypeAdapter(WorkerEvent)
 
 
-def send(emit: Emit, event: FrozenModel) -> None:
+def send(emit: EventWriter, event: FrozenModel) -> None:
     """Write an event to the pipe as JSON."""
     emit(**event.model_dump(mode="json"))
 

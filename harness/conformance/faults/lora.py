@@ -64,7 +64,7 @@ FAULTS = [
     _lora("computes_in_bfloat16", ["forward", "gradient"],
         _PRODUCT, "self.scaling * (h_TR.bfloat16() @ self.B.bfloat16().T).to(x_TD.dtype)"),
     _lora("adapts_the_wrong_layer", ["layers"],
-        "in targets(model, config.targets, KINDS)", 'in targets(model, ("other",), KINDS)'),
+        "targets(model, config.targets, KINDS)", 'targets(model, ("other",), KINDS)'),
     _lora("merges_twice", ["merge"],
         "as_stored(dense, self.delta())", "2 * as_stored(dense, self.delta())", file="adapted"),
     _lora("merges_the_transpose", ["merge"],

@@ -19,7 +19,7 @@ from harness.conformance.drawing.search import cases
 from harness.conformance.execution import suite_run
 from harness.conformance.parity_suite import AnyCase, MethodCase, MethodSuite, OperationCase, OperationSuite
 from harness.conformance.subject import DTYPES, warm
-from harness.conformance.walk.world import LOOKS, World
+from harness.conformance.walk.program import RUN_MODES, Program
 from harness.methods.registry import Implementation
 
 SEED = 7919
@@ -64,10 +64,12 @@ def _observed(
         if subject.operation.differentiable:
             yield operation_call.gradients(subject, subject.function, DTYPES[of.dtype], case)
     elif isinstance(plan, MethodSuite) and isinstance(of, MethodCase):
-        yield from _life(implementation, plan, of)
+        yield from _adapter_lifecycle(implementation, plan, of)
 
 
-def _life(implementation: Implementation, plan: MethodSuite, of: MethodCase) -> Iterator[Mapping[str, object]]:
+def _adapter_lifecycle(
+    implementation: Implementation, plan: MethodSuite, of: MethodCase
+) -> Iterator[Mapping[str, object]]:
     """Yield tensors and outputs of an adapter at each stage of its life, as a training program sees them.
 
     The stages are: attaching, calls with random adapter tensors, training steps, merging, unmerging and detaching.
@@ -76,17 +78,17 @@ def _life(implementation: Implementation, plan: MethodSuite, of: MethodCase) -> 
     if case.forward is None:
         return
     model, adapted = subject.model, subject.adapted
-    world = World(model, adapted, lambda: (model, adapted), case.forward, may_train=True)
+    program = Program(model, adapted, lambda: (model, adapted), case.forward, may_train=True)
     yield dict(adapted.tensors()) | dict(adapted.state())
     warm(subject.added(), case.generator(salt=1))
-    for look in LOOKS.values():
-        yield look(world)
+    for run in RUN_MODES.values():
+        yield run(program)
     for step in range(4):
-        world.backward(step)
-        world.step()
+        program.backward(step)
+        program.step()
         yield dict(adapted.tensors()) | dict(adapted.state())
-    yield {"optimizer": copy.deepcopy(world.optimizer.state_dict())}
-    world.set_training(False)
+    yield {"optimizer": copy.deepcopy(program.optimizer.state_dict())}
+    program.set_training(False)
     for change in (adapted.merge, adapted.unmerge, adapted.detach):
         change()
-        yield LOOKS["no_grad"](world)
+        yield RUN_MODES["no_grad"](program)

@@ -26,7 +26,7 @@ class Mutant:
     function: str
     """Qualified name of the changed function. Empty if the change is not in a function."""
     kind: str
-    """Kind of mistake, as in `Change.kind`."""
+    """Kind of mistake, as in `SourceChange.kind`."""
     line: int
     start: int
     end: int

@@ -31,7 +31,7 @@ _TWINS = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])} | {
 
 
 @dataclass(frozen=True)
-class Change:
+class SourceChange:
     """One possible change of the source code: the text of one node of the syntax tree is replaced."""
 
     kind: str
@@ -41,131 +41,131 @@ class Change:
     text: str
 
 
-def changes(node: ast.AST) -> Iterator[Change]:
+def changes(node: ast.AST) -> Iterator[SourceChange]:
     """Yield every change of this node. Changes of the nodes below it are not included."""
     operator = _OPERATORS.get(type(node))
     if operator is not None:
         yield from operator(node)
 
 
-def _arithmetic(node: ast.BinOp) -> Iterator[Change]:
+def _arithmetic(node: ast.BinOp) -> Iterator[SourceChange]:
     left, right = _operand(node.left), _operand(node.right)
     if isinstance(node.op, ast.MatMult):
-        yield Change("swapped arguments", node, f"({right} @ {left})")
+        yield SourceChange("swapped arguments", node, f"({right} @ {left})")
         return
     if type(node.op) in _ARITHMETIC:
-        yield Change("arithmetic", node, f"({left} {_ARITHMETIC[type(node.op)]} {right})")
+        yield SourceChange("arithmetic", node, f"({left} {_ARITHMETIC[type(node.op)]} {right})")
     if isinstance(node.op, ast.Add | ast.Sub | ast.Mult | ast.Div | ast.Pow):
-        yield Change("omitted term", node, left)
+        yield SourceChange("omitted term", node, left)
     if isinstance(node.op, ast.Add | ast.Mult):
-        yield Change("omitted term", node, right)
+        yield SourceChange("omitted term", node, right)
 
 
-def _comparison(node: ast.Compare) -> Iterator[Change]:
+def _comparison(node: ast.Compare) -> Iterator[SourceChange]:
     if len(node.ops) == 1:
         left, right = _operand(node.left), _operand(node.comparators[0])
-        yield Change("comparison", node, f"({left} {_COMPARISONS[type(node.ops[0])]} {right})")
+        yield SourceChange("comparison", node, f"({left} {_COMPARISONS[type(node.ops[0])]} {right})")
 
 
-def _logic(node: ast.BoolOp) -> Iterator[Change]:
+def _logic(node: ast.BoolOp) -> Iterator[SourceChange]:
     other = " or " if isinstance(node.op, ast.And) else " and "
-    yield Change("branch", node, f"({other.join(map(_operand, node.values))})")
+    yield SourceChange("branch", node, f"({other.join(map(_operand, node.values))})")
     for left_out in range(len(node.values)):
         kept = [_operand(value) for index, value in enumerate(node.values) if index != left_out]
         joined = (" and " if isinstance(node.op, ast.And) else " or ").join(kept)
-        yield Change("branch", node, joined if len(kept) == 1 else f"({joined})")
+        yield SourceChange("branch", node, joined if len(kept) == 1 else f"({joined})")
 
 
-def _sign(node: ast.UnaryOp) -> Iterator[Change]:
+def _sign(node: ast.UnaryOp) -> Iterator[SourceChange]:
     if isinstance(node.op, ast.USub) and not isinstance(node.operand, ast.Constant):
-        yield Change("arithmetic", node, _operand(node.operand))
+        yield SourceChange("arithmetic", node, _operand(node.operand))
     elif isinstance(node.op, ast.Not):
-        yield Change("branch", node, _operand(node.operand))
+        yield SourceChange("branch", node, _operand(node.operand))
 
 
-def _constant(node: ast.Constant) -> Iterator[Change]:
+def _constant(node: ast.Constant) -> Iterator[SourceChange]:
     value = node.value
     if isinstance(value, bool):
-        yield Change("constant", node, str(not value))
+        yield SourceChange("constant", node, str(not value))
     elif isinstance(value, int):
-        yield Change("constant", node, str(value + 1))
+        yield SourceChange("constant", node, str(value + 1))
         if value > 0:
-            yield Change("constant", node, str(value - 1))
+            yield SourceChange("constant", node, str(value - 1))
     elif isinstance(value, float):
-        yield Change("constant", node, str(2 * value if value else 1.0))
+        yield SourceChange("constant", node, str(2 * value if value else 1.0))
 
 
-def _branch(node: ast.If) -> Iterator[Change]:
+def _branch(node: ast.If) -> Iterator[SourceChange]:
     if not only_raises(node.body):
-        yield Change("branch", node.test, "True")
-        yield Change("branch", node.test, "False")
+        yield SourceChange("branch", node.test, "True")
+        yield SourceChange("branch", node.test, "False")
 
 
-def _choice(node: ast.IfExp) -> Iterator[Change]:
-    yield Change("branch", node, _operand(node.body))
-    yield Change("branch", node, _operand(node.orelse))
+def _choice(node: ast.IfExp) -> Iterator[SourceChange]:
+    yield SourceChange("branch", node, _operand(node.body))
+    yield SourceChange("branch", node, _operand(node.orelse))
 
 
-def _call(node: ast.Call) -> Iterator[Change]:
+def _call(node: ast.Call) -> Iterator[SourceChange]:
     function = node.func
     if isinstance(function, ast.Attribute) and function.attr in _TRANSPARENT and not _is_module(function.value):
-        yield Change("omitted call", node, _operand(function.value))
+        yield SourceChange("omitted call", node, _operand(function.value))
     if len(node.args) >= 2 and not any(isinstance(one, ast.Starred) for one in node.args):
         for first in range(len(node.args) - 1):
             order = [*node.args]
             order[first : first + 2] = order[first + 1], order[first]
             written = [*map(ast.unparse, order), *(_keyword(one) for one in node.keywords)]
-            yield Change("swapped arguments", node, f"{ast.unparse(function)}({', '.join(written)})")
+            yield SourceChange("swapped arguments", node, f"{ast.unparse(function)}({', '.join(written)})")
 
 
-def _attribute(node: ast.Attribute) -> Iterator[Change]:
+def _attribute(node: ast.Attribute) -> Iterator[SourceChange]:
     if node.attr in _TRANSPOSES:
-        yield Change("axis", node, _operand(node.value))
+        yield SourceChange("axis", node, _operand(node.value))
     elif node.attr in _TWINS:
         kind = "dtype" if _is_module(node.value) and "int" in node.attr + _TWINS[node.attr] else "function"
         kind = "dtype" if "float" in node.attr else kind
-        yield Change(kind, node, f"{_operand(node.value)}.{_TWINS[node.attr]}")
+        yield SourceChange(kind, node, f"{_operand(node.value)}.{_TWINS[node.attr]}")
 
 
-def _slice(node: ast.Slice) -> Iterator[Change]:
+def _slice(node: ast.Slice) -> Iterator[SourceChange]:
     lower, upper = (ast.unparse(one) if one else "" for one in (node.lower, node.upper))
     if node.step is None:
         if node.upper and not isinstance(node.upper, ast.Constant):
-            yield Change("off by one", node, f"{lower}:{_operand(node.upper)} - 1")
+            yield SourceChange("off by one", node, f"{lower}:{_operand(node.upper)} - 1")
         if node.lower and not isinstance(node.lower, ast.Constant):
-            yield Change("off by one", node, f"{_operand(node.lower)} + 1:{upper}")
+            yield SourceChange("off by one", node, f"{_operand(node.lower)} + 1:{upper}")
 
 
-def _statement(node: ast.Expr) -> Iterator[Change]:
+def _statement(node: ast.Expr) -> Iterator[SourceChange]:
     if isinstance(node.value, ast.Call):
-        yield Change("omitted statement", node, "pass")
+        yield SourceChange("omitted statement", node, "pass")
 
 
-def _augmented(node: ast.AugAssign) -> Iterator[Change]:
-    yield Change("omitted statement", node, "pass")
+def _augmented(node: ast.AugAssign) -> Iterator[SourceChange]:
+    yield SourceChange("omitted statement", node, "pass")
     if type(node.op) in _ARITHMETIC:
         target, value = ast.unparse(node.target), ast.unparse(node.value)
-        yield Change("arithmetic", node, f"{target} {_ARITHMETIC[type(node.op)]}= {value}")
+        yield SourceChange("arithmetic", node, f"{target} {_ARITHMETIC[type(node.op)]}= {value}")
 
 
-def _assignment(node: ast.Assign) -> Iterator[Change]:
+def _assignment(node: ast.Assign) -> Iterator[SourceChange]:
     if all(isinstance(target, ast.Attribute | ast.Subscript) for target in node.targets):
-        yield Change("omitted statement", node, "pass")
+        yield SourceChange("omitted statement", node, "pass")
 
 
-def _loop(node: ast.For) -> Iterator[Change]:
+def _loop(node: ast.For) -> Iterator[SourceChange]:
     over = node.iter
     if isinstance(over, ast.Call) and isinstance(over.func, ast.Name) and over.func.id == "range":
         last = 0 if len(over.args) == 1 else 1
-        yield Change("off by one", over.args[last], f"{_operand(over.args[last])} - 1")
+        yield SourceChange("off by one", over.args[last], f"{_operand(over.args[last])} - 1")
 
 
-def _return(node: ast.Return) -> Iterator[Change]:
+def _return(node: ast.Return) -> Iterator[SourceChange]:
     if node.value is not None and isinstance(node.value, ast.BinOp | ast.Name | ast.Call | ast.Attribute):
-        yield Change("detached", node.value, f"{_operand(node.value)}.detach()")
+        yield SourceChange("detached", node.value, f"{_operand(node.value)}.detach()")
 
 
-_OPERATORS: dict[type[ast.AST], Callable[..., Iterator[Change]]] = {
+_OPERATORS: dict[type[ast.AST], Callable[..., Iterator[SourceChange]]] = {
     ast.BinOp: _arithmetic, ast.Compare: _comparison, ast.BoolOp: _logic, ast.UnaryOp: _sign, ast.Constant: _constant,
     ast.If: _branch, ast.IfExp: _choice, ast.Call: _call, ast.Attribute: _attribute, ast.Slice: _slice,
     ast.Expr: _statement, ast.AugAssign: _augmented, ast.Assign: _assignment, ast.For: _loop, ast.Return: _return,

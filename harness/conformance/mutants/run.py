@@ -37,7 +37,7 @@ Run = tuple[Owner, str]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class MutantResult:
     """The result of one mutant."""
 
     mutant: Mutant
@@ -83,13 +83,13 @@ class Verdict:
 class MutantReport:
     """Results of all mutants that were chosen."""
 
-    verdicts: Sequence[Verdict]
+    verdicts: Sequence[MutantResult]
 
-    def tried(self) -> list[Verdict]:
+    def tried(self) -> list[MutantResult]:
         """List the mutants that count: those that were tried, and that change the results."""
         return [one for one in self.verdicts if one.counts]
 
-    def survivors(self) -> list[Verdict]:
+    def survivors(self) -> list[MutantResult]:
         """List the mutants that no check caught."""
         return [one for one in self.verdicts if one.survives]
 
@@ -192,7 +192,7 @@ def _run(
     trials = _Trials({}, jobs, progress)
     for mutant in chosen:
         reason = reasons.get(mutant.name, reasons.get(mutant.module, ""))
-        trials.verdicts[mutant] = Verdict(mutant, tuple(_chosen(mutant, callers)), equivalent=reason)
+        trials.verdicts[mutant] = MutantResult(mutant, tuple(_chosen(mutant, callers)), equivalent=reason)
     trials.run_checks(trial.DEFAULT)
     trials.compare_bits()  # first, because the checks that only `--wide` runs take long
     trials.run_checks(trial.WIDE)
@@ -203,7 +203,7 @@ def _run(
 class _Trials:
     """The trials of the chosen mutants."""
 
-    verdicts: dict[Mutant, Verdict]
+    verdicts: dict[Mutant, MutantResult]
     """The verdict so far on each mutant. Only mutants that survive so far are tried further."""
     jobs: int
     progress: Callable[[str], None]
@@ -258,7 +258,7 @@ class _Trials:
     def _alive(self) -> list[Mutant]:
         return [mutant for mutant, verdict in self.verdicts.items() if verdict.survives]
 
-    def _note(self, mutant: Mutant, ended: forks.Ended[Any]) -> Any:
+    def _note(self, mutant: Mutant, ended: forks.ForkEnd[Any]) -> Any:
         """Record how a fork ended and whether it ran the changed statement.
 
         Return what the fork computed. Return None if the fork died or raised an error.
@@ -327,12 +327,12 @@ def equivalent() -> dict[str, str]:
     return {name: reason for reason, names in listed.items() for name in names}
 
 
-def _by_default(one: Verdict) -> bool:
+def _by_default(one: MutantResult) -> bool:
     return bool(one.died or (one.catch and one.catch.form == trial.DEFAULT))
 
 
-def _table(title: str, tried: Sequence[Verdict], key: Callable[[Verdict], str]) -> Iterator[str]:
-    groups: defaultdict[str, list[Verdict]] = defaultdict(list)
+def _table(title: str, tried: Sequence[MutantResult], key: Callable[[MutantResult], str]) -> Iterator[str]:
+    groups: defaultdict[str, list[MutantResult]] = defaultdict(list)
     for one in tried:
         groups[key(one)].append(one)
     width = max(map(len, [title, *groups]), default=0)
@@ -340,6 +340,6 @@ def _table(title: str, tried: Sequence[Verdict], key: Callable[[Verdict], str]) 
     yield from (_rate(name, group, width) for name, group in sorted(groups.items()))
 
 
-def _rate(name: str, tried: Sequence[Verdict], width: int) -> str:
+def _rate(name: str, tried: Sequence[MutantResult], width: int) -> str:
     caught, early, count = sum(not one.survives for one in tried), sum(map(_by_default, tried)), max(1, len(tried))
     return f"{name:<{width}}  {len(tried):7}  {100 * early / count:15.1f} %  {100 * caught / count:9.1f} %"

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from harness.conformance.comparison.functional_layer import (
-    agreeing,
     apply_layer,
     dense_linear,
     draw_inputs,
     draw_low_rank,
+    with_rows_turned_towards,
 )
 from harness.conformance.drawing.factors import Dropout, Matrix, Rank, Rows, Scaling
 from harness.conformance.operation import Arguments, Operation, draw
@@ -51,7 +51,7 @@ def arguments(
     """
     W = draw(generator, torch.float64, *shape, spread=shape[1] ** -0.5)
     A, B = draw_low_rank(torch.float64, generator, shape, rank).values()
-    B = agreeing(W, A, B, scaling)
+    B = with_rows_turned_towards(W, A, B, scaling)
     fourth = slice(1, None, 4)
     if kind == "zero-rows":
         W[fourth], B[fourth] = 0.0, 0.0

@@ -15,7 +15,7 @@ from harness.conformance.drawing.factors import Factor, Matrix, Rows, Scaling, T
 from harness.conformance.operation import Arguments, Operation, draw
 
 Activation = Literal["silu", "gelu", "gelu-tanh"]
-Gate = Annotated[str, Factor(("normal",), ("large",))]
+GateMagnitude = Annotated[str, Factor(("normal",), ("large",))]
 _LARGE = 2.0**11
 """Factor of a large gate's weight. Many outputs of the gate then exceed 1,211, whose square times GELU's 0.0447 is beyond
 float16."""
@@ -37,7 +37,7 @@ def arguments(
     scaling: Scaling = 1.75,
     bias: bool = False,
     dora: bool = False,
-    gate: Gate = "normal",
+    gate: GateMagnitude = "normal",
 ) -> Arguments:
     """Draw the arguments of a call.
 

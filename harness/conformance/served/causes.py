@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harness.conformance.adapter_files.adapter_file import AdapterFile
 from harness.conformance.served.noise import Errors
-from harness.conformance.served.rows import Row
+from harness.conformance.served.rows import ScoredAnswer
 from harness.conformance.served.scores import score
 
 _UNKNOWN = "no typical mistake explains them"
@@ -26,7 +26,11 @@ layers.
 
 
 def cause(
-    base: Path, adapter: AdapterFile | None, others: Mapping[str, AdapterFile], wrong: Sequence[Row], limit: Errors
+    base: Path,
+    adapter: AdapterFile | None,
+    others: Mapping[str, AdapterFile],
+    wrong: Sequence[ScoredAnswer],
+    limit: Errors,
 ) -> str:
     """Return a sentence with the mistakes that explain wrong answers, and the number of tokens that each mistake
     explains.
@@ -51,7 +55,9 @@ def cause(
         found.append(f"at {count} of {total} wrong positions, a log-probability is NaN or null")
     for text, other in _mistakes(adapter, others) if any(left) else ():
         scores = score(base, other, [row.observation for row in wrong])
-        unexplained = [Row(row.observation, one).inaccurate(limit) for row, one in zip(wrong, scores, strict=True)]
+        unexplained = [
+            ScoredAnswer(row.observation, one).inaccurate(limit) for row, one in zip(wrong, scores, strict=True)
+        ]
         count = sum(map(len, left))
         left = [several & set(still) for several, still in zip(left, unexplained, strict=True)]
         if count := count - sum(map(len, left)):

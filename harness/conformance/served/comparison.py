@@ -14,10 +14,10 @@ from harness.conformance.adapter_files.adapter_file import AdapterFile
 from harness.conformance.served import causes, noise
 from harness.conformance.served.client import TOKEN_VARIABLE
 from harness.conformance.served.noise import Errors
-from harness.conformance.served.report import Finding, SubjectResult, Verdict
-from harness.conformance.served.rows import Row, distances, measure, of_phase
+from harness.conformance.served.report import SubjectFinding, SubjectResult, SubjectVerdict
+from harness.conformance.served.rows import ScoredAnswer, distances, measure, of_phase
 from harness.conformance.served.scores import score
-from harness.conformance.served.session import BASE, Failure, Observation, Phase, Request
+from harness.conformance.served.session import BASE, FailedRequest, Request, RequestPhase, ServedAnswer
 from harness.conformance.tolerance_constants import SERVED_WEAK
 from harness.errors import UsageError, plural
 
@@ -38,17 +38,17 @@ class NoiseFloor:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class AnswerComparison:
     """Compares the answers of one server with the reference."""
 
     url: str
     base: Path
     adapters: Mapping[str, AdapterFile]
     """Name on the server -> adapter."""
-    again: Callable[[Request, int], dict[str, Any]]
+    body_of: Callable[[Request, int], dict[str, Any]]
     """Function (request, tokens) that returns the body of a request, to repeat it. tokens: 0 for as many as before."""
 
-    def noise_floor(self, alone: Sequence[Observation], dtypes: Sequence[str]) -> NoiseFloor:
+    def noise_floor(self, alone: Sequence[ServedAnswer], dtypes: Sequence[str]) -> NoiseFloor:
         """Return the noise floor of the server, from its answers for the base model.
 
         alone: the answers for the base model. Answers with NaN are left out, because no dtype explains them. dtypes:
@@ -79,7 +79,7 @@ class Comparison:
         )  # fmt: skip
 
     def judge(
-        self, name: str, every: Sequence[Observation], floor: NoiseFloor, failures: Sequence[Failure] = ()
+        self, name: str, every: Sequence[ServedAnswer], floor: NoiseFloor, failures: Sequence[FailedRequest] = ()
     ) -> SubjectResult:
         """Return the result of the adapter `name`, or of the base if `name` is BASE.
 
@@ -90,7 +90,7 @@ class Comparison:
         adapter = self.adapters[name] if name != BASE else None
         folder = str(adapter.folder if adapter else self.base)
         if not observed:
-            verdict = Verdict.NONCONFORMING if failed else Verdict.NOT_COMPARED
+            verdict = SubjectVerdict.NONCONFORMING if failed else SubjectVerdict.NOT_COMPARED
             return SubjectResult(name, folder, verdict, failed[0].what if failed else "no request was answered")
         rows = self._rows(adapter, observed)
         limit = self._allowed(adapter, rows, floor)
@@ -98,7 +98,7 @@ class Comparison:
         counts = Counter(one.request.phase for one in failed)
         phases = tuple(
             measure(phase, some, limit, counts[phase])
-            for phase in Phase
+            for phase in RequestPhase
             if (some := of_phase(rows, phase)) or counts[phase]
         )
         # If no single answer is wrong, all of them together may be.
@@ -108,29 +108,34 @@ class Comparison:
             or not noise.errors([r.flat for r in rows]).at_most(limit)
         ):
             finding = self._finding(name, rows, failed, limit, every)
-            return SubjectResult(name, folder, Verdict.NONCONFORMING, "", limit, notices, phases, finding)
+            return SubjectResult(name, folder, SubjectVerdict.NONCONFORMING, "", limit, notices, phases, finding)
         weak = notices is not None and notices > SERVED_WEAK
         return SubjectResult(
-            name, folder, Verdict.CANNOT_TELL if weak else Verdict.CONFORMS, "", limit, notices, phases
+            name, folder, SubjectVerdict.CANNOT_TELL if weak else SubjectVerdict.CONFORMS, "", limit, notices, phases
         )
 
-    def _rows(self, adapter: AdapterFile | None, observed: Sequence[Observation]) -> list[Row]:
-        return [Row(*pair) for pair in zip(observed, score(self.base, adapter, observed), strict=True)]
+    def _rows(self, adapter: AdapterFile | None, observed: Sequence[ServedAnswer]) -> list[ScoredAnswer]:
+        return [ScoredAnswer(*pair) for pair in zip(observed, score(self.base, adapter, observed), strict=True)]
 
-    def _allowed(self, adapter: AdapterFile | None, rows: Sequence[Row], floor: NoiseFloor) -> Errors:
+    def _allowed(self, adapter: AdapterFile | None, rows: Sequence[ScoredAnswer], floor: NoiseFloor) -> Errors:
         rounded = score(self.base, adapter, [row.observation for row in rows], floor.dtype)
         own = noise.errors(distances(rounded, [row.score for row in rows]))
         return noise.allowed(own, floor.measured, [_numbers(row) for row in rows], floor.dtype)
 
-    def _notices(self, adapter: AdapterFile, rows: Sequence[Row], limit: Errors) -> float:
+    def _notices(self, adapter: AdapterFile, rows: Sequence[ScoredAnswer], limit: Errors) -> float:
         """Return the smallest relative error of an adapter's scaling that the check would notice."""
         scaled = score(self.base, causes.rescaled(adapter, 1 + _EFFECT), [row.observation for row in rows])
         effect = noise.errors(distances(scaled, [row.score for row in rows]))
         return noise.smallest_noticed(effect, _EFFECT, limit)
 
     def _finding(
-        self, name: str, rows: Sequence[Row], failed: Sequence[Failure], limit: Errors, every: Sequence[Observation]
-    ) -> Finding:
+        self,
+        name: str,
+        rows: Sequence[ScoredAnswer],
+        failed: Sequence[FailedRequest],
+        limit: Errors,
+        every: Sequence[ServedAnswer],
+    ) -> SubjectFinding:
         """Return the evidence that an adapter, or the base, does not conform.
 
         rows: the answers for `name`. If no answer is wrong by itself and none failed, the errors of all answers
@@ -150,35 +155,37 @@ class Comparison:
             text, request = _failures(failed[:1]), failed[0].request
         command = self._command(request)
         phases = {row.observation.request.phase for row in wrong} | {one.request.phase for one in failed}
-        if company is not None and Phase.ALONE not in phases:
+        if company is not None and RequestPhase.ALONE not in phases:
             command = f"{self._command(company.request, tokens=_LONG)} & sleep 1; {command}"  # wrong only beside others
-        return Finding("; ".join(found), text, command)
+        return SubjectFinding("; ".join(found), text, command)
 
     def _command(self, one: Request, tokens: int = 0) -> str:
         """Return a curl command that sends a request again. tokens: number of tokens to generate; 0: as before."""
-        body = self.again(one, tokens)
+        body = self.body_of(one, tokens)
         headers = f"""-H "Authorization: Bearer ${TOKEN_VARIABLE}" -H 'Content-Type: application/json'"""
         return f"curl {shlex.quote(self.url + '/v1/completions')} {headers} -d {shlex.quote(json.dumps(body))}"
 
 
-def _numbers(row: Row) -> list[float]:
+def _numbers(row: ScoredAnswer) -> list[float]:
     return [one for several in row.score.values for one in several]
 
 
-def _failures(failed: Sequence[Failure]) -> str:
+def _failures(failed: Sequence[FailedRequest]) -> str:
     """Return a text about requests that the server failed to answer."""
     return (
         f"{plural(len(failed), 'request')} failed: {failed[0].what}; many servers fail so if a log-probability is NaN"
     )
 
 
-def _lengths(every: Sequence[Observation], wrong: Sequence[Observation], failed: Sequence[Failure]) -> list[str]:
+def _lengths(
+    every: Sequence[ServedAnswer], wrong: Sequence[ServedAnswer], failed: Sequence[FailedRequest]
+) -> list[str]:
     """Return a list with one sentence if all wrong answers have longer prompts than all right ones. Otherwise return
     [].
     """
     # An answer with `echo` begins after the first token, so its context is not the prompt.
-    asked: list[Observation | Failure] = [*every, *failed]
-    asked = [one for one in asked if one.request.phase is not Phase.ECHO]
+    asked: list[ServedAnswer | FailedRequest] = [*every, *failed]
+    asked = [one for one in asked if one.request.phase is not RequestPhase.ECHO]
     bad = {len(one.context) for one in asked if one in wrong or one in failed}
     right = {len(one.context) for one in asked if one not in wrong and one not in failed}
     if not right or not bad or max(right) >= min(bad):
@@ -186,7 +193,7 @@ def _lengths(every: Sequence[Observation], wrong: Sequence[Observation], failed:
     return [f"prompts of at most {max(right)} tokens have right answers, those of {min(bad)} tokens or more have not"]
 
 
-def _worst(row: Row, limit: Errors) -> str:
+def _worst(row: ScoredAnswer, limit: Errors) -> str:
     """Return a text about the worst token of an answer."""
     observation = row.observation
     place = f"{observation.request.phase.value}, prompt {observation.request.prompt}, position"

@@ -9,11 +9,11 @@ from enum import StrEnum
 from typing import Any
 
 from harness.conformance.served.noise import Errors
-from harness.conformance.served.session import Phase
+from harness.conformance.served.session import RequestPhase
 from harness.errors import Exit
 
 
-class Verdict(StrEnum):
+class SubjectVerdict(StrEnum):
     """Judgement of one adapter, or of the base."""
 
     CONFORMS = "conforms"
@@ -25,9 +25,9 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """Metrics of the answers for one adapter, or for the base, in one phase of the check (see `session.Phase`)."""
+    """Metrics of the answers for one adapter, or for the base, in one phase of the check (see `session.RequestPhase`)."""
 
-    phase: Phase
+    phase: RequestPhase
     requests: int
     wrong: int
     """Number of requests with an error above the allowed error, with a token that is not the most likely one, or without an
@@ -52,7 +52,7 @@ class PhaseResult:
 
 
 @dataclass(frozen=True)
-class Finding:
+class SubjectFinding:
     """The evidence that one adapter, or the base, does not conform."""
 
     cause: str
@@ -71,7 +71,7 @@ class SubjectResult:
     """Name of the adapter on the server. Empty for the base."""
     folder: str
     """Folder of the adapter, or of the base."""
-    verdict: Verdict
+    verdict: SubjectVerdict
     reason: str = ""
     """Reason why nothing was compared."""
     allowed: Errors | None = None
@@ -79,7 +79,7 @@ class SubjectResult:
     notices: float | None = None
     """Smallest relative error of the scaling that the check would notice. None for the base."""
     phases: tuple[PhaseResult, ...] = ()
-    finding: Finding | None = None
+    finding: SubjectFinding | None = None
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,11 @@ class ServedReport:
         verdicts = [one.verdict for one in self.subjects]
         if self.stopped:
             return self.stopped_exit
-        if Verdict.NONCONFORMING in verdicts or self.findings:
+        if SubjectVerdict.NONCONFORMING in verdicts or self.findings:
             return Exit.FAIL
-        if Verdict.NOT_COMPARED in verdicts:
+        if SubjectVerdict.NOT_COMPARED in verdicts:
             return Exit.NOTHING_COMPARED
-        return Exit.INCONCLUSIVE if Verdict.CANNOT_TELL in verdicts else Exit.PASS
+        return Exit.INCONCLUSIVE if SubjectVerdict.CANNOT_TELL in verdicts else Exit.PASS
 
     def document(self) -> dict[str, object]:
         """Return the document that `--json` prints."""

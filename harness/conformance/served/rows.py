@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from harness.conformance.served.noise import Errors, rms
 from harness.conformance.served.report import PhaseResult
-from harness.conformance.served.session import Observation, Phase
+from harness.conformance.served.session import RequestPhase, ServedAnswer
 
 _LARGEST_EXPONENT = 700.0
 """Largest exponent that is passed to `math.exp`. One above 709 would overflow."""
 
 
 @dataclass(frozen=True)
-class Score:
+class ReferenceScore:
     """The numbers that the reference computes for the tokens of one answer."""
 
     values: tuple[tuple[float, ...], ...]
@@ -29,11 +29,11 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoredAnswer:
     """One answer, and the reference's numbers for its tokens."""
 
-    observation: Observation
-    score: Score
+    observation: ServedAnswer
+    score: ReferenceScore
 
     @property
     def differences(self) -> list[list[float]]:
@@ -67,7 +67,7 @@ class Row:
         return bool(self.inaccurate(limit) or self.unlikely(limit)) or rms(self.flat) > limit.row_rms
 
 
-def distances(have: Sequence[Score], want: Sequence[Score]) -> list[list[float]]:
+def distances(have: Sequence[ReferenceScore], want: Sequence[ReferenceScore]) -> list[list[float]]:
     """Return the absolute differences between the log-probabilities of two scores, one list per answer.
 
     have, want: scores of the same answers.
@@ -78,12 +78,12 @@ def distances(have: Sequence[Score], want: Sequence[Score]) -> list[list[float]]
     ]
 
 
-def of_phase(rows: Iterable[Row], phase: Phase) -> list[Row]:
+def of_phase(rows: Iterable[ScoredAnswer], phase: RequestPhase) -> list[ScoredAnswer]:
     """Return the rows of one phase."""
     return [row for row in rows if row.observation.request.phase is phase]
 
 
-def measure(phase: Phase, rows: Sequence[Row], limit: Errors, failed: int) -> PhaseResult:
+def measure(phase: RequestPhase, rows: Sequence[ScoredAnswer], limit: Errors, failed: int) -> PhaseResult:
     """Return the metrics of the rows of one phase. failed: number of further requests that the server failed to answer."""
     flat = [one for row in rows for one in row.flat]
     own = [several[0] for row in rows for several in row.differences]

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from harness.conformance.adapter_files.adapter_file import AdapterFile
 from harness.conformance.adapter_files.reference_logits import reference_logits
-from harness.conformance.served.rows import Score
-from harness.conformance.served.session import Observation
+from harness.conformance.served.rows import ReferenceScore
+from harness.conformance.served.session import ServedAnswer
 from harness.conformance.subject import DTYPES
 from harness.console import hold_output
 from harness.errors import UsageError
 
 
 def score(
-    base: Path, adapter: AdapterFile | None, observations: Sequence[Observation], dtype: str = "float64"
-) -> list[Score]:
+    base: Path, adapter: AdapterFile | None, observations: Sequence[ServedAnswer], dtype: str = "float64"
+) -> list[ReferenceScore]:
     """Return the reference's score of each answer, computed in `dtype` for the server's own tokens.
 
     The reference continues from the tokens that the server chose. So if two tokens are equally likely, the choice of
@@ -50,9 +50,9 @@ def score(
     return found
 
 
-def _score(observation: Observation, rows: Tensor) -> Score:
+def _score(observation: ServedAnswer, rows: Tensor) -> ReferenceScore:
     """Score an answer. rows: log-probabilities (positions, vocabulary) of the reference."""
     values = tuple(tuple(rows[i, [one.token, *one.others]].tolist()) for i, one in enumerate(observation.positions))
     top, best = rows.max(-1)
     margins = tuple(float(top[i]) - several[0] for i, several in enumerate(values))
-    return Score(values, tuple(best.tolist()), margins)
+    return ReferenceScore(values, tuple(best.tolist()), margins)

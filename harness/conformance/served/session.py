@@ -26,7 +26,7 @@ ROUNDS = 2
 a new order."""
 
 
-class Phase(StrEnum):
+class RequestPhase(StrEnum):
     """Phase of the check: what the server does while it answers a request."""
 
     ALONE = "alone"
@@ -50,7 +50,7 @@ class Phase(StrEnum):
 class Request:
     """One request for the continuation of a prompt."""
 
-    phase: Phase
+    phase: RequestPhase
     subject: str
     """Name of the adapter that must answer, or BASE."""
     served_as: str
@@ -60,7 +60,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Observation:
+class ServedAnswer:
     """The answer of the server to one request."""
 
     request: Request
@@ -83,7 +83,7 @@ class Observation:
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailedRequest:
     """A request whose answer the server could not compute."""
 
     request: Request
@@ -93,7 +93,7 @@ class Failure:
     """Status and message of the server."""
 
 
-_Outcome = TypeVar("_Outcome", Observation, Failure)
+_Outcome = TypeVar("_Outcome", ServedAnswer, FailedRequest)
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Session:
     concurrency: int
     """Largest number of requests at the same time."""
     seed: int
-    observations: list[Observation] = field(default_factory=list)
+    observations: list[ServedAnswer] = field(default_factory=list)
     not_offered: dict[str, str] = field(default_factory=dict)
     """Function of a server, such as `hot-swap` -> reason why this server does not offer it."""
     findings: list[str] = field(default_factory=list)
@@ -124,8 +124,8 @@ class Session:
     long: int = -1
     """Index of the long prompt. -1 if there is none."""
     skip_failed: bool = False
-    """True to record a request that the server answers with status 500 as a Failure. False to stop with an error."""
-    failures: list[Failure] = field(default_factory=list)
+    """True to record a request that the server answers with status 500 as a FailedRequest. False to stop with an error."""
+    failures: list[FailedRequest] = field(default_factory=list)
     _loaded: list[str] = field(default_factory=list)
 
     def load_missing(self, listed: Sequence[str]) -> None:
@@ -157,15 +157,15 @@ class Session:
 
     def alone(self, subject: str) -> None:
         """Send every prompt to one model, one request at a time."""
-        self._send([self._request(Phase.ALONE, subject, i) for i in range(len(self.prompts))], 1)
+        self._send([self._request(RequestPhase.ALONE, subject, i) for i in range(len(self.prompts))], 1)
 
-    def mixed(self, phase: Phase = Phase.MIXED, meanwhile: Callable[[], None] | None = None) -> None:
+    def mixed(self, phase: RequestPhase = RequestPhase.MIXED, meanwhile: Callable[[], None] | None = None) -> None:
         """Send every prompt to every model in random order. In the phase ADAPTERS, leave out the base.
 
         meanwhile: called while the requests run.
         """
         order = random.Random(f"{self.seed} {phase} {len(self.observations)}")  # noqa: S311  # an order, not a secret
-        requests = [one for one in self._of_all(phase) if one.subject != BASE or phase is not Phase.ADAPTERS]
+        requests = [one for one in self._of_all(phase) if one.subject != BASE or phase is not RequestPhase.ADAPTERS]
         order.shuffle(requests)
         self._send(requests, self.concurrency, meanwhile)
 
@@ -176,15 +176,15 @@ class Session:
         """
         first, *others = self.adapters
         before, failed = len(self.observations), len(self.failures)
-        self.mixed(Phase.LOADED, lambda: self._load_if_offered(SWAPPED, self.adapters[first]))
+        self.mixed(RequestPhase.LOADED, lambda: self._load_if_offered(SWAPPED, self.adapters[first]))
         if SWAPPED not in self._loaded:
-            self.observations[before:] = [_in_phase(Phase.MIXED, one) for one in self.observations[before:]]
-            self.failures[failed:] = [_in_phase(Phase.MIXED, one) for one in self.failures[failed:]]
+            self.observations[before:] = [_in_phase(RequestPhase.MIXED, one) for one in self.observations[before:]]
+            self.failures[failed:] = [_in_phase(RequestPhase.MIXED, one) for one in self.failures[failed:]]
             return
-        self._swapped(Phase.LOADED, first)
+        self._swapped(RequestPhase.LOADED, first)
         if others:
-            self.mixed(Phase.SWAPPED, lambda: self._replace(SWAPPED, self.adapters[others[0]]))
-            self._swapped(Phase.SWAPPED, others[0])
+            self.mixed(RequestPhase.SWAPPED, lambda: self._replace(SWAPPED, self.adapters[others[0]]))
+            self._swapped(RequestPhase.SWAPPED, others[0])
         else:
             self.not_offered["hot-swap"] = "it needs two adapters"
         self._unload(SWAPPED)
@@ -195,8 +195,8 @@ class Session:
         else:
             self.findings.append(f"the server still answers for {SWAPPED} after it has unloaded it")
             return
-        self.mixed(Phase.RELOADED, lambda: self._load(SWAPPED, self.adapters[first]))
-        self._swapped(Phase.RELOADED, first)
+        self.mixed(RequestPhase.RELOADED, lambda: self._load(SWAPPED, self.adapters[first]))
+        self._swapped(RequestPhase.RELOADED, first)
         self._unload(SWAPPED)
 
     def swapped_alone(self, first: str, second: str) -> None:
@@ -206,7 +206,7 @@ class Session:
         """
         self._load(SWAPPED, self.adapters[first])
         self.replace(second)
-        self._swapped(Phase.SWAPPED, second)
+        self._swapped(RequestPhase.SWAPPED, second)
 
     def replace(self, name: str) -> None:
         """Put another adapter in the place of the one that `swapped_alone` loaded. name: name of the new adapter."""
@@ -217,7 +217,7 @@ class Session:
 
         The first token of a prompt has no log-probability.
         """
-        several = self._of_all(Phase.ECHO)
+        several = self._of_all(RequestPhase.ECHO)
         self._send([one for one in several if len(self.prompts[one.prompt]) > 1 and one.prompt != self.long], 1)
 
     def tidy(self) -> str:
@@ -230,17 +230,17 @@ class Session:
                 left.append(f"{name} is still loaded on the server: {error.what}")
         return "; ".join(left)
 
-    def _of_all(self, phase: Phase) -> list[Request]:
+    def _of_all(self, phase: RequestPhase) -> list[Request]:
         """Return one request for every prompt of every model."""
         return [self._request(phase, one, i) for one in (BASE, *self.adapters) for i in range(len(self.prompts))]
 
-    def _request(self, phase: Phase, subject: str, prompt: int, served_as: str = "") -> Request:
+    def _request(self, phase: RequestPhase, subject: str, prompt: int, served_as: str = "") -> Request:
         return Request(phase, subject, served_as or subject or self.base, prompt)
 
     def _sent(self, prompt: int) -> Sequence[int] | str:
         return self.texts[prompt] if self.texts else self.prompts[prompt]
 
-    def _swapped(self, phase: Phase, subject: str) -> None:
+    def _swapped(self, phase: RequestPhase, subject: str) -> None:
         requests = [self._request(phase, subject, i, SWAPPED) for i in range(len(self.prompts))]
         self._send(requests, self.concurrency)
 
@@ -248,7 +248,9 @@ class Session:
         """Send requests from `workers` threads. Keep the answers even if a request fails or the user interrupts."""
         try:
             with ThreadPoolExecutor(workers) as pool:
-                futures: list[Future[Observation | Failure]] = [pool.submit(self._answer, one) for one in requests]
+                futures: list[Future[ServedAnswer | FailedRequest]] = [
+                    pool.submit(self._answer, one) for one in requests
+                ]
                 try:
                     if meanwhile is not None:
                         meanwhile()
@@ -261,33 +263,33 @@ class Session:
                 finally:
                     done = (one for one in futures if one.done() and not one.cancelled() and one.exception() is None)
                     for found in (one.result() for one in done):  # in the order of the requests
-                        if isinstance(found, Failure):
+                        if isinstance(found, FailedRequest):
                             self.failures.append(found)
                         else:
                             self.observations.append(found)
         finally:
             self.client.reopen()  # all threads have ended; the adapters are still to be unloaded
 
-    def again(self, one: Request, tokens: int = 0) -> dict[str, Any]:
+    def body_of(self, one: Request, tokens: int = 0) -> dict[str, Any]:
         """Return the body of a request, to send the request again.
 
         tokens: number of tokens to generate; 0 for as many as before.
         """
-        echo = one.phase is Phase.ECHO
+        echo = one.phase is RequestPhase.ECHO
         tokens = tokens or (1 if echo else self.tokens)
         return self.client.body(one.served_as, self._sent(one.prompt), tokens, echo)
 
-    def _answer(self, request: Request) -> Observation | Failure:
-        """Send a request and return the answer. For status 500, return a Failure if `skip_failed`, else raise."""
+    def _answer(self, request: Request) -> ServedAnswer | FailedRequest:
+        """Send a request and return the answer. For status 500, return a FailedRequest if `skip_failed`, else raise."""
         try:
             return self._observe(request)
         except RequestFailedError as error:
             if not self.skip_failed:
                 raise
-            return Failure(request, tuple(self.prompts[request.prompt]), error.what)
+            return FailedRequest(request, tuple(self.prompts[request.prompt]), error.what)
 
-    def _observe(self, request: Request) -> Observation:
-        prompt, echo = tuple(self.prompts[request.prompt]), request.phase is Phase.ECHO
+    def _observe(self, request: Request) -> ServedAnswer:
+        prompt, echo = tuple(self.prompts[request.prompt]), request.phase is RequestPhase.ECHO
         answer = self.client.complete(request.served_as, self._sent(request.prompt), 1 if echo else self.tokens, echo)
         if echo:
             if tuple(one.token for one in answer.positions[: len(prompt)]) != prompt:
@@ -296,8 +298,8 @@ class Session:
                     where=self.client.url,
                     hint="leave out --echo",
                 )
-            return Observation(request, prompt[:1], answer.positions[1 : len(prompt)], greedy=False)
-        return Observation(request, prompt, answer.positions, greedy=True)
+            return ServedAnswer(request, prompt[:1], answer.positions[1 : len(prompt)], greedy=False)
+        return ServedAnswer(request, prompt, answer.positions, greedy=True)
 
     def _load(self, name: str, folder: Path) -> None:
         self._loaded.append(name)  # before the request, which a time-out may end while the server goes on loading
@@ -326,5 +328,5 @@ class Session:
         self._loaded.remove(name)
 
 
-def _in_phase(phase: Phase, one: _Outcome) -> _Outcome:
+def _in_phase(phase: RequestPhase, one: _Outcome) -> _Outcome:
     return replace(one, request=replace(one.request, phase=phase))

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from torch import Tensor
 
 from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise, perturbed
-from harness.conformance.walk.world import LOOKS, World
+from harness.conformance.walk.program import RUN_MODES, Program
 
 RULES = 20
 """Largest number of rules in one walk."""
@@ -22,24 +22,24 @@ REPEATS = 100
 
 
 @dataclass(frozen=True)
-class Worlds:
+class Programs:
     """The four programs that take the same walk: the subject, and three references."""
 
-    subject: World
-    wide: World
+    subject: Program
+    wide: Program
     """The reference in float64."""
-    own: World
+    own: Program
     """The reference in the subject's dtype."""
-    near: World
+    near: Program
     """The reference in the subject's dtype, with slightly moved tensors, so that it rounds differently than `own`."""
     dtype: str
     factor: float
     """Largest allowed error of the subject, as a multiple of the reference's own error."""
-    another: Callable[[], World]
-    """Function that attaches the subject's implementation to a second model, and returns this as a new World."""
+    another: Callable[[], Program]
+    """Function that attaches the subject's implementation to a second model, and returns this as a new Program."""
 
-    def every(self) -> tuple[World, World, World, World]:
-        """Return the worlds, the subject's first."""
+    def every(self) -> tuple[Program, Program, Program, Program]:
+        """Return the programs, the subject's first."""
         return self.subject, self.wide, self.own, self.near
 
     def align(self) -> None:
@@ -63,10 +63,10 @@ class WalkFailedError(AssertionError):
         self.judgement, self.rules = judgement, rules
 
 
-def walk(make: Callable[[], Worlds], walks: int, number: int) -> WalkFailedError | None:
+def walk(make: Callable[[], Programs], walks: int, number: int) -> WalkFailedError | None:
     """Take `walks` random walks. Return the failure of the shortest walk that fails. If none fails, return None.
 
-    make: makes the worlds of a walk, all in the same state. number: seed of the walks. If a rule raises an
+    make: makes the programs of a walk, all in the same state. number: seed of the walks. If a rule raises an
     exception other than WalkFailedError, a note with the rules of the walk is added to the exception.
     """
 
@@ -95,9 +95,9 @@ def walk(make: Callable[[], Worlds], walks: int, number: int) -> WalkFailedError
 
 
 class AdapterWalk(RuleBasedStateMachine):
-    """One random walk. Every rule does the same in every world. Some rules then compare the worlds."""
+    """One random walk. Every rule does the same in every program. Some rules then compare the programs."""
 
-    start: Callable[[], Worlds]
+    start: Callable[[], Programs]
     shortest: WalkFailedError | None
     """The failure of the shortest walk so far."""
     repeats: int
@@ -109,7 +109,7 @@ class AdapterWalk(RuleBasedStateMachine):
             type(self).repeats += 1
             if self.repeats > REPEATS:
                 reject()
-        self.worlds = type(self).start()
+        self.programs = type(self).start()
         self.taken: list[str] = []
         self.merged = self.frozen = self.interrupted = False
 
@@ -122,96 +122,96 @@ class AdapterWalk(RuleBasedStateMachine):
         self.taken.append(name)
         self.interrupted = True
 
-    def _all(self, name: str, act: Callable[[World], None]) -> None:
+    def _all(self, name: str, act: Callable[[Program], None]) -> None:
         self._take(name)
-        for world in self.worlds.every():
+        for program in self.programs.every():
             try:
-                act(world)
+                act(program)
             except Exception as error:
                 error.add_note("; ".join(["attach()", *self.taken]))
                 raise
 
-    def _compare(self, look: str) -> None:
-        """Compare the outputs and gradients of all worlds. look: how to run the models, a key of LOOKS."""
-        self._judge(*(world.look(look) for world in self.worlds.every()))
+    def _compare(self, mode: str) -> None:
+        """Compare the outputs and gradients of all programs. mode: how to run the models, a key of RUN_MODES."""
+        self._judge(*(program.run(mode) for program in self.programs.every()))
 
     def _compare_numbers(self) -> None:
-        """Compare the tensors and the state of every world."""
-        mine, *others = (world.tensors_and_state() for world in self.worlds.every())
+        """Compare the tensors and the state of every program."""
+        mine, *others = (program.tensors_and_state() for program in self.programs.every())
         names = [name for name in mine if name in others[0] and mine[name].shape == others[0][name].shape]
         if not names:  # e.g. of GaLore, whose tensors are the weights that need a gradient
             return
         self._judge(*({name: one[name] for name in names} for one in (mine, *others)))
 
     def _judge(self, mine: dict[str, Tensor], truth: dict[str, Tensor], *rounded: dict[str, Tensor]) -> None:
-        judgement = carried_noise(mine, truth, rounded, self.worlds.dtype, self.worlds.factor)
+        judgement = carried_noise(mine, truth, rounded, self.programs.dtype, self.programs.factor)
         if judgement.decided and not judgement.passed:
             failure = WalkFailedError(judgement, list(self.taken))
             if self.shortest is None or len(self.taken) <= len(self.shortest.rules):
                 type(self).shortest = failure
             raise failure
 
-    @rule(look=st.sampled_from(list(LOOKS)))
+    @rule(mode=st.sampled_from(list(RUN_MODES)))
     @precondition(lambda self: not self.merged)
-    def compare(self, look: str) -> None:
-        """Run the model of every world in one of the ways of LOOKS, and compare outputs and gradients."""
-        self._take(f"compare({look!r})")
-        self._compare(look)
+    def compare(self, mode: str) -> None:
+        """Run the model of every program in one of the ways of RUN_MODES, and compare outputs and gradients."""
+        self._take(f"compare({mode!r})")
+        self._compare(mode)
 
     @rule(number=st.integers(1, 9))
     @precondition(lambda self: not self.merged and not self.frozen)
     def backward(self, number: int) -> None:
         """Run forward and backward on a micro-batch, and add its gradients. number: seed of its incoming gradient."""
-        self._all(f"backward({number})", lambda world: world.backward(number))
+        self._all(f"backward({number})", lambda program: program.backward(number))
 
     @rule(number=st.integers(1, 9))
     @precondition(lambda self: not self.merged and not self.frozen)
     def step(self, number: int) -> None:
         """Add the gradients of one more micro-batch, take an optimizer step, and compare the tensors and the state."""
-        self._all(f"step({number})", lambda world: world.backward(number))
-        for world in self.worlds.every():
-            world.step()
+        self._all(f"step({number})", lambda program: program.backward(number))
+        for program in self.programs.every():
+            program.step()
         self._compare_numbers()
-        self.worlds.align()
+        self.programs.align()
 
     @rule(factor=st.sampled_from([0.5, 2.0]))
     def scheduler(self, factor: float) -> None:
         """Multiply the learning rate by `factor`."""
-        self._all(f"scheduler({factor})", lambda world: world.scale_learning_rate(factor))
+        self._all(f"scheduler({factor})", lambda program: program.scale_learning_rate(factor))
 
     @rule(training=st.booleans())
     @precondition(lambda self: not self.merged)
     def train(self, training: bool) -> None:
         """Put the model in training mode or in eval mode."""
-        self._all(f"train({training})", lambda world: world.set_training(training))
+        self._all(f"train({training})", lambda program: program.set_training(training))
 
     @rule()
-    @precondition(lambda self: not self.merged and self.worlds.subject.owns_tensors())
+    @precondition(lambda self: not self.merged and self.programs.subject.owns_tensors())
     def deepcopy(self) -> None:
         """Continue with a deep copy, after the original was changed."""
-        self._all("deepcopy()", World.deepcopy)
+        self._all("deepcopy()", Program.deepcopy)
         self._compare_numbers()
         self._compare("backward")
 
     @rule()
-    @precondition(lambda self: not self.merged and self.worlds.subject.owns_tensors())
+    @precondition(lambda self: not self.merged and self.programs.subject.owns_tensors())
     def load_state_dict(self) -> None:
         """Restore the model from its state_dict after its tensors were changed."""
-        self._all("load_state_dict()", World.reload_model)
+        self._all("load_state_dict()", Program.reload_model)
         self._compare("backward")
 
     @rule()
     @precondition(lambda self: not self.merged and not self.frozen)
     def resume(self) -> None:
         """Continue from a checkpoint in a fresh model."""
-        self._all("resume()", World.resume)
+        self._all("resume()", Program.resume)
         self._compare("backward")
 
     @rule()
-    @precondition(lambda self: not self.merged and self.worlds.subject.adapted.can_merge)
+    @precondition(lambda self: not self.merged and self.programs.subject.adapted.can_merge)
     def merge(self) -> None:
         """Merge the adapter, and check that the merged model computes the same."""
-        self._all("merge()", lambda world: world.adapted.merge())
+        self._all("merge()", lambda program: program.adapted.merge())
         self.merged = True
         self._compare("no_grad")
 
@@ -219,7 +219,7 @@ class AdapterWalk(RuleBasedStateMachine):
     @precondition(lambda self: self.merged)
     def unmerge(self) -> None:
         """Undo the merge."""
-        self._all("unmerge()", lambda world: world.adapted.unmerge())
+        self._all("unmerge()", lambda program: program.adapted.unmerge())
         self.merged = False
         self._compare("no_grad")
 
@@ -228,17 +228,17 @@ class AdapterWalk(RuleBasedStateMachine):
     def requires_grad(self) -> None:
         """Switch the gradients of the adapter off, or on again."""
         self.frozen = not self.frozen
-        self._all(f"requires_grad({not self.frozen})", lambda world: world.freeze(self.frozen))
+        self._all(f"requires_grad({not self.frozen})", lambda program: program.freeze(self.frozen))
 
     @rule()
     def second_model(self) -> None:
         """Attach another adapter to a second model with other shapes, and train the second model for one step."""
         self._take("second_model()")
-        other = self.worlds.another()
+        other = self.programs.another()
         other.backward(1)
         other.step()
 
     def teardown(self) -> None:
-        """Compare the worlds once more at the end."""
+        """Compare the programs once more at the end."""
         if not self.merged and not self.interrupted:
             self._compare("backward")

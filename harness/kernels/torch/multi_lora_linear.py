@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from harness.kernels.card_tables import card
-from harness.kernels.crossover import most
+from harness.kernels.crossover import crossover_of
 from harness.kernels.device import by_triton, frozen, multiplied_by_triton
 from harness.kernels.torch.support.autocast import cast_by_autocast, outside_autocast
 
@@ -153,7 +153,7 @@ def _groups_above_crossover(
     - if the tensors are float32 on a GPU;
     - if an unused adapter trains: it needs a gradient of zeros, and `products_per_adapter` would give it none.
     """
-    limit = most("multi_lora_linear", card(x.device), len(W))
+    limit = crossover_of("multi_lora_linear", card(x.device), len(W))
     if limit == inf or ids.device.type != "cpu" or not multiplied_by_triton(x):
         return None
     used = groups(ids, len(As))

@@ -183,7 +183,7 @@ def dequantize_double(
         from harness.kernels.triton import nf4 as gpu
 
         code = dynamic_map(packed.device)
-        return gpu.double_dequantize(packed, codes, absmax2, offset, code, block, block2, shape, dtype, out)
+        return gpu.dequantize_double(packed, codes, absmax2, offset, code, block, block2, shape, dtype, out)
     return dequantize(packed, double_dequantize(codes, absmax2, offset, block2), block, shape, dtype, out)
 
 

@@ -20,7 +20,7 @@ from harness.kernels.compile.specimen import Specimen
 from harness.kernels.torch.support.autocast import once_outside_autocast
 from harness.kernels.torch.support.packed_weight import PackedStack
 from harness.kernels.triton.support.gemm_tiles import EXACT, FEW_ROWS, LARGE, GemmTile, gemm_tile, rank_block
-from harness.kernels.triton.support.launch import Launch, meta
+from harness.kernels.triton.support.launch import KernelLaunch, meta
 from harness.kernels.triton.support.matrix_product import accumulate
 from harness.kernels.triton.support.rounding import store_as
 
@@ -100,11 +100,11 @@ def _table(counts: Tensor, rows: int, block: int) -> Tensor:
 def _product(
     left: Tensor, right: Tensor, S: Tensor | None, T: Tensor | None, scale: float, table: Tensor, out: Tensor,
     tile: GemmTile,
-) -> Launch:  # fmt: skip
+) -> KernelLaunch:  # fmt: skip
     """Return the launch of `grouped_product`. right is (K, features, N) and T is (K, R, N), with any strides."""
     N, features, R = right.shape[2], right.shape[1], 0 if S is None else S.shape[1]
     block = rank_block(max(R, 1))
-    return Launch(
+    return KernelLaunch(
         grouped_product,
         (len(table), triton.cdiv(N, tile.n)),
         {
@@ -120,10 +120,10 @@ def _product(
     )  # fmt: skip
 
 
-def _outer(left: Tensor, right: Tensor, ends: Tensor, scale: float, out: Tensor, tile: GemmTile) -> Launch:
+def _outer(left: Tensor, right: Tensor, ends: Tensor, scale: float, out: Tensor, tile: GemmTile) -> KernelLaunch:
     """Return the launch of `grouped_outer`."""
     M, N = left.shape[1], right.shape[1]
-    return Launch(
+    return KernelLaunch(
         grouped_outer,
         (len(ends) * triton.cdiv(M, tile.m), triton.cdiv(N, tile.n)),
         {

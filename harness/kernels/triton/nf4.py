@@ -100,7 +100,7 @@ def _dequantize(packed, levels, absmax, out, count, BLOCK: tl.constexpr, TILE: t
 
 
 @triton.jit
-def _double_dequantize(
+def _dequantize_double(
     packed, levels, codes, absmax2, offset, code, out, count,
     SECOND: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
@@ -159,7 +159,7 @@ def dequantize(
     return values
 
 
-def double_dequantize(
+def dequantize_double(
     packed: Tensor,
     codes: Tensor,
     absmax2: Tensor,
@@ -181,7 +181,7 @@ def double_dequantize(
     values = _output(out, packed, shape, dtype)
     constants = [one.contiguous() for one in (codes, absmax2, offset, code)]
     pointers = (packed.contiguous(), table(packed.device), *constants, values)
-    _launch(_double_dequantize, _TILE, prod(shape), block, *pointers, SECOND=second_block)
+    _launch(_dequantize_double, _TILE, prod(shape), block, *pointers, SECOND=second_block)
     return values
 
 
@@ -216,7 +216,7 @@ def _specimens(values: str, block: int, ragged: bool = False) -> list[Specimen]:
         for kernel, tile, arguments, constants, narrow in (
             (_quantize, _QUANTIZED_TILE, {"W": values, "packed": _BYTES, "absmax": _FLOATS}, {}, 0),
             (_dequantize, _TILE, {**packed, "absmax": _FLOATS, "out": values}, {}, 0),
-            (_double_dequantize, _TILE, {**packed, **twice, "out": values}, {"SECOND": 256}, 2),
+            (_dequantize_double, _TILE, {**packed, **twice, "out": values}, {"SECOND": 256}, 2),
         )
     ]
 

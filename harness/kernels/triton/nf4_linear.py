@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 
 from harness.kernels.card_tables import card
 from harness.kernels.compile.specimen import Specimen
-from harness.kernels.crossover import most
+from harness.kernels.crossover import crossover_of
 from harness.kernels.nf4_format import check_sizes
 from harness.kernels.torch.support.autocast import outside_autocast
 from harness.kernels.triton.nf4 import dequantize
@@ -105,7 +105,7 @@ def is_fused_faster(tokens: int, E: int, device: torch.device) -> bool:
 
     The crossover in the card's table or in the default table decides; see `harness.kernels.crossover`.
     """
-    return tokens <= most("nf4_linear", card(device), E)
+    return tokens <= crossover_of("nf4_linear", card(device), E)
 
 
 class _Nf4Linear(torch.autograd.Function):

@@ -18,7 +18,7 @@ from harness.kernels.torch.support.autocast import once_outside_autocast
 from harness.kernels.triton.support.low_rank_arguments import checked, contiguous, matrix
 from harness.kernels.triton.support.low_rank_gemm import low_rank_gemm
 from harness.kernels.triton.support.shrink import shrink, shrink_and_sum
-from harness.kernels.triton.support.token_sums import outer_sum_against
+from harness.kernels.triton.support.token_sums import weighted_outer_sum
 
 
 class _VeraLinear(torch.autograd.Function):
@@ -50,7 +50,7 @@ class _VeraLinear(torch.autograd.Function):
             dd = sums.to(d.dtype) if need_d else None
             dx = low_rank_gemm(dy, W, dh, A, term_mask=mask) if need_x else None
         if need_b:
-            db = outer_sum_against(dy, h, B).to(b.dtype)
+            db = weighted_outer_sum(dy, h, B).to(b.dtype)
         return dx, None, None, None, None, db, dd, None
 
 

@@ -78,10 +78,10 @@ def lora_mlp(x: Tensor, activation: str, **layers: Any) -> Tensor:
     """
     from axolotl.kernels.lora import LoRA_MLP
 
-    from harness.methods.implementations.gated_activations import of_library
+    from harness.methods.implementations.gated_activations import activation_functions
 
     name = "geglu" if "gelu" in activation else "swiglu"
-    forward, backward = of_library(f"axolotl.kernels.{name}", f"{name}_forward", f"{name}_backward", x)
+    forward, backward = activation_functions(f"axolotl.kernels.{name}", f"{name}_forward", f"{name}_backward", x)
     y = LoRA_MLP.apply(in_three_dimensions(x), None, *_adapters(**layers), forward, backward, True)
     return in_shape_of(x, y)
 

@@ -22,7 +22,7 @@ Pair = tuple[Callable[..., Any], Callable[..., Any]]
 gate and up in the library's order)."""
 
 
-def of_library(module: str, forward: str, backward: str, x: Tensor, *, up_first: bool = False) -> Pair:
+def activation_functions(module: str, forward: str, backward: str, x: Tensor, *, up_first: bool = False) -> Pair:
     """Return the forward and the backward function of an activation in a library.
 
     On a CPU without Triton's interpreter, return functions that compute the same with torch. module, forward, backward:

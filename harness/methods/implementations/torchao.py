@@ -50,7 +50,7 @@ def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, 
 
     nf4_tensor = nf4_module()
 
-    class Nf4Linear(torch.nn.Linear):
+    class TorchaoNf4Linear(torch.nn.Linear):
         """A layer with an NF4Tensor. Its `weight` holds the packed bytes, because an NF4Tensor cannot be compared."""
 
         def __init__(self, dense: torch.nn.Linear) -> None:
@@ -70,7 +70,7 @@ def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, 
         dense: Any = model.get_submodule(path)
         if dense.weight.numel() % (BLOCK * SCALER_BLOCK):
             raise Unsupported(f"torchao supports matrices of whole blocks of {BLOCK} x {SCALER_BLOCK} elements only")
-        layer = Nf4Linear(dense)
+        layer = TorchaoNf4Linear(dense)
         replace(model, path, layer.train(dense.training))
         packed = layer.packed[0]
         absmax = packed.dequantize_scalers(packed.quantized_scalers, packed.quantization_factor, SCALER_BLOCK)

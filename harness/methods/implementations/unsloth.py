@@ -90,7 +90,7 @@ def lora_qkv(x: Tensor, **layers: Any) -> tuple[Tensor, ...]:
 @implements("lora_mlp", **_NAME)
 def lora_mlp(x: Tensor, activation: str, **layers: Any) -> Tensor:
     """Return the output of a feed-forward block, computed by Unsloth's LoRA_MLP with its default inplace=True."""
-    from harness.methods.implementations.gated_activations import of_library
+    from harness.methods.implementations.gated_activations import activation_functions
 
     functions = _kernels()
     if activation == "silu":
@@ -98,7 +98,7 @@ def lora_mlp(x: Tensor, activation: str, **layers: Any) -> Tensor:
     else:
         kind = "exact" if activation == "gelu" else "approx"
         module, forward, backward = "geglu", f"geglu_{kind}_forward_kernel", f"geglu_{kind}_backward_kernel"
-    pair = of_library(f"unsloth.kernels.{module}", forward, backward, x, up_first=True)
+    pair = activation_functions(f"unsloth.kernels.{module}", forward, backward, x, up_first=True)
     y = functions.LoRA_MLP.apply(in_three_dimensions(x), *_adapters(**layers), *pair, True)
     return in_shape_of(x, y)
 

@@ -31,15 +31,15 @@ def gate(
         if found.provenance is None:
             for problem in baselines.unfit(base):
                 print_note(f"note: {found.path} could not be promoted: {problem.where}: {problem.what}")
-        against = against_baseline.judge(analyse(base), analyse(new), margins=margins, strict=strict)
+        result = against_baseline.judge(analyse(base), analyse(new), margins=margins, strict=strict)
         title = f"{new.manifest.run} against {found.name}"
         title += ", which is the same run" if new.manifest.run == base.manifest.run else ""
         if as_json:
-            print_json(document.document(against, found, new))
+            print_json(document.document(result, found, new))
         else:
-            print_lines([f"{title}: {found.origin}", "", *terminal.lines(against, all_rows=all_rows)])
-        outputs.write(against, title)
-    return against.exit
+            print_lines([f"{title}: {found.origin}", "", *terminal.lines(result, all_rows=all_rows)])
+        outputs.write(result, title)
+    return result.exit
 
 
 def promote(name: str, baseline: str, *, reason: str, author: str, replace: bool) -> Exit:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.regression.night import part_run
-from harness.regression.night.parts import Device, Part
+from harness.regression.night.parts import Device, NightPart
 
 LAST_S = {"cuda": 5.0 + part_run.GRACE_S + 7.0, "cpu": 5.0}
 """Seconds of the budget that are kept for the end of the night, by device. They suffice to write the footer and the
@@ -34,16 +34,16 @@ class Limit:
     `estimate`: the part has taken many times its estimate, so it seems to hang."""
 
 
-def limit(part: Part, later: Sequence[Part], left_s: float, device: Device, budget_s: float) -> Limit:
+def limit(part: NightPart, later: Sequence[NightPart], left_s: float, device: Device, budget_s: float) -> Limit:
     """Return the time limit of a part that starts now.
 
-    later: the parts that follow. The limit leaves enough time for those of them whose `kept` is true. But it is at
+    later: the parts that follow. The limit leaves enough time for those of them whose `is_reserved` is true. But it is at
     least the estimate of `part`, if so much time is left.
     left_s: seconds of the budget that are left.
     budget_s: the whole budget in seconds.
     """
-    kept_s = sum(one.estimate_s + AROUND_S for one in later if one.kept)
-    share_s = max(part.estimate_s, left_s - kept_s - (AROUND_S if kept_s else 0.0))
+    reserved_s = sum(one.estimate_s + AROUND_S for one in later if one.is_reserved)
+    share_s = max(part.estimate_s, left_s - reserved_s - (AROUND_S if reserved_s else 0.0))
     slower = max(1.0, budget_s / DEFAULT_S[device]) if device == "cpu" else 1.0
     hang_s = slower * max(LEAST_S, _FACTOR[device] * part.estimate_s)
     least = min(left_s, share_s, hang_s)
@@ -55,7 +55,7 @@ def needed_s(estimates_s: Sequence[float], device: Device) -> float:
     return sum(estimate_s + AROUND_S for estimate_s in estimates_s) + LAST_S[device]
 
 
-def planned(plan: Sequence[Part], budget_s: float, device: Device) -> list[float]:
+def planned(plan: Sequence[NightPart], budget_s: float, device: Device) -> list[float]:
     """Return the time limit of each part in seconds, assuming that all earlier parts take exactly their estimates.
 
     The limit is 0 if the part does not fit into the budget.

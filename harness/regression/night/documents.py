@@ -19,34 +19,34 @@ from harness.errors import HarnessError, first_names, plural
 from harness.records import store
 from harness.records.record import Status
 from harness.regression.night.part_run import STDOUT
-from harness.regression.night.parts import HEADLINE, Part
-from harness.regression.night.results import Failure, PartTable
+from harness.regression.night.parts import HEADLINE, NightPart
+from harness.regression.night.results import PartFailure, PartTable
 
 _MOST_FAILURES = 60
 """Largest number of failures in the result of a part. The JSON that the part printed has all of them."""
 
 NO_CELL = "no Cell ran"
 _FAILED = (Status.ERROR, Status.OOM, Status.TIMEOUT)
-_OUTCOMES = (Status.OOM, Status.TIMEOUT)
+_REFUTING_STATUSES = (Status.OOM, Status.TIMEOUT)
 """Statuses that count as a result, not as a failure, in a run for a headline claim: they refute the claim."""
 _OURS = ("ours", "how")
 """Keys of a claim in the JSON. `ours`: our value. `how`: how it was computed, on which machine and from which run."""
 
 
 @dataclass
-class Reading:
+class PartReading:
     """What a part of a night measured, as read from its output."""
 
     summary: str = ""
     table: PartTable | None = None
-    failures: list[Failure] = field(default_factory=list)
+    failures: list[PartFailure] = field(default_factory=list)
     is_missing: bool = False
     """True if the part left no output that can be read."""
     wrong: str = ""
     """Description of the first wrong result. Empty if there is none."""
 
 
-def read(part: Part, folder: Path, line: str) -> Reading:
+def read(part: NightPart, folder: Path, line: str) -> PartReading:
     """Read what a part has written to its folder.
 
     line: the part's command as a person types it. It becomes the command that reproduces a failure, unless the failure
@@ -54,7 +54,7 @@ def read(part: Part, folder: Path, line: str) -> Reading:
     """
     try:
         if part.kind == "run":
-            outcomes = _OUTCOMES if part.name.startswith(HEADLINE) else ()
+            outcomes = _REFUTING_STATUSES if part.name.startswith(HEADLINE) else ()
             return _run(folder / "run", line, part.words[1], outcomes)
         document = _document(folder / STDOUT)
         if document is None and part.kind == "bench":  # the bench was killed: its rows are in files
@@ -62,8 +62,8 @@ def read(part: Part, folder: Path, line: str) -> Reading:
         if document is not None:
             return _READERS[part.kind](document, line)
     except (KeyError, TypeError, ValueError, HarnessError) as error:  # the other parts must go on
-        return Reading(f"its document cannot be read: {error!r}", is_missing=True)
-    return Reading(is_missing=True)
+        return PartReading(f"its document cannot be read: {error!r}", is_missing=True)
+    return PartReading(is_missing=True)
 
 
 def _document(file: Path) -> dict[str, Any] | None:
@@ -74,7 +74,7 @@ def _document(file: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _check(document: Mapping[str, Any], line: str) -> Reading:
+def _check(document: Mapping[str, Any], line: str) -> PartReading:
     checks = document["checks"]
     counts = Counter(one["standing"] for one in checks)
     by_target: dict[str, Counter[str]] = {}
@@ -83,7 +83,7 @@ def _check(document: Mapping[str, Any], line: str) -> Reading:
     words = list(counts)
     rows = [[target, *(str(found[word]) for word in words)] for target, found in by_target.items()]
     failures = [
-        Failure(
+        PartFailure(
             where=f"{one['target']}: {one['result']['check']} ({one['case']})", what=_what(one["result"]),
             traceback=one.get("traceback", ""), reproduce=_check_command(one, line),
         )
@@ -93,7 +93,9 @@ def _check(document: Mapping[str, Any], line: str) -> Reading:
     skipped = f"; {plural(len(document['skipped']), 'target')} not checked" if document["skipped"] else ""
     summary = ", ".join(f"{count} {word}" for word, count in counts.most_common()) + skipped
     wrong = plural(len(failures), "failed check") if failures else ""
-    return Reading(summary, PartTable(columns=["target", *words], rows=rows), failures[:_MOST_FAILURES], wrong=wrong)
+    return PartReading(
+        summary, PartTable(columns=["target", *words], rows=rows), failures[:_MOST_FAILURES], wrong=wrong
+    )
 
 
 def _what(result: Mapping[str, Any]) -> str:
@@ -110,7 +112,7 @@ def _check_command(one: Mapping[str, Any], line: str) -> str:
     return f"{variables}peft-harness check {one['implementation']} {option} {one['target']}{dtype}{device}"
 
 
-def _bench(document: Mapping[str, Any], line: str) -> Reading:
+def _bench(document: Mapping[str, Any], line: str) -> PartReading:
     known = BenchRow.model_fields.keys()
     rows = [
         BenchRow.model_validate_json(json.dumps({key: value for key, value in one.items() if key in known}))
@@ -133,16 +135,16 @@ def _bench(document: Mapping[str, Any], line: str) -> Reading:
     fields = (_padded(bench_table.fields(row)) for row in rows)
     table = [[f[0], f[1], f[2], f[4], f[5], f[6], f[7], f[8], f[9], f[10]] for f in fields]
     failures = [
-        Failure(where=f"{row.name} {row.shape} {row.dtype} vs {row.other}", what=row.because, reproduce=line)
+        PartFailure(where=f"{row.name} {row.shape} {row.dtype} vs {row.other}", what=row.because, reproduce=line)
         for row in rows
-        if row.outcome == "failed" or row.red
+        if row.outcome == "failed" or row.has_unexplained_failure
     ]
     summary = ", ".join(f"{count} {word}" for word, count in counts.most_common())
     if counts.keys() == {"not-run"}:
         summary += f": {first_names(list(dict.fromkeys(row.because for row in rows)))}"
-    wrong = next((f"{row.name}: {row.because}" for row in rows if row.red), "")
+    wrong = next((f"{row.name}: {row.because}" for row in rows if row.has_unexplained_failure), "")
     shown = PartTable(columns=columns, rows=table, notes=bench_table.notes(rows))
-    return Reading(summary, shown, failures[:_MOST_FAILURES], wrong=wrong)
+    return PartReading(summary, shown, failures[:_MOST_FAILURES], wrong=wrong)
 
 
 def _padded(fields: tuple[str, ...]) -> list[str]:
@@ -150,29 +152,31 @@ def _padded(fields: tuple[str, ...]) -> list[str]:
     return [*fields[:-1], *["-"] * (11 - len(fields)), fields[-1]]
 
 
-def _card(document: Mapping[str, Any], line: str) -> Reading:
+def _card(document: Mapping[str, Any], line: str) -> PartReading:
     rows = document["rows"]
     failures = []
     if document["failed"]:
         failures = [
-            Failure(where=document["what"], what=document["failed"], traceback=document["traceback"], reproduce=line)
+            PartFailure(
+                where=document["what"], what=document["failed"], traceback=document["traceback"], reproduce=line
+            )
         ]
     if document["what"] == "ceilings":
         rates = [[row["name"], rate(row["value"], row["unit"])] for row in rows]
-        return Reading(
+        return PartReading(
             ", ".join(f"{name} {value}" for name, value in rates), PartTable(columns=["", "rate"], rows=rates), failures
         )
     shown = PartTable(columns=COLUMNS, rows=list(map(fields, rows)), notes=document["found"])
-    return Reading(plural(len(rows), "measurement"), shown, failures)
+    return PartReading(plural(len(rows), "measurement"), shown, failures)
 
 
-def _run(folder: Path, line: str, suite: str, outcomes: Collection[Status]) -> Reading:
+def _run(folder: Path, line: str, suite: str, outcomes: Collection[Status]) -> PartReading:
     """Read the run that a part made.
 
     suite: name or file of its suite. outcomes: statuses of Cells that count as results, not as failures.
     """
     if not (folder / "run.json").is_file():
-        return Reading(is_missing=True)
+        return PartReading(is_missing=True)
     run = store.read_run(folder)
     latest = run.latest()
     counts = Counter(record.status.value for record in latest.values())
@@ -189,7 +193,7 @@ def _run(folder: Path, line: str, suite: str, outcomes: Collection[Status]) -> R
             trace = record.failure.traceback if record.failure is not None else ""
             again = f"peft-harness run {shlex.quote(suite)} --only {record.cell_id} --device {record.device}"
             failures.append(
-                Failure(
+                PartFailure(
                     where=f"{record.cell.label}: {record.status.value}",
                     what=record.because,
                     traceback=trace,
@@ -201,17 +205,17 @@ def _run(folder: Path, line: str, suite: str, outcomes: Collection[Status]) -> R
     summary = ", ".join(parts)
     if latest and not failures and not counts[Status.OK.value]:
         first = next(iter(latest.values()))
-        failures = [Failure(where=NO_CELL, what=first.because, reproduce=line)]
+        failures = [PartFailure(where=NO_CELL, what=first.because, reproduce=line)]
     table = PartTable(columns=["Cell", "status", "step, ms", "peak, GiB", "because"], rows=rows)
     untrained = "a Cell left a tensor untrained" if counts[Status.UNTRAINED.value] else ""
     wrong = "a Cell computes something else" if counts[Status.NONCONFORMING.value] else untrained
     if not wrong:
         bad = [status.value for status in _FAILED if status not in outcomes and counts[status.value]]
         wrong = f"{plural(sum(counts[one] for one in bad), 'Cell')} failed: {', '.join(bad)}" if bad else ""
-    return Reading(summary, table, failures, wrong=wrong)
+    return PartReading(summary, table, failures, wrong=wrong)
 
 
-def _claims(document: Mapping[str, Any], line: str) -> Reading:
+def _claims(document: Mapping[str, Any], line: str) -> PartReading:
     claims = document["claims"]
     counts = Counter(one["verdict"] for one in claims)
     tried = [one for one in claims if one["verdict"] != ClaimVerdict.NOT_RUN]
@@ -220,10 +224,10 @@ def _claims(document: Mapping[str, Any], line: str) -> Reading:
         for one in tried
     ]
     summary = ", ".join(f"{count} {word}" for word, count in counts.most_common())
-    return Reading(summary, PartTable(columns=["verdict", "claim", "statement", "printed", *_OURS], rows=rows), [])
+    return PartReading(summary, PartTable(columns=["verdict", "claim", "statement", "printed", *_OURS], rows=rows), [])
 
 
-def _pairs(document: Mapping[str, Any], line: str) -> Reading:
+def _pairs(document: Mapping[str, Any], line: str) -> PartReading:
     rows = []
     for cell in document["cells"]:
         verdict = cell["verdict"] or {}
@@ -231,7 +235,7 @@ def _pairs(document: Mapping[str, Any], line: str) -> Reading:
             cell["name"], _ms(cell["old_s"]), _ms(cell["new_s"]), str(verdict.get("word", cell["because"] or "-")),
         ])  # fmt: skip
     found = document["verdict"]
-    return Reading(
+    return PartReading(
         f"{found['word']}: {found['reason']}",
         PartTable(columns=["Cell", "first, ms", "second, ms", "verdict"], rows=rows),
     )
@@ -241,19 +245,19 @@ def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1e3 * seconds:,.1f}"
 
 
-def _baseline(document: Mapping[str, Any], line: str) -> Reading:
+def _baseline(document: Mapping[str, Any], line: str) -> PartReading:
     judged = [row for row in document["rows"] if row["judged"] and row["word"] == VerdictKind.FAIL]
     failures = [
-        Failure(
+        PartFailure(
             where=f"{row['name']}: {row['what']}",
             what=f"{row['reason']} ({row['base']} -> {row['new']})",
             reproduce=line,
         )
         for row in judged
     ]
-    return Reading(f"{document['verdict']}: {document['reason']}", None, failures[:_MOST_FAILURES])
+    return PartReading(f"{document['verdict']}: {document['reason']}", None, failures[:_MOST_FAILURES])
 
 
-_READERS: dict[str, Callable[[Mapping[str, Any], str], Reading]] = {
+_READERS: dict[str, Callable[[Mapping[str, Any], str], PartReading]] = {
     "check": _check, "bench": _bench, "card": _card, "claims": _claims, "pairs": _pairs, "baseline": _baseline,
 }  # fmt: skip

@@ -17,7 +17,7 @@ from harness.report.table_model import column, grouped
 from harness.report.tones import badge
 
 if TYPE_CHECKING:
-    from harness.regression.night.run import Night
+    from harness.regression.night.run import NightRun
 
 TEMPLATE = "night.html.j2"
 _TONES = {"ok": "good", "finding": "bad", "failed": "bad", "cut": "open", "not-run": "quiet", "waiting": "quiet"}
@@ -32,12 +32,12 @@ _MOST_NAMED = 5
 _PAGES = {"check.html": "checks", "claims.html": "claims", "report.html": "report", "log.txt": "log"}
 
 
-def render(night: Night, waiting: Sequence[PlannedPart]) -> str:
+def render(night: NightRun, waiting: Sequence[PlannedPart]) -> str:
     """Return the page as HTML. waiting: the parts that have not ended yet."""
     return html.fill(TEMPLATE, build(night, waiting))
 
 
-def build(night: Night, waiting: Sequence[PlannedPart]) -> dict[str, Any]:
+def build(night: NightRun, waiting: Sequence[PlannedPart]) -> dict[str, Any]:
     """Return the content of the page as one dict of plain values."""
     manifest, counts = night.manifest, Counter(one.status for one in night.results)
     here = manifest.environment
@@ -56,7 +56,7 @@ def build(night: Night, waiting: Sequence[PlannedPart]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _verdict(night: Night, is_running: bool) -> tuple[str, str]:
+def _verdict(night: NightRun, is_running: bool) -> tuple[str, str]:
     """Return the verdict of the night in a few words, and the name of its colour."""
     words = {
         0: ("pass, but parts are left out", "open") if night.left_out else ("pass", "good"),
@@ -67,7 +67,7 @@ def _verdict(night: Night, is_running: bool) -> tuple[str, str]:
     return ("running", "open") if is_running and not night.interrupted else words[int(night.exit)]
 
 
-def _reason(night: Night, waiting: Sequence[PlannedPart]) -> str:
+def _reason(night: NightRun, waiting: Sequence[PlannedPart]) -> str:
     """Return the reason for the verdict: no GPU, or else the parts that are not ok and a missing baseline."""
     if night.missing:
         return f"nothing was run: {night.missing}"
@@ -94,7 +94,7 @@ def _wrong(results: Sequence[PartResult]) -> list[dict[str, str]]:
     ]
 
 
-def _left_out(night: Night) -> str:
+def _left_out(night: NightRun) -> str:
     """Return a sentence that names the parts left out for lack of time or by an interruption; empty if none."""
     why = "by the interruption" if night.interrupted else "for lack of time"
     return f"Left out {why}: {', '.join(night.left_out)}." if night.left_out else ""

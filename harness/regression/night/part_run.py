@@ -30,7 +30,7 @@ COMMAND = (sys.executable, "-P", "-m", "harness.cli")
 
 
 @dataclass(frozen=True)
-class Ended:
+class CommandEnd:
     """How a command ended."""
 
     code: int | None
@@ -57,7 +57,7 @@ class Ended:
 
 def run(
     words: Sequence[str], variables: Mapping[str, str], folder: Path, limit_s: float, command: Sequence[str] = COMMAND
-) -> Ended:
+) -> CommandEnd:
     """Run peft-harness with these arguments. Its stdout is the file `STDOUT` in `folder`, and its stderr is `log.txt`.
 
     After `limit_s` seconds, or if a signal requests the end of this process, the command gets SIGTERM and then `GRACE_S`
@@ -82,7 +82,7 @@ def run(
         finally:
             child.close()
             left = _kill(token)
-    return Ended(code, time.monotonic() - began, cut, _tail(log), _cpu_s() - cpu_s, left, interrupted)
+    return CommandEnd(code, time.monotonic() - began, cut, _tail(log), _cpu_s() - cpu_s, left, interrupted)
 
 
 def _wait(child: Subprocess, limit_s: float) -> tuple[int | None, bool]:

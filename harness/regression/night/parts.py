@@ -28,7 +28,7 @@ suites/sources.yaml."""
 
 
 @dataclass(frozen=True)
-class Part:
+class NightPart:
     """One part of a night: a command of peft-harness that answers one question."""
 
     name: str
@@ -41,7 +41,7 @@ class Part:
     """Estimated seconds of the part. The estimates for a GPU have not been checked on one yet."""
     variables: dict[str, str] = field(default_factory=dict)
     """Environment variables of the command."""
-    kept: bool = False
+    is_reserved: bool = False
     """True if the time limits of earlier parts must leave enough of the budget for this part."""
 
     def line(self, words: Sequence[str] | None = None) -> str:
@@ -93,7 +93,7 @@ _HEADLINES = (
 """Each part of the headline claims: name, question, entries of the suite headline-gpu, estimated seconds on a GPU."""
 
 
-def on_gpu() -> list[Part]:
+def on_gpu() -> list[NightPart]:
     """Return the parts (commands) of a night on a GPU, in the order in which they run."""
     gpu = ("--device", "cuda")
     saved = ("--json", "--out", OUT)
@@ -108,7 +108,7 @@ def on_gpu() -> list[Part]:
         _run(f"{HEADLINE}{name}", title, "headline-gpu", ids, (*gpu, "--timeout", "240"), estimate)
         for name, title, ids, estimate in _HEADLINES
     ]
-    ceilings = Part(
+    ceilings = NightPart(
         "ceilings", "How fast is the card?", "card", ("bench", "--ceilings", *gpu, "--patience", "60", *saved), 20
     )
     return [
@@ -118,7 +118,7 @@ def on_gpu() -> list[Part]:
         _run("matrix", "Do all methods train, on a tiny model?", "night", (), (*gpu, "--timeout", "90"), 180),
         _BASELINE,
         _run(REAL, "Do they train a real model?", REAL_SUITE, (), (*gpu, "--timeout", "90"), 120),
-        Part(
+        NightPart(
             "crossovers", "Up to which sizes are the fused kernels faster, and with which tiles?", "card",
             ("bench", "--crossovers", *gpu, "--patience", "60", *saved), 300,
         ),
@@ -128,7 +128,7 @@ def on_gpu() -> list[Part]:
     ]  # fmt: skip
 
 
-def on_cpu() -> list[Part]:
+def on_cpu() -> list[NightPart]:
     """Return the parts of a rehearsal: a night on a CPU, at reduced shapes. Triton's interpreter runs the kernels.
 
     One part runs the Cells of several headline claims, because each command imports torch again.
@@ -140,7 +140,7 @@ def on_cpu() -> list[Part]:
         for dtype, name in (("bfloat16", "nf4_dequantize"), ("float16", "nf4_linear"), ("float32", "adamw8bit_step"))
     ]
     timed = (*cpu, "--pairs", "5", *saved)
-    ceilings = Part("ceilings", "How fast is the machine?", "card", ("bench", "--ceilings", *cpu, *saved), 10)
+    ceilings = NightPart("ceilings", "How fast is the machine?", "card", ("bench", "--ceilings", *cpu, *saved), 10)
     two_at_a_time = (*cpu, "--jobs", "2")
     runs = [
         _run(
@@ -162,7 +162,7 @@ def on_cpu() -> list[Part]:
         _claims(30),
         matrix,
         replace(_BASELINE, title="Does the comparison with a baseline work? The run is compared with itself."),
-        Part(
+        NightPart(
             "crossovers", "Up to which sizes are the fused kernels faster, and with which tiles?", "card",
             ("bench", "--crossovers", *cpu, *saved), 25,
         ),
@@ -170,7 +170,7 @@ def on_cpu() -> list[Part]:
     ]  # fmt: skip
 
 
-_BASELINE = Part(
+_BASELINE = NightPart(
     "baseline", "Is anything larger, worse or wrong than before?", "baseline",
     ("gate", MATRIX, "--baseline", CARD, "--json"), 10,
 )  # fmt: skip
@@ -189,30 +189,30 @@ def typed(words: Sequence[str]) -> list[str]:
     return [word for word in kept if word != "--json"]
 
 
-def with_suite(part: Part, suite: Path) -> Part:
+def with_suite(part: NightPart, suite: Path) -> NightPart:
     """Return the part with `REAL_SUITE` in its arguments replaced by the file `suite`."""
     return replace(part, words=tuple(str(suite) if word == REAL_SUITE else word for word in part.words))
 
 
-def _kept(*given: Part) -> list[Part]:
-    """Return the given parts with `kept` set, so that the limits of earlier parts leave time for them."""
-    return [replace(part, kept=True) for part in given]
+def _kept(*given: NightPart) -> list[NightPart]:
+    """Return the given parts with `is_reserved` set, so that the limits of earlier parts leave time for them."""
+    return [replace(part, is_reserved=True) for part in given]
 
 
 def _repeated(option: str, values: Sequence[str]) -> list[str]:
     return [word for value in values for word in (option, value)]
 
 
-def _parity(dtype: str, words: Sequence[str], estimate_s: float, *, interpreted: bool = False) -> Part:
+def _parity(dtype: str, words: Sequence[str], estimate_s: float, *, interpreted: bool = False) -> NightPart:
     title = f"Do our GPU kernels compute what the papers say, in {dtype}?"
     more = ("--json", "--html", f"{OUT}/check.html")
     variables = {"TRITON_INTERPRET": "1"} if interpreted else {}
-    return Part(f"parity-{dtype}", title, "check", (*words, *more), estimate_s, variables)
+    return NightPart(f"parity-{dtype}", title, "check", (*words, *more), estimate_s, variables)
 
 
-def _operation(name: str, options: Sequence[str], estimate_s: float) -> Part:
+def _operation(name: str, options: Sequence[str], estimate_s: float) -> NightPart:
     title = f"How fast is {name}, beside other libraries and the ceiling?"
-    return Part(
+    return NightPart(
         f"operation-{name}",
         title,
         "bench",
@@ -221,9 +221,9 @@ def _operation(name: str, options: Sequence[str], estimate_s: float) -> Part:
     )
 
 
-def _step(name: str, options: Sequence[str], estimate_s: float) -> Part:
+def _step(name: str, options: Sequence[str], estimate_s: float) -> NightPart:
     title = f"How fast is a training step of {name}?"
-    return Part(
+    return NightPart(
         f"step-{name.replace(' ', '-')}",
         title,
         "bench",
@@ -232,17 +232,17 @@ def _step(name: str, options: Sequence[str], estimate_s: float) -> Part:
     )
 
 
-def _run(name: str, title: str, suite: str, ids: Sequence[str], options: Sequence[str], estimate_s: float) -> Part:
+def _run(name: str, title: str, suite: str, ids: Sequence[str], options: Sequence[str], estimate_s: float) -> NightPart:
     only = ("--only", ",".join(f"id={one}" for one in ids)) if ids else ()
-    return Part(name, title, "run", ("run", suite, *only, *options, "--out", f"{OUT}/run"), estimate_s)
+    return NightPart(name, title, "run", ("run", suite, *only, *options, "--out", f"{OUT}/run"), estimate_s)
 
 
-def _claims(estimate_s: float) -> Part:
+def _claims(estimate_s: float) -> NightPart:
     words = ("claims", "--headlines", "--tier", "gpu-synthetic", RUNS, "--json", "--html", f"{OUT}/claims.html")
-    return Part("claims", "Do the papers' claims about hardware hold?", "claims", words, estimate_s)
+    return NightPart("claims", "Do the papers' claims about hardware hold?", "claims", words, estimate_s)
 
 
-def _canary(suite: str, entry: str, device: Sequence[str], estimate_s: float) -> Part:
+def _canary(suite: str, entry: str, device: Sequence[str], estimate_s: float) -> NightPart:
     cells = ("--suite", suite, "--only", f"id={entry}", "--no-canary")
     words = ("gate", "--pairs", "fused", "fused", *cells, *device, "--json", "--out", f"{OUT}/pairs")
-    return Part("canary", "Do equal runs look equal?", "pairs", words, estimate_s)
+    return NightPart("canary", "Do equal runs look equal?", "pairs", words, estimate_s)

@@ -46,7 +46,7 @@ class NightManifest(FrozenModel):
     """Start in UTC, ISO 8601."""
 
 
-class Failure(FrozenModel):
+class PartFailure(FrozenModel):
     """One failure in the output of a part."""
 
     where: str
@@ -91,7 +91,7 @@ class PartResult(FrozenModel):
     exit_code: int | None = None
     summary: str = ""
     table: PartTable | None = None
-    failures: list[Failure] = Field(default=[])
+    failures: list[PartFailure] = Field(default=[])
     files: list[str] = Field(default=[])
     """Pages and logs of the part, relative to the night's folder."""
 

@@ -27,8 +27,8 @@ from harness.records.files import sha256, write_atomic
 from harness.regression.baseline import store as baselines
 from harness.regression.night import budget, documents, page, part_run, parts, summary
 from harness.regression.night.budget import Limit
-from harness.regression.night.parts import Device, Part
-from harness.regression.night.results import Failure, NightFooter, NightManifest, PartResult, PlannedPart
+from harness.regression.night.parts import Device, NightPart
+from harness.regression.night.results import NightFooter, NightManifest, PartFailure, PartResult, PlannedPart
 from harness.report.formatting import seconds as duration
 from harness.suites import loader
 
@@ -59,7 +59,7 @@ class NightRequest:
 
 
 @dataclass
-class Night:
+class NightRun:
     """Plan and results of a night that runs or has ended."""
 
     manifest: NightManifest
@@ -157,7 +157,7 @@ def night(request: NightRequest, as_json: bool) -> Exit:
         argv=["peft-harness", *sys.argv[1:]], started=store.now(),
     )  # fmt: skip
     store.write(folder / "night.json", manifest, new=True)
-    run = Night(manifest, folder, missing=gpu.missing, real=request.real and request.real.absolute())
+    run = NightRun(manifest, folder, missing=gpu.missing, real=request.real and request.real.absolute())
     if request.real is not None and not any(part.name == parts.REAL for part in plan):
         print_note(f"note: --real {request.real} is not used, because this night has no part {parts.REAL}")
     for note in manifest.notes:
@@ -193,7 +193,7 @@ def night(request: NightRequest, as_json: bool) -> Exit:
     return run.exit
 
 
-def _planned(plan: Sequence[Part], budget_s: float, device: Device, top: Path, baseline: str) -> list[PlannedPart]:
+def _planned(plan: Sequence[NightPart], budget_s: float, device: Device, top: Path, baseline: str) -> list[PlannedPart]:
     runs = [[top / "parts" / p.name / "run" for p in plan[:at] if p.kind == "run"] for at in range(len(plan))]
     lines = [p.line(_filled(top, baseline, p, made)) for p, made in zip(plan, runs, strict=True)]
     return [
@@ -202,7 +202,7 @@ def _planned(plan: Sequence[Part], budget_s: float, device: Device, top: Path, b
     ]
 
 
-def _chosen(plan: list[Part], only: Sequence[str], device: Device) -> list[Part]:
+def _chosen(plan: list[NightPart], only: Sequence[str], device: Device) -> list[NightPart]:
     names = [part.name for part in plan]
     for one in only:
         if not one or not any(name.startswith(one) for name in names):
@@ -231,7 +231,7 @@ def _folder(folder: Path) -> Path:
     return folder
 
 
-def _run_part(run: Night, part: Part, limit: Limit, left_s: float, command: Sequence[str]) -> PartResult:
+def _run_part(run: NightRun, part: NightPart, limit: Limit, left_s: float, command: Sequence[str]) -> PartResult:
     """Run a part if its estimate fits into the `left_s` seconds that are left, and return its result."""
     if run.missing:
         return _not_run(run, part, run.missing)
@@ -251,7 +251,7 @@ def _run_part(run: Night, part: Part, limit: Limit, left_s: float, command: Sequ
     status, because = _judged(part, ended, reading, limit)
     failures = reading.failures
     if status == "failed" and not failures:
-        failures = [Failure(where=part.name, what=because, traceback=ended.tail, reproduce=again)]
+        failures = [PartFailure(where=part.name, what=because, traceback=ended.tail, reproduce=again)]
     shown = "" if ended.cut and reading.is_missing else reading.summary
     if ended.left:
         because = "; ".join(
@@ -267,7 +267,7 @@ def _run_part(run: Night, part: Part, limit: Limit, left_s: float, command: Sequ
 
 
 def _judged(
-    part: Part, ended: part_run.Ended, reading: documents.Reading, limit: Limit
+    part: NightPart, ended: part_run.CommandEnd, reading: documents.PartReading, limit: Limit
 ) -> tuple[Literal["ok", "finding", "failed", "cut", "not-run"], str]:
     """Return the status of a part and the reason."""
     cut = _ENDED[limit.by].format(duration(limit.seconds)) if ended.cut else ""
@@ -298,7 +298,7 @@ def _last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")
 
 
-def _filled(top: Path, baseline: str, part: Part, made: Sequence[Path] | None = None) -> list[str]:
+def _filled(top: Path, baseline: str, part: NightPart, made: Sequence[Path] | None = None) -> list[str]:
     """Return the arguments of a part with its placeholders replaced.
 
     top: folder of the night. baseline: name of the card's baseline; empty for a CPU, whose run is compared with itself.
@@ -314,7 +314,7 @@ def _filled(top: Path, baseline: str, part: Part, made: Sequence[Path] | None = 
     return words
 
 
-def _lacking(run: Night, part: Part) -> str:
+def _lacking(run: NightRun, part: NightPart) -> str:
     """Return what a part lacks, so that it cannot run. If it lacks nothing, return an empty string."""
     if part.kind == "pairs":
         return "" if find_spec("scipy") else "scipy, which judges pairs, is not installed"
@@ -323,14 +323,14 @@ def _lacking(run: Night, part: Part) -> str:
     return _no_baseline(run) if part.kind == "baseline" else _no_model(part)
 
 
-def _no_baseline(run: Night) -> str:
+def _no_baseline(run: NightRun) -> str:
     """Return why the matrix cannot be compared with a baseline. If it can, return an empty string."""
     if not (run.folder / "parts" / "matrix" / "run" / "footer.json").is_file():
         return "the part `matrix` has left no finished run"
     return f"there is no baseline `{run.baseline}` yet" if run.lacks_baseline else ""
 
 
-def _no_model(part: Part) -> str:
+def _no_model(part: NightPart) -> str:
     """Return the reason why a part with the suite `sentinels` cannot run: the assets that this machine lacks.
 
     A night downloads nothing. If no asset is missing, or the part has another suite, return an empty string.
@@ -347,7 +347,7 @@ def _files(top: Path, folder: Path) -> list[str]:
     return [path.relative_to(top).as_posix() for path in found if path.is_file()]
 
 
-def _not_run(run: Night, part: Part, because: str, *, left_out: bool = False) -> PartResult:
+def _not_run(run: NightRun, part: NightPart, because: str, *, left_out: bool = False) -> PartResult:
     return PartResult(
         name=part.name,
         title=part.title,
@@ -359,7 +359,7 @@ def _not_run(run: Night, part: Part, because: str, *, left_out: bool = False) ->
     )
 
 
-def _add(run: Night, result: PartResult) -> None:
+def _add(run: NightRun, result: PartResult) -> None:
     """Add the result of a part to `run`, print it, and write it to disk. If the part was started, rewrite the page.
 
     So even a night that is killed later has a page.
@@ -374,13 +374,13 @@ def _add(run: Night, result: PartResult) -> None:
             _write_page(run)
 
 
-def _write_page(run: Night) -> None:
+def _write_page(run: NightRun) -> None:
     planned = {one.name for one in run.results}
     waiting = [one for one in run.manifest.parts if one.name not in planned]
     write_atomic(run.page, page.render(run, waiting).encode(errors="backslashreplace"))
 
 
-def _finish(run: Night, took_s: float) -> None:
+def _finish(run: NightRun, took_s: float) -> None:
     files = sorted((run.folder / "parts").glob("*.json"))
     footer = NightFooter(
         night=run.manifest.night, ended=store.now(), how="interrupted" if run.interrupted else "finished",

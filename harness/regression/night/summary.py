@@ -13,10 +13,10 @@ from harness.regression.night.results import PartResult
 from harness.report.formatting import seconds as duration
 
 if TYPE_CHECKING:
-    from harness.regression.night.run import Night
+    from harness.regression.night.run import NightRun
 
 
-def lines(night: Night) -> list[str]:
+def lines(night: NightRun) -> list[str]:
     """Return the table of the parts, the failures, the next steps, and the verdict with the path of the page."""
     rows = [
         [
@@ -40,7 +40,7 @@ def lines(night: Night) -> list[str]:
     ]
 
 
-def next_steps(night: Night) -> list[str]:
+def next_steps(night: NightRun) -> list[str]:
     """Return commands that a reader runs next, each with its purpose."""
     if night.missing:
         return [
@@ -62,7 +62,7 @@ def next_steps(night: Night) -> list[str]:
     return steps + _left_out(night)
 
 
-def _left_out(night: Night) -> list[str]:
+def _left_out(night: NightRun) -> list[str]:
     """Return the commands that run the parts which this night has cut or skipped.
 
     A part that judges the runs of other parts is repeated with these parts. If only the judging part itself was left

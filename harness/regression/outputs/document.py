@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.analysis.comparison.against_baseline import Against
+from harness.analysis.comparison.against_baseline import BaselineVerdict
 from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, MEANING, PROCESS_PEAK_B, PROCESS_SHARE
 from harness.records.store import Run
 from harness.regression.baseline.store import Baseline
@@ -12,18 +12,18 @@ from harness.regression.baseline.store import Baseline
 SCHEMA = 1
 
 
-def document(against: Against, baseline: Baseline, run: Run) -> dict[str, Any]:
+def document(result: BaselineVerdict, baseline: Baseline, run: Run) -> dict[str, Any]:
     """Return the JSON document of `gate RUN --baseline NAME --json`. Its units are bytes, seconds, and shares of 1."""
-    chosen_B = against.margins.memory_B
+    chosen_B = result.margins.memory_B
     return {
         "schema": SCHEMA, "run": run.manifest.run, "baseline": baseline.document(),
-        "verdict": against.verdict.word, "reason": against.verdict.reason, "exit": against.exit,
-        "compared": against.compared, "cells": against.cells,
+        "verdict": result.verdict.word, "reason": result.verdict.reason, "exit": result.exit,
+        "compared": result.compared, "cells": result.cells,
         "margins": {
             "memory_B": chosen_B, "counted_peak_B": COUNTED_PEAK_B if chosen_B is None else chosen_B,
             "process_peak_B": PROCESS_PEAK_B if chosen_B is None else chosen_B,
-            "process_share": PROCESS_SHARE if chosen_B is None else 0.0, "accuracy": against.margins.accuracy,
+            "process_share": PROCESS_SHARE if chosen_B is None else 0.0, "accuracy": result.margins.accuracy,
         },
-        "rows": [{**vars(row), "judged": row.judged, "delta": row.delta} for row in against.rows],
-        "unreadable": against.unreadable, "changed": against.changed, "notes": against.notes, "kinds": MEANING,
+        "rows": [{**vars(row), "judged": row.judged, "delta": row.delta} for row in result.rows],
+        "unreadable": result.unreadable, "changed": result.changed, "notes": result.notes, "kinds": MEANING,
     }  # fmt: skip

@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.analysis.comparison.baseline_rows import Findings
+from harness.analysis.comparison.baseline_rows import GateResult
 from harness.console import print_lines
 from harness.records import files
 from harness.regression.outputs import github, junit, markdown
@@ -25,12 +25,12 @@ class Outputs:
         """Raise UsageError if a requested file cannot be written. This is called before anything is compared."""
         files.refuse_unwritable({"--junit": self.junit, "--markdown": self.markdown})
 
-    def write(self, findings: Findings, title: str) -> None:
+    def write(self, result: GateResult, title: str) -> None:
         """Print the annotations to stderr, and write the requested files. If one file fails, still write the other."""
         if self.annotations or github.is_job():
-            print_lines(github.lines(findings), err=True)
+            print_lines(github.lines(result), err=True)
         with contextlib.ExitStack() as afterwards:
             if self.markdown is not None:
-                afterwards.callback(files.write_atomic, self.markdown, markdown.render(findings, title))
+                afterwards.callback(files.write_atomic, self.markdown, markdown.render(result, title))
             if self.junit is not None:
-                files.write_atomic(self.junit, junit.render(findings))
+                files.write_atomic(self.junit, junit.render(result))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind, Unit, Value
+from harness.analysis.comparison.baseline_rows import ComparisonRow, RowKind, Unit, Value
 from harness.analysis.verdict_kind import VerdictKind
 from harness.report.formatting import DASH, MIB, MINUS, milliseconds, percent
 
@@ -33,7 +33,7 @@ def by_severity(rows: Iterable[ComparisonRow]) -> list[ComparisonRow]:
 
 
 def shown_rows(
-    rows: Sequence[ComparisonRow], kind: FindingKind, *, all_rows: bool = False
+    rows: Sequence[ComparisonRow], kind: RowKind, *, all_rows: bool = False
 ) -> tuple[list[ComparisonRow], int, int]:
     """Return the rows of a kind to show, the number of rows left out, and the number of equal rows.
 

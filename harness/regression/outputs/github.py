@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind, Findings
+from harness.analysis.comparison.baseline_rows import ComparisonRow, GateResult, RowKind
 from harness.analysis.verdict_kind import VerdictKind
 from harness.regression.outputs import formatting
 
@@ -18,14 +18,14 @@ def is_job() -> bool:
     return os.environ.get("GITHUB_ACTIONS") == "true"
 
 
-def lines(findings: Findings) -> list[str]:
+def lines(result: GateResult) -> list[str]:
     """Return the commands: one error per failed row, and one warning per undecided row.
 
     GitHub shows only a few errors and a few warnings. If there are more, the last one says how many are left out.
     """
-    failed, open_ = findings.of(VerdictKind.FAIL), findings.of(VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE)
-    found = _level("error", failed, [f"changed since its run: {what}" for what in findings.changed])
-    return found + _level("warning", open_, [f"unreadable: {why}" for why in findings.unreadable])
+    failed, open_ = result.of(VerdictKind.FAIL), result.of(VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE)
+    found = _level("error", failed, [f"changed since its run: {what}" for what in result.changed])
+    return found + _level("warning", open_, [f"unreadable: {why}" for why in result.unreadable])
 
 
 def _level(level: str, rows: Sequence[ComparisonRow], files: Sequence[str]) -> list[str]:
@@ -38,7 +38,7 @@ def _level(level: str, rows: Sequence[ComparisonRow], files: Sequence[str]) -> l
 
 
 def _sentence(row: ComparisonRow) -> str:
-    if row.kind in (FindingKind.ENVIRONMENT, FindingKind.ASSETS):
+    if row.kind in (RowKind.ENVIRONMENT, RowKind.ASSETS):
         return f"{row.name}: {row.reason}"
     return f"{row.name}: {formatting.sentence(row, ' ')}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree as ET
 
-from harness.analysis.comparison.baseline_rows import MEANING, ComparisonRow, FindingKind, Findings
+from harness.analysis.comparison.baseline_rows import MEANING, ComparisonRow, GateResult, RowKind
 from harness.analysis.verdict_kind import VerdictKind
 from harness.regression.outputs import formatting
 from harness.report import junit_xml
@@ -17,15 +17,15 @@ _TAGS = {
 }
 
 
-def render(findings: Findings) -> bytes:
+def render(result: GateResult) -> bytes:
     """Return a JUnit file: one test suite per kind of finding, and one for unreadable or changed files.
 
     A Cell that was not run, or has an unreadable Record, is an error. An undecided row is a skipped test. If a kind is
     not judged, all its rows together are one skipped test.
     """
     root = ET.Element("testsuites", name="peft-harness gate")
-    for kind in FindingKind:
-        rows = [row for row in findings.rows if row.kind is kind]
+    for kind in RowKind:
+        rows = [row for row in result.rows if row.kind is kind]
         by_name: dict[str, list[ComparisonRow]] = {}
         if not rows:
             continue
@@ -41,9 +41,9 @@ def render(findings: Findings) -> bytes:
             text = "; ".join(formatting.sentence(row) for row in by_severity if row.word is worst)
             junit_xml.case(suite, kind.value, name, _TAGS[worst], text)
     files = junit_xml.suite(root, "files")
-    for what in findings.changed:
+    for what in result.changed:
         junit_xml.case(files, "files", what, "failure", what)
-    for why in findings.unreadable:  # if a Cell has no other Record, it is an error above
+    for why in result.unreadable:  # if a Cell has no other Record, it is an error above
         junit_xml.case(files, "files", why, "skipped", why)
-    junit_xml.case(files, "gate", "compared", "" if findings.compared else "error", findings.verdict.reason)
+    junit_xml.case(files, "gate", "compared", "" if result.compared else "error", result.verdict.reason)
     return junit_xml.document(root)

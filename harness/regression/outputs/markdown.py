@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from harness.analysis.comparison.baseline_rows import FindingKind, Findings
+from harness.analysis.comparison.baseline_rows import GateResult, RowKind
 from harness.regression.outputs import formatting
 from harness.regression.outputs.formatting import HEAD
 from harness.report.formatting import escape_markdown
@@ -21,12 +21,12 @@ _LONGEST = 20_000
 """Largest number of characters in one field. A reason may name hundreds of files."""
 
 
-def render(findings: Findings, title: str, limit_B: int = LIMIT_B) -> bytes:  # B is the unit
+def render(result: GateResult, title: str, limit_B: int = LIMIT_B) -> bytes:  # B is the unit
     """Return the summary in UTF-8, smaller than `limit_B` bytes. If rows are left out, the last line counts them."""
-    v = findings.verdict
+    v = result.verdict
     text = [f"## {icon(v.word)} {_clean(title)}: {v.word.value}\n\n{_clean(v.reason)}\n\n"]
     used, left_out, total, open_table = len(text[0].encode()), 0, 0, ""
-    for table, line in _lines(findings):
+    for table, line in _lines(result):
         total += 1
         head = f"\n### {table}\n\n{_line(HEAD)}{_line(['---'] * len(HEAD))}" if table not in ("", open_table) else ""
         size = len(f"{head}{line}".encode())
@@ -40,20 +40,20 @@ def render(findings: Findings, title: str, limit_B: int = LIMIT_B) -> bytes:  # 
     return "".join(text).encode()
 
 
-def _lines(findings: Findings) -> Iterator[tuple[str, str]]:
+def _lines(result: GateResult) -> Iterator[tuple[str, str]]:
     """Yield pairs: the title of a table, and one line of this table.
 
     Rows that need attention come first, for all kinds. Then come the other rows that differ between the runs. Lines
     about files come last, with an empty title.
     """
-    rows = formatting.by_severity(row for row in findings.rows if not row.same)
+    rows = formatting.by_severity(row for row in result.rows if not row.same)
     for attention in (True, False):
-        for kind in FindingKind:
+        for kind in RowKind:
             for row in rows:
                 if row.kind is kind and formatting.needs_attention(row) is attention:
                     title = kind.value if attention or not row.judged else f"{kind.value}, passed"
                     yield title, _line(formatting.fields(row))
-    for why in (*findings.unreadable, *findings.changed):
+    for why in (*result.unreadable, *result.changed):
         yield "", f"\n- {_clean(why)}\n"
 
 

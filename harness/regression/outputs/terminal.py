@@ -4,41 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.analysis.comparison.baseline_rows import TIMES, FindingKind, Findings
+from harness.analysis.comparison.baseline_rows import TIMES, GateResult, RowKind
 from harness.console import align_columns
 from harness.regression.outputs import formatting
 from harness.regression.outputs.formatting import HEAD
 from harness.report.tones import icon
 
-_NOT_JUDGED = (FindingKind.TIME, FindingKind.NEW)
-_ORDER = (*_NOT_JUDGED, *(kind for kind in FindingKind if kind not in _NOT_JUDGED))
+_NOT_JUDGED = (RowKind.TIME, RowKind.NEW)
+_ORDER = (*_NOT_JUDGED, *(kind for kind in RowKind if kind not in _NOT_JUDGED))
 """Order of the kinds of findings. Judged kinds come last, since a terminal shows the end of a text."""
-_GROUPED = (FindingKind.ENVIRONMENT, FindingKind.ASSETS)
+_GROUPED = (RowKind.ENVIRONMENT, RowKind.ASSETS)
 _WORDS = ("what", "verdict")
 """Columns that are aligned to the left, like the first column."""
 
 
-def lines(findings: Findings, *, all_rows: bool = False, first: str = HEAD[0]) -> list[str]:
+def lines(result: GateResult, *, all_rows: bool = False, first: str = HEAD[0]) -> list[str]:
     """Return the lines to print. all_rows: include rows that are equal or pass. first: heading of the first column."""
     found: list[str] = []
     same: list[str] = []
     for kind in _ORDER:
-        rows, left_out, equal = formatting.shown_rows(findings.rows, kind, all_rows=all_rows)
+        rows, left_out, equal = formatting.shown_rows(result.rows, kind, all_rows=all_rows)
         same += [f"{kind.value} {equal}"] if equal else []
         if kind in _GROUPED:
             found += [f"{kind.value} not the same, {row.name}: {row.reason}" for row in rows]
         elif rows:
             title, fields = kind.value, [formatting.fields(row) for row in rows]
-            if kind is FindingKind.TIME:  # the title has the reason that most rows share
+            if kind is RowKind.TIME:  # the title has the reason that most rows share
                 title = f"{title} ({TIMES})"
                 fields = [(*line[:-1], "" if line[-1] == TIMES else line[-1]) for line in fields]
             found += [title, *_aligned((first, *HEAD[1:]), fields)]
             found += [f"  and {left_out} more rows: see --all or --json"] if left_out else []
         found += [""] if rows else []
     found += [f"rows that are equal in both: {', '.join(same)}"] if same else []
-    found += [f"unreadable: {why}" for why in findings.unreadable]
-    found += [f"changed: {what}" for what in findings.changed]
-    v = findings.verdict
+    found += [f"unreadable: {why}" for why in result.unreadable]
+    found += [f"changed: {what}" for what in result.changed]
+    v = result.verdict
     return [*found, f"{icon(v.word)} {v.word.value}: {v.reason}"]
 
 

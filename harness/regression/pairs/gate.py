@@ -18,8 +18,9 @@ from harness.errors import Exit, HarnessError, StoreError, UsageError, plural
 from harness.process.signals import handle_termination
 from harness.records import environment, naming, store
 from harness.records.files import write_atomic
-from harness.regression.pairs import canary_file, findings, table
+from harness.regression.pairs import canary_file, table
 from harness.regression.pairs import sides as pair_sides
+from harness.regression.pairs.gate_result import gate_result
 from harness.regression.pairs.request import PairsRequest
 from harness.regression.pairs.schedule import PairsRunner
 from harness.suites import loader
@@ -94,7 +95,7 @@ def gate(request: PairsRequest, as_json: bool, design: Design | None = None) -> 
     document = result.document()
     data = json.dumps(document, indent=1, allow_nan=False)
     old, new = (side.label for side in result.runner.sides)
-    rows = findings.findings(result.judged, result.interrupted)
+    rows = gate_result(result.judged, result.interrupted)
     # Print and write independently: either may fail, by a full disk or a closed stdout.
     with contextlib.ExitStack() as afterwards:
         afterwards.callback(request.outputs.write, rows, f"{new} against {old}")

@@ -65,11 +65,11 @@ def choose(name: str, jobs: int | None = None, options: Mapping[str, Sequence[st
     return found[name].make(jobs, given.get(option.name, ()) if option else ())
 
 
-def recall(folder: Path) -> None:
+def end_orphans(folder: Path) -> None:
     """End Cells of the run in `folder` that still run although their runner was killed.
 
     They may have been started by any executor.
     """
     for kind in kinds().values():
-        if kind.recall:
-            kind.recall(folder)
+        if kind.end_orphans:
+            kind.end_orphans(folder)

@@ -77,6 +77,6 @@ class ExecutorKind:
     help: str = ""
     """A sentence for `--help` about the environment variables that the executor reads."""
     option: ExecutorOption | None = None
-    recall: Callable[[Path], None] | None = None
+    end_orphans: Callable[[Path], None] | None = None
     """Ends Cells of the run in a folder that still run although their runner was killed. None if no Cell outlives its
     runner."""

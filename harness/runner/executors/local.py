@@ -29,7 +29,7 @@ class Local:
     """The executor `local`.
 
     jobs: number of Cells that run at a time. command: command that starts a worker; two file descriptors are appended
-    to it. look: function that returns the GPUs. patience: seconds that a Cell waits for a free GPU while this run uses
+    to it. list_gpus: function that returns the GPUs. patience: seconds that a Cell waits for a free GPU while this run uses
     no GPU.
     """
 
@@ -39,10 +39,10 @@ class Local:
         self,
         jobs: int = 1,
         command: Sequence[str] = WORKER,
-        look: Callable[[], list[gpus.GpuDevice]] = gpus.look,
+        list_gpus: Callable[[], list[gpus.GpuDevice]] = gpus.list_gpus,
         patience: float = GPU_PATIENCE_S,
     ) -> None:
-        self.jobs, self.command, self._look, self._patience = jobs, command, look, patience
+        self.jobs, self.command, self._list_gpus, self._patience = jobs, command, list_gpus, patience
 
     def __enter__(self) -> Local:
         return self
@@ -56,7 +56,7 @@ class Local:
         if requested == "cuda" and not found:
             hint = "run with --device cpu, or see `peft-harness doctor`"
             raise HarnessError("no NVIDIA GPU was found", where="--device cuda", hint=hint)
-        if found and (cards := self._look()) and self.jobs > len(cards):
+        if found and (cards := self._list_gpus()) and self.jobs > len(cards):
             what = f"{self.jobs} Cells at a time need a GPU each, and there are {len(cards)}"
             raise HarnessError(what, where=f"--jobs {self.jobs}", hint=f"--jobs {len(cards)}, or --device cpu")
         return "cuda" if found else "cpu"
@@ -79,7 +79,7 @@ class Local:
                         if waiting.device == "cuda" and probe is None:
                             if time.monotonic() - probed < _PROBE_S:
                                 break
-                            probe, probed = gpus.probe(self._look), time.monotonic()
+                            probe, probed = gpus.probe(self._list_gpus), time.monotonic()
                         if probe is not None and not probe.done():
                             break
                         if any(attempt.job.gpu for attempt in running):

@@ -23,7 +23,7 @@ VISIBLE_S = 60.0
 _BEGUN = "begun on "
 
 
-class RecalledError(HarnessError):
+class RunTakenOverError(HarnessError):
     """Ends the Cells on this machine, because another process has ended or resumed the run."""
 
 
@@ -35,7 +35,7 @@ class MissingPathError(StoreError):
 
 
 class _Listener:
-    """A listener that reports nothing. If the file `permit` is deleted, it raises RecalledError to end the Cells."""
+    """A listener that reports nothing. If the file `permit` is deleted, it raises RunTakenOverError to end the Cells."""
 
     def __init__(self, permit: Path | None) -> None:
         self._permit = permit
@@ -48,7 +48,7 @@ class _Listener:
 
     def tick(self) -> None:
         if self._permit is not None and not self._permit.exists():
-            raise RecalledError("the run was ended or resumed elsewhere", where=str(self._permit))
+            raise RunTakenOverError("the run was ended or resumed elsewhere", where=str(self._permit))
 
 
 def run_jobs(

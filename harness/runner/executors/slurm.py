@@ -169,7 +169,7 @@ class Slurm:
         """
         left = {job.cell.cell_id: job for share in shares.values() for job in share}
         submitted = store.now()
-        states, poll_s, last = States(here=self._here), _LOOK_S if self._here else _POLL_S, 0.0
+        states, poll_s, last = JobStates(here=self._here), _LOOK_S if self._here else _POLL_S, 0.0
         visible_s = 0.0 if self._here else node.VISIBLE_S
         ended: dict[Any, tuple[str, float]] = {}
         while left:
@@ -197,7 +197,7 @@ class Slurm:
                 time.sleep(_LOOK_S)
 
 
-def recall(folder: Path) -> None:
+def end_orphans(folder: Path) -> None:
     """End array elements of the run in `folder` that still run although the runner was killed. This takes seconds."""
     for permit in folder.glob(f"{_EXCHANGE}/{_PERMIT}*"):
         permit.unlink(missing_ok=True)
@@ -217,7 +217,7 @@ def _ending(element: Any, state: str) -> Ending:
 
 def _await_cancelled(elements: Sequence[Any]) -> None:
     """Wait until cancelled elements have ended, but at most `_CANCEL_S` seconds. Slurm does not end them at once."""
-    states, deadline, left = States(here=False), time.monotonic() + _CANCEL_S, set(elements)
+    states, deadline, left = JobStates(here=False), time.monotonic() + _CANCEL_S, set(elements)
     while left := left - {element for element, _ in states.ended([*left])}:
         if time.monotonic() >= deadline:
             return
@@ -243,7 +243,7 @@ def _option(text: str) -> tuple[str, str]:
     return key.strip().lstrip("-").replace("_", "-"), value.strip()
 
 
-class States:
+class JobStates:
     """Finds out which of submitit's jobs have ended. submitit's own answer is wrong for the states PREEMPTED and SUSPENDED.
 
     here: whether the jobs are processes on this machine.
@@ -292,5 +292,5 @@ EXECUTOR = ExecutorKind(
     "slurm",
     Slurm,
     option=ExecutorOption("slurm", "KEY=VALUE", "Option to pass on to sbatch, e.g. gres=gpu:1."),
-    recall=recall,
+    end_orphans=end_orphans,
 )

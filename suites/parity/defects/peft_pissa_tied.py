@@ -1,8 +1,8 @@
 """peft: PiSSA gives two layers that share their weight each other's residual.
 
-`init_lora_weights="pissa"` replaces the weight of a layer by its residual, in place. A second layer with the same weight then
-decomposes the residual of the first layer, and both run on what is left. The model computes something else than before. Seen
-in 0.21.2.
+`init_lora_weights="pissa"` replaces the weight of a layer by its residual, in place. A second layer with the same weight
+then decomposes the residual of the first layer, and both run on what is left. The model computes something else than
+before. Seen in 0.21.2.
 """
 
 import torch

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SURE = 2.0**-12
+LEAST_GRAM_RATIO = 2.0**-12
 """Smallest ratio of the smallest to the largest singular value at which the Gram matrix of a float32 matrix is used.
 
 The Gram matrix is in float64. Above this ratio, squaring singular values in float64 loses less than the precision of
@@ -28,7 +28,7 @@ def orthonormal(Y: Tensor) -> Tensor:
         wide = Y.double()
         factor, failed = torch.linalg.cholesky_ex(wide.T @ wide, upper=True)
         diagonal = factor.diagonal()
-        if not failed and diagonal.min() > SURE * diagonal.max():
+        if not failed and diagonal.min() > LEAST_GRAM_RATIO * diagonal.max():
             solved: Tensor = torch.linalg.solve_triangular(factor, wide, upper=True, left=False)
             return solved.to(Y.dtype)
     Q: Tensor = torch.linalg.qr(Y).Q
@@ -75,7 +75,7 @@ def leading_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     _check_finite(W)
     if W.dtype != torch.float64:
         S, V = _by_gram(W.double(), rank)
-        if S[-1] > SURE * S[0]:
+        if S[-1] > LEAST_GRAM_RATIO * S[0]:
             return (W.double() @ V).div_(S).to(W.dtype), S.to(W.dtype), V.to(W.dtype)
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     return U[:, :rank], S[:rank], Vh[:rank].T

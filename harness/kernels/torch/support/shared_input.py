@@ -24,7 +24,7 @@ GROUPS = (
 
 Layers are grouped by name and not by observed calls, because the first step must round like later steps.
 """
-PATIENCE = 8
+MAX_UNUSED_OUTPUTS = 8
 """Number of unused outputs of a layer from which the layer is no longer computed with the other layers of its group.
 
 Each used output lowers the count by one, but not below zero. Outputs stay unused in cross-attention, where the layers
@@ -108,7 +108,7 @@ class InputGroup:
         joining: list[tuple[int, Any, LoraFactors]] = []
         for place, reference in sorted(self._members.items()):
             member = reference()
-            if member is None or member is layer or self._unused[place] >= PATIENCE:
+            if member is None or member is layer or self._unused[place] >= MAX_UNUSED_OUTPUTS:
                 continue
             state, factors = _state(member), _factors(member, x)
             if state is not None and factors is not None and _trains(factors, x) == _trains(own, x):

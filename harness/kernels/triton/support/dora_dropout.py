@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harness.kernels.compile.specimen import Specimen
 from harness.kernels.triton.support.gemm_tiles import EXACT, LARGE, GemmTile, gemm_tile
-from harness.kernels.triton.support.launch import Launch, meta
+from harness.kernels.triton.support.launch import KernelLaunch, meta
 from harness.kernels.triton.support.low_rank_gemm import Operands, low_rank_launch
 from harness.kernels.triton.support.matrix_product import accumulate, program_tile
 from harness.kernels.triton.support.rounding import load_as_float32, store_as
@@ -22,14 +22,15 @@ from harness.kernels.triton.support.rounding import load_as_float32, store_as
 
 @triton.jit
 def _forward(
-    out, product, left, right, mask, S, T, less, bias, scale, M, N, K, R,
+    out, product, left, right, mask, S, T, gain_minus_one, bias, scale, M, N, K, R,
     left_m, left_k, right_k, right_n, mask_m, mask_n, S_m, S_r, T_r, T_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute a tile of out = left @ right + less * product + t + bias, where t is scale S @ T.
+    """Compute a tile of out = left @ right + gain_minus_one * product + t + bias, where t is scale S @ T.
 
-    Also store a tile of product = (left * mask) @ right + t. less: the gain minus one, per column.
+    Also store a tile of product = (left * mask) @ right + t. gain_minus_one: DoRA's gain
+    minus 1, one number per column.
     """
     rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N, WIDE)
     inside = (rows[:, None] < M) & (columns[None, :] < N)
@@ -44,7 +45,7 @@ def _forward(
     term *= scale
     acc += term
     store_as(product + at, acc, mask=inside)
-    acc = acc * tl.load(less + columns, mask=columns < N, other=0.0)[None, :] + term
+    acc = acc * tl.load(gain_minus_one + columns, mask=columns < N, other=0.0)[None, :] + term
     acc = accumulate(
         acc, left, right, None, None, rows, columns, M, N, K,
         left_m, left_k, right_k, right_n, 0, 0, BLOCK_K, EVEN_K,
@@ -56,21 +57,21 @@ def _forward(
 
 @triton.jit
 def _backward(
-    out, left, right, mask, S, T, less, M, N, K, R,
+    out, left, right, mask, S, T, gain_minus_one, M, N, K, R,
     left_m, left_k, right_k, right_n, mask_m, mask_n, S_m, S_r, T_r, T_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of out = left @ right + mask * ((left * less) @ right + S @ T).
+    """Compute one tile of out = left @ right + mask * ((left * gain_minus_one) @ right + S @ T).
 
-    less: the gain minus one, for each column of `left`.
+    gain_minus_one: DoRA's gain minus 1, one number for each column of `left`.
     """
     rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N, WIDE)
     inside = (rows[:, None] < M) & (columns[None, :] < N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = accumulate(acc, S, T, None, None, rows, columns, M, N, R, S_m, S_r, T_r, T_n, 0, 0, BLOCK_R, EVEN_R)
     acc = accumulate(
-        acc, left, right, None, less, rows, columns, M, N, K,
+        acc, left, right, None, gain_minus_one, rows, columns, M, N, K,
         left_m, left_k, right_k, right_n, 0, 0, BLOCK_K, EVEN_K,
     )  # fmt: skip
     acc *= load_as_float32(mask + rows[:, None] * mask_m + columns[None, :] * mask_n, mask=inside, other=0.0)
@@ -82,34 +83,41 @@ def _backward(
 
 
 def dropped_forward(
-    x: Tensor, W: Tensor, bias: Tensor | None, B: Tensor, S: Tensor, scaling: float, mask: Tensor, less: Tensor
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    B: Tensor,
+    S: Tensor,
+    scaling: float,
+    mask: Tensor,
+    gain_minus_one: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Return (y, q), both (T, E): y = x W^T + bias + less q + t, and q = (x mask) W^T + t.
+    """Return (y, q), both (T, E): y = x W^T + bias + gain_minus_one q + t, and q = (x mask) W^T + t.
 
-    Here t is scaling S B^T. Shapes: x and mask (T, D), W (E, D), B (E, R), S (T, R), bias (E,), all of one dtype. less:
-    the gain minus one, float32 (E,).
+    Here t is scaling S B^T. Shapes: x and mask (T, D), W (E, D), B (E, R), S (T, R), bias (E,), all of one dtype.
+    gain_minus_one: float32 (E,).
     """
     y, q = (torch.empty((len(x), len(W)), dtype=x.dtype, device=x.device) for _ in range(2))
     if y.numel():
         tile = gemm_tile(len(x), len(W), x.dtype, x.device, crowded=True).shallow()
-        others = {"less": less, "product": q, "bias": bias, "scale": float(scaling)}
+        others = {"gain_minus_one": gain_minus_one, "product": q, "bias": bias, "scale": float(scaling)}
         _launch(_forward, tile, (y, x, W.T, S, B.T), mask, **others).run()
     return y, q
 
 
-def dropped_backward(dy: Tensor, W: Tensor, A: Tensor, dS: Tensor, mask: Tensor, less: Tensor) -> Tensor:
-    """Return dy W + mask * ((dy * less) W + dS A), which is the gradient of x (T, D).
+def dropped_backward(dy: Tensor, W: Tensor, A: Tensor, dS: Tensor, mask: Tensor, gain_minus_one: Tensor) -> Tensor:
+    """Return dy W + mask * ((dy * gain_minus_one) W + dS A), which is the gradient of x (T, D).
 
-    Shapes: dy (T, E), W (E, D), A (R, D), dS (T, R), mask (T, D). less: the gain minus one, float32 (E,).
+    Shapes: dy (T, E), W (E, D), A (R, D), dS (T, R), mask (T, D). gain_minus_one: float32 (E,).
     """
     dx = torch.empty((len(dy), W.shape[1]), dtype=dy.dtype, device=dy.device)
     if dx.numel():
         tile = gemm_tile(len(dy), W.shape[1], dy.dtype, dy.device, crowded=True).shallow()
-        _launch(_backward, tile, (dx, dy, W, dS, A), mask, less=less).run()
+        _launch(_backward, tile, (dx, dy, W, dS, A), mask, gain_minus_one=gain_minus_one).run()
     return dx
 
 
-def _launch(kernel: Any, tile: GemmTile, operands: Operands, mask: Tensor, **others: Any) -> Launch:
+def _launch(kernel: Any, tile: GemmTile, operands: Operands, mask: Tensor, **others: Any) -> KernelLaunch:
     block_r = 16  # with two accumulators, more ranks at a time would spill registers
     return low_rank_launch(kernel, tile, block_r, operands, mask, mask=mask, **others)
 
@@ -122,13 +130,15 @@ def _specimens() -> list[Specimen]:
     M, D, E = 8192, 4096, 14336
 
     def of(name: str, dtype: torch.dtype, tile: GemmTile, forward: bool, R: int = 16) -> Specimen:
-        W, less, mask, S = meta(dtype, E, D), meta(torch.float32, E), meta(dtype, M, D), meta(dtype, M, R)
+        W, gain_minus_one, mask, S = meta(dtype, E, D), meta(torch.float32, E), meta(dtype, M, D), meta(dtype, M, R)
         of_x, of_y = meta(dtype, M, D), meta(dtype, M, E)
         if forward:
-            others = {"less": less, "product": of_y, "bias": meta(dtype, E), "scale": 2.0}
+            others = {"gain_minus_one": gain_minus_one, "product": of_y, "bias": meta(dtype, E), "scale": 2.0}
             launch = _launch(_forward, tile, (of_y, of_x, W.T, S, meta(dtype, E, R).T), mask, **others)
         else:
-            launch = _launch(_backward, tile, (of_x, of_y, W, S, meta(dtype, R, D)), mask, less=less)
+            launch = _launch(
+                _backward, tile, (of_x, of_y, W, S, meta(dtype, R, D)), mask, gain_minus_one=gain_minus_one
+            )
         return launch.specimen(f"dora_dropout.{name}")
 
     return [

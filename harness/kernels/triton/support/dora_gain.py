@@ -15,7 +15,7 @@ from torch import Tensor
 
 from harness.kernels.compile.specimen import Specimen
 from harness.kernels.triton.support.gemm_tiles import rank_block
-from harness.kernels.triton.support.launch import Launch, meta, strides
+from harness.kernels.triton.support.launch import KernelLaunch, meta, strides
 from harness.kernels.triton.support.matrix_product import product
 from harness.kernels.triton.support.rounding import load_as_float32, to_dtype, to_float32
 
@@ -69,7 +69,7 @@ def dora_gain(W: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float) -> tup
     return gain, norm
 
 
-def _launch(gain: Tensor, norm: Tensor, W: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float) -> Launch:
+def _launch(gain: Tensor, norm: Tensor, W: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float) -> KernelLaunch:
     (E, D), R = W.shape, len(A)
     block_e, block_d, block_r = 32, 128 if W.element_size() == 2 else 64, rank_block(R)
     arguments = {
@@ -77,7 +77,7 @@ def _launch(gain: Tensor, norm: Tensor, W: Tensor, A: Tensor, B: Tensor, m: Tens
         "E": E, "D": D, "R": R, **strides("W_e W_d", W), **strides("A_r A_d", A), **strides("B_e B_r", B),
     }  # fmt: skip
     constants = {"BLOCK_E": block_e, "BLOCK_D": block_d, "BLOCK_R": block_r, "WHOLE_RANK": block_r >= R}
-    return Launch(_gain, (triton.cdiv(E, block_e),), arguments, constants, num_warps=4, num_stages=3)
+    return KernelLaunch(_gain, (triton.cdiv(E, block_e),), arguments, constants, num_warps=4, num_stages=3)
 
 
 def _specimens() -> list[Specimen]:

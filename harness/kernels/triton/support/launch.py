@@ -69,7 +69,7 @@ def _short(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Launch:
+class KernelLaunch:
     """A launch of a kernel with its arguments. It can be run, or described for ahead-of-time compilation."""
 
     kernel: Any

@@ -23,7 +23,7 @@ from harness.kernels.triton.support.gemm_tiles import (
     gemm_tile,
     rank_block,
 )
-from harness.kernels.triton.support.launch import Launch, meta, strides
+from harness.kernels.triton.support.launch import KernelLaunch, meta, strides
 from harness.kernels.triton.support.matrix_product import accumulate, is_wide, program_tile
 from harness.kernels.triton.support.rounding import load_as_float32, store_as
 from harness.kernels.triton.support.tuned_tiles import tuned
@@ -106,7 +106,7 @@ def low_rank_gemm(
     return out
 
 
-def product_launch(tile: GemmTile, operands: Operands, *, scale: float, **optional: Tensor | None) -> Launch:
+def product_launch(tile: GemmTile, operands: Operands, *, scale: float, **optional: Tensor | None) -> KernelLaunch:
     """Return the launch of `low_rank_gemm` with this tile.
 
     optional: those arguments of `low_rank_gemm` that may be None, by name. An argument that is left out is None.
@@ -118,7 +118,7 @@ def product_launch(tile: GemmTile, operands: Operands, *, scale: float, **option
 
 def low_rank_launch(
     kernel: Any, tile: GemmTile, block_r: int, operands: Operands, mask: Tensor | None, /, **others: Any
-) -> Launch:
+) -> KernelLaunch:
     """Return the launch of a kernel for a product with a low-rank term.
 
     block_r: number of ranks per iteration. others: further arguments of the kernel. mask: the tensor whose strides the
@@ -135,7 +135,7 @@ def low_rank_launch(
         **tile.constants(), "BLOCK_R": block_r, "EVEN_K": K % tile.k == 0, "EVEN_R": R % block_r == 0,
         "WIDE": is_wide(N, right.stride(1), T.stride(1), 1 if mask is None else mask.stride(1)),
     }  # fmt: skip
-    return Launch(kernel, (tile.programs(M, N),), arguments, constants, tile.warps, tile.stages)
+    return KernelLaunch(kernel, (tile.programs(M, N),), arguments, constants, tile.warps, tile.stages)
 
 
 def _specimens() -> list[Specimen]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness.kernels.compile.specimen import Specimen
 from harness.kernels.device import interpreted
-from harness.kernels.triton.support.launch import Launch, meta, strides
+from harness.kernels.triton.support.launch import KernelLaunch, meta, strides
 from harness.kernels.triton.support.matrix_product import accumulate
 from harness.kernels.triton.support.rounding import load_as_float32, store_as
 
@@ -97,7 +97,7 @@ def _rows(M: int) -> int:
     return 64 if M >= 8192 else 32 if M >= 2048 else 16
 
 
-def _launch(out: Tensor, left: Tensor, right: Tensor, scale: float, **optional: Tensor | None) -> Launch:
+def _launch(out: Tensor, left: Tensor, right: Tensor, scale: float, **optional: Tensor | None) -> KernelLaunch:
     """Return a launch of `_shrink`. `optional` may have mask, column_scale, unscaled, times and sums."""
     (M, K), R = left.shape, right.shape[1]
     block_m, block_r = _rows(M), min(max(16, triton.next_power_of_2(R)), 128)
@@ -110,7 +110,7 @@ def _launch(out: Tensor, left: Tensor, right: Tensor, scale: float, **optional: 
     }  # fmt: skip
     constants = {"BLOCK_M": block_m, "BLOCK_R": block_r, "BLOCK_K": block_k, "EVEN_K": K % block_k == 0}
     grid = (triton.cdiv(M, block_m), triton.cdiv(R, block_r))
-    return Launch(_shrink, grid, arguments, constants, num_warps=4, num_stages=3)
+    return KernelLaunch(_shrink, grid, arguments, constants, num_warps=4, num_stages=3)
 
 
 def _specimens() -> list[Specimen]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness.kernels.compile.specimen import Specimen
 from harness.kernels.device import interpreted
-from harness.kernels.triton.support.launch import Launch, meta, strides
+from harness.kernels.triton.support.launch import KernelLaunch, meta, strides
 from harness.kernels.triton.support.matrix_product import product
 from harness.kernels.triton.support.rounding import load_as_float32, to_dtype, to_float32
 
@@ -22,13 +22,13 @@ _PROGRAMS = 256
 
 @triton.jit
 def _outer_sum(
-    out, wide, mask, narrow, against, M, N, R, per_part,
-    wide_m, wide_n, mask_m, mask_n, narrow_m, narrow_r, against_n, against_r,
+    out, wide, mask, narrow, weights, M, N, R, per_part,
+    wide_m, wide_n, mask_m, mask_n, narrow_m, narrow_r, weights_n, weights_r,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Compute (wide * mask)^T @ narrow, shape (N, R), over one part of the tokens, and write it to out[part].
 
-    If `against` (N, R) is given, write row sums instead: multiply the product by `against` element by element, sum each
+    If `weights` (N, R) is given, write row sums instead: multiply the product by `against` element by element, sum each
     row over one block of columns, and write the N sums to out[part, block].
     """
     part, block = tl.program_id(2).to(tl.int64), tl.program_id(1)
@@ -52,8 +52,8 @@ def _outer_sum(
         wide += BLOCK_M * wide_m
         narrow += BLOCK_M * narrow_m
     inside = (n[:, None] < N) & (r[None, :] < R)
-    if against is not None:
-        acc *= load_as_float32(against + n[:, None] * against_n + r[None, :] * against_r, mask=inside, other=0.0)
+    if weights is not None:
+        acc *= load_as_float32(weights + n[:, None] * weights_n + r[None, :] * weights_r, mask=inside, other=0.0)
         tl.store(out + (part * tl.num_programs(1) + block) * N + n, tl.sum(acc, axis=1), mask=n < N)
     else:
         tl.store(out + part * N * R + n[:, None] * R + r[None, :], acc, mask=inside)
@@ -86,14 +86,14 @@ def outer_sum(wide: Tensor, narrow: Tensor, *, mask: Tensor | None = None) -> Te
     return _outer(wide, narrow, mask, None).sum(0)
 
 
-def outer_sum_against(wide: Tensor, narrow: Tensor, against: Tensor) -> Tensor:
-    """Return the row sums of (wide^T @ narrow) * against in float32, shape (N,).
+def weighted_outer_sum(wide: Tensor, narrow: Tensor, weights: Tensor) -> Tensor:
+    """Return the row sums of (wide^T @ narrow) * weights in float32, shape (N,).
 
-    `against` has shape (N, R), like wide^T @ narrow, which is never stored as a whole.
+    `weights` has shape (N, R), like wide^T @ narrow, which is never stored as a whole.
     """
-    if not against.numel():
+    if not weights.numel():
         return wide.new_zeros(wide.shape[1], dtype=torch.float32)
-    return _outer(wide, narrow, None, against).sum((0, 1))
+    return _outer(wide, narrow, None, weights).sum((0, 1))
 
 
 def product_sum(a: Tensor, b: Tensor) -> Tensor:
@@ -116,38 +116,40 @@ def _parts(M: int, programs: int, block: int) -> tuple[int, int]:
     return triton.cdiv(max(M, 1), per_part), per_part
 
 
-def _outer(wide: Tensor, narrow: Tensor, mask: Tensor | None, against: Tensor | None) -> Tensor:
-    launch = _outer_launch(wide, narrow, mask, against)
+def _outer(wide: Tensor, narrow: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
+    launch = _outer_launch(wide, narrow, mask, weights)
     launch.run()
     out: Tensor = launch.arguments["out"]
     return out
 
 
-def _outer_launch(wide: Tensor, narrow: Tensor, mask: Tensor | None, against: Tensor | None) -> Launch:
+def _outer_launch(wide: Tensor, narrow: Tensor, mask: Tensor | None, weights: Tensor | None) -> KernelLaunch:
     (M, N), R = wide.shape, narrow.shape[1]
     block_n, block_r = 64, min(max(16, triton.next_power_of_2(R)), 64)
     block_m = 128 if interpreted() else 64 if wide.element_size() == 2 else 32
     grid = (triton.cdiv(N, block_n), triton.cdiv(R, block_r))
     parts, per_part = _parts(M, grid[0] * grid[1], block_m)
-    shape = (parts, N, R) if against is None else (parts, grid[1], N)
+    shape = (parts, N, R) if weights is None else (parts, grid[1], N)
     arguments = {
         "out": torch.empty(shape, dtype=torch.float32, device=wide.device), "wide": wide, "mask": mask,
-        "narrow": narrow, "against": against, "M": M, "N": N, "R": R, "per_part": per_part,
+        "narrow": narrow, "weights": weights, "M": M, "N": N, "R": R, "per_part": per_part,
         **strides("wide_m wide_n", wide), **strides("mask_m mask_n", mask), **strides("narrow_m narrow_r", narrow),
-        **strides("against_n against_r", against),
+        **strides("weights_n weights_r", weights),
     }  # fmt: skip
-    return Launch(
+    return KernelLaunch(
         _outer_sum, (*grid, parts), arguments, {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r}, 4, 3
     )
 
 
-def _product_launch(out: Tensor, a: Tensor, b: Tensor, per_part: int) -> Launch:
+def _product_launch(out: Tensor, a: Tensor, b: Tensor, per_part: int) -> KernelLaunch:
     (M, N), block_n = a.shape, 64
     arguments = {
         "out": out, "a": a, "b": b, "M": M, "N": N, "per_part": per_part,
         **strides("a_m a_n", a), **strides("b_m b_n", b),
     }  # fmt: skip
-    return Launch(_product_sum, (triton.cdiv(N, block_n), len(out)), arguments, {"BLOCK_M": 32, "BLOCK_N": block_n})
+    return KernelLaunch(
+        _product_sum, (triton.cdiv(N, block_n), len(out)), arguments, {"BLOCK_M": 32, "BLOCK_N": block_n}
+    )
 
 
 def _specimens() -> list[Specimen]:
@@ -158,8 +160,8 @@ def _specimens() -> list[Specimen]:
 
     def of(name: str, N: int, R: int, dtype: torch.dtype, *optional: str) -> Specimen:
         mask = meta(dtype, 8192, N) if "mask" in optional else None
-        against = meta(dtype, N, R) if "against" in optional else None
-        launch = _outer_launch(meta(dtype, 8192, N), meta(dtype, 8192, R), mask, against)
+        weights = meta(dtype, N, R) if "weights" in optional else None
+        launch = _outer_launch(meta(dtype, 8192, N), meta(dtype, 8192, R), mask, weights)
         return launch.specimen(f"token_sums.{name}")
 
     a = meta(torch.bfloat16, 8192, 14336)
@@ -167,7 +169,7 @@ def _specimens() -> list[Specimen]:
     return [
         of("outer-bf16", 14336, 16, torch.bfloat16),
         of("outer-mask-bf16", 4096, 16, torch.bfloat16, "mask"),
-        of("outer-against-bf16", 14336, 256, torch.bfloat16, "against"),
+        of("outer-weights-bf16", 14336, 256, torch.bfloat16, "weights"),
         of("outer-fp32", 4096, 16, torch.float32),
         product_launch.specimen("token_sums.product-bf16", "other"),
     ]

@@ -77,7 +77,7 @@ def _marked(model: nn.Module) -> Iterator[None]:
         del model.is_loaded_in_4bit
 
 
-def second(model: nn.Module, peft_config: Any, generator: Generator) -> None:
+def attach_after_wider_adapter(model: nn.Module, peft_config: Any, generator: Generator) -> None:
     """Attach an adapter of twice the rank to `model`, then the adapter of `peft_config`, which becomes the active one."""
     import torch
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from harness.methods.implementations.hf_peft.adapted import ADAPTER, PeftAdapted, has_conv1d, second, tuner
+from harness.methods.implementations.hf_peft.adapted import (
+    ADAPTER,
+    PeftAdapted,
+    attach_after_wider_adapter,
+    has_conv1d,
+    tuner,
+)
 from harness.methods.registry import DTYPES, implements
 
 if TYPE_CHECKING:
@@ -26,7 +32,7 @@ def second_vera(model: nn.Module, config: Config, generator: Generator) -> PeftA
 
     peft refuses the second adapter if the first has a smaller rank.
     """
-    second(model, _config(model, config), generator)
+    attach_after_wider_adapter(model, _config(model, config), generator)
     return PeftAdapted(model, _vectors, _projections)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 
-class PassedOptimizer(torch.optim.Optimizer):
+class UnsavedOptimizer(torch.optim.Optimizer):
     """A wrapper of the optimizer `inner`, with the same parameter groups and state. Saving and loading do nothing.
 
     accelerate saves the state of each optimizer and loads it again. This would cast float32 masters and 8-bit codes to the

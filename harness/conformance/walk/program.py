@@ -1,4 +1,4 @@
-"""A world of a walk: one model with its adapter and optimizer, and the actions of a training program."""
+"""A program of a walk: one model with its adapter and optimizer, and the actions of a training program."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ the same factor."""
 
 
 @dataclass
-class World:
+class Program:
     """One of the programs that take the same walk: a model, its adapter and its optimizer."""
 
     model: nn.Module
@@ -121,9 +121,9 @@ class World:
         for tensor in self.trained:
             tensor.requires_grad_(not frozen)
 
-    def look(self, how: str) -> dict[str, Tensor]:
-        """Return the model's output and any gradients of the trained tensors, by name. how: a key of LOOKS."""
-        return LOOKS[how](self)
+    def run(self, mode: str) -> dict[str, Tensor]:
+        """Return the model's output and any gradients of the trained tensors, by name. mode: a key of RUN_MODES."""
+        return RUN_MODES[mode](self)
 
     def sync(self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Load these tensors and this state. The next comparison then does not judge earlier rounding errors again."""
@@ -145,13 +145,13 @@ def incoming(y: Tensor, seed: int) -> Tensor:
     return torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)
 
 
-def _with_gradients(world: World, forward: Forward) -> dict[str, Tensor]:
-    tensors = world.adapted.tensors()
+def _with_gradients(program: Program, forward: Forward) -> dict[str, Tensor]:
+    tensors = program.adapted.tensors()
     held = {name: t.grad for name, t in tensors.items()}
     try:
         for tensor in tensors.values():
             tensor.grad = None
-        y = forward(world.model)
+        y = forward(program.model)
         if y.requires_grad:
             y.backward(incoming(y, seed=0))
         gradients = {f"grad {name}": t.grad.detach().clone() for name, t in tensors.items() if t.grad is not None}
@@ -161,45 +161,45 @@ def _with_gradients(world: World, forward: Forward) -> dict[str, Tensor]:
             tensor.grad = held[name]
 
 
-def _plainly(world: World) -> dict[str, Tensor]:
-    return _with_gradients(world, world.forward)
+def _plainly(program: Program) -> dict[str, Tensor]:
+    return _with_gradients(program, program.forward)
 
 
-def _checkpointed(world: World) -> dict[str, Tensor]:
+def _checkpointed(program: Program) -> dict[str, Tensor]:
     def forward(model: nn.Module) -> Tensor:
-        y: Any = checkpoint(world.forward, model, use_reentrant=False)
+        y: Any = checkpoint(program.forward, model, use_reentrant=False)
         return y  # type: ignore[no-any-return]
 
-    return _with_gradients(world, forward)
+    return _with_gradients(program, forward)
 
 
-def _hooked(world: World) -> dict[str, Tensor]:
+def _hooked(program: Program) -> dict[str, Tensor]:
     """Run with a forward hook on every adapted layer. Also return how often each hook was called."""
     calls: list[str] = []
     handles = [
-        world.model.get_submodule(path).register_forward_hook(lambda *_, path=path: calls.append(path))
-        for path in world.adapted.layers
+        program.model.get_submodule(path).register_forward_hook(lambda *_, path=path: calls.append(path))
+        for path in program.adapted.layers
     ]
     try:
-        seen = _with_gradients(world, world.forward)
+        seen = _with_gradients(program, program.forward)
     finally:
         for handle in handles:
             handle.remove()
-    return seen | {"calls of hooks": torch.tensor([float(calls.count(path)) for path in world.adapted.layers])}
+    return seen | {"calls of hooks": torch.tensor([float(calls.count(path)) for path in program.adapted.layers])}
 
 
-def _no_grad(world: World) -> dict[str, Tensor]:
+def _no_grad(program: Program) -> dict[str, Tensor]:
     with torch.no_grad():
-        return {"y": world.forward(world.model).clone()}
+        return {"y": program.forward(program.model).clone()}
 
 
-def _inference(world: World) -> dict[str, Tensor]:
+def _inference(program: Program) -> dict[str, Tensor]:
     with torch.inference_mode():
-        y = world.forward(world.model)
+        y = program.forward(program.model)
     return {"y": y.clone()}
 
 
-LOOKS: dict[str, Callable[[World], dict[str, Tensor]]] = {
+RUN_MODES: dict[str, Callable[[Program], dict[str, Tensor]]] = {
     "backward": _plainly,
     "no_grad": _no_grad,
     "inference_mode": _inference,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind, Findings
+from harness.analysis.comparison.baseline_rows import ComparisonRow, GateResult, RowKind
 from harness.analysis.comparison.pair_ratio import metric_text
 from harness.analysis.comparison.pair_verdict import CellComparison, JudgedPairs
 from harness.analysis.statistics.paired import PairFinding
@@ -17,7 +17,7 @@ _KINDS = {
 }
 
 
-def findings(judged: JudgedPairs, interrupted: str = "") -> Findings:
+def gate_result(judged: JudgedPairs, interrupted: str = "") -> GateResult:
     """Return the verdict with its rows: first the rows of `judged`, then one row for each time of a Cell.
 
     interrupted: how the pairs were interrupted; empty if they were not.
@@ -27,10 +27,10 @@ def findings(judged: JudgedPairs, interrupted: str = "") -> Findings:
     reason = f"{verdict.reason}; {judged.canaries.sentence}"
     word = verdict.word
     if interrupted:
-        rows.append(ComparisonRow(FindingKind.MISSING, VerdictKind.NOT_RUN, "all Cells", (), "pairs", interrupted))
+        rows.append(ComparisonRow(RowKind.MISSING, VerdictKind.NOT_RUN, "all Cells", (), "pairs", interrupted))
         word, reason = word if word is VerdictKind.FAIL else VerdictKind.NOT_RUN, f"{interrupted}; {reason}"
     compared = sum(bool(cell.timed) for cell in judged.cells) or len(judged.rows)
-    return Findings(verdict=Verdict(word, reason, verdict.records), rows=tuple(rows), compared=compared)
+    return GateResult(verdict=Verdict(word, reason, verdict.records), rows=tuple(rows), compared=compared)
 
 
 def _speed(cell: CellComparison, metric: str, judged: JudgedPairs) -> ComparisonRow:
@@ -39,11 +39,11 @@ def _speed(cell: CellComparison, metric: str, judged: JudgedPairs) -> Comparison
     if timed is None:
         why = f"not timed: {cell.because or 'it has no steps that could be timed'}"
         return ComparisonRow(
-            FindingKind.SPEED, VerdictKind.NOT_RUN, cell.name, ids, metric_text(metric), why, old, new, "s"
+            RowKind.SPEED, VerdictKind.NOT_RUN, cell.name, ids, metric_text(metric), why, old, new, "s"
         )
     word, reason = _KINDS[timed.word], timed.sentence.removeprefix("inconclusive: ")
     if judged.canaries.closed:
         word, reason = VerdictKind.NOT_RUN, f"too many canaries raised the alarm, so this is not judged: {reason}"
     return ComparisonRow(
-        FindingKind.SPEED, word, cell.name, ids, metric_text(metric), reason, old, new, "s", timed.interval
+        RowKind.SPEED, word, cell.name, ids, metric_text(metric), reason, old, new, "s", timed.interval
     )
