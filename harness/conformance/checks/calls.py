@@ -262,8 +262,10 @@ def _rounded_by_autocast(own: ReferenceLayer, call: Call, dtype: str) -> Iterato
 def _untrained(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
     """Yield judgements of the output while one adapter tensor is tiny, as after the first steps of training.
 
-    The layer runs in eval mode and without gradients.
+    The layer runs in eval mode and without gradients. A tensor whose decrease cancels the output of the base, as DoRA's m
+    does, is left out: rounding decides about what is left.
     """
+    before = float(call.output(training=False)["y"].double().norm())
     for name, tensor in call.tensors.items():
         held = tensor.detach().clone()
         try:
@@ -271,8 +273,9 @@ def _untrained(subject: Subject, case: Case, path: str, call: Call) -> Iterator[
                 tensor.mul_(TINY)
                 seen = call.output(training=False)
             truth, draws = reference_runs(subject, path, call.x, call.dy[:0])
-            verdict = noise_floor(seen, truth, draws, subject.dtype, case.factor("calls"))
-            yield _named(path, LayerForm.TINY.format(name), verdict)
+            if float(truth["y"].norm()) > TINY**0.5 * before:
+                verdict = noise_floor(seen, truth, draws, subject.dtype, case.factor("calls"))
+                yield _named(path, LayerForm.TINY.format(name), verdict)
         finally:
             load(subject.adapted, {f"{path}.{name}": held})
 
