@@ -49,7 +49,8 @@ def is_accepted(plan: ParitySuite, case: AnyCase) -> bool:
     accept the settings. Every case of another target can be tried, unless its stacked experts are too large.
     """
     if isinstance(case, OperationCase) and "experts" in case.values and "shape" in case.values:
-        return bool(math.prod(case.values["shape"]) * case.values["experts"] <= _LARGEST_STACK)
+        shape, rank = case.values["shape"], case.values.get("rank", 1)
+        return bool(case.values["experts"] * max(math.prod(shape), rank * sum(shape)) <= _LARGEST_STACK)
     if not isinstance(case, MethodCase) or not isinstance(plan, MethodSuite):
         return True
     if not is_built(case.kind, case.model):
