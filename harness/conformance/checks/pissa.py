@@ -21,7 +21,7 @@ from harness.conformance.comparison.tolerance_policies import (
     rounded_once,
     worst_of,
 )
-from harness.conformance.subject import Subject
+from harness.conformance.subject import DTYPES, Subject
 from harness.conformance.tolerance_constants import EPSILON, NOISE_FLOOR_EPS, PERTURBED_DRAWS, RANDOMISED_SIGMAS
 from harness.methods.spec import Adapted
 from harness.records.record import CheckResult
@@ -128,11 +128,12 @@ def _perturbed(W: Tensor, subject: Subject) -> Iterator[dict[str, Tensor]]:
     """Yield the results of `_principal` as correct programs with other rounding errors might compute them.
 
     The results can differ much, because rounding turns the singular vectors of close singular values. Each result comes
-    from an SVD of W^T, after W was moved by up to half a unit in the last place.
+    from an SVD of W^T in the dtype that PiSSA computes in, after W was moved by up to half a unit in the last place.
     """
+    dtype = torch.promote_types(DTYPES[subject.dtype], torch.float32)
     for seed in range(PERTURBED_DRAWS):
         near = perturbed(W, subject.dtype, torch.Generator().manual_seed(seed))
-        V, S, Ut = exact_svd(near.T, subject.config.rank)
+        V, S, Ut = (one.double() for one in exact_svd(near.T.to(dtype), subject.config.rank))
         yield _best(Ut.T, S, V.T, subject.config)
 
 
