@@ -109,7 +109,7 @@ def _coloured(found: re.Match[str]) -> str:
 
 
 def terminal_width() -> int | None:
-    """Return the number of characters in a line of the terminal, or None if stdout is no terminal."""
+    """Return the number of characters in a line of the terminal, or None if stdout is not a terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 

@@ -122,7 +122,7 @@ class Config:
     dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
     """Probability that an input feature of the adapter branch is dropped in training."""
     total_steps: int = field(default=1000, metadata={"minimum": 1})
-    """T, optimizer steps of the whole training. A training that stops earlier does not reach the target rank."""
+    """T, optimizer steps of the whole training. A run that stops earlier does not reach the target rank."""
     tinit: int = field(default=100, metadata={"minimum": 0})
     """Steps before pruning begins (t_i)."""
     tfinal: int = field(default=200, metadata={"minimum": 0})

@@ -119,7 +119,7 @@ class AdapterSettings:
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """The low-rank update of one parameter of the base, and the keys under which the adapter file stores A, B, c and m."""
+    """The low-rank update of one parameter of the base, and the keys of its tensors in the adapter file."""
 
     path: str
     """Path of the module in the base."""
@@ -136,9 +136,9 @@ class LayerUpdate:
     B: str
     """Key of B: (E, R); for a stack (E, R K), where the K columns of a rank are adjacent; for a Conv2d (E, R, 1, 1)."""
     bias: str = ""
-    """Key of c (E,), or an empty string."""
+    """Key of c (E,), the bias of B. Empty if there is none."""
     magnitude: str = ""
-    """Key of DoRA's m (E,), for a Conv2d (1, E, 1, 1), or an empty string."""
+    """Key of DoRA's magnitudes m: (E,), for a Conv2d (1, E, 1, 1). Empty if there are none."""
     expert: int = 0
     """Index of the expert, for the kind `expert`."""
     half: int | None = None
@@ -372,7 +372,7 @@ def _kind(module: nn.Module) -> str:
 
 
 def _path(key: str) -> str:
-    """Return the path in the base of the module to which a key of A, B, c or m belongs."""
+    """Return the path in the base of the module to which a key of the adapter file belongs."""
     return key.removeprefix(PREFIX).partition(".lora_")[0].replace(".base_layer", "")
 
 

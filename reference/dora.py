@@ -238,7 +238,7 @@ class DoraConv2d(DoraLayer, LoraConv2d):
         """Return W' * x + b, shape (..., E, H', W'), for x (..., C, H, W). A star is a convolution.
 
         The output is computed as for a linear layer: W0 * x + b + (g - 1) W0 * d + g s B * (A * d), where d is x after
-        dropout.
+        dropout and g = m / ||V'||.
         """
         g = self.gain(self.norms(self.direction())).view(-1, 1, 1)  # x may have no dimension for a batch
         dropped = self.dropout(x)

@@ -284,7 +284,7 @@ def state_elements(m: int, n: int, rank: int, side: str = "std") -> int:
 def check_group(group: dict[str, Any]) -> None:
     """Raise ValueError if an option of a parameter group is out of range.
 
-    A group with a `rank` is projected, so also raise ValueError if such a group has a parameter that is no matrix.
+    A group with a `rank` is projected, so also raise ValueError if such a group has a parameter that is not a matrix.
     """
     for name, least in (("rank", 0), ("update_gap", 1), ("niter", 0)):
         if not isinstance(group[name], Integral) or group[name] < least:
@@ -321,10 +321,10 @@ class GaLore(torch.optim.Optimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group. A parameter of another group moves to the new one, e.g. so that a head gets its own learning rate.
+        """Add a group. A parameter that is in another group moves to the new one.
 
         Raises ValueError, and changes nothing, if an option is out of range, or if a group with a rank has a parameter
-        that is no matrix.
+        that is not a matrix.
         """
         given = param_group["params"]
         param_group["params"] = [given] if isinstance(given, Tensor) else list(given)

@@ -74,7 +74,7 @@ class Config:
 
 
 def skew_symmetric(packed: Tensor, size: int) -> Tensor:
-    """Return the matrices Q (N, K, K) of which `packed` (N, K (K - 1) / 2) holds the rows above the diagonal."""
+    """Return the skew-symmetric matrices Q (N, K, K). `packed` (N, K (K - 1) / 2) holds their rows above the diagonal."""
     rows, columns = torch.triu_indices(size, size, 1, device=packed.device)
     upper = torch.zeros(len(packed), size * size, dtype=packed.dtype, device=packed.device)
     upper = upper.index_copy(1, rows * size + columns, packed).view(-1, size, size)

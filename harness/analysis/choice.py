@@ -9,7 +9,7 @@ from harness.analysis.ranking import Group, RankingEntry
 
 MARGIN = 0.05
 """Largest distance from the highest accuracy at which a recipe counts as near the top (0.05 is 5 percentage points). In
-addition, no test may tell this recipe apart from the recipe with the highest accuracy."""
+addition, no test may show that this recipe is less accurate than the recipe with the highest accuracy."""
 FULL = "full"
 """Name of the Method that trains all weights (full fine-tuning). The costs of the recommended recipe are shown next to
 the costs of this Method."""
@@ -24,12 +24,11 @@ class Choice:
     highest: RankingEntry
     """The recipe with the highest accuracy."""
     winner: bool
-    """True if tests tell the recipe with the highest accuracy apart from every other recipe. False for a single
-    recipe."""
+    """True if the tests show that every other recipe is less accurate than `highest`. False for a single recipe."""
     near: tuple[RankingEntry, ...]
     """The recipes near the top, best first. The first one is `highest`."""
     undecided: int
-    """Number of further recipes that no test tells apart from `highest`."""
+    """Number of other recipes for which no test shows a lower accuracy than that of `highest`."""
     against: RankingEntry | None
     """The recipe whose costs are compared with the costs of the pick: full fine-tuning or, if this was not ranked, the
     recipe with the highest accuracy. None if this recipe is the pick itself."""

@@ -67,7 +67,7 @@ def disturbed(record: Record, latencies: Iterable[Latency]) -> tuple[str, str]:
     """Return the flag of some latencies, `unsteady` or `busy`, and the evidence for it as text.
 
     latencies: the latencies of the base, the unmerged and the merged model, which were timed in turn. Return two empty
-    strings if there is no evidence, or if nothing was timed. A median with too few passes for an interval is no
+    strings if there is no evidence, or if nothing was timed. A median with too few passes for an interval is not
     evidence.
     """
     medians = [(one.variant, median_interval(one.seconds)) for one in latencies if one.seconds]

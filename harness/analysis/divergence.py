@@ -1,4 +1,4 @@
-"""Detect trainings that ended with a far higher loss than they began with, although every loss is finite."""
+"""Detect training runs that ended with a far higher loss than they began with, although every loss is finite."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def checks_run_here(record: Record) -> list[CheckResult]:
 def nonconforming(record: Record) -> bool:
     """Return whether a Record departs from its Method: its status says so, or one of its checks failed.
 
-    A failed check of a server counts, too.
+    This includes checks of servers.
     """
     return record.status.departs or bool(failed(record))
 

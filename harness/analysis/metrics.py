@@ -2,8 +2,8 @@
 
 `METRICS` feeds the comparison table (in the terminal and on the HTML page), the export table `cells`, the history of
 nightly runs, and the regression gate. To add a metric, add one entry here. Latencies have no entry, except one that a
-chart uses: a Record has several, each with many samples. See `tracked_metrics.times`, and `report.served` for the loads
-of servers.
+chart uses: a Record has several, each with many samples. See `tracked_metrics.times`, and `report.served` for the
+measurements of servers.
 """
 
 from __future__ import annotations

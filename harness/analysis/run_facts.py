@@ -36,7 +36,7 @@ class RunFacts:
 
     @cached_property
     def doubtful(self) -> dict[str, str]:
-        """cell_id -> reason, for each Cell whose newest Record does not count.
+        """cell_id -> reason, for each Cell whose newest Record must not be used.
 
         The Record was changed, removed or added after the run, or it rests on the parity gate of a Record that is
         missing or was changed.

@@ -33,7 +33,7 @@ class QuestionVerdict:
     """The comparison, as the suite declares it."""
     verdict: Verdict
     trajectories: tuple[JudgedTrajectory, ...] | None = None
-    """Verdict on each Cell of a `same-losses` comparison. None for another kind of comparison."""
+    """Verdict on each Cell of a `same-losses` comparison. None for any other kind of comparison."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class RunVerdict:
     judgements: tuple[QuestionVerdict, ...]
     """Verdicts on the questions of the suite."""
     parity: Parity
-    """Numbers of passed, failed and skipped checks of the computation. Checks of servers do not count."""
+    """Numbers of passed, failed and skipped checks of the computation. Checks of servers are left out."""
 
     def exit_code(self, *, strict: bool) -> Exit:
         """Return the exit code. If `strict` is set and a question is open, return INCONCLUSIVE instead of PASS."""

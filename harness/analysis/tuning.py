@@ -63,7 +63,10 @@ class Search:
 
     @property
     def at_edge(self) -> bool:
-        """True if each of the best rates is the lowest or the highest rate tried. Then a better rate may lie beyond."""
+        """True if the best rate is the lowest or the highest rate tried. Then a better rate may lie beyond.
+
+        If several rates share the highest accuracy, True only if all of them are the lowest or the highest rate tried.
+        """
         ends = {self.tries[0].lr, self.tries[-1].lr}
         return bool(self.best) and set(self.best) <= ends
 

@@ -167,7 +167,7 @@ def extract(archive: Path, member: str, destination: Path) -> None:
     """Write the part `member` of an archive into the folder `destination`.
 
     If `member` is a folder, its files keep their relative paths. Raises AssetError if the member is missing, if a path
-    leads out of `destination`, or if the file is no zip or tar.
+    leads out of `destination`, or if the file is neither a zip nor a tar archive.
     """
     outer, _, inner = member.partition("!")
     try:

@@ -33,7 +33,7 @@ _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>.*))?",
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HOLDERS = {"prompt": ("answers",), "answer": ("answers",), "text": ("labels", "text"), "label": ("labels",)}
-"""Values of `Rows.holds` with which a row has a part, by name of the part."""
+"""Name of a column (e.g. `prompt`) -> the values of `Rows.holds` for which rows have this column."""
 
 
 class Rows(FrozenModel):

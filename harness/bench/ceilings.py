@@ -11,7 +11,7 @@ from harness.bench.results import Ceilings
 from harness.bench.timing import Clock, Run
 
 REPEATS = 5
-"""Number of samples per rate. The fastest sample counts."""
+"""Number of samples per rate. Only the fastest sample is used."""
 WARM_S = 0.5
 """Seconds of load on a GPU before the samples of a rate, so that its clock frequencies have risen."""
 COPIED_B = {"cpu": 2**28, "cuda": 2**30}

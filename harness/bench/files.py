@@ -62,7 +62,8 @@ class Folder:
         self._pending: dict[Path, dict[str, Any]] = {}
 
     def save(self, row: BenchRow) -> None:
-        """Write the file of the next row. If this fails, print the error and return: later rows are still measured."""
+        """Write one row to a new file. If this fails, print the error and return, so that the next rows are still
+        measured."""
         if self.path is None:
             return
         file = self.path / f"{self._count:03d}-{_slug(row)}.json"

@@ -190,8 +190,8 @@ class TaskRunner:
         """Run a task in a process. Yield (`begin`, number), (`row`, BenchRow) and (`memory`, bytes by name).
 
         The number is the position of a size in `task.sizes`. If the process fails, a last row reports the failure.
-        There is one exception: if a check lost the GPU, and its row was already yielded, (`lost`, reason) is yielded
-        instead.
+        There is one exception: a check fails because the GPU no longer works, and a row with this failure was already
+        yielded. Then the last event is (`lost`, reason).
         """
         at, error, lost, complete, timed = 0, "", "", False, dict[str, float]()
         row: BenchRow | None = None

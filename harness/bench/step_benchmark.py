@@ -179,7 +179,7 @@ def _galore(setting: StepSetting, both: Sequence[Implementation], pairs: int, fa
     """Check the parity of two implementations of GaLore, time their steps, and return the result.
 
     The steps are timed in cycles. A cycle is one step that refreshes the projector, and some ordinary steps. Each cycle
-    gives one sample: the mean time of a step in a training that refreshes in one of `GALORE_GAP` steps. For parity, both
+    gives one sample: the mean time of a step if one of `GALORE_GAP` steps refreshes the projector. For parity, both
     implementations must pass all checks of the Method's parity suite on the timed device. The layers of these checks
     are smaller than the timed weight.
     """

@@ -15,7 +15,7 @@ def judge_parity(parity: Sequence[CheckOutcome]) -> tuple[list[CheckOutcome], Ou
     """Decide whether a benchmark may be measured. Return its checks, its outcome, and the reason if it must not.
 
     In the returned checks, known defects are marked. Each implementation must pass at least one check and fail none;
-    skipped checks do not count. There is one exception. Some libraries compute 8-bit codes that are not the nearest
+    skipped checks are ignored. There is one exception. Some libraries compute 8-bit codes that are not the nearest
     codes. If this is a known defect, the benchmark is measured all the same, and the row names the defect.
     """
     marked = defects.explained(parity, defects.known())[0]

@@ -30,7 +30,7 @@ WARMUP_PASSES = 2
 
 @dataclass
 class Trained:
-    """The results of a training. The optimizer still has its states."""
+    """The results of a training run. The optimizer still has its states."""
 
     measured: TrainingMeasured
     optimizer: torch.optim.Optimizer

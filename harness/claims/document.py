@@ -30,7 +30,7 @@ def document(rows: Sequence[JudgedClaim], software: Mapping[str, str]) -> dict[s
 def read(path: Path) -> tuple[list[JudgedClaim], dict[str, str]]:
     """Read a ledger that `--json` wrote. Returns the judged claims and the software versions.
 
-    Raises UsageError if the file is damaged, comes from a newer version, or is no ledger.
+    Raises UsageError if the file is damaged, comes from a newer version, or is not a ledger.
     """
     again = "compute the claims again: `peft-harness claims --json > FILE`"
 

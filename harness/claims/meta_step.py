@@ -35,7 +35,7 @@ _FLAT_MASK = ("deberta", "deberta-v2")
 
 @dataclass(frozen=True)
 class MetaStep:
-    """A training step of which the operations or the saved bytes are counted."""
+    """A training step, for counting its operations or the bytes that it saves for the backward pass."""
 
     model: str
     method: str

@@ -1,4 +1,4 @@
-"""The command `baseline`."""
+"""The command `baseline`: copy runs to results/baselines, for comparison with later runs, and list the copies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `bench`."""
+"""The command `bench`: compare the speed of our kernels with that of other implementations."""
 
 from __future__ import annotations
 

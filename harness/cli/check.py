@@ -1,4 +1,4 @@
-"""The command `check`."""
+"""The command `check`: test implementations, adapter files, loops and model servers against the reference."""
 
 from __future__ import annotations
 

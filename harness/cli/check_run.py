@@ -68,7 +68,8 @@ def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html:
 
 
 def refuse_unfit_files(junit: Path | None, html: Path | None) -> None:
-    """Raise UsageError if a requested file cannot be written, or if `html` is no .html file. Call this before the checks."""
+    """Raise UsageError if a requested file cannot be written, or if `html` is not an .html file. Call this before the
+    checks."""
     refuse_unwritable({"--junit": junit, "--html": html})
     if html is not None:
         from harness.report.html import page_path

@@ -1,4 +1,4 @@
-"""The command `claims`. Only its child processes import torch."""
+"""The command `claims`: recompute the claims of papers. Only its child processes import torch."""
 
 from __future__ import annotations
 

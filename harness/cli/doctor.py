@@ -1,4 +1,4 @@
-"""The command `doctor`."""
+"""The command `doctor`: show what this machine can run, and why it cannot run the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command group `env`."""
+"""The commands `env create`, `list`, `remove` and `repair`: manage environments for libraries that conflict."""
 
 from __future__ import annotations
 

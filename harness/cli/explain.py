@@ -1,4 +1,4 @@
-"""The command `explain`."""
+"""The command `explain`: print what a name means, such as a Method, a check or an error."""
 
 from __future__ import annotations
 

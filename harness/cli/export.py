@@ -1,4 +1,4 @@
-"""The command `export`."""
+"""The command `export`: write the numbers of runs as tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `fit`."""
+"""The command `fit`: predict which ranks and batches can be trained within a memory."""
 
 from __future__ import annotations
 
@@ -58,9 +58,10 @@ def fit(
 ) -> Exit:  # fmt: skip
     """Predict what fits into a memory.
 
-    Prints, for each method and base, the largest rank and batch that fit, and the parts of the memory. With --batch, the
-    first line says yes or no, and trainings that do not fit are listed with changes that would make them fit. Nothing is
-    trained or downloaded: each prediction is the peak of a training step on fake tensors, which have shapes but no data.
+    Prints, for each method and each quantisation of the frozen weights, the largest rank and batch that fit, and the
+    parts of the memory. With --batch, the first line says yes or no, and training runs that do not fit are listed with
+    changes that would make them fit. Nothing is trained or downloaded: each prediction is the peak of a training step
+    on fake tensors, which have shapes but no data.
 
     MODEL is a shape from the papers (llama-7b ... llama-65b, llama-3-8b, llama-3-70b, gpt-3-175b-shape), a name that
     `peft-harness list models` shows, a folder with a config.json, or a repository in the local cache of the hub.

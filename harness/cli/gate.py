@@ -1,4 +1,4 @@
-"""The command `gate`: `gate RUN --baseline NAME` and `gate --pairs OLD NEW`."""
+"""The command `gate`: find regressions, by `gate RUN --baseline NAME` or by `gate --pairs OLD NEW`."""
 
 from __future__ import annotations
 

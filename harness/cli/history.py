@@ -1,4 +1,4 @@
-"""The command `history` and its subcommands."""
+"""The command `history`: store the results of nightly runs, and find changes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _night = click.option("--night", required=True, metavar="DATE", help="First nigh
 def history() -> None:
     """Store the results of nightly runs, and find what changed.
 
-    `add` writes small files, which are meant to be committed to git; `detect` reads only these. Run the suite three times
-    per night: each of these runs is a pass, and the median of the passes counts.
+    `add` writes small files, which are meant to be committed to git; `detect` reads only these. Run the suite three
+    times per night: each of these runs is a pass, and the median of the passes is used.
     """
 
 

@@ -1,4 +1,4 @@
-"""The command `import`."""
+"""The command `import`: evaluate an adapter that another program trained."""
 
 from __future__ import annotations
 

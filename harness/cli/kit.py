@@ -1,4 +1,4 @@
-"""The command `kit`."""
+"""The command `kit`: make a folder with all that a machine without network needs for `peft-harness night`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `list`."""
+"""The command `list`: print the names that a suite can use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `night`."""
+"""The command `night`: run as many checks and measurements on a GPU as a time budget allows."""
 
 from __future__ import annotations
 

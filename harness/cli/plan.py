@@ -1,4 +1,4 @@
-"""The command `plan`."""
+"""The command `plan`: validate a suite and list its Cells, without training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `report`."""
+"""The command `report`: write the HTML report of runs."""
 
 from __future__ import annotations
 

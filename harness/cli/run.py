@@ -1,4 +1,4 @@
-"""The command `run`."""
+"""The command `run`: run the Cells of a suite, and report the results."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ that must not be adapted. `deep` has ten targets. `tied` has three, two with one
 Magnitude = Literal["normal", "large", "outlier", "zero-rows", "small", "huge", "tiny", "constant", "positive"]
 """Size of the values of a drawn input; see `harness.conformance.comparison.magnitudes`."""
 MAIN_MAGNITUDES = 5
-"""Number of Magnitudes, from the first on, that the sample combines with other settings. The rest are tried alone."""
+"""The sample combines the first MAIN_MAGNITUDES values of Magnitude with other settings. The rest are tried alone."""
 WeightSize = Literal["normal", "large", "small", "tiny"]
 """Size of the weights of the ParityModel. `large` is 256 times as large as `normal`, and `small` a 256th. Usual guards
 against a division by zero would count `tiny` weights as 0."""
@@ -226,8 +226,8 @@ class LoaderSuite(FrozenModel):
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[LoaderCase]:
         """Yield the suite's cases in each dtype of the suite that is also in `dtypes`.
 
-        Without `wanted.is_wide`, these are all adapters in the first dtype. With it, some adapters are also read in the
-        other dtypes, and with `wanted.full` all of them.
+        All adapters are read in the first dtype. With `wanted.is_wide`, some adapters are also read in the other
+        dtypes; with `wanted.full` too, all adapters are read in every dtype.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         for dtype in there if wanted.is_wide else there[:1]:
@@ -252,7 +252,7 @@ class OperationCase:
     is_long: bool = False
     """True if the tensors are so long that checks which call the Operation many times are left out."""
     typical: bool = False
-    """True for one case of the suite, in the main dtype, with few and ordinary arguments. See `MethodCase.typical`."""
+    """True for the suite's one case, in the main dtype, with the most ordinary arguments. See `MethodCase.typical`."""
 
     def __str__(self) -> str:
         magnitude = "" if self.magnitude == "normal" else f"magnitude={self.magnitude}"

@@ -138,7 +138,7 @@ def check(as_json: bool) -> Exit:
 def _caught(fault: Fault) -> tuple[str, ...]:
     """Return the names of the expected checks that catch a fault, each once, in the suite's order.
 
-    A check that ends with an exception does not count, because a mistyped fault raises an exception in every check.
+    A check that ends with an exception is left out, because a mistyped fault raises an exception in every check.
     """
     caught: dict[str, None] = {}
     for names in (fault.expected, None):

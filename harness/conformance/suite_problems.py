@@ -14,7 +14,7 @@ from harness.methods.spec import methods
 def of_checks(
     document: yaml_validation.Document, names: Sequence[str], tolerances: Collection[str]
 ) -> Iterator[Problem]:
-    """Yield a problem for each name that is no check, and for each tolerance of a check that the suite does not try."""
+    """Yield a problem for each name that is not a check, and for each tolerance of a check that the suite does not try."""
     known = checks.docstrings()
     for index, name in enumerate(names):
         if name not in known:

@@ -1,8 +1,8 @@
-"""Answer whether a training with a given rank and batch fits, and find what would make it fit. No torch.
+"""Answer whether a training run with a given rank and batch fits, and find what would make it fit. Imports no torch.
 
 The answer has one row for each Method, at one rank, with each base and each optimizer. If a row does not fit, the same
-prediction is made for changed trainings: gradient checkpointing, a 4-bit base, an 8-bit optimizer, layer-wise updates,
-several of these together, and smaller batches.
+prediction is made for training with changed settings: gradient checkpointing, a 4-bit base, an 8-bit optimizer,
+layer-wise updates, several of these together, and smaller batches.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ simulated step decides. In tests, the error is at most 20 %.
 
 @dataclass(frozen=True)
 class _Change:
-    """A training with other settings, which might fit, and its closed-form result."""
+    """A training run with changed settings that make it smaller, and its closed-form result."""
 
     settings: dict[str, Any]
     """Name of each changed setting (`checkpointing`, `base`, `optimizer` or `layerwise`) -> its new value."""

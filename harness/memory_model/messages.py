@@ -42,7 +42,8 @@ class MethodCount(TypedDict, total=False):
     step: int
     """Bytes that exist only while the optimizer steps."""
     layerwise: int
-    """Bytes of `gradients` plus `step` if updates are layer-wise. Only the largest trainable tensor counts then."""
+    """Bytes of `gradients` plus `step` if updates are layer-wise. Only the largest trainable tensor is included then.
+    """
     activations: tuple[int, int] | None
     """Bytes of saved activations per token, as a pair: without and with gradient checkpointing. None for a model
     without a formula."""

@@ -50,7 +50,10 @@ def sum_over_llama(model: Any, saved: Mapping[str, tuple[bool, int]], trains: Co
     blocks = model.model.layers
 
     def number(part: str, *names: str) -> int:
-        """Count the blocks in which at least one of these layers saves the input that they share."""
+        """Return the number of blocks in which at least one of the layers `names` saves its input.
+
+        part: `self_attn` or `mlp`, the module of the block that contains these layers. They all have the same input.
+        """
         paths = [[f"model.layers.{index}.{part}.{name}" for name in names] for index in range(len(blocks))]
         return sum(any(saved.get(path, (False, 0))[0] for path in of_block) for of_block in paths)
 

@@ -38,7 +38,7 @@ def read_config(folder: Path) -> Any:
 
 
 def model_class(name: str) -> Any:
-    """Return transformers' model class with this name, or None if there is none. Auto classes do not count."""
+    """Return transformers' model class with this name, or None if there is none. Auto classes are not returned."""
     import transformers
 
     found = getattr(transformers, name, None)

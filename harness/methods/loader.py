@@ -63,7 +63,7 @@ class Loader:
         raise Unsupported("hotswap: the loader cannot replace an adapter in place")
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Return a context in which `logits` returns the logits of the base for every name."""
+        """Return a context in which all adapters are off: `logits` returns the logits of the base, whatever its `name`."""
         raise Unsupported("disabled: the loader cannot disable adapters")
 
     def set_scale(self, name: str, factor: float) -> None:

@@ -201,7 +201,7 @@ def _type_problems(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
 def _unknown_keys(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
     """Yield a problem for every key that peft would ignore.
 
-    Keys with the value null are no problem, because other versions of peft write them.
+    Keys with the value null are allowed, because other versions of peft write them.
     """
     kind = value.get("peft_type")
     known = peft_schema.keys_of(kind) if isinstance(kind, str) and kind not in _UNSUPPORTED_TYPES else frozenset()

@@ -39,7 +39,7 @@ def task_base(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tupl
     number of labels are those of the base's config.json, the result is `folder`. Otherwise it is a temporary folder
     with a changed config.json and links to the other files, which is removed when the process ends. Raises Unsupported
     if transformers has no class for this task and base, and UsageError if the base cannot be read, or if auto_mapping
-    names an object of transformers that is no class of a model.
+    names an object of transformers that is not a model class.
     """
     task = config.get("task_type")
     base: Any = read_config(folder)
@@ -59,7 +59,7 @@ def _mapped(config: Mapping[str, Any], where: Path) -> str:
     """Return the name of the base's class in auto_mapping. If there is a task_type, or no auto_mapping, return "".
 
     peft writes auto_mapping if there is no task_type. The class may be one of another library. Raises UsageError if the
-    name is an object of transformers that is no class of a model.
+    name is an object of transformers that is not a model class.
     """
     import transformers
 

@@ -22,7 +22,7 @@ def wrap(
 ) -> AdaptedLayers:
     """Freeze `model`, replace every target by `make_layer(target)`, and return the adapted model.
 
-    Raises Unsupported for a target that is no linear layer.
+    Raises Unsupported for a target that is not a linear layer.
     """
     bases = targets(model, config.targets, KINDS)
     for path, base in bases.items():

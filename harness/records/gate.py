@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 class Gate(FrozenModel):
-    """The parity gate that counts for an attempt at a Cell."""
+    """The parity gate that an attempt at a Cell uses: its own, or that of another Record of the run."""
 
     key: str
     """Hash of everything that the result of the gate depends on. Cells with equal keys may share a gate."""
     record: str = ""
-    """Record of the same run whose gate counts for this attempt too, as `cell_id.attempt`. Empty if the attempt took
+    """Record of the same run whose gate this attempt uses, as `cell_id.attempt`. Empty if the attempt took
     the gate itself."""
     checks: Count = 0
     """Number of entries at the start of `Record.checks` that are results of the gate. It is 0 in the file of a Record
@@ -27,8 +27,8 @@ class Gate(FrozenModel):
 def shared(records: Iterable[Record]) -> tuple[list[Record], dict[str, str]]:
     """Copy the results of each shared parity gate into the Records that use it, as their first checks.
 
-    Return the Records that count, and a dict that maps the id of each other Record to the reason why it does
-    not count. A Record does not count if the Record that took its gate is missing or was changed.
+    Return the usable Records, and a dict that maps the id of each other Record to the reason why it is not
+    usable. A Record is not usable if the Record that took its gate is missing or was changed.
     """
     records = list(records)
     by_id = {record.id: record for record in records}

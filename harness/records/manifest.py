@@ -83,7 +83,7 @@ class Footer(FrozenModel):
     how: Literal["finished", "interrupted", "failed"]
     """Way in which the run ended."""
     counts: dict[str, int]
-    """Number of Records of each status. Only the last attempt at each Cell counts."""
+    """Number of Records of each status. Only the last attempt at each Cell is included."""
     missing: list[str]
     """cell_ids of the expected Cells without any Record."""
     kept: int = 0

@@ -41,7 +41,7 @@ class TrainingMeasured(FrozenModel):
     """Facts about the optimizer: the class, the settings of each parameter group, and how states are paged, if they
     are."""
     text_rules: str = ""
-    """Description of how texts became tokens, and of which tokens have a loss."""
+    """Description of how texts became tokens, and for which tokens a loss is computed."""
     cut_examples: int | None = None
     """Number of training examples that were truncated because they were too long. None if they were not counted."""
     data_order_sha256: str = ""

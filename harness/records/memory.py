@@ -47,7 +47,7 @@ class Predicted(FrozenModel):
     def passing_B(self) -> int:  # noqa: N802  # a unit, as of the fields
         """Known bytes that each training step allocates and frees again.
 
-        Activations and logits are freed before `step_B` is allocated, so only the larger part counts.
+        Activations and logits are freed before `step_B` is allocated, so only the larger of the two is included.
         """
         return max((self.activations_B or 0) + (self.logits_B or 0), self.step_B)
 

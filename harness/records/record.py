@@ -94,8 +94,8 @@ class Evaluation(ExtendedModel):
     batch: int = 32
     """Number of test items in a forward pass."""
     skip: int = 0
-    """Number of test items to skip before the first scored one. Only searches for a learning rate skip items, since
-    items that choose the rate must not also score ranked Cells."""
+    """Number of test items to skip before the first scored one. It is 0 except in a search for a learning rate: the
+    search skips the items that later score the ranked Cells."""
     latency: bool = True
     """True if latencies are measured. If several Cells differ only in the seed, it is enough to measure one of them."""
     prompt_batch: int = 1
@@ -338,7 +338,7 @@ class Record(FrozenModel):
     checks: list[CheckResult] = []
     """Results of the checks. Those of a shared parity gate are only in the file of the Record that took the gate."""
     gate: Gate | None = None
-    """Parity gate that counts for the attempt. None in older Records, for a Cell that never shares its gate, and if the
+    """Parity gate that the attempt uses. None in older Records, for a Cell that never shares its gate, and if the
     gate did not end."""
     measurements: Measurements | None = None
     """Everything that was measured. None unless the status is `ok`."""

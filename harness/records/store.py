@@ -1,7 +1,7 @@
 """Read and write run folders. A run writes `run.json` first, then one file per attempt, and `footer.json` last.
 
 Every file is complete: no reader sees a part of a file. The footer holds the hashes of the other files. The hashes are
-no signature: anyone who changes a file can change its hash, too.
+not a signature: anyone who changes a file can change its hash, too.
 
 results/runs/<run>/run.json  cells/<cell_id>.<attempt>.json  logs/  footer.json  report.html  lock
 """
@@ -98,9 +98,9 @@ class Run:
     """Names of unreadable files, with the reason why each cannot be read. Reports list these files."""
     changed: dict[str, str] = field(default_factory=dict)
     """Paths of files that were changed, removed or added after the run, each with what happened to it. Records in such
-    files do not count."""
+    files are not used."""
     ungated: dict[str, str] = field(default_factory=dict)
-    """Path of each Record that does not count because it lost its parity gate -> the reason: the Record that took the
+    """Path of each Record that is not used because it lost its parity gate -> the reason: the Record that took the
     gate is missing, unreadable or changed."""
 
     @property
@@ -115,7 +115,7 @@ class Run:
         return {i: newest[i] for i in ids if i in newest and i not in doubtful}
 
     def doubtful(self) -> dict[str, str]:
-        """Map the cell_id of each Cell whose newest Record does not count to the reason.
+        """Map the cell_id of each Cell whose newest Record must not be used to the reason.
 
         The newest Record was changed, removed or added after the run, or it lost its parity gate. An older Record of
         such a Cell must not be used instead.
@@ -134,7 +134,7 @@ class Run:
 
     @cached_property
     def _not_counted(self) -> dict[str, str]:
-        """Map the cell_id of each Cell whose newest Record does not count to the path of this Record."""
+        """Map the cell_id of each Cell whose newest Record must not be used to the path of this Record."""
         newest, found = self._newest, dict[str, str]()
         for name in (*self.changed, *self.ungated):
             cell_id, _, attempt = Path(name).stem.partition(".")

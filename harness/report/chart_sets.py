@@ -274,8 +274,8 @@ def _curve(s: Series, values: Sequence[float], low: float = -math.inf, high: flo
 def errors(f: RunFacts, judgement: QuestionVerdict) -> ChartSet | None:
     """Return the chart of a `same-losses` comparison: |loss - float64 loss| and the largest allowed errors, by step.
 
-    The chart has one curve of allowed errors per reference run, e.g. one for each model. Return None for another kind
-    of comparison, or if there are no losses to compare.
+    The chart has one curve of allowed errors per reference run, e.g. one for each model. Return None for any other
+    kind of comparison, or if there are no losses to compare.
     """
     compared = [s for s in judgement.trajectories or () if s.errors]
     if not compared:

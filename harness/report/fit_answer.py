@@ -1,4 +1,5 @@
-"""Text output of `fit --batch`: the answer in the first line, then what would make other trainings fit, then the table."""
+"""Text output of `fit --batch`: the answer in the first line, then changes that would make a training run fit, then the
+table."""
 
 from __future__ import annotations
 

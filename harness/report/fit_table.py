@@ -73,7 +73,10 @@ def _sizes(row: _Row, size: MemorySize) -> list[str]:
 
 
 def needed_and_free(needed_B: int, size: MemorySize) -> tuple[int, int]:
-    """Return the needed memory, rounded up, and the rest of `size`, both in hundredths of the unit of `size`."""
+    """Return the needed memory, rounded up, and the free memory. One is a hundredth of `size.unit`, e.g. of a GiB.
+
+    size: memory of the device. The free memory is the rest of it.
+    """
     unit = UNITS[size.unit]
     needed = -(-100 * needed_B // unit)
     return needed, 100 * size.number_B // unit - needed

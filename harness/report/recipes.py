@@ -185,13 +185,13 @@ def _to_target(e: RankingEntry, target: TargetLoss | None, untimed: str) -> Fiel
 
 
 def _timed(e: RankingEntry, shown: Field) -> Field:
-    """Return the field of a time, flagged if some of the trainings were timed on a busy machine."""
+    """Return the field of a time, flagged if some of the training runs were timed on a busy machine."""
     count = busy(e)
     return shown | {"flag": f"busy {count} of {len(e.records)}"} if count and shown["value"] is not None else shown
 
 
 def busy(entry: RankingEntry) -> int:
-    """Return the number of trainings of a recipe that were timed while other programs used the CPU."""
+    """Return the number of training runs of a recipe that were timed while other programs used the CPU."""
     return sum(bool(contention.busy(record)) for record in entry.records)
 
 

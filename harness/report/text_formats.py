@@ -25,8 +25,8 @@ COLUMNS = {
     "lr": ("learning rate", None), "seeds": ("seeds", None),
 }  # fmt: skip
 """Heading and factor of each column of the CSV, by the name of the recipe's number. The factor converts the number from
-the base unit to the unit in the heading. It is None for a value that stays as it is. `busy`: how many of the trainings
-were timed on a busy machine. `latency_flag`: what disturbed the latencies, e.g. `unsteady 1 of 3`."""
+the base unit to the unit in the heading. It is None for a value that stays as it is. `busy`: how many of the training
+runs were timed on a busy machine. `latency_flag`: what disturbed the latencies, e.g. `unsteady 1 of 3`."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 

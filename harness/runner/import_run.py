@@ -177,7 +177,7 @@ def _sources() -> Mapping[str, Source]:
 def _with_import(suite: Suite, first: Cell, request: ImportRequest, adapter: AdapterFile, facts: Imported) -> Suite:
     """Return the suite with a Cell for the imported adapter, which has the model and task of `first`.
 
-    It is the last Cell if there is a suite `beside`. Otherwise it is the only one.
+    If `request.beside` names a suite, the Cell comes after the Cells of this suite. Otherwise it is the only Cell.
     """
     config: dict[str, Any] = {KEY: dict(adapter.config), ADAPTER_SHA256: facts.adapter_sha256}
     training = Training(steps=0, batch=first.training.batch, max_tokens=first.training.max_tokens)

@@ -18,7 +18,7 @@ _MACHINE = "vmstat"
 
 
 class KernelKills:
-    """Watches for processes that the kernel kills because memory runs out. Earlier kills do not count.
+    """Watches for processes that the kernel kills because memory runs out. Earlier kills are ignored.
 
     log: the kernel's log. proc: the folder /proc. cgroups: the folder of the cgroups.
     """

@@ -1,6 +1,6 @@
 """Show progress on stderr: the phase, step and loss of each running Cell, and the time left.
 
-If stderr is no terminal, only complete lines are printed.
+If stderr is not a terminal, only complete lines are printed.
 """
 
 from __future__ import annotations

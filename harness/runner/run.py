@@ -241,7 +241,7 @@ def _fetch(suite: Suite, plan: Plan, progress: Progress) -> CellAssets:
 def _find_old(plan: Plan, out: Path | None, resume: str | None, stack: contextlib.ExitStack) -> Path | None:
     """Return the folder of the run to resume. If this is a new run, return None.
 
-    The folder is locked until `stack` ends, and Cells that an earlier runner left running are told to end. Raises
+    The folder is locked until `stack` ends, and Cells that an earlier runner left running are stopped. Raises
     UsageError or StoreError if the folder cannot be used.
     """
     if resume is None:

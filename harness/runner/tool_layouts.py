@@ -236,7 +236,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _yaml(text: str, path: Path) -> dict[str, Any]:
-    """Return the YAML mapping in a text. Only plain values are kept. Raises UsageError if the text is no YAML."""
+    """Return the YAML mapping in a text. Only plain values are kept. Raises UsageError if the text is not YAML."""
     try:
         content = yaml.load(text, Loader=Yaml12Loader)  # noqa: S506  # a subclass of the safe loader
     except yaml.YAMLError as error:

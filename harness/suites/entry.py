@@ -59,8 +59,8 @@ class SuiteEntry:
     latency: Timed
     tune: Tune | None
     places: dict[str, str]
-    """Key -> its place in the suite, as `file:line`. Only keys whose values are checked against a model or data set
-    later are in it."""
+    """Key -> its place in the suite, as `file:line`. It holds only the keys of `_CHECKED_LATER`, whose values are
+    checked later against a model or data set."""
 
 
 @dataclass
@@ -215,8 +215,8 @@ class _EntryChecker:
     def _unknown_config_keys(self) -> None:
         """Report each key of `config` that no Method has.
 
-        For a key in the entry's own config, only the Methods of this entry count. For a key in the block's config, the
-        Methods of all entries of the block count.
+        A key in the entry's own config must belong to a Method of this entry. A key in the block's config must belong
+        to a Method of any entry of the block.
         """
         block = self.context.document.at(self.block)
         own = self.context.document.at(self.cell).get("config", {}) if self.cell != self.block else {}
@@ -359,7 +359,7 @@ class _EntryChecker:
 
 
 def _merged(block: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of a block and of a cell in one dict. If both have a key, the value in the cell counts.
+    """Return the keys of a block and of a cell in one dict. If both have a key, the value in the cell is used.
 
     If both values of a key are mappings, they are merged in the same way.
     """

@@ -107,7 +107,7 @@ class LowRankLayer(AdaptedLayer):
         self.scaling, self.dropout = scaling, nn.Dropout(dropout)
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the names A, B and, if there is one, c to the trainable parameters."""
+        """Map the names A, B and, if B has a trainable bias, c to the trainable parameters."""
         return {"A": self.A, "B": self.B} | ({} if self.c is None else {"c": self.c})
 
     def with_bias(self, y: Tensor, dim: int = -1) -> Tensor:

@@ -65,7 +65,7 @@ class CorpusAdapter:
     config: Mapping[str, Any] = field(default_factory=dict)
     """Keys of adapter_config.json, besides those that every adapter has."""
     ranks: Mapping[str, int] = field(default_factory=dict)
-    """End of a path -> rank, for layers whose rank is not `r`. The first end that matches counts."""
+    """End of a path -> rank, for layers whose rank is not `r`. The first end that matches is used."""
     stacks: Mapping[str, str] = field(default_factory=dict)
     """Name of an adapted stack of experts -> text between the module's path and `.lora_A.weight` in the keys of the file."""
     saved: Iterable[str] = ()

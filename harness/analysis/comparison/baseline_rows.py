@@ -29,8 +29,8 @@ torch.compile."""
 ACCURACY = 0.02
 """Largest drop of an accuracy that does not fail: two percentage points."""
 LOOSER = 10.0
-"""Largest factor by which the allowed error of a check may grow. If it grows more, the row is inconclusive. The allowed
-error follows the noise that each run measures, and this noise differs between machines."""
+"""Largest factor by which the allowed error of a check may exceed that of the baseline. If it grows more, the row is
+inconclusive. The allowed error follows the noise that each run measures, and this noise differs between machines."""
 LOSS_SHARE, LOSS = 0.1, 0.05
 """Largest rise of a training loss that does not fail: LOSS_SHARE times the loss of the baseline, plus LOSS nats. Both
 numbers were chosen, not measured. Both runs see the same batches in the same order, so their losses differ only by
@@ -137,7 +137,7 @@ class ComparisonRow:
 
     @property
     def judged(self) -> bool:
-        """True if the row counts for the verdict of the whole comparison."""
+        """True if the row affects the verdict of the whole comparison."""
         return self.kind not in (RowKind.TIME, RowKind.NEW)
 
     @property

@@ -48,7 +48,7 @@ class Spread:
 
     @property
     def detectable(self) -> float:
-        """The smallest true value that a two-sided test at LEVEL tells apart from 0 with 80 % power."""
+        """The smallest true value that a two-sided test at LEVEL distinguishes from 0 with 80 % power."""
         return (_quantile(0.5 + LEVEL / 2, self.df) + NormalDist().inv_cdf(POWER)) * self.error
 
 

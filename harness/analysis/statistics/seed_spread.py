@@ -19,8 +19,8 @@ from harness.records.record import Accuracy
 FEWEST, FEWEST_SEEDS = 5, 3
 """Fewest recipes for an estimate of the distribution of variances, and fewest seeds of each of these recipes."""
 _COUNTS = 0.5
-"""Weight of the degrees of freedom of the other recipes. It is below 1 for two reasons: the distribution is only
-estimated, and the best recipe was selected."""
+"""Weight of `Prior.df` in a sum with the degrees of freedom of one recipe. It is below 1 for two reasons: the
+distribution is only estimated, and the best recipe was selected."""
 
 
 @dataclass(frozen=True)

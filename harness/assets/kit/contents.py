@@ -1,6 +1,6 @@
-"""Contents of a kit for a machine without network, most valuable first.
+"""Contents of a kit: a folder with all that a machine without network needs to run `peft-harness night`.
 
-The machine must already have torch, triton, transformers and peft.
+The most valuable contents come first. The machine must already have torch, triton, transformers and peft.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ USEFUL = (
     "loralib",
     "galore-torch",
 )
-"""Distributions that parts of a night use. `bitsandbytes` comes first, since most operations are timed against it."""
+"""Distributions that some measurements of `peft-harness night` use. `bitsandbytes` comes first, since most operations
+are timed against it."""
 LAST = ("scipy",)
-"""Large distributions of lesser use. `scipy` judges pairs of runs."""
+"""Large distributions that are less useful. scipy is needed to judge pairs of runs (`gate --pairs`)."""
 
 
 class Half(NamedTuple):
-    """A model that the kit may hold in float16."""
+    """A model that the kit (see this module) may hold in float16."""
 
     model: str
     """Name of the model in suites/sources.yaml."""
@@ -40,7 +41,7 @@ class Half(NamedTuple):
 HALF = (Half("minilm-l6", "sentinels", ("movie-reviews",)), Half("tiny-llama", "night"))
 """Candidates for the model in float16, best first. A kit holds the first that fits together with its data."""
 SOURCES = ("tiny-llama", "toy-sentiment", "movie-reviews", "minilm-l6")
-"""Names in suites/sources.yaml of the models and data that a kit holds as far as they fit."""
+"""Names in suites/sources.yaml of the models and data that `peft-harness kit` copies as far as they fit."""
 FOLDERS = ("harness", "reference", "suites", "report_templates", "results/baselines")
 FILES = ("pyproject.toml", "README.md")
-"""Files at the top of a checkout that a kit copies. `FOLDERS` are the copied folders."""
+"""Files at the top of a checkout that are copied into a kit. `FOLDERS` are the copied folders."""

@@ -1,4 +1,7 @@
-"""Make a kit for a machine without network: source, wheels, models and data, as far as they fit. Imports no torch."""
+"""Make a kit: a folder with which a machine without network runs `peft-harness night`. Imports no torch.
+
+It holds the source, wheels, and models and data as far as they fit.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ Say = Callable[[str], None]
 
 @dataclass
 class Kit:
-    """A finished kit: its folder, what it holds, and what was left out."""
+    """A finished kit (a folder for a machine without network): its folder, what it holds, and what was left out."""
 
     folder: Path
     limit_B: int
@@ -50,10 +53,10 @@ class Kit:
 
 
 def make(folder: Path, limit_B: int, python_version: str, say: Say) -> Kit:
-    """Make a kit of at most `limit_B` bytes, and return it.
+    """Make a kit (a folder for a machine without network) of at most `limit_B` bytes, and return it.
 
-    Raises UsageError if the folder is not empty or cannot be made, or if the source alone is too large, which leaves the
-    folder empty. Raises HarnessError if the harness is not installed.
+    Raises UsageError if the folder is not empty or cannot be made, or if the source alone is too large, which leaves
+    the folder empty. Raises HarnessError if the harness is not installed.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError("is not empty", where=str(folder), hint="name a new folder")

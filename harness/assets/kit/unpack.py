@@ -1,4 +1,7 @@
-"""Unpack the wheels of a kit that this Python lacks: `python unpack.py WHEELS SITE`. Needs the standard library only."""
+"""Unpack the wheels of a kit that this Python lacks: `python unpack.py WHEELS SITE`. Needs the standard library only.
+
+A kit is the folder that `peft-harness kit` makes for a machine without network.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from pathlib import Path
 def main(wheels: Path, site: Path) -> None:
     """Unpack each wheel whose distribution is not installed into `site`. Nothing is installed outside of it.
 
-    A wheel that was unpacked completely stays as it is: a running night may use its libraries.
-    Exit with an error at a wheel for another Python.
+    A wheel that was unpacked completely stays as it is: a running `peft-harness night` may use its libraries.
+    Exit with an error if a wheel is not for this version of Python.
     """
     done = site / ".unpacked"
     done.mkdir(parents=True, exist_ok=True)

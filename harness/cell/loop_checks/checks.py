@@ -30,10 +30,10 @@ _DRAWS = (None, *range(PERTURBED_DRAWS))
 
 
 class ReferenceTrainings:
-    """Trainings of the reference by the harness's own loop, in float64 and in the trainee's dtype.
+    """Training runs of the reference with the harness's own loop, in float64 and in the trainee's dtype.
 
-    The checks compare a training by the loop under test with these trainings. All implementations of a Method in one
-    dtype share them.
+    The checks compare a run of the loop under test with these runs. All implementations of a Method in one dtype share
+    them.
     """
 
     def __init__(self, trainee: Trainee) -> None:
@@ -42,11 +42,11 @@ class ReferenceTrainings:
 
     @cached_property
     def truth(self) -> Observed:
-        """The training of the reference in float64."""
+        """The training run of the reference in float64."""
         return observe(loop.train, self._trainee.of_reference("float64"))
 
     def draws(self) -> Iterator[Observed]:
-        """Yield trainings of the reference in the trainee's dtype. Each has different rounding errors."""
+        """Yield training runs of the reference in the trainee's dtype. Each has different rounding errors."""
         for index, seed in enumerate(_DRAWS):
             if index == len(self._draws):
                 self._draws.append(observe(loop.train, self._trainee, seed))
@@ -55,10 +55,10 @@ class ReferenceTrainings:
 
 @dataclass(frozen=True)
 class ComparedTrainings:
-    """The trainings that a check compares.
+    """The training runs that a check compares.
 
-    `train` is the loop under test; it trains `trainee`. `yardstick` holds trainings of the reference by the harness's
-    own loop.
+    `train` is the loop under test; it trains `trainee`. `reference` holds training runs of the reference with the
+    harness's own loop.
     """
 
     trainee: Trainee
@@ -67,12 +67,12 @@ class ComparedTrainings:
 
     @cached_property
     def whole(self) -> Observed:
-        """The training by the loop under test, without gradient accumulation."""
+        """The training run of the loop under test, without gradient accumulation."""
         return observe(self.train, self.trainee)
 
     @cached_property
     def parts(self) -> Observed:
-        """The training by the loop under test, with gradient accumulation over `PARTS` parts of each batch."""
+        """The training run of the loop under test, with gradient accumulation over `PARTS` parts of each batch."""
         recipe = self.trainee.recipe.model_copy(update={"accumulate": PARTS})
         return observe(self.train, replace(self.trainee, recipe=recipe))
 
@@ -125,8 +125,8 @@ def check_gradients(trainings: ComparedTrainings) -> Findings:
 
 
 def check_accumulation(trainings: ComparedTrainings) -> Findings:
-    """With a batch in two parts, the optimizer gets the gradient of the whole batch. Each part counts in proportion to its
-    number of answer tokens."""
+    """With a batch in two parts, the optimizer gets the gradient of the whole batch. The parts are weighted by
+    their numbers of answer tokens."""
     return _gradients(trainings.trainee, trainings.parts)
 
 

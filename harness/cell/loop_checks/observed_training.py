@@ -54,7 +54,7 @@ class Trainee:
 
 @dataclass
 class Observed:
-    """Observations of one training: each step, and the tensors at its end."""
+    """Observations of one training run: each step, and the tensors at its end."""
 
     samples: StepSamples
     rows: list[Rows] = field(default_factory=list)

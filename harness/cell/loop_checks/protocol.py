@@ -9,14 +9,14 @@ from harness.records.record import Environment
 
 
 class LoopEvent(FrozenModel):
-    """One event. Exactly one field is set."""
+    """One event that the worker sends to `check --loop`. Exactly one field is set."""
 
     missing: str = ""
     """Reason why the loop cannot run here. It names the module that is not installed."""
     environment: Environment | None = None
     """Machine and software of the worker."""
     begin: str = ""
-    """Description of the trainings that begin."""
+    """Description of the training runs that begin, e.g. `lora by reference in float32`."""
     outcome: CheckOutcome | None = None
     """Outcome of a check."""
     setting: SettingFound | None = None

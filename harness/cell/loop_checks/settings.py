@@ -20,19 +20,20 @@ from harness.methods.registry import Registry
 from harness.records.record import Training
 
 _STEPS = 12
-"""Number of steps of each training. The checks use fewer, but some settings need several steps to show an effect."""
+"""Number of steps of each training run. The checks use fewer, but some settings need several steps to show an effect.
+"""
 
 
 @dataclass(frozen=True)
 class _Own:
-    """The trainings to compare with, by the harness's own loop: one in float32 and one in float64."""
+    """The training runs to compare with, by the harness's own loop: one in float32 and one in float64."""
 
     float32: Observed
     float64: Observed
 
 
 class SettingTrials:
-    """Trains a model with each setting of a library's loop, and compares with trainings by the harness's own loop."""
+    """Trains a model with each setting of a library's loop, and compares with runs of the harness's own loop."""
 
     def __init__(self, registry: Registry, foreign: TrainingLoop) -> None:
         self._registry, self._loop = registry, foreign
@@ -74,7 +75,7 @@ def _pair(trainee: Trainee) -> tuple[Trainee, Trainee]:
 
 
 def _compared(setting: LoopSetting, defaults: dict[str, bool], seen: Observed, own: _Own) -> SettingFound:
-    """Compare the training `seen` with the trainings `own`, and return the effect of the setting on training.
+    """Compare the training run `seen` with the runs `own`, and return the effect of the setting on training.
 
     Losses are compared as in the check `losses`, and final tensors as in the check `weights`.
     """

@@ -24,7 +24,7 @@ TRAINEES = (
     ("adalora", "reference", "float32"),
     ("lora", "fused", "bfloat16"),
 )
-"""Method, implementation and dtype of each training of the checks."""
+"""Method, implementation and dtype of each training run that is checked."""
 
 
 def main(events: int, lifeline: int, name: Loop) -> None:

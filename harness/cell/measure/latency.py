@@ -213,7 +213,7 @@ class _Variants:
     def detach(self) -> None:
         """Detach the adapter. Raises ImplementationError if a layer is still adapted.
 
-        Without this check, the time of an adapted layer could count as time of the base.
+        Without this check, the time of an adapted layer could be recorded as a time of the base.
         """
         with self._guarded("detach()"):
             self._adapted.detach()

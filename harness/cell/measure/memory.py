@@ -131,7 +131,7 @@ def _status_bytes(key: str) -> int:
 
 
 def _trim() -> None:
-    """Return free pages of the C heap to the system, so that they do not count in the next peak. Needs glibc."""
+    """Return free pages of the C heap to the system, so that the next peak does not include them. Needs glibc."""
     libc: Any = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
@@ -140,13 +140,13 @@ def _trim() -> None:
 def peak_while(run: Callable[[], object]) -> int | None:
     """Call `run`. Return the peak bytes of all CPU tensors during the call, or None if torch has no profiler.
 
-    Tensors that existed before the call count too. Equal runs give the same peak, to the byte, because the peak adds up
-    the requests to torch's allocator. VmHWM, the peak of the process, would differ by megabytes.
+    This includes tensors that existed before the call. Equal runs give the same peak, to the byte, because the peak
+    adds up the requests to torch's allocator. VmHWM, the peak of the process, would differ by megabytes.
 
-    Some memory does not count. Tensors that were made during imports are missing, because the garbage collector does
+    Some memory is not included. Tensors that were made during imports are missing, because the garbage collector does
     not list them (see `harness/runner/worker.py`). Allocations by other libraries and by Python threads are missing.
-    Earlier tensors without a storage are missing: sparse tensors, and wrappers that vmap left. If `run` frees an earlier
-    tensor, this tensor still counts until the end.
+    Earlier tensors without a storage are missing: sparse tensors, and wrappers that vmap left. If `run` frees an
+    earlier tensor, this tensor is still included until the end.
     """
     if not kineto_available():
         return None

@@ -19,8 +19,9 @@ from harness.errors import Unsupported
 def save(subject: Subject, tensors: Mapping[str, Tensor], base: Path, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors into a new folder.
 
-    subject: a model with LoRA. tensors: A and B of each layer, and c with `lora_bias`, by the names of
-    `Adapted.tensors()`. base: folder of the base model. Raises Unsupported if a layer is not linear.
+    subject: a model with LoRA. tensors: the trained tensors, by the names of `Adapted.tensors()`: A and B of each layer
+    and, if the config has `lora_bias`, the bias of B. base: folder of the base model. Raises Unsupported if a layer is
+    not linear.
     """
     for path, layer in subject.bases.items():
         if not isinstance(layer, nn.Linear):

@@ -124,5 +124,5 @@ def _share(result: SubjectResult, part: PhaseResult) -> float:
 
 
 def timed(refused: Mapping[str, str]) -> bool:
-    """Return whether at least one load may be timed."""
+    """Return whether at least one load of the server may be timed. refused: see `Judged.refused`."""
     return any(load not in refused for load in get_args(Load))

@@ -42,7 +42,7 @@ class StepSamples:
 
 
 class StepLog:
-    """The numbers of the steps so far. It ends a training that diverges, or in which nothing trains.
+    """The numbers of the steps so far. It ends a training run that diverges, or in which nothing trains.
 
     steps: number of steps of the whole training. report: function that is called with the number of each step, counted
     from 1, and its loss.
@@ -138,7 +138,8 @@ def train(
 
     Before every step, the global random state is set from (seed, step). So the dropout masks do not depend on how many
     random numbers an implementation draws. If float16 gradients overflow, the same batch is used again with half the
-    loss scale. No step is skipped, and the time of every attempt counts. Raises the errors of `StepLog.add`.
+    loss scale. No step is skipped, and the time of a step includes all its attempts. Raises the errors of
+    `StepLog.add`.
     """
     log, trained = StepLog(adapted, optimizer, len(batches), report), trainable(adapted, head)
     adapted.model.train()
@@ -212,7 +213,7 @@ def norm_of(trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -
 def _diverged(
     loss: float, norm: float, samples: StepSamples, optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> str:
-    """Return the message for a training that diverged: the step, the last loss, the usual causes and a hint."""
+    """Return the message for a training run that diverged: the step, the last loss, the usual causes and a hint."""
     step = len(samples.losses) + 1
     last = f"; the loss of step {step - 1} was {samples.losses[-1]:.4g}" if samples.losses else ""
     rate = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)

@@ -1,6 +1,7 @@
 """Measures: arithmetic with printed numbers or results of other measures. Imports no torch.
 
-The parameter `last` is one unit of the last digit of the coarsest figure among the arguments. It is 0 if all are exact.
+The parameter `last` is one unit of the last digit of the least precise number among the arguments: 0.1 for 2.5 and
+1.25. It is 0 if all are exact.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from harness.claims.measure import Count, Counts, MeasureResult, Quantities, Qua
 def ratio(of: Quantity, to: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
     """The ratio `of` / `to`.
 
-    last: one unit of the last digit of the coarser figure; 0 if both are exact.
+    last: one unit of the last digit of the less precise number; 0 if both are exact.
     """
     return quotient(of, to, last).from_printed(f"{written(of)} / {written(to)}")
 
@@ -26,7 +27,7 @@ def ratio(of: Quantity, to: Quantity, last: Quantity = Fraction(0)) -> MeasureRe
 def share(of: Quantity, to: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
     """`of` as a share of `to`.
 
-    last: one unit of the last digit of the coarser figure; 0 if both are exact.
+    last: one unit of the last digit of the less precise number; 0 if both are exact.
     """
     return ratio(of, to, last)
 
@@ -35,7 +36,7 @@ def share(of: Quantity, to: Quantity, last: Quantity = Fraction(0)) -> MeasureRe
 def share_less(of: Quantity, than: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
     """Relative reduction: 1 - `of` / `than`.
 
-    last: one unit of the last digit of the coarser figure; 0 if both are exact.
+    last: one unit of the last digit of the less precise number; 0 if both are exact.
     """
     return (ONE - quotient(of, than, last)).from_printed(f"1 - {written(of)} / {written(than)}")
 
@@ -44,7 +45,7 @@ def share_less(of: Quantity, than: Quantity, last: Quantity = Fraction(0)) -> Me
 def share_more(of: Quantity, than: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
     """Relative increase: `of` / `than` - 1.
 
-    last: one unit of the last digit of the coarser figure; 0 if both are exact.
+    last: one unit of the last digit of the less precise number; 0 if both are exact.
     """
     return (quotient(of, than, last) - ONE).from_printed(f"{written(of)} / {written(than)} - 1")
 
@@ -53,7 +54,7 @@ def share_more(of: Quantity, than: Quantity, last: Quantity = Fraction(0)) -> Me
 def most_share_less(of: Quantities, than: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
     """Largest relative reduction: the largest of 1 - `of` / `than` over the positions of two lists.
 
-    This measure suits a claim with `up to`. last: one unit of the last digit of the coarsest figure; 0 if all are
+    This measure suits a claim with `up to`. last: one unit of the last digit of the least precise number; 0 if all are
     exact. For sums of printed figures, it is this unit times the number of terms.
     """
     shares = [ONE - quotient(one, other, last) for one, other in zip(of, than, strict=True)]
@@ -77,7 +78,7 @@ def count_product(of: Counts) -> MeasureResult:
 def bytes_sum(of: Sizes, last: Quantity = Fraction(0)) -> MeasureResult:
     """The sum of sizes in bytes.
 
-    last: one unit of the last digit of the coarsest figure; 0 if all are exact.
+    last: one unit of the last digit of the least precise number; 0 if all are exact.
     """
     found = sum((Interval.printed(one, last) for one in of), ZERO)
     return found.from_printed(" + ".join(f"{written(one)} B" for one in of))
@@ -99,7 +100,7 @@ def bytes_saved(of: Quantity, than: Quantity) -> MeasureResult:
 def difference(of: Quantity, less: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
     """The difference `of` - `less`.
 
-    last: one unit of the last digit of the coarser figure; 0 if both are exact.
+    last: one unit of the last digit of the less precise number; 0 if both are exact.
     """
     found = Interval.printed(of, last) - Interval.printed(less, last)
     return found.from_printed(f"{written(of)} - {written(less)}")
@@ -109,7 +110,7 @@ def difference(of: Quantity, less: Quantity, last: Quantity = Fraction(0)) -> Me
 def mean(of: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
     """The unweighted mean of numbers.
 
-    last: one unit of the last digit of the coarsest figure; 0 if all are exact.
+    last: one unit of the last digit of the least precise number; 0 if all are exact.
     """
     found = Interval.printed(sum(of, Fraction(0)) / len(of), last)
     return found.from_printed(f"({' + '.join(map(written, of))}) / {len(of)}")

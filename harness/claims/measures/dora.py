@@ -9,7 +9,7 @@ from harness.claims.measure import Config, MeasureResult, Method, Model, measure
 from harness.claims.sums import summed
 
 _OUT, _IN, _RANK, _TOKENS = 24, 40, 4, 64
-"""Sizes of a layer and its input. The layer is not square, so that a test can tell its axes apart."""
+"""Sizes of a layer and its input. The layer is not square, so that a test notices exchanged axes."""
 
 
 @measure("count")

@@ -27,7 +27,7 @@ known to a third of a percent."""
 def levels(type: Type, side: Literal["both", "negative", "positive"] = "both", zero: bool = True) -> MeasureResult:
     """Number of different values (levels) of a 4-bit type.
 
-    side: count the levels on one or both sides of zero. zero: whether zero itself counts.
+    side: count the levels on one or both sides of zero. zero: whether to include zero itself.
     """
     values = _levels(type).unique()
     chosen = {"both": values.isfinite(), "negative": values <= 0, "positive": values >= 0}[side]

@@ -27,8 +27,8 @@ def constant_bits(
 def double_quantisation_saves(model: Model, block: Positive = 64, second_block: Positive = 256) -> MeasureResult:
     """Bytes that a model saves by double quantisation, which quantises the block constants too.
 
-    All layers that QLoRA quantises count. block: number of weights that share a block constant. second_block: number of
-    block constants that share a constant of the second quantisation.
+    All layers that QLoRA quantises are included. block: number of weights that share a block constant. second_block:
+    number of block constants that share a constant of the second quantisation.
     """
     one, weights = _constants(model, False, block, second_block)
     two, _ = _constants(model, True, block, second_block)

@@ -21,8 +21,8 @@ _LR, _BETA1, _BETA2 = 2.0**-8, 0.9, 0.999
 def operations_are_2nn_6nr(widths: list[Positive], ranks: list[Positive]) -> MeasureResult:
     """Check whether LoRA takes 2 N^2 + 6 N R multiply-adds per token, and full fine-tuning 3 N^2.
 
-    The multiply-adds are counted in a forward and a backward pass of one square layer with N inputs, at every width N and
-    rank R. The gradient of the layer's input counts, because the layers below need it.
+    The multiply-adds are counted in a forward and a backward pass of one square layer with N inputs, at every width N
+    and rank R. The gradient of the layer's input is included, because the layers below need it.
     """
     found = []
     for width in widths:
@@ -141,7 +141,7 @@ def _step(adapted: Any) -> Tensor:
 def _trained(p: int, q: int, steps: int) -> list[Tensor]:
     """Return the update of W at the start and after each step of Adam without eps.
 
-    p, q: factors of the initial A and its learning rate (p) and of B's learning rate (q). alpha is divided by p q.
+    p multiplies the initial A and the learning rate of A. q multiplies the learning rate of B. alpha is divided by p q.
     """
     import torch
 

@@ -20,8 +20,8 @@ Split = dict[str, list[str]]
 def parameters(model: Model, without: list[str] | None = None, only: list[str] | None = None) -> MeasureResult:
     """Number of parameters of a model. Tied parameters count once.
 
-    without: regular expressions; a parameter whose name matches one of them does not count. only: regular expressions;
-    a parameter whose name matches none of them does not count. Raises ValueError for an expression that matches no
+    without: regular expressions; a parameter whose name matches one of them is left out. only: regular expressions;
+    a parameter whose name matches none of them is left out. Raises ValueError for an expression that matches no
     name.
     """
     every = attached_model.parameters(model)
@@ -40,7 +40,7 @@ def trainable_parameters(
 ) -> MeasureResult:
     """Number of trainable parameters of a Method attached to a model, without a classifier's new head.
 
-    only: regular expressions; a tensor of the Method counts only if its name matches one of them. also: regular
+    only: regular expressions; a tensor of the Method is left out unless its name matches one of them. also: regular
     expressions; a parameter of the model counts as trainable, too, if its name matches one of them, e.g. `classifier`
     or `embed_tokens`. If the Method trains this parameter anyway, it counts once.
     """

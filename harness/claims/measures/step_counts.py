@@ -29,7 +29,7 @@ def training_operations(
 
     The step is a forward and a backward pass over `batch` texts of `tokens` tokens, with the Method's reference
     attached. The attention is full, and every token has a loss. The loss includes the Method's own term, as in AdaLoRA.
-    The optimizer's step does not count. checkpointing: whether the backward pass computes each block again.
+    The optimizer's step is not included. checkpointing: whether the backward pass computes each block again.
     """
     from harness.claims import meta_step
 

@@ -43,7 +43,7 @@ _AS_PEFT = "write it as peft's `save_pretrained` does"
 def read_json_object(path: Path, hint: str) -> dict[str, Any]:
     """Return the JSON object in a file. hint: advice to show in the error.
 
-    Raises UsageError if the file is missing, is no regular file, cannot be read or holds something else.
+    Raises UsageError if the file is missing, is not a regular file, cannot be read or holds something else.
     """
     if path.exists() and not path.is_file():  # reading a FIFO would wait for ever
         raise UsageError("is no regular file", where=str(path), hint=hint)

@@ -51,7 +51,7 @@ KINDS = {
 _NOTES = ("unused-pattern", "unknown-key", "missing-target", "resized", "not-judged", "not-compared", "unsupported")
 """Kinds of findings that are only notes: a file with such findings conforms."""
 _LEAVE_ALL = ("not-compared", "unsupported")
-"""Kinds of findings because of which the file was not compared with the base model."""
+"""Kinds of findings that prevent the comparison of the file with the base model."""
 _NOT_NULL = ("r", "lora_alpha", "bias", "rank_pattern", "alpha_pattern")
 """Keys of the config for which peft 0.21.2 raises an exception if the value is null."""
 _FLOATS = ("F64", "F32", "F16", "BF16")

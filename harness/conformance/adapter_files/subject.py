@@ -85,7 +85,7 @@ class LoaderSubject:
         return loader
 
     def loaded_both(self) -> Loader:
-        """Return a new loader with the base of the case, its adapter named FIRST, and `another` named SECOND."""
+        """Return a new loader with the base of the case, the adapter of the case as FIRST, and `another` as SECOND."""
         loader = self.loaded()
         loader.load(self.another, SECOND)
         return loader

@@ -87,8 +87,8 @@ def _kept(subject: Subject, path: str, y: Tensor, x: Tensor, dy: Tensor) -> Tens
     """Return a mask (E,) of the rows that rank dropout has kept in the output y. A row is an output feature.
 
     Dropout multiplies a kept row of the update by 1 or more, and a dropped row by 0. The projection of the observed
-    update on the whole update tells them apart. Return None if some row of the whole update is so small that the
-    rounding of y hides it.
+    update on the whole update shows whether a row is kept. Return None if some row of the whole update is so small that
+    the rounding of y hides it.
     """
     base, whole = (
         reference_runs(subject, path, x, dy[:0], run=partial(_masked, x.new_full((), factor)))[0]["y"].double()

@@ -71,7 +71,7 @@ def noise_floor(
     """Judge the subject's errors by the errors that the reference makes in the subject's dtype.
 
     truth: tensors of the reference in float64. rounded: tensors of the reference in `dtype`, or several such dicts that
-    correct programs might give. If there are several, the largest error among them counts, and no further dicts are
+    correct programs might give. If there are several, the largest error among them is used, and no further dicts are
     computed once the judgement passes.
 
     Three errors of each tensor are judged. Each may be a multiple of the reference's own error plus a floor in units of
@@ -160,7 +160,7 @@ def carried_noise(
 
     First, the projection on the truth is not judged, because later layers amplify rounding errors so that a whole
     tensor may grow or shrink. Second, the reference's error in a single tensor may happen to be small. If the median of
-    the errors over all tensors is larger, the median counts instead. rounded: as in `noise_floor`.
+    the errors over all tensors is larger, the median is used instead. rounded: as in `noise_floor`.
     """
     policy = f"carried-noise: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):

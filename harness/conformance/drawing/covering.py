@@ -14,7 +14,7 @@ Row = dict[str, int]
 """One case: maps each factor to the index of its level."""
 Pair = tuple[tuple[str, int], tuple[str, int]]
 TRIES = 20
-"""Number of random rows in which `covering` puts a pair of levels, in search of a valid row."""
+"""Largest number of random rows into which `covering` puts a pair of levels in search of a valid row."""
 
 
 def every_pair(levels: Mapping[str, Sequence[Any]]) -> list[Pair]:

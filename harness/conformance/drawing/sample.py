@@ -48,7 +48,7 @@ _SIZES = ("sides", "tokens", "model", "magnitude", "weights")
 """Names of the factors that set a layer's size and input. An implementation must support every level of these
 factors."""
 _TRIES = 12
-"""Number of rows of the sample into which an extreme value is put, until the row with this value is valid."""
+"""Largest number of rows of the sample into which an extreme value is put in search of a valid row."""
 _IN_EVERY_DTYPE = ("magnitude", "weights")
 """Names of the factors whose extreme values depend on the dtype."""
 

@@ -114,7 +114,7 @@ def worker_events(pool: WorkerPool, task: WorkerTask, patience: float) -> Iterat
 
 
 def parsed(events: Iterator[Mapping[str, Any]], event: TypeAdapter[_Event]) -> Iterator[_Event | Died]:
-    """Yield the events of a worker as models. If an object is no valid event, yield `Died` and stop."""
+    """Yield the events of a worker as models. If an object is not a valid event, yield `Died` and stop."""
     for one in events:
         try:
             parsed = event.validate_python(one, strict=False)  # JSON has strings for enums, and lists for tuples

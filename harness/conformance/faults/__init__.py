@@ -1,7 +1,7 @@
 """Planted faults: copies of the reference with one mistake each, which the checks must notice (`check --self-test`).
 
-There is one file per Method, base or group of Operations. Most faults replace code lines. Such a fault is a row of the table
-`FAULTS` in its file. The table is formatted by hand, so that the wrong code is next to the right code:
+There is one file per Method, base or group of Operations. Most faults replace code lines. Such a fault is a row of the
+table `FAULTS` in its file. The table is formatted by hand, so that the wrong code is next to the right code:
 
     line_fault("dora", "does_not_detach_the_norm", ["gradient"],
         "norm.detach() if self.detach_norm else norm", "norm", values={"rank": 3, "alpha": 8.0}),
@@ -13,8 +13,8 @@ and its target: a Method, an Operation, a quantised base or the loaders.
     def forgets_to_unmerge(copy: PatchedCopy) -> None:
         copy.change_adapted(lambda adapted: setattr(adapted, "unmerge", lambda: None))
 
-`planted_in_methods` plants a fault in every Method to which the fault applies. A Method takes part if its file here,
-named like the Method, has `CASE`, the FaultCase in which such faults are planted.
+`planted_in_methods` plants a fault in every Method to which the fault applies. It uses only Methods whose file in this
+package (named like the Method) has a FaultCase `CASE`: the case in which these faults are tried.
 """
 
 from __future__ import annotations

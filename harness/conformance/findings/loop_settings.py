@@ -15,8 +15,8 @@ from harness.records.check import CheckId, CheckResult, Outcome
 from harness.resources import data_folder
 
 Effect = Literal["same", "changes", "refused", "untried"]
-"""Effect of a setting on training. `untried`: the setting could not be tried, e.g. because the library has no such
-option, or because it needs a GPU."""
+"""Effect of a setting of a library's training loop on training. `untried`: the setting could not be tried, e.g. because
+the library has no such option, or because it needs a GPU."""
 _OUT_OF_SCOPE = ("dpo", "grpo")
 WORDS: dict[Effect, str] = {
     "same": "does not change training",
@@ -62,7 +62,7 @@ class SettingFound(FrozenModel):
     """First step, counted from 1, whose loss differs by more than the noise. None if there is none."""
     weights: float | None = None
     """Norm of the difference of the final trained tensors from those of the harness's loop, divided by the norm of the
-    latter. None if no training was completed."""
+    tensors of the harness's loop. None if no training was completed."""
     because: str = ""
     """Reason why no training was completed. Otherwise empty."""
 
@@ -81,7 +81,7 @@ class SettingFound(FrozenModel):
 
     @property
     def is_default(self) -> bool:
-        """True if the setting gives every option in `shown` the default of the library."""
+        """True if the value of each option in `shown` is the default of the library."""
         return bool(self.shown) and all(self.defaults.get(option, False) for option in self.shown)
 
     def outcome(self, loop: str) -> CheckOutcome:

@@ -1,7 +1,7 @@
 """Compare a mutant with the original, by digests of what both compute in random cases.
 
-If no check catches a mutant, the checks may have a hole. It is also possible that the mutant is no mistake: it may
-change only the size of a buffer. If both compute the same bits in random cases, the mutant is probably no mistake.
+If no check catches a mutant, the checks may have a hole. It is also possible that the mutant is not a mistake: it may
+change only the size of a buffer. If both compute the same bits in random cases, the mutant is probably not a mistake.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class MutantResult:
     died: str = ""
     """Signal or exit code that ended the mutant's process before there was a result. Such a mutant counts as caught."""
     equivalent: str = ""
-    """Reason why this mutant is no mistake, from suites/equivalent_mutants.yaml. Empty if the mutant is not listed there."""
+    """Reason why this mutant is not a mistake, from suites/equivalent_mutants.yaml. Empty if it is not in this file."""
     same_bits: bool = False
     """True if no check caught the mutant, and the mutant computes the same bits as the original in random cases."""
     error: str = ""
@@ -60,7 +60,7 @@ class MutantResult:
 
     @property
     def survives(self) -> bool:
-        """True if the mutant counts, no check caught it, and its process did not die."""
+        """True if the mutant was tried and changes the results, no check caught it, and its process did not die."""
         return self.counts and not (self.catch or self.died)
 
     @property
@@ -86,7 +86,7 @@ class MutantReport:
     verdicts: Sequence[MutantResult]
 
     def tried(self) -> list[MutantResult]:
-        """List the mutants that count: those that were tried, and that change the results."""
+        """List the mutants that were tried and that change the results."""
         return [one for one in self.verdicts if one.counts]
 
     def survivors(self) -> list[MutantResult]:
@@ -97,7 +97,7 @@ class MutantReport:
     def exit(self) -> Exit:
         """The exit code. The first of these rules that applies decides.
 
-        4: a mutant could not be tried. 5: no mutant counts. 1: a mutant survived. 0: otherwise.
+        4: a mutant could not be tried. 5: `tried` is empty. 1: a mutant survived. 0: otherwise.
         """
         if any(one.error for one in self.verdicts):
             return Exit.INFRASTRUCTURE
@@ -318,7 +318,7 @@ def modules() -> list[str]:
 
 
 def equivalent() -> dict[str, str]:
-    """Map names of mutants that are no mistakes to the reasons, from suites/equivalent_mutants.yaml.
+    """Map names of mutants that are not mistakes to the reasons, from suites/equivalent_mutants.yaml.
 
     The name of a module stands for all mutants of the module.
     """

@@ -117,7 +117,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
 
 
 def plain_ids(folder: Path) -> list[int]:
-    """Return the token ids of the base in a folder, without the special tokens that the config names.
+    """Return the ids of all tokens in the vocabulary of the base in `folder`, except bos, eos and pad.
 
     Raises UsageError if the folder has no vocabulary size.
     """

@@ -58,7 +58,7 @@ class SubjectFinding:
     cause: str
     """The mistake that explains the wrong answers, in one sentence."""
     worst: str
-    """The worst token: phase, prompt, value, and what it should be."""
+    """Text about the worst token: its phase and prompt, its value, and the value that it should have."""
     request: str
     """A command that repeats the request of the worst token. If needed, it sends a request to another adapter first."""
 

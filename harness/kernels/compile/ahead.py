@@ -39,7 +39,7 @@ REGISTERS = Path(__file__).with_name("registers.json")
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Architecture -> bytes of shared memory available to one program (CUDA C++ programming guide, compute capabilities)."""
 Table = dict[str, dict[str, dict[str, int]]]
-"""Minor version of Triton (`3.6`) -> architecture (`sm_90`) -> name of a specimen -> allowed registers per thread."""
+"""Minor version of Triton (`3.6`) -> architecture (`sm_90`) -> name of a `Specimen` -> allowed registers per thread."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class KernelVerdict:
     name: str
     architecture: int
     found: MachineCode | None
-    """Counts of instructions, registers and memory in the machine code. None if the specimen did not compile."""
+    """Counts of instructions, registers and memory in the machine code. None if the kernel did not compile."""
     faults: tuple[str, ...]
-    """Reasons why the specimen fails. Empty if it passes."""
+    """Reasons why the specimen (an instance of a kernel) fails. Empty if it passes."""
 
     def line(self) -> str:
         """Return the line that the command prints for this verdict."""
@@ -165,9 +165,9 @@ def _end_with(parent: int) -> None:
 
 
 def enter(table: Table, verdicts: list[KernelVerdict], version: str, architecture: int, *, replace_all: bool) -> None:
-    """Write the measured numbers of registers for one architecture and version of Triton into `table`.
+    """Write the registers per thread of the compiled kernels into `table`, for one architecture and version of Triton.
 
-    replace_all: True to drop the entries of specimens that no longer exist.
+    replace_all: True to drop the entries of kernels that were not compiled now.
     """
     measured = {one.name: one.found.registers for one in verdicts if one.found and one.architecture == architecture}
     row = table.setdefault(version, {})

@@ -17,7 +17,7 @@ class Specimen:
     """An instance of a Triton kernel: the kernel, with the types and constants for which it is compiled."""
 
     name: str
-    """Name in registers.json, unique among all specimens."""
+    """Unique name. registers.json lists the allowed registers per thread under this name."""
     kernel: Any
     """A function decorated by `triton.jit`."""
     signature: Mapping[str, str]
@@ -32,7 +32,7 @@ class Specimen:
     fused_multiply_add: bool = False
     """True to let the compiler replace a * b + c by a fused multiply-add, which rounds only once."""
     separate_roundings: bool = False
-    """True if the specimen fails when its code has a fused multiply-add.
+    """True if a fused multiply-add in the compiled code is an error.
 
     A kernel that divides needs False, because a division takes some fused multiply-adds.
     """
@@ -42,6 +42,6 @@ class Specimen:
     Such loads read tables, constants, or values after the last full 128 bits.
     """
     oldest: int = 80
-    """Oldest architecture for which this specimen is compiled."""
+    """Oldest GPU architecture for which the kernel is compiled, e.g. 80 for sm_80."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further options of Triton's compiler, such as maxnreg."""

@@ -28,7 +28,7 @@ OVERSAMPLE = 10
 def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
     """Return two bools: whether an (m, n) matrix is projected on the left, and whether it is projected on the right.
 
-    side: `std`, `reverse_std`, `paper`, `left`, `right` or `full` (both sides). Raises ValueError for another side.
+    side: `std`, `reverse_std`, `paper`, `left`, `right` or `full` (both sides). Raises ValueError for any other side.
     """
     rules = {
         "std": (m < n, m >= n),

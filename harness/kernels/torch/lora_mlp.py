@@ -75,7 +75,7 @@ def lora_mlp(
     """Return down(activation(gate(x)) * up(x)), shape (..., D).
 
     Each list has the tensors of gate, up and down, as in `adapted_linears`. activation: `silu`, `gelu` or `gelu-tanh`.
-    Raises ValueError for another activation.
+    Raises ValueError for any other activation.
     """
 
     def layers(x: Tensor, which: slice) -> list[Tensor]:

@@ -23,7 +23,7 @@ class Added:
     left_out: list[str] = field(default_factory=list)
     """One sentence for each part of a run that was not added (a file, a Cell or its times), with the reason."""
     nights: dict[str, int] = field(default_factory=dict)
-    """Number of new rows, by night."""
+    """Date of a nightly run -> number of rows added to its file."""
     rows: int = 0
     """Number of rows (attempts at Cells) of all runs, including rows that the history already had."""
     findings: set[Exit] = field(default_factory=set)
@@ -125,7 +125,7 @@ def _rows(run: Run, night: Night, added: Added) -> Iterator[AttemptRow]:
 
 
 def _note_problems(run: Run, added: Added) -> None:
-    """Note in `added` which parts of a run do not count, with the reasons."""
+    """Note in `added` which files and Cells of a run are left out, or cannot be trusted, with the reasons."""
     problems = [f"{name}: {why}" for name, why in run.broken.items()]
     problems += [f"{name} {what}" for name, what in (run.changed | run.ungated).items()]
     problems += [f"{cell_id} has no Record" for cell_id in run.missing()]

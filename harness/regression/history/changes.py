@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.change_points import Array
 
 TIMED_LEAST = 0.02
-"""Smallest relative change of a time that counts. Pairs of runs can confirm a change of this size at a reasonable
+"""Smallest relative change of a time that is reported. Pairs of runs can confirm a change of this size at a reasonable
 cost."""
 SCORE_LEAST = 0.01
-"""Smallest change of an accuracy that counts: one percentage point."""
+"""Smallest change of an accuracy that is reported: one percentage point."""
 _SCORE_FLOOR = SCORE_LEAST / 5
 
 

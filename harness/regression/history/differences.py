@@ -1,4 +1,4 @@
-"""Changes of code and libraries between two nights, and the request to confirm a change by pairs of runs."""
+"""Changes of code and libraries between two nightly runs, and the request to confirm a change by pairs of runs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from harness.regression.pairs.request import PairsRequest
 
 @dataclass(frozen=True)
 class Between:
-    """Differences between the last night before a change of level and the first night after the change."""
+    """Differences between the last nightly run before a change of a result and the first one after it."""
 
     code: tuple[str, str]
-    """Code versions of the harness on the old night and on the new night."""
+    """Code versions of the harness in the old nightly run and in the new one."""
     revisions: tuple[str, str]
-    """Git revisions on the old night and on the new night. A revision that was not recorded is an empty string."""
+    """Git revisions of the old nightly run and of the new one. A revision that was not recorded is an empty string."""
     software: tuple[str, ...]
     """Libraries that changed, as `name old -> new`."""
     request: PairsRequest | None
@@ -161,7 +161,7 @@ def _passes_around(history: History, change: Change, old: str, new: str) -> tupl
 
 
 def _revision(run: RunHeader) -> str:
-    """Return the commit of a run, or an empty string if the recorded value is no commit.
+    """Return the commit of a run, or an empty string if the recorded value is not a commit.
 
     The check is necessary because a revision becomes part of a shell command.
     """

@@ -73,7 +73,7 @@ class PlaceChange:
 
 @dataclass(frozen=True)
 class StoppedCell:
-    """A Cell that ended ok on an earlier night, but not on the last night that ran it."""
+    """A Cell that ended ok in an earlier nightly run, but not in the last one that ran it."""
 
     cell: str
     name: str

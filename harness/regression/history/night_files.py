@@ -31,13 +31,14 @@ from harness.records.base_model import FrozenModel
 
 SCHEMA = 1
 PASSES = 3
-"""Number of passes (runs of the same suite) in a full night. The median of three ignores one disturbed pass."""
+"""Number of passes (runs of the same suite) that each nightly run should have. The median of three ignores one
+disturbed pass."""
 CELLS, RESETS, CONFIRMATIONS = "cells.jsonl", "resets.jsonl", "confirmations.jsonl"
 EVERY = "*"
 """Text that stands for every Cell or every metric."""
 NEAR = 2
-"""Number of nights by which the night of a change is uncertain. A decision also applies to a change that is up to this
-many nights away."""
+"""Number of nightly runs by which the time of a change is uncertain. A decision also applies to a change that is up to
+this many nights away."""
 
 Fields = dict[str, Any]
 """Fields of a Cell as JSON, written by this or another version of the harness."""
@@ -118,7 +119,7 @@ class Decision(_Stored):
 
 @dataclass
 class Night:
-    """Results of all runs of one night."""
+    """Results of all runs of one date: of the nightly runs, and of any other runs that were added under it."""
 
     night: str
     """Date of the night, YYYY-MM-DD."""
@@ -153,7 +154,7 @@ class History:
         return {night.night: number for number, night in enumerate(self.nights)}
 
     def distance(self, night: str, other: str) -> float:
-        """Return the number of nights between two dates; infinity if either date is no night of this history."""
+        """Return the number of nights between two dates; infinity if this history has no results of one of the dates."""
         known = night in self.index and other in self.index
         return abs(self.index[night] - self.index[other]) if known else math.inf
 
@@ -178,7 +179,7 @@ def read(folder: Path) -> History:
 
 
 def read_night(path: Path, broken: dict[str, str]) -> Night | None:
-    """Read and return one night. If the file is no night of this schema, return None, with the reason in `broken`."""
+    """Read and return the results of one night. If the file does not have this schema, put the reason into `broken`."""
     lines = _lines(path, broken, _object)
     head = next(lines, None)
     if head is None or head.get("night") != path.stem:
@@ -215,7 +216,8 @@ def cells(folder: Path, broken: dict[str, str]) -> dict[str, Fields]:
 
 
 def write_night(folder: Path, night: Night) -> None:
-    """Write a night: the headers, then the rows sorted by Cell and run, so that a diff shows the new rows."""
+    """Write the file of one night: the headers, then the rows sorted by Cell and run, so that a diff shows the new
+    rows."""
     lines: list[Mapping[str, object]] = [
         {"schema": SCHEMA, "night": night.night},
         *(night.runs[run] for run in sorted(night.runs)),

@@ -26,7 +26,7 @@ class HistorySeries:
     place: str
     """Id of the place, i.e. of the machine and its software."""
     nights: list[str]
-    """Dates of the nights, ascending."""
+    """Dates of the nightly runs, ascending."""
     values: list[float]
     """One value per night: the median of the night's passes. Counted bytes and parameters have the maximum instead."""
     passes: list[int]

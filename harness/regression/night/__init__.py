@@ -1,1 +1,4 @@
-"""The command `night`: a plan of measurements on one GPU, within a budget of time."""
+"""The command `peft-harness night` (a nightly run): checks and measurements on one GPU, within a budget of time.
+
+Its parts are commands of peft-harness. Each part runs in a process of its own.
+"""

@@ -1,4 +1,7 @@
-"""Decide how long a part of a night may take, so that the parts that matter most are all reached. Imports no torch."""
+"""Decide how long each part (one command) of a nightly run may take, so that the most important parts are all reached.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ from harness.regression.night import part_run
 from harness.regression.night.parts import Device, NightPart
 
 LAST_S = {"cuda": 5.0 + part_run.GRACE_S + 7.0, "cpu": 5.0}
-"""Seconds of the budget that are kept for the end of the night, by device. They suffice to write the footer and the
-page. On a GPU, which may be lent only until a fixed time, they also suffice for a part to end after SIGTERM."""
+"""Seconds of the budget that are kept for the end of the nightly run, by device. They suffice to write the footer and
+the page. On a GPU, which may be lent only until a fixed time, they also suffice for a part to end after SIGTERM."""
 _FACTOR = {"cuda": 4.0, "cpu": 12.0}
 """Largest duration of a part divided by its estimate, by device. A part that takes longer counts as hanging. The
-factors are large, since the estimates are rough and a rehearsal (a night on a CPU) often shares its cores."""
+factors are large, since the estimates are rough and a rehearsal (a nightly run on a CPU) often shares its cores."""
 DEFAULT_S = {"cuda": 600.0, "cpu": 720.0}
-"""Budget in seconds of a night without `--budget`, by device. On a CPU, it suffices for all parts if they take their
-estimated times. If a user sets a larger budget for a CPU, each part may take longer in proportion."""
+"""Budget in seconds of a nightly run without `--budget`, by device. On a CPU, it suffices for all parts if they take
+their estimated times. If a user sets a larger budget for a CPU, each part may take longer in proportion."""
 AROUND_S = 5.0
 """Seconds added to the estimate of a part, for its start and for the output of results at its end."""
 LEAST_S = 120.0
@@ -26,7 +29,7 @@ LEAST_S = 120.0
 
 @dataclass(frozen=True)
 class Limit:
-    """Time limit of a part of a night."""
+    """Time limit of a part (one command) of a nightly run."""
 
     seconds: float
     by: Literal["budget", "share", "estimate"]
@@ -51,7 +54,8 @@ def limit(part: NightPart, later: Sequence[NightPart], left_s: float, device: De
 
 
 def needed_s(estimates_s: Sequence[float], device: Device) -> float:
-    """Return the seconds that a night with these parts needs, with the overhead of each part and of the night's end."""
+    """Return the seconds that a nightly run with these parts needs, with the overhead of each part and of the nightly
+    run's end."""
     return sum(estimate_s + AROUND_S for estimate_s in estimates_s) + LAST_S[device]
 
 

@@ -1,4 +1,4 @@
-"""Read the JSON that the parts of a night print, as a summary, a table and failures. Imports no torch."""
+"""Read the JSON that the parts (commands) of a nightly run print, as a summary, a table and failures. Imports no torch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _OURS = ("ours", "how")
 
 @dataclass
 class PartReading:
-    """What a part of a night measured, as read from its output."""
+    """Results of a part (one command) of a nightly run, as read from its output."""
 
     summary: str = ""
     table: PartTable | None = None
@@ -47,7 +47,7 @@ class PartReading:
 
 
 def read(part: NightPart, folder: Path, line: str) -> PartReading:
-    """Read what a part has written to its folder.
+    """Read what a part (one command) of a nightly run has written to `folder`.
 
     line: the part's command as a person types it. It becomes the command that reproduces a failure, unless the failure
     has a shorter one.

@@ -1,4 +1,4 @@
-"""HTML page of a night: verdict, next steps, parts, failures and numbers, in the style of a run's report."""
+"""HTML page of a nightly run (`peft-harness night`): verdict, next steps, its commands (parts), failures and numbers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def build(night: NightRun, waiting: Sequence[PlannedPart]) -> dict[str, Any]:
 
 
 def _verdict(night: NightRun, is_running: bool) -> tuple[str, str]:
-    """Return the verdict of the night in a few words, and the name of its colour."""
+    """Return the verdict of the nightly run in a few words, and the name of its colour."""
     words = {
         0: ("pass, but parts are left out", "open") if night.left_out else ("pass", "good"),
         1: ("findings", "bad"),

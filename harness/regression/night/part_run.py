@@ -1,4 +1,7 @@
-"""Run one part of a night in a separate process, within a time limit, and leave no process behind. Imports no torch."""
+"""Run one part (a command) of a nightly run in a separate process, within a time limit, and leave no process behind.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ class CommandEnd:
     left: list[str]
     """Names of processes that the command left behind. They were killed."""
     interrupted: bool = False
-    """True if the command was ended because a signal requested the end of the night."""
+    """True if the command was ended because a signal requested the end of the nightly run."""
 
     @property
     def died(self) -> str:
@@ -100,10 +103,11 @@ def _cpu_s() -> float:
 
 
 def _kill(token: str) -> list[str]:
-    """Kill the processes that a command has left behind, and return their names. token: mark of these processes.
+    """Kill the processes that a command has left behind, and return their names.
 
     The workers of a command are in other process groups, and end by themselves soon after the command. A process counts
-    as left behind if it still runs two seconds later.
+    as left behind if it still runs two seconds later. token: value of the environment variable that marks the
+    processes.
     """
     deadline = time.monotonic() + 2.0
     while (found := list(marked(_MARK, token))) and time.monotonic() < deadline:

@@ -1,4 +1,7 @@
-"""The parts of a night, most valuable first. Each part is one command of peft-harness. Imports no torch."""
+"""The parts of a nightly run (`peft-harness night`), most valuable first. Each part is one command of peft-harness.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ OUT = "{out}"
 HEADLINE = "headline-"
 """Start of the names of the parts that run headline claims. The part `claims` judges their runs."""
 RUNS = "{runs}"
-"""Placeholder in the arguments of a part: `--run FOLDER` for each finished run of this night."""
+"""Placeholder in the arguments of a part: `--run FOLDER` for each run that the nightly run has finished."""
 MATRIX = "{matrix}"
 """Placeholder in the arguments of a part: the run folder of the part `matrix`."""
 CARD = "{card}"
@@ -29,7 +32,7 @@ suites/sources.yaml."""
 
 @dataclass(frozen=True)
 class NightPart:
-    """One part of a night: a command of peft-harness that answers one question."""
+    """One part of a nightly run: a command of peft-harness that answers one question."""
 
     name: str
     title: str
@@ -94,7 +97,7 @@ _HEADLINES = (
 
 
 def on_gpu() -> list[NightPart]:
-    """Return the parts (commands) of a night on a GPU, in the order in which they run."""
+    """Return the parts (commands) of a nightly run on a GPU, in the order in which they run."""
     gpu = ("--device", "cuda")
     saved = ("--json", "--out", OUT)
     parity = [
@@ -129,7 +132,8 @@ def on_gpu() -> list[NightPart]:
 
 
 def on_cpu() -> list[NightPart]:
-    """Return the parts of a rehearsal: a night on a CPU, at reduced shapes. Triton's interpreter runs the kernels.
+    """Return the parts of a rehearsal: a nightly run on a CPU, at reduced shapes. Triton's interpreter runs the
+    kernels.
 
     One part runs the Cells of several headline claims, because each command imports torch again.
     """

@@ -1,4 +1,7 @@
-"""Files of a night: `night.json` first, `parts/<name>.json` as soon as a part ends, `footer.json` last."""
+"""Files of a nightly run (`peft-harness night`).
+
+`night.json` is written first, `parts/<name>.json` as soon as a part (one command) ends, and `footer.json` last.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from harness.records.record import Environment, Seconds
 
 SCHEMA = 1
 Status = Literal["ok", "finding", "failed", "cut", "not-run"]
-"""`ok`: measured. `finding`: measured, and something is wrong or slower. `failed`: the command ended early. `cut`: its time
-was over or the night was interrupted, and what it had measured is kept. `not-run`: it was not started."""
+"""`ok`: measured. `finding`: measured, and something is wrong or slower. `failed`: the command ended early. `cut`: its
+time was over or the nightly run was interrupted, and what it had measured is kept. `not-run`: it was not started."""
 
 
 class PlannedPart(FrozenModel):
-    """A part in the plan of a night."""
+    """A part (one command) in the plan of a nightly run."""
 
     name: str
     title: str
@@ -28,11 +31,11 @@ class PlannedPart(FrozenModel):
 
 
 class NightManifest(FrozenModel):
-    """Content of night.json: the plan of a night. It is written before anything runs."""
+    """Content of night.json: the plan of a nightly run. It is written before anything runs."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")
     night: str
-    """Id of the night."""
+    """Id of the nightly run."""
     device: Literal["cpu", "cuda"]
     card: str
     """Name of the GPU or of its MIG part, as torch returns it; empty for a CPU."""
@@ -40,14 +43,14 @@ class NightManifest(FrozenModel):
     parts: list[PlannedPart]
     environment: Environment
     notes: list[str] = Field(default=[])
-    """Programs that fail on this machine, but that the night does not need, e.g. nvidia-smi."""
+    """Programs that fail on this machine, but that the nightly run does not need, e.g. nvidia-smi."""
     argv: list[str]
     started: str
     """Start in UTC, ISO 8601."""
 
 
 class PartFailure(FrozenModel):
-    """One failure in the output of a part."""
+    """One failure in the output of a part (one command) of a nightly run."""
 
     where: str
     """Name of the check, benchmark or Cell that failed."""
@@ -59,7 +62,7 @@ class PartFailure(FrozenModel):
 
 
 class PartTable(FrozenModel):
-    """Table with the numbers of a part. All its entries are formatted texts."""
+    """Table with the numbers of a part (one command) of a nightly run. All its entries are formatted texts."""
 
     columns: list[str]
     rows: list[list[str]]
@@ -68,7 +71,7 @@ class PartTable(FrozenModel):
 
 
 class PartResult(FrozenModel):
-    """Content of parts/<name>.json: status and results of a part."""
+    """Content of parts/<name>.json: status and results of a part (one command) of a nightly run."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")
     name: str
@@ -87,17 +90,17 @@ class PartResult(FrozenModel):
     limit_s: Seconds | None = None
     """Time limit of the part in seconds; None if it was not started."""
     left_out: bool = False
-    """True if the part was cut or not run because the budget was used up or the night was interrupted."""
+    """True if the part was cut or not run because the budget was used up or the nightly run was interrupted."""
     exit_code: int | None = None
     summary: str = ""
     table: PartTable | None = None
     failures: list[PartFailure] = Field(default=[])
     files: list[str] = Field(default=[])
-    """Pages and logs of the part, relative to the night's folder."""
+    """Pages and logs of the part, relative to the nightly run's folder."""
 
 
 class NightFooter(FrozenModel):
-    """Content of footer.json: the result of a night. It is written last, so a night without it was not finished."""
+    """Content of footer.json: the result of a nightly run. It is written last: a run without it was not finished."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")
     night: str

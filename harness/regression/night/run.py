@@ -1,4 +1,7 @@
-"""Run a night: plan within the budget, run each part, and write footer, page and verdict. Imports no torch."""
+"""The command `peft-harness night`: plan within the budget, run each part (one command), and write page and verdict.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ class NightRequest:
     """Options of the command `night`."""
 
     budget_s: float | None = None
-    """Seconds for the whole night. None for the default of the device."""
+    """Seconds for the whole nightly run. None for the default of the device."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     out: Path | None = None
     only: tuple[str, ...] = ()
@@ -60,7 +63,7 @@ class NightRequest:
 
 @dataclass
 class NightRun:
-    """Plan and results of a night that runs or has ended."""
+    """Plan and results of a nightly run, which still runs or has ended."""
 
     manifest: NightManifest
     folder: Path
@@ -75,9 +78,9 @@ class NightRun:
     def exit(self) -> Exit:
         """The exit code. The first of these rules that applies decides.
 
-        1: a part has a finding, e.g. a failed check or a regression. 4: the night was interrupted,
-        a part failed, or a GPU was wanted and there is none. 5: nothing was measured. 0: otherwise, also if the time did
-        not suffice for all parts.
+        1: a part has a finding, e.g. a failed check or a regression. 4: the nightly run was interrupted, a part failed,
+        or a GPU was wanted and there is none. 5: nothing was measured. 0: otherwise, also if the time did not suffice
+        for all parts.
         """
         statuses = Counter(one.status for one in self.results)
         if statuses["finding"]:
@@ -89,7 +92,7 @@ class NightRun:
 
     @property
     def baseline(self) -> str:
-        """Name of the baseline for the GPU of this night. Empty for a night on a CPU, which is only a rehearsal."""
+        """Name of the baseline for the GPU in use. Empty on a CPU, where a nightly run is only a rehearsal."""
         return baseline_name(self.manifest.card) if self.manifest.device == "cuda" else ""
 
     @property
@@ -117,7 +120,7 @@ class NightRun:
 
     @property
     def lacks_baseline(self) -> bool:
-        """True if the night has a GPU for which no baseline is stored."""
+        """True if the nightly run uses a GPU for which no baseline is stored."""
         return (
             bool(self.baseline and not self.missing)
             and not (baselines.BASELINES / self.baseline / "run.json").is_file()
@@ -130,10 +133,10 @@ def baseline_name(card: str) -> str:
 
 
 def night(request: NightRequest, as_json: bool) -> Exit:
-    """Run the parts of a night, write its files, print the verdict, and return the exit code.
+    """Run the parts (commands) of a nightly run, write its files, print the verdict, and return the exit code.
 
-    Raises UsageError for a part or a suite that does not exist, and for a folder that is not empty. Raises SuiteError for a
-    suite with mistakes.
+    Raises UsageError for a part or a suite that does not exist, and for a folder that is not empty. Raises SuiteError
+    for a suite with mistakes.
     """
     began = time.monotonic()
     device: Device = "cpu" if request.device == "cpu" else "cuda"
@@ -301,8 +304,8 @@ def _last_line(text: str) -> str:
 def _filled(top: Path, baseline: str, part: NightPart, made: Sequence[Path] | None = None) -> list[str]:
     """Return the arguments of a part with its placeholders replaced.
 
-    top: folder of the night. baseline: name of the card's baseline; empty for a CPU, whose run is compared with itself.
-    made: folders of runs for the placeholder `RUNS`; by default, all finished runs of the night.
+    top: folder of the nightly run. baseline: name of the card's baseline; empty for a CPU, whose run is compared with
+    itself. made: folders of runs for the placeholder `RUNS`; by default, all finished runs of the nightly run.
     """
     made = sorted(path.parent for path in top.glob("parts/*/run/footer.json")) if made is None else sorted(made)
     runs = [word for path in made for word in ("--run", str(path))]
@@ -333,7 +336,7 @@ def _no_baseline(run: NightRun) -> str:
 def _no_model(part: NightPart) -> str:
     """Return the reason why a part with the suite `sentinels` cannot run: the assets that this machine lacks.
 
-    A night downloads nothing. If no asset is missing, or the part has another suite, return an empty string.
+    A nightly run downloads nothing. If no asset is missing, or the part has another suite, return an empty string.
     """
     if parts.REAL_SUITE not in part.words:
         return ""
@@ -362,7 +365,7 @@ def _not_run(run: NightRun, part: NightPart, because: str, *, left_out: bool = F
 def _add(run: NightRun, result: PartResult) -> None:
     """Add the result of a part to `run`, print it, and write it to disk. If the part was started, rewrite the page.
 
-    So even a night that is killed later has a page.
+    So there is a page even if the nightly run is killed later.
     """
     run.results.append(result)
     store.write(run.folder / "parts" / f"{result.name}.json", result)

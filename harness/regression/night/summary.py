@@ -1,4 +1,4 @@
-"""Summary of a night for a terminal, and the commands that a reader runs next. Imports no torch."""
+"""Summary of a nightly run (`peft-harness night`) for a terminal, and the commands to run next. Imports no torch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def lines(night: NightRun) -> list[str]:
 
 
 def next_steps(night: NightRun) -> list[str]:
-    """Return commands that a reader runs next, each with its purpose."""
+    """Return the commands to run next, each with its purpose."""
     if night.missing:
         return [
             "peft-harness doctor  # says which GPU and which libraries this Python finds",
@@ -63,10 +63,10 @@ def next_steps(night: NightRun) -> list[str]:
 
 
 def _left_out(night: NightRun) -> list[str]:
-    """Return the commands that run the parts which this night has cut or skipped.
+    """Return the commands that run the parts which this nightly run has cut or skipped.
 
     A part that judges the runs of other parts is repeated with these parts. If only the judging part itself was left
-    out, its command judges the existing runs of this night.
+    out, its command judges the existing runs.
     """
     found = {one.name: one for one in night.results}
     left, alone = set(night.left_out), []

@@ -13,8 +13,8 @@ from harness.records import store
 FILE = Path("results") / "canaries.jsonl"
 SCHEMA = 1
 LAST = 200
-"""Largest number of canaries (comparisons of a revision with itself) per place that count. If a place has more, only
-the newest count."""
+"""Largest number of canaries (comparisons of a revision with itself) that are used per place. If a place has more, only
+the newest are used."""
 
 
 def refuse_unwritable(path: Path) -> None:
@@ -46,7 +46,7 @@ def _append(path: Path, line: str) -> None:
 def read(path: Path, place: str, trim: float) -> tuple[Canaries, list[str]]:
     """Return the number of canaries at a place, how many raised an alarm, and a text about each unreadable line.
 
-    Only the newest canaries count. trim: the share of pairs that is trimmed at either end.
+    Only the newest canaries are used. trim: the share of pairs that is trimmed at either end.
     """
     found, broken = [], []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []

@@ -2,7 +2,7 @@
 
 The meanings come from the metrics and from the docstrings of Record fields; this module describes the other columns.
 Units are base units: `s`, `B` (bytes), `J`, `W`, `Hz`, `°C`, or `1` (a number, a share, a count). The unit is empty for
-a column that is no quantity. A missing value is NA, never 0 and never an empty text.
+a column that does not hold a quantity. A missing value is NA, never 0 and never an empty text.
 """
 
 from __future__ import annotations

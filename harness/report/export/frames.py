@@ -26,7 +26,7 @@ class Numbers:
     """Numbers of one or several runs. Join the tables on `run`, `cell_id` and `attempt`. Missing values are NA."""
 
     cells: DataFrame
-    """One row per attempt at a Cell. The column `latest` marks the attempts that count."""
+    """One row per attempt at a Cell. The column `latest` marks the last attempt at each Cell."""
     samples: DataFrame
     """One row per raw sample of the training or of a latency."""
     items: DataFrame

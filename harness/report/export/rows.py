@@ -158,7 +158,7 @@ def _phases(record: Record) -> ExportRow:
     """Return the time, the peak memory and the energy of every phase.
 
     The energy is left out if it includes the energy of other Cells. If a phase is repeated, its times and its energies
-    are summed, and its highest peak counts.
+    are summed, and its highest peak is used.
     """
     found: dict[str, float] = {}
     own_energy = not measurements.not_its_own_energy(record)

@@ -1,4 +1,5 @@
-"""trl: SFTTrainer ignores a LoRA of the output layer if the model is no PeftModel: it never calls the layer's forward.
+"""trl: SFTTrainer ignores a LoRA of the output layer if the model is not a PeftModel: it never calls the layer's
+forward.
 
 The trainer multiplies the hidden states by `lm_head.weight` itself. It refuses a PeftModel with such an adapter. Any
 other model trains without the adapter, and the reported loss is the loss without it. But the model's own forward, and

@@ -42,10 +42,10 @@ def shrink(
     x, table, scalings, ids, S, tokens, features, span, plane, width,
     which: tl.constexpr, aligned: tl.constexpr, rows: tl.constexpr, ranks: tl.constexpr, inner: tl.constexpr,
 ):  # fmt: skip
-    """Compute some ranks of one piece of S, for some tokens of a sequence.
+    """Compute one tile of S: some ranks, for some tokens of a sequence.
 
-    S is s x A^T (if `which` is 0), or s dy B (if it is 1, and x holds dy). Its shape is (pieces, all tokens, width). A
-    piece is the sum over `span` features.
+    The sum of S over its first axis is scaling x A^T (if `which` is 0), or scaling dy B (if it is 1, and x holds dy).
+    Its shape is (pieces, all tokens, width). Each index of the first axis holds the partial sum over `span` features.
     """
     tiles = tl.cdiv(tokens, rows)
     sequence = (tl.program_id(0) // tiles).to(tl.int64)
@@ -77,7 +77,7 @@ def shrink(
 
 @triton.jit
 def _low(S, line, here, r, plane, width, pieces, rows: tl.constexpr, ranks: tl.constexpr):
-    """Return the sum of the pieces of S for these tokens and ranks, float32 (rows, ranks).
+    """Return the sum over the first axis of S for these tokens and ranks, float32 (rows, ranks). See `shrink` for S.
 
     line: the tokens' rows in S.
     """
@@ -94,7 +94,7 @@ def expand(
     out, S, table, ids, tokens, features, plane, width, pieces,
     which: tl.constexpr, aligned: tl.constexpr, rows: tl.constexpr, ranks: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """Add S A (if `which` is 0) or S B^T (if it is 1) to one tile of `out`.
+    """Add S A (if `which` is 0) or S B^T (if it is 1) to one tile of `out`. S is first summed over its first axis.
 
     A tile consists of some tokens of a sequence and some features.
     """

@@ -139,7 +139,7 @@ def low_rank_launch(
 
 
 def _specimens() -> list[Specimen]:
-    """Return instances of the kernel for ahead-of-time compilation, with the products of a training.
+    """Return instances of the kernel for ahead-of-time compilation, with the matrix products of a training step.
 
     The layer has 4096 inputs, 14336 outputs and 8192 tokens. Instances with a tile of `CANDIDATES` have the arguments
     with which `peft-harness bench --crossovers` measures this tile.

@@ -28,7 +28,7 @@ def has_conv1d(found: Mapping[str, nn.Module]) -> bool:
 def dense_targets(model: nn.Module, names: tuple[str, ...], method: str) -> dict[str, nn.Linear]:
     """Return the target layers by path, for a method of peft that needs dense weights.
 
-    Raises Unsupported for a quantised layer, and ValueError if a target is no linear layer.
+    Raises Unsupported for a quantised layer, and ValueError if a target is not a linear layer.
     """
     from torch import nn
 
