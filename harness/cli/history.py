@@ -80,13 +80,13 @@ def show(cell: str | None, metric: str | None, each_night: bool, folder: Path, a
 def detect(cell: str | None, sentinel: str | None, strict: bool, folder: Path, as_json: bool) -> Exit:
     """Find changes of level.
 
-    Times: the value of a night is the median over its passes, divided by the night's anchor. The anchor is the median over
-    all series of value / usual value. An optimal segmentation splits the values of a series into levels. A change of level
-    counts if it is at least 2 % and lasts three nights, so that one bad night is no change. The anchor itself is compared
-    with the sentinels: the latencies of the bare base models and the Cells of --sentinel.
+    Times: the value of a night is the median over its passes, divided by the night's anchor. The anchor is the median
+    over all series of value / usual value. An optimal segmentation splits the values of a series into levels. A change
+    of level is reported if it is at least 2 % and lasts three nights; a single bad night is not reported. The anchor
+    itself is compared with the sentinels: the latencies of the bare base models and the Cells of --sentinel.
 
-    Accuracy: the same without an anchor, for changes of at least one percentage point. Parameters and counted bytes: any
-    change, on its first night. Peak memory: a change by more than 16 MiB and more than 1 %.
+    Accuracy: the same without an anchor, for changes of at least one percentage point. Parameters and counted bytes:
+    any change, on its first night. Peak memory: a change by more than 16 MiB and more than 1 %.
 
     A place is a machine with its driver, torch, Triton and number of threads. Each place has its own series.
 

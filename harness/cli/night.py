@@ -52,11 +52,12 @@ def night(
 ) -> Exit:
     """Find out within minutes whether the harness is right and fast on a card.
 
-    Runs, most valuable first: checks of all GPU kernels in every dtype, the ceilings of the card, operations and training
-    steps beside other libraries, the papers' claims about hardware, a matrix of all methods, and a comparison of equal runs.
-    Each part is a process of its own, so that a kernel that hangs or crashes ends only its part. Results are written at
-    once, and the page index.html shows them at any time. One part compares the matrix with the baseline of the card. Ctrl-C
-    ends the night, and keeps what was measured. At the end, `next:` lists the commands to run then.
+    Runs, most valuable first: checks of all GPU kernels in every dtype, the ceilings of the card, operations and
+    training steps beside other libraries, the papers' claims about hardware, a matrix of all methods, and a comparison
+    of equal runs. Each part (one command) is a process of its own, so that a kernel that hangs or crashes ends only its
+    part. Results are written at once, and the page index.html shows them at any time. One part compares the matrix with
+    the baseline of the card. Ctrl-C ends the run, and keeps what was measured. At the end, `next:` lists the commands
+    to run then.
 
     \b
       peft-harness night                        on a GPU, ten minutes
@@ -64,7 +65,7 @@ def night(
       peft-harness night --device cpu           a rehearsal: small shapes, Triton's interpreter
       peft-harness night --only step-dora       one part
 
-    The exit code is 1 if a check or a Cell fails or the baseline shows a regression, 4 if a part failed, the night was
+    The exit code is 1 if a check or a Cell fails or the baseline shows a regression, 4 if a part failed, the run was
     interrupted or there is no GPU, and 5 if nothing was measured.
     """
     from harness.regression.night.run import NightRequest

@@ -252,7 +252,7 @@ class OperationCase:
     is_long: bool = False
     """True if the tensors are so long that checks which call the Operation many times are left out."""
     typical: bool = False
-    """True for the suite's one case, in the main dtype, with the most ordinary arguments. See `MethodCase.typical`."""
+    """True for the suite's most ordinary case in its main dtype. See `MethodCase.typical`."""
 
     def __str__(self) -> str:
         magnitude = "" if self.magnitude == "normal" else f"magnitude={self.magnitude}"

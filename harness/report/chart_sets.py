@@ -221,7 +221,8 @@ def _log(record: Record) -> Sequence[LoggedLoss]:
 
 
 def _curves(f: RunFacts, title: str, every: Sequence[Record]) -> ChartSet:
-    """Return the chart of one model and task. At first, it shows only the best recipe of each method."""
+    """Return the chart of training losses for one model and task. At first, it shows only the best recipe of each
+    method."""
     records, imported = [r for r in every if r.training], [r for r in every if _log(r)]
     seeds = group((r.cell.recipe_id, r.training.losses) for r in records if r.training)
     losses = [[sum(step) / len(step) for step in zip(*several, strict=True)] for several in seeds.values()]

@@ -73,9 +73,9 @@ def _sizes(row: _Row, size: MemorySize) -> list[str]:
 
 
 def needed_and_free(needed_B: int, size: MemorySize) -> tuple[int, int]:
-    """Return the needed memory, rounded up, and the free memory. One is a hundredth of `size.unit`, e.g. of a GiB.
+    """Return the needed memory, rounded up, and the free memory, as numbers of hundredths of `size.unit` (e.g. GiB).
 
-    size: memory of the device. The free memory is the rest of it.
+    size: memory of the device. The free memory is what remains of it.
     """
     unit = UNITS[size.unit]
     needed = -(-100 * needed_B // unit)

@@ -29,7 +29,7 @@ torch.compile."""
 ACCURACY = 0.02
 """Largest drop of an accuracy that does not fail: two percentage points."""
 LOOSER = 10.0
-"""Largest factor by which the allowed error of a check may exceed that of the baseline. If it grows more, the row is
+"""Largest factor by which the allowed error of a check may exceed that of the baseline. Above it, the row is
 inconclusive. The allowed error follows the noise that each run measures, and this noise differs between machines."""
 LOSS_SHARE, LOSS = 0.1, 0.05
 """Largest rise of a training loss that does not fail: LOSS_SHARE times the loss of the baseline, plus LOSS nats. Both

@@ -28,19 +28,19 @@ class Design:
     first: int = 6
     """Number of pairs that every Cell gets in the first stage."""
     fresh: tuple[int, ...] = (10, 20)
-    """Numbers of fresh pairs at the looks of the second stage. A later look includes the pairs of the earlier looks."""
+    """Numbers of fresh pairs after which all fresh pairs so far are judged (a look) in the second stage."""
     levels: tuple[float, ...] = (0.001, 0.009)
-    """One-sided significance level of the verdicts `slower` and `faster` at each look at fresh pairs. The first look
-    has few degrees of freedom, so its level is stricter."""
+    """One-sided significance level of the verdicts `slower` and `faster`, one for each number in `fresh`. The first
+    level is stricter, because few pairs give few degrees of freedom."""
     slower_by: float = 0.01
     """Margin, as a share. A Cell is judged slower (or faster) only if its slow-down (or speed-up) exceeds this margin
     significantly."""
     same_within: float = 0.03
     """Largest change of a Cell, as a share, that counts as unchanged."""
     interval: float = 0.95
-    """Level of an interval of the change. A Cell is proven unchanged if this interval lies within `same_within`. There
-    are up to three looks. If a Cell is slower by `same_within`, each look calls it unchanged with a probability of at
-    most (1 - interval) / 2."""
+    """Level of an interval of the change. A Cell is proven unchanged if this interval lies within `same_within`. The
+    pairs are judged after the first stage, and after each number of pairs in `fresh`. If a Cell is slower by
+    `same_within`, each of these judgements calls it unchanged with a probability of at most (1 - interval) / 2."""
     suspect: float = 0.10
     """Level of the test for a change of more than `suspect_by`. If the change is significant, the Cell needs fresh
     pairs."""
@@ -73,7 +73,7 @@ class Design:
 
     @property
     def level(self) -> float:
-        """One-sided level of the verdict `slower`, and of `faster`, over all looks at fresh pairs together."""
+        """One-sided level of the verdict `slower`, and of `faster`, over all judgements of fresh pairs together."""
         return sum(self.levels)
 
     def looks(self, stage: Stage) -> tuple[int, ...]:

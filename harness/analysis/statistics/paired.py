@@ -121,7 +121,7 @@ class PairVerdict:
     """Smallest slow-down that all planned looks together detect with 80 % power, given the spread of these pairs. None
     if the pairs have no spread. None, too, if no fresh pairs run, because only fresh pairs can prove a slow-down."""
     more: int
-    """Number of fresh pairs to run before the next planned look. 0 if no look is left."""
+    """Number of fresh pairs to run before the pairs are judged again. 0 if the verdict is final."""
     sentence: str
     """Verdict as a sentence."""
 

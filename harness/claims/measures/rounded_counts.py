@@ -1,4 +1,4 @@
-"""Measures: counts that a paper prints after an earlier rounding, or in unusual units. Imports no torch."""
+"""Measures: counts as some papers print them, i.e. rounded twice or in unusual units. Imports no torch."""
 
 from __future__ import annotations
 

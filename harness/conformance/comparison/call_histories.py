@@ -306,4 +306,4 @@ NEW_VALUES: dict[str, Form] = {
 NEW_VALUES_UNDER_AUTOCAST: dict[str, Form] = {
     f"under autocast before and after {way}": _in_mode_after(_autocast, restore) for way, restore in _WAYS.items()
 }
-"""Name -> form like those of `NEW_VALUES`, with both calls under autocast to bfloat16 and without gradients."""
+"""Name -> way to call a layer as in `NEW_VALUES`, with both calls under autocast to bfloat16 and without gradients."""

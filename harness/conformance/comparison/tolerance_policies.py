@@ -259,8 +259,8 @@ def unchanged(now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Judgem
 def worst_of(judged: list[Judgement], policy: str) -> Judgement:
     """Return the judgement with the largest ratio of error to allowed error. A failure comes before a pass.
 
-    Its `nonfinite` is the total over all judgements. Undecided judgements count only if all are undecided. If there is
-    no judgement at all, return a failure.
+    Its `nonfinite` is the total over all judgements. Undecided judgements are ignored unless all are undecided. If
+    there is no judgement at all, return a failure.
     """
     if not judged:
         return Judgement(False, None, None, "", "nothing was observed", policy, 0)

@@ -56,7 +56,7 @@ def sort_dtypes(names: Iterable[str]) -> list[str]:
 def select_dtype(tried: Iterable[CheckOutcome], dtype: str) -> list[CheckOutcome]:
     """Return the outcomes with this dtype, and the outcomes without a dtype.
 
-    A crash has no dtype, and counts for every dtype.
+    A crash has no dtype, and applies to every dtype.
     """
     return [one for one in tried if one.dtype in (dtype, "-")]
 

@@ -50,8 +50,8 @@ def arguments(
     """Draw the arguments of one call.
 
     ids: the adapter of each sequence, or -1 for none. Too large an id is taken modulo the number of adapters. ranks:
-    the rank of each adapter. shape: (D, E), the input and output features. distinct: if not 0, the number of adapters.
-    They then get the ranks in turn, and the batch gets one more sequence for each adapter. index: the dtype of the ids.
+    the rank of each adapter. shape: (D, E), the input and output features. distinct: 0, or the number of adapters,
+    which then use `ranks` cyclically; the batch gets one more sequence for each adapter. index: the dtype of the ids.
     """
     D, E = shape
     if distinct:

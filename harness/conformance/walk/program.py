@@ -174,7 +174,10 @@ def _checkpointed(program: Program) -> dict[str, Tensor]:
 
 
 def _hooked(program: Program) -> dict[str, Tensor]:
-    """Run with a forward hook on every adapted layer. Also return how often each hook was called."""
+    """Run the program with a forward hook on every adapted layer.
+
+    Return its outputs and gradients, and under `calls of hooks` how often each hook was called.
+    """
     calls: list[str] = []
     handles = [
         program.model.get_submodule(path).register_forward_hook(lambda *_, path=path: calls.append(path))

@@ -159,7 +159,7 @@ class History:
         return abs(self.index[night] - self.index[other]) if known else math.inf
 
     def night(self, day: str) -> Night:
-        """Return the night of a date."""
+        """Return the results that are stored under a date."""
         return self.nights[self.index[day]]
 
 

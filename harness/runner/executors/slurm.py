@@ -55,7 +55,7 @@ class Element:
     """Code that an element of the job array runs. submitit calls this object on the machine of the element."""
 
     def __call__(self, specs: list[str], timeout: float, command: list[str] | None, permit: str) -> None:
-        """Run the Cells of the element one after the other.
+        """Run the Cells of one element of the job array, one after the other.
 
         The element ignores Slurm's warning before a time limit. The runner learns the cause of the end from Slurm's
         accounting.
