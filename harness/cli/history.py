@@ -82,8 +82,8 @@ def detect(cell: str | None, sentinel: str | None, strict: bool, folder: Path, a
 
     Times: the value of a night is the median over its passes, divided by the night's anchor. The anchor is the median
     over all series of value / usual value. An optimal segmentation splits the values of a series into levels. A change
-    of level is reported if it is at least 2 % and lasts three nights; a single bad night is not reported. The anchor
-    itself is compared with the sentinels: the latencies of the bare base models and the Cells of --sentinel.
+    of level is at least 2 % and lasts three nights, so that one bad night is not a change. The anchor itself is
+    compared with the sentinels: the latencies of the bare base models and the Cells of --sentinel.
 
     Accuracy: the same without an anchor, for changes of at least one percentage point. Parameters and counted bytes:
     any change, on its first night. Peak memory: a change by more than 16 MiB and more than 1 %.
