@@ -22,8 +22,8 @@ _TINY_IN_FLOAT16 = 2.0**-14
 """Size of `tiny` weights in float16: its smallest normal number. Divided by sqrt(inputs), most of them are subnormal."""
 _EMBED_SCALE = 4.0
 _PADDING = 1
-"""padding_idx of the first embedding of a model of the kind `embedding-scaled`, unless it has one entry. The second embedding has padding_idx 0,
-which a program may mistake for None.
+"""padding_idx of the first embedding of a model of the kind `embedding-scaled`, or 0 if it has only one entry. The second
+embedding has padding_idx 0, which a program may mistake for None.
 """
 _GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv2d": {"padding": 1},
