@@ -104,8 +104,6 @@ class MethodSuite(_Tolerant):
     configs: list[Values] = Field(min_length=1)
     layers: list[Kind] = Field(default=["linear"], min_length=1)
     shapes: list[CaseShape] = Field(min_length=1)
-    models: list[ModelForm] = Field(default=["plain"], min_length=1)
-    """Forms of the model for the first kind of layer. Cases with another kind of layer have the form `plain`."""
     shapes_of_typical: list[CaseShape] = Field(default=[])
     """Further shapes. Each is tried once, with the config, kind of layer and dtype of the typical example."""
     settings: dict[str, SettingRange] = Field(default={})

@@ -35,7 +35,8 @@ from harness.conformance.subject import DTYPES
 from harness.methods.spec import FieldInfo, methods
 
 _SINGLE = ((40, 1), (1, 40))
-"""Sides of a layer with a single output feature, such as a reward or value head, and of one with a single input."""
+"""Sides of a layer with a single output feature, such as a reward or value head, and of one with a single input. The
+ParityModel then has layers of both sorts, so OFT has no such case: one input feature cannot be rotated."""
 _SIDES = Factor(
     ((24, 40), (32, 32), (12, 1030), (520, 16), (260, 270)),
     ((4100, 8), (8, 4100), (264, 264), (9, 11), (31, 17), (17, 13), *_SINGLE),
