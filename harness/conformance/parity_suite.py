@@ -24,7 +24,7 @@ from harness.resources import data_folder
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Kind = Literal[
     "linear", "conv1d", "embedding", "embedding-scaled", "conv2d", "conv2d-dilated", "conv2d-reflect", "conv2d-grouped",
-    "experts"
+    "conv2d-pointwise", "experts"
 ]  # fmt: skip
 GROUPS = 2
 """Number of groups of a convolution of the kind `conv2d-grouped`."""
@@ -77,7 +77,15 @@ class SettingRange(FrozenModel):
     because: str = Field(min_length=10)
 
 
-class MethodSuite(FrozenModel):
+class _Tolerant(FrozenModel):
+    tolerances: dict[str, Tolerance] = Field(default={})
+
+    def factors(self) -> dict[str, float]:
+        """Map each check in `tolerances` to the factor that replaces NOISE_FACTOR for this check."""
+        return {check: looser.factor for check, looser in self.tolerances.items()}
+
+
+class MethodSuite(_Tolerant):
     """The cases of one Method: combinations of its configs, kinds of layers, shapes and dtypes, and the checks that try
     them.
     """
@@ -96,16 +104,11 @@ class MethodSuite(FrozenModel):
     configs: list[Values] = Field(min_length=1)
     layers: list[Kind] = Field(default=["linear"], min_length=1)
     shapes: list[CaseShape] = Field(min_length=1)
-    models: list[ModelForm] = Field(default=["plain"], min_length=1)
-    """Forms of the model for the first kind of layer. Cases with another kind of layer have the form `plain`."""
+    shapes_of_typical: list[CaseShape] = Field(default=[])
+    """Further shapes. Each is tried once, with the config, kind of layer and dtype of the typical example."""
     settings: dict[str, SettingRange] = Field(default={})
     """Name of a setting -> the range for its random values, if the range in the Method's Config is too wide."""
     dtypes: list[Dtype] = Field(min_length=1)
-    tolerances: dict[str, Tolerance] = Field(default={})
-
-    def factors(self) -> dict[str, float]:
-        """Map each check in `tolerances` to the factor that replaces NOISE_FACTOR for this check."""
-        return {check: looser.factor for check, looser in self.tolerances.items()}
 
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[MethodCase]:
         """Yield the suite's cases in each dtype of the suite that is also in `dtypes`.
@@ -116,7 +119,7 @@ class MethodSuite(FrozenModel):
           and every shape in one main dtype: float32 or, if float32 is not requested, the first requested dtype.
         - Each other dtype tries a part of these configs and shapes, and a config with dropout if the suite has one.
         - Every other kind of layer is tried in the main dtype and in one other dtype, with one config and one shape.
-        - One example is tried again with a `tied` model.
+        - The typical example is tried again with a `tied` model and with each of `shapes_of_typical`.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
@@ -132,6 +135,7 @@ class MethodSuite(FrozenModel):
             oblong = [c for c in plain if c.shape.inputs != c.shape.outputs]  # a square layer hides a transposed matrix
             typical = min(oblong or plain or few, key=lambda c: (*_oddness(c.config), c.shape.inputs * c.shape.outputs))
             yield from (replace(case, typical=case is typical) for case in few)
+            yield from (replace(typical, shape=shape) for shape in self.shapes_of_typical)
             yield from [replace(typical, model="tied")] if self.layers[0] == "linear" and not self.base else []
 
     def _few(self, dtypes: Sequence[Dtype]) -> Iterator[MethodCase]:
@@ -178,7 +182,7 @@ class MethodCase:
         return " ".join(filter(None, [in_words(self.config), kind, str(self.shape), odd]))
 
 
-class OperationSuite(FrozenModel):
+class OperationSuite(_Tolerant):
     """The cases of one Operation: each of `values` in each of `dtypes`."""
 
     operation: str
@@ -187,11 +191,6 @@ class OperationSuite(FrozenModel):
     values: list[Values] = Field(min_length=1, alias="cases")
     """One entry per case: keyword arguments for the function that draws the Operation's arguments."""
     dtypes: list[Dtype] = Field(min_length=1)
-    tolerances: dict[str, Tolerance] = Field(default={})
-
-    def factors(self) -> dict[str, float]:
-        """Map each check in `tolerances` to the factor that replaces NOISE_FACTOR for this check."""
-        return {check: looser.factor for check, looser in self.tolerances.items()}
 
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[OperationCase]:
         """Yield the suite's cases in each dtype of the suite that is also in `dtypes`.
@@ -210,18 +209,13 @@ class OperationSuite(FrozenModel):
                 yield OperationCase(values, dtype, typical=dtype == _main(there) and values is typical)
 
 
-class LoaderSuite(FrozenModel):
+class LoaderSuite(_Tolerant):
     """The cases of a loader of adapter files: each adapter in suites/adapters in each of `dtypes`."""
 
     loader: str
     follows: str
     checks: list[str] = Field(min_length=1)
     dtypes: list[Dtype] = Field(min_length=1)
-    tolerances: dict[str, Tolerance] = Field(default={})
-
-    def factors(self) -> dict[str, float]:
-        """Map each check in `tolerances` to the factor that replaces NOISE_FACTOR for this check."""
-        return {check: looser.factor for check, looser in self.tolerances.items()}
 
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[LoaderCase]:
         """Yield the suite's cases in each dtype of the suite that is also in `dtypes`.

@@ -237,9 +237,29 @@ def test_who_offers_one_dtype_only_meets_every_config_and_shape_in_it(dtype: str
         if dtype in plan.dtypes:
             assert {case.dtype for case in met} == {dtype}
             assert all(any(case.config == config for case in met) for config in plan.configs)
-            assert {case.shape for case in met} == set(plan.shapes)
+            assert {case.shape for case in met} == {*plan.shapes, *plan.shapes_of_typical}
         else:
             assert met == []
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "pissa", "vera", "galore", "loha", "lokr"])
+def test_the_sample_has_layers_with_one_output_and_with_one_input(method: str) -> None:
+    sides = {(case.shape.inputs, case.shape.outputs) for case in sample.fixed(parity_suite.load(method), WIDE, DTYPES)}
+    assert any(inputs > 1 == outputs for inputs, outputs in sides)
+    assert any(inputs == 1 < outputs for inputs, outputs in sides)
+
+
+@pytest.mark.parametrize(("scale", "fails"), [(1.0, False), (-1.0, False), (9.0, True)])
+def test_a_single_number_from_an_svd_may_start_with_either_sign(scale: float, fails: bool) -> None:
+    def rescale(layer: Any, _: Any) -> None:
+        layer.A.data *= scale
+        layer.B.data /= scale
+
+    plan = parity_suite.load("pissa").model_copy(update={"checks": ["initial"]})
+    shape = parity_suite.CaseShape.model_validate({"tokens": 9, "in": 40, "out": 1})
+    case = parity_suite.MethodCase({"rank": 1, "alpha": 8.0}, "linear", shape, "float32")
+    outcomes = suite_run.run_case(changed("pissa", rescale), plan, case, wide=False)
+    assert any(one.result.outcome is Outcome.FAIL for one in outcomes) == fails
 
 
 def test_a_seed_without_cases_to_draw_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:

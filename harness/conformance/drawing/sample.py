@@ -34,13 +34,17 @@ from harness.conformance.parity_suite import (
 from harness.conformance.subject import DTYPES
 from harness.methods.spec import FieldInfo, methods
 
+_SINGLE = ((40, 1), (1, 40))
+"""Sides of a layer with a single output feature, such as a reward or value head, and of one with a single input. The
+ParityModel then has layers of both sorts, so OFT has no such case: one input feature cannot be rotated."""
 _SIDES = Factor(
     ((24, 40), (32, 32), (12, 1030), (520, 16), (260, 270)),
-    ((4100, 8), (8, 4100), (264, 264), (9, 11), (31, 17), (17, 13)),
+    ((4100, 8), (8, 4100), (264, 264), (9, 11), (31, 17), (17, 13), *_SINGLE),
     dimensions=(2,),
 )
 """Numbers of input and output features of the first adapted layer. 17 is just above twice the usual rank, 8."""
 _LEAST_SIDE = 8
+"""Least number of features in all other cases."""
 _TOKENS = Factor((9, 1, 515), (2, 16, 130, 2060), least=1, most=600)
 _MAGNITUDES = Factor(get_args(Magnitude)[:MAIN_MAGNITUDES], get_args(Magnitude)[MAIN_MAGNITUDES:])
 _WEIGHTS = Factor(get_args(WeightSize)[:1], get_args(WeightSize)[1:])
@@ -132,7 +136,8 @@ def case_of(plan: MethodSuite | OperationSuite, chosen: Mapping[str, Any]) -> An
         return OperationCase(settings, chosen["dtype"], chosen.get("magnitude", "normal"))
     fields = _fields(plan.method)
     config = {n: v for n, v in chosen.items() if n in fields and (n == "rank" or v != fields[n].default)}
-    inputs, outputs = (max(_LEAST_SIDE, side) for side in chosen["sides"])
+    sides = chosen["sides"]
+    inputs, outputs = sides if sides in _SINGLE else (max(_LEAST_SIDE, side) for side in sides)
     shape = CaseShape.model_validate({"tokens": chosen["tokens"], "in": inputs, "out": outputs})
     sizes = chosen["model"], chosen["magnitude"], chosen["weights"]
     return MethodCase(config, chosen["kind"], shape, chosen["dtype"], *sizes)

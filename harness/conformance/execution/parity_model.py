@@ -22,16 +22,21 @@ _TINY_IN_FLOAT16 = 2.0**-14
 """Size of `tiny` weights in float16: its smallest normal number. Divided by sqrt(inputs), most of them are subnormal."""
 _EMBED_SCALE = 4.0
 _PADDING = 1
-"""padding_idx of the first embedding of a model of the kind `embedding-scaled`. The second embedding has padding_idx 0,
-which a program may mistake for None.
+"""padding_idx of the first embedding of a model of the kind `embedding-scaled`, or 0 if it has only one entry. The second
+embedding has padding_idx 0, which a program may mistake for None.
 """
 _GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv2d": {"padding": 1},
     "conv2d-dilated": {"padding": (2, 1), "dilation": (2, 1)},  # height and width differ
     "conv2d-reflect": {"padding": 1, "padding_mode": "reflect"},
     "conv2d-grouped": {"padding": 1, "groups": GROUPS},
+    "conv2d-pointwise": {"padding": "same"},
 }
-"""Kind of layer -> options of the two adapted convolutions, except the kernel size."""
+"""Kind of layer -> options of the first adapted convolution, except the kernel size."""
+_SECOND_GEOMETRIES: dict[str, dict[str, Any]] = {
+    "conv2d-pointwise": {"kernel_size": 1, "stride": 2, "padding": 1},  # as a ResNet reduces the size of its images
+}
+"""Kind of layer -> options of the second adapted convolution, if they are not those of the first with another stride."""
 
 
 class ParityModel(nn.Module):
@@ -125,7 +130,7 @@ def _layers(kind: Kind, D: int, E: int, *, swapped: bool = False) -> tuple[nn.Mo
         return nn.Embedding(D, E), nn.Linear(E, E), nn.Embedding(D, E)
     if kind == "embedding-scaled":
         return (
-            _ScaledEmbedding(D, E, padding_idx=_PADDING),
+            _ScaledEmbedding(D, E, padding_idx=min(_PADDING, D - 1)),
             nn.Linear(E, E),
             nn.Embedding(D, E, padding_idx=0, scale_grad_by_freq=True),
         )
@@ -134,8 +139,8 @@ def _layers(kind: Kind, D: int, E: int, *, swapped: bool = False) -> tuple[nn.Mo
     if kind.startswith("conv2d"):
         geometry = _GEOMETRIES[kind]
         D, E = _channels(kind, D), _channels(kind, E)
-        second = nn.Conv2d(E, D, 3, stride=(2, 1), bias=False, **geometry)
-        return nn.Conv2d(D, E, 3, **geometry), nn.Conv2d(E, E, 1), second
+        back = _SECOND_GEOMETRIES.get(kind, {"kernel_size": 3, "stride": (2, 1), **geometry})
+        return nn.Conv2d(D, E, 3, **geometry), nn.Conv2d(E, E, 1), nn.Conv2d(E, D, bias=False, **back)
     from transformers.pytorch_utils import Conv1D
 
     return Conv1D(E, D), Conv1D(E, E), Conv1D(D, E)
@@ -164,7 +169,7 @@ def _input(kind: Kind, D: int, generator: torch.Generator, dtype: torch.dtype) -
     if kind.startswith("embedding"):
         ids = torch.randint(0, D, (2, 5), generator=generator)
         if kind == "embedding-scaled":
-            ids[0, -1], ids[1, 0] = _PADDING, 0
+            ids[0, -1], ids[1, 0] = min(_PADDING, D - 1), 0
         return ids
     shape = (2, _channels(kind, D), SIDE, SIDE) if kind.startswith("conv2d") else (2, 5, D)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)

@@ -38,6 +38,8 @@ FAULTS = [
     # Apply the transposed update, which raises no error on a square layer.
     _loha("transposes_the_update", ["forward", "gradient"],
         "x_TD @ self.rank_dropout(self.delta()).T", "x_TD @ self.rank_dropout(self.delta())", inputs=32, outputs=32),
+    _loha("does_not_sum_over_the_inputs_of_one_output", ["forward"], "x_TD @ self.rank_dropout(self.delta()).T",
+        "(x_TD @ self.delta().T if len(self.delta()) > 1 else x_TD * self.delta())", outputs=1),
     _loha("detaches_the_second_product", ["gradient", "step"], _UPDATE,
         "self.scaling * ((self.B1 @ self.A1) * (self.B2 @ self.A2).detach())"),
     _loha("starts_with_a2_not_zero", ["initial", "identity"], "torch.zeros(R, D, **like)", "torch.ones(R, D, **like)"),

@@ -32,6 +32,9 @@ FAULTS = [
     _lora("divides_by_the_root_of_the_rank", ["forward", "gradient", "merge"],
         "math.sqrt(self.rank) if self.rslora else self.rank", "self.rank",
         "R, s, p = config.rank, config.scaling", "R, s, p = config.rank, config.alpha / config.rank**0.5"),
+    _lora("keeps_alpha_as_a_whole_number", ["forward", "gradient"],
+        "R, s, p = config.rank, config.scaling", "R, s, p = config.rank, int(config.alpha) / config.rank",
+        values={"rank": 3, "alpha": 8.5}),
     # Swap A and B, which raises no error on a square layer.
     _lora("swaps_a_and_b", ["forward", "gradient"],
         _PRODUCT, "self.scaling * (x_TD @ self.B @ self.A)", inputs=32, outputs=32),
@@ -51,6 +54,15 @@ FAULTS = [
     _lora("does_not_drop_before_a_convolution", ["dropout"],
         "convolve(self.base, self.dropout(x), self.A, groups=1)", "convolve(self.base, x, self.A, groups=1)",
         file="lora_layers", values=_DROP, layer="conv2d"),
+    _lora("pads_one_side_only_if_the_padding_is_a_word", ["forward", "gradient"], "    padding: Any = base.padding\n",
+        "    padding: Any = base.padding\n    if isinstance(padding, str):\n"
+        "        x, padding = nn.functional.pad(x, (2, 0, 2, 0)), 0\n",
+        file="lora_layers", layer="conv2d-pointwise"),
+    _lora("pools_instead_of_striding_in_a_1x1_convolution", ["forward", "gradient"],
+        "convolve(self.base, self.dropout(x), self.A, groups=1)",
+        "convolve(self.base, self.dropout(x), self.A, groups=1) if self.base.kernel_size != (1, 1) else "
+        "nn.functional.adaptive_avg_pool2d(nn.functional.conv2d(self.dropout(x), self.A), self.base(x).shape[-2:])",
+        file="lora_layers", layer="conv2d-pointwise"),
     _lora("reads_token_numbers_in_int32_as_zeros", ["calls"], "            ids_T, self.A.T,",
         "            ids_T * (ids_T.element_size() == 8), self.A.T,", file="lora_layers", layer="embedding"),
     _lora("merges_rank_by_rank_into_alternate_groups", ["merge"], "self.A.reshape(G, R // G, -1)",

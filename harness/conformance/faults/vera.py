@@ -17,6 +17,8 @@ _vera = partial(line_fault, "vera", values=_USUAL)
 FAULTS = [
     _vera("ignores_the_key", ["projections"],
         'torch.Generator("cpu").manual_seed(key)', 'torch.Generator("cpu").manual_seed(0)'),
+    _vera("keeps_31_bits_of_the_key", ["projections"], 'torch.Generator("cpu").manual_seed(key)',
+        'torch.Generator("cpu").manual_seed(key & 0x7FFFFFFF)', values={"rank": 3, "projection_key": 3_000_000_007}),
     _vera("draws_other_projections_each_time", ["projections"], 'generator = torch.Generator("cpu").manual_seed(key)',
         'generator = torch.Generator("cpu")\n    generator.seed()'),
     _vera("gives_each_layer_its_own_projections", ["projections"], "A, B = shared[device, dtype]",
