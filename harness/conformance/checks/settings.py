@@ -27,9 +27,11 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
     Settings are torch's default dtype and device, gradient mode, threads, determinism, precision, autocast, anomaly
     detection and kernels of attention, and numpy's reaction to floating-point errors. Attaching leaves them as they are
     even if a program has chosen others: another default dtype, gradients off, another number of threads, deterministic
-    algorithms. It leaves no filter of Python's warnings behind. Random numbers are torch's, numpy's and Python's: drawing them is allowed; seeding
-    is not, because code that runs later would depend on it. What attaching puts into `state()`, such as VeRA's projections,
-    does not depend on torch's default dtype.
+    algorithms. It leaves no filter of Python's warnings behind.
+
+    Random numbers are torch's, numpy's and Python's: drawing them is allowed; seeding is not, because code that runs
+    later would depend on it. What attaching puts into `state()`, such as VeRA's projections, does not depend on torch's
+    default dtype.
     """
     if isinstance(subject, OperationSubject):
         with process_settings.restored() as changed:

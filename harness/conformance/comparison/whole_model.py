@@ -109,7 +109,8 @@ def observe(
             logits.backward(dy)
         seen = {"logits": logits.detach().clone()}
         seen |= {f"grad {name}": t.grad.detach().clone() for name, t in tensors.items() if t.grad is not None}
-        seen |= {INPUT_GRADIENT: leaf.grad for leaf in leaves[-1:] if leaf.grad is not None}
+        if leaves and leaves[-1].grad is not None:
+            seen[INPUT_GRADIENT] = leaves[-1].grad
         return seen
     finally:
         if hook is not None:
