@@ -68,6 +68,8 @@ class Hooked:
             layer.weight.data += self.scaling * (B @ A)
 
     def unmerge(self) -> None:
+        if not self.weights:
+            return  # nothing is merged
         for path, layer in self.layers.items():
             layer.weight.data.copy_(self.weights.pop(path))
         self.hook()
