@@ -20,9 +20,12 @@ _CUDNN: Any = torch.backends.cudnn
 _BACKENDS = ("mkldnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn", "cuda.matmul", "cudnn", "cudnn.conv", "cudnn.rnn")
 
 
+def _attribute(place: Any, name: str) -> _Setting:
+    return lambda: getattr(place, name), lambda value: setattr(place, name, value)
+
+
 def _precision(path: str) -> _Setting:
-    place: Any = attrgetter(path)(torch.backends)
-    return lambda: place.fp32_precision, lambda value: setattr(place, "fp32_precision", value)
+    return _attribute(attrgetter(path)(torch.backends), "fp32_precision")
 
 
 # Name -> functions that read and restore a setting.
@@ -35,13 +38,26 @@ _SETTINGS: dict[str, _Setting] = {
         lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
         lambda value: set_deterministic(value[0], warn_only=value[1]),
     ),
-    "the filling of fresh memory": (
-        lambda: _SWITCH.fill_uninitialized_memory,
-        lambda value: setattr(_SWITCH, "fill_uninitialized_memory", value),
-    ),
-    "cudnn.benchmark": (lambda: _CUDNN.benchmark, lambda value: setattr(_CUDNN, "benchmark", value)),
+    "the filling of fresh memory": _attribute(_SWITCH, "fill_uninitialized_memory"),
+    **{f"cudnn.{name}": _attribute(_CUDNN, name) for name in ("benchmark", "deterministic", "enabled")},
+    **{
+        f"attention on the GPU by {kind}": (
+            getattr(torch.backends.cuda, f"{kind}_sdp_enabled"),
+            getattr(torch.backends.cuda, f"enable_{kind}_sdp"),
+        )
+        for kind in ("flash", "mem_efficient", "math", "cudnn")
+    },
+    "the detection of anomalies": (torch.is_anomaly_enabled, torch.set_anomaly_enabled),
     "autocast on the CPU": (partial(torch.is_autocast_enabled, "cpu"), partial(torch.set_autocast_enabled, "cpu")),
     "autocast on the GPU": (partial(torch.is_autocast_enabled, "cuda"), partial(torch.set_autocast_enabled, "cuda")),
+    **{
+        f"the dtype of autocast on the {device.upper()}": (
+            partial(torch.get_autocast_dtype, device),
+            partial(torch.set_autocast_dtype, device),
+        )
+        for device in ("cpu", "cuda")
+    },
+    "numpy's reaction to floating-point errors": (np.geterr, lambda value: np.seterr(**value)),
 }
 if hasattr(torch.backends, "fp32_precision"):
     # `set_float32_matmul_precision` sets several of these settings. Once one of them was set, `get_float32_matmul_precision`
@@ -73,6 +89,25 @@ def snapshot() -> dict[str, object]:
 def list_changes(before: dict[str, object]) -> list[str]:
     """Describe each setting that differs from `before`, which is a result of `snapshot`."""
     return [f"{name} is {value}, was {before[name]}" for name, value in snapshot().items() if value != before[name]]
+
+
+@contextmanager
+def others() -> Iterator[list[str]]:
+    """Give some settings other values inside the context, and restore all settings at its end.
+
+    These settings may have any value while a program attaches an adapter: torch's default dtype, the recording of
+    gradients, the number of threads, determinism, the filling of fresh memory and cudnn's search for the fastest algorithm.
+    The yielded list gets a description of each change that is made inside the context.
+    """
+    with restored():
+        torch.set_default_dtype(torch.float64 if torch.get_default_dtype() != torch.float64 else torch.float32)
+        torch.set_grad_enabled(not torch.is_grad_enabled())
+        torch.set_num_threads(1)  # not more: a later fork of a process with several threads may hang
+        set_deterministic(not torch.are_deterministic_algorithms_enabled(), warn_only=True)
+        for place, name in ((_SWITCH, "fill_uninitialized_memory"), (_CUDNN, "benchmark")):
+            setattr(place, name, not getattr(place, name))
+        with restored() as changed:
+            yield changed
 
 
 @contextmanager

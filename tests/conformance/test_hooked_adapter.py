@@ -26,7 +26,7 @@ class Hooked:
         self.model, self.layers, self.dropout, self.scaling = model, layers, config.dropout, scaling
         self.factors: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         self.handles: list[Any] = []
-        self.weights: dict[str, Tensor] = {}
+        self.weights: dict[str, nn.Parameter] = {}
 
     def hook(self) -> None:
         for path, layer in self.layers.items():
@@ -64,12 +64,15 @@ class Hooked:
         self.detach()
         for path, layer in self.layers.items():
             A, B = self.factors[path]
-            self.weights[path] = layer.weight.detach().clone()
-            layer.weight.data += self.scaling * (B @ A)
+            self.weights[path] = layer.weight  # not changed in place: another layer may be tied to it
+            merged = layer.weight + self.scaling * (B @ A)
+            layer.weight = nn.Parameter(merged.detach(), requires_grad=False)
 
     def unmerge(self) -> None:
+        if not self.weights:
+            return  # nothing is merged
         for path, layer in self.layers.items():
-            layer.weight.data.copy_(self.weights.pop(path))
+            layer.weight = self.weights.pop(path)
         self.hook()
 
     def detach(self) -> None:

@@ -26,6 +26,10 @@ def newer_precision() -> None:
         (newer_precision, "precision"),  # after which torch refuses to be asked in the older way
         (lambda: torch.use_deterministic_algorithms(True), "deterministic"),
         (lambda: torch.set_autocast_enabled("cpu", True), "autocast"),
+        (lambda: torch.set_autocast_dtype("cuda", torch.bfloat16), "autocast"),
+        (lambda: torch.backends.cuda.enable_mem_efficient_sdp(False), "attention"),
+        (lambda: torch.set_anomaly_enabled(True), "anomalies"),
+        (lambda: np.seterr(divide="ignore", invalid="raise"), "numpy"),
     ],
 )
 def test_a_changed_setting_is_named_and_put_back(change: object, name: str) -> None:
@@ -34,6 +38,15 @@ def test_a_changed_setting_is_named_and_put_back(change: object, name: str) -> N
         change()  # type: ignore[operator]
     assert changed
     assert all(name in one for one in changed)
+    assert process_settings.snapshot() == before
+
+
+def test_a_setting_put_back_to_its_usual_value_is_named_where_it_had_another() -> None:
+    before, usual = process_settings.snapshot(), torch.get_default_dtype()
+    with process_settings.others() as changed:
+        torch.set_default_dtype(usual)
+    (named,) = changed
+    assert "default dtype" in named
     assert process_settings.snapshot() == before
 
 

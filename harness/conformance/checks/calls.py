@@ -245,8 +245,14 @@ def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iter
 
 
 def _autocast(call: Call, layer: nn.Module, tensors: Mapping[str, Tensor], dtype: str, x: Tensor) -> dict[str, Tensor]:
-    with torch.autocast(x.device.type, DTYPES[dtype]):
-        return observe(layer, tensors, x, call.dy, training=call.training)
+    """Run the layer forward under autocast to `dtype`, and backward outside, as torch's documentation recommends."""
+
+    def run(layer: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, DTYPES[dtype]):
+            y: Tensor = layer(x)
+            return y
+
+    return observe(layer, tensors, x, call.dy, training=call.training, call=run)
 
 
 def _rounded_by_autocast(own: ReferenceLayer, call: Call, dtype: str) -> Iterator[dict[str, Tensor]]:

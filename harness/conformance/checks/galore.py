@@ -22,9 +22,9 @@ from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
 from reference.galore import Projector, galore_step, projector
 
-_HISTORIES = ((5, 2, 2, False), (3, 1, 2, True), (7, 3, 1, False))
-"""Number of steps, update gap and rank of each run, and whether its weights are square. In each run, the subspace is
-refreshed twice after the first step."""
+_HISTORIES = ((5, 2, 2, False, 0), (3, 1, 2, True, 0), (7, 3, 1, False, 4))
+"""Number of steps with gradients, update gap and rank of each run, whether its weights are square, and the number of these
+steps before a step without gradients. In each run, the subspace is refreshed twice after the first step."""
 _LR, _DECAY = 0.1, 0.1
 _STEPS, _WITHOUT_GRADIENT, _CHANGED, _RESUMED, _BY_CLOSURE = 12, 3, 5, 7, 9
 """Steps of `check_optimizer`, counted from 0: their number, the step without a gradient, the first step with another
@@ -64,19 +64,21 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
     At a refresh, M and V are carried over from the old subspace, and weight decay is not projected  (GaLore,
     algorithm 2). The check takes five steps on random gradients with a new subspace at the third and the fifth, seven
     steps with a new subspace at the fourth and the seventh, and three steps with a new subspace at each. Before each
-    step the weights are restored, so that no step inherits the rounding of another.
+    step the weights are restored, so that no step inherits the rounding of another. In one more step the layer gets no
+    gradient: before the five steps, before the three, and after four of the seven. Such a step leaves the weights as they
+    are, and does not count when the subspace is due to be refreshed.
 
     The sign of a singular vector is arbitrary. It influences the weights after a refresh, since M is carried over, and
     the check accepts every choice of signs.
     """
     found = []
-    for steps, gap, rank, square in _HISTORIES:
+    for steps, gap, rank, square, idle in _HISTORIES:
         fresh = case.attach_again(rank=rank, update_gap=gap, square=square)
         if fresh is None:
             return skipped(subject, case, "refresh", "the case cannot attach again")
         if fresh.adapted.optimizer(_LR, _DECAY) is None:
             return skipped(subject, case, "refresh", "the Method has no optimizer")
-        found += list(_of_layers(fresh, case, steps))
+        found += list(_of_layers(fresh, case, steps, idle))
     return judged(subject, case, "refresh", worst_of(found, found[0].policy))
 
 
@@ -180,7 +182,8 @@ def _is_compared(number: int, steps: Sequence[_Step]) -> bool:
     return number < _STEPS or number >= len(steps) - 2
 
 
-def _of_layers(fresh: Subject, case: Case, steps: int) -> Iterator[Judgement]:
+def _of_layers(fresh: Subject, case: Case, steps: int, idle: int) -> Iterator[Judgement]:
+    """Yield the judgement of each layer after `steps` steps. After `idle` of them, one more step has no gradients."""
     # Singular values that fall slowly distinguish a randomised SVD from the exact one.
     decay = 0.9 if fresh.config.niter else 0.5
     for index, path in enumerate(fresh.adapted.layers):
@@ -189,6 +192,7 @@ def _of_layers(fresh: Subject, case: Case, steps: int) -> Iterator[Judgement]:
             _Step({name: _gradient(t, seed, decay) for name, t in tensors.items()})
             for seed in (case.generator(salt=50 * index + step).initial_seed() for step in range(steps))
         ]
+        gradients.insert(idle, _Step({}))
         mine, _ = _steps_of_subject(fresh, tensors, gradients)
         best = min(_judgements(fresh, case, tensors, gradients, mine), key=lambda j: (not j.passed, j.ratio))
         yield prefix_tensor(f"{path}, update_gap {fresh.config.update_gap}", best)
@@ -285,7 +289,8 @@ def _judgements(
     passes.
     """
     rank = min(fresh.config.rank, *next(t for t in tensors.values() if t.dim() == 2).shape)
-    first, second = range(fresh.config.update_gap, len(steps), fresh.config.update_gap)
+    with_gradients = [number for number, step in enumerate(steps) if step.gradients]
+    first, second = with_gradients[fresh.config.update_gap :: fresh.config.update_gap]
     columns = 2 * rank if fresh.config.side == "full" else rank
     bases: _Bases = {}
     for signs in itertools.product((1.0, -1.0), repeat=2 * columns):
@@ -330,7 +335,7 @@ def _steps_of_reference(
                 continue
             G = step.gradients[name].to(DTYPES[fresh.dtype]).to(DTYPES[dtype])
             basis = None
-            if low["rank"] and number % config.update_gap == 0:
+            if low["rank"] and state.get("step", 0) % config.update_gap == 0:
                 how = config.rank, config.side, config.niter, Projector(state.get("P"), state.get("Q"))
                 # Only a randomised SVD starts from the old subspace, whose signs earlier steps have chosen.
                 before = (dtype, *(some for step, some in signs.items() if step < number)) if config.niter else ()

@@ -179,6 +179,8 @@ def _moved_draws(subject: Subject, path: str, x: Tensor, dy: Tensor) -> Iterator
 def check_model(subject: Subject, case: Case) -> CheckResult:
     """The logits and the gradients of the whole model equal the reference's.
 
+    If the model's input has floating-point numbers, the model runs twice: with an input that needs no gradient, as the
+    first layer gets it in training, and with one that does. Then the gradient of the input is compared, too.
     The reference is a float64 copy of the original model with the reference's layers in place of the adapted layers.
     """
     if case.forward is None:
@@ -187,8 +189,12 @@ def check_model(subject: Subject, case: Case) -> CheckResult:
         return skipped(subject, case, "model", "some models round to float32 inside, whatever their dtype")
     if subject.original.model is None:
         return skipped(subject, case, "model", f"a float64 copy is made up to {LARGEST_COPY:,} parameters")
-    mine = whole_model.observe(subject.model, subject.adapted.tensors(), subject, case.forward)
-    truth = whole_model.observe(*whole_model.reference(subject, "float64"), subject, case.forward)
+    tensors = subject.adapted.tensors()
+    mine = whole_model.observe(subject.model, tensors, subject, case.forward)
+    truth = whole_model.observe(*whole_model.reference(subject, "float64"), subject, case.forward, with_input=True)
+    if whole_model.INPUT_GRADIENT in truth:
+        seen = whole_model.observe(subject.model, tensors, subject, case.forward, with_input=True)
+        mine |= {name: tensor for name, tensor in seen.items() if name == whole_model.INPUT_GRADIENT}
     factor = case.factors.get("model", CARRIED_FACTOR)
     return judged(subject, case, "model", carried_noise(mine, truth, _carried(subject, case), subject.dtype, factor))
 
@@ -204,7 +210,8 @@ def _carried(subject: Subject, case: Case) -> Iterator[Mapping[str, Tensor]]:
     forward = case.forward
     if forward is None:
         return
-    yield whole_model.observe(*whole_model.reference(subject, subject.dtype), subject, forward)
+    own = whole_model.reference(subject, subject.dtype)
+    yield whole_model.observe(*own, subject, forward, with_input=True)
     for seed in range(PERTURBED_DRAWS):
         model, tensors = whole_model.reference(subject, subject.dtype)
         generator = torch.Generator().manual_seed(seed)
@@ -213,7 +220,7 @@ def _carried(subject: Subject, case: Case) -> Iterator[Mapping[str, Tensor]]:
                 tensor.copy_(
                     perturbed(tensor.double(), subject.dtype, generator) if tensor.is_floating_point() else tensor
                 )
-        yield whole_model.observe(model, tensors, subject, forward)
+        yield whole_model.observe(model, tensors, subject, forward, with_input=True)
 
 
 def _only(run: dict[str, Tensor], output: bool) -> dict[str, Tensor]:

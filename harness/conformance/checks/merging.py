@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from itertools import chain, islice
 
 import torch
@@ -21,7 +22,8 @@ from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load, w
 from harness.conformance.tolerance_constants import DRAWS_AT_ONCE
 from harness.records.record import CheckResult
 
-_CHANGED = "unmerged, with another adapter"
+_UNMERGED = "after unmerging without merging"
+_CHANGED = "unmerged twice, with another adapter"
 _AGAIN = "after merging again, in training mode"
 
 
@@ -31,6 +33,8 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
 
     A merged layer no longer depends on its adapter; an unmerged layer follows its adapter again, and trains as before.
     This also holds if the adapter is changed and merged again, in training mode and while gradients are recorded.
+    Unmerging what is not merged changes nothing; it may raise RuntimeError or ValueError. Merging makes no parameter of the
+    model trainable that was not trainable before.
     """
     if not subject.adapted.can_merge:
         return skipped(subject, case, "merge", "this adapter cannot be merged")
@@ -42,6 +46,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     added = subject.added()
     values = {name: t.detach().clone() for name, t in added.items()}
     trained = {name for name, tensor in subject.adapted.tensors().items() if tensor.requires_grad}
+    trainable = {id(p) for p in subject.model.parameters() if p.requires_grad}
     modes = {path: layer.training for path, layer in subject.adapted.layers.items()}
     outputs = {}
     with torch.no_grad():
@@ -49,8 +54,11 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
             layer.eval()
         # Built before merging: the references use the model's own base weights, and must show if merging damages these.
         expected = {path: _expected(subject, path, x) for path, x in xs.items()}
+        _unmerge_unmerged(subject)
+        outputs[_UNMERGED] = _outputs(subject, xs)
         subject.adapted.merge()
         subject.adapted.merge()  # what is merged already stays as it is
+        made_trainable = _trainable_beside(subject, trainable)
         for tensor in added.values():
             tensor.mul_(-3).add_(1)  # a merged layer no longer depends on its adapter
         outputs["after merging"] = _merged_outputs(subject, xs)
@@ -58,6 +66,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         subject.adapted.unmerge()
         outputs["after unmerging"] = _outputs(subject, xs)
         now = {name for name, tensor in subject.adapted.tensors().items() if tensor.requires_grad}
+        _unmerge_unmerged(subject)
         for tensor in added.values():
             tensor.mul_(HALF)
         outputs[_CHANGED] = _outputs(subject, xs)
@@ -74,13 +83,24 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
             found.append(prefix_tensor(path, noise_floor({"y": y}, truth, draws, subject.dtype, case.factor("merge"))))
         verdicts[when] = worst_of(found, found[0].policy if found else "noise-floor")
     failures = [when for when, verdict in verdicts.items() if verdict.decided and not verdict.passed]
-    if frozen := sorted(trained - now):
-        return from_problems(
-            subject, case, "merge", [f"{name} does not train any more after unmerging" for name in frozen]
-        )
+    odd = [f"{name} does not train any more after unmerging" for name in sorted(trained - now)]
+    odd += [f"{name} trains after merging, and did not before" for name in sorted(made_trainable)]
+    if odd:
+        return from_problems(subject, case, "merge", odd)
     if failures:
         return judged(subject, case, "merge", verdicts[failures[0]], failures[0])
     return judged(subject, case, "merge", worst_of([*verdicts.values()], verdicts[_CHANGED].policy))
+
+
+def _unmerge_unmerged(subject: Subject) -> None:
+    """Unmerge an adapter that is not merged. It may refuse this by RuntimeError or ValueError."""
+    with suppress(RuntimeError, ValueError):
+        subject.adapted.unmerge()
+
+
+def _trainable_beside(subject: Subject, known: Collection[int]) -> set[str]:
+    """Return the names of the model's parameters that require a gradient and whose `id` is not in `known`."""
+    return {name for name, p in subject.model.named_parameters() if p.requires_grad and id(p) not in known}
 
 
 def _merged_in_training(subject: Subject, xs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -23,10 +24,14 @@ from harness.records.record import CheckResult
 def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Attaching and computing change no process-wide setting, and seed no random numbers.
 
-    Settings are torch's default dtype and device, gradient mode, threads, determinism, precision and autocast. Random
-    numbers are torch's, numpy's and Python's: drawing them is allowed; seeding is not, because code that runs later
-    would depend on it. What attaching puts into `state()`, such as VeRA's projections, does not depend on torch's default
-    dtype.
+    Settings are torch's default dtype and device, gradient mode, threads, determinism, precision, autocast, anomaly
+    detection and kernels of attention, and numpy's reaction to floating-point errors. Attaching leaves them as they are
+    even if a program has chosen others: another default dtype, gradients off, another number of threads, deterministic
+    algorithms. It leaves no filter of Python's warnings behind.
+
+    Random numbers are torch's, numpy's and Python's: drawing them is allowed; seeding is not, because code that runs
+    later would depend on it. What attaching puts into `state()`, such as VeRA's projections, does not depend on torch's
+    default dtype.
     """
     if isinstance(subject, OperationSubject):
         with process_settings.restored() as changed:
@@ -36,9 +41,22 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
         return skipped(subject, case, "settings", "the case cannot attach again")
     with process_settings.restored() as changed:
         seeded = process_settings.find_seeding(lambda: _use(case.attach_again(), case))
-    return from_problems(
-        subject, case, "settings", [*subject.disturbed, *changed, *seeded, *_by_default_dtype(subject, case)]
-    )
+    odd = [*subject.disturbed, *changed, *seeded, *_by_default_dtype(subject, case)]
+    return from_problems(subject, case, "settings", odd or [*_under_other_settings(case)])
+
+
+def _under_other_settings(case: Case) -> Iterator[str]:
+    """Yield a message for each setting that attaching changes if it had another value than usual before.
+
+    Also yield a message if attaching leaves a filter of warnings behind. At first there is no filter, since Python moves an
+    equal filter to the front instead of adding another one.
+    """
+    with warnings.catch_warnings(record=True), process_settings.others() as changed:
+        warnings.resetwarnings()
+        case.attach_again()
+        left = [f"the filter of warnings {one} was added" for one in warnings.filters]
+    yield from (f"after attaching under other settings, {one}" for one in changed)
+    yield from left
 
 
 def _by_default_dtype(subject: Subject, case: Case) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from harness.conformance.comparison.stacked_experts import one_by_one
 from harness.conformance.subject import DTYPES, Subject, attach_reference
 from harness.methods import module_copy
 from reference.shared.layers import replace
+
+INPUT_GRADIENT = "grad input"
+"""Name under which `observe` returns the gradient of the model's input."""
 
 
 def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -70,12 +74,27 @@ def start(subject: Subject, dtype: str) -> nn.Module:
 
 
 def observe(
-    model: nn.Module, tensors: Mapping[str, Tensor], subject: Subject, forward: Callable[[nn.Module], Tensor]
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    subject: Subject,
+    forward: Callable[[nn.Module], Tensor],
+    *,
+    with_input: bool = False,
 ) -> dict[str, Tensor]:
     """Run the model forward and backward. Return `logits`, and the gradient of each tensor as `grad <name>`.
 
-    Meanwhile, the model's own dropout is off.
+    Meanwhile, the model's own dropout is off. with_input: if the model's first argument is a tensor of floating-point
+    numbers, let it need a gradient, and return this gradient as INPUT_GRADIENT.
     """
+    leaves: list[Tensor] = []
+
+    def make_leaf(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not given or not isinstance(given[0], Tensor) or not given[0].is_floating_point():
+            return None
+        leaves.append(given[0].detach().clone().requires_grad_(True))
+        return leaves[-1], *given[1:]
+
+    hook = model.register_forward_pre_hook(make_leaf) if with_input else None
     modes = {module: module.training for module in model.modules()}
     model.eval()
     for path in subject.adapted.layers:
@@ -90,8 +109,12 @@ def observe(
             logits.backward(dy)
         seen = {"logits": logits.detach().clone()}
         seen |= {f"grad {name}": t.grad.detach().clone() for name, t in tensors.items() if t.grad is not None}
+        if leaves and leaves[-1].grad is not None:
+            seen[INPUT_GRADIENT] = leaves[-1].grad
         return seen
     finally:
+        if hook is not None:
+            hook.remove()
         for module, training in modes.items():
             module.training = training
         for parameter in model.parameters():

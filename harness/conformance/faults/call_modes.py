@@ -99,6 +99,17 @@ def skips_the_update_under_autocast(copy: PatchedCopy) -> None:
     copy.replace_forward(lambda layer, x, right: layer.base(x) if torch.is_autocast_enabled("cpu") else right(x))
 
 
+@planted_in_methods("calls", only=_ADAPTERS)
+def passes_no_gradient_to_a_backward_pass_outside_autocast(copy: PatchedCopy) -> None:
+    def forward(_: Any, x: Tensor, right: Right) -> Tensor:
+        y = right(x)
+        if y.requires_grad and torch.is_autocast_enabled("cpu"):
+            y.register_hook(lambda dy: dy * torch.is_autocast_enabled("cpu"))
+        return y
+
+    copy.replace_forward(forward)
+
+
 @planted_in_methods("calls", only=["lora", "adalora"])  # DoRA and VeRA multiply by a vector in float32
 def returns_float32_under_autocast(copy: PatchedCopy) -> None:
     copy.replace_forward(lambda _, x, right: right(x).float() if torch.is_autocast_enabled("cpu") else right(x))

@@ -138,3 +138,18 @@ def leaves_its_merged_layers_behind(copy: PatchedCopy) -> None:
         adapted.merge, adapted.detach = merge_for_good, detach
 
     copy.change_adapted(change)
+
+
+@planted_in_methods("merge", adds_layers=True)
+def lets_the_merged_weights_train(copy: PatchedCopy) -> None:
+    def change(adapted: Any) -> None:
+        merge = adapted.merge
+
+        def merge_and_train() -> None:
+            merge()
+            for path in adapted.layers:
+                adapted.model.get_submodule(path).requires_grad_(True)
+
+        adapted.merge = merge_and_train
+
+    copy.change_adapted(change)

@@ -29,6 +29,11 @@ FAULTS = [
         "    correction = math.sqrt(", '    state["step"] = (state["step"] - 1) % 2 + 1\n    correction = math.sqrt('),
     _galore("refreshes_one_step_late", ["refresh"],
         'state.get("step", 0) % update_gap == 0', 'state.get("step", 0) % update_gap == (1 if state else 0)'),
+    _galore("refreshes_by_the_optimizers_own_count_of_steps", ["refresh"],
+        "loss = loss_of(closure)", "loss = loss_of(closure)\n"
+        "        for state in self.state.values():\n"
+        '            state["late"] = state.get("late", 0) + all(p.grad is None for p in self.state)',
+        'state.get("step", 0) % update_gap == 0', '(state.get("step", 0) + state.get("late", 0)) % update_gap == 0'),
     _galore("never_refreshes", ["refresh"], 'state.get("step", 0) % update_gap == 0', "not state"),
     _galore("forgets_the_scale", ["step", "refresh"], "alpha=lr * (scale if rank else 1.0)", "alpha=lr"),
     _galore("scales_plain_adam_too", ["step", "refresh"], "alpha=lr * (scale if rank else 1.0)", "alpha=lr * scale"),

@@ -340,3 +340,19 @@ def convolves_with_a_flipped_kernel(copy: PatchedCopy) -> None:
     copy.replace_forward(
         lambda layer, x, right: right(x.flip(-1)).flip(-1) if layer.base.stride == (1, 1) else right(x)
     )
+
+
+@planted("lora", "merge", values=_USUAL)
+def subtracts_its_update_though_it_is_not_merged(copy: PatchedCopy) -> None:
+    def change(adapted: Any) -> None:
+        unmerge = adapted.unmerge
+
+        def subtract() -> None:
+            for path, layer in adapted.layers.items():
+                if adapted.model.get_submodule(path) is layer:
+                    layer.base.weight.data.sub_(layer.delta().detach())
+            unmerge()
+
+        adapted.unmerge = subtract
+
+    copy.change_adapted(change)

@@ -48,6 +48,10 @@ FAULTS = [
     # peft merges into 4 and 8 bits like this.
     _qlora("merges_the_bias_of_b_without_the_scaling", ["merge"],
         "add_bias(dense, self.scaling * self.c)", "add_bias(dense, self.c)", values={**_USUAL, "lora_bias": True}),
+    _qlora("decodes_the_weights_of_all_layers_into_one_buffer", ["model"],
+        "linear(x_TD, self.weight().to(x_TD.dtype), self.base.bias)",
+        "linear(x_TD, globals().setdefault('_buffer', torch.empty(self.weight().shape.numel(), dtype=x_TD.dtype))"
+        ".view(self.weight().shape).data.copy_(self.weight()), self.base.bias)"),
     _experts("quantises_the_first_expert_only", ["packing"],
         "codes, absmax = nf4.quantize(W, block)", "codes, absmax = nf4.quantize(W[:1].expand_as(W), block)",
         file="nf4_weight"),

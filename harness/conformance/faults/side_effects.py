@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -117,6 +118,27 @@ def _subtract_previous(tensor: Any) -> None:
 @planted_in_methods("settings")
 def changes_the_default_dtype(copy: PatchedCopy) -> None:
     copy.change_adapted(lambda _: torch.set_default_dtype(torch.float16))
+
+
+@planted_in_methods("settings")
+def sets_the_default_dtype_back_to_float32(copy: PatchedCopy) -> None:
+    """End attaching with float32 as the default dtype, whatever it was."""
+    copy.change_adapted(lambda _: torch.set_default_dtype(torch.float32))
+
+
+@planted("lora", "settings", values=_LORA)
+def switches_gradients_on_after_attaching(copy: PatchedCopy) -> None:
+    copy.change_adapted(lambda _: torch.set_grad_enabled(True))
+
+
+@planted("lora", "settings", values=_LORA)
+def hides_warnings_for_ever(copy: PatchedCopy) -> None:
+    copy.change_adapted(lambda _: warnings.filterwarnings("ignore", module="peft"))
+
+
+@planted("lora", "settings", values=_LORA)
+def switches_off_flash_attention(copy: PatchedCopy) -> None:
+    copy.change_adapted(lambda _: torch.backends.cuda.enable_flash_sdp(False))
 
 
 @planted_in_methods("settings")
