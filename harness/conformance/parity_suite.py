@@ -113,7 +113,7 @@ class MethodSuite(_Tolerant):
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[MethodCase]:
         """Yield the suite's cases in each dtype of the suite that is also in `dtypes`.
 
-        With `wanted.full` these are all combinations. Otherwise they are a selection:
+        With `wanted.full` these are all combinations, and the last item of this list. Otherwise they are a selection:
 
         - The first kind of layer, which is the only one that many implementations support, is tried with every config
           and every shape in one main dtype: float32 or, if float32 is not requested, the first requested dtype.
@@ -124,19 +124,20 @@ class MethodSuite(_Tolerant):
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
             return
+        few = list(self._few(there))
+        main = _main(there)
+        plain = [c for c in few if c.dtype == main and c.kind == self.layers[0] and not _is_random(c.config)]
+        oblong = [c for c in plain if c.shape.inputs != c.shape.outputs]  # a square layer hides a transposed matrix
+        typical = min(oblong or plain or few, key=lambda c: (*_oddness(c.config), c.shape.inputs * c.shape.outputs))
         if wanted.full:
             for config, kind, shape, dtype in itertools.product(self.configs, self.layers, self.shapes, there):
                 if _fits(config, kind):
                     yield MethodCase(config, kind, shape, dtype)
         else:
-            few = list(self._few(there))
-            main = _main(there)
-            plain = [c for c in few if c.dtype == main and c.kind == self.layers[0] and not _is_random(c.config)]
-            oblong = [c for c in plain if c.shape.inputs != c.shape.outputs]  # a square layer hides a transposed matrix
-            typical = min(oblong or plain or few, key=lambda c: (*_oddness(c.config), c.shape.inputs * c.shape.outputs))
             yield from (replace(case, typical=case is typical) for case in few)
-            yield from (replace(typical, shape=shape) for shape in self.shapes_of_typical)
-            yield from [replace(typical, model="tied")] if self.layers[0] == "linear" and not self.base else []
+        yield from (replace(typical, shape=shape) for shape in self.shapes_of_typical)
+        if self.layers[0] == "linear" and not self.base:
+            yield replace(typical, model="tied")
 
     def _few(self, dtypes: Sequence[Dtype]) -> Iterator[MethodCase]:
         for dtype in dtypes:

@@ -76,9 +76,10 @@ DROPOUT_SIGMAS = 5.0
 # of four are off by 15 to 20.
 RANDOMISED_SIGMAS = 8.0
 
-# A row of an update whose norm is at most this many eps of the output's norm may be hidden by the output's rounding. The
-# rounding errors of a row are together below one eps, and the projection that finds kept rows errs from half the norm on.
-VISIBLE_EPS = 8.0
+# A projection shows whether a row of an update is in the output. Its error is the rounding of one element, whose root mean
+# square is below half an eps of the output. A row is judged if its norm is at least this many eps. The decision lies at half
+# the norm, so at six times this error.
+VISIBLE_EPS = 6.0
 
 # Largest distance between two starts of one seed, as a share of their norm. Rounding moves the factors of an SVD by less
 # than a hundredth of this share, and another random sketch of the same weight by more than ten times as much.

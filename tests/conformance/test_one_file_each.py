@@ -18,13 +18,13 @@ from harness.records.check import Outcome
 CHECK = '''
 """Weights that are numbers."""
 from harness.conformance.checks import States, check
-from harness.conformance.comparison.check_results import listed
+from harness.conformance.comparison.check_results import from_problems
 
 @check(States.INIT)
 def check_numbers(subject, case):
     """Every trainable tensor is finite."""
     odd = [name for name, t in subject.adapted.tensors().items() if not bool(t.isfinite().all())]
-    return listed(subject, case, "numbers", odd)
+    return from_problems(subject, case, "numbers", odd)
 '''
 FAULTS = '''
 """Faults of a Method, and one of every Method with the check."""

@@ -226,7 +226,7 @@ def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iter
     wide, own = (subject.reference(path, dtype) for dtype in ("float64", "float32"))
     mine, x, dy, factor = call.tensors, call.x, call.dy, case.factor("calls")
     held = {name: t.detach().clone() for name, t in mine.items()}
-
+    is_packed = bool(subject.packed) or any(name.endswith("codes") for name in subject.state())
     try:
         for when in (LayerForm.AUTOCAST, LayerForm.AUTOCAST_AFTER):
             truth = observe(wide.layer, wide.tensors, cast(x, "float64"), dy.double())
@@ -234,7 +234,7 @@ def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iter
                 seen = _autocast(call, call.layer, mine, dtype, x)
                 rounded = PlausibleResults(_rounded_by_autocast(own, call, dtype))
                 verdict = noise_floor(seen, truth, rounded, dtype, factor)
-                if seen["y"].dtype != DTYPES[dtype] and not subject.packed:
+                if seen["y"].dtype != DTYPES[dtype] and not is_packed:
                     verdict = ill_formed({"y": seen["y"]}, {"y": next(iter(rounded))["y"]}) or verdict
                 yield _named(path, when.format(dtype), verdict)
             with torch.no_grad():

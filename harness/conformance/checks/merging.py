@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
 from itertools import chain, islice
 
 import torch
@@ -33,8 +32,8 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
 
     A merged layer no longer depends on its adapter; an unmerged layer follows its adapter again, and trains as before.
     This also holds if the adapter is changed and merged again, in training mode and while gradients are recorded.
-    Unmerging what is not merged changes nothing; it may raise RuntimeError or ValueError. Merging makes no parameter of the
-    model trainable that was not trainable before.
+    Unmerging what is not merged changes nothing. Merging makes no parameter of the model trainable that was not trainable
+    before.
     """
     if not subject.adapted.can_merge:
         return skipped(subject, case, "merge", "this adapter cannot be merged")
@@ -54,7 +53,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
             layer.eval()
         # Built before merging: the references use the model's own base weights, and must show if merging damages these.
         expected = {path: _expected(subject, path, x) for path, x in xs.items()}
-        _unmerge_unmerged(subject)
+        subject.adapted.unmerge()
         outputs[_UNMERGED] = _outputs(subject, xs)
         subject.adapted.merge()
         subject.adapted.merge()  # what is merged already stays as it is
@@ -66,7 +65,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         subject.adapted.unmerge()
         outputs["after unmerging"] = _outputs(subject, xs)
         now = {name for name, tensor in subject.adapted.tensors().items() if tensor.requires_grad}
-        _unmerge_unmerged(subject)
+        subject.adapted.unmerge()
         for tensor in added.values():
             tensor.mul_(HALF)
         outputs[_CHANGED] = _outputs(subject, xs)
@@ -90,12 +89,6 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     if failures:
         return judged(subject, case, "merge", verdicts[failures[0]], failures[0])
     return judged(subject, case, "merge", worst_of([*verdicts.values()], verdicts[_CHANGED].policy))
-
-
-def _unmerge_unmerged(subject: Subject) -> None:
-    """Unmerge an adapter that is not merged. It may refuse this by RuntimeError or ValueError."""
-    with suppress(RuntimeError, ValueError):
-        subject.adapted.unmerge()
 
 
 def _trainable_beside(subject: Subject, known: Collection[int]) -> set[str]:
