@@ -60,7 +60,7 @@ class RunFacts:
 
     @cached_property
     def group_of(self) -> dict[str, Group]:
-        """The group in which each ranked Cell is ranked, by cell_id."""
+        """Map the cell_id of each ranked Cell to the group of Cells that it is ranked with."""
         return {r.cell_id: g for g in self.groups for e in g.entries for r in e.records}
 
     @cached_property

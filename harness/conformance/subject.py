@@ -166,7 +166,7 @@ class Subject:
         return not any(value for name, value in vars(self.config).items() if name.endswith("dropout"))
 
     def added(self) -> dict[str, Tensor]:
-        """Map names `<path>.<letter>` to the trainable tensors that the Method added.
+        """Map names such as `layers.0.q_proj.A` to the trainable tensors that the Method added.
 
         The model's own parameters, which train in full fine-tuning, are left out.
         """

@@ -1,4 +1,6 @@
-"""Accuracy over several training runs that differ in the seed alone: intervals and tests for new seeds and new items.
+"""Confidence intervals and tests of accuracy, over training runs that differ in the seed alone.
+
+The results hold for other seeds and other test items of the same kind, too.
 
 Whoever repeats a comparison has new test items and new training runs. So the squared standard error is a sum of two
 parts, one for the items and one for the seeds. A test over items alone would mistake favourable seeds for a better

@@ -1,4 +1,4 @@
-"""Read the state of an NVIDIA GPU through NVML, and the memory of a phase from torch's allocator and the driver."""
+"""Read the state of an NVIDIA GPU through NVML, and its memory use from torch's allocator and from the driver."""
 
 from __future__ import annotations
 

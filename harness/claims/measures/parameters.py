@@ -13,7 +13,7 @@ from harness.claims.measure import Config, MeasureResult, Method, Model, measure
 from harness.claims.sums import Shape, in_words, summed, total
 
 Split = dict[str, list[str]]
-"""Name of a fused layer -> names of its parts, e.g. `{c_attn: [q, k, v]}` for GPT-2. The parts can then be targets."""
+"""Names of the parts of each fused layer, e.g. `{c_attn: [q, k, v]}` for GPT-2. A config may then adapt single parts."""
 
 
 @measure("count")

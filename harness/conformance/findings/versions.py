@@ -67,7 +67,7 @@ class DefectField:
     version: str
     """Version of the defective library in the environment. Empty if it is not installed."""
     in_range: bool
-    """True if `Defect.versions`, the range of affected versions, contains this version."""
+    """True if `Defect.versions`, the range of affected versions, contains `version`."""
     shown: int
     """Number of failures that look like the defect, whether or not the version is in the range."""
     tried: int

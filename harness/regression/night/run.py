@@ -76,7 +76,7 @@ class NightRun:
 
     @property
     def exit(self) -> Exit:
-        """The exit code. The first of these rules that applies decides.
+        """The exit code: the first number in this list whose condition holds.
 
         1: a part has a finding, e.g. a failed check or a regression. 4: the nightly run was interrupted, a part failed,
         or a GPU was wanted and there is none. 5: nothing was measured. 0: otherwise, also if the time did not suffice

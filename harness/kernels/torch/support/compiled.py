@@ -67,9 +67,9 @@ def only_compiled() -> None:
 class Compiled:
     """A function that is compiled once. It writes to some of its tensors and returns None.
 
-    function: calls `only_compiled()` first. Its tensors are contiguous and have the same first size. The first size may
-    vary between calls, but other sizes and dtypes may not. What the function writes must not depend on torch's default
-    dtype or device. Raises TypeError if the function is not written in Python.
+    function: must call `only_compiled()` first. The tensors that it gets must be contiguous and have the same first size.
+    The first size may vary between calls, but other sizes and dtypes may not. What the function writes must not depend on
+    torch's default dtype or device. Raises TypeError if the function is not written in Python.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
