@@ -85,7 +85,7 @@ class Job(FrozenModel):
     imported: ImportedAdapter | None = None
     """The adapter that is loaded. None for a Cell that trains, or that evaluates the base."""
     known_gate: KnownGate | None = None
-    """Parity gate of an earlier Cell. This Cell reuses its result if its own gate has the same key. None: it runs its own."""
+    """Parity gate of an earlier Cell, whose result this Cell reuses if the keys of both gates are equal. Otherwise None."""
 
     def record(self, *, notes: Sequence[str] = (), **outcome: Any) -> Record:
         """Return the Record of this attempt. outcome: values of the fields that the job does not determine."""
