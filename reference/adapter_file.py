@@ -209,7 +209,7 @@ def _stacked_update(A: Tensor, B: Tensor, experts: int) -> Tensor:
 
 @dataclass(frozen=True)
 class AdapterReading:
-    """What each tensor of an adapter file means for one base model."""
+    """Meaning of each tensor of an adapter file for one base model."""
 
     updates: tuple[LayerUpdate, ...]
     replaced: dict[str, str]

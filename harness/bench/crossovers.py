@@ -27,7 +27,7 @@ _ADAPTERS = {"cuda": 4, "cpu": 2}
 
 @dataclass(frozen=True)
 class CrossoverMeasurement:
-    """How to measure an Operation for which there is a fused kernel and another way to compute it.
+    """Measurement of an Operation for which there is a fused kernel and another way to compute it.
 
     Which of the two is faster depends on a size, e.g. on the number of tokens.
     """

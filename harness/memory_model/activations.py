@@ -63,7 +63,7 @@ class LlamaShape:
 
 @dataclass(frozen=True)
 class SavedActivations:
-    """What the layers of a Llama save for the backward pass with one Method: numbers of blocks, layers and bytes."""
+    """Memory that the layers of a Llama save for the backward pass with one Method: numbers of blocks, layers and bytes."""
 
     blocks: int
     """Number of blocks that a gradient reaches: the block with the first trained layer, and all later blocks."""

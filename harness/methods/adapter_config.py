@@ -23,7 +23,7 @@ class PeftEquivalent:
     keys: dict[str, Any] | None
     """Content of an adapter_config.json; None if there is no equivalent."""
     remark: str
-    """What else the user must do, or why there is no equivalent. May be empty."""
+    """Further steps for the user, or the reason why there is no equivalent. May be empty."""
 
 
 def peft_equivalent(method: str, config: Config, quantization: str = "none") -> PeftEquivalent:

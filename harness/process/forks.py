@@ -31,7 +31,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ForkEnd(Generic[_T]):
-    """How one fork ended."""
+    """End of one fork."""
 
     task: _T
     returned: Any

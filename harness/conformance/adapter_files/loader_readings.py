@@ -30,7 +30,7 @@ _WORST_FIRST: tuple[FeatureVerdict, ...] = ("wrong", "refused", "not known", "ok
 
 
 class FeatureSupport(FrozenModel):
-    """How one loader treats adapter files with one feature."""
+    """Treatment of adapter files with one feature by one loader."""
 
     reading: Literal["wrong", "refused", "ok"]
     because: str = ""
@@ -51,7 +51,7 @@ class _File(FrozenModel):
 
 @dataclass(frozen=True)
 class LoaderVerdict:
-    """How one loader treats an adapter file: its worst result over the features of the file."""
+    """Treatment of one adapter file by one loader: the worst result over the features of the file."""
 
     loader: str
     verdict: FeatureVerdict

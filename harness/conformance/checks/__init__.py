@@ -68,7 +68,7 @@ class CellStage(Enum):
 
 
 class Reference(Enum):
-    """Whether a check needs a reference implementation of the Method."""
+    """Need of a check for the reference implementation of the Method."""
 
     REQUIRED = auto()
     UNUSED = auto()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["streaming", "gemm", "other"]
-"""What the machine code of a kernel must contain. `streaming`: loads and stores of 128 bits. `gemm`: matrix
+"""Instructions that the machine code of a kernel must contain. `streaming`: loads and stores of 128 bits. `gemm`: matrix
 instructions. `other`: nothing in particular. In all three cases, a kernel must not spill registers.
 """
 

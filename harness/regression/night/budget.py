@@ -33,7 +33,7 @@ class Limit:
 
     seconds: float
     by: Literal["budget", "share", "estimate"]
-    """What sets the limit. `budget`: the whole budget is used up. `share`: the rest is kept for later parts.
+    """Reason for the limit. `budget`: the whole budget is used up. `share`: the rest is kept for later parts.
     `estimate`: the part has taken many times its estimate, so it seems to hang."""
 
 

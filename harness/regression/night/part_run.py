@@ -34,7 +34,7 @@ COMMAND = (sys.executable, "-P", "-m", "harness.cli")
 
 @dataclass(frozen=True)
 class CommandEnd:
-    """How a command ended."""
+    """End of a command: its exit code or signal."""
 
     code: int | None
     """Exit code of the command, negative for a signal; None if it had to be killed."""
