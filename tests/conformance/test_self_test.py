@@ -53,6 +53,18 @@ def test_every_fault_is_caught_by_the_checks_one_expects(capsys: pytest.CaptureF
     assert {row["of"] for row in document["faults"]} >= {*methods(), *operations.every()}
 
 
+def test_each_check_catches_the_first_fault_that_names_it() -> None:
+    first: dict[str, Fault] = {}
+    for fault in faults.every():
+        for name in fault.expected:
+            first.setdefault(name, fault)
+    missed = []
+    for name, fault in first.items():
+        failures = self_test._failures(self_test._spoilt(fault), fault, [name])
+        missed += [] if any(failures) else [f"{name}: {fault.target} {fault.name}"]
+    assert missed == []
+
+
 @pytest.mark.parametrize(
     "fault", [changes_nothing, is_caught_by_another_check, raises_an_exception], ids=lambda fault: fault.name
 )
