@@ -53,7 +53,7 @@ def env() -> None:
 def create(
     name: str | None, requirement: str | None, file: Path | None, dry_run: bool, offline: bool, find_links: tuple[str, ...]
 ) -> Exit:  # fmt: skip
-    """Make the environment NAME of a table, or one for a requirement."""
+    """Make the environment called NAME in the table of environments, or one for the requirement of --with."""
     from harness.cli import environments
 
     return environments.create(name, requirement, file, dry_run, index(offline, find_links))

@@ -19,9 +19,8 @@ class LoggedLoss(FrozenModel):
 class LossAgreement(FrozenModel):
     """Comparison of the loss of the loaded adapter with the last logged losses.
 
-    The rule: the loss must lie between the lowest and the highest of the logged losses of the second half of the log,
-    widened on both sides by `margin`. The whole second half is used, not only the last entry, because a log of few texts
-    is noisy, and because the last entry may be a mean over steps in which the loss still fell.
+    The rule: the loss must lie in the range of the logged losses of the second half of the log, widened by `margin` on
+    both sides. The last entry alone would be too noisy, because it may be a mean over few texts.
     """
 
     evaluated: float | None = None

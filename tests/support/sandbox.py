@@ -154,7 +154,7 @@ class Sandbox:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [*COMMAND, *arguments], cwd=self.folder, env=self.environment, text=True, encoding="utf-8",
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_hear_ctrl_c,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear_ctrl_c,
         )  # fmt: skip
 
     def finish(self, process: subprocess.Popen[str]) -> Finished:
@@ -210,7 +210,7 @@ def _captured(name: str) -> Iterator[TextIO]:
             os.close(kept)
 
 
-def _hear_ctrl_c() -> None:
+def hear_ctrl_c() -> None:
     """Let the command receive SIGINT, even if the tests run in the background of a shell, where it would be ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

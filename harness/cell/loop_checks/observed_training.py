@@ -90,7 +90,8 @@ def base(dtype: str) -> Any:
 def batches(recipe: Training) -> list[Batch]:
     """Return batches of texts of 6 to 20 tokens.
 
-    The answers have 1 to 5 tokens. Their lengths differ, so that a mean with wrong weights shows.
+    Each answer is the last 1 to 5 tokens of its text. The lengths of the answers differ, so a loop that averages the
+    loss per text, instead of per token of an answer, gives a different loss.
     """
     generator = torch.Generator().manual_seed(1)
 

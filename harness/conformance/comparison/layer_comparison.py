@@ -15,7 +15,7 @@ from harness.conformance.comparison.inputs import cast
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, perturbed, with_error_of_float64
 from harness.conformance.subject import ReferenceLayer, Subject
-from harness.conformance.tolerance_constants import LAYER_DRAWS
+from harness.conformance.tolerance_constants import LAYER_DRAWS, PERTURBED_DRAWS, REORDERED_ULPS, ROUNDED_ULPS
 
 RunLayer = Callable[..., dict[str, Tensor]]
 """Function that runs a layer and returns its output and gradients by name. It takes the parameters of `observe`."""
@@ -86,8 +86,9 @@ def runs_of(
     The layer `own` gives the first result in `dtype`, which may happen to have almost no rounding error. For every further
     result, each number in the input and in the layer is moved by up to half a unit in the last place of `dtype`, as
     rounding might move it. If `dtype` has 16 bits, the layer then runs in float64. Otherwise it runs in `dtype`, so
-    that each result also has other rounded sums. Afterwards the layers hold moved numbers. If `dtype` is float64 and
-    `narrow` is given, the second result shows the errors of the float64 reference itself; see `with_error_of_float64`.
+    that each result also has other rounded sums, and numbers of later results move further (REORDERED_ULPS).
+    Afterwards the layers hold moved numbers. If `dtype` is float64 and `narrow` is given, the second result shows the
+    errors of the float64 reference itself; see `with_error_of_float64`.
     """
     exactly = cast(x, "float64"), dy.double()
     truth = run(wide.layer, wide.tensors, *exactly)
@@ -102,9 +103,10 @@ def runs_of(
         held = [(t, t.detach().clone()) for t in there if t.is_floating_point()]
         for seed in range(LAYER_DRAWS):
             generator = torch.Generator().manual_seed(seed)
+            ulps = REORDERED_ULPS if dtype in ROUNDED_SUMS and seed >= PERTURBED_DRAWS else ROUNDED_ULPS
             with torch.no_grad():
                 for tensor, value in held:
-                    tensor.copy_(perturbed(value, dtype, generator))
-            yield run(moved.layer, moved.tensors, *(perturbed(t, dtype, generator) for t in given))
+                    tensor.copy_(perturbed(value, dtype, generator, ulps))
+            yield run(moved.layer, moved.tensors, *(perturbed(t, dtype, generator, ulps) for t in given))
 
     return truth, PlausibleResults(drawn())

@@ -220,7 +220,7 @@ def reference_gradients(subject: OperationSubject, dtype: torch.dtype, case: Cas
 def judge_gradients(
     subject: OperationSubject, case: Case, factor: float, of: Collection[str] | None = None, **how: Any
 ) -> Judgement:
-    """Judge the gradients of the arguments in `of`, dtype included.
+    """Judge the gradients of the arguments in `of`: their values, shapes and dtypes.
 
     factor: see `noise_floor`. of, how: see `gradients`.
     """

@@ -27,6 +27,7 @@ from harness.conformance.tolerance_constants import (
     NOISE_FLOOR_EPS,
     PERTURBED_DRAWS,
     PROPORTIONAL,
+    ROUNDED_ULPS,
 )
 
 _COMPARABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -268,15 +269,15 @@ def worst_of(judged: list[Judgement], policy: str) -> Judgement:
     return replace(worst, nonfinite=sum(j.nonfinite for j in judged))
 
 
-def perturbed(value: Tensor, dtype: str, generator: torch.Generator) -> Tensor:
-    """Return `value` with each element moved at random by up to half a unit in the last place of `dtype`.
+def perturbed(value: Tensor, dtype: str, generator: torch.Generator, ulps: float = ROUNDED_ULPS) -> Tensor:
+    """Return `value` with each element moved at random by up to `ulps` units in the last place of `dtype`.
 
     Integers do not change.
     """
     if not value.is_floating_point():
         return value
-    moves = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device) - 0.5
-    return (value.double() * (1 + EPSILON[dtype] * moves)).to(value.dtype)
+    moves = 2 * torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device) - 1
+    return (value.double() * (1 + EPSILON[dtype] * ulps * moves)).to(value.dtype)
 
 
 def with_error_of_float64(narrow: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Tensor]:

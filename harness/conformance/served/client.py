@@ -108,7 +108,7 @@ class Client:
         ]
 
     def complete(self, model: str, prompt: Sequence[int] | str, tokens: int, echo: bool = False) -> Answer:
-        """Return the greedy continuation of a prompt with `tokens` tokens, and log-probabilities.
+        """Continue a prompt greedily by `tokens` tokens. Return these tokens with log-probabilities.
 
         echo: return the tokens of the prompt too. Raises ServerError for no answer or an incomplete answer,
         RequestFailedError for status 500, RequestRefusedError for a refused request, and UsageError for an answer without

@@ -102,10 +102,10 @@ def lora_linear_over(
 ) -> Tensor:
     """Return base(x) + scaling ((x mask) A^T) B^T, shape (..., E).
 
-    `lora_linear` computes the result if the base is an nn.Linear without hooks, and `packed_lora_linear` if it is an
-    `Nf4Linear` without hooks. Any other base is called, and its output is not modified, because it may be the input or
-    a tensor that the base holds. Under torch.compile every base is called, because torch.compile then fuses better.
-    Under autocast, an `Nf4Linear` is called.
+    `lora_linear` computes the result if the base is an nn.Linear without hooks. `packed_lora_linear` computes it if the
+    base is an `Nf4Linear` without hooks, x has its compute_dtype, and autocast is off. Any other base is called, and
+    the low-rank term is added out of place, because base(x) may be x itself or a tensor that the base holds. Under
+    torch.compile every base is called, because torch.compile then fuses better.
     """
     inner: Any = base
     if not torch.compiler.is_compiling():

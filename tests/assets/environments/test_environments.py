@@ -29,7 +29,7 @@ from harness.records.training import Loop
 from harness.runner import cell_environments
 from support import tiny_wheels
 from support.processes import eventually, gone
-from support.sandbox import COMMAND
+from support.sandbox import COMMAND, hear_ctrl_c
 
 pytestmark = pytest.mark.e2e  # every environment takes some runs of pip
 
@@ -103,6 +103,7 @@ def command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hear_ctrl_c,
     )
 
 

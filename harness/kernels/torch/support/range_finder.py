@@ -84,8 +84,9 @@ def leading_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def leading_vectors(W: Tensor, rank: int, left: bool, right: bool) -> tuple[Tensor | None, Tensor | None]:
     """Return U (E, R) and V (D, R) of `leading_svd`, contiguous.
 
-    U is None unless `left` is true, and V is None unless `right` is true. The vectors of the shorter side need no
-    division by S, so that they are also right for a singular matrix. Raises ValueError as `leading_svd` does.
+    U is None unless `left` is true, and V is None unless `right` is true. The vectors of the shorter side of W (V if
+    E >= D, otherwise U) are computed without a division by S, so they are correct even if W is singular. Raises
+    ValueError as `leading_svd` does.
     """
     shorter = right if W.shape[0] >= W.shape[1] else left
     if W.dtype != torch.float64 and shorter and left != right:
