@@ -24,7 +24,7 @@ def shared(job: Job) -> list[str]:
 
     Only the worker imports plug-ins of other distributions. A plug-in could start threads, which a fork would lack.
     """
-    cell, own = job.cell, _own()
+    cell, own = job.cell, own_registry()
     offered = [
         one.requires
         for one in own.implementations
@@ -48,7 +48,7 @@ def _always(job: Job) -> list[str]:
 
 
 @functools.cache
-def _own() -> Registry:
+def own_registry() -> Registry:
     """Return a registry that has only the implementations of the harness itself."""
     points = entry_points_by_name()
     return discover(

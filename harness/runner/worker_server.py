@@ -17,7 +17,7 @@ from harness.process.fork_server import serve
 from harness.process.lifeline import die_with_parent
 from harness.process.signals import TERMINATION_SIGNALS
 from harness.records import environment
-from harness.runner import worker
+from harness.runner import worker, worker_imports
 
 _OF_EACH_CELL = ("torch", "harness.cell.lifecycle", "harness.memory_model.cell_prediction", "harness.cell.measure.gpu")
 
@@ -31,11 +31,21 @@ def main(argv: list[str]) -> int:
     for module in (*_OF_EACH_CELL, *modules):
         with contextlib.suppress(ImportError):  # the worker tries again, and reports the missing module
             import_module(module)
-    environment.describe()  # code and git are stored for all forks; git takes two processes
+    _fill_caches()
     gc.collect()
     gc.freeze()  # without this, a collection in a fork would copy each page that has an object
     with socket.socket(fileno=0) as connection:
         return serve(connection, lambda events, cut: worker.main(["", str(events), str(cut)]))
+
+
+def _fill_caches() -> None:
+    """Compute what each fork would otherwise compute again: it takes a tenth of a second, more than a tiny Cell does."""
+    environment.describe()  # code and git are stored for all forks; git takes two processes
+    worker_imports.own_registry()
+    with contextlib.suppress(ImportError):  # an older transformers has no such table
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("")  # compiles a thousand patterns, which the load of any model needs
 
 
 if __name__ == "__main__":
