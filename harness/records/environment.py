@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from contextlib import suppress
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
@@ -63,7 +64,13 @@ def code_version() -> str:
 
 def software() -> dict[str, str]:
     """Return the versions of Python and of the installed `LIBRARIES`, by name."""
-    return {"python": platform.python_version()} | {name: one.version for name, one in _libraries().items()}
+    return {"python": platform.python_version()} | dict(_versions(tuple(sys.path)))
+
+
+@functools.cache
+def _versions(_path: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Return names and versions of the `LIBRARIES` that the search path has. They are read once, which takes a while."""
+    return tuple((name, one.version) for name, one in _libraries().items())
 
 
 def editable_libraries() -> tuple[str, ...]:
