@@ -42,6 +42,9 @@ class ReferenceSpec:
     Older plug-ins would not adapt such a layer, because it was added after they were written."""
     start_from_weight: tuple[str, ...] = ()
     """Names in `state()` of tensors that `attach` computes from the base weight, e.g. PiSSA's residual."""
+    start_from_config: tuple[str, ...] = ()
+    """Names in `state()` of constants that `attach` computes from the config alone, e.g. VeRA's projections. The model's
+    state_dict may leave them out."""
     quick_start: Mapping[str, int] = field(default_factory=dict)
     """Config values that make `attach` much faster. They are for callers that overwrite the initial tensors anyway."""
     optimizer: str = ""

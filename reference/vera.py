@@ -21,6 +21,7 @@ from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
     paper="arXiv:2310.11454v2",
+    start_from_config=("A", "B"),
     deviations=(
         Deviation(
             topic="layers of several shapes",

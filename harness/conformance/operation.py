@@ -97,9 +97,15 @@ class KnownResults:
 def _same_bits(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
     return some.keys() == others.keys() and all(
         (one.dtype, one.shape, one.device) == (other.dtype, other.shape, other.device)
-        and torch.equal(*(t.detach().contiguous().flatten().view(torch.uint8) for t in (one, other)))
+        and torch.equal(*(_bytes(t) for t in (one, other)))
         for one, other in ((some[name], others[name]) for name in some)
     )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    # A tensor of one element is contiguous whatever its stride, but only a stride of 1 can be viewed as bytes.
+    flat = tensor.detach().clone(memory_format=torch.contiguous_format).flatten()
+    return flat.view(torch.uint8)
 
 
 @dataclass(frozen=True)

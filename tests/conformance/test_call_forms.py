@@ -159,6 +159,17 @@ def test_sums_over_gaps_in_memory_may_round_as_the_reference_does_there() -> Non
     assert result.outcome is Outcome.PASS, result
 
 
+def test_an_output_of_one_element_may_have_any_stride() -> None:
+    right = operations.every()["galore8bit_step"].reference
+
+    def step(**given: Any) -> tuple[Tensor, ...]:
+        return tuple(t.repeat_interleave(2)[::2] if t.shape == (1,) else t for t in right(**given))
+
+    mine = Implementation("mine", "operation", "galore8bit_step", step, dtypes=DTYPES)
+    (result,) = results(mine, OperationCase({"shape": [64, 64], "rank": 3}, "float32"), "layouts")
+    assert result.outcome is Outcome.PASS, result
+
+
 @pytest.mark.parametrize("is_copied", [False, True])
 def test_an_argument_that_is_returned_unchanged_is_no_memory_of_an_output(is_copied: bool) -> None:
     module = importlib.import_module("harness.conformance.operations.lorafa_step")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain, islice
 
 import torch
@@ -19,6 +19,8 @@ from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, unchanged, worst_of
 from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load, warm
 from harness.conformance.tolerance_constants import DRAWS_AT_ONCE
+from harness.methods.module_copy import copied
+from harness.methods.spec import method_info
 from harness.records.record import CheckResult
 
 _UNMERGED = "after unmerging without merging"
@@ -223,11 +225,12 @@ def _used(subject: Subject | None, case: Case) -> dict[str, Tensor]:
 
 @check(States.WARM, depends_on_sizes=False)
 def check_save(subject: Subject, case: Case) -> CheckResult:
-    """`tensors()` and `state()` are the whole state of an adapter.
+    """`tensors()` and `state()` are the whole state of an adapter, and the model's state_dict has all that may change.
 
     Copied into a freshly attached model, they give the same outputs and gradients, to the last bit, even if that model
     has already run with another state. `state()` returns the adapter's own tensors, not copies, so that a
-    program can load values by writing to them.
+    program can load values by writing to them. A model whose base weights were others when the adapter was attached
+    computes the same, and has the same `state()`, once it has loaded the state_dict of the whole model.
     """
     fresh = case.attach_again()
     if fresh is None:
@@ -252,7 +255,36 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
         before = observe(layer, subject.tensors_of(path), x, dy)
         loaded = observe(fresh.adapted.layers[path], fresh.tensors_of(path), x, dy)
         found.append(prefix_tensor(path, exact(loaded, before)))
+    found += _by_state_dict(subject, fresh, other, case)
     return judged(subject, case, "save", worst_of(found, "exact"))
+
+
+def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tensor], case: Case) -> Iterator[Judgement]:
+    """Judge a model that was attached with other base weights, and that then loads state_dicts.
+
+    It loads that of `fresh`, whose `state()` has the values `changed` meanwhile, and then that of `subject`.
+    """
+    if subject.original.model is None or subject.packed or any(t.dtype == torch.uint8 for t in changed.values()):
+        return  # libraries load packed weights in ways of their own
+    model = copied(subject.original.model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-0.5)
+    other = case.attach_again(model=model)
+    assert other is not None  # noqa: S101  # it was attached before
+    constants = method_info(subject.method).spec.start_from_config
+    names = [name for name in changed if name.rpartition(".")[2] not in constants]
+    if names:
+        load(fresh.adapted, {}, changed)
+        other.model.load_state_dict(fresh.model.state_dict())
+        both = ({name: state[name] for name in names} for state in (other.state(), changed))
+        yield prefix_tensor("after load_state_dict", exact(*both))
+    other.model.load_state_dict(subject.model.state_dict())
+    xs = _inputs(subject, case)
+    for one in (other, subject):
+        one.model.eval()
+    with torch.no_grad():
+        yield prefix_tensor("after load_state_dict", exact(_outputs(other, xs), _outputs(subject, xs)))
 
 
 def _merged(reference: ReferenceLayer, x: Tensor) -> dict[str, Tensor]:

@@ -85,5 +85,7 @@ FAULTS = [
     _adalora("merges_a_square_conv1d_transposed", ["merge"],
         'W_ED.T if kind_of(base) in ("Conv1D", "embedding") else W_ED',
         "W_ED", file="layers", layer="conv1d", inputs=32, outputs=32),
+    _adalora("leaves_the_mask_out_of_the_state_dict", ["save"],
+        'torch.ones_like(E, dtype=torch.bool))', 'torch.ones_like(E, dtype=torch.bool), persistent=False)'),
 ]
 # fmt: on

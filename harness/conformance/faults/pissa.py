@@ -44,5 +44,7 @@ FAULTS = [
     _pissa("splits_a_square_conv1d_transposed", ["identity"],
         "base.weight.detach().T.contiguous()", "base.weight.detach().contiguous()", file="layers",
         layer="conv1d", inputs=32, outputs=32),
+    _pissa("leaves_the_residual_out_of_the_state_dict", ["save"],
+        'self.register_buffer("residual", residual)', 'self.register_buffer("residual", residual, persistent=False)'),
 ]
 # fmt: on
