@@ -11,7 +11,7 @@ import torch
 
 from harness.conformance import checks, operations, parity_suite
 from harness.conformance.case_selection import FEW
-from harness.conformance.comparison.call_forms import LONG_RUN
+from harness.conformance.comparison.call_forms import LONG_RUN, REPEATS
 from harness.conformance.execution import suite_run
 from harness.methods.registry import Implementation
 from harness.records.record import Outcome
@@ -341,3 +341,23 @@ def test_a_backward_pass_that_overwrites_an_argument_is_found() -> None:
         return y
 
     assert set(failing("lora_mlp", call)) == {"arguments", "calls"}
+
+
+def test_only_an_example_of_the_suite_is_called_a_thousand_times_in_a_row() -> None:
+    plan = parity_suite.load_operation("lora_linear").model_copy(update={"checks": ["calls"]})
+
+    def calls(case: parity_suite.OperationCase) -> int:
+        count = 0
+
+        def counted(**given: Any) -> Any:
+            nonlocal count
+            count += 1
+            return right("lora_linear")(**given)
+
+        mine = Implementation("mine", "operation", "lora_linear", counted, dtypes=("float32",))
+        assert [one.status.value for one in suite_run.run_case(mine, plan, case, wide=True)] == ["pass"]
+        return count
+
+    values = {"shape": [8, 16], "rows": [3], "rank": 4}
+    assert calls(parity_suite.OperationCase(values, "float32")) > LONG_RUN
+    assert REPEATS < calls(parity_suite.OperationCase(values, "float32", drawn=True)) < LONG_RUN
