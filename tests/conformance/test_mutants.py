@@ -27,7 +27,8 @@ LEVELS = (0.5, 1.0)
 def scaled(x: Tensor, rank: int = 8) -> Tensor:
     """Return 2 x."""
     if rank < 1:
-        raise ValueError(f"rank {rank + 1} is too small")
+        problem = f"rank {rank + 1} is too small"
+        raise ValueError(problem)
     if rank > 4 and x.dim() == 2:
         x.mul_(2)
     return x.detach() / rank
