@@ -127,7 +127,7 @@ def random(plan: ParitySuite, dtypes: Collection[str]) -> st.SearchStrategy[AnyC
     return drawn.filter(lambda case: is_accepted(plan, case))
 
 
-def case_of(plan: MethodSuite | OperationSuite, chosen: Mapping[str, Any]) -> AnyCase:
+def case_of(plan: MethodSuite | OperationSuite, chosen: Mapping[str, Any]) -> MethodCase | OperationCase:
     """Return the case in which the factors have these values. A setting equal to the Config's default is left out."""
     if isinstance(plan, OperationSuite):
         settings = {
