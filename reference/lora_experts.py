@@ -60,7 +60,7 @@ def gated_experts(
     if transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     y_TD = torch.zeros_like(x)
-    for k in range(len(gate_up)):
+    for k in chosen.unique().tolist():
         token, n = torch.where(chosen == k)
         gate, up = (x[token] @ gate_up[k].T).chunk(2, dim=-1)
         out = (silu(gate) * up) @ down[k].T

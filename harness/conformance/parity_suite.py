@@ -173,6 +173,8 @@ class MethodCase:
     Such a case tries only the checks that depend on sizes and settings. It tries a check with `States.ALL` only in the
     suite's last state, where the check sees most.
     """
+    drawn: bool = False
+    """True if Hypothesis drew the case."""
     typical: bool = False
     """True for one case of the suite, with few settings. Some checks that take long are tried only in this case."""
 
@@ -244,6 +246,8 @@ class OperationCase:
     magnitude: Magnitude = "normal"
     sampled: bool = False
     """True if `harness.conformance.drawing.sample` made the case by varying sizes and settings."""
+    drawn: bool = False
+    """True if Hypothesis drew the case."""
     is_long: bool = False
     """True if the tensors are so long that checks which call the Operation many times are left out."""
     typical: bool = False

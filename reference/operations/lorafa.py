@@ -68,6 +68,8 @@ def corrected(g: Tensor, A: Tensor, scaling: float, experts: int = 1) -> Tensor:
     wide = torch.promote_types(A.dtype, torch.float32)
     A_KRD, g_KER = unpacked(A.to(wide), g.to(wide), experts)
     square_KRR = A_KRD @ A_KRD.mT + DELTA * torch.eye(A_KRD.shape[1], dtype=wide, device=A.device)
+    finite_K11 = square_KRR.isfinite().all(dim=(1, 2), keepdim=True)
+    square_KRR, g_KER = square_KRR.where(finite_K11, 0.0), g_KER.where(finite_K11, torch.nan)  # pinv refuses NaN
     new_KER = g_KER @ torch.linalg.pinv(square_KRR) / scaling**2
     return packed(A_KRD, new_KER)[1].to(g.dtype)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from harness.conformance import operations, parity_suite, self_test
+from harness.conformance.comparison.call_forms import LONG_RUN, REPEATS
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import observe_with_reference
 from harness.conformance.comparison.tolerance_policies import noise_floor
@@ -184,3 +186,22 @@ def test_an_argument_that_is_returned_unchanged_is_no_memory_of_an_output(is_cop
     case = OperationCase({"shape": [12, 20], "ranks": [2, 3]}, "float32")
     (result,) = results(mine, case, "calls")
     assert result.outcome is Outcome.PASS, result
+
+
+def test_a_large_layer_is_not_called_a_hundred_times_and_a_random_case_not_a_thousand_times() -> None:
+    def calls(case: MethodCase) -> int:
+        count = 0
+
+        class Counted(lora.LoraLinear):
+            def forward(self, x: Tensor) -> Tensor:
+                nonlocal count
+                count += 1
+                return super().forward(x)
+
+        assert [one.outcome for one in results(with_layers(Counted), case, "calls")] == [Outcome.PASS]
+        return count
+
+    large = CaseShape.model_validate({"tokens": 1, "in": 200, "out": 150})
+    example = calls(replace(method_case(), sampled=False))
+    assert example > LONG_RUN > calls(replace(method_case(), sampled=False, drawn=True)) > REPEATS
+    assert example - calls(replace(method_case(shape=large), sampled=False)) > LONG_RUN

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,6 +14,7 @@ from harness.conformance.mutants import mutant as mutant_module
 from harness.conformance.mutants import run
 from harness.conformance.mutants.mutant import Mutant, mutants
 from harness.errors import Exit
+from harness.process import forks
 
 SOURCE = '''"""A module."""
 
@@ -25,7 +27,8 @@ LEVELS = (0.5, 1.0)
 def scaled(x: Tensor, rank: int = 8) -> Tensor:
     """Return 2 x."""
     if rank < 1:
-        raise ValueError(f"rank {rank + 1} is too small")
+        problem = f"rank {rank + 1} is too small"
+        raise ValueError(problem)
     if rank > 4 and x.dim() == 2:
         x.mul_(2)
     return x.detach() / rank
@@ -115,6 +118,24 @@ def test_a_mutant_that_could_not_be_tried_is_neither_caught_nor_a_survivor() -> 
     assert report.exit is Exit.INFRASTRUCTURE
     assert [report.tried(), report.survivors()] == [[], []]
     assert f"COULD NOT BE TRIED {one.name}: AlreadyImportedError: too late" in report.lines()
+
+
+def test_a_mutant_that_is_not_caught_is_reported_as_soon_as_its_trial_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    caught, missed = list(mutants("reference.vera"))[:2]
+    catch = vars(run.Catch("default", "vera/forward/float32/warm", False))
+    ends = [forks.ForkEnd(caught, (catch, True), "", ""), forks.ForkEnd(missed, (None, True), "", "")]
+    said: list[str] = []
+
+    def trials(*_: object) -> Iterator[forks.ForkEnd[Mutant]]:
+        yield ends[0]
+        assert not said
+        yield ends[1]
+        assert missed.name in said[0]
+
+    monkeypatch.setattr(forks, "run", trials)
+    verdicts = {one: run.MutantResult(one, ("vera",)) for one in (caught, missed)}
+    run._Trials(verdicts, 1, said.append).run_checks("default")
+    assert len(said) == 1
 
 
 @pytest.mark.slow

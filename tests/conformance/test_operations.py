@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from harness.conformance import operations, parity_suite
+from harness.conformance import checks, operations, parity_suite
 from harness.conformance.case_selection import FEW
-from harness.conformance.comparison.call_forms import LONG_RUN
+from harness.conformance.comparison.call_forms import LONG_RUN, REPEATS
 from harness.conformance.execution import suite_run
 from harness.methods.registry import Implementation
 from harness.records.record import Outcome
@@ -37,6 +37,32 @@ def right(target: str) -> Function:
 @pytest.mark.parametrize("target", operations.every())
 def test_the_reference_of_every_operation_passes(target: str) -> None:
     assert failing(target, right(target)) == {}
+
+
+def nan_hidden(target: str, function: Function) -> str:
+    """Return what the check `nonfinite` says of an implementation in a case of the suite. Empty if the check passes."""
+    plan = parity_suite.load_operation(target)
+    case = next(plan.cases(FEW, ["float32"]))
+    tried = suite_run.call(Implementation("mine", "operation", target, function, dtypes=("float32",)), plan, case)
+    found = checks.every()["nonfinite"](*tried)
+    return found.detail if found.outcome is Outcome.FAIL else ""
+
+
+@pytest.mark.parametrize("target", [n for n in operations.every() if "nonfinite" in parity_suite.load_plan(n).checks])
+def test_the_reference_of_every_operation_passes_on_a_nan(target: str) -> None:
+    assert nan_hidden(target, right(target)) == ""
+
+
+def test_an_implementation_may_refuse_a_nan_but_not_replace_it() -> None:
+    def refusing(**given: Any) -> Any:
+        torch.linalg.pinv(given["As"][0])  # raises an exception for a NaN
+        return right("lorafa_step")(**given)
+
+    def replacing(**given: Any) -> Any:
+        return right("lorafa_step")(**{**given, "As": [A.nan_to_num() for A in given["As"]]})
+
+    assert nan_hidden("lorafa_step", refusing) == ""
+    assert "a NaN in As[0] does not reach B0" in nan_hidden("lorafa_step", replacing)
 
 
 def swapped(packed: torch.Tensor) -> torch.Tensor:
@@ -315,3 +341,23 @@ def test_a_backward_pass_that_overwrites_an_argument_is_found() -> None:
         return y
 
     assert set(failing("lora_mlp", call)) == {"arguments", "calls"}
+
+
+def test_only_an_example_of_the_suite_is_called_a_thousand_times_in_a_row() -> None:
+    plan = parity_suite.load_operation("lora_linear").model_copy(update={"checks": ["calls"]})
+
+    def calls(case: parity_suite.OperationCase) -> int:
+        count = 0
+
+        def counted(**given: Any) -> Any:
+            nonlocal count
+            count += 1
+            return right("lora_linear")(**given)
+
+        mine = Implementation("mine", "operation", "lora_linear", counted, dtypes=("float32",))
+        assert [one.status.value for one in suite_run.run_case(mine, plan, case, wide=True)] == ["pass"]
+        return count
+
+    values = {"shape": [8, 16], "rows": [3], "rank": 4}
+    assert calls(parity_suite.OperationCase(values, "float32")) > LONG_RUN
+    assert REPEATS < calls(parity_suite.OperationCase(values, "float32", drawn=True)) < LONG_RUN

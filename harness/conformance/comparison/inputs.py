@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from reference.shared.layers import kind_of
 
 HALF = 0.5
 """Factor by which checks change an adapter or an argument. It is a power of two, so that nothing is rounded."""
+_FEW = 20_000
+"""Largest number of elements of a layer or of an Operation's arguments that checks call many times."""
 SIDE = 5
 IMAGES = 2
 """SIDE is the height and the width of the images that a convolution gets. IMAGES is the usual number of images. Each
@@ -54,6 +57,11 @@ def inputs(
         dy = torch.randn(tokens, E, generator=generator, dtype=torch.float64)
     device = next(base.parameters()).device
     return vary(x, magnitude, dtype).to(device, dtype), dy.to(device, dtype)
+
+
+def how_often(tensors: Iterable[Tensor], most: int) -> int:
+    """Return how often a check repeats a call with these tensors: `most` times if they are small, and otherwise twice."""
+    return most if sum(t.numel() for t in tensors) < _FEW else 2
 
 
 def cast(x: Tensor, dtype: str) -> Tensor:

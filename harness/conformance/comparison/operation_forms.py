@@ -15,15 +15,13 @@ from harness.conformance.case import Case
 from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.call_forms import LONG_RUN, REPEATS, THREADS
 from harness.conformance.comparison.check_results import prefix_tensor
-from harness.conformance.comparison.inputs import HALF
+from harness.conformance.comparison.inputs import HALF, how_often
 from harness.conformance.comparison.kept_memory import describe_leak
 from harness.conformance.comparison.threads import at_once
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, worst_of
 from harness.conformance.operation import OperationSubject, cloned, mapped
 from harness.conformance.subject import DTYPES
 
-SMALL = 20_000
-"""An Operation is called many times only if its arguments have fewer elements than this."""
 _Named = dict[str, Tensor]
 
 
@@ -178,12 +176,12 @@ def _repeated(subject: OperationSubject, judge: Callable[[str, _Named], Judgemen
 
     With large arguments there are only two calls, without gradients.
     """
-    small = sum(t.numel() for t in operation_call.flatten(subject.arguments).values()) < SMALL
-    if subject.operation.differentiable and small:
+    arguments = operation_call.flatten(subject.arguments).values()
+    times = how_often(arguments, LONG_RUN if case.walks and not case.is_drawn else REPEATS)
+    if subject.operation.differentiable and times >= REPEATS:
         yield from _repeated_gradients(subject, case)
     first, given = _detached(subject.call()), cloned(subject.arguments)
     changed_in_place = not _same(_called(subject, given), first)
-    times = LONG_RUN if small and case.walks else REPEATS if small else 2
     calls = (subject.call() if changed_in_place else _called(subject, given) for _ in range(times))
     yield judge(OperationForm.REPEATED.format(times), next((one for one in calls if not _same(one, first)), first))
 

@@ -123,11 +123,11 @@ def random(plan: ParitySuite, dtypes: Collection[str]) -> st.SearchStrategy[AnyC
     """Return a Hypothesis strategy that draws cases which the reference accepts. For a loader it draws nothing."""
     if isinstance(plan, LoaderSuite):
         return st.nothing()
-    drawn = strategies.case_values(factors(plan, dtypes))
-    return drawn.map(lambda chosen: case_of(plan, chosen)).filter(lambda case: is_accepted(plan, case))
+    drawn = strategies.case_values(factors(plan, dtypes)).map(lambda chosen: replace(case_of(plan, chosen), drawn=True))
+    return drawn.filter(lambda case: is_accepted(plan, case))
 
 
-def case_of(plan: MethodSuite | OperationSuite, chosen: Mapping[str, Any]) -> AnyCase:
+def case_of(plan: MethodSuite | OperationSuite, chosen: Mapping[str, Any]) -> MethodCase | OperationCase:
     """Return the case in which the factors have these values. A setting equal to the Config's default is left out."""
     if isinstance(plan, OperationSuite):
         settings = {

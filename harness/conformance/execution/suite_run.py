@@ -252,7 +252,8 @@ def call(
         return moved(given | varied if of.magnitude != "normal" else given, device)
 
     subject = OperationSubject(operation, implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
-    return subject, Case("call", seed=SEED, walks=0 if of.sampled else WALKS, factors=plan.factors())
+    walks = 0 if of.sampled else WALKS
+    return subject, Case("call", seed=SEED, walks=walks, is_drawn=of.drawn, factors=plan.factors())
 
 
 def attach(
@@ -313,7 +314,7 @@ def attach(
     assert original is not None  # noqa: S101  # a parity model is small enough to be copied
     case = Case(
         "init", tokens=of.shape.tokens, magnitude=of.magnitude, seed=SEED, run_model=run_model,
-        base_output=whole(original)[0](), walks=0 if of.sampled and of.shape.tokens > 1 else WALKS,
+        base_output=whole(original)[0](), is_drawn=of.drawn, walks=0 if of.sampled and of.shape.tokens > 1 else WALKS,
         walk_seed=seed + zlib.crc32(f"{plan.method} {of} {of.dtype}".encode()), forward=forward,
         forward_of=lambda model: whole(model)[1], attach_fresh=fresh, factors=plan.factors(),
     )  # fmt: skip

@@ -47,6 +47,7 @@ FAULTS = [
     _lorafa("multiplies_in_place_of_solving", ["outputs"], _SOLVED, "(g_KER @ square_KRR)"),
     _lorafa("uses_the_diagonal_alone", ["outputs"], _SOLVED, "(g_KER / square_KRR.diagonal(dim1=1, dim2=2)[:, None])"),
     _lorafa("damps_the_inverse_as_riemannian_lora_does", ["outputs"], "DELTA * torch.eye", "1e-2 * torch.eye"),
+    _lorafa("turns_a_nan_of_a_into_zeros", ["nonfinite"], ", g_KER.where(finite_K11, torch.nan)", ", g_KER"),
     # peft 0.21.2: the product runs under autocast.
     _lorafa("rounds_the_correction_to_bfloat16", ["outputs"],
         "return packed(A_KRD, new_KER)[1].to(", "return packed(A_KRD, new_KER)[1].bfloat16().to("),

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from harness.conformance.mutants.operators import changes, only_raises
+from harness.conformance.mutants.operators import changes, ends_in_error
 
 _NOT_BEHAVIOUR = ("SPEC",)
 """Names of module constants that only describe a reference. The reference's arithmetic does not use them."""
@@ -87,8 +87,8 @@ def mutants(module: str) -> Iterator[Mutant]:
     """Yield every mutant of a module, in the order of its lines.
 
     Changes are made in the bodies of functions and in the constants of the module. Docstrings, annotations, defaults of
-    arguments, assertions and error messages are not changed. The condition of an `if` that only raises an error is not
-    changed either, because a check gives an implementation only arguments that the reference accepts.
+    arguments, assertions and error messages are not changed. The condition of an `if` whose body ends by raising an
+    error is not changed either, because a check gives an implementation only arguments that the reference accepts.
     """
     source = source_of(module)
     if not source.isascii():
@@ -174,7 +174,7 @@ def _within(node: ast.AST, statement: ast.stmt | None) -> Iterator[tuple[ast.stm
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "args") and isinstance(node, ast.FunctionDef | ast.AnnAssign):
             continue
-        if field == "test" and isinstance(node, ast.If) and only_raises(node.body):
+        if field == "test" and isinstance(node, ast.If) and ends_in_error(node.body):
             continue
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):

@@ -96,7 +96,7 @@ def _constant(node: ast.Constant) -> Iterator[SourceChange]:
 
 
 def _branch(node: ast.If) -> Iterator[SourceChange]:
-    if not only_raises(node.body):
+    if not ends_in_error(node.body):
         yield SourceChange("branch", node.test, "True")
         yield SourceChange("branch", node.test, "False")
 
@@ -172,9 +172,9 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Iterator[SourceChange]]] = {
 }  # fmt: skip
 
 
-def only_raises(body: list[ast.stmt]) -> bool:
-    """Return whether the body of a branch does nothing but raise an error."""
-    return all(isinstance(statement, ast.Raise) for statement in body)
+def ends_in_error(body: list[ast.stmt]) -> bool:
+    """Return whether the body of a branch ends by raising an error."""
+    return isinstance(body[-1], ast.Raise)
 
 
 def _is_module(node: ast.expr) -> bool:

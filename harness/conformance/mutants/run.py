@@ -167,7 +167,8 @@ def run(
     """Try `number` random mutants, or all if it is None, and return the report.
 
     only: names of the Methods, Operations and quantised bases whose checks are run. If it is empty, all checks are run.
-    progress: a function that is called with a line of text after every 50 mutants.
+    progress: a function that is called with a line of text for every mutant that a form of `check` does not catch, and
+    after every 50 mutants.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a fork of a process with several threads may hang
@@ -225,7 +226,9 @@ class _Trials:
             catch = self._note(ended.task, ended)
             if catch is not None:
                 self._update(ended.task, catch=Catch(**catch))
-            if count % 50 == 0:
+            if self.verdicts[ended.task].survives:
+                self.progress(f"{form} checks do not catch {ended.task.name} ({count} of {len(alive)} mutants tried)")
+            elif count % 50 == 0:
                 self.progress(f"{form} checks: {count} of {len(alive)} mutants tried")
 
     def compare_bits(self) -> None:
