@@ -9,13 +9,13 @@ from peft import AdaLoraConfig, get_peft_model
 from torch import nn
 
 
-def tuner() -> nn.Module:
+def _tuner() -> nn.Module:
     config = AdaLoraConfig(init_r=4, target_r=2, target_modules=["0"], total_step=20, tfinal=5)
     return get_peft_model(nn.Sequential(nn.Linear(12, 12)), config).base_model
 
 
 torch.manual_seed(0)
-trained, resumed = tuner(), tuner()
+trained, resumed = _tuner(), _tuner()
 trained.model(torch.randn(3, 12)).sum().backward()
 trained.update_and_allocate(1)
 resumed.load_state_dict(trained.state_dict())
