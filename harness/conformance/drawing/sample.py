@@ -11,7 +11,7 @@ from typing import Any, get_args
 from hypothesis import strategies as st
 
 from harness.conformance import operations
-from harness.conformance.case_selection import CaseSelection
+from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.drawing import strategies
 from harness.conformance.drawing.combinations import beyond_16_bits, combinations
 from harness.conformance.drawing.covering import covering, every_level, every_pair, one_at_a_time, values
@@ -58,7 +58,10 @@ _IN_EVERY_DTYPE = ("magnitude", "weights")
 
 
 def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> Iterator[AnyCase]:
-    """Yield the examples of the parity suite. If `wanted.is_wide`, also yield a sample that covers pairs of levels.
+    """Yield the examples of the parity suite, and the typical example again with large numbers in float16 and, if the
+    suite has Conv1D, on a square Conv1D, whose weight may be transposed by mistake without an exception.
+
+    If `wanted.is_wide`, also yield a sample that covers pairs of levels.
 
     A factor is a setting of a case, and its levels are the values to try. A factor is optional if an implementation may
     lack it, such as an option of the Method or another kind of layer.
@@ -71,7 +74,7 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     fifth part has the combinations of `drawing.combinations`, and for an Operation the values of `beyond_16_bits`.
     """
     # 16 bits first, so that what a first call caches in its dtype shows in the wider ones.
-    examples: list[AnyCase] = [*plan.cases(wanted, dtypes)]
+    examples: list[AnyCase] = [*plan.cases(wanted, dtypes), *_of_typical(plan, dtypes)]
     yield from sorted(examples, key=lambda case: DTYPES[case.dtype].itemsize)
     if not wanted.is_wide or isinstance(plan, LoaderSuite):
         return
@@ -101,6 +104,15 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
             case = case_of(plan, plainest | some)
             if isinstance(case, OperationCase):
                 yield replace(case, sampled=True, is_long=True)
+
+
+def _of_typical(plan: ParitySuite, dtypes: Collection[str]) -> Iterator[AnyCase]:
+    typical = next((case for case in plan.cases(FEW, dtypes) if case.typical), None)
+    takes_large = not isinstance(plan, OperationSuite) or operations.every()[plan.operation].inputs
+    if isinstance(typical, MethodCase | OperationCase) and takes_large and {"float16"}.intersection(plan.dtypes, dtypes):
+        yield replace(typical, dtype="float16", magnitude="large", typical=False)
+    if isinstance(typical, MethodCase) and isinstance(plan, MethodSuite) and "conv1d" in plan.layers:
+        yield replace(typical, kind="conv1d", shape=typical.shape.square(), typical=False)
 
 
 def _extremes(
