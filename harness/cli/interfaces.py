@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from harness.conformance import operations, parity_suite
+from harness.conformance.case_selection import FEW
 from harness.conformance.drawing import sample
 from harness.conformance.drawing.factors import Factor
 from harness.conformance.execution import suite_run
@@ -21,7 +22,7 @@ from harness.conformance.operation import Arguments, Operation
 from harness.conformance.parity_suite import MethodSuite, OperationSuite
 from harness.conformance.subject import DTYPES
 from harness.methods.registry import discover
-from harness.methods.spec import Adapted
+from harness.methods.spec import Adapted, method_info
 from reference.shared.adapted import AdaptedModel
 from reference.shared.layers import LINEAR, kind_of
 
@@ -37,7 +38,8 @@ def of_operation(name: str) -> Iterator[str]:
     yield from _returned(operation, arguments)
     if operation.differentiable:
         yield f"compared gradients: of {', '.join(operation.differentiable)}"
-    yield ""
+    yield "arguments may have any strides; no call changes its arguments or what an earlier call returned"
+    yield from ("", *_examples(plan), "")
     yield from _settings(plan)
     yield from _arithmetic(name)
 
@@ -52,14 +54,16 @@ def of_method(name: str) -> Iterator[str]:
     sides = f"{shape.inputs} inputs and {shape.outputs} outputs"
     yield f"after `attach` with {parity_suite.in_words(config) or 'the defaults'}, a layer `first` with {sides} has:"
     adapted = subject.adapted
-    for title, named in (("trained", adapted.tensors()), ("in `state()`", adapted.state())):
-        there = {key: value for key, value in named.items() if key.startswith("first")}
-        yield from (f"  {key}: {_form(value)}, {_start(value)}; {title}" for key, value in there.items())
+    constants = method_info(plan.method).spec.start_from_config
+    named = [(key, value, "trained and in the model's state_dict") for key, value in adapted.tensors().items()]
+    for key, value in adapted.state().items():
+        kept = "" if key.rpartition(".")[2] in constants else " and in the model's state_dict"
+        named.append((key, value, f"in `state()`{kept}"))
+    there = [one for one in named if one[0].startswith("first")]
+    yield from (f"  {key}: {_form(value)}, {_start(value)}; {title}" for key, value, title in there)
     yield from _work(adapted)
     yield from _optimizer_state(adapted)
-    yield ""
-    yield from _layers(plan)
-    yield ""
+    yield from ("", *_layers(plan), "", *_examples(plan), "")
     yield from _settings(plan)
 
 
@@ -83,6 +87,7 @@ def _layers(plan: MethodSuite) -> Iterator[str]:
         _, kinds, text = (inspect.getdoc(kind_of) or "").partition("linear:")
         yield f"  {' '.join((kinds + text.partition('Other subclasses')[0]).split())}"
     yield "the checks copy layers and models by copy.deepcopy, so an implementation must allow that; a copy shares no tensor"
+    yield "torch's fused AdamW, bitsandbytes and `.data` change a tensor without raising its `_version`: no cache may rely on it"
 
 
 def _returned(operation: Operation, arguments: Arguments) -> Iterator[str]:
@@ -116,6 +121,16 @@ def _work(adapted: Adapted) -> Iterator[str]:
         if function is not getattr(AdaptedModel, name):
             doc = " ".join((inspect.getdoc(function) or "").split())
             yield f"  {name}: {doc}"
+
+
+def _examples(plan: MethodSuite | OperationSuite) -> Iterator[str]:
+    """Yield the cases that `check` tries without an option, each with its dtypes."""
+    dtypes: dict[str, list[str]] = {}
+    for case in sample.fixed(plan, FEW, plan.dtypes):
+        dtypes.setdefault(str(case), []).append(case.dtype)
+    shape = ", with rows x inputs x outputs" if isinstance(plan, MethodSuite) else ""
+    yield f"cases that `check` tries without an option{shape}:"
+    yield from (f"  {case} ({', '.join(sorted(tried))})" for case, tried in dtypes.items())
 
 
 def _settings(plan: MethodSuite | OperationSuite) -> Iterator[str]:

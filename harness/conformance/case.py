@@ -57,7 +57,8 @@ class Case:
     walks: int = 0
     """Number of random walks (random sequences of calls) to try. If it is 0, other long tests are left out too."""
     is_drawn: bool = False
-    """True for a random case. There are many of these, so checks repeat a call a hundred times in them, not a thousand."""
+    """True for a random case. There are many of these, so checks repeat a call a hundred times in them, not a thousand, and
+    do not repeat calls of a large layer."""
     is_brief: bool = False
     """True if the selection of cases is not wide (see `CaseSelection.is_wide`). Checks then repeat calls less often."""
     walk_seed: int = 0

@@ -47,10 +47,13 @@ class Adapted(Protocol):
     """True if `merge` folds an adapter into the weights; False if there is no adapter."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Map the Method's canonical names, `<path>.<letter>`, to the trainable tensors."""
+        """Map the Method's canonical names, `<path>.<letter>`, to the trainable tensors. The model's state_dict has them."""
 
     def state(self) -> dict[str, Tensor]:
-        """Map `<path>.<name>` to tensors that the Method created and does not train (PiSSA's residual, VeRA's A and B)."""
+        """Map `<path>.<name>` to tensors that the Method created and does not train (PiSSA's residual, VeRA's A and B).
+
+        The model's state_dict has them all, except constants that follow from the config alone (VeRA's A and B).
+        """
 
     def parameters(self) -> list[nn.Parameter]:
         """List the parameters that train."""

@@ -64,12 +64,12 @@ def code_version() -> str:
 
 def software() -> dict[str, str]:
     """Return the versions of Python and of the installed `LIBRARIES`, by name."""
-    return {"python": platform.python_version()} | dict(_versions(tuple(sys.path)))
+    return {"python": platform.python_version()} | dict(_versions(tuple(sys.path), os.getpid()))
 
 
 @functools.cache
-def _versions(_path: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Return names and versions of the `LIBRARIES` that the search path has. They are read once, which takes a while."""
+def _versions(_path: tuple[str, ...], _process: int) -> tuple[tuple[str, str], ...]:
+    """Return names and versions of the `LIBRARIES`. They are read once per process and search path, which takes a while."""
     return tuple((name, one.version) for name, one in _libraries().items())
 
 

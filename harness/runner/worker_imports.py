@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def _always(job: Job) -> list[str]:
         "transformers.modeling_utils",
         *(["lm_eval.evaluator"] if job.model.source.kind == "causal" and job.data else []),
     ]
+
+
+def compile_name_patterns() -> None:
+    """Let transformers compile its table of a thousand patterns for names of weights, which it needs for any model."""
+    with contextlib.suppress(Exception):  # it is only a cache: if something is wrong, the load of the model reports it
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("")
 
 
 @functools.cache

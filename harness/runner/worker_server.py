@@ -39,13 +39,10 @@ def main(argv: list[str]) -> int:
 
 
 def _fill_caches() -> None:
-    """Compute what each fork would otherwise compute again: it takes a tenth of a second, more than a tiny Cell does."""
+    """Compute what each fork would otherwise compute again. That takes longer than a tiny Cell runs."""
     environment.describe()  # code and git are stored for all forks; git takes two processes
-    worker_imports.own_registry()
-    with contextlib.suppress(ImportError):  # an older transformers has no such table
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-        get_checkpoint_conversion_mapping("")  # compiles a thousand patterns, which the load of any model needs
+    worker_imports.own_registry()  # imports the modules of the harness's own implementations
+    worker_imports.compile_name_patterns()
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ Correction = Literal["least-squares", "none"]
 def corrected(g: Tensor, A: Tensor, scaling: float, experts: int = 1) -> Tensor:
     """Return g (A A^T + DELTA I)^+ / scaling^2, of the shape (E, r) and the dtype of g.
 
-    ^+ is the pseudo-inverse. It is computed in float32, or in float64 if A has this dtype. scaling must not be 0.
+    ^+ is the pseudo-inverse. It is computed in float32, or in float64 if A has this dtype. scaling must not be 0. If A A^T is
+    not finite, the result is NaN.
     experts: number of stacked experts. If there are several, A is (experts * r, D) and g is (E, r * experts), both
     packed.
     """
@@ -69,7 +70,7 @@ def corrected(g: Tensor, A: Tensor, scaling: float, experts: int = 1) -> Tensor:
     A_KRD, g_KER = unpacked(A.to(wide), g.to(wide), experts)
     square_KRR = A_KRD @ A_KRD.mT + DELTA * torch.eye(A_KRD.shape[1], dtype=wide, device=A.device)
     finite_K11 = square_KRR.isfinite().all(dim=(1, 2), keepdim=True)
-    square_KRR, g_KER = square_KRR.where(finite_K11, 0.0), g_KER.where(finite_K11, torch.nan)  # pinv refuses NaN
+    square_KRR, g_KER = square_KRR.where(finite_K11, 0.0), g_KER.where(finite_K11, torch.nan)  # pinv raises for NaN
     new_KER = g_KER @ torch.linalg.pinv(square_KRR) / scaling**2
     return packed(A_KRD, new_KER)[1].to(g.dtype)
 

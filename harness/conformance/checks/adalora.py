@@ -173,8 +173,8 @@ def _regularizers_in_dtype(subject: Subject) -> Iterator[dict[str, Tensor]]:
     """Yield the regularizer and its gradients as correct programs with other rounding errors might compute them.
 
     The reference in the subject's dtype gives the first result, which may happen to be exact, because the regularizer
-    is a single number. For the other results, each tensor is moved by up to half a unit in the last place, and the
-    reference computes in float64.
+    is a single number. For the other results, each tensor is moved by up to half a unit in the last place, the
+    reference computes in float64, and each number that it returns is moved in the same way.
     """
     yield _regularizer(_reference(subject, subject.dtype))
     for seed in range(PERTURBED_DRAWS):
@@ -182,7 +182,7 @@ def _regularizers_in_dtype(subject: Subject) -> Iterator[dict[str, Tensor]]:
         with torch.no_grad():
             for tensor in moved.tensors().values():
                 tensor.copy_(perturbed(tensor, subject.dtype, generator))
-        yield _regularizer(moved)
+        yield {name: perturbed(t, subject.dtype, generator) for name, t in _regularizer(moved).items()}
 
 
 def _reference(subject: Subject, dtype: str) -> Adapted:

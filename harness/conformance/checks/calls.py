@@ -20,6 +20,7 @@ from harness.conformance.comparison.call_forms import (
     LAYOUTS,
     LONG_FORMS,
     LONG_RUN_FORM,
+    REPEATED_FORM,
     MODES,
     ROWS,
     Call,
@@ -143,9 +144,10 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         # transformers' Conv1D itself takes no strided input.
         rows, images = isinstance(base, nn.Linear), isinstance(base, nn.Conv2d)
         layouts = LAYOUTS if rows else IMAGE_LAYOUTS if images else {}
-        long = dict(LONG_FORMS) if index == 0 and case.walks else {}
+        long = LONG_FORMS if index == 0 and case.walks else {}
         if case.is_drawn:
-            long.pop(LONG_RUN_FORM, None)
+            left_out = [LONG_RUN_FORM, *([REPEATED_FORM] if is_large(numbers) else [])]
+            long = {name: form for name, form in long.items() if name not in left_out}
         # The fixed choice of stacked experts depends on the number of rows, and so does the frequency of a token.
         whole = kind_of(base) == "experts" or getattr(base, "scale_grad_by_freq", False)
         apart = ("in micro-batches", "token by token") if whole else ()

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from harness.conformance import process_settings
-from harness.conformance.comparison.inputs import how_often
 from harness.conformance.comparison.observations import observe, preserved_state
 from harness.conformance.comparison.threads import at_once
 
@@ -308,7 +307,7 @@ def _repeated(call: Call) -> dict[str, Tensor]:
     If no run differs, return the output and gradients of the first run.
     """
     first = call.observe(call.x, call.dy)
-    later = (call.observe(call.x, call.dy) for _ in range(how_often(call.numbers, REPEATS)))
+    later = (call.observe(call.x, call.dy) for _ in range(REPEATS))
     return next((one for one in later if not same(one, first)), first)
 
 
@@ -316,7 +315,7 @@ def _long_run(call: Call) -> dict[str, Tensor]:
     """Call the layer many times without gradients. Return an output that differs from the first, or else the first."""
     with torch.no_grad(), preserved_state(call.layer, call.tensors, training=False):
         first = {"y": call.layer(call.x).clone()}
-        later = ({"y": call.layer(call.x)} for _ in range(how_often(call.numbers, LONG_RUN)))
+        later = ({"y": call.layer(call.x)} for _ in range(LONG_RUN))
         return next((one for one in later if not same(one, first)), first)
 
 
@@ -355,10 +354,10 @@ MODES: dict[str, Form] = {
     "with autocast switched off again": _under(_autocast_off),
 }
 """Name -> form that calls a layer on its input in a mode of torch, of autograd or of the layer."""
-LONG_RUN_FORM = f"{LONG_RUN} times without gradients"
+REPEATED_FORM, LONG_RUN_FORM = f"{REPEATS} times", f"{LONG_RUN} times without gradients"
 LONG_FORMS: dict[str, Form] = {
     "under torch.compile": Form(_compiled),
-    f"{REPEATS} times": Form(_repeated),
+    REPEATED_FORM: Form(_repeated),
     LONG_RUN_FORM: Form(_long_run, "all gradients"),
     f"in {THREADS} threads": Form(_threaded, "all gradients"),
 }

@@ -15,7 +15,7 @@ from reference.shared.layers import kind_of
 HALF = 0.5
 """Factor by which checks change an adapter or an argument. It is a power of two, so that nothing is rounded."""
 _FEW = 20_000
-"""Largest number of elements of a layer or of an Operation's arguments that checks call many times."""
+"""Number of elements from which a layer or the arguments of an Operation count as large."""
 SIDE = 5
 IMAGES = 2
 """SIDE is the height and the width of the images that a convolution gets. IMAGES is the usual number of images. Each
@@ -59,9 +59,9 @@ def inputs(
     return vary(x, magnitude, dtype).to(device, dtype), dy.to(device, dtype)
 
 
-def how_often(tensors: Iterable[Tensor], most: int) -> int:
-    """Return how often a check repeats a call with these tensors: `most` times if they are small, and otherwise twice."""
-    return most if sum(t.numel() for t in tensors) < _FEW else 2
+def is_large(tensors: Iterable[Tensor]) -> bool:
+    """Return whether a layer or an Operation has so many numbers that checks should not call it a hundred times."""
+    return sum(t.numel() for t in tensors) >= _FEW
 
 
 def cast(x: Tensor, dtype: str) -> Tensor:

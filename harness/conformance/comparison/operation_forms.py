@@ -15,7 +15,7 @@ from harness.conformance.case import Case
 from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.call_forms import LONG_RUN, REPEATS, THREADS
 from harness.conformance.comparison.check_results import prefix_tensor
-from harness.conformance.comparison.inputs import HALF, how_often
+from harness.conformance.comparison.inputs import HALF, is_large
 from harness.conformance.comparison.kept_memory import describe_leak
 from harness.conformance.comparison.threads import at_once
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, worst_of
@@ -176,9 +176,9 @@ def _repeated(subject: OperationSubject, judge: Callable[[str, _Named], Judgemen
 
     With large arguments there are only two calls, without gradients.
     """
-    arguments = operation_call.flatten(subject.arguments).values()
-    times = how_often(arguments, LONG_RUN if case.walks and not case.is_drawn else REPEATS)
-    if subject.operation.differentiable and times >= REPEATS:
+    large = is_large(operation_call.flatten(subject.arguments).values())
+    times = 2 if large else LONG_RUN if case.walks and not case.is_drawn else REPEATS
+    if subject.operation.differentiable and not large:
         yield from _repeated_gradients(subject, case)
     first, given = _detached(subject.call()), cloned(subject.arguments)
     changed_in_place = not _same(_called(subject, given), first)

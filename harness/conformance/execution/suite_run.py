@@ -277,6 +277,7 @@ def attach(
     cache: dict[tuple[str, str], ReferenceLayer] = {}
 
     def fresh(*, seed: int = SEED, square: bool = False, model: nn.Module | None = None, **changed: Any) -> Subject:
+        given = model is not None
         if not isinstance(model, ParityModel):
             model = built(of.shape.square()) if square else copied(pristine)
         resolved = configure(method, of.config | changed)
@@ -302,7 +303,7 @@ def attach(
         else:
             adapted = implementation(model, resolved, generator)
         # Other configs or weights need another reference, and an implementation may pack its base differently each time.
-        shared = {} if changed or square or plan.base else cache
+        shared = {} if changed or square or given or plan.base else cache
         return Subject(
             method, resolved, of.dtype, model, adapted, bases, own, original, packed, expected,
             unpacked=unpacked, reference_cache=shared,
