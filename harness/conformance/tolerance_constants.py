@@ -27,12 +27,13 @@ PERTURBED_DRAWS = 7
 # more than twice as far from zero as each of 8 others once in 121 cases, and as each of 32 others once in 6,500.
 LAYER_DRAWS = 31
 
-# Largest move of a number in a further draw, in units of the last place. One rounding moves a number by half a unit. In
-# float32 and float64, the draws after the first PERTURBED_DRAWS also stand for sums in another order. If n terms cancel, the
+# Largest move of a number in a further draw, in units of the last place. One rounding moves a number by half a unit. The
+# last REORDERED_DRAWS draws of a layer in float32 and float64 also stand for sums in another order. If n terms cancel, the
 # roundings of n partial sums lose sqrt(n / 2) times as much as one rounding of each term; a sum in 16 lanes loses a quarter
-# of that.
+# of that. So moves that are four times as far stand for 512 terms in 16 lanes.
 ROUNDED_ULPS = 0.5
 REORDERED_ULPS = 2.0
+REORDERED_DRAWS = 3
 
 # No further draw is made after 1 + PERTURBED_DRAWS of them if the error is this many times as large as the allowance. With a
 # factor of 2, a normal number is that far from zero, compared with eight others, once in a million cases.

@@ -20,8 +20,8 @@ from harness.conformance.comparison.call_forms import (
     LAYOUTS,
     LONG_FORMS,
     LONG_RUN_FORM,
-    REPEATED_FORM,
     MODES,
+    REPEATED_FORM,
     ROWS,
     Call,
     Form,
@@ -33,7 +33,7 @@ from harness.conformance.comparison.call_forms import (
 )
 from harness.conformance.comparison.call_histories import HISTORIES, NEW_VALUES, NEW_VALUES_UNDER_AUTOCAST
 from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
-from harness.conformance.comparison.inputs import HALF, cast, inputs
+from harness.conformance.comparison.inputs import HALF, cast, inputs, is_large
 from harness.conformance.comparison.kept_memory import describe_leak
 from harness.conformance.comparison.layer_comparison import PlausibleResults, reference_runs, runs_of
 from harness.conformance.comparison.observations import observe, preserved_state

@@ -15,7 +15,7 @@ from harness.conformance.comparison.inputs import cast
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, perturbed, with_error_of_float64
 from harness.conformance.subject import ReferenceLayer, Subject
-from harness.conformance.tolerance_constants import LAYER_DRAWS, PERTURBED_DRAWS, REORDERED_ULPS, ROUNDED_ULPS
+from harness.conformance.tolerance_constants import LAYER_DRAWS, REORDERED_DRAWS, REORDERED_ULPS, ROUNDED_ULPS
 
 RunLayer = Callable[..., dict[str, Tensor]]
 """Function that runs a layer and returns its output and gradients by name. It takes the parameters of `observe`."""
@@ -86,7 +86,7 @@ def runs_of(
     The layer `own` gives the first result in `dtype`, which may happen to have almost no rounding error. For every further
     result, each number in the input and in the layer is moved by up to half a unit in the last place of `dtype`, as
     rounding might move it. If `dtype` has 16 bits, the layer then runs in float64. Otherwise it runs in `dtype`, so
-    that each result also has other rounded sums, and numbers of later results move further (REORDERED_ULPS).
+    that each result also has other rounded sums, and the numbers of the last results move further (REORDERED_ULPS).
     Afterwards the layers hold moved numbers. If `dtype` is float64 and `narrow` is given, the second result shows the
     errors of the float64 reference itself; see `with_error_of_float64`.
     """
@@ -103,7 +103,8 @@ def runs_of(
         held = [(t, t.detach().clone()) for t in there if t.is_floating_point()]
         for seed in range(LAYER_DRAWS):
             generator = torch.Generator().manual_seed(seed)
-            ulps = REORDERED_ULPS if dtype in ROUNDED_SUMS and seed >= PERTURBED_DRAWS else ROUNDED_ULPS
+            is_last = seed >= LAYER_DRAWS - REORDERED_DRAWS
+            ulps = REORDERED_ULPS if dtype in ROUNDED_SUMS and is_last else ROUNDED_ULPS
             with torch.no_grad():
                 for tensor, value in held:
                     tensor.copy_(perturbed(value, dtype, generator, ulps))

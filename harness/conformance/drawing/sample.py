@@ -112,7 +112,11 @@ def _of_typical(plan: ParitySuite, dtypes: Collection[str]) -> Iterator[AnyCase]
     """
     typical = next((case for case in plan.cases(FEW, dtypes) if case.typical), None)
     takes_large = not isinstance(plan, OperationSuite) or operations.every()[plan.operation].inputs
-    if isinstance(typical, MethodCase | OperationCase) and takes_large and {"float16"}.intersection(plan.dtypes, dtypes):
+    if (
+        isinstance(typical, MethodCase | OperationCase)
+        and takes_large
+        and {"float16"}.intersection(plan.dtypes, dtypes)
+    ):
         yield replace(typical, dtype="float16", magnitude="large", typical=False)
     if isinstance(typical, MethodCase) and isinstance(plan, MethodSuite) and "conv1d" in plan.layers:
         yield replace(typical, kind="conv1d", shape=typical.shape.square(), weights="tiny", typical=False)
