@@ -55,7 +55,7 @@ def of_method(name: str) -> Iterator[str]:
     yield f"after `attach` with {parity_suite.in_words(config) or 'the defaults'}, a layer `first` with {sides} has:"
     adapted = subject.adapted
     constants = method_info(plan.method).spec.start_from_config
-    named = [(key, value, "trained and in the model's state_dict") for key, value in adapted.tensors().items()]
+    named = [(key, value, "trained") for key, value in adapted.tensors().items()]
     for key, value in adapted.state().items():
         kept = "" if key.rpartition(".")[2] in constants else " and in the model's state_dict"
         named.append((key, value, f"in `state()`{kept}"))

@@ -47,7 +47,10 @@ class Adapted(Protocol):
     """True if `merge` folds an adapter into the weights; False if there is no adapter."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Map the Method's canonical names, `<path>.<letter>`, to the trainable tensors. The model's state_dict has them."""
+        """Map the Method's canonical names, `<path>.<letter>`, to the trainable tensors.
+
+        The model's state_dict has them, unless hooks hold them.
+        """
 
     def state(self) -> dict[str, Tensor]:
         """Map `<path>.<name>` to tensors that the Method created and does not train (PiSSA's residual, VeRA's A and B).

@@ -284,6 +284,9 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
         both = ({name: state[name] for name in names} for state in (other.state(), changed))
         yield prefix_tensor("after load_state_dict", exact(*both))
     other.model.load_state_dict(saved)
+    tensors = subject.adapted.tensors()
+    if not {id(t) for t in tensors.values()} <= {id(p) for p in subject.model.parameters()}:
+        load(other.adapted, tensors)  # hooks hold them, so the model does not save them
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
         loaded = observe(other.adapted.layers[path], other.tensors_of(path), x, dy)
