@@ -147,7 +147,7 @@ def _prepare(job: Job, registry: Registry, emit: Emit, threads: int) -> tuple[Ce
     from harness.cell.measure.phases import PhaseClock
     from harness.memory_model import cell_prediction  # noqa: F401  # imported here for the same reason
 
-    worker_imports.compile_name_patterns()  # before the memory before the Cell is measured; a fork has them already
+    worker_imports.compile_name_patterns()  # before baseline_B is measured, as in a fork
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     torch.manual_seed(job.cell.seed)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from harness.conformance.case import Case
 from harness.conformance.checks import CellStage, States, check
 from harness.conformance.comparison import whole_model
+from harness.conformance.comparison.call_forms import owns
 from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import HALF, inputs
 from harness.conformance.comparison.layer_comparison import PlausibleResults, runs_of
@@ -230,9 +231,10 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
 
     Copied into a freshly attached model, they give the same outputs and gradients, to the last bit, even if that model
     has already run with another state. `state()` returns the adapter's own tensors, not copies, so that a
-    program can load values by writing to them. A model whose base weights were others when the adapter was attached
-    computes the same, and has the same `state()`, once it has loaded the state_dict of the whole model. Models with packed
-    weights are left out of this.
+    program can load values by writing to them.
+
+    The state_dict of the whole model is also loaded into a model that had other base weights when the adapter was attached.
+    This model then computes the same and has the same `state()`. Models with packed weights are left out here.
     """
     fresh = case.attach_again()
     if fresh is None:
@@ -285,7 +287,7 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
         yield prefix_tensor("after load_state_dict", exact(*both))
     other.model.load_state_dict(saved)
     tensors = subject.adapted.tensors()
-    if not {id(t) for t in tensors.values()} <= {id(p) for p in subject.model.parameters()}:
+    if not owns(subject.model, tensors):
         load(other.adapted, tensors)  # hooks hold them, so the model does not save them
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))

@@ -106,9 +106,11 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
 
 
 def _of_typical(plan: ParitySuite, dtypes: Collection[str]) -> Iterator[AnyCase]:
-    """Yield the suite's typical example with large numbers in float16, where they overflow, and on a square Conv1D with tiny
-    weights: transposing a square weight by mistake raises no exception, and a guard against a division by zero may count
-    tiny numbers as zero.
+    """Yield two variants of the suite's typical example.
+
+    The first has large numbers in float16, whose products may overflow. The second is a square Conv1D with tiny weights: a
+    square weight may be transposed by mistake without an exception, and a guard against a division by zero may count tiny
+    numbers as zero.
     """
     typical = next((case for case in plan.cases(FEW, dtypes) if case.typical), None)
     takes_large = not isinstance(plan, OperationSuite) or operations.every()[plan.operation].inputs

@@ -2,10 +2,10 @@
 
 With few tokens, reading the weight takes nearly all the time, and in NF4 this takes a quarter as long as in 16 bits.
 With many tokens it is faster to decode once and let torch multiply. A table in `harness/kernels/crossovers` gives the
-largest number of tokens for the single launch. That kernel computes y^T = W x^T. Decoded values
-go from registers into matrix instructions without passing through shared memory, and a tile may have as few as 16
-tokens. A byte holds the codes of two neighbouring columns. The kernel therefore computes two products, one for the even
-and one for the odd columns.
+largest number of tokens for the single launch. That kernel computes y^T = W x^T. Decoded values go from registers into
+matrix instructions without passing through shared memory, and a tile may have as few as 16 tokens. A byte holds the
+codes of two neighbouring columns. The kernel therefore computes two products, one for the even and one for the odd
+columns.
 """
 
 from __future__ import annotations
