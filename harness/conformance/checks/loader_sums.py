@@ -30,15 +30,16 @@ _ROUNDS = 3
 
 @check()
 def check_combine_one(subject: LoaderSubject, case: Case) -> CheckResult:
-    """The combination of one adapter with the weight 1 gives the logits of this adapter, and does not change it."""
+    """A combination of one adapter with the weight 1 gives this adapter's logits, and does not change the adapter."""
     return _combined(subject, case, "combine_one", (FIRST,), (1.0,))
 
 
 @check()
 def check_combine_two(subject: LoaderSubject, case: Case) -> CheckResult:
-    """The combination of two adapters has the weighted sum of their updates. One weight is positive, one negative.
+    """A combination of two adapters gives the base plus the weighted sum of their updates.
 
-    The two adapters differ in rank, alpha and values. The check tries every way of combining that the program offers.
+    One weight is positive and one is negative. The two adapters differ in rank, alpha and values. The check tries every
+    way of combining that the program offers.
     """
     return _combined(subject, case, "combine_two", (FIRST, SECOND), _WEIGHTS)
 
@@ -132,10 +133,10 @@ def check_disabled(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_scale(subject: LoaderSubject, case: Case) -> CheckResult:
-    """An adapter with its scaling multiplied by f gives the same logits as its file with alpha multiplied by f.
+    """An adapter whose scaling is multiplied by f gives the same logits as a file whose alpha is multiplied by f.
 
-    With f = 0, a LoRA gives the base and a DoRA gives m W / ||W||. Modules that a file replaces stay replaced. The factor
-    applies to the scaling of the file, not to the scaling that an earlier call has set.
+    With f = 0, a LoRA gives the base and a DoRA gives m W / ||W||. Modules that a file replaces stay replaced. The
+    factor f multiplies the scaling of the file, even if an earlier call has set another factor.
     """
     loader, have, want = subject.loaded(), {}, {}
     for factor in _FACTORS:
