@@ -43,7 +43,7 @@ class States(Enum):
     """Only `init`, the state right after attaching."""
     WARM = auto()
     """Only `warm` (random adapter tensors). If the parity suite does not list `warm`, every state that the suite lists.
-    For checks that show nothing new in the state `init`, where most updates are zero."""
+    This value suits checks that show nothing new in the state `init`, where most updates are zero."""
 
     def include(self, state: str, listed: Iterable[str]) -> bool:
         """Return whether a check that declares this value is tried in `state`.
@@ -93,8 +93,8 @@ class Check(Generic[_Subject]):
     only_wide: bool
     """True if the check is tried only when the selection of cases is wide (`CaseSelection.is_wide`)."""
     also_in_typical_case: bool
-    """True if a check with `only_wide` is tried in one more case: the suite's typical case, when the selection is not
-    wide."""
+    """True if a check with `only_wide` is also tried when the selection is not wide, but only in the suite's typical
+    case."""
 
     def __call__(self, subject: _Subject, case: Case) -> CheckResult:
         """Run the check and return its result."""

@@ -132,10 +132,10 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
 
 @check(States.WARM, depends_on_sizes=False)
 def check_pruned(subject: Subject, case: Case) -> CheckResult:
-    """While some lambdas are pruned, outputs and gradients still equal the reference's.
+    """While some lambdas (singular values) are pruned, outputs and gradients still equal the reference's.
 
     A pruned lambda gets a gradient, so it may grow again until the next pruning. The scaling does not depend on the
-    number of triplets that are left.
+    number of lambdas that are left.
     """
     fresh = case.attach_again(**_SHORT)
     if fresh is None:
@@ -231,14 +231,14 @@ def _set_gradients(
 
 @torch.no_grad()
 def _set_tensors(adapted: Adapted, rounded: torch.dtype, generator: torch.Generator) -> None:
-    """Fill every tensor with random values. None of the values is zero, as is usual after an optimizer step."""
+    """Fill every tensor with random values, none of them zero. An optimizer step usually leaves no zeros either."""
     for _, tensor in sorted(adapted.tensors().items()):
         drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(rounded)
         tensor.copy_(torch.where(drawn == 0, torch.ones_like(drawn), drawn))
 
 
 def _unmasked(adapted: Adapted) -> Tensor:
-    """Return a bool vector over the lambdas of all layers in turn. It is True where a lambda is not zero."""
+    """Return a bool vector over the lambdas (singular values) of all layers. It is True where a lambda is not zero."""
     named = sorted(adapted.tensors().items())
     return torch.cat([tensor.detach().flatten() != 0 for name, tensor in named if name.endswith(".E")])
 

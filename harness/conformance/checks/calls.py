@@ -86,9 +86,8 @@ def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Every way to call an implementation gives what the reference gives for the same numbers.
 
     The ways are modes of torch, shapes and layouts of the input, earlier calls, copies, threads and more. A way that
-    does not apply is left out: token numbers, for example, are not changed in place. copy.deepcopy must be able to copy
-    a layer. pickle may refuse a layer, but a pickled layer must compute the same as the original. No call may make
-    memory grow.
+    does not apply is left out: token numbers, for example, are not changed in place. copy.deepcopy must copy a layer.
+    pickle may refuse a layer, but a pickled layer must compute the same as the original. No call may make memory grow.
     """
     found = list(of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:
@@ -307,7 +306,7 @@ def _only_trained(tensors: Mapping[str, Tensor], name: str) -> Iterator[None]:
 
 
 def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
-    """Yield judgements of second derivatives, of torch.func and of a copy in another dtype, all for the first layer."""
+    """Yield judgements of the first layer: second derivatives, torch.func, and a copy in another dtype."""
     path = next(iter(subject.adapted.layers), None)
     if path is None:
         return

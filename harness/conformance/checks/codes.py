@@ -22,12 +22,11 @@ def check_codes(subject: Subject, case: Case) -> CheckResult:
     """The packed base holds the reference's NF4 codes and absmax of the original weights, and the original biases.
 
     Exactly the adapted layers are packed. A code may be one level off only where the element lies within two float32
-    units of the middle of two levels: dividing by absmax and multiplying by its reciprocal may differ there, and
-    libraries do either. A block of zeros may have any codes and any absmax that decode to zero, since bitsandbytes'
-    back ends differ.
+    units of the middle of two levels. Libraries divide by absmax or multiply by its reciprocal, which may differ there.
+    A block of zeros may have any codes and any absmax that decode to zero, since bitsandbytes' back ends differ.
 
     If absmax is quantised too, its decoded values must equal the reference's decoded values, up to the rounding of the
-    mean that is added back. The codes of a large model are judged in pieces while its layers are packed.
+    mean that decoding adds. The codes of a large model are judged in pieces while its layers are packed.
     """
     wanted = subject.expected_codes.keys() | subject.judged_codes.keys()
     if not wanted:
@@ -49,9 +48,8 @@ def check_codes(subject: Subject, case: Case) -> CheckResult:
 def check_packing(subject: Subject, case: Case) -> CheckResult:
     """QLoRA's `state()` has the reference's NF4 codes and absmax of the original weight.
 
-    The rules are those of the check `codes`. All other checks take the codes from `state()` for the reference, too. If
-    `state()` shows no codes, the reference computes with its own codes, and this check cannot judge the
-    implementation's codes.
+    The rules are those of the check `codes`. In all other checks, the reference computes with the codes in `state()`.
+    If there are none, it computes with its own codes, and this check cannot judge the implementation's codes.
     """
     found = []
     block, double = subject.config.block, subject.config.double_quant

@@ -1,6 +1,6 @@
 """Check of dropout in training and eval mode.
 
-A mask says which features of each token are dropped. p is the probability with which a feature is dropped.
+A mask says which features of each token are dropped. p is the probability of dropping a feature.
 """
 
 from __future__ import annotations

@@ -28,17 +28,17 @@ from reference.galore import Projector, galore_step, projector
 
 _HISTORIES = ((5, 2, 2, False, 0), (3, 1, 2, True, 0), (7, 3, 1, False, 4))
 """Runs of `check_refresh`. Each is a tuple: (number of steps with gradients, update gap, rank, whether the weights are
-square, number of these steps before one more step, which has no gradient). Each run refreshes the subspace twice after
-the first step."""
+square, index at which a step without gradients is inserted). Each run refreshes the subspace twice after the first
+step."""
 _LR, _DECAY = 0.1, 0.1
 _STEPS, _WITHOUT_GRADIENT, _CHANGED, _RESUMED, _BY_CLOSURE = 12, 3, 5, 7, 9
-"""`_STEPS`: number of steps of `check_optimizer`. The others are numbers of steps, counted from 0. `_WITHOUT_GRADIENT`:
-the step without gradients. `_CHANGED`: the first step with another learning rate and weight decay. `_RESUMED`: the
-first step of a new optimizer, which has loaded the state of the old one. `_BY_CLOSURE`: the step whose gradients a
-closure computes."""
+"""`_STEPS`: number of steps of `check_optimizer`. The other constants are step numbers, counted from 0.
+`_WITHOUT_GRADIENT`: the step without gradients. `_CHANGED`: the first step with another learning rate and weight decay.
+`_RESUMED`: the first step of a new optimizer, which has loaded the state of the old one. `_BY_CLOSURE`: the step whose
+gradients a closure computes."""
 _ONE_GRADIENT, _STANDING, _WITHOUT_DECAY = 4, 10, 11
-"""Further steps of `check_optimizer`, counted from 0. `_ONE_GRADIENT`: only the first tensor has a gradient.
-`_STANDING`: the learning rate is 0. `_WITHOUT_DECAY`: the weight decay is 0."""
+"""Further step numbers of `check_optimizer`. `_ONE_GRADIENT`: only the first tensor has a gradient. `_STANDING`: the
+learning rate is 0. `_WITHOUT_DECAY`: the weight decay is 0."""
 _MANY_STEPS, _SMALL = 270, 5_000
 """`_MANY_STEPS`: number of steps of `check_optimizer` if no tensor has more than `_SMALL` elements. Only the first
 `_STEPS` and the last two steps are compared."""
@@ -69,9 +69,9 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
     A refresh keeps the M and V of the old subspace, and weight decay is not projected  (GaLore, algorithm 2). The check
     makes three runs on random gradients: five steps with a new subspace at the third and the fifth, seven steps with a
     new subspace at the fourth and the seventh, and three steps with a new subspace at each. Before each step the
-    weights are restored, so that no step inherits the rounding of another. Each run has one more step, in which the
-    layer gets no gradient: at the beginning, or after four of the seven steps. This step leaves the weights as they
-    are, and is not counted when the next refresh is due.
+    weights are restored, so that no step inherits the rounding of another. Each run has one more step without a
+    gradient: at the beginning, or after four of the seven steps. This step leaves the weights as they are, and is not
+    counted when the next refresh is due.
 
     The sign of a singular vector is arbitrary. It influences the weights after a refresh, since M is kept, and the
     check accepts every choice of signs.

@@ -39,7 +39,7 @@ def check_switch(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_renamed(subject: LoaderSubject, case: Case) -> CheckResult:
-    """An adapter file loaded under a second name gives the same logits, also after it is deleted and loaded again."""
+    """An adapter file gives the same logits under a second name, also after it is deleted and loaded again."""
     loader, prompts = subject.loaded(), subject.prompts
     loader.load(subject.adapter.folder, _RENAMED)
     have = {name: loader.logits(prompts, name) for name in (_RENAMED, FIRST)}

@@ -1,9 +1,9 @@
-"""Checks of sums of adapter files: combined, merged, scaled and switched off.
+"""Checks of adapter files that are combined, merged, scaled or switched off.
 
-The effective update of a parameter is its value with the adapter minus its value in the base. The expected result of
-every sum is the base plus the weighted sum of the effective updates, computed in float64. An adapter with the weight w
-adds w s B A for LoRA, w s c for the bias c of B (lora_bias), and w (P' - P) for modules_to_save. For DoRA it adds
-w (m (W + s B A) / ||W + s B A|| - W). A program that cannot represent a sum should refuse it (harness.Unsupported).
+The effective update of a parameter is its value with the adapter minus its value in the base. The expected result of a
+combination is the base plus the weighted sum of the effective updates, computed in float64. An adapter with the weight
+w adds w s B A for LoRA, w s c for the bias c of B (lora_bias), and w (P' - P) for modules_to_save. For DoRA it adds w
+(m (W + s B A) / ||W + s B A|| - W). A program that cannot represent a sum should refuse it (harness.Unsupported).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WEIGHTS = (0.75, -0.5)
 _SUM = "sum"
 _FACTORS = (0.0, 0.5, 1.0)
 _ROUNDS = 3
-"""Number of times that an adapter is merged and unmerged."""
+"""Number of times that `check_merge_undone` merges and unmerges an adapter."""
 
 
 @check()

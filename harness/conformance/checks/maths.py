@@ -139,7 +139,7 @@ def _moved(
 ) -> dict[str, Tensor]:
     """Take one optimizer step on `tensors`, restore their old values, and return the new values.
 
-    dtype: dtype of the subject. It is the same for the float64 reference, because the learning rate depends on it.
+    dtype: dtype of the subject, also for the float64 reference, because the learning rate depends on it.
     """
     before = {n: t.detach().clone() for n, t in tensors.items()}
     gradients = observe(layer, tensors, x, dy)

@@ -126,8 +126,7 @@ def check_unmerge(subject: Subject, case: Case) -> CheckResult:
     """Merging and unmerging restores every parameter and buffer of the model, to the last bit.
 
     A library that adds the update to the weight and subtracts it again loses low bits each time. On a server that
-    changes adapters by merging, the weights would drift. Merging a merged adapter, or unmerging an unmerged one,
-    changes nothing.
+    changes adapters by merging, the weights would drift. A second merge, or a second unmerge, changes nothing.
     """
     if not subject.adapted.can_merge:
         return skipped(subject, case, "unmerge", "this adapter cannot be merged")
@@ -155,8 +154,8 @@ def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Te
     """Return the expected outputs of a layer: with its adapter, and with the adapter's tensors multiplied by HALF.
 
     Each of the two items is a pair: the output of the float64 reference, and plausible outputs, i.e. outputs that a
-    correct program may give. In a small model, the plausible outputs are computed when they are needed. In a large
-    model, they are computed at once, because memory does not suffice for the reference layers of all paths together.
+    correct program may give. In a small model, the plausible outputs are computed when needed. In a large model, they
+    are computed at once, because the reference layers of all paths do not fit into memory together.
     """
     whole = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
     half = copy.deepcopy(whole)
@@ -269,7 +268,7 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
 
 
 def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tensor], case: Case) -> Iterator[Judgement]:
-    """Attach to a model with other base weights, let it load two state_dicts in turn, and judge it after each.
+    """Attach to a model with other base weights, let the model load two state_dicts in turn, and judge it after each.
 
     The first state_dict is that of `fresh`, whose `state()` has been given the values `changed`. The second is that of
     `subject`. Nothing is judged if the model has packed weights, i.e. integers of 8 bits.

@@ -29,7 +29,7 @@ def check_outputs(subject: OperationSubject, case: Case) -> CheckResult:
 
 @check()
 def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
-    """Every code that the Operation returns stands for the nearest level. If rounding decides, either level is right."""
+    """Every code that the Operation returns stands for the nearest level. Halfway between levels, either is right."""
     if subject.operation.codes is None:
         return skipped(subject, case, "output_codes", "this Operation returns no codes, or `outputs` judges them")
     found = operation_call.judge_codes(subject, subject.operation.codes, subject.call(), case)
@@ -100,9 +100,8 @@ def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
     """The outputs do not depend on the memory layout of the arguments.
 
     Three layouts are tried for every tensor: a view with gaps between its elements, a tensor that is transposed in
-    memory as a `.T` is, and a contiguous slice that does not begin at the start of its storage. The outputs must equal
-    those for contiguous arguments to the last bit, or pass the rules of the checks `outputs` and `output_codes`, since
-    a layout may take another path through the code.
+    memory as a `.T` is, and a contiguous slice that does not begin at the start of its storage. The outputs equal those
+    for contiguous arguments to the last bit, or pass the rules of the checks `outputs` and `output_codes`.
     """
     plain, found = subject.call(), []
     for name, change in (("every second element", _gapped), ("transposed", _transposed), ("slice", _sliced)):
@@ -117,8 +116,8 @@ def check_nonfinite(subject: OperationSubject, case: Case) -> CheckResult:
     """A NaN in an argument reaches every output that it reaches in the reference.
 
     The check sets one element to NaN, in each floating-point argument in turn. Where the reference returns NaN, the
-    Operation returns NaN or infinity. A finite number would hide the fault, and training would go on with it. The
-    Operation may also raise LinAlgError, as torch.linalg.pinv does for a NaN.
+    Operation returns NaN or infinity. A finite number would hide the fault from training. The Operation may also raise
+    LinAlgError, as torch.linalg.pinv does for a NaN.
     """
     if 0 in (subject.arguments.get("scaling"), *subject.arguments.get("scalings", ())):
         return skipped(subject, case, "nonfinite", "an update that is scaled by 0 need not be computed")

@@ -82,9 +82,9 @@ def _rounding_of_residual(fresh: Subject, path: str) -> Judgement | None:
 def check_principal(subject: Subject, case: Case) -> CheckResult:
     """At PiSSA's start, s B A equals U_r S_r V_r^T, the best rank-r approximation of the weight.
 
-    Each factor holds the square root of every singular value: A A^T = B^T B = S_r / s  (PiSSA, eqs. 2 and 3). A
-    randomised SVD only approximates s B A. For it, the mean of ||s B A||^2 over some starts must be the reference's.
-    This mean grows with the number of iterations.
+    Each factor holds the square root of every singular value: A A^T = B^T B = S_r / s  (PiSSA, eqs. 2 and 3). With a
+    randomised SVD, s B A is less exact. Then the mean of ||s B A||^2 over some starts must equal the reference's mean,
+    which grows with the number of iterations.
     """
     fresh = case.attach_again()
     if fresh is None:
@@ -131,8 +131,8 @@ def _best(U: Tensor, S: Tensor, Vt: Tensor, config: Any) -> dict[str, Tensor]:
 def _perturbed(W: Tensor, subject: Subject) -> Iterator[dict[str, Tensor]]:
     """Yield plausible results of `_principal`: results that a correct program may compute.
 
-    The results can differ much, because rounding turns the singular vectors of close singular values. Each result comes
-    from an SVD of W^T in the dtype in which PiSSA computes, after W was moved by up to half a unit in the last place.
+    They can differ much, because rounding rotates the singular vectors of close singular values. Each result comes from
+    an SVD of W^T in the dtype in which PiSSA computes, after W was moved by up to half a unit in the last place.
     """
     dtype = torch.promote_types(DTYPES[subject.dtype], torch.float32)
     for seed in range(PERTURBED_DRAWS):

@@ -62,8 +62,7 @@ def _under_other_settings(case: Case) -> Iterator[str]:
 def _by_default_dtype(subject: Subject, case: Case) -> Iterator[str]:
     """Yield a message for each tensor of `state()` that depends on torch's default dtype at the time of attaching.
 
-    A tensor that is computed by an SVD of the weight is left out, because a randomised SVD may depend on the default
-    dtype.
+    A tensor from an SVD of the weight is not compared, because a randomised SVD may depend on the default dtype.
     """
     from_weight = method_info(subject.method).spec.start_from_weight
     usual = {name: t for name, t in subject.state().items() if name.rpartition(".")[2] not in from_weight}

@@ -20,8 +20,8 @@ from harness.methods.spec import method_info
 from harness.records.record import CheckResult
 
 _LEAST_SAMPLE = 64
-"""Smallest number of random elements whose mean square is nearly normally distributed. For a smaller tensor, the check
-joins the elements of several starts."""
+"""Smallest number of random elements for which the mean square is nearly normally distributed. For a smaller tensor,
+the check joins the elements of several starts."""
 
 
 @check(States.INIT)
@@ -29,7 +29,7 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
     """At the start, the adapter's tensors have the reference's distribution, and the same tensors are zero.
 
     A tensor that the reference fills with one value must hold that value. A tensor that the reference draws or computes
-    must have the reference's mean and mean square, up to a multiple of the standard error for samples of this size.
+    must have the reference's mean and mean square, up to a multiple of the standard error for samples of its size.
     Random numbers come only from the generator that `attach` gets: its seed decides the start, and two layers of one
     shape start differently. If the start comes from an SVD of the weight, two starts with one seed are equal up to
     rounding. The sign of singular vectors is arbitrary, so a tensor with one element may have the other sign.

@@ -70,7 +70,7 @@ def check_base(subject: Subject, case: Case) -> CheckResult:
     """Attaching does not change a single bit of the model's parameters and buffers.
 
     Quantising (packing) the base changes no tensor outside the packed layers; the check `codes` judges the packed
-    layers. For `method: peft` the adapted weights are left out if the method's start rewrites them (OLoRA, PiSSA,
+    layers. For `method: peft` the adapted weights are not compared if the method's start rewrites them (OLoRA, PiSSA,
     LoftQ).
     """
     if subject.original.model is None and not subject.original.crc32:
@@ -143,8 +143,8 @@ def check_deterministic(subject: Subject, case: Case) -> CheckResult:
 def check_poison(subject: Subject, case: Case) -> CheckResult:
     """No output and no gradient contains uninitialised memory.
 
-    Memory that torch allocates is filled with NaN (`torch.utils.deterministic.fill_uninitialized_memory`), and no
-    result may contain a NaN.
+    Memory that torch allocates is filled with NaN (`torch.utils.deterministic.fill_uninitialized_memory`). No result
+    may contain NaN.
     """
     odd: list[str] = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):

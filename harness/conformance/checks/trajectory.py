@@ -25,7 +25,7 @@ STEPS = 3
 def check_trajectory(subject: Subject, case: Case) -> CheckResult:
     """After three optimizer steps of the whole model, every trainable tensor equals the float64 reference's.
 
-    Each step has another gradient, and includes the Method's own loss term and the Method's own work after a step. The
+    Each step has another gradient, adds the Method's own loss term, and ends with the Method's `after_step`. The
     optimizer is the Method's own, or torch's fused AdamW with weight decay. With AdamW, its moments influence the
     result.
     """

@@ -32,7 +32,7 @@ _TOO_LARGE = "the model is too large to be copied"
 
 
 class Unreferenced(Adapted, Protocol):
-    """An adapter without a reference, attached by `method: peft`. Its library may offer any type of adapter."""
+    """An adapter without a reference, attached by `method: peft`. It may be of any type that its library offers."""
 
     starts_as_base: bool
     """True if the library promises that the output at the start equals the base model's output."""
@@ -58,7 +58,7 @@ def nudged(subject: Subject, generator: torch.Generator) -> Subject:
 def check_reference(subject: Subject, case: Case) -> CheckResult:
     """The Method has a reference to compare with.
 
-    An adapter without a reference (`method: peft`) skips this check. Reports show no times of it, and only the checks
+    An adapter without a reference (`method: peft`) skips this check. Reports show no times for it, and only the checks
     that need no reference try it.
     """
     return skipped(subject, case, "reference", NO_REFERENCE)
@@ -100,8 +100,8 @@ def check_untouched(subject: Subject, case: Case) -> CheckResult:
 def check_reached(subject: Subject, case: Case) -> CheckResult:
     """After noise is added to the adapter, every trainable tensor gets a finite gradient that is not all zero.
 
-    A tensor that only scales a bias of zeros gets a gradient of zero. The check tries it again with biases that are not
-    zero.
+    A tensor that only scales a bias of zeros gets a gradient of zero. The check repeats such a case with nonzero
+    biases.
     """
     problems = _unreached(subject, case)
     if problems and is_small(subject.model):
@@ -114,7 +114,7 @@ def check_reached(subject: Subject, case: Case) -> CheckResult:
 
 
 def _unreached(subject: Subject, case: Case) -> dict[str, str]:
-    """Return a message for each trainable tensor without a usable gradient, by the tensor's name."""
+    """Return a message for each trainable tensor whose gradient is missing, zero or not finite, by the tensor's name."""
     seen, problems = _observed(subject, case), {}
     for name in subject.adapted.tensors():
         gradient = seen.get(f"grad {name}")
