@@ -374,7 +374,7 @@ def leaf_of(x: Tensor) -> Tensor:
 
 
 def collected(call: Call, y: Tensor, gradients: list[Tensor | None]) -> dict[str, Tensor]:
-    """Return `y`, the given gradients of parts of x joined to one tensor, and the gradients of `call.tensors`."""
+    """Return `y`, `gradients` (of the parts of x) joined as `grad x`, and the gradients of `call.tensors`."""
     parts = [one for one in gradients if one is not None]
     seen = {"y": y.detach().clone()} | ({"grad x": torch.cat(parts)} if parts else {})
     return seen | {f"grad {name}": t.grad.detach().clone() for name, t in call.tensors.items() if t.grad is not None}
@@ -386,7 +386,7 @@ def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def owns(layer: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether all of `tensors` are parameters of the layer. If not, a copy of the layer lacks a copy of them."""
+    """Return whether all of `tensors` are parameters of the layer, so that a copy of the layer has copies of them."""
     return {id(t) for t in tensors.values()} <= {id(p) for p in layer.parameters()}
 
 

@@ -218,7 +218,7 @@ def _autocast(device: str) -> Iterator[None]:
 
 
 def _named(layer: nn.Module) -> dict[str, Tensor]:
-    """Return all floating-point parameters and buffers by name."""
+    """Return all floating-point parameters and buffers of the layer by name."""
     there = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     return {name: t for name, t in there.items() if t.is_floating_point()}
 

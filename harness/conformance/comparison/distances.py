@@ -29,10 +29,10 @@ class Distance:
 
 @dataclass(frozen=True)
 class _Scaled:
-    """The truth of one tensor, with the numbers that every distance from it needs."""
+    """The truth in float64, with the numbers that every distance from it needs."""
 
     truth: Tensor
-    """The truth in float64."""
+    """Tensor of the reference in float64."""
     unit: float
     """Largest magnitude in `truth`, or 1 if it is 0 or infinite. Distances are computed in this unit, because the
     squares of numbers below 1e-154 are 0."""

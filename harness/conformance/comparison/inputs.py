@@ -1,4 +1,4 @@
-"""Inputs and incoming gradients for one layer of any kind."""
+"""Inputs and incoming gradients (gradients of the output) for one layer of any kind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reference.shared.layers import kind_of
 HALF = 0.5
 """Factor by which checks change an adapter or an argument. It is a power of two, so that nothing is rounded."""
 _FEW = 20_000
-"""Number of elements. With this number or more, a layer or the arguments of an Operation count as large."""
+"""Smallest number of elements with which a layer, or the arguments of an Operation, count as large."""
 SIDE = 5
 IMAGES = 2
 """SIDE is the height and the width of the images that a convolution gets. IMAGES is the usual number of images. Each

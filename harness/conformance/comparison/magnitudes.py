@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 _LARGE = {torch.float16: 2.0**7}
-"""dtype -> factor of `large` inputs, and divisor of `small` inputs. Only float16 needs its own factor. It is so small
-that sums of products stay finite."""
+"""dtype -> factor of `large` inputs, and divisor of `small` inputs. Only float16 needs its own factor, which is so
+small that sums of products stay finite."""
 _LARGE_ELSEWHERE = 2.0**60
 _HUGE = {torch.float16: 2.0**10}
 _HUGE_ELSEWHERE = 2.0**110

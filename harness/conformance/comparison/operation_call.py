@@ -266,7 +266,7 @@ def map_floats(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
 
 
 def flatten(value: object, name: str = "") -> dict[str, Tensor]:
-    """Return the tensors inside arguments by names that tell where they are, such as `x` and `As[0]`."""
+    """Return the tensors inside arguments. Their names are positions, such as `x` and `As[0]`."""
     if isinstance(value, Tensor):
         return {name: value}
     found: dict[str, Tensor] = {}

@@ -1,5 +1,4 @@
-"""Ways (forms) to call an Operation: modes of torch, gradients of some arguments, changed numbers, repetition, threads.
-"""
+"""Ways (forms) to call an Operation: modes of torch, gradients of some arguments, changed numbers and repetition."""
 
 from __future__ import annotations
 
@@ -127,8 +126,8 @@ def _under_autocast(subject: OperationSubject, plain: _Named, case: Case) -> Ite
 def _after_overwriting(subject: OperationSubject, judge: Callable[[str, _Named], Judgement]) -> Iterator[Judgement]:
     """Overwrite the outputs of a call. Yield judgements of the call's arguments and of the next call's outputs.
 
-    Neither may have changed. An output that is an argument itself is not overwritten, such as the A that LoRA-FA does
-    not train.
+    Both must be as before. An output that is an argument itself is not overwritten, such as the A that LoRA-FA does not
+    train.
     """
     given = cloned(subject.arguments)
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """Draw values to quantise in blocks, and judge the resulting codes and absmax (the largest magnitude of each block).
 
-A tie is a value halfway between two neighbouring levels, i.e. values that the codes stand for.
+Levels are the values that codes stand for. A tie is a value halfway between two neighbouring levels.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def values(
     """Return a tensor to quantise, of `shape` and `dtype`.
 
     levels: the values that the codes stand for. kind: what the elements are. `levels`: the levels. `ties`: values
-    halfway between two neighbouring levels. For both of these kinds absmax is 1, so that every division is exact.
-    `scales`: blocks of very different magnitudes. `tiny`: values below the smallest normal float32. `nan` and
-    `infinity`: one such element, in the second block if there is one.
+    halfway between neighbouring levels. For both of these kinds absmax is 1, so that every division is exact. `scales`:
+    blocks of very different magnitudes. `tiny`: values below the smallest normal float32. `nan` and `infinity`: one
+    such element, in the second block if there is one.
     """
     drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
     if not drawn.numel():
@@ -105,7 +105,7 @@ class FourBit:
     def arguments(
         self, dtype: torch.dtype, generator: torch.Generator, *, shape: Shape, block: Block, kind: Kind = "normal"
     ) -> Arguments:
-        """Draw a tensor to quantise. kind: see `values`."""
+        """Return random arguments for quantising a tensor. kind: see `values`."""
         return {"W": values(kind, shape, block, self.form.codebook(), dtype, generator), "block": block}
 
     def quantize(self, W: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -135,7 +135,7 @@ class FourBit:
     def packed_arguments(
         self, dtype: torch.dtype, generator: torch.Generator, *, shape: Shape, block: Block, kind: FiniteKind = "normal"
     ) -> Arguments:
-        """Draw a packed weight. If it has enough elements, every code occurs."""
+        """Return random arguments for decoding a packed weight. If the weight has enough elements, every code occurs."""
         given = self.arguments(torch.float32, generator, shape=shape, block=block, kind=kind)
         packed, absmax = self.quantize(**given)
         return {"packed": packed, "absmax": absmax, "block": block, "shape": tuple(shape), "dtype": dtype}

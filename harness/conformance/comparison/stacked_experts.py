@@ -1,7 +1,7 @@
 """Call stacked experts like any other layer: with an input alone, and in float64.
 
-Stacked experts are the linear layers of a mixture of experts, whose weights one tensor holds. In a model, the router
-chooses the experts. A check has no router, so this module fixes a choice, the same for every program under test.
+Stacked experts are a mixture of experts with the weights of all experts in one tensor. In a model, the router chooses
+the experts. A check has no router, so this module fixes the choice for every program under test.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rules that decide how far a tensor may be from the float64 reference.
 
 The numbers in these rules are in `tolerance_constants`. A plausible result, or draw, is one that a correct program may
-compute: rounding errors differ between programs.
+compute.
 """
 
 from __future__ import annotations
@@ -240,8 +240,7 @@ def _equal(have: Tensor, want: Tensor) -> bool:
 def rounded_once(subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Judgement:
     """Judge 16-bit tensors by the share of elements that differ from the correctly rounded float64 truth.
 
-    This share is the judgement's error. It reveals a second rounding, or another way of rounding, although the
-    Frobenius norm of its errors is small.
+    The error is this share. It reveals a second or a wrong rounding, which hardly changes the Frobenius norm.
     """
     policy, judged = f"rounded once: share of wrongly rounded elements at most {DOUBLE_ROUNDED_SHARE:g} + 1 / n", []
     for name, value in subject.items():
@@ -288,8 +287,8 @@ def with_error_of_float64(narrow: Mapping[str, Tensor], truth: Mapping[str, Tens
     """Return `truth`, moved as far as rounding to float64 may have moved it.
 
     truth: tensors of the reference in float64. Their errors cannot be measured, because no wider dtype exists. narrow:
-    the same tensors of the reference in float32. The errors of `narrow` are scaled by the ratio of the two eps, since
-    rounding errors are proportional to eps. A tensor with large errors in float32 is not moved.
+    the same tensors in float32. The errors of `narrow` are scaled by the ratio of the two eps, since rounding errors
+    are proportional to eps. A tensor with large errors in float32 is not moved.
     """
     scale = EPSILON["float64"] / EPSILON["float32"]
     return {
