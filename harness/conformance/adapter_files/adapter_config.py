@@ -101,8 +101,7 @@ def _mistakes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _with_patterns(config: Mapping[str, Any], key: str, patterns: str) -> Iterator[tuple[str, Any]]:
     """Yield pairs (name for messages, value) for a setting and its exceptions, such as `r` and `rank_pattern`.
 
-    The setting is left out if it is missing or null. patterns: key of a dict that maps patterns of layer names to
-    values.
+    A setting that is missing or null is left out. patterns: key of a dict that maps patterns of layer names to values.
     """
     if config.get(key) is not None:
         yield key, config[key]

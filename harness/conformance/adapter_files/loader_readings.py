@@ -41,7 +41,7 @@ class FeatureSupport(FrozenModel):
 
 
 class KnownLoader(FrozenModel):
-    """A loader, and how it treats features of adapter files: feature -> FeatureSupport."""
+    """A loader, and how it treats each feature of adapter files."""
 
     loader: str
     readings: dict[str, FeatureSupport]

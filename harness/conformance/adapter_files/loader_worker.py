@@ -1,8 +1,8 @@
 """Worker process of `check PATH`: loads one adapter file with loaders, and compares their logits with the reference's.
 
 The command is `python -m harness.conformance.adapter_files.loader_worker FD LINE TASK`. TASK is a LoaderTask as JSON.
-The worker writes the events of `loader_protocol` to the file descriptor FD. LINE is the file descriptor of a pipe; the
-worker dies when its other end closes.
+The worker writes the events of `loader_protocol` to the file descriptor FD. LINE is one end of a pipe, also a file
+descriptor; the worker dies when the other end closes.
 """
 
 from __future__ import annotations

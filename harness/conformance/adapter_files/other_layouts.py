@@ -33,5 +33,5 @@ LAYOUTS = (
 
 
 def layout_of(keys: Collection[str]) -> str:
-    """Return the name of the layout that all keys of a file have. If there is no such layout, return an empty string."""
+    """Return the name of the layout that all keys of a file have, or an empty string."""
     return next((one.name for one in LAYOUTS if keys and all(map(one.keys.match, keys))), "")

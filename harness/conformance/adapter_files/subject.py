@@ -1,4 +1,4 @@
-"""The subject of a check of a loader: the implementation, and one adapter from suites/adapters."""
+"""The subject of loader checks: the implementation, and one adapter from suites/adapters."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class LoaderSubject:
 
     @property
     def method(self) -> str:
-        """ADAPTER_FILES, for all loaders. Check ids contain this name in the place of a Method's name."""
+        """The name ADAPTER_FILES, for every loader. Check ids contain it in the place of a Method's name."""
         return ADAPTER_FILES
 
     def fresh(self) -> Loader:
@@ -95,7 +95,7 @@ class LoaderSubject:
         return by_prompt(self.adapter.logits)
 
     def rounded(self) -> Iterator[dict[str, Tensor]]:
-        """Yield the reference's logits in the case's dtype, by prompt: first as they are, then with perturbed weights."""
+        """Yield the reference's logits in the case's dtype, by prompt: first as computed, then with perturbed weights."""
         one, adapter = self.adapter, AdapterFile.read(self.adapter.folder)
         for seed in (None, *range(PERTURBED_DRAWS)):
             perturbation = None if seed is None else torch.Generator().manual_seed(seed)
