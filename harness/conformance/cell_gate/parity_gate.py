@@ -120,8 +120,8 @@ def after_training(
 ) -> list[CheckResult]:
     """Run the checks that must wait until training has ended, and return their results.
 
-    They must wait because some libraries change the base weight when they merge. If memory is too small to merge,
-    return a skip of the check of merging, and run no check. forward: runs a given model so that gradients can be
+    They must wait because some libraries change the base weight when they merge. If memory is too small to merge, no
+    check runs, and the result is a skip of the check of merging. forward: runs a given model so that gradients can be
     computed. It is needed only for adapters without a reference.
     """
     if why := memory_headroom.merge_shortage(subject):
