@@ -141,7 +141,7 @@ AnyCheck = Check[Any]
 
 @cache
 def every() -> dict[str, AnyCheck]:
-    """Return all checks by name. They are in the order of the files."""
+    """Return all checks by name, in the order of the files."""
     return {
         one.name: one
         for module in pkgutil.iter_modules(__path__)

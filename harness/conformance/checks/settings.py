@@ -79,7 +79,7 @@ def _by_default_dtype(subject: Subject, case: Case) -> Iterator[str]:
 def _use(subject: Subject | None, case: Case) -> None:
     """Run every layer of a freshly attached subject forward and backward, in training mode and in eval mode.
 
-    Afterwards, merge and unmerge the subject if it can be merged.
+    Afterwards, merge and unmerge it if possible.
     """
     if subject is None:
         return
