@@ -22,8 +22,7 @@ Right = Callable[[Tensor], Tensor]
 Forward = Callable[[Any, Tensor, Right], Tensor]
 """Function (layer, x, right) -> y: a wrong forward pass. `right` is the right forward pass."""
 PackedForm = tuple[Tensor, Tensor, int, bool]
-"""A packed weight: its bytes, its absmax, the block size, and whether absmax is quantised too. Even then, the absmax
-given here is decoded."""
+"""A packed weight: (bytes, absmax, block size, whether absmax is quantised too). The absmax is always the decoded one."""
 Pack = Callable[[nn.Module, list[str]], dict[str, PackedForm]]
 """Function (model, paths) -> packed weights: the right way to pack a base. It replaces the layers at these paths by
 packed layers."""
