@@ -42,7 +42,7 @@ class Case:
     tokens: int = 16
     """Number of rows in a layer's input."""
     magnitude: str = "normal"
-    """Name of the size of the numbers in a layer's input, such as `large`. `comparison.magnitudes` lists the names."""
+    """Size of the numbers in a layer's input, by its name, such as `large`. `comparison.magnitudes` lists the names."""
     seed: int = 0
     run_model: Callable[[], Tensor] | None = None
     """Function that runs the whole model on fixed inputs and returns the output. None if only single layers are run."""
@@ -52,7 +52,7 @@ class Case:
     """Function that runs a given model on the inputs of `run_model`, and returns an output from which gradients can be
     computed."""
     forward_of: Callable[[nn.Module], Callable[[nn.Module], Tensor]] | None = None
-    """Function that takes a model from `attach_fresh`, and returns the function `forward` with inputs for that model."""
+    """Function that takes a model from `attach_fresh`, and returns the function `forward` that fits this model."""
     walks: int = 0
     """Number of random walks (random sequences of calls) to try. If it is 0, checks also leave out other long tests."""
     is_drawn: bool = False

@@ -119,7 +119,8 @@ class MethodSuite(_Tolerant):
           and every shape in one main dtype: float32 or, if float32 is not requested, the first requested dtype.
         - Each other dtype tries a part of these configs and shapes, and a config with dropout if the suite has one.
         - Every other kind of layer is tried in the main dtype and in one other dtype, with one config and one shape.
-        - The typical example is tried again with a `tied` model and with each of `shapes_of_typical`.
+        - The typical case is tried again with each of `shapes_of_typical` and, if its layers are linear and no base is
+          judged, with a `tied` model.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
@@ -224,7 +225,7 @@ class LoaderSuite(_Tolerant):
         """Yield the suite's cases in each dtype of the suite that is also in `dtypes`.
 
         All adapters are read in the first dtype. With `wanted.is_wide`, some adapters are also read in the other
-        dtypes; with `wanted.full` too, all adapters are read in every dtype.
+        dtypes. With `wanted.full`, all adapters are read in every dtype.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         for dtype in there if wanted.is_wide else there[:1]:

@@ -78,7 +78,8 @@ def check(jobs: int | None, only: Sequence[str], as_json: bool) -> Exit:
 
 
 def measure(targets: Collection[str], jobs: int) -> Iterator[Power]:
-    """Yield one Power for each target, each check of CHECKS in its parity suite, and each dtype of this suite.
+    """Yield one Power for each combination of a target, a check of CHECKS in its parity suite, and a dtype of this
+    suite.
 
     targets: names of Methods and Operations. Other names are ignored.
     """
@@ -212,7 +213,7 @@ def _wide(one: Any, own: torch.dtype) -> Any:
 def _round(y: Tensor, dtype: torch.dtype, number: int) -> Tensor:
     """Round y `number` times to the precision of `dtype`, and finally convert it to `dtype`.
 
-    Each time, y is first multiplied by another factor, so that each rounding adds a new error.
+    For each rounding, y is multiplied by another factor, rounded, and divided by the factor.
     """
     for index in range(number):
         factor = 1.1 + 0.07 * index

@@ -44,7 +44,7 @@ _SIDES = Factor(
 )
 """Numbers of input and output features of the first adapted layer. 17 is just above twice the usual rank, 8."""
 _LEAST_SIDE = 8
-"""Smallest number of features in all other cases."""
+"""Smallest number of features, except in a case with sides from _SINGLE."""
 _TOKENS = Factor((9, 1, 515), (2, 16, 130, 2060), least=1, most=600)
 _MAGNITUDES = Factor(get_args(Magnitude)[:MAIN_MAGNITUDES], get_args(Magnitude)[MAIN_MAGNITUDES:])
 _WEIGHTS = Factor(get_args(WeightSize)[:1], get_args(WeightSize)[1:])
@@ -52,7 +52,7 @@ _SIZES = ("sides", "tokens", "model", "magnitude", "weights")
 """Names of the factors that set a layer's size and input. An implementation must support every level of these
 factors."""
 _TRIES = 12
-"""Largest number of rows of the sample that are tried as the rest of a case with an extreme value."""
+"""`_extremes` looks in this many rows of the sample for the other values of a case with an extreme value."""
 _IN_EVERY_DTYPE = ("magnitude", "weights")
 """Names of the factors whose extreme values depend on the dtype."""
 

@@ -19,7 +19,7 @@ EXPERTS = 3
 """Number of stacked experts in one module. No token uses one of them."""
 _WEIGHT_SIZES: dict[WeightSize, float] = {"normal": 1.0, "large": 256.0, "small": 1 / 256, "tiny": 2.0**-46}
 _TINY_IN_FLOAT16 = 2.0**-14
-"""Size of `tiny` weights in float16: its smallest normal number. The weights are divided by sqrt(inputs), so most of
+"""Size of `tiny` weights in float16: the smallest normal float16. The weights are divided by sqrt(inputs), so most of
 them are subnormal."""
 _EMBED_SCALE = 4.0
 _PADDING = 1

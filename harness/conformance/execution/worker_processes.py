@@ -40,7 +40,7 @@ _SHARED = (
     "harness.conformance.execution.suite_run",
     "harness.conformance.execution.worker",
 )
-"""Modules that nearly every worker imports. One process can import them before it forks the workers."""
+"""Modules that nearly every worker imports. A parent process can import them once, before it forks the workers."""
 
 
 @dataclass
@@ -57,15 +57,15 @@ class CheckFindings:
 
     @property
     def not_tried(self) -> set[Target]:
-        """The targets that were not fully tried: those that cannot run here, were cut short or were left."""
+        """The targets that were not fully tried: those in `missing`, `cut_short` or `left`."""
         return {*self.missing, *self.cut_short, *self.left}
 
 
 def discover(patience: float = PATIENCE, python: Path | None = None) -> Registry:
     """Return the Registry of the installed distributions. The functions of its Implementations cannot be called.
 
-    Another process imports the entry points, because a plug-in may hang or crash on import. Raises HarnessError if this
-    process dies before it begins to import an entry point. python: interpreter of this process; by default, the
+    A new process imports the entry points, because a plug-in may hang or crash on import. Raises HarnessError if the
+    new process dies before it begins to import an entry point. python: interpreter of the new process; by default, the
     interpreter of the caller.
     """
     pool = WorkerPool(python)
@@ -173,8 +173,7 @@ def run(
 
 
 def _imports(tasks: Sequence[WorkerTask]) -> Sequence[str]:
-    """Return the modules that one process imports before it forks the workers. Return none if the workers are not
-    forked.
+    """Return the modules to import before the workers are forked. Return none if the workers are not forked.
 
     The libraries under test are not in the list. Each worker imports them itself, and reports what their import
     changes.

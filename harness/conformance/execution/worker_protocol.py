@@ -65,7 +65,7 @@ class TargetEnded(FrozenModel):
 
 
 class CaseBegun(FrozenModel):
-    """Event before a case."""
+    """Event before the checks of a case."""
 
     case: str
 
@@ -98,7 +98,7 @@ _WORKER: TypeAdapter[WorkerEvent] = TypeAdapter(WorkerEvent)
 
 
 def send(emit: EventWriter, event: FrozenModel) -> None:
-    """Write an event to the pipe as JSON."""
+    """Write an event to the worker's pipe as JSON. emit: function that writes one JSON object."""
     emit(**event.model_dump(mode="json"))
 
 

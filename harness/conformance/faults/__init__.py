@@ -61,7 +61,7 @@ class FaultCase:
         return " ".join(filter(None, [parity_suite.in_words(self.values), self.layer, shape, sizes, self.dtype]))
 
     def of_kind(self, kind: TargetKind) -> parity_suite.AnyCase:
-        """Convert this case to the class of cases in parity suites for targets of this kind."""
+        """Convert this case to a case of a parity suite for targets of this kind."""
         if kind == "operation":
             return parity_suite.OperationCase(self.values, self.dtype)
         if kind == "loader":

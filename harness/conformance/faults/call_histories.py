@@ -263,8 +263,8 @@ def notices_no_change_of_its_input(copy: PatchedCopy) -> None:
 
 
 class _Reduced(nn.Module):
-    """A mixin for a layer that loses its scaling when it is pickled: the copy has a scaling of 1. Deep copies keep
-    theirs.
+    """A mixin for a layer that loses its scaling when it is pickled: the copy has a scaling of 1. Deep copies keep the
+    scaling.
     """
 
     def __reduce_ex__(self, protocol: Any) -> Any:

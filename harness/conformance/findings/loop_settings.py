@@ -51,17 +51,19 @@ class SettingFound(FrozenModel):
     defaults: dict[str, bool] = Field(default={})
     """Option -> True if the tried value is the library's default."""
     effect: Effect
-    """Effect that the check found. `changes`: a loss or a trained tensor differs by more than the rounding noise."""
+    """Effect that the check found. `changes`: a loss or trained tensor differs from the harness's loop by more than
+    rounding noise."""
     first: float | None = None
     """First loss minus the first loss of the harness's loop, without sign, in nats. None if no training was completed."""
     worst: float | None = None
-    """Largest difference between the losses of both loops at the same step, in nats. None if no training was completed."""
+    """Largest difference of a loss from the loss of the harness's loop at the same step, in nats. None if no training
+    was completed."""
     step: int | None = None
-    """First step, counted from 1, at which the losses of both loops differ by more than rounding noise. None if no step
-    does."""
+    """First step, counted from 1, whose loss differs from that of the harness's loop by more than rounding noise. None
+    if no loss does."""
     weights: float | None = None
-    """Difference between the final trained tensors of both loops: its norm, divided by the norm of the tensors of the
-    harness's loop. None if no training was completed."""
+    """Relative difference between the final trained tensors and those of the harness's loop: norm of the difference,
+    divided by the norm of the latter. None if no training was completed."""
     because: str = ""
     """Reason why no training was completed. Otherwise empty."""
 

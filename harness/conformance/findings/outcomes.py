@@ -34,7 +34,7 @@ class DeviceLostError(RuntimeError):
 
 
 def in_environment(name: str, environment: str) -> str:
-    """Return a name with the label of an environment in parentheses, if there is one."""
+    """Return `name (environment)`, or only `name` if `environment` is empty."""
     return f"{name} ({environment})" if environment else name
 
 

@@ -21,8 +21,8 @@ class CheckReport:
 
     tried: list[CheckOutcome]
     skipped: dict[str, str] = field(default_factory=dict)
-    """"implementation target" -> reason why it was not tried. A target is a Method, an Operation, a quantised base or
-    the loaders."""
+    """Text `<implementation> <target>` -> reason why it was not tried. A target is a Method, an Operation, a quantised
+    base or the loaders."""
     complaints: list[str] = field(default_factory=list)
     """Messages about known defects that should have shown, but did not."""
     broken: dict[str, str] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class CheckReport:
     untried: Sequence[str] = ()
     """Implementations that were requested by name but not compared."""
     environments: Sequence[CheckedEnvironment] = ()
-    """Environments in which checks ran, beside the Python that runs the harness."""
+    """Environments in which checks ran, other than the Python that runs the harness."""
     settings: Sequence[SettingFound] = ()
     """Settings of a training loop that were tried. Only `check --loop` tries any."""
 
@@ -76,7 +76,7 @@ class CheckReport:
     def compares_versions(self) -> bool:
         """True if the same checks ran in several environments.
 
-        False if each environment only holds the library of another implementation.
+        False if there are several environments only because implementations need different libraries.
         """
         return len(self.environments) > 1 and any(one.environment for one in self.tried)
 

@@ -22,7 +22,7 @@ class CheckedEnvironment(FrozenModel):
     """An environment in which checks ran."""
 
     label: str
-    """The libraries that the environment is about, with their versions, e.g. `peft 0.19.1`."""
+    """Libraries for which the environment was made, with their versions, e.g. `peft 0.19.1`."""
     name: str
     """Name of the environment in the commands `peft-harness env`."""
     requirements: list[str]

@@ -288,8 +288,7 @@ def _chosen(mutant: Mutant, callers: Mapping[tuple[str, str], list[str]]) -> lis
 def _callers(jobs: int, only: Collection[str]) -> dict[tuple[str, str], list[str]]:
     """Map (module, function) to the targets whose cases call the function.
 
-    The targets are in the order of how many functions their cases call, fewest first, because their checks are the
-    quickest.
+    Targets whose cases call few functions come first, because their checks are quick.
     """
     owners: tuple[Owner, ...] = ("reference", "fused")
     asked = [(target, of) for of in owners for target in trial.targets(of) if not only or target in only]

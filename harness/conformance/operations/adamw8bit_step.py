@@ -64,7 +64,7 @@ def reference(
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments, operation: Operation | None = None) -> tuple[Judgement, str]:
-    """Judge the parameter p by the noise floor of its dtype, and every absmax as `judge_absmax` does.
+    """Judge the parameter p by `noise_floor` in its dtype, and every absmax by `judge_absmax`.
 
     operation: the Operation whose outputs are judged, such as `lamb8bit_step`. By default, `adamw8bit_step`.
     """
@@ -91,9 +91,9 @@ def _draws_of_p(operation: Operation, given: Arguments) -> Iterator[dict[str, Te
 
 
 def judge_absmax(outputs: Mapping[str, Tensor], name: str, decayed: Tensor, new: Tensor) -> Judgement:
-    """Judge the absmax of a moment by the noise floor of float32, the dtype in which moments are computed.
+    """Judge the absmax of a moment by `noise_floor` in float32, the dtype in which moments are computed.
 
-    decayed, new: beta x old moment and (1 - beta) x g, whose sum is the moment. Both are flat, in float64.
+    decayed, new: the two terms of the moment, beta x old moment and (1 - beta) x g or g^2, flat in float64.
     """
     constants, value = f"{name}_absmax", decayed + new
     rounded = quantize_blockwise(value, dynamic_map())[1]
@@ -114,7 +114,7 @@ def judge_moment(
     """Judge every code of a moment: it must be the code of the moment computed in float64.
 
     If this moment is within a few rounding errors of the middle between two levels, the codes of both levels are right.
-    decayed, new: beta x old moment and (1 - beta) x g, whose sum is the moment. Both are flat, in float64.
+    decayed, new: the two terms of the moment, beta x old moment and (1 - beta) x g or g^2, flat in float64.
     """
     value, levels = decayed + new, dynamic_map(signed).to(new.device)
     codes, absmax = quantize_blockwise(value, levels)

@@ -30,9 +30,7 @@ def arguments(
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge the mean `offset` by its noise floor. Compare the codes with the reference's codes for the subject's
-    `offset`.
-    """
+    """Judge the mean `offset` by `noise_floor`. Compare the codes with the reference's codes for the same `offset`."""
     absmax, block, levels = given["absmax"], given["block"], dynamic_map(signed=True)
     truth, rounded = {"offset": absmax.double().mean()}, {"offset": absmax.mean()}
     mean = noise_floor({"offset": outputs["offset"]}, truth, rounded, "float32")

@@ -58,9 +58,9 @@ def reference(
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge W and every absmax by the noise floor of W's dtype.
+    """Judge W and every absmax by `noise_floor` in W's dtype.
 
-    If W is float64, every absmax is stored in float32 and is judged by the noise floor of float32.
+    If W is float64, every absmax is stored in float32 and is judged in float32.
     """
     dtype = given["W"].dtype
     own = next(name for name, one in DTYPES.items() if one == dtype)

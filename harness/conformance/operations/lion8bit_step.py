@@ -51,7 +51,7 @@ def reference(p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, **options: Any)
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge p by the noise floor of its dtype, and the absmax by the noise floor of float32.
+    """Judge p by `noise_floor` in its dtype, and the absmax by `noise_floor` in float32.
 
     If beta1 m + (1 - beta1) g is within a few rounding errors of 0, its sign is uncertain. Then p may go up, go down or
     stay.

@@ -17,8 +17,8 @@ from harness.conformance.operation import Arguments, Operation, draw
 Activation = Literal["silu", "gelu", "gelu-tanh"]
 GateMagnitude = Annotated[str, Factor(("normal",), ("large",))]
 _LARGE = 2.0**11
-"""Factor of a large gate's weight. Many outputs of the gate then exceed 1,211. Their square times 0.0447, a term of
-GELU, overflows float16."""
+"""Factor of a large gate's weight. Many outputs of the gate then exceed 1,211. Their square times 0.0447, as in GELU's
+approximation by tanh, overflows float16."""
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu,
     "gelu": gelu,

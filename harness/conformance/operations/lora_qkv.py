@@ -51,7 +51,7 @@ def reference(
     """Return q, k and v. Each is x W^T + bias + scaling (x A^T) B^T, shape (..., E).
 
     With magnitudes ms, each is bias + g (x W^T + scaling (x A^T) B^T) instead. g = m / ||W + scaling B A|| is DoRA's
-    gain per output. Its norm counts as a constant in the backward pass.
+    gain per output. The norm in g counts as a constant in the backward pass.
     """
 
     def layer(at: int) -> Tensor:

@@ -46,7 +46,8 @@ class AnswerComparison:
     adapters: Mapping[str, AdapterFile]
     """Name on the server -> adapter."""
     body_of: Callable[[Request, int], dict[str, Any]]
-    """Function (request, tokens) that returns the body to send a request again. tokens: 0 for as many as the first time."""
+    """Function (request, tokens) that returns the body to send a request again. tokens: number of tokens to generate; 0
+    for as many as the first time."""
 
     def noise_floor(self, alone: Sequence[ServedAnswer], dtypes: Sequence[str]) -> NoiseFloor:
         """Return the noise floor of the server.

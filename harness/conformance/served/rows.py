@@ -69,7 +69,7 @@ class ScoredAnswer:
 
 
 def distances(have: Sequence[ReferenceScore], want: Sequence[ReferenceScore]) -> list[list[float]]:
-    """Return the absolute differences between the log-probabilities of two scores, one list per answer.
+    """Return the absolute differences between the log-probabilities in `have` and in `want`, one list per answer.
 
     have, want: scores of the same answers.
     """

@@ -51,7 +51,7 @@ def score(
 
 
 def _score(observation: ServedAnswer, rows: Tensor) -> ReferenceScore:
-    """Score an answer. rows: log-probabilities (positions, vocabulary) of the reference."""
+    """Return the reference's score of an answer. rows: log-probabilities (positions, vocabulary) of the reference."""
     values = tuple(tuple(rows[i, [one.token, *one.others]].tolist()) for i, one in enumerate(observation.positions))
     top, best = rows.max(-1)
     margins = tuple(float(top[i]) - several[0] for i, several in enumerate(values))

@@ -30,11 +30,11 @@ class RequestPhase(StrEnum):
     """Phase of the check: what the server does while it answers a request."""
 
     ALONE = "alone"
-    """One request at a time, one model after the other."""
+    """Requests one after the other, first all for one model, then all for the next."""
     ADAPTERS = "adapters"
-    """Adapters in random order, without the base, several requests at the same time."""
+    """Requests to adapters in random order, without the base, several at the same time."""
     MIXED = "mixed"
-    """Base and adapters in random order, several requests at the same time."""
+    """Requests to base and adapters in random order, several at the same time."""
     LOADED = "loaded"
     """Mixed requests while the server loads an adapter under the name SWAPPED, then requests to this name."""
     SWAPPED = "hot-swapped"
@@ -121,7 +121,7 @@ class Session:
     notes: list[str] = field(default_factory=list)
     """Messages to the user about what was not compared."""
     long: int = -1
-    """Index of the long prompt. -1 if there is none."""
+    """Index of the long prompt in `prompts`. -1 if there is none."""
     skip_failed: bool = False
     """Decides what happens if the server answers with status 500. True records a FailedRequest. False stops with an
     error."""
@@ -141,7 +141,7 @@ class Session:
                     raise UsageError(what, where="--adapter", hint=hint) from error
 
     def add_long(self, prompt: Sequence[int], text: str = "") -> None:
-        """Add a long prompt. If the server refuses it, add a note that long prompts are not compared instead.
+        """Add a long prompt. If the server refuses it, only add a note that long prompts are not compared.
 
         text: the prompt as text, if the server takes no token ids.
         """

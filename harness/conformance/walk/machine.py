@@ -164,7 +164,7 @@ class AdapterWalk(RuleBasedStateMachine):
     @rule(number=st.integers(1, 9))
     @precondition(lambda self: not self.merged and not self.frozen)
     def backward(self, number: int) -> None:
-        """Run forward and backward on one micro-batch, which adds its gradients. number: seed of the gradient of the
+        """Run forward and backward on one micro-batch. Gradients are added up. number: seed of the gradient of the
         output.
         """
         self._all(f"backward({number})", lambda program: program.backward(number))
@@ -172,7 +172,10 @@ class AdapterWalk(RuleBasedStateMachine):
     @rule(number=st.integers(1, 9))
     @precondition(lambda self: not self.merged and not self.frozen)
     def step(self, number: int) -> None:
-        """Add the gradients of one more micro-batch, take an optimizer step, and compare the tensors and the state."""
+        """Add the gradients of one more micro-batch, take an optimizer step, and compare the tensors and the state.
+
+        number: seed of the gradient of the output.
+        """
         self._all(f"step({number})", lambda program: program.backward(number))
         for program in self.programs.every():
             program.step()

@@ -49,9 +49,7 @@ class Program:
         self.model.train(training and self.may_train)
 
     def backward(self, seed: int) -> None:
-        """Run forward and backward on one micro-batch, which adds its gradients. seed: seed of the gradient of the
-        output.
-        """
+        """Run forward and backward on one micro-batch. Gradients are added up. seed: seed of the gradient of the output."""
         y = self.forward(self.model)
         if y.requires_grad:
             y.backward(incoming(y, seed))
