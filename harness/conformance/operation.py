@@ -25,7 +25,7 @@ Judge = Callable[[Mapping[str, Tensor], Arguments], tuple[Judgement, str]]
 
 @dataclass(frozen=True)
 class Operation:
-    """A kernel-level function such as `nf4_dequantize`: how to draw its arguments, its reference, and how to judge
+    """A kernel-level function such as `nf4_dequantize`, with its reference and the rules to draw arguments and judge
     outputs.
     """
 

@@ -198,7 +198,7 @@ def _kind(target: str) -> TargetKind:
 
 
 def source_module(target: str) -> str:
-    """Return the dotted name of the module that implements a target, such as a Method, in the reference."""
+    """Return the dotted name of the reference's module that implements a target, such as a Method."""
     fixed: dict[TargetKind, str] = {
         "base": "reference.operations.nf4",
         "loader": "harness.methods.reference_loader",

@@ -91,9 +91,7 @@ class DefectRow:
 
     @property
     def is_misdated(self) -> bool:
-        """True if `Defect.versions` is wrong: it misses a version that shows the defect, or has one that does not show
-        it.
-        """
+        """True if `Defect.versions` lacks a version that shows the defect, or contains a version that does not."""
         return any(
             field.tried and not self.defect.sometimes and field.in_range != (field.shown > 0) for field in self.fields
         )

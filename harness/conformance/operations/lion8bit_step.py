@@ -74,9 +74,7 @@ def judge_codes_of_moment(outputs: Mapping[str, Tensor], given: Arguments) -> tu
 
 
 def _is_near_zero(given: Arguments) -> Tensor:
-    """Return a mask of the elements where the two terms of beta1 m + (1 - beta1) g nearly cancel. Two zeros do not
-    count.
-    """
+    """Return a mask of the elements where the two terms of beta1 m + (1 - beta1) g nearly cancel. False if both are 0."""
     decayed, new = _terms(given, 0)
     size = decayed.abs() + new.abs()
     near: Tensor = ((decayed + new).abs() <= CODE_TIE_EPS * EPSILON["float32"] * size) & (size > 0)

@@ -50,8 +50,8 @@ def arguments(
 ) -> Arguments:
     """Draw the tensors of one call. For step 1, all moments are zero.
 
-    shape: (E, D); the first layer has D inputs and E outputs, the second E inputs and D outputs. ranks: the ranks of
-    both layers, at most E and D. optimizer: `adamw`, or gradient descent (`gd`), which has no moments. B: `zero` makes
+    shape: (E, D); the first layer has D inputs and E outputs, the second E inputs and D outputs. ranks: the rank of
+    each layer, at most min(E, D). optimizer: `adamw`, or gradient descent (`gd`), which has no moments. B: `zero` makes
     B zero, as at the start of LoRA; with `one-direction`, all columns of B are equal, so that B^T B is singular.
     gradient: `zero` makes all gradients zero. unused: `second` gives the second layer no gradients, as if it had not
     run. other: the other trainable tensor of the model: the bias of the first layer, the bias of its B (peft's
