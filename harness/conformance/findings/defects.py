@@ -59,7 +59,7 @@ class Defect(FrozenModel):
     of known defects."""
     link: str = ""
     feature: str = ""
-    """If a loader has the defect: the affected feature of adapter files, by its name in loader_readings.yaml. Otherwise
+    """For a defect of a loader, the affected feature of adapter files, by its name in loader_readings.yaml. Otherwise
     empty."""
     sometimes: str = ""
     """Reason why the defect shows only by chance or on some machines. If a reason is given, the checks need not show

@@ -14,8 +14,8 @@ from typing import Any
 from harness.conformance.mutants.operators import changes, ends_in_error
 
 _NOT_BEHAVIOUR = ("SPEC",)
-"""Names of module constants that only describe a reference. Its arithmetic does not use them, so mutants do not change
-them."""
+"""Names of module constants that only describe a reference. Its calculations do not use these constants, so mutants
+keep them."""
 
 
 @dataclass(frozen=True)

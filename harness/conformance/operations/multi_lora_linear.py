@@ -50,9 +50,9 @@ def arguments(
     """Draw the arguments of one call.
 
     ids: the adapter of each sequence, or -1 for none. An id beyond the last adapter is taken modulo the number of
-    adapters. ranks: the rank of each adapter. shape: (D, E), the input and output features. distinct: if above 0, there
-    are this many adapters, whose ranks repeat `ranks`, and the batch gets one more sequence for each adapter. index:
-    the dtype of the ids.
+    adapters. ranks: the rank of each adapter. shape: (D, E), the input and output features. distinct: if above 0, the
+    number of adapters. Their ranks then repeat the list `ranks`, and the batch gets one more sequence for each of them.
+    index: the dtype of the ids.
     """
     D, E = shape
     if distinct:

@@ -47,8 +47,8 @@ class PhaseResult:
     """Number of generated tokens that are nearly as likely as the reference's most likely token: within twice the
     allowed error, in nats, so that rounding may decide."""
     margin: float
-    """Largest difference, in nats, between the reference's log-probability of its most likely token and of the
-    different token that the server generated. 0 if no token differs."""
+    """Largest amount, in nats, by which the reference's log-probability of its most likely token exceeds that of a
+    different token from the server. 0 if no token differs."""
 
 
 @dataclass(frozen=True)

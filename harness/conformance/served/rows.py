@@ -37,8 +37,8 @@ class ScoredAnswer:
 
     @property
     def differences(self) -> list[list[float]]:
-        """Absolute differences between the log-probabilities and the reference's, in nats, one list per position. A
-        difference is infinite where the server returned NaN.
+        """Absolute differences between the server's log-probabilities and the reference's, in nats, one list per
+        position. A difference is infinite where the server returned NaN.
         """
         return [
             [_distance(have, want) for have, want in zip(one.values, expected, strict=True)]
