@@ -78,7 +78,7 @@ class Original:
     """The model before attaching: a copy, because an implementation may write into the weights that it adapts."""
 
     model: nn.Module | None
-    """The copy. None if the model is too large to be copied.
+    """Copy of the model. None if the model is too large to be copied.
 
     In that case, checks use the layers in `Subject.bases`, after `crc32` has shown that attaching did not change them.
     """

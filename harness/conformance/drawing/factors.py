@@ -46,7 +46,7 @@ class Factor:
     least: float | None = None
     """Smallest number that is drawn at random. None if only levels are drawn."""
     most: float | None = None
-    """Largest number that is drawn at random. If the factor is the sizes of a tensor, their largest product."""
+    """Largest number that is drawn at random. For a factor that holds a tensor's sizes, the largest number of elements."""
     dimensions: tuple[int, ...] = ()
     """Possible lengths, if the setting is a list; empty otherwise. If `least` is None, the list holds the sizes of a
     tensor. Otherwise it holds numbers from `least` to `most`."""

@@ -78,7 +78,7 @@ def rescaled(adapter: AdapterFile, factor: float) -> AdapterFile:
 def _mistakes(
     adapter: AdapterFile | None, others: Mapping[str, AdapterFile]
 ) -> Iterator[tuple[str, AdapterFile | None]]:
-    """Yield typical mistakes of servers, each as a description and the adapter that such a server in effect applies."""
+    """Yield typical mistakes of servers, each as a description and the adapter that a server with this mistake applies."""
     for name, other in others.items():
         yield f"adapter {name}", other
         if mixed := _with_head(adapter, other):
