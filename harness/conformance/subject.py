@@ -243,7 +243,7 @@ def _select(path: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def configure(method: str, config: dict[str, Any]) -> Any:
-    """Return the Method's Config with these values. Lists, and single strings for a tuple, become tuples.
+    """Return the Method's Config with these values. Lists, and strings for fields that are tuples, become tuples.
 
     Raises TypeError for an unknown key.
     """

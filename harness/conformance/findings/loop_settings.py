@@ -62,8 +62,8 @@ class SettingFound(FrozenModel):
     """First step, counted from 1, whose loss differs from that of the harness's loop by more than rounding noise. None
     if no loss does."""
     weights: float | None = None
-    """Relative difference between the final trained tensors and those of the harness's loop: norm of the difference,
-    divided by the norm of the latter. None if no training was completed."""
+    """Norm of the difference between the final trained tensors and those of the harness's loop, divided by the norm of
+    the latter tensors. None if no training was completed."""
     because: str = ""
     """Reason why no training was completed. Otherwise empty."""
 

@@ -102,7 +102,7 @@ def _mistakes(
 
 @dataclass(frozen=True)
 class _Changed(AdapterFile):
-    """An adapter whose tensors are a changed copy of those in its file."""
+    """An adapter file whose tensors are changed after they are read."""
 
     change: Callable[[dict[str, Tensor]], None]
     """Function that changes a dict of the file's tensors in place."""

@@ -44,7 +44,7 @@ class PhaseResult:
     differ: int
     """Number of generated tokens that are not the reference's most likely token, without those in `ties`."""
     ties: int
-    """Number of generated tokens that are nearly as likely as the reference's most likely token: within twice the
+    """Number of generated tokens that are not the reference's most likely token, but nearly as likely: within twice the
     allowed error, in nats, so that rounding may decide."""
     margin: float
     """Largest amount, in nats, by which the reference's log-probability of its most likely token exceeds that of a
