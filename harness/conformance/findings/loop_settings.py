@@ -63,7 +63,7 @@ class SettingFound(FrozenModel):
     if no loss does."""
     weights: float | None = None
     """Norm of the difference between the final trained tensors and those of the harness's loop, divided by the norm of
-    the latter tensors. None if no training was completed."""
+    those of the harness's loop. None if no training was completed."""
     because: str = ""
     """Reason why no training was completed. Otherwise empty."""
 

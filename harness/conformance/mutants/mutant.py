@@ -14,8 +14,7 @@ from typing import Any
 from harness.conformance.mutants.operators import changes, ends_in_error
 
 _NOT_BEHAVIOUR = ("SPEC",)
-"""Names of module constants that only describe a reference. Its calculations do not use these constants, so mutants
-keep them."""
+"""Names of module constants that only describe a reference and are not used in its calculations. Mutants keep them."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from harness.methods.spec import Adapted
 
 Forward = Callable[[nn.Module], Tensor]
 CHANGE = 1.5
-"""Factor by which `reload_model` changes the adapter tensors before it restores them, and `deepcopy` those of the
-original."""
+"""Factor by which `reload_model` multiplies the adapter tensors before it restores them. `deepcopy` multiplies the
+original's tensors by it."""
 
 
 @dataclass
