@@ -1,1 +1,3 @@
-"""The command `bench`: time Operations and training steps of implementations that have first passed the same checks."""
+"""The command `bench`: time Operations and training steps. First, all compared implementations must pass the same
+checks.
+"""

@@ -29,7 +29,7 @@ _TILE, _QUANTIZED_TILE = 64 * _THREADS, 32 * _THREADS
 When decoding, a thread makes two loads of 128 bits. Quantising takes more registers, so a thread handles less.
 """
 _GRAIN = tl.constexpr(32)
-"""Number of neighbouring values that share one bit of a mask. Their codes take 16 bytes."""
+"""Number of neighbouring values over which a mask is constant. Their codes take 16 bytes."""
 
 
 @triton.jit
