@@ -1,3 +1,1 @@
-"""The command `bench`: time Operations and training steps. First, all compared implementations must pass the same
-checks.
-"""
+"""The command `bench`: time Operations and training steps of implementations that have passed the same checks."""

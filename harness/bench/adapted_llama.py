@@ -140,8 +140,7 @@ class AdaptedLlama:
         self.adapted.after_step(len(self.losses))
 
     def parity(self) -> list[CheckResult]:
-        """Return the results of the parity gate: checks against the reference that every Cell and every timed step must
-        pass.
+        """Return the results of the parity gate: checks against the reference that every training run must pass first.
 
         If no check failed, there is one more result, for the loss and the gradients of a batch.
         """
@@ -158,8 +157,9 @@ class AdaptedLlama:
         return logits
 
     def _loss_and_gradients(self) -> CheckResult:
-        """Compare the loss and the gradients of one batch with the reference. Adapter tensors are random, and dropout
-        is off.
+        """Compare the loss and the gradients of one batch with the reference.
+
+        Adapter tensors are random, and dropout is off.
         """
         subject, case = self.subject, Case("warm", seed=SEED, factors=parity_suite.load(self.subject.method).factors())
         initial = {name: t.detach().clone() for name, t in subject.added().items()}
@@ -177,8 +177,7 @@ class AdaptedLlama:
 
 
 def frozen_pass(shape: Backbone, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """Return a function that does less work than any training step, so that its time is a lower bound for a step's
-    time.
+    """Return a function whose time is a lower bound for the time of a training step.
 
     The function runs the dense model forward on the batch of step 0, and backward to the embeddings. It trains nothing.
     """

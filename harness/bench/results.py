@@ -189,9 +189,7 @@ class BenchRow(FrozenModel):
 
     @property
     def host_bound(self) -> list[str]:
-        """Those of `ours` and `other` that the host takes at least the share `MOSTLY_LAUNCH` of the median time to
-        launch.
-        """
+        """Those of `ours` and `other` whose launch by the host takes at least the share `MOSTLY_LAUNCH` of the time."""
         if self.samples is None:
             return []
         times, launch = {"ours": self.samples.ours, "other": self.samples.other}, self.samples.launch

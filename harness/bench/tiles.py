@@ -28,8 +28,9 @@ SHAPES = {
 }
 """Device -> the measured values of M, and the measured pairs (N, K).
 
-The output has M rows and N columns, and each of its elements is a sum of K terms. A call uses the tile of the measured
-shape in the same bucket (`tuned_tiles.bucket`), if both shapes have the same default tile.
+The output has M rows and N columns, and each of its elements is a sum of K terms. A call with another M or N uses the
+tile of the measured shape whose M and N round up to the same numbers (`tuned_tiles.bucket`), if both shapes have the
+same default tile.
 """
 DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.float16,)}
 RANK = 64

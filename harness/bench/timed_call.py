@@ -62,8 +62,9 @@ class TimedCall:
         return returned, torch.autograd.grad(outputs, list(self.leaves.values()), self.dys, allow_unused=True)
 
     def results(self) -> dict[str, Tensor]:
-        """Call the Operation, and return outputs and gradients by name, e.g. `grad x`. A missing gradient counts as
-        zero.
+        """Call the Operation. Return outputs and gradients by name, e.g. `grad x`.
+
+        A missing gradient counts as zero.
         """
         returned, gradients = self()
         found = zip(self.leaves.items(), gradients, strict=True)

@@ -92,8 +92,7 @@ class Clock:
 
 
 def alternate(count: int) -> Iterator[tuple[Side, Side]]:
-    """Yield the order of `ours` and `other` for each of `count` pairs. Each pair reverses the order of the previous
-    one.
+    """Yield the order of `ours` and `other` for each of `count` pairs. Each pair reverses the previous order.
 
     The order of the first pair is random. Python's garbage collector is off until the last pair is done.
     """

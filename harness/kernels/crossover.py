@@ -60,10 +60,9 @@ def _size(given: Entry) -> float:
 
 
 def is_lora_fused(rank: int, E: int, mask: torch.Tensor | None, device: torch.device) -> bool:
-    """Return whether the fused Triton kernel computes a LoRA layer with E outputs. device: a device that supports
-    Triton.
+    """Return whether the fused Triton kernel computes a LoRA layer with E outputs.
 
     With a dropout mask, the result is True for every rank. The fused kernel then avoids a masked copy of x, and the
-    crossover was measured without a mask.
+    crossover was measured without a mask. device: a device that supports Triton.
     """
     return mask is not None or rank <= crossover_of("lora_linear", card(device), E)

@@ -71,7 +71,7 @@ class KernelVerdict:
 
 
 def modules() -> dict[str, str]:
-    """Map short names to the dotted paths of all modules that may have kernels. `--module` takes the short names."""
+    """Return a dict: short name, as `--module` takes it -> dotted path of a module that may have kernels."""
     package = importlib.import_module(KERNELS)
     found = pkgutil.walk_packages(package.__path__, f"{KERNELS}.")
     return {one.name.rpartition(".")[2]: one.name for one in found if not one.ispkg}

@@ -73,8 +73,9 @@ def adamw8bit_step_(
     """Take one step of AdamW, and update p, m, m_absmax, v and v_absmax in place.
 
     p, g: parameter and gradient, of one shape and any floating dtype. m, v: uint8 codes, flat, one per element.
-    m_absmax, v_absmax: float32, one per block of 256. step: number of this step, from 1, t in the equations. The step
-    computes in float64 if p is float64, else in float32, and rounds p once. Weight decay comes before the update:
+    m_absmax, v_absmax: float32, one per block of 256. step: number of this step, t in the equations; the first is 1.
+    The step computes in float64 if p is float64, else in float32, and rounds p once. Weight decay comes before the
+    update:
 
         m = beta1 m + (1 - beta1) g       v = beta2 v + (1 - beta2) g^2
         p = (1 - lr weight_decay) p - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)

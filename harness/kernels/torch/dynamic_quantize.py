@@ -50,8 +50,7 @@ def tables(device: torch.device, signed: bool) -> Tables:
 
 
 def nearest(relative: Tensor, of: Tables) -> Tensor:
-    """Return, for each number in `relative`, the uint8 code of the nearest value of the map. Ties go to the lower
-    value.
+    """Return the uint8 code of the map's nearest value for each number in `relative`. Ties go to the lower value.
 
     relative: float32, contiguous, 1-d. of: tables of the map.
     """

@@ -48,9 +48,10 @@ def refreshed(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return (P, Q): the first `rank` left and the first `rank` right singular vectors of G, in G's dtype.
 
-    P or Q is None on a side that is not projected; see `sides`. niter: 0 for an exact SVD, in float64 if G is float64,
-    else in float32. Otherwise the number of subspace iterations of a randomised SVD, which starts from the given P or Q
-    and from random vectors that are the same in every call. Raises ValueError if G is not finite.
+    P is None if the left side is not projected, and Q if the right side is not; see `sides`. niter: 0 for an exact SVD,
+    in float64 if G is float64, else in float32. Otherwise the number of subspace iterations of a randomised SVD, which
+    starts from the given P or Q and from random vectors that are the same in every call. Raises ValueError if G is not
+    finite.
     """
     if not G.isfinite().all():
         raise ValueError(
@@ -70,8 +71,7 @@ def refreshed(
 
 
 def _sketch(W: Tensor, rank: int, P: Tensor | None, Q: Tensor | None) -> Tensor:
-    """Return a sketch of W, from which a randomised SVD starts: the previous singular vectors, padded with random
-    vectors.
+    """Return the matrix from which a randomised SVD of W starts: previous singular vectors, padded with random ones.
 
     The shape is (smaller side of W, at most rank + OVERSAMPLE). P, Q: the previous singular vectors, or None.
     """

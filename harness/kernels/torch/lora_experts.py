@@ -1,7 +1,6 @@
 """The experts of a mixture-of-experts block, with LoRA on the layers of every expert.
 
-    y_t = sum_n w_tn down_k(silu(gate_k x_t) * up_k x_t)   with k = chosen_tn, and LoRA (arXiv:2106.09685) on each
-    weight
+    y_t = sum_n w_tn down_k(silu(gate_k x_t) * up_k x_t)   with k = chosen_tn, and LoRA (arXiv:2106.09685) on each weight
 
 A row is a pair of a token and one of its experts. Rows are sorted by expert, so that the rows of an expert are
 adjacent. Each expert multiplies its own slice of rows, and its low-rank term is added in place. The update B A, which
@@ -207,12 +206,13 @@ def lora_experts(
     x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_A: Tensor, gate_up_B: Tensor,
     down_A: Tensor, down_B: Tensor, scaling: float, transposed: bool,
 ) -> Tensor:  # fmt: skip
-    """Return the output of the gated experts, shape (T, D), with LoRA on the weights gate_up and down.
+    """Return the output of the gated experts, shape (T, D), with LoRA on gate_up and down.
 
     Shapes: x (T, D), chosen and weights (T, N), gate_up (K, 2 H, D), down (K, D, H); if `transposed`, gate_up (K, D, 2
     H) and down (K, H, D). gate_up_A (K R, D), gate_up_B (2 H, R K), down_A (K R, H) and down_B (D, R K) hold LoRA's
     factors of all experts; see `StackedLinear`. The floating tensors have one dtype, or get it from autocast. The
-    result is differentiable in all of them, as often as that of `grouped_lora_linear`.
+    result is differentiable in all of them. If Triton computes, gate_up and down are frozen, and the result is
+    differentiable once.
     """
     up = StackedLinear(gate_up, gate_up_A, gate_up_B, scaling, transposed)
     return routed_experts(x, chosen, weights, up, StackedLinear(down, down_A, down_B, scaling, transposed), gated)

@@ -89,8 +89,9 @@ def separate_products(
 
 
 def is_plain(base: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
-    """Return whether `base` has exactly the type `kind` and no hooks. Its weight may then be used without calling
-    `base`.
+    """Return whether `base` has exactly the type `kind` and no hooks.
+
+    If so, callers may use the weight of `base` without calling `base`.
     """
     hooked = (
         base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks

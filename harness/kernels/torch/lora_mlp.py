@@ -18,9 +18,7 @@ _CUBIC = 0.044715
 
 
 class _Gated(torch.autograd.Function):
-    """Autograd function for activation(gate) * up. It saves gate and up, and computes the activation again for
-    gradients.
-    """
+    """Autograd function for activation(gate) * up. The backward pass computes the activation again from gate."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:

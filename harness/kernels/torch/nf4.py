@@ -183,9 +183,8 @@ def dequantize_double(
 ) -> Tensor:
     """Decode a weight whose absmax is stored in 8 bits (arXiv:2305.14314, eq. 6).
 
-    The result, `packed`, `block`, `shape`, `dtype` and `out` are those of `dequantize`. codes, absmax2, offset: as
-    returned by `double_quantize` with the block size `block2`. Raises ValueError as `dequantize` and
-    `double_dequantize` do.
+    packed, block, shape, dtype, out and the result: as in `dequantize`. codes, absmax2, offset: as returned by
+    `double_quantize` with the block size `block2`. Raises ValueError as `dequantize` and `double_dequantize` do.
     """
     if by_triton(packed, absmax2) and dtype in TRITON_DTYPES and triton_block(block):
         from harness.kernels.triton import nf4 as gpu

@@ -89,8 +89,8 @@ class Nf4Linear(nn.Linear):
     """A linear layer with a frozen weight in NF4: `weight` holds the packed bytes.
 
     The layer casts its input to `compute_dtype`, multiplies, and casts the output back. The buffers absmax, absmax2 and
-    offset hold float32 numbers as uint8 bytes. `model.to(torch.bfloat16)` therefore does not round the numbers, and
-    code that looks for the layer's dtype does not find float32.
+    offset hold their numbers as bytes. `model.to(torch.bfloat16)` therefore does not round the numbers, and code that
+    looks for the layer's dtype does not find float32.
     """
 
     absmax: Tensor

@@ -2,8 +2,8 @@
 
 The step projects the gradient, takes Adam's step on the projected gradient, and projects the update back. cuBLAS
 projects the gradient, because no kernel in published measurements is faster. Adam is one elementwise pass over the
-projected gradient. Projecting back is one matrix product. At its end, the kernel subtracts the update from W, decays W
-and rounds once, so that the update is never stored in full size.
+projected gradient. Projecting back is one matrix product, whose kernel also subtracts the update from W, decays W and
+rounds once. The update is therefore never stored in full size.
 """
 
 from __future__ import annotations

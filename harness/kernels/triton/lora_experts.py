@@ -33,8 +33,9 @@ def grouped_product(
 ):  # fmt: skip
     """Compute one tile of `out` (P, N): left @ right[e] + scale S @ T[e], for some rows of one expert e.
 
-    left is (P, K), right (experts, K, N), S (P, R), T (experts, R, N). S and T may be None. table: three numbers for
-    each group of rows: its expert, the index of its first row, and the index after the expert's last row.
+    Shapes: left (P, K), right (experts, K, N), S (P, R), T (experts, R, N). Here K is a number of features. If S and T
+    are None, the tile is scale left @ right[e]. table: three numbers for each group of rows: its expert, the index of
+    its first row, and the index after the expert's last row.
     """
     place = table + tl.program_id(0) * 3
     expert, first, end = tl.load(place), tl.load(place + 1), tl.load(place + 2)
@@ -144,7 +145,8 @@ class _Groups:
     def product(self, left: Tensor, right: Tensor, *term: Tensor, scale: float = 1.0) -> Tensor:
         """Return left @ right[e] + scale S @ T[e] for the rows of each expert e, shape (P, N).
 
-        term: the tensors S and T. Without them, return left @ right[e].
+        Shapes: left (P, features), right (K, features, N). term: S (P, R) and T (K, R, N). Without them, return scale
+        left @ right[e].
         """
         tile = gemm_tile(-(-self.rows // len(right)), right.shape[2], left.dtype, left.device, crowded=True)
         out = left.new_empty(len(left), right.shape[2])
@@ -153,7 +155,10 @@ class _Groups:
         return out
 
     def outer(self, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
-        """Return scale left^T @ right for the rows of each expert, shape (K, M, N). Experts without rows get zeros."""
+        """Return scale left^T @ right for the rows of each expert, shape (K, M, N). Experts without rows get zeros.
+
+        Shapes: left (P, M), right (P, N).
+        """
         tile = gemm_tile(left.shape[1], right.shape[1], left.dtype, left.device, crowded=True)
         out = left.new_empty(len(self.ends), left.shape[1], right.shape[1])
         _outer(left, right, self.ends, scale, out, tile).run()

@@ -173,8 +173,7 @@ def _plain(tensor: Tensor) -> bool:
 
 
 def _observed() -> bool:
-    """Return whether a torch mode or transform is active that observes operations. It would not see compiled
-    operations.
+    """Return whether a torch mode or transform observes operations. Compiled operations would escape it.
 
     The result is also True if this version of torch gives no access to its modes.
     """

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 LEAST_GRAM_RATIO = 2.0**-12
-"""Smallest condition of a float32 matrix for its SVD from the Gram matrix: smallest / largest singular value.
+"""Limit of the ratio smallest / largest singular value of a float32 matrix.
 
-The Gram matrix is in float64. Above this ratio, squaring singular values in float64 loses less than the precision of
-float32. Below it, LAPACK computes the SVD.
+Above this ratio, the SVD is computed from the Gram matrix in float64: squaring singular values then loses less than the
+precision of float32. Below it, LAPACK computes the SVD.
 """
 
 

@@ -22,13 +22,13 @@ GROUPS = (
 )  # fmt: skip
 """Groups of layer names. The layers of a group have the same input if they have the same parent module.
 
-Layers are grouped by name, not by observed calls, because the first step must round like later steps.
+Layers are grouped by name. If observed calls decided, the first step would be rounded differently from later steps.
 """
 MAX_UNUSED_OUTPUTS = 8
-"""Number of unused outputs of a layer from which the layer is no longer computed with the other layers of its group.
+"""A layer with this number of unused outputs is no longer computed together with the other layers of its group.
 
-Each used output lowers the count by one, but not below zero. In cross-attention, outputs stay unused, because the
-layers have different inputs. An output that is computed alone may be rounded differently.
+Each used output lowers the layer's number by one, but not below zero. In cross-attention, outputs stay unused, because
+the layers have different inputs. An output that is computed alone may be rounded differently.
 """
 
 
@@ -46,9 +46,7 @@ class SharedInputLayer(nn.Module):
         raise NotImplementedError
 
     def factors(self, x: Tensor) -> LoraFactors | None:
-        """Return the factors for computing the output for x with other layers, or None if only `forward_alone` can
-        compute it.
-        """
+        """Return the factors for computing the output for x with other layers, or None if this is impossible."""
         raise NotImplementedError
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -157,8 +155,7 @@ def link(layers: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _optimizer_steps() -> list[int]:
-    """Return a list with one number: how many optimizer steps this process has made since the first call of this
-    function.
+    """Return a list with one number: the optimizer steps of this process since this function was first called.
 
     Saved outputs are not used after a step. Some optimizers (fused ones, and bitsandbytes) write into tensors without
     raising the tensors' version, so the version alone does not reveal the change.

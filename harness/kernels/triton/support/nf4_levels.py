@@ -28,7 +28,7 @@ def table(device: torch.device) -> Tensor:
 def level_by_selection(code):
     """Return the level of each 4-bit `code` by selecting among constants.
 
-    In a loop, this avoids loads from a table. Triton would pipeline such loads.
+    In a loop, Triton would pipeline the loads from a table. A selection needs no loads.
     """
     bit0, bit1, bit2, bit3 = (code & 1) != 0, (code & 2) != 0, (code & 4) != 0, (code & 8) != 0
     a0, a1 = tl.where(bit0, _LEVEL[1], _LEVEL[0]), tl.where(bit0, _LEVEL[3], _LEVEL[2])

@@ -31,7 +31,7 @@ _MEASURED = {
     "kernel": "with another version of the kernel",
     "capability": "on another GPU architecture",
 }
-"""Key of a `stamp` -> words for the warning that ignores tiles because their stamp has another value for this key."""
+"""Key of a `stamp` -> words for the warning that tiles are ignored because their stamp differs in this key."""
 _SIZES = ("m", "n", "k", "warps", "stages")
 
 
@@ -55,8 +55,7 @@ def tuned(default: GemmTile, kernel: Any, M: int, N: int, dtype: torch.dtype, de
 
 
 def stamp(kernel: Any, device: torch.device) -> dict[str, Any]:
-    """Return the stamp of a table's tiles: the version of Triton, a hash of the kernel's code, and the GPU
-    architecture.
+    """Return the stamp of a table's tiles: the Triton version, a hash of the kernel's code, and the architecture.
 
     Tiles are valid only for the stamp with which they were measured.
     """
