@@ -149,9 +149,9 @@ def measure(
 ) -> Exit:
     """Measure the GPU or the CPU, print the numbers, and return the exit code.
 
-    patience: the worker is killed if it sends nothing for this many seconds. out: folder for the result files: a JSON
-    file with all numbers and, for a GPU, the table that `harness.kernels` reads. Raises HarnessError if a GPU was
-    requested and there is none. Raises UsageError under Triton's interpreter.
+    patience: the worker is killed if it sends nothing for this many seconds. out: folder for the result files, which
+    are a JSON file with all numbers and, for a GPU, the table that `harness.kernels` reads. Raises HarnessError if a
+    GPU was requested and there is none. Raises UsageError under Triton's interpreter.
     """
     refuse_interpreter()
     why = no_gpu() if device != "cpu" else "a CPU was requested"

@@ -31,7 +31,7 @@ The limit is TIMER_SHARE times the total time of the timed calls, plus TIMER_SLA
 on a busy machine. If more time passes, the timer of the measured process is wrong.
 """
 FEWEST = next(n for n in count(1) if median_interval([0.0] * n).low is not None)
-"""Fewest pairs from which an interval of the ratio can be computed."""
+"""Smallest number of pairs from which an interval of the ratio can be computed."""
 
 
 class Samples(FrozenModel):
@@ -58,9 +58,9 @@ class Samples(FrozenModel):
     """
 
     def disagrees(self, elapsed_s: float) -> bool:
-        """Return whether the times of the samples are far shorter than the time that taking them took.
+        """Return whether the sum of the sampled times is far shorter than the sampling.
 
-        elapsed_s: the time that taking the samples took, by the clock of another process.
+        elapsed_s: duration of the sampling, in seconds, by the clock of another process.
         """
         if self.parts:
             return False  # gradients are drawn between these samples
@@ -180,7 +180,7 @@ class BenchRow(FrozenModel):
 
     @property
     def mostly_call(self) -> list[str]:
-        """Those of `ours` and `other` whose call overhead exceeds the share `MOSTLY_CALL` of the median time."""
+        """The programs (`ours`, `other`) whose call overhead exceeds the share `MOSTLY_CALL` of their median time."""
         if self.samples is None:
             return []
         times = {"ours": self.samples.ours, "other": self.samples.other}
@@ -189,7 +189,7 @@ class BenchRow(FrozenModel):
 
     @property
     def host_bound(self) -> list[str]:
-        """Those of `ours` and `other` whose launch by the host takes at least the share `MOSTLY_LAUNCH` of the time."""
+        """The programs (`ours`, `other`) whose launch takes at least the share `MOSTLY_LAUNCH` of their median time."""
         if self.samples is None:
             return []
         times, launch = {"ours": self.samples.ours, "other": self.samples.other}, self.samples.launch

@@ -44,7 +44,7 @@ class BenchReport:
         The first condition that holds decides:
 
         - 4 if the command was interrupted;
-        - 1 if a check failed;
+        - 1 if a check failed and no known defect explains the failure;
         - 4 if a worker failed;
         - 0 if anything was measured;
         - 4 if the user requested only a GPU and the machine has none;

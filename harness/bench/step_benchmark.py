@@ -29,7 +29,7 @@ from harness.methods.registry import Implementation
 from reference.galore import project, projector
 
 JUDGED_FEATURES, JUDGED_RANK = 128, 16
-"""Numbers of features (inputs, and also outputs) and of ranks of the layers on which GaLore's parity is checked."""
+"""Size of the layers on which GaLore's parity is checked: number of inputs and of outputs, and rank."""
 MEASURED_STEPS = 3
 """Number of steps during which the memory peak is measured."""
 

@@ -93,7 +93,8 @@ def measure(clock: Clock) -> Iterator[dict[str, Any]]:
 class _Product:
     """Two matrix products of one shape: one with the weight as in a forward pass, one with the weight transposed.
 
-    The first product has all optional tensors for which tiles are tuned, so no call with a tile needs more registers.
+    The first product has all optional tensors for which tiles are tuned. No call with the same tile needs more
+    registers.
     """
 
     def __init__(self, clock: Clock, M: int, N: int, K: int, dtype: torch.dtype, default: GemmTile) -> None:

@@ -33,14 +33,14 @@ A shorter call is repeated, and the sample is the mean time of the calls.
 MOST_CALLS = 1000
 """Largest number of calls in a sample."""
 FLUSH_B = 256 * 2**20
-"""Bytes to write to flush the L2 cache, or twice the size of the cache if that is more."""
+"""Smallest number of bytes to write to flush the L2 cache. Twice the size of the cache is written if this is more."""
 WARM_S = 0.1
 """Seconds of load on a GPU before pairs of samples. Meanwhile the GPU raises its clock frequencies."""
 HEAD_START = 2_000_000
 """Number of clock cycles that the GPU waits before a timed call: about a millisecond.
 
-The host queues the call during this wait, which takes up to half of it. Without the wait, the measured time of a small
-call would be the time that the host takes to queue it.
+The host queues the call during this wait. Queueing takes up to half of the wait. Without the wait, the measured time of
+a small call would be the time that the host takes to queue the call.
 """
 
 

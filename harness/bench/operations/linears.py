@@ -30,8 +30,8 @@ def _adapted_linear(*, times: int = 1, trains: str = "AB", norm: bool = False, p
 
     times: rank of the product divided by LoRA's rank. trains: `AB` if the factors A and B are trained, otherwise the
     names of the trained vectors. norm: True if the layer computes the row norms of W + s B A. The norms need the
-    product W A^T, with E D R multiplications. packed: True if W is in 4 bits. Decoding takes one more multiplication
-    per element.
+    product W A^T, which takes (elements of W) x (rank) multiplications. packed: True if W is in 4 bits. Decoding takes
+    one more multiplication per element.
     """
 
     def case(s: BenchSize) -> dict[str, Any]:
