@@ -36,7 +36,10 @@ _SIZES = ("m", "n", "k", "warps", "stages")
 
 
 def bucket(size: int) -> int:
-    """Round a number of rows or columns up to a power of two, at least 16. All outputs of one bucket share a tile."""
+    """Return a number of rows or columns, rounded up to a power of two of at least 16.
+
+    Outputs whose numbers of rows and columns are equal after rounding share a tile.
+    """
     return max(16, 1 << (size - 1).bit_length())
 
 
