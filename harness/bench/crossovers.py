@@ -110,7 +110,9 @@ def _adapted(case: str, E: int, D: int, rank: int, device: torch.device) -> tupl
 
 
 def _pass(case: str, forward: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Run:
-    """Return the function to time. It calls `forward` and, unless `case` is `forward`, computes gradients of `leaves`.
+    """Return the function to time. It calls `forward` and, unless `case` is `forward`, computes gradients.
+
+    leaves: the tensors whose gradients are computed.
     """
     if case == _FORWARD:
         return torch.no_grad()(forward)

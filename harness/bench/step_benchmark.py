@@ -181,9 +181,9 @@ def _galore(setting: StepSetting, both: Sequence[Implementation], pairs: int, fa
     """Check two implementations of GaLore, time their steps, and return the result.
 
     The steps are timed in cycles. A cycle is one step that refreshes the projector, and some ordinary steps. Each cycle
-    gives one sample: the mean time of a step if one of `GALORE_GAP` steps refreshes the projector. Before timing, both
-    implementations must pass all checks of GaLore's parity suite on the timed device. The layers of these checks are
-    smaller than the timed weight.
+    gives one sample: the mean time of a step, weighted as if one of `GALORE_GAP` steps refreshed the projector. Before
+    timing, both implementations must pass all checks of GaLore's parity suite on the timed device. The layers of these
+    checks are smaller than the timed weight.
     """
     plan, features = parity_suite.load(setting.step.method), setting.shape.features
     small = parity_suite.CaseShape.model_validate({"tokens": 16, "in": JUDGED_FEATURES, "out": JUDGED_FEATURES})
@@ -254,7 +254,7 @@ def _cycles(both: Sequence[_Galore], pairs: int, device: torch.device) -> Sample
 
 
 def _per_step(times: list[float]) -> float:
-    """Return the mean seconds of a step if one in `GALORE_GAP` steps is a refresh.
+    """Return the mean seconds of a step, weighted as if one of `GALORE_GAP` steps were a refresh.
 
     times: the seconds of each step of one cycle.
     """

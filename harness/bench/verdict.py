@@ -39,7 +39,7 @@ def judge_parity(parity: Sequence[CheckOutcome]) -> tuple[list[CheckOutcome], Ou
 def with_own_clock(row: BenchRow, elapsed_s: float) -> BenchRow:
     """Return the row or, if the timer of the measured process was wrong, a copy with a failed check and no samples.
 
-    elapsed_s: seconds that passed in this process, which only waits, while the samples were taken. On a GPU the row is
+    elapsed_s: seconds that passed in this process while the other process took the samples. On a GPU the row is
     returned unchanged: its samples are times between events of the device, and the host waits between them on purpose.
     """
     if row.samples is None or row.device != "cpu" or not row.samples.disagrees(elapsed_s):

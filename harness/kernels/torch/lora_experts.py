@@ -211,8 +211,7 @@ def lora_experts(
     Shapes: x (T, D), chosen and weights (T, N), gate_up (K, 2 H, D), down (K, D, H); if `transposed`, gate_up (K, D, 2
     H) and down (K, H, D). gate_up_A (K R, D), gate_up_B (2 H, R K), down_A (K R, H) and down_B (D, R K) hold LoRA's
     factors of all experts; see `StackedLinear`. The floating tensors have one dtype, or get it from autocast. The
-    result is differentiable in all of them. If Triton computes, gate_up and down are frozen, and the result is
-    differentiable once.
+    result is differentiable in all of them, twice in torch; see `grouped_lora_linear` for Triton.
     """
     up = StackedLinear(gate_up, gate_up_A, gate_up_B, scaling, transposed)
     return routed_experts(x, chosen, weights, up, StackedLinear(down, down_A, down_B, scaling, transposed), gated)

@@ -42,7 +42,7 @@ class GemmTile:
 LARGEST = GemmTile(128, 256, 64, warps=8, stages=3)
 LARGE = GemmTile(128, 128, 64, warps=8, stages=3)
 EXACT = GemmTile(64, 64, 32, warps=8, stages=3)
-"""Tile for float32, which has no matrix instructions."""
+"""Tile for float32, which is multiplied without matrix instructions."""
 FEW_ROWS = (GemmTile(16, 32, 128, 4, 4), GemmTile(32, 64, 64, 4, 4), GemmTile(64, 64, 64, 4, 4))
 _INTERPRETED = GemmTile(128, 128, 128, 4, 1)
 """Tile for Triton's interpreter. It is large, because starting a program takes longer than its computation."""
