@@ -90,7 +90,7 @@ class SharedProjection:
 
     def __call__(self, x: Tensor, A: Tensor) -> Tensor:
         """Return x A^T, shape (T, R), for x (..., D) and A (R, D). A cached result is returned if there is one."""
-        if x.is_inference() or A.is_inference():  # these have no version counter
+        if x.is_inference() or A.is_inference():  # inference tensors have no version counter
             return _projection(x, A, None)
         key = A.data_ptr(), A.shape, A._version, x.data_ptr(), x._version, x.requires_grad
         last = self._last
