@@ -144,7 +144,7 @@ CROSSOVER_MEASUREMENTS = {
         sizes={"cuda": (16, 32, 64, 128, 256), "cpu": (4,)}, cases=(_FORWARD, _TRAINED), ways=_adapted,
     ),
 }  # fmt: skip
-"""Operation -> the measurement of its crossover. The weights for a GPU have sizes of Llama 3, and some in between."""
+"""Operation -> the measurement of its crossover. The weights for a GPU have sizes of Llama 3 and sizes in between."""
 
 
 def measure(operation: str, clock: Clock) -> Iterator[dict[str, Any]]:

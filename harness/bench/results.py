@@ -40,7 +40,7 @@ class Samples(FrozenModel):
     ours: list[Seconds] = Field(min_length=1)
     other: list[Seconds] = Field(min_length=1)
     limit: list[Seconds] = Field(default=[])
-    """Times of a third program, a lower bound for the two programs. Empty if there is none."""
+    """Times of a third program, which are a lower bound for those of the two programs. Empty if there is none."""
     first: list[Literal["ours", "other"]]
     """For each pair, the program that ran first."""
     warmup: dict[str, list[Seconds]] = Field(default={})

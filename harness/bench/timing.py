@@ -1,6 +1,6 @@
 """Time two programs, A and B, in alternating order: A B, B A, A B ...
 
-A slow phase of the machine then affects both programs alike.
+A slow phase of the machine then affects both programs equally.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A crossover is the largest size for which an Operation uses its fused kernel; see `harness.kernels.crossover`. A tile is
 the part of a matrix product that one program of a kernel computes. A table is a JSON file in `crossovers/`.
 `default.json` is for every card. `peft-harness bench --crossovers` measures the table of one card; see `file_name`. If
-the environment variable PEFT_HARNESS_CROSSOVERS names a folder, its tables take precedence. A new table can thus be
+the environment variable PEFT_HARNESS_CROSSOVERS names a folder, its tables take precedence. A new table can then be
 tried without changing the package. This module imports no torch.
 """
 

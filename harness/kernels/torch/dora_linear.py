@@ -1,4 +1,4 @@
-"""DoRA linear layer (arXiv:2402.09353): the output of a LoRA layer, multiplied by one gain per output feature."""
+"""DoRA linear layer (arXiv:2402.09353): LoRA's output before the bias, multiplied by one gain per output feature."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def orthonormal(Y: Tensor) -> Tensor:
     """Return an orthonormal basis (E, R) of the range of Y (E, R). E must be at least R.
 
     For float32, the basis comes from the Cholesky factor of Y^T Y in float64. On a CPU this is an order of magnitude
-    faster than Householder reflections, which serve float64 and nearly dependent columns.
+    faster than Householder reflections, which are used for float64 and for nearly dependent columns.
     """
     if Y.dtype != torch.float64:
         wide = Y.double()
