@@ -1,11 +1,11 @@
 """Functions of CPU tensors compiled by torch.compile: when to compile, when to run, and what to do on failure.
 
-Compilation takes seconds, so a function is compiled at its first large call, once per `Compiled`. Later calls with
-other sizes, threads or modes (inference, autocast, default device) do not compile again. While one thread compiles,
-calls of other threads run uncompiled.
+Compilation takes seconds, so a function is compiled only once, at its first large call. Later calls with other sizes,
+threads or modes (inference, autocast, default device) do not compile again. While one thread compiles, calls of other
+threads run uncompiled.
 
-Times for NF4 on two cores: with an empty inductor cache on disk, 11 s for the first function and 1.6 s for each further
-function; with a warm cache, 3.5 s (the import of inductor) and 0.2 s. PEFT_HARNESS_COMPILE=0 in the environment
+Compile times for NF4 on two cores: with an empty inductor cache on disk, 11 s for the first function and 1.6 s for each
+further function; with a warm cache, 3.5 s (the import of inductor) and 0.2 s. PEFT_HARNESS_COMPILE=0 in the environment
 switches compilation off. PEFT_HARNESS_COMPILE=1 also compiles for smaller tensors.
 """
 
@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 LARGE = 1 << 21
-"""Smallest number of values for which a function is compiled.
+"""Smallest number of values of a call that compiles the function.
 
-A model with one such tensor has several, so compilation pays. For smaller tensors, a call gains less than the time
-that threads wait for each other on a busy machine.
+A model with one such tensor has several, so compilation pays. For smaller tensors, a call gains less than the time that
+threads wait for each other on a busy machine.
 """
 _SMALL = 1 << 16
-"""Smallest number of values for which a function is compiled with PEFT_HARNESS_COMPILE=1.
+"""Smallest number of values of a call that compiles the function if PEFT_HARNESS_COMPILE=1.
 
 With fewer values, a compiled call takes longer than eager torch.
 """
@@ -52,7 +52,7 @@ _OPTIONS: dict[str, Any] = {
 
 
 class NotCompiled(Exception):  # noqa: N818 - control flow, not an error
-    """Raised where a function would run uncompiled although it must not. `Compiled` catches this exception."""
+    """Raised by `only_compiled` where a function would run uncompiled. `Compiled` catches this exception."""
 
 
 def only_compiled() -> None:
@@ -67,9 +67,9 @@ def only_compiled() -> None:
 class Compiled:
     """A function that is compiled once. It writes to some of its tensors and returns None.
 
-    function: must call `only_compiled()` first. The tensors that it gets must be contiguous and have the same first size.
-    The first size may vary between calls, but other sizes and dtypes may not. What the function writes must not depend on
-    torch's default dtype or device. Raises TypeError if the function is not written in Python.
+    function: must call `only_compiled()` first. Its tensors must be contiguous and have the same first size. The first
+    size may vary between calls, but other sizes and dtypes may not. The values that the function writes must not depend
+    on torch's default dtype or device. Raises TypeError if the function is not written in Python.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
@@ -84,8 +84,8 @@ class Compiled:
     def wanted(self, values: int, *tensors: Tensor) -> bool:
         """Return whether to call the compiled function for `tensors`. values: number of values to be processed.
 
-        The result is True if PEFT_HARNESS_COMPILE allows it, there are enough values, all tensors are plain CPU
-        tensors, the CPU has wide vectors, no torch mode or transform is active, and no earlier call failed.
+        True if PEFT_HARNESS_COMPILE allows it, there are enough values, all tensors are plain CPU tensors, the CPU has
+        wide vectors, no torch mode or transform is active, and no earlier call failed.
         """
         setting = os.environ.get("PEFT_HARNESS_COMPILE")
         if setting == "0" or values < (_SMALL if setting == "1" else LARGE):
@@ -98,8 +98,8 @@ class Compiled:
         """Run the function on views of `tensors`, and return whether it ran.
 
         If the result is False, the contents of `out` are undefined. tensors: triples of a tensor, a dtype and a shape.
-        The function gets the beginning of the tensor's memory as a view of this dtype and shape. out: the tensors that
-        the function writes to. Errors of the compiler or of compiled code become one RuntimeWarning.
+        The function gets the beginning of each tensor's memory as a view of this dtype and shape. out: the tensors that
+        the function writes to. An error of the compiler or of compiled code becomes a RuntimeWarning, only once.
         """
         failure, hint = "did not compile", "install a C++ compiler with OpenMP (g++), or "
         try:
@@ -127,10 +127,10 @@ class Compiled:
         return True
 
     def _compile(self, views: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], object]:
-        """Compile the function by inductor, save the compiled function and return it.
+        """Compile the function with inductor, save the compiled function and return it.
 
-        Later calls bypass dynamo's guards, which would recompile for another number of threads, for autocast and for other
-        settings that do not matter here.
+        Later calls bypass dynamo's guards. The guards would recompile for another number of threads, for autocast and
+        for other settings that do not matter here.
         """
         names = self._function.__code__.co_varnames[: len(views)]
 
@@ -173,9 +173,9 @@ def _plain(tensor: Tensor) -> bool:
 
 
 def _observed() -> bool:
-    """Return whether a torch mode or transform observes operations. Such a mode would not see compiled operations.
+    """Return whether a torch mode or transform observes operations. Compiled operations would escape it.
 
-    The result is True if this version of torch gives no access to its modes.
+    The result is also True if this version of torch gives no access to its modes.
     """
     try:
         return (
@@ -191,15 +191,15 @@ def _observed() -> bool:
 def _has_vectors() -> bool:
     """Return whether inductor vectorises on this machine.
 
-    AVX also implies little-endian byte order, which compiled functions need if they handle two values as one word.
+    AVX also implies little-endian byte order. Compiled functions that handle two values as one word need this order.
     """
     return sys.platform != "win32" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 def _view(tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """Return a plain tensor over the beginning of a tensor's memory.
+    """Return a plain tensor of this dtype and shape over the beginning of the memory of `tensor`.
 
-    The result does not depend on the mode in which the tensor was made.
+    The result does not depend on the mode in which `tensor` was made.
     """
     first = tensor.storage_offset() * tensor.element_size()
     if first % dtype.itemsize:

@@ -1,7 +1,7 @@
-"""NF4 encoding and decoding of whole blocks as float32 expressions that inductor vectorises completely.
+"""Encode and decode whole blocks of NF4 by float32 expressions that inductor vectorises completely.
 
 The two values of a packed byte are loaded and stored as one word, twice as wide as a value, so that loads and stores
-are contiguous. A level is found by 15 selections, because inductor does not vectorise look-ups.
+are contiguous. A level is found by 15 selections, because inductor does not vectorise table look-ups.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from harness.kernels.torch.support.compiled import Compiled, only_compiled
 
 _MAKING = Lock()
-"""Lock for making a `Compiled` function, so that two threads do not compile one function twice."""
+"""Lock for making a `Compiled` function, so that two threads do not compile the same function."""
 _BLOCKS = tuple(1 << i for i in range(5, 13))
 """Supported block sizes, 32 to 4096. Each has its own compiled code, so that loops have constant bounds."""
 
@@ -48,8 +48,8 @@ def decode(packed: Tensor, absmax: Tensor, out: Tensor, block: int, levels: tupl
     """Write the values of all whole blocks to `out`. Return the number of values decoded.
 
     packed: uint8 (ceil(n / 2),). absmax: float32 (ceil(n / block),). levels: the 16 levels of NF4. out: (n,). The
-    result is 0 if compiled code is not used. It is never used for an `out` in another dtype than float32, because a
-    float32 copy costs as much as compilation gains. Beyond the decoded blocks, `out` is undefined.
+    result is 0 if compiled code is not used, as for every `out` that is not float32: a float32 copy would cost as much
+    as compilation gains. Beyond the decoded blocks, `out` is undefined.
     """
     blocks = out.numel() // block
     count = blocks * block
@@ -74,7 +74,7 @@ def _encoder(block: int, levels: tuple[float, ...]) -> Compiled:
     midpoints: list[float] = ((exact[:-1] + exact[1:]) / 2).tolist()
 
     def code(scaled: Tensor) -> Tensor:
-        """Return the code of each value as float32.
+        """Return the code of the level nearest to each scaled value, as float32.
 
         A NaN gets the highest code, because every comparison with it is false.
         """
@@ -98,7 +98,10 @@ def _encoder(block: int, levels: tuple[float, ...]) -> Compiled:
 @cache
 def _decoder(block: int, levels: tuple[float, ...]) -> Compiled:
     def level(code: Tensor) -> Tensor:
-        """Return the level of the lowest four bits of each code. Each bit halves the table of the remaining levels."""
+        """Return the level for the lowest four bits of each code.
+
+        Each bit selects one half of the remaining levels.
+        """
         bits = [code & 1 << i != 0 for i in range(4)]
         left = [torch.full_like(code, level, dtype=torch.float32) for level in levels]
         for bit in bits:
