@@ -4,7 +4,7 @@
 
 A frozen weight is split into direction and magnitude. LoRA moves the direction. The magnitude m starts at ||W0||. A (R,
 D), B (E, R) and m (E,) train, and W0 (E, D) is frozen. Shape letters: T tokens, D input features, E output features, R
-rank.
+rank, N entries of an embedding table, C input channels, K side of a kernel.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def gain(m: Tensor, norm: Tensor) -> Tensor:
 
 
 class DoraLayer(LowRankLayer):
-    """A layer that has magnitudes m beside the A and B of LoRA. Subclasses compute V' = W0 + s B A and its norms."""
+    """A layer with LoRA's A and B and trainable magnitudes m. Subclasses compute V' = W0 + s B A and the norms of V'."""
 
     m: nn.Parameter
     detach_norm: bool
@@ -188,7 +188,7 @@ class DoraEmbedding(DoraLayer, LoraEmbedding):
     """An embedding table (N, E) with the weight m V' / ||V'||, where V' = W0 + s B A is the transposed table (E, N).
 
     A (R, N), B (E, R) and m (E,) train. As in LoRA, the update has no dropout, and column padding_idx of A gets
-    no gradient from the looked-up entries. If `detach_norm` is false, it gets a gradient through the norm of V'.
+    no gradient from the looked-up entries. If `detach_norm` is false, this column gets a gradient through the norms.
     """
 
     def __init__(self, base: nn.Embedding, A: Tensor, B: Tensor, config: Config) -> None:

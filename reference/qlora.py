@@ -153,7 +153,7 @@ class QloraLinear(LowRankLayer):
         return self.with_bias(y_TE)
 
     def packed_weights(self) -> dict[str, Nf4Weight]:
-        """Map the names of the parameters of `base` that are replaced by NF4 to the packed weights."""
+        """Map the name of each parameter of `base` that is quantised to the NF4 weight that replaces it."""
         return {"weight": self.packed}
 
     def state(self) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ class AdaptedModel:
         self.layers: Mapping[str, nn.Module] = dict(layers)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Map names to the trainable tensors. If two layers share a parameter (tied embeddings), it has two names."""
+        """Map names to the trainable tensors. A parameter that two layers share (tied embeddings) has two names."""
         return {n: p for n, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
 
     def state(self) -> dict[str, Tensor]:
