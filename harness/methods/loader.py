@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ADAPTER_FILES = "adapter_files"
-"""Name of the target that a function which returns a `Loader` implements."""
+"""Target of the Implementations that load adapter files. Their function returns a `Loader`."""
 
 
 class Loader:

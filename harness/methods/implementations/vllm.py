@@ -18,16 +18,19 @@ from harness.methods.registry import Implementation, implementations_in, impleme
 if TYPE_CHECKING:
     from torch import Tensor
 MAX_PRODUCTS = 1 << 22
-"""Largest number of multiplications of a case in Triton's interpreter, which needs seconds for so many."""
+"""Largest number of multiplications in a case for Triton's interpreter, which needs seconds for this number."""
 _Add = Callable[["Tensor", "Tensor", "Tensor", "Tensor", "Tensor"], None]
 """Function that adds the update of every token to y, in place. Its arguments are y, x, the stacked As, the stacked Bs and
-the slots."""
+the slot of each token."""
 
 
 def _linear(
     add: _Add, x: Tensor, W: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], scalings: Sequence[float], ids: Tensor
 ) -> Tensor:
-    """Return x W^T plus the update of each sequence, which `add` computes."""
+    """Return x W^T plus the update of each sequence, which `add` computes.
+
+    As, Bs, scalings: one per adapter. ids: index of one adapter per sequence, or -1 for none.
+    """
     import torch
 
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, W, *As, *Bs)):
