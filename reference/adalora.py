@@ -114,7 +114,7 @@ class Config:
     rank: int = field(default=12, metadata={"minimum": 1, "maximum": 4096})
     """Initial rank R of every layer."""
     target_rank: int = field(default=8, metadata={"minimum": 1, "maximum": 4096})
-    """Mean rank per layer at the end."""
+    """Mean rank per layer at the end of training."""
     alpha: float = field(default=16.0, metadata={"minimum": 1e-3, "maximum": 1e4})
     """Numerator of the scaling alpha / R, where R is the initial rank."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
@@ -172,7 +172,7 @@ def triplet_scores(s_A: Tensor, s_E: Tensor, s_B: Tensor) -> Tensor:
 
 
 def budget(step: int, config: Config, layers: int) -> int:
-    """Return b(t) of eq. 12, the number of triplets of the whole model that may keep their lambda after step t.
+    """Return b(t) of eq. 12, the number of triplets in the whole model that may keep their lambda after step `step`.
 
     layers: number of adapted layers. The budget is rank * layers up to step tinit. It then falls along a cubic curve.
     From step total_steps - tfinal on, it is target_rank * layers.

@@ -87,7 +87,7 @@ class AdapterSettings:
         return replace(self, lora_alpha=factor * self.lora_alpha, alpha_pattern=alphas)
 
     def excludes(self, path: str) -> bool:
-        """Return whether exclude_modules or modules_to_save keeps target_modules from selecting this path."""
+        """Return whether exclude_modules or modules_to_save matches this path, so that target_modules does not select it."""
         excluded = self.exclude_modules or ()
         if re.fullmatch(excluded, path) if isinstance(excluded, str) else _ends_with(path, excluded):
             return True

@@ -128,7 +128,7 @@ class DoraLayer(LowRankLayer):
     detach_norm: bool
 
     def gain(self, norm: Tensor) -> Tensor:
-        """Return g = m / norm. If `detach_norm`, the norm has no gradient (section 4.3: eq. 11 in the place of eq. 6)."""
+        """Return g = m / norm. If `detach_norm` is true, the norm has no gradient (section 4.3: eq. 11, not eq. 6)."""
         return gain(self.m, norm.detach() if self.detach_norm else norm)
 
     def tensors(self) -> dict[str, nn.Parameter]:
@@ -174,7 +174,7 @@ class DoraLinear(DoraLayer):
     def merged(self) -> Any:
         """Return a plain layer with the weight W' (eq. 5).
 
-        The rows of W' have the norms |m|. If each input feature has a magnitude, the columns have them instead.
+        The rows of W' have the norms |m|. If each input feature has a magnitude, the columns have these norms instead.
         """
         dense: Any = dense_copy(self.base)
         with torch.no_grad():

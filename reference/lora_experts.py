@@ -138,7 +138,7 @@ class QloraExperts(LoraExperts):
         return decoded.to(self.A[name].dtype)
 
     def packed_weights(self) -> dict[str, Nf4Weight]:
-        """Map the name of each stacked parameter of `base` to the NF4 weight that replaces it."""
+        """Map the name of each stacked parameter of `base` to its NF4 weight."""
         packed: Any = self.packed
         return dict(packed.items())
 

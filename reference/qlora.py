@@ -153,7 +153,7 @@ class QloraLinear(LowRankLayer):
         return self.with_bias(y_TE)
 
     def packed_weights(self) -> dict[str, Nf4Weight]:
-        """Map the name of each parameter of `base` that is quantised to the NF4 weight that replaces it."""
+        """Map the name of each quantised parameter of `base` to its NF4 weight."""
         return {"weight": self.packed}
 
     def state(self) -> dict[str, Tensor]:

@@ -146,4 +146,4 @@ _EQUIVALENTS: dict[str, Callable[[Config], dict[str, Any]]] = {
     "oft": _oft,
     "adalora": _adalora,
 }
-"""Method -> function that converts its config to keys of an adapter_config.json. It does not convert the targets."""
+"""Method -> function that converts the Method's config, except its targets, to keys of an adapter_config.json."""

@@ -25,8 +25,8 @@ ADAPTER_FILES = "adapter_files"
 class Loader:
     """A base model in evaluation mode, and the adapters that have been loaded into it.
 
-    A subclass implements `load` and `logits`. It overrides any other function that its program offers; the functions
-    here raise harness.Unsupported. Each adapter has a name, which the caller gives.
+    A subclass implements `load` and `logits`. It overrides every other method whose function the program has; here, these
+    methods raise harness.Unsupported. The caller gives each adapter a name.
     """
 
     combinations: tuple[str, ...] = ("",)
@@ -71,7 +71,7 @@ class Loader:
         raise Unsupported("set_scale: the loader cannot change a scaling")
 
     def train(self, mode: bool) -> None:
-        """Switch to training mode, or back to evaluation mode."""
+        """Set the model to training mode if `mode` is True, else to evaluation mode."""
         raise Unsupported("train: the loader has no training mode")
 
     def copy(self) -> Loader:

@@ -155,9 +155,9 @@ def implementations_in(name: str) -> list[Implementation]:
 
 @cache
 def targets() -> dict[str, TargetKind]:
-    """Map every name that `Implementation.target` may have to its kind.
+    """Map each valid value of `Implementation.target` to its kind.
 
-    The names of Operations and quantisations are names of files. The content of these files is not read.
+    Operations and quantisations are listed by the names of their files. The files are not read.
     """
     found: dict[str, TargetKind] = {file.stem: "base" for file in (data_folder("suites") / "parity").glob("*.yaml")}
     found |= {file.stem: "operation" for file in _OPERATIONS.glob("*.py") if not file.stem.startswith("_")}

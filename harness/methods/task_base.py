@@ -25,7 +25,7 @@ _MAPPINGS = {
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
     "FEATURE_EXTRACTION": "MODEL_MAPPING_NAMES",
 }
-"""task_type of peft -> the table in transformers from a model_type to the class for this task."""
+"""task_type of peft -> name of the table in transformers that maps a model_type to the model class for this task."""
 WITH_LABELS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Values of task_type for which a new head is trained. The adapter's file has this head, whose shape gives the labels."""
 _MARK = 7919

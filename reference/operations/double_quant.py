@@ -1,7 +1,7 @@
 """Double quantisation: the block constants of a 4-bit weight in 8 bits. QLoRA section 3, arXiv:2305.14314. An Operation.
 
 Each block of a 4-bit weight has a constant, its float32 absmax. The mean of these constants is subtracted from each,
-and the differences are quantised to 8-bit codes (c2). Blocks of 256 differences share one float32 constant (c1). The
+and the differences are quantised to 8-bit codes (c2). Each block of 256 differences has one float32 constant (c1). All
 constants of a weight then take 0.127 bits per parameter instead of 0.5.
 """
 

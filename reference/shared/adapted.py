@@ -12,7 +12,7 @@ from reference.shared.layers import as_stored, dense_copy, replace
 
 
 class AdaptedModel:
-    """A model without adapter layers. It has nothing to merge or detach. Subclasses override what their Method changes.
+    """A model to which a Method is attached. Without adapter layers, as here, there is nothing to merge or detach.
 
     A tensor's name is the path of the parameter in the model.
     """

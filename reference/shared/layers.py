@@ -116,7 +116,7 @@ WORDS: Mapping[str, Callable[[nn.Module], dict[str, nn.Module]]] = {"attention":
 
 
 def _layers_of_word(model: nn.Module, word: str, kinds: Sequence[str]) -> dict[str, nn.Module]:
-    """Return the layers that `word` selects. Raises ValueError if there are none, or if one has a kind not in `kinds`."""
+    """Return the layers that `word` selects. Raises ValueError if there are none, or if a layer's kind is not in `kinds`."""
     found = WORDS[word](model)
     for path, module in found.items():
         if kind_of(module) not in kinds:
@@ -142,7 +142,7 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def floating_dtype(base: nn.Module) -> torch.dtype:
-    """Return the dtype for an adapter of `base`: that of its weight or, if the weight is packed, its compute dtype."""
+    """Return the dtype for an adapter of `base`: its weight's dtype or, if the weight is packed, its compute dtype."""
     for tensor in (*base.parameters(), *base.buffers()):
         if tensor.is_floating_point():
             return tensor.dtype

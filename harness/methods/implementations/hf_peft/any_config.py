@@ -106,7 +106,7 @@ def _with_first_task(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, A
 
 
 class AnyPeft(PeftAdapted):
-    """A model with any of peft's methods. Tensors have peft's names, because layers may share tensors."""
+    """A model with any of peft's methods. Tensors keep peft's names, because a shared tensor belongs to several layers."""
 
     starts_as_base: bool
     """True if the output before training equals the output of the base model."""

@@ -65,7 +65,10 @@ class PeftLoader(Loader):
         return logits(self.model, prompts)
 
     def combine(self, names: Sequence[str], weights: Sequence[float], new_name: str, way: str) -> None:
-        """Combine by `add_weighted_adapter`. Raises Unsupported for the way `linear`, which sums A and B instead of B A."""
+        """Combine by `add_weighted_adapter`.
+
+        Raises Unsupported if peft refuses, and for several adapters with way="linear", which sums A and B instead of B A.
+        """
         if way == "linear" and len(names) > 1:
             raise Unsupported("combine: `linear` of peft adds the factors A and B, not the updates")
         rank = sum(max([config.r, *config.rank_pattern.values()]) for config in map(self.model.peft_config.get, names))
@@ -125,7 +128,7 @@ class PeftLoader(Loader):
                 module.set_scale(name, factor)
 
     def train(self, mode: bool) -> None:
-        """Switch the model to training mode, or back to evaluation mode."""
+        """Set the model to training mode if `mode` is True, else to evaluation mode."""
         self.model.train(mode)
 
     def copy(self) -> PeftLoader:

@@ -42,6 +42,6 @@ def lokr(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
 
 
 def _blocks(layer: Any) -> dict[str, Tensor]:
-    """Map letters of the paper to the parameters of peft's layer. Its w1 is C. Its w2 is W2, or has the factors B and A."""
+    """Map letters of the paper to the parameters of peft's layer: w1 is C, and w2 is W2 or has the factors B and A."""
     named = {"C": layer.lokr_w1, "B": layer.lokr_w2_a, "A": layer.lokr_w2_b, "W2": layer.lokr_w2}
     return {name: parts[ADAPTER] for name, parts in named.items() if ADAPTER in parts}

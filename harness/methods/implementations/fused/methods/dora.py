@@ -88,7 +88,7 @@ class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
     def factors(self, x: Tensor) -> LoraFactors | None:
         """Return the matrices from which `lora_linears` computes W0 x + s B A x.
 
-        Return None if `factors_over` does, e.g. if the base layer must be called.
+        Return None if `factors_over` returns None, e.g. because the base layer must be called.
         """
         factors = factors_over(self.base, x, self.A, self.B, self.scaling)
         return None if factors is None else replace(factors, bias=None)

@@ -43,7 +43,7 @@ class FusedLowRankLayer(SharedInputLayer):
         return lora_linear_over(self.base, x, self.left_factor(), self.B, self.scaling)
 
     def factors(self, x: Tensor) -> LoraFactors | None:
-        """Return the matrices from which `lora_linears` computes the output. Return None if `factors_over` does."""
+        """Return the matrices from which `lora_linears` computes the output, or None if `factors_over` returns None."""
         return factors_over(self.base, x, self.left_factor(), self.B, self.scaling)
 
 
