@@ -235,7 +235,7 @@ class DoraConv2d(DoraLayer, LoraConv2d):
         return norms(V.flatten(1)).view(1, -1, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W' * x + b, shape (..., E, H', W'), for x (..., C, H, W). A star is a convolution.
+        """Return W' * x + b, shape (..., E, height, width), for x (..., C, height, width). A star is a convolution.
 
         The output is computed as for a linear layer: W0 * x + b + (g - 1) W0 * d + g s B * (A * d), where d is x after
         dropout and g = m / ||V'||.

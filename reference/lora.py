@@ -128,7 +128,7 @@ class Config:
     init: str = field(
         default="kaiming", metadata={"choices": ("kaiming", "gaussian", "orthogonal"), "omit_default": True}
     )
-    """Name of the initial A and B, see `reference/shared/lora_start.py`; `orthogonal` requires an even rank."""
+    """Kind of initial A and B, see `reference/shared/lora_start.py`; `orthogonal` requires an even rank."""
     lora_bias: bool = field(default=False, metadata={"omit_default": True, "opt_in": True})
     """True to give B a trainable bias c with the same scaling as B A; for linear layers and convolutions only."""
 

@@ -7,7 +7,7 @@ transformers keeps the experts of a block in one module, whose parameters stack 
 instead. The router is outside of this module and does not change. A parameter is (K, E, D), or (K, D, E) if the module
 has `is_transposed`.
 
-A and B of all experts are packed as HF peft packs them for `target_parameters`, so that files and tensors agree:
+A and B of all experts are packed as HF peft packs them for `target_parameters`. So adapter files have the same layout:
 
     A (K R, D)     row k R + r is row r of A_k          expert by expert
     B (E, R K)     column r K + k is column r of B_k    rank by rank

@@ -25,7 +25,7 @@ ADAPTER_FILES = "adapter_files"
 class Loader:
     """A base model in evaluation mode, and the adapters that have been loaded into it.
 
-    A subclass implements `load` and `logits`. It overrides every other method whose function the program has; here, these
+    A subclass implements `load` and `logits`. It overrides every other method that the program supports; here, these
     methods raise harness.Unsupported. The caller gives each adapter a name.
     """
 
@@ -63,7 +63,7 @@ class Loader:
         raise Unsupported("hotswap: the loader cannot replace an adapter in place")
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Return a context in which all adapters are off: `logits` returns the logits of the base, whatever its `name`."""
+        """Return a context in which all adapters are off: `logits` returns the logits of the base for every `name`."""
         raise Unsupported("disabled: the loader cannot disable adapters")
 
     def set_scale(self, name: str, factor: float) -> None:

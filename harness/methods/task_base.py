@@ -27,7 +27,7 @@ _MAPPINGS = {
 }
 """task_type of peft -> name of the table in transformers that maps a model_type to the model class for this task."""
 WITH_LABELS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-"""Values of task_type for which a new head is trained. The adapter's file has this head, whose shape gives the labels."""
+"""Values of task_type for which a new head is trained. The head in the adapter's file shows the number of labels."""
 _MARK = 7919
 """A number of labels unlike any other size in a model. A parameter with this size therefore belongs to the head."""
 

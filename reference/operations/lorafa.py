@@ -90,8 +90,8 @@ def lorafa_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return B, m and v of one layer after a step.
 
-    g: gradient of B, or None if it has none. m, v: moments of B. correction: `least-squares` corrects g, `none`
-    uses it as it is. experts: see `corrected`. adamw: the keywords of `adamw_step`.
+    g: gradient of B, or None if B has none. m, v: moments of B. correction: `least-squares` corrects g, `none`
+    leaves g unchanged. experts: see `corrected`. adamw: the keywords of `adamw_step`.
     """
     if g is None:
         return B, m, v

@@ -77,9 +77,10 @@ def preconditioned(
 def optimizer_step(
     kind: Kind, p: Tensor, g: Tensor, m: Tensor, v: Tensor, *, lr: float, weight_decay: float, **adamw: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return p, m and v after a step with the gradient g. The kind `adamw` is `adamw_step`, with the keywords `adamw`.
+    """Return the parameter p and its moments m and v after a step with the gradient g.
 
-    The kind `gd` is gradient descent, p = (1 - lr weight_decay) p - lr g. It does not change m and v.
+    kind: `adamw` calls `adamw_step`, with the keywords `adamw`. `gd` is gradient descent, p = (1 - lr weight_decay) p -
+    lr g, and does not change m and v.
     """
     if kind == "adamw":
         return adamw_step(p, g, m, v, lr=lr, weight_decay=weight_decay, **adamw)

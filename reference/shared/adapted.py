@@ -62,7 +62,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 class AdaptedLayer(nn.Module):
-    """A layer that takes the place of `base` and adds a Method's update to it."""
+    """A layer that takes the place of `base` and applies a Method's update."""
 
     base: nn.Module
     """The original layer, which does not change. `detach` puts it back."""
@@ -175,7 +175,7 @@ class AdaptedLayers(AdaptedModel):
 def adapt(model: nn.Module, bases: Mapping[str, nn.Module], make: Callable[[nn.Module], AdaptedLayer]) -> AdaptedLayers:
     """Freeze `model`, and replace each layer in `bases` by the adapted layer that `make` returns for it.
 
-    bases: path -> layer of `model`. If `make` raises ValueError, this raises it with the path, and `model` is unchanged.
+    bases: path -> layer of `model`. If `make` raises ValueError, raise it again with the path, and leave `model` unchanged.
     """
     layers = {}
     for path, base in bases.items():

@@ -57,7 +57,10 @@ def embedding_factors(base: nn.Embedding, rank: int, generator: torch.Generator)
 
 
 def _orthogonal(rank: int, inputs: int, outputs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return A and B with B A = 0. The columns of A and the rows of B lie in orthogonal subspaces of R^rank, half each."""
+    """Return A and B with B A = 0.
+
+    The columns of A and the rows of B lie in two orthogonal subspaces of R^rank, each of dimension rank / 2.
+    """
     if rank % 2:
         raise ValueError(f"rank {rank} is odd; init=orthogonal requires an even rank")
 

@@ -1,7 +1,7 @@
 """`axolotl`: the LoRA kernels of Axolotl, as Operations and as the forward passes of peft's LoRA, DoRA and QLoRA layers.
 
 Where Axolotl calls Triton, a GPU is needed, or TRITON_INTERPRET=1 in float32 or float16; Triton's interpreter is
-wrong in bfloat16. On a CPU without the interpreter, torch computes the activation between Axolotl's products.
+wrong in bfloat16. On a CPU without the interpreter, torch computes the activation between Axolotl's matrix products.
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 _REWRITING = ("pissa", "olora", "loftq")
 """If LoRA's `init_lora_weights` begins with one of these, peft overwrites the base weight."""
 _NEAR_THE_BASE = ("VBLORA", "UNILORA")
-"""Values of `peft_type`: before training, the output is near that of the base model, but not equal."""
+"""Values of `peft_type`. With these, the output before training is near the base model's output, but not equal to it."""
 _NAMED_STARTS = ("LORA", "LOKR")
-"""Values of `peft_type`: with every initialisation that a config can name, the output before training is that of the base
-model. For other methods, a named initialisation may change the output, such as `gaussian` of C3A."""
+"""Values of `peft_type`. With these, the output before training equals the base model's, whichever initialisation the
+config names. With other types, a named initialisation may change the output, e.g. `gaussian` of C3A."""
 _ACT_BETWEEN_STEPS = ("ADALORA", "ADAMSS")
 """Values of `peft_type` that need a call of peft's `update_and_allocate` between optimizer steps."""
 _STARTS = ("init_weights", "init_lora_weights", "init_ia3_weights")

@@ -1,4 +1,4 @@
-"""Loading of adapter files by HF peft, as its documentation shows it: `PeftModel.from_pretrained`, then `load_adapter`."""
+"""Load adapter files by HF peft in the way that peft documents: `PeftModel.from_pretrained`, then `load_adapter`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class PeftLoader(Loader):
     def load(self, folder: Path, name: str) -> None:
         """Load the first adapter by `PeftModel.from_pretrained`, and further ones by `load_adapter`.
 
-        Raises Unsupported for several adapters if one of them has `bias`.
+        Raises Unsupported for several adapters if the config of one of them says that it trains biases.
         """
         from peft import PeftConfig, PeftModel
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def lokr(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
     """Attach peft's LoKr to linear layers.
 
-    Raises Unsupported for a quantised base, and for a factor that divides a layer's size and is above its square root.
+    Raises Unsupported for a quantised base, and for a factor that divides a layer's size and exceeds the size's square
+    root.
     """
     from peft import LoKrConfig
 

@@ -149,7 +149,7 @@ def _plain_name(name: str) -> str:
 
 
 def _model_of(tensors: Mapping[str, Tensor]) -> Any:
-    """Return a PeftModel whose parameters have the values `tensors`, by the names that `_plain_name` returns."""
+    """Return a PeftModel with these parameters. tensors: name, as `_plain_name` returns it -> value of the parameter."""
     import torch
     from peft import LoraConfig, get_peft_model
     from torch import nn

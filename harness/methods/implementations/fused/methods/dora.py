@@ -105,7 +105,7 @@ def _without_bias(base: Any, x: Tensor) -> Tensor:
 
 
 def attach(model: nn.Module, config: dora.Config, generator: torch.Generator) -> AdaptedLayers:
-    """Attach layers that compute by `dora_linear` to `config.targets`.
+    """Replace each target by a layer that computes by `dora_linear`.
 
     Raises Unsupported for per=input, for embeddings and convolutions, and for detach_norm=false. A layer over a Conv1D
     computes as the reference does. A layer over a base that another library has quantised also uses the formula of the

@@ -56,7 +56,7 @@ class FusedLoraLinear(FusedLowRankLayer, lora.LoraLinear):
 
 
 def attach(model: nn.Module, config: lora.Config, generator: torch.Generator) -> AdaptedLayers:
-    """Attach layers that compute by `lora_linear` or `routed_experts` to `config.targets`.
+    """Replace each target by a layer that computes by `lora_linear` or `routed_experts`.
 
     Raises Unsupported if a target is neither linear nor a module of experts that transformers can group.
     """
