@@ -82,7 +82,7 @@ class Config:
     factor: int = field(default=-1, metadata={"minimum": -1, "maximum": 4096})
     """Largest number of rows and of columns of the left block C. A value below 1 sets no limit besides sqrt(size)."""
     init: str = field(default="peft", metadata={"choices": ("peft", "lycoris")})
-    """Library whose block starts at zero: the left block in HF `peft`, the right block in `lycoris`."""
+    """`peft`: the left block starts at zero, as in HF peft. `lycoris`: the right block starts at zero, as in LyCORIS."""
     rank_dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
     """Probability that a row of the update (one output feature) is dropped in training."""
 

@@ -124,7 +124,7 @@ class Config:
     rslora: bool = False
     """True to scale by alpha / sqrt(rank) (arXiv:2312.03732)."""
     conv: str = field(default="peft", metadata={"choices": ("peft", "loralib")})
-    """Library whose shapes the A and B of a convolution have: HF `peft` or `loralib`."""
+    """Shapes of A and B for a convolution: those of HF `peft` or of `loralib`."""
     init: str = field(
         default="kaiming", metadata={"choices": ("kaiming", "gaussian", "orthogonal"), "omit_default": True}
     )

@@ -167,7 +167,7 @@ def targets() -> dict[str, TargetKind]:
 
 @cache
 def opt_in_fields(method: str) -> dict[str, Any]:
-    """Map the names of the fields of a Method's Config that are marked `opt_in` to their defaults."""
+    """Map each field of a Method's Config that is marked `opt_in` to its default."""
     fields = {} if method in UNREFERENCED else method_info(method).fields
     return {name: info.default for name, info in fields.items() if info.opt_in}
 

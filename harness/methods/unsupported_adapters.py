@@ -22,7 +22,7 @@ _INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 def unsupported(config: Mapping[str, Any]) -> dict[str, str]:
-    """Map each key of an adapter_config.json that the reference does not implement to what the key changes."""
+    """Map each key of `config`, an adapter_config.json, that the reference does not implement to what the key changes."""
     found = {key: meaning for key, meaning in UNSUPPORTED.items() if config.get(key)}
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_INITS):

@@ -107,7 +107,7 @@ class PeftAdaLora(PeftAdapted):
     def after_step(self, step: int) -> None:
         """Call peft's allocator, and copy its new rank pattern to the masks.
 
-        The allocator first gets the current masks, because they may have been loaded.
+        The allocator first gets the current masks, because they may come from a checkpoint.
         """
         import torch
 

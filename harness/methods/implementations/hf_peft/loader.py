@@ -113,7 +113,7 @@ class PeftLoader(Loader):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Disable all adapters within the context, by `disable_adapter`. Raises Unsupported for trained biases."""
+        """Disable all adapters within the context, by `disable_adapter`. Raises Unsupported if one has trained biases."""
         if any(config.bias != "none" for config in self.model.peft_config.values()):
             raise Unsupported("disabled: peft documents that disabling leaves the biases that it trained")
         with self.model.disable_adapter():
