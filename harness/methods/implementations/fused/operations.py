@@ -14,7 +14,7 @@ _ALONE = (
     "adalora_importance", "adamw8bit_step", "dora_linear", "dynamic_quantize", "galore_step", "lora_experts", "lora_linear",
     "lora_mlp", "lora_qkv", "multi_lora_linear", "nf4_linear", "nf4_lora_linear", "vera_linear",
 )  # fmt: skip
-"""Names of Operations: `x` is the function `x` in the module `x`."""
+"""Operations whose module and function have the Operation's name, e.g. `lora_linear.lora_linear`."""
 _FUNCTIONS = {name: f"{name}.{name}" for name in _ALONE} | {
     "galore8bit_step": "galore_step.galore8bit_step",
     "nf4_quantize": "nf4.quantize",
