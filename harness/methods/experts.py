@@ -36,7 +36,7 @@ def untouched(model: nn.Module) -> int:
 
 
 def takes_all_linear_layers(cell: Cell) -> bool:
-    """Return whether a Cell adapts all linear layers, or has no list of targets and quantises all linear layers."""
+    """Return whether a Cell adapts all linear layers. Without a list of targets, return whether it quantises them all."""
     if isinstance(keys := cell.config.get(KEY), dict):
         return keys.get("target_modules") == ALL_LINEAR
     targets = cell.config.get("targets")

@@ -1,6 +1,6 @@
 """Find the values of `peft_type` that the installed peft has, and their config keys. Imports no torch.
 
-They are read from peft's source, because importing peft takes seconds.
+Both are read from peft's source, because importing peft takes seconds.
 """
 
 from __future__ import annotations

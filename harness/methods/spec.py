@@ -49,13 +49,13 @@ class Adapted(Protocol):
     def tensors(self) -> dict[str, Tensor]:
         """Map the Method's canonical names, `<path>.<letter>`, to the trainable tensors.
 
-        The model's state_dict has them, unless hooks hold them.
+        The model's state_dict has these tensors, unless hooks instead of modules hold them.
         """
 
     def state(self) -> dict[str, Tensor]:
         """Map `<path>.<name>` to tensors that the Method created and does not train (PiSSA's residual, VeRA's A and B).
 
-        The model's state_dict has them all, except constants that follow from the config alone (VeRA's A and B).
+        The model's state_dict has these tensors, except constants that follow from the config alone (VeRA's A and B).
         """
 
     def parameters(self) -> list[nn.Parameter]:

@@ -82,8 +82,8 @@ def galore_step(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple[Tens
 def galore_step_8bit(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Take one step of GaLoreAdamW8bit with moments of fewer than 4096 elements. Return W, M and V.
 
-    GaLoreAdamW8bit stores such small moments in float32. W is the new weight. M and V are its new moments, each in the
-    dtype of its argument. Raises Unsupported for larger moments, which GaLoreAdamW8bit stores in 8 bits.
+    GaLoreAdamW8bit stores such small moments in float32. W is the new weight. M and V are its new moments, in the dtypes
+    of the arguments M and V. Raises Unsupported for larger moments, which GaLoreAdamW8bit stores in 8 bits.
     """
     import torch
     from galore_torch import GaLoreAdamW8bit

@@ -72,7 +72,7 @@ def _attach(model: nn.Module, config: Any, generator: Generator, kind: type[Any]
 def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int, bool]]:
     """Replace linear layers as `torchao.nf4_dq` does, and return what `torchao.nf4_dq` returns.
 
-    The layers multiply as FrozenNF4Linear does, the layer under torchtune's QLoRA.
+    The layers multiply as FrozenNF4Linear does, which is the base layer of torchtune's QLoRA.
     """
     from torchtune.modules.low_precision import FrozenNF4Linear
 

@@ -35,7 +35,7 @@ _NAME: dict[str, Any] = {
 
 @cache
 def _kernels() -> Any:
-    """Import and return unsloth.kernels.fast_lora, without running the `__init__` of its packages."""
+    """Import and return unsloth.kernels.fast_lora, without running the `__init__` of `unsloth` and `unsloth.kernels`."""
     import torch
 
     folder = Path(str(find_spec("unsloth").origin)).parent  # type: ignore[union-attr]

@@ -78,7 +78,7 @@ def _step8bit(
 
 @implements("paged_adamw", **_OPERATION)
 def paged_adamw(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **options: Any) -> tuple[Tensor, ...]:
-    """Take one step of PagedAdamW for each list in `grads`. Return the new parameters."""
+    """Take one step of PagedAdamW for each list in `grads`. Return the new parameters. options: see torch's AdamW."""
     from bitsandbytes.optim import PagedAdamW
 
     trained = _trained(params)

@@ -6,7 +6,7 @@ as the values of an SVD in float32. A float64 gradient gets an SVD.
 
 The randomised SVD (niter > 0) begins with the same sketch as the reference. It computes a basis by Cholesky
 factorisation in float64. If the columns are nearly linearly dependent, it uses Householder reflections, like the
-reference. Both bases span the same space.
+reference. The two ways give bases of the same space.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class FusedLowRankLayer(SharedInputLayer):
         return lora_linear_over(self.base, x, self.left_factor(), self.B, self.scaling)
 
     def factors(self, x: Tensor) -> LoraFactors | None:
-        """Return the matrices from which `lora_linears` computes the output. Return None if `factors_over` does."""
+        """Return the matrices from which `lora_linears` computes the output, or None if `factors_over` returns None."""
         return factors_over(self.base, x, self.left_factor(), self.B, self.scaling)
 
 
@@ -56,7 +56,7 @@ class FusedLoraLinear(FusedLowRankLayer, lora.LoraLinear):
 
 
 def attach(model: nn.Module, config: lora.Config, generator: torch.Generator) -> AdaptedLayers:
-    """Attach layers that compute by `lora_linear` or `routed_experts` to `config.targets`.
+    """Replace each target by a layer that computes by `lora_linear` or `routed_experts`.
 
     Raises Unsupported if a target is neither linear nor a module of experts that transformers can group.
     """

@@ -31,7 +31,7 @@ class FusedQloraLinear(qlora.QloraLinear):
 
 
 def attach(model: nn.Module, config: qlora.Config, generator: torch.Generator) -> AdaptedLayers:
-    """Attach layers that compute by `packed_lora_linear` or `routed_experts` to `config.targets`.
+    """Replace each target by a layer that computes by `packed_lora_linear` or `routed_experts`.
 
     The original layers stay available for `detach`; a Cell offloads their weights while it trains. Raises Unsupported if
     a target is a module of experts that transformers cannot group.
