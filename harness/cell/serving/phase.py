@@ -45,10 +45,10 @@ def draw(run: CellRun, subject: Subject) -> Adapters:
 
 
 def serve(run: CellRun, subject: Subject, adapters: Adapters) -> Served | None:
-    """Serve adapters in the server that the Cell names, and return the times; None without adapters.
+    """Serve adapters in the server that the Cell names, and return the times. Without adapters, return None.
 
-    adapters: as `draw` returns them. If the server is missing, fails or answers wrongly, a check fails or is skipped, and
-    the result has a reason instead of times.
+    adapters: as `draw` returns them. If the server is missing, fails or answers wrongly, a check fails or is skipped,
+    and the result has a reason instead of times.
     """
     cell = run.cell
     if not adapters:
@@ -85,7 +85,10 @@ def serve(run: CellRun, subject: Subject, adapters: Adapters) -> Served | None:
 
 
 def _untimed(run: CellRun, subject: Subject, served: Served, *, failed: bool) -> Served:
-    """Add the check ALIVE with the reason why nothing was timed, and return `served`."""
+    """Add the check ALIVE to the Cell's results, with the reason why nothing was timed, and return `served`.
+
+    failed: True if the check fails, False if it is skipped.
+    """
     case = Case("trained", seed=run.cell.seed)
     result = skipped(subject, case, ALIVE, served.because)
     run.checks.append(result.model_copy(update={"outcome": Outcome.FAIL}) if failed else result)
@@ -93,9 +96,8 @@ def _untimed(run: CellRun, subject: Subject, served: Served, *, failed: bool) ->
 
 
 def _save(subject: Subject, adapters: Adapters, base: Path, folder: Path) -> dict[str, Path]:
-    """Save the adapters. Return a dict that maps the name of each adapter on the server to its folder.
+    """Save each adapter to its own folder. Return the name of each adapter on the server -> its folder, the trained one first.
 
-    The trained adapter is the first.
     """
     saved: dict[str, Path] = {}
     for number, tensors in enumerate(adapters):
@@ -150,7 +152,7 @@ def _served(
 
 
 def _choose_dialect(session: Session) -> None:
-    """Find the dialect (form of requests) that the server accepts, and use it in the session.
+    """Find the dialect (form of requests) that the server accepts, and set it in the session.
 
     Only dialects with token ids as prompts are tried, so no tokenizer is needed.
     """
