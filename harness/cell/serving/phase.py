@@ -96,8 +96,9 @@ def _untimed(run: CellRun, subject: Subject, served: Served, *, failed: bool) ->
 
 
 def _save(subject: Subject, adapters: Adapters, base: Path, folder: Path) -> dict[str, Path]:
-    """Save each adapter to its own folder. Return the name of each adapter on the server -> its folder, the trained one first.
+    """Save each adapter to its own folder. Return name of the adapter on the server -> folder.
 
+    The trained adapter is the first entry.
     """
     saved: dict[str, Path] = {}
     for number, tensors in enumerate(adapters):

@@ -144,9 +144,7 @@ class _OneStep(TrainerCallback):  # type: ignore[misc]
         self.padded_tokens = self.tokens = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Forget the losses and sizes of the previous step, and compute the gradients of the Method's own term of the loss.
-
-        """
+        """Forget the losses and sizes of the previous step, and compute the gradients of the Method's own loss term."""
         self.losses.clear()
         self.padded_tokens = self.tokens = 0
         if (term := self.adapted.regularizer()) is not None:
@@ -190,9 +188,7 @@ class _Watch(_OneStep):
 
 
 class _Trainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer that gives the loss of each part of a batch to `watch`. SFTTrainer's log has only means over several steps.
-
-    """
+    """SFTTrainer that gives the loss of each part of a batch to `watch`. SFTTrainer's log has only means over steps."""
 
     def __init__(self, *arguments: Any, watch: _OneStep, **options: Any) -> None:
         super().__init__(*arguments, callbacks=[watch], **options)
