@@ -97,8 +97,7 @@ def _targets(base: str, adapters: Sequence[str]) -> list[_Target]:
 def _round(
     client: Client, models: Sequence[str], prompts: Sequence[Sequence[int]]
 ) -> tuple[float, list[tuple[float, float]]]:
-    """Send the requests at the same time. Return the wall time, and for each request the seconds to its first and last token.
-    """
+    """Send the requests at the same time. Return the wall time, and each request's seconds to its first and last token."""
     ready = Barrier(len(models) + 1)
 
     def request(model: str, prompt: Sequence[int]) -> tuple[float, float]:
