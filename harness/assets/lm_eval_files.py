@@ -34,7 +34,7 @@ _NAME = re.compile(r"lm-eval:(?P<task>[\w.+-]+)(?::(?P<filter>[\w.+-]+))?(?:@(?P
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A task of lm-eval. Suites call it `lm-eval:TASK:FILTER@REVISION`, and may leave out FILTER and REVISION."""
+    """A task of lm-eval. In a suite, its name is `lm-eval:TASK:FILTER@REVISION`, where FILTER and REVISION are optional."""
 
     task: str
     filter: str

@@ -180,9 +180,9 @@ def _open(claim: Claim, found: MeasureResult) -> bool:
 
 
 def _allowed(claim: Claim, found: MeasureResult) -> str:
-    """Return, as text, the range of results that the paper's rounded figures allow, if only a part of it agrees with the claim.
+    """Return, as text, the range of results that the paper's rounded figures allow.
 
-    Otherwise return an empty string.
+    If all values in this range agree with the claim, or none of them, return an empty string.
     """
     if claim.figure is None or found.within is None:
         return ""

@@ -11,7 +11,7 @@ NEEDED = (
     "pyyaml", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions", "click", "rich",
     "markdown-it-py", "mdurl", "pygments", "jinja2", "markupsafe", "psutil", "packaging",
 )  # fmt: skip
-"""Distributions without which no command starts. Those that the target machine has are not unpacked there."""
+"""Distributions without which no command starts. Those that the target machine already has are not unpacked there."""
 USEFUL = (
     "bitsandbytes",
     "torchao",
@@ -39,7 +39,7 @@ class Half(NamedTuple):
 
 
 HALF = (Half("minilm-l6", "sentinels", ("movie-reviews",)), Half("tiny-llama", "night"))
-"""Candidates for the model in float16, best first. A kit holds the first that fits together with its data."""
+"""Candidates for the model in float16, best first. A kit holds the first candidate that fits with its data."""
 SOURCES = ("tiny-llama", "toy-sentiment", "movie-reviews", "minilm-l6")
 """Names in suites/sources.yaml of the models and data that `peft-harness kit` copies as far as they fit."""
 FOLDERS = ("harness", "reference", "suites", "report_templates", "results/baselines")

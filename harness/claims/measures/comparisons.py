@@ -38,5 +38,5 @@ def falls_by(of: Quantity, to: Quantity, share: Quantity) -> MeasureResult:
 
 @measure("number")
 def printed_elsewhere(figure: Quantity, place: str) -> MeasureResult:
-    """The figure that the paper prints for the same quantity in another place. place: section or table of the paper."""
+    """The figure that the paper prints for the same quantity in another section or table. place: this section or table."""
     return MeasureResult(figure, f"{written(figure)} in {place}")
