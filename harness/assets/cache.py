@@ -100,8 +100,7 @@ def sweep() -> None:
 
 
 def promote(made: Path, destination: Path) -> None:
-    """Rename a finished folder to its destination atomically. If the destination exists already, keep the existing folder.
-    """
+    """Rename a finished folder to its destination atomically. If the destination exists already, keep it."""
     for path in [*made.rglob("*"), made]:
         _fsync(path)
     destination.parent.mkdir(parents=True, exist_ok=True)

@@ -132,8 +132,7 @@ def made() -> list[MadeEnvironment]:
 
 
 def remove(environment: MadeEnvironment) -> None:
-    """Remove an environment. Its folder is renamed first, so that an interrupted removal leaves no incomplete environment.
-    """
+    """Remove an environment. Its folder is renamed first, so that an interrupted removal leaves no part of it."""
     with cache.staging(environment.name) as staging:
         environment.folder.rename(staging / "removed")
 
