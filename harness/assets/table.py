@@ -33,7 +33,7 @@ _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>.*))?",
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HOLDERS = {"prompt": ("answers",), "answer": ("answers",), "text": ("labels", "text"), "label": ("labels",)}
-"""Name of a column -> the values of `Rows.holds` for which rows have this column."""
+"""Name of a column -> contents (`Rows.holds`) of rows that have this column. Only rows with `answers` have a `prompt`."""
 
 
 class Rows(FrozenModel):

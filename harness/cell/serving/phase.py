@@ -1,4 +1,7 @@
-"""Serve the adapter of a Cell: start a server, judge its answers, and time each load that has right answers."""
+"""Serve the adapter of a Cell: start a server, judge its answers, and time it under several loads.
+
+A load is a mix of models that requests go to, e.g. several adapters. It is timed only if its answers are right.
+"""
 
 from __future__ import annotations
 

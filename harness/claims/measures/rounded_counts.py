@@ -8,7 +8,7 @@ from harness.claims.measures.arithmetic import written
 
 @measure("count")
 def whole_multiple(of: Quantity, to: Quantity, cut: bool = False) -> MeasureResult:
-    """`of`, rounded to a whole multiple of `to`. cut: round down instead.
+    """The number `of`, rounded to a whole multiple of the number `to`. cut: round down instead.
 
     A paper may round a size to `125M` first, and then print it as `125.0M`.
     """
