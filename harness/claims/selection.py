@@ -42,7 +42,7 @@ def chosen(
 def _hint(start: str, known: Sequence[str]) -> str:
     """Return a hint for an id prefix that matches none of the known ids.
 
-    The hint names the papers whose claims have this prefix. If there are none, it names the most similar ids.
+    The hint names the papers whose claims have this prefix. If there are no such papers, it names the most similar ids.
     """
     every = claim_file.load(claim_file.paths(claim_file.names()))
     if papers := sorted({claim.paper for claim in every if claim.id.startswith(start)} if start else ()):

@@ -23,8 +23,8 @@ _ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, StopIteration,
     TypeError, ValueError, re.error,
 )  # fmt: skip
-"""Errors that transformers and the references raise if a model or a config does not fit. Each error fails only its own
-claim."""
+"""Errors that transformers and the references raise if a model or a config does not fit. Only the claim that caused the
+error fails."""
 
 
 _UNUSED = ("torchao",)

@@ -48,7 +48,8 @@ class MasterWeights(torch.optim.Optimizer):
         self.loss_scale = FIRST_LOSS_SCALE if self.scales else 1.0
 
     def master_of(self, parameter: Tensor) -> Tensor:
-        """Return a parameter's master, or the parameter if it has none. A master shows steps too small for 16 bits."""
+        """Return a parameter's master, or the parameter if it has none. Only the master shows changes too small for 16 bits.
+        """
         return next((m.detach() for p, m in self._pairs if p is parameter), parameter.detach())
 
     def lower_loss_scale(self) -> bool:
@@ -109,8 +110,8 @@ def make(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Return the optimizer over adapter and head, and its schedule: linear warm-up, then a linear decrease to zero.
 
-    If the Method has no optimizer of its own, `build` makes one. It has float32 master weights if a trained tensor is
-    float16 or bfloat16.
+    If the Method has no optimizer of its own, `build` makes the optimizer. It gets float32 master weights if a trained
+    tensor is float16 or bfloat16.
 
     If the Method has its own optimizer, this optimizer also steps the head. Its moments have 8 bits if `name` is
     `adamw-8bit`. It steps bfloat16 weights directly, as GaLore's paper does to save memory. For float16 weights it has

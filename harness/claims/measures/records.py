@@ -162,7 +162,10 @@ def scaled_memory(suite: SuiteName, cells: Depths, whole_suite: SuiteName, whole
 
 @measure("ratio")
 def scaled_memory_ratio(suite: SuiteName, of: Depths, to: Depths, model: Model) -> MeasureResult:
-    """Ratio `of` / `to` of two memories without activations and logits, each scaled up as in `scaled_memory`."""
+    """Ratio `of` / `to` of two training memories, each scaled up to `model` as in `scaled_memory`.
+
+    Activations and logits are left out.
+    """
     for a, b in zip(of, to, strict=True):
         pair(suite, a, b)
     (x, above, own), (y, below, _) = _scaled(suite, of, model), _scaled(suite, to, model)

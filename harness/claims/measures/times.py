@@ -119,9 +119,9 @@ def _compared(suite: str, of: str, to: str, time: Callable[[Sequence[Record]], I
 
 
 def _merge(intervals: Sequence[Interval]) -> Interval:
-    """Return the smallest interval that covers these intervals, one per process.
+    """Return the smallest interval that covers all of `intervals`, one per process.
 
-    Its value is the median of their values.
+    The value of the result is the median of the values of `intervals`.
     """
     values = sorted(x.value for x in intervals)
     return Interval(values[len(values) // 2], min(x.least for x in intervals), max(x.most for x in intervals))
