@@ -31,7 +31,7 @@ class Reading:
     """Another way to read a claim: with another convention, rank or unit than the paper's."""
 
     under: str
-    """The other convention, rank or unit, in words."""
+    """The convention, rank or unit of this reading, in words."""
     request: MeasureRequest
 
 

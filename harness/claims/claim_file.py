@@ -162,8 +162,7 @@ class _ClaimFileReader:
                 self.problem(way, f"`{name}` is missing", _MISSING[name.partition(" ")[0]])
 
     def _rows(self, table: ClaimKeys, way: KeyPath) -> list[tuple[RowKeys, KeyPath]]:
-        """Return the rows of a table, each with its place in the file. For an entry without `rows`, the entry is the only row.
-        """
+        """Return the rows of a table, each with its place in the file. An entry without `rows` is its own only row."""
         if table.rows is None:
             return [(table, way)]
         if table.printed:

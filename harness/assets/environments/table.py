@@ -103,10 +103,9 @@ def home_of(implementation: str) -> str:
 
 
 def of_requirement(text: str) -> EnvironmentSpec:
-    """Return the environment in which only this requirement differs from the Python that runs the harness.
+    """Return the environment in which only the requirement `text` differs from the Python that runs the harness.
 
-    text: a requirement with a version, e.g. `peft==0.19.1`. Raises UsageError if `text` is not such
-    a requirement.
+    text: a requirement with a version, e.g. `peft==0.19.1`. Raises UsageError for any other text.
     """
     hint = "write a library and a version, e.g. peft==0.19.1"
     try:

@@ -48,8 +48,7 @@ class MasterWeights(torch.optim.Optimizer):
         self.loss_scale = FIRST_LOSS_SCALE if self.scales else 1.0
 
     def master_of(self, parameter: Tensor) -> Tensor:
-        """Return a parameter's master, or the parameter if it has none. Only the master shows changes too small for 16 bits.
-        """
+        """Return a parameter's master, or the parameter if it has none. Only masters show changes too small for 16 bits."""
         return next((m.detach() for p, m in self._pairs if p is parameter), parameter.detach())
 
     def lower_loss_scale(self) -> bool:

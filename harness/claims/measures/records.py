@@ -204,10 +204,10 @@ def pair(suite: str, of: str, to: str) -> tuple[list[Record], list[Record]]:
 
 
 def _depths(suite: str, cells: Sequence[str]) -> tuple[str, dict[int, list[Record]]]:
-    """Return the name of the model that Cells with different numbers of blocks share, and number of blocks -> Records.
+    """Return a model's name without its number of blocks, and number of blocks -> Records, in ascending order.
 
-    The name does not include the number of blocks. The dict is in ascending order. Raises ValueError if the Cells
-    differ in anything but the number of blocks.
+    cells: entries that differ only in the number of blocks of their model. Raises ValueError if they differ in anything
+    else.
     """
     sides = record_sources.records(suite, *cells)
     names = {own[0].cell.model.removeprefix(shapes.PREFIX).partition("/")[0] for own in sides}
@@ -231,7 +231,7 @@ def _extrapolated(suite: str, cells: Sequence[str]) -> tuple[Interval, str, Reco
 
 
 def _scaled(suite: str, cells: Sequence[str], model: str, paged: int | None = None) -> tuple[Interval, str, Record]:
-    """Scale the counted bytes of Cells up to `model`. Return the bytes, the arithmetic as text, and one Record.
+    """Scale the bytes in the Records of `cells` up to `model`. Return the bytes, the arithmetic as text, and one Record.
 
     paged: bytes of the states that a paged optimizer leaves on the GPU when it trains `model`.
     """
