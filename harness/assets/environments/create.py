@@ -25,7 +25,7 @@ Say = Callable[[str], None]
 """Function that reports the next step in one line."""
 _MB = 1e6
 _GROWTH = 4
-"""Estimated bytes on disk per byte of a download: the wheel, its content, and the compiled modules."""
+"""Estimated bytes on disk per byte of a download. They hold the wheel, its content, and the compiled modules."""
 _COMPILED = 1.5
 """Estimated bytes on disk per byte of a wheel's content, with the compiled modules."""
 _LINK = "_peft_harness.pth"

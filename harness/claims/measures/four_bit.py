@@ -1,6 +1,7 @@
 """Measures: the values (levels) of 4-bit types, and the errors of these types on weights from a normal distribution.
 
-NF4, FP4 and the 8-bit type of the block constants come from the references.
+Each block of weights has a constant, by which its 4-bit values are multiplied. NF4, FP4 and the 8-bit type of these
+constants come from the references.
 """
 
 from __future__ import annotations

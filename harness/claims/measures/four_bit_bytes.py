@@ -1,4 +1,4 @@
-"""Measures: bits and bytes of a QLoRA model, whose linear layers have 4-bit weights and block constants."""
+"""Measures: bits and bytes of a QLoRA model. Its linear layers have 4-bit weights, and one constant per block of weights."""
 
 from __future__ import annotations
 

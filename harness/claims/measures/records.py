@@ -135,15 +135,15 @@ def extrapolated_memory_ratio(suite: SuiteName, of: Depths, to: Depths) -> Measu
 
 @measure("bytes")
 def scaled_memory(suite: SuiteName, cells: Depths, whole_suite: SuiteName, whole: Entry) -> MeasureResult:
-    """Training memory of the Cell `whole`, scaled up from two Cells with a narrower model.
+    """Training memory of the Cell `whole`, estimated from two Cells with a narrower model.
 
     cells: the two narrower entries, one with a single block and one with two blocks. Their ranks are smaller in
     proportion. The bytes of weights, adapter, gradients, the optimizer's states and the temporary tensors of the
-    optimizer's step come from Records of `cells`. They grow in proportion to the parameters, separately inside and
-    outside of the blocks.
+    optimizer's step are taken from the Records of `cells`. They are multiplied by the ratio of the numbers of
+    parameters: one ratio for the blocks, and one for the rest of the model.
 
-    `harness.memory_model` predicts the rest: activations, logits, and the states that a paged optimizer leaves on the
-    GPU because they are small. The result is a range. The least value is without activations and logits, and the
+    `harness.memory_model` predicts all other bytes: activations, logits, and the states that a paged optimizer leaves
+    on the GPU because they are small. The result is a range. The least value is without activations and logits, and the
     largest value is with all of them.
     """
     at = record_sources.cell(whole_suite, whole)
