@@ -132,7 +132,7 @@ def made() -> list[MadeEnvironment]:
 
 
 def remove(environment: MadeEnvironment) -> None:
-    """Remove an environment. Its folder is renamed first, so that an interrupted removal leaves no part of it."""
+    """Remove an environment. Its folder is renamed first, so an interrupted removal leaves nothing that looks complete."""
     with cache.staging(environment.name) as staging:
         environment.folder.rename(staging / "removed")
 

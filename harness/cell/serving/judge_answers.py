@@ -46,8 +46,8 @@ class Judged:
 def judge(session: Session, base: Path, subject: Named, case: Case) -> Judged:
     """Send requests under each load, and judge the answers.
 
-    session: a session with at least two adapters. base: folder of the base model. subject, case: their Method, dtype
-    and case are part of the names of the checks. Raises ServerError if the server does not answer.
+    session: a session with at least two adapters. base: folder of the base model. subject: the Method and dtype for the
+    names of the checks. case: the case for these names. Raises ServerError if the server does not answer.
     """
     names = [BASE, *session.adapters]
     trained, second = names[1:3]

@@ -109,10 +109,10 @@ def share_at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted
 def of_some(start: Fraction, step: Fraction, to: Fraction, last: Fraction, fitted: bool, what: str) -> MeasureResult:
     """Find the n among 1, 2, ... for which `start + n * step` is nearest to the figure `to`. Return a result for this n.
 
-    If the nearest value does not round to the figure, it is the result. If it does, the result is a range of values,
-    because an n that is chosen to fit cannot confirm the figure. fitted: return the nearest value in both cases; raises
-    ValueError if `step` is less than 5 times `last`. last: one unit of the figure's last digit. what: the word for n,
-    e.g. `rank`.
+    If this nearest value does not round to the figure, the result is the nearest value. Otherwise the result is a range
+    of values, because an n that is chosen to fit cannot confirm the figure. fitted: return the nearest value in both
+    cases; raises ValueError if `step` is less than 5 times `last`. last: one unit of the figure's last digit. what: the
+    word for n, e.g. `rank`.
     """
     nearest = max(1, round((to - start) / step))
     value = start + nearest * step
