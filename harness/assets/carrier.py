@@ -90,8 +90,8 @@ def _download(source: Source, staging: Path, progress: Progress) -> Path:
 def _watch(pip: Subprocess, source: Source, work: Path, progress: Progress) -> Path | None:
     """Wait until the complete wheel or sdist is on disk, and return its path. If pip ends without it, return None.
 
-    The file is complete if its hash is right. This does not wait for the end of pip, which would take longer: after the
-    download of an sdist, pip runs the setup.py in a new environment, for metadata that are not needed here.
+    The file is complete if its hash is right. The function does not wait for the end of pip, which takes longer: after
+    the download of an sdist, pip runs the setup.py in a new environment, for metadata that are not needed here.
     """
     wrong: set[Path] = set()
     while True:

@@ -254,8 +254,8 @@ def _plain(text: str) -> str:
 _KEY = 24
 _BEGIN = re.compile(r"\b\w|[^\w\s]")
 _INSIDE = re.compile(r"(?<=\w)\w")
-"""Matches a letter that follows another letter. An `overlap_key` must end where a word ends: a text about parties does
-not contain the key `part`."""
+"""Matches a letter that follows another letter. A match at the end of a key means that the word goes on: a text about
+parties does not contain the key `part`."""
 _HINT = "look at source, member and rows in the table"
 _HINT_LABEL = "correct the row, or the task's `labels` and `doc_to_choice`"
 _SHOWN = 5

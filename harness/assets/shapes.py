@@ -1,6 +1,6 @@
 """Shapes: models without weights. A shape is a preset of `shapes.yaml`, or the path of a config.json.
 
-This module imports no torch.
+Imports no torch.
 """
 
 from __future__ import annotations

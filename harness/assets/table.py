@@ -188,7 +188,7 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind 
     """Return the Source for a name in a suite.
 
     name: name of a row in the table, `org/name@revision`, `shape:NAME`, or the path of a model's folder, relative to
-    `base`. kind: kind of a model that is not in the table. A local data file must have a row in the table. Raises
+    `base`. kind: kind of the source if it is not in the table. A local data file must have a row in the table. Raises
     UsageError if the name is unknown or does not fit the kind.
     """
     if name in table:

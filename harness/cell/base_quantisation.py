@@ -1,7 +1,7 @@
 """Quantise the base model of a Cell to 4 bits, and keep the data by which the parity gate judges the 4-bit codes.
 
-The parity gate compares the adapted model with the reference before training. A model is large if it is too large to be
-copied (`harness.conformance.subject.is_small`).
+The parity gate compares the adapted model with a float64 reference before training. A model is large if it is too large
+to be copied (`harness.conformance.subject.is_small`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The state of a running Cell. If the Cell fails, its Record (the file with its results) still contains this state.
 
-The parity gate compares the adapted model with the reference. Only a Cell that passes its gate is measured.
+The parity gate compares the adapted model with a float64 reference. Only a Cell that passes its gate is measured.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The data of a Cell: training batches, probe texts, and the scorer.
 
-Probe texts are the few texts on which the parity gate compares the logits of the adapted model with the reference.
+Probe texts are the few texts on which the parity gate compares logits of the adapted model with a reference.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Keys of parity gates. The gate compares a Cell's adapted model with the reference, before the Cell is measured.
+"""Keys of parity gates. The gate compares a Cell's adapted model with a reference, before the Cell is measured.
 
 Cells with equal keys share the result of one gate. A key is a hash of everything on which the result depends. A gate
 runs the adapted layers, and the whole model on a few texts, with random adapter tensors. It takes no optimizer step. So

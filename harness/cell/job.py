@@ -51,7 +51,7 @@ class ImportedAdapter(FrozenModel):
 class KnownGate(FrozenModel):
     """The parity gate of an earlier Cell of the run. A Cell with the same key reuses the result of this gate.
 
-    The gate compares the adapted model with the reference before training.
+    The gate compares the adapted model with a reference before training.
     """
 
     key: str

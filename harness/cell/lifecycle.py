@@ -1,6 +1,6 @@
 """Run the phases of a Cell: load, data, predict, quantise, attach, parity, train, count, save, evaluate, latency, serve.
 
-The phase `parity` is the parity gate: it compares the adapted model with the reference, before anything is measured.
+The phase `parity` is the parity gate: it compares the adapted model with a reference, before anything is measured.
 """
 
 from __future__ import annotations

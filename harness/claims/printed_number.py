@@ -65,9 +65,8 @@ class Rounding:
     """The rule that decides whether a computed number agrees with a printed figure."""
 
     rule: Literal["nearest", "cut", "magnitude", "about"] = "nearest"
-    """`nearest`: the number rounds to the figure. `cut`: the number without the digits that the figure lacks is the
-    figure. `magnitude`: number and figure have the same nearest power of ten. `about`: the difference is at most
-    `within`."""
+    """`nearest`: the number rounds to the figure. `cut`: the number with its further digits cut off is the figure (1.59
+    and `1.5`). `magnitude`: both have the same nearest power of ten. `about`: the difference is at most `within`."""
     within: Fraction = Fraction(0)
     """Largest allowed difference for the rule `about`, as a share of the printed figure."""
 

@@ -140,7 +140,7 @@ def _trim() -> None:
 def peak_while(run: Callable[[], object]) -> int | None:
     """Call `run`. Return the peak bytes of all CPU tensors during the call, or None if torch has no profiler.
 
-    This includes tensors that existed before the call. Equal runs give the same peak, to the byte, because the peak
+    The peak includes tensors that existed before the call. Equal runs give the same peak, to the byte, because the peak
     adds up the requests to torch's allocator. VmHWM, the peak of the process, would differ by megabytes.
 
     Some memory is not included. Tensors that were made during imports are missing, because the garbage collector does

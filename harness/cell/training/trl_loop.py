@@ -293,7 +293,7 @@ def _without_launcher() -> Iterator[None]:
 
 @contextmanager
 def _restored(model: Any) -> Iterator[None]:
-    """Restore at the end of the context the forward pass, the configs and the tags of a model, which SFTTrainer changes."""
+    """At the end of the context, restore what SFTTrainer changes in a model: its forward pass, configs and tags."""
     attributes = {name: value for name, value in vars(model).items() if not isinstance(value, dict)}
     configs = [model.config, *([model.generation_config] if hasattr(model, "generation_config") else [])]
     ids = [{name: getattr(config, name, None) for name in (*_TOKEN_IDS, "use_cache")} for config in configs]

@@ -94,8 +94,7 @@ def refresh_share(suite: SuiteName, cell: Entry) -> MeasureResult:
     """Share of the training time that GaLore's projector refreshes take.
 
     The first step has a refresh, and takes longer than a median step. The result is a range from 0 to this extra time,
-    as a share of the time of all steps until the next refresh. It begins at 0 because the first step also takes longer
-    for another reason: it warms up.
+    as a share of the time of all steps until the next refresh. It begins at 0 because the first step also warms up.
     """
     (own,) = record_sources.records(suite, cell)
     training, gap = own[0].measurements and own[0].measurements.training, own[0].cell.config.get("update_gap")
