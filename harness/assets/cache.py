@@ -1,7 +1,7 @@
 """The cache folder. It holds only complete entries: an entry is built in `staging/` and then renamed to its final path.
 
-Folders: models/NAME-KEY/, data/NAME-KEY/, environments/NAME-KEY/, staging/, carriers/ (wheels and sdists that users put
-there), predictions/ (files of `harness.memory_model.answer_cache`).
+A Source is a declared model or data set. Folders: models/NAME-KEY/, data/NAME-KEY/, environments/NAME-KEY/, staging/,
+carriers/ (wheels and sdists that users put there), predictions/ (files of `harness.memory_model.answer_cache`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ROOM = "free some space, or set PEFT_HARNESS_CACHE to a folder on a larger disk
 def root() -> Path:
     """Return the cache folder, without creating it.
 
-    It is PEFT_HARNESS_CACHE if this variable is set, otherwise `peft-harness` in the user's cache folder.
+    The environment variable PEFT_HARNESS_CACHE sets it. The default is `peft-harness` in the user's cache folder.
     """
     if chosen := os.environ.get("PEFT_HARNESS_CACHE"):
         return Path(chosen).expanduser().absolute()
@@ -51,8 +51,8 @@ def carriers() -> Path:
 def entry_folder(source: Source, fingerprint: str = "") -> Path:
     """Return the path of a source's folder in the cache.
 
-    The path contains a hash of the source's address, SHA-256, revision and member, and of `fingerprint`. So a changed
-    source gets another folder.
+    The path contains a hash of `fingerprint` and of the source's address, SHA-256, revision and member (path in an
+    archive). So a changed source gets another folder.
     """
     facts = [FORMAT, source.source, source.sha256, source.revision, source.member, fingerprint]
     if source.kind == "data" and source.scheme == "hub" and source.rows is not None:
@@ -100,7 +100,7 @@ def sweep() -> None:
 
 
 def promote(made: Path, destination: Path) -> None:
-    """Rename a finished folder to its destination atomically. If the destination exists already, keep that folder."""
+    """Rename a finished folder to its destination atomically. If the destination exists already, keep it."""
     for path in [*made.rglob("*"), made]:
         _fsync(path)
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def _asset_errors(what: str) -> Iterator[None]:
 
 
 def _sweep(base: Path) -> None:
-    """Remove the unlocked folders in `base`. The processes that made them have ended."""
+    """Remove the unlocked folders in `base`, whose processes have ended."""
     for folder in base.iterdir():
         if folder.is_dir():
             try:

@@ -1,4 +1,7 @@
-"""Measures: results of the conformance suite, which compares small tensors with a reference in float64."""
+"""Measures: results of the conformance suite, which compares implementations of a Method with a float64 reference.
+
+It uses small tensors.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Measures: the values (levels) of 4-bit types, and the errors of these types on weights from a normal distribution.
 
-NF4, FP4 and the 8-bit type of the block constants come from the references.
+Each block of weights has a constant, by which its 4-bit values are multiplied. NF4, FP4 and the 8-bit type of these
+constants come from the references.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out
     """Check whether the levels of the QLoRA paper's eq. 4, divided by the largest magnitude, are the printed levels.
 
     Eq. 4 is q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2, where Q is the quantile function of the normal
-    distribution. ends: whether levels that are not finite are kept (`as printed`) or left out.
+    distribution. ends: whether infinite levels are kept (`as printed`) or left out.
     """
     import torch
 

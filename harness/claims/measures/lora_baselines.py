@@ -77,9 +77,9 @@ def prefix_layer(model: Model, prefix: Tokens, infix: Tokens) -> MeasureResult:
 
 @measure("count")
 def prefix_layer_of_some_length(model: Model, printed: Quantity, last: Quantity, fitted: bool = False) -> MeasureResult:
-    """Number of parameters of prefix-layer tuning, if the paper prints it but not the number of virtual tokens.
+    """Number of parameters of prefix-layer tuning, if the paper prints this number but not the number of virtual tokens.
 
-    printed: the printed number. The result, `last` and `fitted` are explained in `at_some_rank`, for ranks instead of
+    printed: the printed number. The result, `last` and `fitted` are explained in `at_some_rank`, with ranks instead of
     tokens.
     """
     d, depth = _width_and_depth(model)

@@ -1,4 +1,4 @@
-"""Measures: scores and losses of training, from the Records of a run with several seeds. Imports no torch.
+"""Measures: scores and losses of training, from the Records (results) of a run with several seeds. Imports no torch.
 
 These runs are small: a difference that they do not show may exist at the paper's scale.
 """
@@ -68,7 +68,8 @@ def _scores(suite: str, of: str, than: str) -> tuple[Spread, str]:
 def _above(spread: Spread, least: float, how: str) -> MeasureResult:
     """Return, as the result of a property, whether a difference is above `least`.
 
-    It is undecided if the interval of the difference has values on both sides of `least`. how: the arithmetic as text.
+    The property is undecided if the interval of the difference has values on both sides of `least`. how: the arithmetic
+    as text.
     """
     low, high = spread.interval
     return MeasureResult(low > least, how, None if low > least or high < least else True)
