@@ -75,7 +75,7 @@ class Design:
 
     @property
     def level(self) -> float:
-        """One-sided level of the verdict `slower`, over all looks at fresh pairs together. `faster` has the same level."""
+        """One-sided level of `slower`, over all looks at fresh pairs together. `faster` has the same level."""
         return sum(self.levels)
 
     def looks(self, stage: Stage) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The command `peft-harness night` (a nightly run): checks and measurements on one GPU, within a budget of time.
+"""The command `peft-harness night` (a nightly run): checks and measurements on one GPU, within a limited time.
 
-Its parts are commands of peft-harness. Each part runs in a process of its own.
+A nightly run consists of parts. Each part is a command of peft-harness, and runs in a process of its own.
 """
