@@ -66,11 +66,10 @@ def busy(record: Record) -> str:
 
 
 def disturbed(record: Record, latencies: Iterable[Latency]) -> tuple[str, str]:
-    """Return a flag for latencies that were disturbed, `unsteady` or `busy`, and the evidence as text.
+    """Return the flag of disturbed latencies, `unsteady` or `busy`, and the evidence as text.
 
     latencies: the latencies of the base, the unmerged and the merged model, which were timed in turn. Return two empty
-    strings if there is no evidence, or if nothing was timed. A median without an interval, because of too few passes,
-    is no evidence.
+    strings without evidence, or if nothing was timed. A median with too few passes for an interval is no evidence.
     """
     medians = [(one.variant, median_interval(one.seconds)) for one in latencies if one.seconds]
     if not medians:

@@ -116,8 +116,7 @@ def training_energy(record: Record) -> float | None:
 def not_its_own_energy(record: Record) -> str:
     """Return the reason why the measured energy of a Record includes the energy of other Cells.
 
-    The reason is that the counter covers the whole machine and several Cells ran at the same time. Otherwise return an
-    empty string.
+    If the counter does not cover the whole machine, or the Cell ran alone, return an empty string.
     """
     energy = record.measurements.energy if record.measurements else None
     # A failed Record does not name its counter; on a CPU there is only one.

@@ -45,9 +45,8 @@ class Metric:
     why_missing: Callable[[Record], str] = lambda _: "not measured"
     """Function that returns the reason why the value is missing."""
     kind: MetricKind | None = None
-    """Rule that compares two values. `timed`: by statistics. `counted`: exactly, or within the slack if there is one.
-    `peak`: within the slack. `score`: item by item. None: the number is only shown. `slack_B` and `slack_share` give
-    the slack."""
+    """Rule that compares two values. `timed`: by statistics. `counted`: exactly, or within `slack_B`. `peak`: within
+    `slack_B` or `slack_share`. `score`: item by item. None: the number is only shown."""
     better: Literal["lower", "higher"] | None = None
     """Direction in which the value improves. If None, any difference is a regression."""
     slack_B: int = 0

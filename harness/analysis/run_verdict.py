@@ -79,8 +79,7 @@ def judge(run: Run) -> RunVerdict:
     The exit code is the first in this list whose condition holds:
 
     - FAIL: a Cell departs from its Method, a server gave wrong answers or none, the training of a Cell diverged or left
-      a tensor unchanged, a comparison is refuted, or a file was changed after the run. This holds even if other Cells
-      are missing.
+      a tensor unchanged, a comparison is refuted, or a file was changed after the run. Missing Cells do not matter.
     - NOTHING_COMPARED: no Cell was measured, and none failed: each Cell was skipped or is missing.
     - INFRASTRUCTURE: a Cell failed or is missing, the checks that it reuses from another Cell are lost, a file is
       unreadable, or the run is unfinished.

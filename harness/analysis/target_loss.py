@@ -1,10 +1,10 @@
 """Time to a target loss: seconds of training until the smoothed training loss of a recipe first reaches a target.
 
-A recipe is a set of Cells that differ only in the seed. The target belongs to a group of recipes with one budget: it is
-the highest final loss among the recipes near the highest accuracy (`choice.MARGIN`). So every recipe near the top
-reaches the target. The time says how fast a recipe reaches the loss of a recipe that a reader might choose. A smoothed
-loss is the mean over the last steps. The time is the sum over all steps, including warm-up, without start-up and
-evaluation. A low training loss does not prove a high accuracy.
+A recipe is a set of Cells that differ only in the seed. A group of recipes with one budget has one target: the highest
+final loss among the recipes near the highest accuracy (`choice.MARGIN`). So each of these recipes reaches the target.
+The time says how fast a recipe reaches the loss of a recipe that a reader might choose. A smoothed loss is the mean
+over the last steps. The time is the sum over all steps, including warm-up, without start-up and evaluation. A low
+training loss does not prove a high accuracy.
 """
 
 from __future__ import annotations

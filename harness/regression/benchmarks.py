@@ -1,4 +1,4 @@
-"""Compare the benchmarks of a pytest session with saved runs. A failed test of @conformance fails the comparison too."""
+"""Compare the benchmarks of a pytest session with saved runs. A failed test of @conformance also gives FAIL."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Reproducibility: bitwise comparison of the losses of reruns, with the first differing step and the causes.
 
-Losses may differ because of another machine, library, code version, number of threads, model or data set. The seed,
-which is part of the Cell, determines the initial state and the order of the data. So a difference in these two is not a
-cause, and only shows where two runs diverged.
+Losses may differ because of another machine, library, code version, number of threads, model or data set. A different
+initial state or data order is not a cause, because both follow from the seed, which is part of the Cell. It only shows
+where two runs diverged.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ _SPIKE = 4.0
 _TO_SIGMA = 1.4826
 """Ratio of the standard deviation to the median absolute deviation of a normal distribution."""
 _OWN_NIGHTS = 10
-"""Weight of the noise that all series share, when it is averaged with the noise of one series. A series has as much
-weight as it has nights. The shared noise is used because a few nights give a bad estimate."""
+"""Weight of the noise that all series share, when it is averaged with the noise of one series. Each night of the series
+has the weight 1. The shared noise is used because a few nights give a bad estimate."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,8 @@ def _pooled_noise(values: Array, shared: float, floor: float, own: float | None)
 def _large_enough(values: Array, edges: Sequence[int], least: float) -> tuple[LevelChange, ...]:
     """Merge neighbouring levels, the closest first, until all changes are large and well supported.
 
-    Return the remaining changes. A large change is at least `least`. `_supported` says whether a change is well
-    supported. The distance between two medians is not enough: if two nights of three are slow, the median is slow, even
-    if the third is fast.
+    Return the remaining changes. A large change is at least `least`; a well supported change satisfies `_supported`.
+    Medians alone do not suffice: if two nights of three are slow, the median is slow, even if the third is fast.
     """
     bounds = [int(edge) for edge in edges]
     while True:

@@ -2,8 +2,8 @@
 
 In the first stage, every Cell gets a few pairs. If they prove a Cell unchanged, that is its verdict. In the second
 stage, every other Cell gets fresh pairs, and these alone decide. So the pairs that made a Cell suspicious are not
-counted twice. A look judges all fresh pairs so far. The number of looks is planned, and together they keep the level of
-an alarm (the verdict `slower` or `faster`). There is an alarm only if the change exceeds a margin.
+counted twice. A look judges all fresh pairs so far. The number of looks is planned, and the looks share the level of an
+alarm (the verdict `slower` or `faster`). There is an alarm only if the change exceeds a margin.
 
 All computations use log ratios. So if A and B are exchanged, `slower` and `faster` are exchanged, and nothing else
 changes.

@@ -1,15 +1,14 @@
 """Verdict on the time of a benchmark in a new process (e.g. of pytest), compared with saved runs of older processes.
 
-A run is one process that times the benchmark in several rounds. It is reduced to one number, the median of its rounds.
-More rounds would not predict the next process better, because the rounds of one process share its conditions
-(addresses, clocks, neighbours). The new run is compared with the prediction interval of the saved runs, in log ratios:
-if nothing changed, the new run is another sample from their distribution. Nothing is trimmed, since the new run may be
-disturbed too.
+A run is one process that times the benchmark in several rounds. It is reduced to the median of its rounds. More rounds
+would not predict the next process better, because the rounds of one process share its conditions (addresses, clocks,
+neighbours). The new run is compared with the prediction interval of the saved runs, in log ratios: if nothing changed,
+the new run is another sample from their distribution. Nothing is trimmed, since the new run may be disturbed too.
 
 The level of the verdict holds for normal noise. Noise may be different: a process may run at one of two speeds, e.g.
 because of its memory layout, and a few saved runs may all have the same speed. But under any noise, an unchanged run
-lies beyond all n saved runs in only one of n + 1 sessions. With up to ten saved runs, a new run raises an alarm only if
-it lies beyond all of them.
+lies beyond all n saved runs in only one of n + 1 sessions. With up to ten saved runs, only a run beyond all of them
+raises an alarm.
 
 The machine may have changed since the saved runs. Their spread does not show this, so the margin has to allow for it.
 To find smaller differences, run old and new code in turn (see `paired`).

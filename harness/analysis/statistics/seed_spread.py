@@ -1,11 +1,11 @@
 """Spread of accuracies over seeds, estimated with the help of all recipes of a group.
 
-A recipe is a set of Cells that differ only in the seed. Three seeds of one recipe give a poor estimate of its variance.
-So the variances of the recipes are treated as samples of one distribution, whose mean and width are estimated from
-them. Each variance is moved towards this mean, more strongly with fewer seeds (the moderated t of Smyth 2004,
-doi:10.2202/1544-6115.1027). The moderated variance is too low for the best of several recipes. So a variance is never
-reduced, and the degrees of freedom of the other recipes count half. The tests simulate several spreads: in each, equal
-recipes are called unequal in less than 5 % of cases.
+Three seeds of one recipe (Cells that differ only in the seed) give a poor estimate of its variance. So the variances of
+the recipes are treated as samples of one distribution, whose mean and width are estimated from them. Each variance is
+moved towards this mean, more strongly with fewer seeds (the moderated t of Smyth 2004, doi:10.2202/1544-6115.1027).
+This is too optimistic for the best of several recipes. So a variance is never reduced, and the degrees of freedom of
+the other recipes count half. The tests simulate several spreads: in each, equal recipes are called unequal in less than
+5 % of cases.
 """
 
 from __future__ import annotations

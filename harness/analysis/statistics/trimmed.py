@@ -1,10 +1,9 @@
 """Trimmed t statistics and Hodges-Lehmann estimates of log ratios.
 
-A log ratio compares two processes of a Cell, which form a pair. The last axis of an array holds the pairs of a Cell;
-the other axes hold the Cells. The trimmed mean leaves out the highest and the lowest values of a Cell, `cut` values at
-either end. The variance replaces each of them by the nearest remaining value (Yuen 1974). So a disturbed process costs
-a pair, but not the verdict. numpy and scipy are imported at the first computation, because code that only reads
-verdicts needs neither.
+The last axis of an array holds the pairs of a Cell; the other axes hold the Cells. A pair is the log ratio of two
+processes. The trimmed mean leaves out the highest and the lowest values of a Cell, `cut` values at either end. The
+variance replaces each of them by the nearest remaining value (Yuen 1974). So a disturbed process costs a pair, but not
+the verdict. numpy and scipy are imported at the first computation, because code that only reads verdicts needs neither.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def _verdict(night: NightRun, is_running: bool) -> tuple[str, str]:
 
 
 def _reason(night: NightRun, waiting: Sequence[PlannedPart]) -> str:
-    """Return the reason for the verdict: that there is no GPU, which parts are not ok, or that a baseline is missing."""
+    """Return the reason for the verdict: no GPU, or else the parts that are not ok and a missing baseline."""
     if night.missing:
         return f"nothing was run: {night.missing}"
     names: dict[str, list[str]] = {}

@@ -62,8 +62,7 @@ class CommandEnd:
 def run(
     words: Sequence[str], variables: Mapping[str, str], folder: Path, limit_s: float, command: Sequence[str] = COMMAND
 ) -> CommandEnd:
-    """Run peft-harness with the arguments `words`. In `folder`, write its stdout to `STDOUT` and its stderr to
-    `log.txt`.
+    """Run peft-harness with the arguments `words`. Its stdout goes to `STDOUT`, its stderr to `log.txt` in `folder`.
 
     After `limit_s` seconds, or if a signal requests the end of this process, the command gets SIGTERM and then
     `GRACE_S` seconds to end. If this process is killed, the command is killed. Raises OSError if the command cannot be

@@ -101,7 +101,7 @@ class PartResult(FrozenModel):
 
 
 class NightFooter(FrozenModel):
-    """Content of footer.json: the result of a nightly run. It is written last, so an unfinished nightly run has none."""
+    """Content of footer.json: the result of a nightly run. It is written last, so an unfinished run has none."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")
     night: str

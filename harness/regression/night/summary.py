@@ -91,5 +91,5 @@ def _left_out(night: NightRun) -> list[str]:
 
 
 def _needed_s(one: PartResult) -> float:
-    """Return the seconds to plan for a repeated part: its estimate, or twice the time after which it was cut if longer."""
+    """Return the seconds to plan for a repeated part: its estimate, or twice its last time limit if that cut it."""
     return max(one.estimate_s, 2 * (one.seconds or 0.0) if one.status == "cut" else 0.0)
