@@ -23,13 +23,13 @@ class Choice:
     """Recommendation to a reader who must choose one recipe of a ranking."""
 
     pick: RankingEntry
-    """The recommended recipe: the most accurate if `winner` is true, otherwise the cheapest of `near`."""
+    """The recommended recipe: `highest` if `winner` is true, otherwise the cheapest of `near`."""
     highest: RankingEntry
     """The recipe with the highest accuracy."""
     winner: bool
     """True if the tests show that every other recipe is less accurate than `highest`. False for a single recipe."""
     near: tuple[RankingEntry, ...]
-    """The recipes within MARGIN of the highest accuracy, best first. The first one is `highest`."""
+    """The recipes near the top (see MARGIN), best first. The first one is `highest`."""
     undecided: int
     """Number of other recipes that no test shows to be less accurate than `highest`."""
     against: RankingEntry | None

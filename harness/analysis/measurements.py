@@ -134,7 +134,7 @@ def training_gpu(record: Record) -> GpuPhase | None:
 def above_imports(record: Record, memory: int) -> int:
     """Return `memory` minus the memory of the process after its imports, in bytes. The result is at least 0.
 
-    The memory of imported libraries is subtracted because it is not a cost of the Method.
+    The imported libraries are not a cost of the Method.
     """
     if record.measurements is not None:
         return max(0, memory - record.measurements.memory.baseline_B)

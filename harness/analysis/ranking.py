@@ -83,7 +83,7 @@ class Score:
 
 @dataclass(frozen=True)
 class RankingEntry:
-    """Place of one recipe in its group. The Cells of a recipe differ only in the seed."""
+    """Place of one recipe in its group."""
 
     records: tuple[Record, ...]
     """Records of the recipe, in the order of the seeds."""
@@ -167,7 +167,7 @@ _Place = tuple[Budget, tuple[int, ...], int]
 
 
 def groups(run: Run) -> tuple[Group, ...]:
-    """Return the scored recipes of a run in groups of equal budget, in the order in which the run lists its Cells.
+    """Return the scored recipes of a run in groups of equal budget, in the order of the run's Cells.
 
     A recipe that lacks a seed gets a separate group: its mean over fewer seeds must not be ranked among means over all
     seeds. Cells that only searched for a learning rate are not ranked.

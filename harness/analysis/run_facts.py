@@ -38,8 +38,7 @@ class RunFacts:
     def doubtful(self) -> dict[str, str]:
         """cell_id -> reason, for each Cell whose newest Record must not be used.
 
-        The Record was changed, removed or added after the run, or it reuses the parity gate (the checks before
-        training) of a Record that is missing or was changed.
+        These are the Cells with the `status` `changed` or `ungated`.
         """
         return self.run.doubtful()
 

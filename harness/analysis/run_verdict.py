@@ -45,7 +45,8 @@ class Parity:
     unchecked: tuple[str, ...]
     """Ids of ok Records in which no check passed."""
     shared: int
-    """Number of Cells that reuse the parity gate (the checks before training) of another Cell. Its results count once."""
+    """Number of Cells that reuse the parity gate (the checks before training) of another Cell. The checks of a gate
+    count once."""
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def place(record: Record) -> dict[str, str]:
 
 
 def place_id(of: Mapping[str, str]) -> str:
-    """Return the id of a place that stands for it in files: 12 hex digits."""
+    """Return the id that stands for a place in files: 12 hex digits."""
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
 
 

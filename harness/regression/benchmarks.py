@@ -1,4 +1,7 @@
-"""Compare the benchmarks of a pytest session with saved runs. A failed test of @conformance also gives FAIL."""
+"""Compare the benchmarks of a pytest session with saved runs.
+
+If a test of the decorator `harness.testing.conformance` fails, the verdict is FAIL.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +32,10 @@ class SessionResults:
     place: Mapping[str, str]
     """Facts about the machine, Python and torch, by name. Only runs with equal facts are compared."""
     rounds: Mapping[str, Sequence[float]]
-    """Seconds of each round, by the full name of the benchmark."""
+    """Full name of a benchmark -> seconds of each round."""
     absent: Mapping[str, str]
-    """Reason why this session did not time a saved benchmark, by the full name of the benchmark. Benchmarks that the
-    session was not asked to run are left out."""
+    """Full name of a saved benchmark -> reason why this session did not time it. Benchmarks that the session was not
+    asked to run are left out."""
     failed: frozenset[str] = frozenset()
     """Full names of the failed tests."""
     cases_passed: int = 0

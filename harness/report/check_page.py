@@ -1,4 +1,4 @@
-"""HTML page of a `check`, in the style of a run's report. This module imports no torch."""
+"""HTML page of the command `check`, in the style of a run's report. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def _by_check(target: str, implementation: str, tried: list[CheckOutcome]) -> di
 
 
 def _not_checked(report: CheckReport) -> list[dict[str, Any]]:
-    """Return one row for each target (e.g. Method) that was not checked and each reason."""
+    """Return one row per target (e.g. a Method) and reason why it was not checked."""
     reasons = group(
         ((f"{one.provider} {one.target}", one.status.value, f"{one.check}: {one.result.detail}"), one.dtype)
         for one in report.tried

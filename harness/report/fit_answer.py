@@ -1,4 +1,4 @@
-"""Text output of `fit --batch`: does it fit, which changes would make it fit, and a table."""
+"""Text output of `fit --batch`: whether the training fits, which changes would make it fit, and a table."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def round_to_sum(parts: Sequence[int], unit: int) -> list[int]:
 
 
 def _shown(column: Sequence[str]) -> bool:
-    """Return whether a column of sizes is shown: optional columns only with a value."""
+    """Return whether a column of sizes is shown. An optional column is shown only if it has a value."""
     heading, *texts = column
     return heading not in _OPTIONAL or any(text not in ("-", "0.00") for text in texts)
 

@@ -1,4 +1,4 @@
-"""Report of runs: one HTML file that needs no network. It contains its only script."""
+"""Report of runs: one HTML file that needs no network. It contains its style and the only script that may run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def fill(template: str, page: Mapping[str, Any], style: str = "") -> str:
 
 @cache
 def _environment() -> Environment:
-    """Return the environment of the templates. It compiles each template once in a process."""
+    """Return the Jinja environment of the templates. It compiles each template once in a process."""
     # The import is late, so that `peft-harness --help` stays fast.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -81,7 +81,7 @@ def template_text(*names: str) -> str:
 
 
 def policy(style: str, script: str) -> str:
-    """Return a Content-Security-Policy that allows only this style and this script."""
+    """Return a Content-Security-Policy that allows only the given style and script."""
     return (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:;"
         " base-uri 'none'; form-action 'none'"

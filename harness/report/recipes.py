@@ -26,7 +26,7 @@ Names = Mapping[int, str]
 """id() of a ranking entry -> its name in its group."""
 Read = Callable[[Record], float | None]
 _RANKING = {"best": "highest", "tied": "cannot be told apart", "below": "lower", "untrained": "not trained here"}
-"""Text by which a reader can filter the table, by the standing of a recipe in the ranking."""
+"""Standing of a recipe in the ranking -> text by which a reader can filter the table."""
 WIDTH, HEIGHT = 240.0, 18.0
 """Size of the drawing of an interval, in SVG units."""
 
@@ -243,7 +243,7 @@ def latency(e: RankingEntry, variant: str, missing: str = "not measured") -> Fie
 
 
 def disturbed(entry: RankingEntry) -> str:
-    """Return the flag of a recipe's latencies, e.g. `unsteady 1 of 3` Records; "" if none is disturbed."""
+    """Return the flag of a recipe's latencies, e.g. `unsteady 1 of 3` (seeds); "" if no latency is disturbed."""
     found = [contention.disturbed(r, timed)[0] for r in entry.records if (timed := _last_pass(r))]
     flags = Counter(filter(None, found))
     return ", ".join(f"{flag} {count} of {len(found)}" for flag, count in sorted(flags.items()))

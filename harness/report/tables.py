@@ -27,9 +27,9 @@ _NAMED = 3
 
 
 def comparison(facts: RunFacts, cells: Sequence[Cell] | None = None) -> Table:
-    """Return the comparison table. It has a row for every planned Cell, measured or not, or only for `cells`.
+    """Return the comparison table, with the status, metrics and Record of each planned Cell, measured or not.
 
-    A row shows the Cell's status, metrics and Record.
+    cells: the only Cells to show; None for all.
     """
     columns = [column("Status", number=False, key=STATUS)]
     for metric in metrics.shown():
@@ -74,7 +74,10 @@ def _unreferenced_note(facts: RunFacts) -> list[str]:
 
 
 def _imported_notes(facts: RunFacts) -> list[str]:
-    """Return a note for each Cell with an imported adapter: its origin, what is not known, and whether its loss agrees."""
+    """Return a note for each Cell with an imported adapter.
+
+    It says where the adapter is from, what is not known, and whether its loss agrees with the log of its training.
+    """
     found = [(facts.titles[r.cell_id], r.imported) for r in facts.latest.values() if r.imported]
     return [
         f"{name}: {one.origin}. Not known: {', '.join(one.unknown) or 'nothing'}. {one.loss_sentence}."

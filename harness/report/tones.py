@@ -27,7 +27,7 @@ def tone(word: str) -> str:
 
 
 def icon(word: str) -> str:
-    """Return the sign of a verdict or status. With it, the colour is not needed."""
+    """Return the sign of a verdict or status, which shows its meaning without colour."""
     return ICONS[tone(word)]
 
 

@@ -31,7 +31,7 @@ from harness.report import (
 from harness.report.tones import badge
 
 _OF_CELLS = ("comparison", "latency", "mixed", "served", "memory", "costs", "gpus")
-"""Keys of the tables of Cells in the content of a run."""
+"""Keys under which the content of a run has its tables of Cells."""
 
 
 _LISTED = 4

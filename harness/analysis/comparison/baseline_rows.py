@@ -15,8 +15,8 @@ value.
 
 The limit rests on results/published/2026-11-25-tune-small-cpu. There, three Cells of each of nine methods differ only
 in the learning rate. Their peak memory above the imports varies between processes, with a standard deviation of 1.7
-MiB. The upper 95 % bound of this deviation is 2.4 MiB (18 degrees of freedom). Even with a deviation of 2.4 MiB, two
-processes differ by 16 MiB in only one of a million pairs."""
+MiB. The upper 95 % bound of this deviation is 2.4 MiB (18 degrees of freedom). Even with a deviation of 2.4 MiB, the
+second of two processes exceeds the first by 16 MiB in only one of a million pairs."""
 PROCESS_SHARE = 0.05
 """Largest growth of the memory of a process that does not fail the gate, as a share of the peak. The overhead of an
 allocator grows with the requested memory: two runs of SmolLM2 had peaks of 1.4 GiB that differed by 2.7 %, although the

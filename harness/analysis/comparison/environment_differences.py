@@ -24,7 +24,7 @@ _Records = Sequence[tuple[Record, Record]]
 
 
 def rows(pairs: _Records) -> Iterator[ComparisonRow]:
-    """Yield the rows for the environments, then for the assets. All Cells with the same differences share a row.
+    """Yield the rows for the environments, then for the assets.
 
     pairs: for each Cell, its Record in the baseline and its Record in the run. The GPU clocks are compared over all
     Cells together: if their ranges in the baseline and the run differ, a last row shows both ranges.

@@ -1,7 +1,6 @@
 """Verdict on an A/B comparison of an old and a new side, i.e. of two revisions or implementations.
 
-Each side runs each Cell in several processes. The processes of both sides form pairs. Times, memory and outcomes of the
-pairs are compared.
+Each side runs each Cell in several processes, which form pairs (old, new). Times, memory and outcomes are compared.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ LARGEST_EXCESS = 3.0
 
 @dataclass(frozen=True)
 class Canaries:
-    """Counts of canaries and of their false alarms. A canary (A/A run) compares a version of the code with itself."""
+    """Counts of canaries (A/A runs) and of their false alarms."""
 
     alarms: int
     """Number of canaries that raised a false alarm."""

@@ -99,9 +99,9 @@ def suspect(
     """Return a suspected change to a higher level in the last two values. If there is none, return None.
 
     `steps` cannot find this change, because a level needs three nights. The old level is the median of the values from
-    the index `since` on, without the last two. If these are fewer than FEWEST, nothing is suspected. A change is
-    suspected if the last value exceeds the old level by at least `least`, and by at least SUSPICIOUS standard errors.
-    The new level is assumed to begin at the second last value. For the other arguments, see `steps`.
+    the index `since` on, without the last two; it needs FEWEST values. A change is suspected if the last value exceeds
+    the old level by at least `least`, and by at least SUSPICIOUS standard errors. The new level is assumed to begin at
+    the second last value. For the other arguments, see `steps`.
     """
     import numpy as np
 

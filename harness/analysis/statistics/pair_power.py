@@ -1,6 +1,6 @@
 """Power of an A/B comparison: the smallest slow-down that its planned looks detect, given the spread of the pairs.
 
-A look judges all pairs of processes that were measured so far (see `pair_design`).
+A look judges all pairs so far (see `pair_design`).
 """
 
 from __future__ import annotations

@@ -49,9 +49,9 @@ class Look:
     seen: Trimmed
     """Trimmed means of the log ratios, and their errors."""
     p: Array
-    """One-sided p value of the hypothesis that the change, in its own direction, is at most `Design.slower_by`. For
-    fresh pairs, it is multiplied by `Design.level` / (level of this look). So an alarm always has a p value of at most
-    `Design.level`."""
+    """One-sided p value of the hypothesis that the observed slow-down (or speed-up) is at most `Design.slower_by` in
+    truth. For fresh pairs, it is multiplied by `Design.level` / (level of this look). So an alarm always has a p value
+    of at most `Design.level`."""
     slower: Mask
     """True for each Cell that is slower."""
     faster: Mask

@@ -52,7 +52,7 @@ class Provenance(FrozenModel):
 
 @dataclass(frozen=True)
 class Baseline:
-    """A baseline on disk: a promoted run, or any run that is used as a baseline."""
+    """A baseline on disk: a run in results/baselines, or any other run folder that is used as a baseline."""
 
     name: str
     path: Path

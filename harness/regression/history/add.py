@@ -32,8 +32,8 @@ class Added:
 def add(names: Sequence[str], folder: Path, night: str | None = None) -> Exit:
     """Add runs to a history, print what was added and return the exit code.
 
-    names: the runs, as folders or ids. folder: the folder of the history. night: the date under which all runs are
-    stored. If None, each run is stored under the UTC date of its start.
+    names: the runs, as folders or ids. night: the date under which all runs are stored. If None, each run is stored
+    under the UTC date of its start.
 
     Returns FAIL if a file was changed after its run. Returns NOTHING_COMPARED if there is nothing to add. Returns
     INFRASTRUCTURE if a Record is missing or unreadable, or if a footer has no hashes. Raises UsageError if a run does

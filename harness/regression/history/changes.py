@@ -181,8 +181,8 @@ def _scores(scores: Sequence[HistorySeries], found: FoundChanges) -> None:
 def _timed(family: str, judged: Sequence[HistorySeries], guards: Sequence[HistorySeries], found: FoundChanges) -> None:
     """Judge the times of one family of metrics at one place, relative to the anchor. Then judge the anchor itself.
 
-    A family has the same name before the first `/`. judged: the series of the family. guards: series of sentinels, i.e.
-    of Cells whose code does not change. The changes are added to `found`.
+    The names of a family are equal before the first `/`. judged: the series of the family. guards: series of sentinels,
+    i.e. of Cells whose code does not change. The changes are added to `found`.
     """
     import numpy as np
 
@@ -256,7 +256,7 @@ def _log_changes(
 def _changes(one: HistorySeries, nights: Sequence[str], steps: Sequence[LevelChange], least: float) -> list[Change]:
     """Return steps of a series as changes. A step to a lower value is marked as worse, as for an accuracy.
 
-    least: smallest distance from the old level at which the level counts as not back.
+    least: the old level counts as back if a later level is less than this away from it.
     """
     found = []
     for number, step in enumerate(steps):

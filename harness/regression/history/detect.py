@@ -85,7 +85,10 @@ def all_changes(history: History) -> list[JudgedChange]:
 
 
 def _judged(history: History, found: Sequence[Change], names: Mapping[str, str]) -> list[JudgedChange]:
-    """Return every change with its state, sorted: lasting before settled, worse before better, new before old."""
+    """Return every change with its state, the most important first.
+
+    Lasting changes come before settled ones, then worse before better, then new before old.
+    """
 
     def order(c: Change) -> tuple[Any, ...]:
         return (c.settled is not None, not c.worse, -history.index[c.night], c.cell, c.metric, c.place)

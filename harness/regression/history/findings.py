@@ -119,7 +119,7 @@ class Detection:
     """Fewest passes (runs of the suite) of a Cell on a night, by night. Only nights with too few passes are included."""
     resets: Sequence[Decision]
     left_out: Mapping[str, str]
-    """Reason why a file or a line could not be used, by `file` or `file:line`."""
+    """`file` or `file:line` -> reason why the file or line could not be used."""
     strict: bool
     """True if an unconfirmed change makes the exit code INCONCLUSIVE."""
 

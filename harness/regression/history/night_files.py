@@ -146,7 +146,7 @@ class History:
     resets: tuple[Decision, ...]
     confirmations: tuple[Decision, ...]
     broken: dict[str, str]
-    """Reason why a file or a line could not be used, by `file` or `file:line`. The rest of the history is used."""
+    """`file` or `file:line` -> reason why the file or line could not be used. The rest of the history is used."""
 
     @cached_property
     def index(self) -> dict[str, int]:

@@ -89,7 +89,7 @@ def _since(one: HistorySeries, history: History) -> HistorySeries:
 
 
 def _medians(order: Sequence[str], passes: list[dict[str, float]]) -> list[float]:
-    """Return the value of each metric on one night, in the order of `order`.
+    """Return one value per metric for one night, in the order of `order`.
 
     passes: a dict of values by metric for each pass (run of the suite). The keys of each dict are `order`, in this
     order.

@@ -1,4 +1,7 @@
-"""Read the JSON that the parts (commands) of a nightly run print, as a summary, a table and failures. Imports no torch."""
+"""Convert the JSON that the parts (commands) of a nightly run print to a summary, a table and failures.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ class PartReading:
 def read(part: NightPart, folder: Path, line: str) -> PartReading:
     """Read what a part (one command) of a nightly run has written to `folder`.
 
-    line: the part's command as a person types it. A failure without a shorter command is reproduced by this one.
+    line: the part's command as a person types it. It reproduces each failure that has no shorter command.
     """
     try:
         if part.kind == "run":

@@ -28,8 +28,7 @@ _LONGEST = 180
 _MOST_SHOWN = 3
 """Number of failures of a part that are visible before the reader opens the rest."""
 _MOST_NAMED = 5
-"""Largest number of parts that the top of the page names for each status. It also shows failures of at most so many
-parts."""
+"""The top of the page names at most this many parts for each status, and shows failures of at most this many parts."""
 _PAGES = {"check.html": "checks", "claims.html": "claims", "report.html": "report", "log.txt": "log"}
 
 

@@ -91,7 +91,7 @@ def run(
 
 
 def _wait(child: Subprocess, limit_s: float) -> tuple[int | None, bool]:
-    """Wait for a command. Return (its exit code, or None if it still runs; whether a signal ended the wait)."""
+    """Wait for a command. Return its exit code (None if it still runs), and whether a signal ended the wait."""
     try:
         return child.wait(max(0.0, limit_s)), False
     except KeyboardInterrupt:

@@ -41,7 +41,7 @@ _ENDED = {
     "share": "its share of the budget, {}, was over, and the rest is kept for later parts",
     "estimate": "it took too long, and was ended after {}",
 }
-"""Clause that says why a part was ended, by `Limit.by`."""
+"""`Limit.by` -> clause that says why a part was ended."""
 _INTERRUPTED = "interrupted"
 
 

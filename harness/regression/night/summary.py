@@ -91,5 +91,8 @@ def _left_out(night: NightRun) -> list[str]:
 
 
 def _needed_s(one: PartResult) -> float:
-    """Return the seconds to plan for a repeated part: its estimate, or twice its last time limit if that cut it."""
+    """Return the seconds to plan for a repeated part.
+
+    They are its estimate or, if the part was cut, at least twice the time that it ran.
+    """
     return max(one.estimate_s, 2 * (one.seconds or 0.0) if one.status == "cut" else 0.0)

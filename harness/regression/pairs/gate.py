@@ -1,4 +1,4 @@
-"""`gate --pairs OLD NEW`: run the pairs, judge them, print the table and write the document."""
+"""`gate --pairs OLD NEW`: run the pairs, judge them, print the table and write the JSON document."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ class PairsResult:
     def exit(self) -> Exit:
         """The exit code.
 
-        If the pairs were interrupted, it is FAIL if the measured pairs have a finding, otherwise INFRASTRUCTURE.
+        Without an interruption, it is the exit code of `judged`. After an interruption, it is FAIL if the measured
+        pairs have a finding, otherwise INFRASTRUCTURE.
         """
         code = self.judged.exit
         return Exit.INFRASTRUCTURE if self.interrupted and code is not Exit.FAIL else code

@@ -242,7 +242,7 @@ def _metadata(tree: Path) -> Path | None:
 def _installed(distribution: str) -> str:
     """Return the installed version of a distribution, or "0" if it is not installed.
 
-    It is needed if the version in pyproject.toml is `dynamic`.
+    It is used if the version in pyproject.toml is `dynamic`.
     """
     try:
         return importlib.metadata.version(distribution)

@@ -1,4 +1,7 @@
-"""Two kinds of chart: points and lines over two axes, and bars of parts. A legend names the series of both."""
+"""Two kinds of chart: points and lines over two axes, and bars that are divided into parts.
+
+A legend names the series.
+"""
 
 from __future__ import annotations
 
@@ -174,7 +177,10 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 def bars(
     x: Axis, rows: Mapping[str, Sequence[float]], series: Sequence[Series], write: Callable[[float], str]
 ) -> Drawing:
-    """Draw one bar per row, divided into parts. rows: name of the bar -> lengths of its parts, one per series."""
+    """Draw one bar per row, divided into parts. rows: name of the bar -> lengths of its parts, one per series.
+
+    write: function that formats the length of a bar.
+    """
     bottom = 6 + _ROW * len(rows)
     left = 12 + min(_NAMES, max(_WIDE_LETTER * len(name) for name in rows))
     c = Canvas(WIDTH, bottom + 40)
