@@ -33,7 +33,7 @@ class Choice:
     undecided: int
     """Number of other recipes that no test shows to be less accurate than `highest`."""
     against: RankingEntry | None
-    """The recipe whose costs are shown beside the costs of `pick`: full fine-tuning if it was ranked, otherwise
+    """The recipe whose costs are shown next to the costs of `pick`: full fine-tuning if it was ranked, otherwise
     `highest`. None if that recipe is `pick` itself."""
 
 

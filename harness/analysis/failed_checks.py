@@ -40,7 +40,7 @@ def only_of_serving(record: Record) -> bool:
 
 
 def diverged(record: Record) -> bool:
-    """Return whether training reached NaN or infinity. The usual cause is the recipe, not the code of the Method."""
+    """Return whether training reached NaN or infinity. The usual cause is the recipe, not the Method's code."""
     return record.failure is not None and record.failure.kind == "Diverged"
 
 

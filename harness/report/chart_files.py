@@ -15,8 +15,11 @@ from harness.report.svg.charts import fitted
 
 _DARK = re.compile(r"@media \(prefers-color-scheme: dark\) \{\n(.*?)\n\}", re.DOTALL)
 _COLUMNS, _COLUMN, _ROW, _HEAD = 3, 185.0, 18.0, 28.0
-"""Number and width of the columns of the legend, height of a row of the legend, height of the title. Sizes are in SVG
-units."""
+"""- _COLUMNS, _COLUMN: number and width of the legend's columns.
+- _ROW: height of a row of the legend.
+- _HEAD: height of the title.
+
+Sizes are in SVG units."""
 
 
 def write_charts(analysed: Sequence[RunFacts], folder: Path, option: str = "--svg") -> list[Path]:

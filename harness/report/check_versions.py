@@ -32,8 +32,8 @@ def anchor(target: str, provider: str) -> str:
 def lines(report: CheckReport) -> list[str]:
     """Return a table of the checks whose results differ between environments.
 
-    A last line counts the checks that fail alike in all environments. If no check ran in several environments, return
-    an empty list.
+    A last line counts the checks with the same failures in all environments. If no check ran in several environments,
+    return an empty list.
     """
     if not report.compares_versions:
         return []

@@ -112,7 +112,7 @@ def _sizes(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _is_least(row: Mapping[str, Any]) -> bool:
-    """Return whether the predicted memory of a training run is only a lower bound, without the activations."""
+    """Return whether the predicted memory of a training run is only a lower bound, as it leaves out the activations."""
     predicted, trains = row["predicted"], row["cell"]["training"]["steps"] > 0
     return bool(predicted and trains and predicted["peak_B"] is None and predicted["activations_B"] is None)
 

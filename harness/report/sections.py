@@ -200,7 +200,7 @@ def _readable(machine: dict[str, str]) -> dict[str, str]:
 
 
 def failures(facts: RunFacts) -> list[Section]:
-    """Return every attempt that failed or has a failed check, even if a later attempt succeeded."""
+    """Return every attempt that failed or has a failed check, even if there is a later attempt."""
     failed = [r for r in facts.run.records if r.status is not Status.OK or failed_checks.failed(r)]
     return [_failure(facts, r) for r in failed if r.cell_id in facts.titles]
 

@@ -74,10 +74,7 @@ def _unreferenced_note(facts: RunFacts) -> list[str]:
 
 
 def _imported_notes(facts: RunFacts) -> list[str]:
-    """Return a note for each Cell with an imported adapter.
-
-    It says where the adapter is from, what is not known, and whether its loss agrees with the log of its training.
-    """
+    """Return a note for each Cell with an imported adapter: its origin, what is unknown, and whether its loss fits."""
     found = [(facts.titles[r.cell_id], r.imported) for r in facts.latest.values() if r.imported]
     return [
         f"{name}: {one.origin}. Not known: {', '.join(one.unknown) or 'nothing'}. {one.loss_sentence}."

@@ -30,9 +30,8 @@ torch.compile."""
 ACCURACY = 0.02
 """Largest drop of an accuracy that does not fail the gate: two percentage points."""
 LOOSER = 10.0
-"""Largest accepted ratio of the allowed error of a check in the run to its allowed error in the baseline. Above it, the
-row is inconclusive. The allowed error follows the noise that each run measures, and this noise differs between
-machines."""
+"""In the run, a check may allow an error up to this many times as large as in the baseline. Above it, the row is
+inconclusive. The allowed error follows the noise that each run measures, and this noise differs between machines."""
 LOSS_SHARE, LOSS = 0.1, 0.05
 """Largest rise of a training loss that does not fail the gate: LOSS_SHARE times the loss of the baseline, plus LOSS
 nats. Both numbers were chosen, not measured. Both runs see the same batches in the same order, so their losses differ

@@ -80,7 +80,7 @@ class JudgedPairs:
     rows: tuple[ComparisonRow, ...]
     """One row per compared quantity other than a time, and one row per latency that only the old side measured."""
     canaries: Canaries
-    """Number of comparisons of the old side with itself, and of their false alarms."""
+    """Numbers of comparisons of the old side with itself and of false alarms."""
     differences: tuple[str, ...]
     """Unintended differences between the two sides, as texts. If processes waited for a CPU, the last text says how
     many."""

@@ -86,9 +86,9 @@ def paired(left: Sequence[Accuracy], right: Sequence[Accuracy]) -> Spread | None
 
     If not all runs scored the same items, return None. The squared error of the difference has two parts:
     var(difference of the mean answers to an item) / items, and var(difference of the accuracies of a seed) / seeds. If
-    a seed affects both sides alike, its effect cancels. So even small differences between two versions of a program are
-    found, and equal versions have no error at all. Raises ValueError if the sides have unequal lengths, or fewer than
-    two seeds.
+    a seed affects both sides equally, its effect cancels. So even small differences between two versions of a program
+    are found, and equal versions have no error at all. Raises ValueError if the sides have unequal lengths, or fewer
+    than two seeds.
     """
     if len(left) != len(right) or len(left) < 2:
         raise ValueError(f"{len(left)} and {len(right)} runs cannot be paired by two or more seeds")

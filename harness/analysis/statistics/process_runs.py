@@ -106,7 +106,7 @@ class _Noise:
 
     error: float
     unbiased: float
-    """Another estimate of the same standard error, which is unbiased even for few runs."""
+    """Another estimate of this standard error, which is unbiased even for few runs."""
     df: float
     assumed: bool
 

@@ -2,10 +2,10 @@
 
 Three seeds of one recipe (Cells that differ only in the seed) give a poor estimate of its variance. So the variances of
 the recipes are treated as samples of one distribution, whose mean and width are estimated from them. Each variance is
-moved towards this mean, more strongly with fewer seeds (the moderated t of Smyth 2004, doi:10.2202/1544-6115.1027).
-This is too optimistic for the best of several recipes. So a variance is never reduced, and the degrees of freedom of
-the other recipes count half. The tests simulate several spreads: in each, equal recipes are called unequal in less than
-5 % of cases.
+moved towards this mean, more strongly with fewer seeds (the moderated t of Smyth 2004, doi:10.2202/1544-6115.1027). For
+the best of several recipes, the moved variance tends to be too low. So a variance is never reduced, and the degrees of
+freedom of the other recipes count half. The tests simulate several spreads: in each, equal recipes are called unequal
+in less than 5 % of cases.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from statistics import fmean
 from harness.records.record import Accuracy
 
 FEWEST, FEWEST_SEEDS = 5, 3
-"""Fewest recipes for an estimate of the distribution of variances, and fewest seeds of each of these recipes."""
+"""FEWEST recipes, each with FEWEST_SEEDS seeds, are needed to estimate the distribution of variances."""
 _COUNTS = 0.5
 """Factor of `Prior.df` when it is added to the degrees of freedom of one recipe. It is below 1 for two reasons: the
 distribution is only estimated, and the best recipe was selected."""

@@ -86,7 +86,7 @@ class Unanchored:
 
     place: str
     metric: str
-    """Part of the metrics' names before the first `/`, which all these times share."""
+    """Start of the metrics' names, up to the first `/`, e.g. `latency_s`."""
     series: int
 
 
@@ -99,7 +99,7 @@ class Unjudged:
 
     place: str
     metric: str
-    """Part of the metrics' names before the first `/`, which all these times share."""
+    """Start of the metrics' names, up to the first `/`, e.g. `latency_s`."""
     nights: list[str]
 
 

@@ -38,8 +38,8 @@ def shown_rows(
 ) -> tuple[list[ComparisonRow], int, int]:
     """Return (rows of a kind to show, number of rows left out, number of equal rows).
 
-    The most serious rows come first. A row is equal if it has the same value in both runs. all_rows: leave out no row,
-    not even an equal one.
+    The most serious rows come first. A row is equal if it has the same value in both runs. all_rows: return every row
+    of the kind, even equal ones.
     """
     of_kind = [row for row in rows if row.kind is kind]
     different = by_severity(row for row in of_kind if all_rows or not row.same)

@@ -39,7 +39,7 @@ class PairsRequest:
     canary: bool = True
     """True to compare the old side also with itself on one Cell, as a canary."""
     canaries: Path = canary_file.FILE
-    """File that stores the results of canaries, i.e. of comparisons of a revision with itself."""
+    """File that stores the canaries (comparisons of a revision with itself)."""
     fresh: bool = True
     """True to run further pairs of each Cell whose first pairs do not decide."""
     strict: bool = False

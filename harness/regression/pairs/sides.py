@@ -242,7 +242,7 @@ def _metadata(tree: Path) -> Path | None:
 def _installed(distribution: str) -> str:
     """Return the installed version of a distribution, or "0" if it is not installed.
 
-    It is used if the version in pyproject.toml is `dynamic`.
+    This version is used if the version in pyproject.toml is `dynamic`.
     """
     try:
         return importlib.metadata.version(distribution)
@@ -251,7 +251,7 @@ def _installed(distribution: str) -> str:
 
 
 def _write_metadata(tree: Path) -> None:
-    """Write the entry points that a checked-out revision declares to a metadata folder beside the revision.
+    """Write the entry points that a checked-out revision declares to a metadata folder next to the checkout.
 
     If pyproject.toml declares none, write nothing.
     """

@@ -29,8 +29,11 @@ _RING, _BLOCK = "m-8 0a8 8 0 1 0 16 0a8 8 0 1 0-16 0z", "m-6-5h12v10h-12z"
 _LETTER = 6.2
 """Assumed width of a letter in SVG units. It is a high estimate, since the font is unknown."""
 _ROW, _NAMES, _WIDE_LETTER = 20.0, 250.0, 8.8
-"""Height of a bar with its gap; largest width of a bar's name; width of a letter in such a name on a phone. All in SVG
-units."""
+"""- _ROW: height of a bar with its gap.
+- _NAMES: largest width of a bar's name.
+- _WIDE_LETTER: width of a letter in a bar's name on a phone.
+
+Sizes are in SVG units."""
 
 
 @dataclass(frozen=True)
