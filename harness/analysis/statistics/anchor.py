@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.change_points import Array
 
 FEWEST_SERIES = 5
-"""Fewest series from which an anchor is computed. A series is one time of one Cell on each night. With a single series,
-each value would be divided by itself."""
+"""Fewest series from which an anchor is computed. With a single series, each value would be divided by itself."""
 FEWEST_SENTINELS = 3
 
 

@@ -94,7 +94,7 @@ class Unanchored:
 class Unjudged:
     """Nights whose times are not judged, because their place (machine and software) had too few series on these nights.
 
-    So the anchor, i.e. how slow the whole machine was, is unknown on these nights.
+    So their anchor, i.e. how slow the whole machine was, is unknown.
     """
 
     place: str

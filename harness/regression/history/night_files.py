@@ -37,8 +37,8 @@ CELLS, RESETS, CONFIRMATIONS = "cells.jsonl", "resets.jsonl", "confirmations.jso
 EVERY = "*"
 """Text that stands for all Cells or all metrics."""
 NEAR = 2
-"""Uncertainty of the time of a change, as a number of nights. A decision also applies to a change that is up to this
-many nights away."""
+"""Uncertainty of the time of a change, in nights. A decision also applies to a change that is up to this many nights
+away."""
 
 Fields = dict[str, Any]
 """Fields of a Cell as JSON, written by this or another version of the harness."""

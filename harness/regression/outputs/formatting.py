@@ -78,8 +78,8 @@ def sentence(row: ComparisonRow, separator: str = ": ") -> str:
 def delta(row: ComparisonRow) -> str:
     """Format the difference new - base.
 
-    Bytes, counts and times get a second difference in per cent. Shares are in percentage points. Bytes and counts are
-    exact.
+    Bytes, counts and times are followed by the difference in per cent. Shares are in percentage points. Bytes and
+    counts are exact.
     """
     d = row.delta
     if d is None or row.base == row.new:
