@@ -150,7 +150,7 @@ def _bench(document: Mapping[str, Any], line: str) -> PartReading:
 
 
 def _padded(fields: tuple[str, ...]) -> list[str]:
-    """Return 11 fields. If there are fewer, insert dashes before the last field, which is the parity or the reason."""
+    """Return 11 fields: before the last one (the parity or the reason), insert dashes for missing fields."""
     return [*fields[:-1], *["-"] * (11 - len(fields)), fields[-1]]
 
 
