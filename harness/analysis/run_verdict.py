@@ -182,8 +182,8 @@ def _compare(
     """Judge one pair of recipes and return its outcome.
 
     If the pair cannot be judged, return one outcome for each reason. With several seeds, the interval of the difference
-    decides. With one run of each recipe, the intervals of both accuracies decide: only intervals that do not overlap
-    give a verdict.
+    decides. With one run of each recipe, the intervals of both accuracies decide: if they overlap, the pair is
+    inconclusive.
     """
 
     def not_run(*sentences: str) -> list[_PairOutcome]:
