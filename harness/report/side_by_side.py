@@ -1,4 +1,4 @@
-"""Two runs side by side: what each of their common Cells scored and cost, judged by the rules of peft-harness gate."""
+"""Compare two runs: accuracy and costs of each of their common Cells, judged by the rules of `peft-harness gate`."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def _pass(record: Record, kind: tuple[str, int, int]) -> list[Latency]:
 
 
 def _merged(record: Record) -> dict[tuple[str, int, int], float]:
-    """Map each kind (name, batch, tokens) of forward pass to the median latency of the merged model, in seconds."""
+    """Return (kind, batch, tokens) of a forward pass -> median latency of the merged model in seconds."""
     if record.measurements is None or failed_checks.no_merged_speed(record):
         return {}
     return {

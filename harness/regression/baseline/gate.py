@@ -20,9 +20,10 @@ def gate(
 ) -> Exit:  # fmt: skip
     """Compare a run with a baseline, print the result and return the exit code.
 
-    baseline: name of a baseline, or the folder of a run. If this run is unfit to be a baseline, also print the reasons.
-    all_rows: also print the rows whose value is equal in both runs. Raises UsageError if the run or the baseline does
-    not exist, or if an output cannot be written. Raises StoreError if a run.json cannot be read.
+    name: folder or id of the run. baseline: name of a baseline, or the folder of a run; if that run is unfit to be a
+    baseline, also print the reasons. all_rows: also print the rows whose value is equal in both runs. Raises UsageError
+    if the run or the baseline does not exist, or if an output cannot be written. Raises StoreError if a run.json cannot
+    be read.
     """
     outputs.refuse()
     found, path = baselines.find(baseline), store.find_run(name)

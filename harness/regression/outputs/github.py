@@ -19,7 +19,7 @@ def is_job() -> bool:
 
 
 def lines(result: GateResult) -> list[str]:
-    """Return the commands: one error per failed row, and one warning per undecided row.
+    """Return the workflow commands: one error per failed row, and one warning per undecided row.
 
     GitHub shows only a few errors and a few warnings. If there are more, the last one says how many are left out.
     """
