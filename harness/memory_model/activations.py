@@ -63,7 +63,7 @@ class LlamaShape:
 
 @dataclass(frozen=True)
 class SavedActivations:
-    """Memory that the layers of a Llama save for the backward pass with one Method: numbers of blocks, layers and bytes."""
+    """Counts that decide how many bytes a Llama with one Method saves for the backward pass."""
 
     blocks: int
     """Number of blocks that a gradient reaches: the block with the first trained layer, and all later blocks."""
@@ -96,8 +96,8 @@ def bytes_per_token(shape: LlamaShape, saved: SavedActivations, checkpointing: b
 
 
 def logit_bytes_per_token(shape: LlamaShape) -> int:
-    """Return the number of bytes for each token with a loss.
+    """Return the bytes that the output layer and the loss need for each token with a loss.
 
-    They hold the token's logits, the logarithms of the logits, and the gradient of these logarithms.
+    These are the token's logits, the logarithms of their softmax, and the gradient of these logarithms.
     """
     return shape.vocabulary * (shape.size + 2 * max(shape.size, _WIDE))

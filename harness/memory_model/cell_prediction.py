@@ -63,7 +63,7 @@ def _cached(request: Mapping[str, Any], find: Callable[[], Any]) -> Any:
 def _sha256(parts: Sequence[Batch]) -> str:
     """Return the SHA-256 of the content of batches.
 
-    The content matters, because a step may run other code if the mask hides no token.
+    The content matters: a step may run different code if the attention mask hides no token.
     """
     digest = hashlib.sha256()
     for part in parts:

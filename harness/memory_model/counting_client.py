@@ -83,7 +83,7 @@ def _merged(requests: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _part(request: Mapping[str, Any], merged: Mapping[str, Any], counted: Any) -> Any:
-    """Return the answer to `request`, selected from the answer to a merged request.
+    """Return the answer to `request`, as a part of `counted`.
 
     merged: a request that `_merged` has made from `request` and others. counted: the answer to `merged`.
     """

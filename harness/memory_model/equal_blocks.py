@@ -1,9 +1,8 @@
 """Compute the counts (bytes, parameters) of a model with many equal blocks from copies with one and with two blocks.
 
 Every count is a sum or a maximum over layers. So each block after the first adds the same number, and the two copies
-give the exact count of the whole model. Counting a Llama with 80 blocks takes no longer than counting one with 32. In
-the same way, the facts about named parts of a model follow from a few blocks, because each further block has parts with
-the same names.
+give the exact count of the whole model. Counting a Llama with 80 blocks takes no longer than counting one with 32.
+Facts about named parts, such as layers, also follow from a few blocks, because each further block repeats the names.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import nn
 SMALL = (1, 2)
 """Numbers of blocks in the two copies of a model that are counted."""
 Facts = tuple[Mapping[str, Any], ...]
-"""Dicts of facts about a model. Each dict maps the names of parts, such as layers or tensors, to values."""
+"""Dicts that map names of a model's parts, such as layers or tensors, to values."""
 
 
 def find_blocks(model: nn.Module, head: Collection[str]) -> str:
@@ -44,7 +43,7 @@ def keep_blocks(model: nn.Module, path: str, number: int) -> None:
 
 
 def names_one_block(target: str) -> bool:
-    """Return whether a target may select a layer in some blocks only: the name contains the number of a block."""
+    """Return whether `target` contains the number of a block, so that it may select layers in some blocks only."""
     return any(part.isdecimal() for part in target.split("."))
 
 
@@ -68,13 +67,14 @@ def extrapolate(one: Any, two: Any, blocks: int) -> Any:
 def named_facts(
     model: nn.Module, find: Callable[[], Facts], chosen: Collection[str] = ()
 ) -> tuple[dict[str, Any], ...]:
-    """Return what `find()` returns for the whole model. If its blocks are equal, call `find` with only a few blocks.
+    """Return what `find()` returns for the whole model. If its blocks are equal, call `find` with few blocks only.
 
-    The facts about two blocks are extrapolated to three blocks. If they agree with what `find` returns for three
-    blocks, they are extrapolated to the whole model. Otherwise `find` is called with the whole model. find: function
-    that adapts the model, reads facts about its parts, and detaches the adapter. chosen: names of the parameters that
-    `find` selects, e.g. by a regular expression. If they are not the same in each block, `find` is called with the
-    whole model. Raises what `find` raises for the whole model.
+    `find` is called with two and with three blocks. If the results follow the same pattern, they are extrapolated to
+    the whole model. Otherwise `find` is called with the whole model, and may raise its own errors.
+
+    find: function that adapts the model, reads facts about its parts, and detaches the adapter. chosen: names of the
+    parameters that `find` selects, e.g. by a regular expression. If they are not the same in each block, `find` is
+    called with the whole model.
     """
     path = find_blocks(model, ())
     blocks: Any = model.get_submodule(path) if path else ()

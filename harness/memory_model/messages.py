@@ -24,7 +24,7 @@ class CountRequest(TypedDict):
 
 
 class MethodCount(TypedDict, total=False):
-    """Bytes of one Method with one config. If the config failed, there are only `rank` and `error`."""
+    """Counts for one Method with one config. If the config failed, there are only `rank` and `error`."""
 
     rank: Required[int | None]
     error: Required[str]

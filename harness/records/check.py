@@ -47,7 +47,7 @@ class Outcome(StrEnum):
 
 
 class CheckResult(FrozenModel):
-    """Result of one check, with the measured error and the allowed error beside the outcome."""
+    """Result of one check: the outcome, the measured error and the allowed error."""
 
     check: str
     """Identifier, `method/check/dtype/state`, e.g. `lora/gradient/float32/warm`; see `peft-harness explain CHECK`."""

@@ -35,13 +35,13 @@ class Predicted(FrozenModel):
     (`harness/memory_model/dry_step.py`). In a Record, the step uses the batches of the training. In a plan, it uses the
     longest texts. None without training, and where `no_peak` gives a reason."""
     peak_by: str = ""
-    """Code that replaced the Cell's own code or base in the step for `peak_B`, because the original cannot run on fake
+    """Replacement for the Cell's own code or base in the step for `peak_B`, because the original cannot run on fake
     tensors. Empty if nothing was replaced."""
     no_peak: str = ""
     """Reason why a Cell with training has no `peak_B`. Otherwise empty."""
     untouched: str = ""
     """Note on weights of experts that the Cell neither adapts nor packs into 4 bits, although it adapts or packs all
-    linear layers. Empty if the model has no such weights."""
+    linear layers. Empty if there are no such weights."""
 
     @property
     def passing_B(self) -> int:  # noqa: N802  # a unit, as of the fields

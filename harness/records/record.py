@@ -81,8 +81,8 @@ class Base(FrozenModel):
 
 
 DECODED = 8
-"""Number of tokens that are decoded after each prompt when latencies are measured. To decode more tokens, the harness
-starts again after the prompt. Prompts are shortened so that the model has this many positions after them."""
+"""Number of tokens that are decoded after each prompt when latencies are measured. If more are needed, decoding starts
+again after the prompt. Prompts are shortened so that the model has this many positions after them."""
 
 
 class Evaluation(ExtendedModel):
@@ -110,7 +110,7 @@ class Evaluation(ExtendedModel):
     later_fields: ClassVar = ("skip", "latency", "prompt_batch", "prompt_tokens", "passes")
 
     def untimed(self) -> Evaluation:
-        """Return the same evaluation without latencies."""
+        """Return these settings without latencies: `latency` is False, and prompts and passes have their defaults."""
         return Evaluation(items=self.items, batch=self.batch, skip=self.skip, latency=False)
 
 
@@ -166,7 +166,7 @@ class Cell(ExtendedModel):
 
     @property
     def recipe(self) -> Cell:
-        """This Cell with seed 0 and with latencies. Cells that differ only in these two settings have equal recipes."""
+        """This Cell with seed 0 and `latency` True. Cells that differ only in these two settings have equal recipes."""
         if self.seed == 0 and self.evaluation.latency:
             return self
         timed = self.evaluation.model_copy(update={"latency": True})
@@ -174,7 +174,7 @@ class Cell(ExtendedModel):
 
     @cached_property
     def recipe_id(self) -> str:
-        """The cell_id of the recipe. Cells that differ only in the seed have the same recipe_id."""
+        """The cell_id of the recipe. It is equal for Cells that differ only in seed and `latency`."""
         return self.recipe.cell_id
 
     @property
@@ -229,7 +229,7 @@ class Failure(FrozenModel):
     """Cause of a failed attempt."""
 
     kind: str
-    """Class of the exception, name of the signal, or a term of the runner, e.g. `never started`."""
+    """Class of the exception, name of the signal, or a word of the runner, e.g. `never started`."""
     message: str
     """Message of the exception. If the worker left no Record, the end of the worker's log."""
     traceback: str = ""
