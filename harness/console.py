@@ -53,7 +53,7 @@ def visible(text: str) -> str:
 
 
 def without_code_marks(text: str) -> str:
-    """Return a text of a YAML file without the backticks around code, which a terminal and a table would show."""
+    """Return a YAML file's text without the backticks around code. A terminal or a table would show them."""
     return text.replace("`", "")
 
 
@@ -145,7 +145,9 @@ def _fitted(widths: Sequence[int], right: Container[int], available: int) -> lis
 
 
 def _cut(cell: str, width: int) -> str:
-    """Return a text without its middle if it is too long. Names that begin alike often differ at their ends."""
+    """Replace the middle of a text by `…` if it is longer than `width`. Names that begin alike often differ at their
+    ends.
+    """
     if len(cell) <= width:
         return cell
     end = (width - 1) // 3
@@ -219,7 +221,7 @@ def hold_output() -> Iterator[None]:
 
 
 def discard_stdout() -> None:
-    """Discard the buffered output of a closed stdout. Without this, Python would report an error at exit."""
+    """Discard the buffered output of a closed stdout. Otherwise Python would report an error at exit."""
     _discard(sys.stdout)
 
 

@@ -70,7 +70,7 @@ class Conforming:
 
 
 def verdict(tried: Iterable[CheckOutcome]) -> tuple[str, str]:
-    """Return two texts: one line per failed check, and the reason if no check passed or failed. Either may be empty."""
+    """Return two texts: a line for each failed check, and the reason why no check passed or failed. Either may be empty."""
     every = list(tried)
     failed = [visible(line) for line in failures(every)]
     compared = any(one.status is CheckStatus.PASS for one in every)

@@ -86,7 +86,7 @@ class Document:
         return data
 
     def where(self, *path: str | int) -> str:
-        """Return the `file:line` of a value. If the file lacks the value, take the nearest enclosing value."""
+        """Return the `file:line` of a value, or of the nearest enclosing value if the file lacks it."""
         while path and path not in self.lines:
             path = path[:-1]
         return f"{self.path}:{self.lines.get(path, 1)}"
@@ -385,7 +385,7 @@ def _inner(annotation: Any) -> type[BaseModel] | None:
 
 
 def _data_path(data: Any, loc: tuple[str | int, ...]) -> KeyPath:
-    """Return the path in the file that belongs to pydantic's location `loc`.
+    """Return the path in the file for `loc`, a location from pydantic.
 
     A file may hold a single value where the model has a list. Then `loc` has an index 0 that the returned path omits.
     """

@@ -39,7 +39,7 @@ class ServedRequest:
     patience: float = 120.0
     """Seconds to wait for one answer."""
     echo: bool = False
-    """True if the log-probabilities of the prompts' tokens are compared too."""
+    """True to compare the log-probabilities of the prompts' tokens, too."""
     seed: int = 0
 
 
@@ -139,7 +139,10 @@ def _send_all(session: Session, echo: bool) -> None:
 
 
 def _add_long(session: Session, base: Path, tokenizer: prompts.Tokenizer | None, longest: int | None) -> None:
-    """Add a long prompt to the session. longest: largest number of tokens of a prompt and its answer on the server."""
+    """Add a long prompt to the session, or a note if there is no room for one.
+
+    longest: largest number of tokens that the server accepts for a prompt and its answer together.
+    """
     room = prompts.room(base, longest)
     tokens = prompts.LONG + prompts.TOKENS if room is None else room
     if session.texts and tokenizer is not None:

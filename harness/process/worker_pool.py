@@ -26,8 +26,7 @@ _START_S = 120.0
 """Minimum time in seconds that a worker gets for its first event. It is long, because the worker imports torch
 first."""
 _GRACE_S = 20.0
-"""Time limit in seconds for the end of a worker after its last event. On a busy machine, the shutdown of torch takes
-seconds."""
+"""Time limit in seconds for the end of a worker after its last event. On a busy machine, torch's shutdown takes seconds."""
 _TICK_S = 0.5
 _LAST_LINES = 50
 """Number of lines that are printed from the output of a worker that failed."""
@@ -240,8 +239,8 @@ def _left_behind(worker: _Worker, watcher: int, token: str) -> list[str]:
 def marked(variable: str, value: str) -> Iterator[psutil.Process]:
     """Yield the running processes that have this variable with this value in their environment.
 
-    Child processes inherit the environment. So if a process was started with this variable, these are the process and
-    its descendants.
+    Child processes inherit the environment. So these are a process that was started with the variable, and its
+    descendants.
     """
     for other in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):

@@ -39,7 +39,7 @@ matrix:
     training: {{steps: 0, max_tokens: {max_tokens}}}
     evaluation: {{{items}}}
 """
-"""Template of a suite with one Cell. Later, the imported adapter replaces the Method and the config of this Cell."""
+"""Template of a suite with one Cell. `_with_import` replaces the Method and the config of this Cell."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,11 @@ class ImportRequest:
 
     folder: Path
     model: str | None = None
-    """Name or folder of the base model. If None, the first Cell of `beside` decides; without `beside`, the adapter's
-    config."""
+    """Name or folder of the base model. None for the model of the first Cell of `beside`, or, without `beside`, for the
+    model in the adapter's config."""
     task: str | None = None
-    """Name or file of the task. If None, the first Cell of `beside` decides; without `beside`, nothing is scored."""
+    """Name or file of the task. None for the task of the first Cell of `beside`; without `beside`, nothing is scored
+    then."""
     checkpoint: int | None = None
     beside: str | None = None
     """Suite whose Cells are run too. None for the imported Cell alone."""
@@ -121,7 +122,7 @@ def _judge(adapter: AdapterFile, base: Path) -> Exit:
 
 
 def _suite(request: ImportRequest, adapter: AdapterFile) -> Suite:
-    """Return the suite `request.beside`, with a Cell of the requested model and task as the first.
+    """Return the suite `request.beside`, with its first Cell of the requested model and task moved to the front.
 
     Without `beside`, return a suite with a single Cell, from the template `_SUITE`.
     """

@@ -1,4 +1,4 @@
-"""Find out, from the kernel's log or counters, whether it killed a process because memory ran out."""
+"""Find out from the kernel's log or counters whether the kernel killed a process because memory ran out."""
 
 from __future__ import annotations
 

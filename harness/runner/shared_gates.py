@@ -24,8 +24,8 @@ class SharedGates:
     def add(self, key: str, record: Record) -> None:
         """Store the result of the parity gate in a Record. key: from `gate_key.of_cell`.
 
-        Nothing is stored if the attempt ended before its gate, or reused the gate of another Cell. If concurrent Cells
-        ran gates with the same key, a failure replaces a pass, but not the reverse.
+        Nothing is stored if the attempt ended before its gate, or reused the gate of another Cell. Concurrent Cells may
+        run gates with the same key. Then a failure replaces a pass, and a pass never replaces a failure.
         """
         if not key or not record.gate or record.gate.record or self._own:
             return

@@ -38,7 +38,7 @@ class _Unseen:
     folder: Path
     kind: str
     wanted: dict[str, dict[str, str]]
-    """Name of a layer -> every place where the suite has this name, as `file:line` -> name of the model."""
+    """Name of a layer -> (place where the suite has this name, as `file:line` -> name of the model)."""
 
 
 def check_models(suite: Suite, plan: Plan) -> None:
@@ -113,7 +113,7 @@ def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Ite
 def _dropout(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
     """Yield a problem for each Cell that trains with another library's loop although its model has dropout.
 
-    SFTTrainer pads texts on the other side than the harness, so dropout would hit other tokens.
+    SFTTrainer pads texts on one side and the harness on the other, so dropout would hit other tokens.
     """
     dropped = model_folder.dropout(folder)
     for cell, places in cells:

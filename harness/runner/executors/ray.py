@@ -167,8 +167,7 @@ class Ray:
     def _ending(self, reference: Any) -> Ending:
         """Return how a task ended. The result is used only if the worker has not written a Record.
 
-        Raises the error that the task raised. But a MissingPathError is returned as an Ending as long as other nodes
-        may see the path.
+        If the task raised an error, raise it, except for a MissingPathError while other nodes may see the path.
         """
         errors = self._ray.exceptions
         try:
