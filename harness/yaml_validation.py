@@ -210,7 +210,10 @@ def _syntax_problem(path: Path, text: str, error: yaml.MarkedYAMLError) -> Probl
 
 
 def _plain(kind: str, text: str) -> Any:
-    """Return the value of a scalar. Raises ValueError, KeyError or IndexError if the text does not fit an explicit tag."""
+    """Return the value of a scalar. kind: its YAML type, e.g. `int`.
+
+    Raises ValueError, KeyError or IndexError if the text does not fit a type that the file states, e.g. `!!int x`.
+    """
     digits = text.replace("_", "")
     match kind:
         case "null":
@@ -319,7 +322,10 @@ class _Builder:
                 yield key, value
 
     def _merged(self, node: MappingNode, inside: tuple[int, ...] = ()) -> Iterator[tuple[ScalarNode, Node]]:
-        """Yield pairs (key, value) from the mappings that `node` merges with `<<`. The nearest mapping comes first."""
+        """Yield pairs (key, value) from the mappings that `node` merges with `<<`. The nearest mapping comes first.
+
+        inside: ids of the nodes that are being merged, to find an alias that contains itself.
+        """
         if id(node) in inside:
             self._problem(node, "an alias that contains itself", "write the value out")
             return

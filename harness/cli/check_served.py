@@ -46,8 +46,8 @@ class ServedRequest:
 def check(request: ServedRequest, as_json: bool) -> Exit:
     """Compare the server's answers with the adapters, print the report, and return the exit code.
 
-    Raises UsageError for wrong options, a wrong model or a server that cannot be compared, and ServerError if the server
-    stops before its rounding errors are known. A later error ends the requests, and the report has the results so far.
+    Raises UsageError for wrong options, a wrong model or a server that cannot be compared. Raises ServerError if the
+    server stops before its rounding errors are measured. If it stops later, the report has the results so far.
     """
     from harness.conformance.served.comparison import AnswerComparison
 

@@ -124,10 +124,10 @@ def detect(cell: str | None, sentinel: str | None, strict: bool, folder: Path, a
 def settle(cell: str | None, most: int, out: Path | None, suite: Path | None, author: str | None, folder: Path) -> Exit:
     """Confirm or refute suspected changes by pairs of runs.
 
-    Runs `gate --pairs` with the revisions before and after each unconfirmed change of a time, and for each step time that
-    was longer in the last night than before. Writes the verdict `regressed`, `improved` or `refuted` to the history, like
-    `history confirm`; an undecided change stays open. The first comparison includes a canary, a revision against itself; if
-    canaries raise the alarm too often on this machine, no verdict is written.
+    Takes each unconfirmed change of a time, and each step time that was longer in the last night than before. Runs
+    `gate --pairs` with the revisions before and after it. Writes the verdict `regressed`, `improved` or `refuted` to the
+    history, like `history confirm`; an undecided change stays open. The first comparison includes a canary, a revision
+    against itself. If canaries raise the alarm too often on this machine, no verdict is written.
 
     \b
     Exit codes:

@@ -16,7 +16,7 @@ _UNITS = {"s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
-    """Return a duration in seconds: a number, or a number with the unit s, m or h. Without a value, return None."""
+    """Return the seconds in `value`: a number, or a number with the unit s, m or h. Without a value, return None."""
     if value is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", value.strip())

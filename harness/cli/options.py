@@ -77,7 +77,7 @@ def print_document(document: Any, as_json: bool, lines: Callable[[Any], Sequence
 def finite_seconds(_: click.Context, __: click.Parameter, value: float) -> float:
     """Check a number of seconds that the user gave, and return it unchanged.
 
-    Raises BadParameter unless the number is finite and above 0. click's FloatRange would accept NaN and infinity.
+    Raises BadParameter for NaN, infinity, 0 and negative numbers. click's FloatRange would accept NaN and infinity.
     """
     if not 0 < value < math.inf:
         raise click.BadParameter(f"{value:g} is not a number of seconds above 0, e.g. 3600")

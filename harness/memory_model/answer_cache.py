@@ -109,8 +109,7 @@ def _surroundings() -> dict[str, Any] | None:
 def _is_own(cell: Mapping[str, Any] | None) -> bool:
     """Return whether the Implementation of a Cell is part of the harness's own distribution.
 
-    cell: None for a request without a Cell. Return True then, because such a request uses only reference
-    Implementations.
+    cell: None for a request without a Cell. The result is then True: the request uses only reference Implementations.
     """
     if cell is None:
         return True

@@ -1,6 +1,6 @@
 """Predict the memory of one Cell from its model's config.json and its batches. The Cell's worker runs this code.
 
-A prediction from the cache (`answer_cache`) is the same as a new one.
+Predictions are cached (`answer_cache`).
 """
 
 from __future__ import annotations

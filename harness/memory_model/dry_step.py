@@ -139,7 +139,7 @@ def _depth(config: Mapping[str, Any]) -> int | None:
 def _stages(step: DryStep, parts: Sequence[Batch], uniform: bool = False) -> dict[str, int] | None:
     """Run the step on fake tensors, and return the peak of each stage in bytes. `_staged` defines the stages.
 
-    uniform: whether to return None if the model's blocks are not equal, or if a target is not in this model.
+    uniform: if true, return None for a model whose blocks are not equal, or that lacks a target.
     """
     cell = step.cell
     model = structure.build(step.config, step.kind, DTYPES[cell.dtype])

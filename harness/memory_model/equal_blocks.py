@@ -21,10 +21,10 @@ Facts = tuple[Mapping[str, Any], ...]
 
 
 def find_blocks(model: nn.Module, head: Collection[str]) -> str:
-    """Return the path of the longest list of equal blocks in a model, or "" if there is none.
+    """Return the path of the longest list of equal blocks in a model, or "" if there is none with more than two blocks.
 
-    The list has more blocks than the copies of `SMALL`. Equal blocks have modules of the same types, names and sizes,
-    and share no parameter. head: names of the head's parameters, which train as a whole. No block contains any of them.
+    Equal blocks have modules of the same types, names and sizes, and share no parameter. head: names of the head's
+    parameters, which train as a whole. No block contains any of them.
     """
     found = ""
     length = SMALL[-1]
@@ -93,7 +93,10 @@ def _are_in_each_block(names: Collection[str], path: str, blocks: int) -> bool:
 
 
 def _found_in_first(model: nn.Module, path: str, number: int, find: Callable[[], Facts]) -> Facts:
-    """Return what `find()` returns if the list at `path` has only its first `number` blocks. If it raises, return ()."""
+    """Return what `find()` returns if the list at `path` has only its first `number` blocks.
+
+    If `find` raises ValueError, return ().
+    """
     parent, _, name = path.rpartition(".")
     owner: nn.Module = model.get_submodule(parent)
     blocks: Any = getattr(owner, name)

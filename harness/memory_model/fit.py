@@ -92,7 +92,7 @@ class FitRow:
     left: int = 0
     """Bytes that remain free. Negative if nothing fits."""
     untouched: str = ""
-    """Note about weights that are neither adapted nor packed. Empty if the user named the layers to adapt."""
+    """Note about weights that the Method leaves unadapted and unpacked. Empty if the user named the layers to adapt."""
 
 
 def fit_request(

@@ -47,10 +47,12 @@ def peak(
 ) -> StepAnswer:
     """Return the peak of a step over the micro-batches `parts`, or the reason why there is none.
 
-    others_B: bytes of other tensors, such as the batches, which are added to the peak. lacks: names of an encoder's
-    weights that are missing from its checkpoint. The answer is empty for a Cell without training. If the base is in 4
-    bits, stand-ins replace its layers. They have the same sizes and decode in the same way. If a library does not
-    support fake tensors, the Method's reference takes the step.
+    For a Cell without training, the answer is empty. If the base is in 4 bits, stand-ins replace its layers. They have
+    the same sizes and decode in the same way. If a library does not support fake tensors, the Method's reference takes
+    the step.
+
+    others_B: bytes to add to the peak for other tensors, such as the batches. lacks: names of an encoder's weights that
+    are missing from its checkpoint.
     """
     if cell.training.steps == 0:
         return {}

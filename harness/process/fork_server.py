@@ -1,8 +1,8 @@
 """Fork server: a process that imports libraries once, and forks a process for each task. Linux only.
 
-The program that has tasks uses `ForkServer`, and the server runs `serve`. The server has no threads of Python and runs no
-task itself, so a fork equals a new process that has done the same imports. A fork has a session of its own, and is killed
-when its server or the program ends.
+The program that has tasks uses `ForkServer`, and the server runs `serve`. The server has no threads of Python and runs
+no task itself. So a fork starts in the state of a new process after the same imports. A fork has a session of its own,
+and is killed when its server or the program ends.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _END_S = 10.0
 
 
 def is_allowed() -> bool:
-    """Return whether workers of this command may be forks: on Linux, unless `COLD_START` is 1."""
+    """Return whether workers of this command may be forks: on Linux, if `COLD_START` is not 1."""
     return sys.platform == "linux" and os.environ.get(COLD_START) != "1"
 
 

@@ -38,8 +38,9 @@ _Worker = Subprocess | ForkedWorker
 class WorkerPool:
     """The workers of one command. Ctrl-C ends all of them.
 
-    python: interpreter of the workers. By default, it is the one that runs this process. imports: modules that most workers
-    import. If there are some, and forks are allowed, a worker is a fork of a process that has imported them.
+    python: interpreter of the workers. By default, it is the one that runs this process. imports: modules that most
+    workers import. If forks are allowed, one process imports these modules, and each worker is a fork of it. Without
+    `imports`, each worker is a new process.
     """
 
     def __init__(self, python: Path | None = None, imports: Sequence[str] = ()) -> None:

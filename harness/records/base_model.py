@@ -32,8 +32,8 @@ class FrozenModel(BaseModel):
 
 
 class ExtendedModel(FrozenModel):
-    """A model that got more fields after the first Records were published. A `cell_id` ignores such a field with its
-    default.
+    """A model that got more fields after the first Records were published. If such a field has its default, a `cell_id`
+    ignores the field.
     """
 
     later_fields: ClassVar[tuple[str, ...]]

@@ -89,8 +89,8 @@ class Accuracy(FrozenModel):
     value: float
     """Share of items with a right answer, from 0 to 1."""
     low: float
-    """Lower end of the confidence interval of the accuracy. The interval accounts for the choice of items, but not for
-    other seeds."""
+    """Lower end of the confidence interval of the accuracy. The interval accounts for the choice of items. Other seeds
+    may give values outside it."""
     high: float
     """Upper end of the confidence interval of the accuracy."""
     interval: str

@@ -44,7 +44,7 @@ def _named(cells: Iterable[Cell], name: Callable[[Cell], str], place: Callable[[
     """Map each cell_id to `name(cell)`, plus settings that distinguish the Cell.
 
     These are the settings that differ between Cells for which `place` returns the same value. A setting that a Cell
-    does not set is left out of its name, except where two names would then be equal.
+    does not set appears in its name only if two names would otherwise be equal.
     """
     sharing: dict[Hashable, dict[str, Cell]] = {}
     for cell in cells:

@@ -89,13 +89,13 @@ class Evaluation(ExtendedModel):
     """Settings for the scoring and for the latencies of a Cell."""
 
     items: int
-    """Number of scored test items. They are the first items of the task's test split after the skipped ones, so all
-    Cells score the same items."""
+    """Number of scored test items. All Cells score the same items: the first of the task's test split after the skipped
+    ones."""
     batch: int = 32
     """Number of test items in a forward pass."""
     skip: int = 0
-    """Number of test items to skip before the first scored one. It is 0 except in a search for a learning rate: the
-    search skips the items that later score the ranked Cells."""
+    """Number of test items to skip before the first scored one. Only a search for a learning rate skips items: those
+    that later score the ranked Cells."""
     latency: bool = True
     """True if latencies are measured. If several Cells differ only in the seed, it is enough to measure one of them."""
     prompt_batch: int = 1
@@ -338,10 +338,10 @@ class Record(FrozenModel):
     checks: list[CheckResult] = []
     """Results of the checks. Those of a shared parity gate are only in the file of the Record that took the gate."""
     gate: Gate | None = None
-    """Parity gate that the attempt uses. None in older Records, for a Cell that never shares its gate, and if the
-    gate did not end."""
+    """Parity gate that the attempt uses: the checks of the Cell's own layers. None in older Records, for a Cell that
+    never shares its gate, and if the gate did not end."""
     measurements: Measurements | None = None
-    """Everything that was measured. None unless the status is `ok`."""
+    """Everything that was measured. None if the status is not `ok`."""
     failure: Failure | None = None
     """Cause of the failure, if the attempt raised an exception, was killed, or was prevented from running. Otherwise
     None."""

@@ -100,8 +100,8 @@ class Run:
     """Paths of files that were changed, removed or added after the run, each with what happened to it. Records in such
     files are not used."""
     ungated: dict[str, str] = field(default_factory=dict)
-    """Records that are not used, because the Record that ran their parity gate is missing, unreadable or changed: path
-    -> the reason."""
+    """Records that are not used, because the Record that ran their parity gate (the checks before the measurement) is
+    missing, unreadable or changed: path -> the reason."""
 
     @property
     def how(self) -> str:
@@ -296,7 +296,7 @@ def read_record(path: Path) -> Record:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read only run.json of a run folder, and return its content. Raises UsageError if there is none."""
+    """Read only run.json of a run folder, and return its content. Raises UsageError if this file is missing."""
     if not (path / "run.json").is_file():
         raise UsageError("not a run folder (no run.json)", where=str(path), hint="name a run id or its folder")
     return _read(path / "run.json", Manifest)

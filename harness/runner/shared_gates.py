@@ -1,7 +1,8 @@
 """Results of the parity gates of a run, which later Cells with the same gate key reuse.
 
-No Cell waits for the gate of another Cell. If no gate with its key has ended when a Cell starts, the Cell runs its own.
-A resumed run does not reuse earlier results, because the code of a plug-in may have changed in between.
+A parity gate checks a Cell's own layers against the reference before the Cell is measured. No Cell waits for the gate
+of another Cell. If no gate with its key has ended when a Cell starts, the Cell runs its own. A resumed run does not
+reuse earlier results, because the code of a plug-in may have changed in between.
 """
 
 from __future__ import annotations

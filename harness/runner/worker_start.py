@@ -26,7 +26,7 @@ Libraries = tuple[str | int | None, ...]
 """Key of a fork server: an interpreter, a number of threads, and the modules that are imported."""
 
 _MOST_SERVERS = 3
-"""Maximum number of fork servers, except if all are busy. Each serves one set of libraries, and takes about 0.4 GB."""
+"""Maximum number of fork servers; more exist only if all are busy. Each serves one set of libraries, and takes 0.4 GB."""
 _READY_S = 120.0
 """Time limit for the imports of a fork server, in seconds. If one takes longer, all later workers are new processes."""
 

@@ -24,7 +24,7 @@ _BEGUN = "begun on "
 
 
 class RunTakenOverError(HarnessError):
-    """Ends the Cells on this machine, because another process has ended or resumed the run."""
+    """Raised to end the Cells on this machine, because another process has ended or resumed the run."""
 
 
 class MissingPathError(StoreError):

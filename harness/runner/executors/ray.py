@@ -167,7 +167,8 @@ class Ray:
     def _ending(self, reference: Any) -> Ending:
         """Return how a task ended. The result is used only if the worker has not written a Record.
 
-        If the task raised an error, raise it, except for a MissingPathError while other nodes may see the path.
+        Raises the error that the task raised. A MissingPathError is raised only if no other node may see the path;
+        otherwise the result is LOST.
         """
         errors = self._ray.exceptions
         try:
