@@ -322,10 +322,7 @@ class _Builder:
                 yield key, value
 
     def _merged(self, node: MappingNode, inside: tuple[int, ...] = ()) -> Iterator[tuple[ScalarNode, Node]]:
-        """Yield pairs (key, value) from the mappings that `node` merges with `<<`. The nearest mapping comes first.
-
-        inside: ids of the nodes that are being merged, to find an alias that contains itself.
-        """
+        """Yield pairs (key, value) from the mappings that `node` merges with `<<`. The nearest mapping comes first."""
         if id(node) in inside:
             self._problem(node, "an alias that contains itself", "write the value out")
             return

@@ -44,7 +44,7 @@ class _Report:
 
     @property
     def exit(self) -> Exit:
-        """Exit code.
+        """Exit code of `check PATH`.
 
         FAIL if the file does not conform, or if a loader raises an error or computes other logits than the reference.
         NOTHING_COMPARED if a finding prevented the comparison of the file with the base model.

@@ -52,8 +52,8 @@ def night(
 ) -> Exit:
     """Find out within minutes whether the harness is right and fast on a card.
 
-    Runs, most valuable first: checks of all GPU kernels in every dtype, the ceilings of the card, operations and
-    training steps beside other libraries, the papers' claims about hardware, a matrix of all methods, and a comparison
+    Runs, most valuable first: checks of all GPU kernels in every dtype, the ceilings (highest rates) of the card, operations
+    and training steps beside other libraries, the papers' claims about hardware, a matrix of all methods, and a comparison
     of equal runs. Each part (one command) is a process of its own, so that a kernel that hangs or crashes ends only its
     part. Results are written at once, and the page index.html shows them at any time. One part compares the matrix with
     the baseline of the card. Ctrl-C ends the run, and keeps what was measured. At the end, `next:` lists the commands

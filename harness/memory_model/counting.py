@@ -154,7 +154,7 @@ def _with_activations(counted: MethodCount, saved: tuple[Any, ...] | None, shape
 def default_targets(model: nn.Module) -> list[str]:
     """Return the shortest names that match every linear layer except the output layer, and no other module.
 
-    Each name is the last part of a layer's dotted path, such as `q_proj` or `self_attn.q_proj`.
+    Each name is a suffix of a layer's dotted path, such as `q_proj` or `self_attn.q_proj`.
     """
     inner = surgery.targets(model, ("all-linear",), surgery.LINEAR)
     outside = {end for path, _ in model.named_modules() if path not in inner for end in _ends(path)}
@@ -162,7 +162,7 @@ def default_targets(model: nn.Module) -> list[str]:
 
 
 def _ends(path: str) -> list[str]:
-    """List the ends of a dotted path, the shortest first: `a.b.c` -> `c`, `b.c`, `a.b.c`."""
+    """List the suffixes of a dotted path, the shortest first: `a.b.c` -> `c`, `b.c`, `a.b.c`."""
     parts = path.split(".")
     return [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
 

@@ -48,7 +48,7 @@ def names_one_block(target: str) -> bool:
 
 
 def extrapolate(one: Any, two: Any, blocks: int) -> Any:
-    """Return the count of a model with this number of blocks from the counts with one block and with two blocks.
+    """Return the count of a model with `blocks` blocks from the counts with one block (`one`) and with two (`two`).
 
     A count is a number, or a dict, list or tuple of counts. Anything else must be equal in both. Raises ValueError if
     the two counts do not have the same form.

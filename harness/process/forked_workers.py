@@ -105,8 +105,8 @@ def _run(events: int, lifeline: int) -> int:
 def _mark(name: str, token: str) -> None:
     """Set an environment variable of this process so that other processes read its value in /proc/PID/environ.
 
-    That file shows the memory that held the variables when the server started, so the value is written to this memory.
-    The value identifies the processes that this worker starts.
+    That file shows the memory that held the variables when the server started. So `token` is written to this memory. It
+    identifies the processes that this worker starts.
     """
     getenv = ctypes.CDLL(None).getenv
     getenv.argtypes, getenv.restype = [ctypes.c_char_p], ctypes.c_void_p

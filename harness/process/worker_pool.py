@@ -108,7 +108,7 @@ class WorkerPool:
             yield {"died": died}
 
     def _ready_server(self) -> WorkerServer | None:
-        """Return the process that forks workers. If there is none, the workers must be new processes: return None."""
+        """Return the process that forks workers. Return None if there is none; then the workers must be new processes."""
         with self._server_lock:
             if self._server is not None and not self._server.is_alive:
                 self._end_server()

@@ -66,7 +66,7 @@ class CheckResult(FrozenModel):
     nonfinite: int = 0
     """Number of elements that are NaN or infinite where the reference is finite."""
     detail: str = ""
-    """Reason of a failure or of a skip, and other details."""
+    """Reason of a failure or skip, and other details."""
 
     @cached_property
     def id(self) -> CheckId:

@@ -23,8 +23,8 @@ class Gate(FrozenModel):
     """Record of the same run whose gate this attempt reuses, as `cell_id.attempt`. Empty if the attempt ran the gate
     itself."""
     checks: Count = 0
-    """Number of results of the gate; they come first in `Record.checks`. In a Record's file, it is 0 if another Record
-    ran the gate."""
+    """Number of results of the gate; they come first in `Record.checks`. In a Record's file, this number is 0 if
+    another Record ran the gate."""
 
 
 def shared(records: Iterable[Record]) -> tuple[list[Record], dict[str, str]]:

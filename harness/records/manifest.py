@@ -13,8 +13,8 @@ class Comparison(FrozenModel):
     """A comparison of two groups of Cells that the suite declares. `harness.analysis` judges it."""
 
     kind: Literal["better", "same-losses"]
-    """`better`: the accuracy interval of `left` lies above that of `right`. `same-losses`: every Cell of `left`
-    follows the float64 trajectory of `right` as closely as the noise floor allows."""
+    """`better`: the accuracy interval of `left` lies above that of `right`. `same-losses`: the losses of each Cell of
+    `left` follow those of a float64 Cell of `right`, up to rounding errors."""
     left: list[str]
     """cell_ids of the Cells on the left side of the comparison."""
     right: list[str]

@@ -48,11 +48,11 @@ class ImportRequest:
 
     folder: Path
     model: str | None = None
-    """Name or folder of the base model. None for the model of the first Cell of `beside`, or, without `beside`, for the
-    model in the adapter's config."""
+    """Name or folder of the base model. If None, it is the model of the first Cell of `beside` or, without `beside`,
+    the base that the adapter's config names."""
     task: str | None = None
-    """Name or file of the task. None for the task of the first Cell of `beside`; without `beside`, nothing is scored
-    then."""
+    """Name or file of the task. If None, it is the task of the first Cell of `beside`; without `beside`, nothing is
+    scored."""
     checkpoint: int | None = None
     beside: str | None = None
     """Suite whose Cells are run too. None for the imported Cell alone."""
@@ -98,8 +98,8 @@ def import_run(
 def _judge(adapter: AdapterFile, base: Path) -> Exit:
     """Print the findings about an adapter file. Return FAIL if it does not conform.
 
-    Raises UsageError if the adapter's `task_type` needs another class of the base model (e.g. with a classification
-    head). A Cell evaluates the base model unchanged.
+    Raises UsageError if the adapter's `task_type` needs another class of the base model, e.g. with a classification
+    head, because a Cell evaluates the base model unchanged.
     """
     from harness.conformance.adapter_files.findings import judge
     from harness.methods.base_model import empty_base

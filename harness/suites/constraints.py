@@ -22,7 +22,7 @@ def combination_problems(
     bases: list[BaseKeys],
     steps: int,
 ) -> Iterator[FieldProblem]:
-    """Yield a problem for each combination of values with which every Cell would fail.
+    """Yield a problem for each combination of values with which no Cell can run.
 
     config: Method -> field -> values. bases: values of `base:`. steps: number of training steps.
     """

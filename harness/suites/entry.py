@@ -76,8 +76,8 @@ class SuiteContext:
     ids: dict[str, str] = field(default_factory=dict)
     """Id of an entry -> its place, as `file:line`."""
     entries: dict[str, CellKeys] = field(default_factory=dict)
-    """Id of an entry -> the keys of the entry and of its block. Entries without a required key are left out. Values may
-    be invalid."""
+    """Id of an entry -> its keys, merged with those of its block. Entries without a required key are left out. Values
+    may be invalid."""
 
     @property
     def folder(self) -> Path:
