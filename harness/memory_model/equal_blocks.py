@@ -69,8 +69,9 @@ def named_facts(
 ) -> tuple[dict[str, Any], ...]:
     """Return what `find()` returns for the whole model. If its blocks are equal, call `find` with few blocks only.
 
-    `find` is called with two and with three blocks. If the results follow the same pattern, they are extrapolated to
-    the whole model. Otherwise `find` is called with the whole model, and may raise its own errors.
+    `find` is called with two and with three blocks. If the facts about two blocks, extrapolated to three, agree with
+    the facts about three, they are extrapolated to the whole model. Otherwise `find` is called with the whole model,
+    and may raise its own errors.
 
     find: function that adapts the model, reads facts about its parts, and detaches the adapter. chosen: names of the
     parameters that `find` selects, e.g. by a regular expression. If they are not the same in each block, `find` is

@@ -65,8 +65,10 @@ class KernelKills:
                 yield from (int(found[1] or found[2]) for found in _NAMED.finditer(lines))
 
     def _counts(self) -> tuple[int | None, int]:
-        """Return the numbers of processes killed for lack of memory: in this process's cgroup (None if unknown) and in
-        all.
+        """Return two numbers of processes killed for lack of memory: in this process's cgroup, and on the whole
+        machine.
+
+        The first number is None if it is unknown.
         """
         own = next(
             (n for folder in self._folders() for name in _COUNTERS if (n := _count(folder / name)) is not None), None
