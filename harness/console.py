@@ -191,8 +191,8 @@ def foreign_output() -> Iterator[None]:
 def hold_output() -> Iterator[None]:
     """Hold back the output of libraries inside the context: Python's stdout and stderr, and the file descriptor 2.
 
-    Each line is then logged by the logger `harness`. If the context raises an error that is no HarnessError, the lines are also
-    printed on stderr, with unprintable characters escaped.
+    Each line is then logged by the logger `harness`. If the context raises an error that is no HarnessError, the lines are
+    also printed on stderr, with unprintable characters escaped.
     """
     import logging  # not above: `--help` needs neither
     import tempfile
