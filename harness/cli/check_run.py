@@ -1,4 +1,7 @@
-"""Run the command `check`: compare implementations with their references. Only its worker processes import torch."""
+"""Run the command `check`: compare implementations with their references. Only its worker processes import torch.
+
+A parity suite is a file in suites/parity with the cases and checks of one target, e.g. a Method or an Operation.
+"""
 
 from __future__ import annotations
 

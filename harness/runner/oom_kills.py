@@ -65,8 +65,7 @@ class KernelKills:
                 yield from (int(found[1] or found[2]) for found in _NAMED.finditer(lines))
 
     def _counts(self) -> tuple[int | None, int]:
-        """Return two numbers of processes killed for lack of memory: in this process's cgroup, and on the whole
-        machine.
+        """Return the numbers of processes killed for lack of memory in this process's cgroup and on the whole machine.
 
         The first number is None if it is unknown.
         """

@@ -27,7 +27,7 @@ JOIN_PATIENCE_S = 120.0
 _LOOK_S = 0.2
 _NO_RECORD = "no Record"
 _STORE_B = 80 * 2**20
-"""Size of Ray's object store in bytes. It is the smallest size that Ray accepts, because no Cell uses the store."""
+"""Size of Ray's object store in bytes: the smallest size that Ray accepts. No Cell uses the store."""
 
 
 @dataclass(frozen=True)
