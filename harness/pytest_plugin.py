@@ -99,7 +99,7 @@ class CaseItem(pytest.Item):
     def reportinfo(self) -> tuple[Any, int | None, str]:
         """Return the path, line and name of the test.
 
-        The line is never None, because a mark that skips the test (--benchmark-only) would then fail.
+        The line must not be None: a mark that skips the test (--benchmark-only) would then fail.
         """
         suite = self.parent
         assert isinstance(suite, ConformanceCollector)  # noqa: S101

@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from harness.assets.table import Source
 
 _SAME = {"lr": 1e-3, "head_lr": None, "warmup": 0, "weight_decay": 0.0}
-"""Training options that do not change the memory of a step -> the value that they get in a step request. Cells that
-differ only in these options then share one step.
-"""
+"""Training option that does not change the memory of a step -> its value in a step request. Cells that differ only in
+these options then share one step."""
 
 
 class PlannedMemory(Predicted):
@@ -124,10 +123,9 @@ def predictions(
 
 
 def step_request(cell: Cell, one: CountRequest, loss_tokens: int) -> StepRequest:
-    """Return the request for a Cell's training step.
+    """Return the request for a Cell's training step. Options in `_SAME` get fixed values.
 
-    Options that do not change the memory of the step get fixed values. one: the Cell's count request. loss_tokens: number of
-    tokens with a loss in each text.
+    one: the Cell's count request. loss_tokens: number of tokens with a loss in each text.
     """
     training = cell.training.model_copy(update=_SAME)
     same = {"seed": 0, "evaluation": Evaluation(items=0), "task": "", "training": training}

@@ -96,9 +96,9 @@ def write_atomic(path: Path, data: bytes, *, new: bool = False) -> None:
 
 
 def _publish(temporary: Path, path: Path) -> None:
-    """Rename the file `temporary` to `path`. This is atomic, because two machines may try at the same time.
+    """Rename the file `temporary` to `path`. Raises FileExistsError if `path` exists.
 
-    Raises FileExistsError if `path` exists.
+    The rename is atomic: if two machines try at the same time, only one succeeds.
     """
     try:
         os.link(temporary, path)

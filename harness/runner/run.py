@@ -125,7 +125,7 @@ class _Session:
     servers: Mapping[str, str]
     """Name of a model server -> path of its interpreter. A server without an environment of its own is left out."""
     done: set[str]
-    """Ids of the Cells that need not run again."""
+    """Ids of the Cells that need not run again, because a resumed run has their Records."""
     folder: store.RunFolder
     run_id: str
     device: Device
@@ -345,7 +345,7 @@ def _open(
 
 
 def _finish(session: _Session, how: _How, measured: set[str]) -> tuple[store.Run, Footer]:
-    """Read the run from its folder and write its footer.json. Return the run and the content of this file.
+    """Read the run from its folder and write its footer.json. Return the run and the footer.
 
     measured: ids of the Cells that this invocation measured.
     """

@@ -81,7 +81,7 @@ class TuneKeys(Keys):
 
 
 Timed = Literal["every-seed", "first-seed", "never"]
-"""The seeds with which the Cells of an entry have latencies. Cells of a search (`tune:`) never have latencies."""
+"""Seeds for which an entry's latencies are measured. Cells of a search (`tune:`) never have latencies."""
 
 
 class CellKeys(Keys):
@@ -109,7 +109,7 @@ class CellKeys(Keys):
     tune: TuneKeys | None = None
 
     def missing(self) -> list[str]:
-        """List the required keys that neither the entry nor its block has."""
+        """List the required keys that are missing in both the entry and its block."""
         needed = {"model": self.model, "task": self.task, "method": self.method}
         missing = [key for key, values in needed.items() if not values]
         if self.training.steps is None:

@@ -19,7 +19,7 @@ from harness.suites.schema import SYNTHETIC
 from harness.yaml_validation import Document
 
 Role = Literal["data", "train"]
-"""Use of a source by a task: `data` for scoring, `train` for training. One source may have both roles."""
+"""How a task uses a source: `data` for scoring, `train` for training. One source may have both roles."""
 
 
 class Answers(FrozenModel):
@@ -109,7 +109,7 @@ class Task(TaskSpec):
     def problems(self, role: Role, source: Source, path: Path) -> list[Problem]:
         """Return the mistakes in a data file of the task.
 
-        role: what the task uses `source` for. path: the file of `source`.
+        role: how the task uses `source`. path: the file of `source`.
         """
         if self.upstream is not None:
             return []  # lm-eval reads it

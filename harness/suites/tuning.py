@@ -26,7 +26,8 @@ class Tune:
     """Method -> values for the trials. They replace the entry's values, so that e.g. all ranks share the trials of one
     rank.
 
-    A value of None means the default of a field that older Records do not have. The Cell of a trial omits such a field.
+    A value of None stands for the default of a field that older Records do not have. A trial's Cell then omits the
+    field.
     """
 
     def axes(self, method: str) -> dict[str, list[Any]]:

@@ -27,7 +27,7 @@ JOIN_PATIENCE_S = 120.0
 _LOOK_S = 0.2
 _NO_RECORD = "no Record"
 _STORE_B = 80 * 2**20
-"""Size of Ray's object store in bytes. It is the smallest size that Ray accepts, because no Cell uses the store."""
+"""Size of Ray's object store in bytes: the smallest size that Ray accepts. No Cell uses the store."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,8 @@ class Ray:
     def _ending(self, reference: Any) -> Ending:
         """Return how a task ended. The result is used only if the worker has not written a Record.
 
-        Raises the error that the task raised. But a MissingPathError is returned as an Ending as long as other nodes
-        may see the path.
+        Raises the error that the task raised. A MissingPathError is raised only if no other node may see the path;
+        otherwise the result is LOST.
         """
         errors = self._ray.exceptions
         try:
