@@ -2,9 +2,9 @@
 
 A crossover is the largest size for which an Operation uses its fused kernel; see `harness.kernels.crossover`. A tile is
 the part of a matrix product that one program of a kernel computes. A table is a JSON file in `crossovers/`.
-`default.json` is for every card. `peft-harness bench --crossovers` measures the table of one card; see `file_name`. If
-the environment variable PEFT_HARNESS_CROSSOVERS names a folder, its tables take precedence. A new table can then be
-tried without changing the package. This module imports no torch.
+`default.json` is for every card. `peft-harness bench --crossovers --out DIR` measures a card, and writes the card's
+table, such as `nvidia-h100-80gb-hbm3.json`. To try a new table without changing the package, set the environment
+variable PEFT_HARNESS_CROSSOVERS to its folder: tables in this folder take precedence. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ VARIABLE = "PEFT_HARNESS_CROSSOVERS"
 DEFAULT = "default.json"
 """File name of the default table, which has every crossover and no tiles.
 
-If a card's own table lacks a value, the default table gives it.
+If a card's own table lacks a crossover, the default table gives it.
 """
 CROSSOVERS = {"nf4_linear": "tokens", "multi_lora_linear": "tokens_per_adapter", "lora_linear": "rank"}
-"""Operation -> the size that is compared with its crossover, which has this name in a table's rows."""
+"""Operation -> the size that is compared with its crossover. A table's rows have the crossover under this name."""
 TILES = "tiles"
 _KEYS = ("card", "torch", "triton", *CROSSOVERS, TILES)
 PACKAGED = Path(__file__).with_name("crossovers")
@@ -159,7 +159,7 @@ def _of_card(file: Path, on: str) -> Entry:
 
 
 def read(file: Path) -> Entry:
-    """Return the table in a file. Raises ValueError if the file is not JSON, has an unknown key, or has a key twice."""
+    """Return the table in a file. Raises ValueError if it is no JSON object, has an unknown key, or has a key twice."""
     try:
         value = json.loads(file.read_bytes(), object_pairs_hook=lambda pairs: _object(file, pairs))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -30,7 +30,8 @@ def _compiles() -> bool:
 def by_triton(*tensors: Tensor) -> bool:
     """Return whether Triton computes with these tensors.
 
-    True if all tensors are on a GPU, or Triton's interpreter is on. Floating tensors must have one of `TRITON_DTYPES`.
+    True if Triton is installed, and all tensors are on a GPU or Triton's interpreter is on. In both cases, floating
+    tensors must have one of `TRITON_DTYPES`.
     """
     runs = interpreted() or (_compiles() and all(t.is_cuda for t in tensors))
     return runs and all(t.dtype in TRITON_DTYPES for t in tensors if t.is_floating_point())

@@ -20,9 +20,9 @@ ZERO = 7
 def levels() -> Tensor:
     """Return the 16 levels of NF4, ascending from -1 to 1, float32 (16,), on the CPU.
 
-    The result is cached: do not write to it. The levels are zero, eight quantiles of the normal distribution above
-    zero, and seven below. All are divided by the largest. On each side of zero, the probabilities of the quantiles are
-    evenly spaced in float32 from 0.9677083 = 1 - (1/30 + 1/32) / 2 down to 1/2, without 1/2.
+    The result is cached: do not write to it. The levels are zero, eight positive quantiles of the normal distribution,
+    and the negatives of seven others. All are divided by the largest. The probabilities of the eight, and those of the
+    seven, are evenly spaced in float32 from 0.9677083 = 1 - (1/30 + 1/32) / 2 down to 1/2, without 1/2.
     """
 
     def upper(count: int) -> list[float]:

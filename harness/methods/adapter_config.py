@@ -58,7 +58,7 @@ def peft_equivalent(method: str, config: Config, quantization: str = "none") -> 
 
 
 def _refusal(config: Config) -> str:
-    """Return the reason why peft cannot train a Method with this config, or an empty string. peft has the Method."""
+    """Return the reason why peft, which has this Method, cannot train it with this config. Empty if it can."""
     names = config.get("targets", ())
     if _ATTENTION in names or (_ALL_LINEAR in names and len(names) > 1):
         return f"peft needs the names of the layers, and this config says {', '.join(names)}"

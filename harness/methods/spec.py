@@ -44,7 +44,8 @@ class Adapted(Protocol):
     layers: dict[str, Any]
     """Adapted layers, by module path."""
     can_merge: bool
-    """True if `merge` folds an adapter into the weights; False if there is no adapter."""
+    """True if `merge` can fold the adapter into the weights; False if there is no adapter, or if it cannot be
+    merged."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Map the Method's canonical names, `<path>.<letter>`, to the trainable tensors.

@@ -75,7 +75,7 @@ def _mapped(config: Mapping[str, Any], where: Path) -> str:
 
 
 def _candidates(base: Any, task: str | None, mapped: str) -> Iterator[str]:
-    """Yield names of classes of transformers for this task, the most likely one first. mapped: see `_mapped`."""
+    """Yield names of classes of transformers for this task, the most likely one first. mapped: result of `_mapped`."""
     from transformers.models.auto import modeling_auto
 
     own = list(base.architectures or ())[:1]

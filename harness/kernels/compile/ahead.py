@@ -6,8 +6,9 @@ A module below `harness.kernels.triton` may define a list SPECIMENS. Each specim
 specimen fails
 
 - if it spills registers, or needs more shared memory than the architecture has;
-- if it needs more registers than `registers.json` allows for this specimen, architecture and minor version of Triton;
-- if a streaming kernel does not load and store 128 bits at a time, or a matrix product uses no matrix instructions.
+- if `registers.json` has no entry for this specimen, architecture and minor version of Triton, or allows fewer registers;
+- if a streaming kernel does not load and store 128 bits at a time, or a matrix product uses no matrix instructions;
+- if it multiplies float32 as TF32, or fuses multiplications and additions that must round separately.
 
 `--write` enters the measured numbers of registers in `registers.json`. The command prints one line per specimen and
 architecture. It exits with 1 if a specimen fails, and with 2 if there is nothing to judge.
@@ -71,7 +72,7 @@ class KernelVerdict:
 
 
 def modules() -> dict[str, str]:
-    """Return a dict: short name, as `--module` takes it -> dotted path of a module that may have kernels."""
+    """Return a dict: short name of each module that may have kernels (a value of `--module`) -> its dotted path."""
     package = importlib.import_module(KERNELS)
     found = pkgutil.walk_packages(package.__path__, f"{KERNELS}.")
     return {one.name.rpartition(".")[2]: one.name for one in found if not one.ispkg}

@@ -85,7 +85,7 @@ def dora_linear(
     and the result have the dtype of m.
 
     The result is differentiable in all tensors but the mask: twice in torch, once in Triton, where a second derivative
-    raises RuntimeError. The norm counts as a constant.
+    raises RuntimeError. Derivatives treat the norm as a constant.
     """
     if multiplied_by_triton(x, W, A, B, m) and frozen(W, bias):
         from harness.kernels.triton import dora_linear as gpu

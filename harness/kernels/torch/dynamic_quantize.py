@@ -75,7 +75,8 @@ def decode(codes: Tensor, absmax: Tensor, block: int, of: Tables) -> Tensor:
 def encode(x: Tensor, block: int, of: Tables) -> tuple[Tensor, Tensor]:
     """Return the codes of x (uint8) and the absmax of each block (float32).
 
-    x: float32, contiguous, 1-d. of: tables of the map. A block of zeros has absmax 0 and the code of 0.
+    x: float32, contiguous, 1-d. block: elements per block. of: tables of the map. A block of zeros has absmax 0 and the
+    code of 0.
     """
     rows = torch.nn.functional.pad(x, (0, -len(x) % block)).view(-1, block)
     absmax = rows.abs().amax(dim=1)
@@ -86,9 +87,10 @@ def encode(x: Tensor, block: int, of: Tables) -> tuple[Tensor, Tensor]:
 def dynamic_quantize(x: Tensor, block: int = 256, signed: bool = True) -> tuple[Tensor, Tensor]:
     """Return (codes, absmax). codes: uint8, in the order of x.flatten(). absmax: float32, one per block.
 
-    x: any shape and floating dtype, read as float32. The last block may be short. The code of an element stands for the
-    value of the map that is nearest to element / absmax. A tie goes to the lower value. If a block has a NaN or an
-    infinity, so has its absmax. Raises ValueError for a block below 1.
+    x: any shape and floating dtype, read as float32. block: elements per block; the last block may be short. signed:
+    False for the map without negative values. The code of an element stands for the value of the map that is nearest to
+    element / absmax. A tie goes to the lower value. If a block has a NaN or an infinity, so has its absmax. Raises
+    ValueError for a block below 1.
     """
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")

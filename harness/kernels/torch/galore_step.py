@@ -1,11 +1,11 @@
-"""One step of GaLore (Zhao et al., arXiv:2403.03507): AdamW in a subspace, with one temporary of the subspace's size.
+"""One step of GaLore (Zhao et al., arXiv:2403.03507): AdamW in a subspace, without temporaries of W's size.
 
     R = P^T G Q                                   one product (two products if both sides are projected)
     -N = one step of AdamW from 0 with lr 1       torch's fused kernel: R, M and V are read once
     W = (1 - lr decay) (W - lr scale P N Q^T)     one product that accumulates in W's memory
 
-G is the gradient of W, P and Q span the subspace, and M and V are the moments. No temporary has the size of W. Shapes:
-W and G are (m, n), P is (m, r), and Q is (n, r). R, M and V have the shape of P^T G Q.
+G is the gradient of W, P and Q span the subspace, and M and V are the moments. 8-bit moments take the step of
+`adamw8bit_step_`. Shapes: W and G are (m, n), P is (m, r), and Q is (n, r). R, M and V have the shape of P^T G Q.
 """
 
 from __future__ import annotations
@@ -48,10 +48,9 @@ def refreshed(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return (P, Q): the first `rank` left and the first `rank` right singular vectors of G, in G's dtype.
 
-    P is None if the left side is not projected, and Q if the right side is not; see `sides`. niter: 0 for an exact SVD,
-    in float64 if G is float64, else in float32. Otherwise the number of subspace iterations of a randomised SVD, which
-    starts from the given P or Q and from random vectors that are the same in every call. Raises ValueError if G is not
-    finite.
+    side: a word that `sides` takes. P is None if the left side is not projected, and Q if the right side is not. niter:
+    0 for an exact SVD; otherwise the number of subspace iterations of a randomised SVD, which starts from the given P
+    or Q and from random vectors that are the same in every call. Raises ValueError if G is not finite.
     """
     if not G.isfinite().all():
         raise ValueError(

@@ -74,8 +74,8 @@ def lora_mlp(
 ) -> Tensor:
     """Return down(activation(gate(x)) * up(x)), shape (..., D), for x (..., D).
 
-    Each list has one item for gate, one for up and one for down, as in `adapted_linears`. activation: `silu`, `gelu` or
-    `gelu-tanh`. Raises ValueError for any other activation.
+    Each list has three items, for gate, up and down; `adapted_linears` describes them. If `ms` is given, the layers are
+    DoRA's. activation: `silu`, `gelu` or `gelu-tanh`. Raises ValueError for any other activation.
     """
 
     def layers(x: Tensor, which: slice) -> list[Tensor]:

@@ -48,5 +48,5 @@ def lora_qkv(
     scalings: Sequence[float],
     ms: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Return the outputs (q, k, v), each (..., E). The arguments and derivatives are those of `adapted_linears`."""
+    """Return the outputs (q, k, v), each (..., E). The arguments are those of `adapted_linears`."""
     return tuple(adapted_linears(x, Ws, biases, As, Bs, scalings, ms))

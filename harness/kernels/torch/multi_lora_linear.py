@@ -122,9 +122,9 @@ def multi_lora_linear(
     If ids[n] is -1, the sequence gets only x W^T. Shapes: x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i).
     These tensors have one floating dtype, or get it from autocast. ids: N integers. The result is differentiable in x,
     W, and the As and Bs in use: twice in torch, once in Triton. Raises ValueError if the lists differ in length, if the
-    ids are not integers, or if an id is neither -1 nor an adapter. Triton computes the call, unless a card's crossover
-    says that products per adapter are faster; see `harness.kernels.crossover`. Without Triton, ids on an accelerator
-    make the host wait.
+    ids are not N integers, or if an id is neither -1 nor an adapter. Where `by_triton` allows it, Triton computes the
+    call, unless products per adapter are expected to be faster (`_groups_above_crossover`). Without Triton, ids on an
+    accelerator make the host wait.
     """
     if not len(As) == len(Bs) == len(scalings):
         raise ValueError(f"each adapter needs an A, a B and a scaling, got {len(As)}, {len(Bs)} and {len(scalings)}")

@@ -1,4 +1,7 @@
-"""VeRA linear layer, y = x W^T + bias + b ((d u) B^T) with u = (x mask) A^T. Layers with the same x share u."""
+"""VeRA linear layer, y = x W^T + bias + b ((d u) B^T) with u = (x mask) A^T.
+
+`SharedProjection` lets layers with the same x share u, if there is no mask.
+"""
 
 from __future__ import annotations
 
@@ -115,8 +118,9 @@ def vera_linear(
     """Return x W^T + bias + b ((d ((x mask) A^T)) B^T), shape (..., E) (arXiv:2310.11454, eq. 2).
 
     Shapes: x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), b (E,), d (R,). mask has the shape of x, or is None.
-    All tensors have one dtype, or get it from autocast. The result is differentiable in x, bias, b and d. shared: None,
-    or the cache for x A^T. The backward pass raises RuntimeError if W requires a gradient.
+    All tensors have one dtype, or get it from autocast. The result is differentiable in x, bias, b and d: twice in
+    torch, once in Triton. shared: None, or the cache for x A^T, which only calls in torch without a mask use. The
+    backward pass raises RuntimeError if W requires a gradient.
     """
     if multiplied_by_triton(x, W, A, B, b, d) and frozen(W, bias):
         from harness.kernels.triton import vera_linear as gpu

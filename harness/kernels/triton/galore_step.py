@@ -1,9 +1,9 @@
 """One step of GaLore in a given subspace (arXiv:2403.03507, algorithm 2).
 
 The step projects the gradient, takes Adam's step on the projected gradient, and projects the update back. cuBLAS
-projects the gradient, because no kernel in published measurements is faster. Adam is one elementwise pass over the
-projected gradient. Projecting back is one matrix product, whose kernel also subtracts the update from W, decays W and
-rounds once. The update is therefore never stored in full size.
+projects the gradient: no published kernel is faster. Adam is one elementwise pass over the projected gradient.
+Projecting back is one matrix product, whose kernel also subtracts the update from W, decays W and rounds once. The
+update is therefore never stored in full size.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def galore_step_(
     which stands for the identity. M and V are the moments, in the shape of the projected gradient P^T G Q. All tensors
     have one dtype: float32, bfloat16 or float16. options: step (from 1), lr, scale (multiplies the update, but not the
     decay), betas, eps (added to sqrt(V) before the bias correction), weight_decay (applied after the update), side
-    (ignored, because P and Q imply it). Raises ValueError if W, M or V is not contiguous, or if shapes do not fit.
+    (ignored, because P and Q imply it). Raises ValueError if W, M or V is not contiguous, if shapes do not fit, or if
+    both P and Q are None.
     """
     if not (W.is_contiguous() and M.is_contiguous() and V.is_contiguous()):
         raise ValueError("W, M and V must be contiguous; hint: use `galore_step` for views")

@@ -204,7 +204,7 @@ def grouped_lora_linear(
 
     Shapes: x (P, D) sorted by expert, W (K, E, D), A (K, R, D), B (K, E, R), counts (K,). counts: number of rows of
     each expert; the sum must be P. The tensors have one dtype, float32, bfloat16 or float16, and any strides. The
-    result is differentiable once, in x, A and B. Raises ValueError if a dense W, A or B differs in dtype from x.
+    result is differentiable once, in x, A and B. Raises ValueError if A, B or a dense W differs in dtype from x.
     """
     if any(t.dtype != x.dtype for t in (W, A, B) if isinstance(t, Tensor)):
         raise ValueError(f"W, A and B must be {x.dtype} like x")

@@ -47,10 +47,10 @@ class _AdapterGroup:
         self.rank_tiles = triton.cdiv(max(self.ranks), self.tiles["ranks"])
 
     def shrink(self, x: Tensor, ids: Tensor, which: int) -> Tensor:
-        """Return the low-rank products S of all tokens as partial sums, float32 (pieces, N T, ranks).
+        """Return the low-rank products S of all tokens as partial sums, float32 (pieces, N T width).
 
         S is the sum of the pieces: scaling x A^T if `which` is _A, or scaling dy B if `which` is _B and x holds the
-        gradient dy.
+        gradient dy. A token has `width` numbers: the largest rank, rounded up to a power of two of at least 16.
         """
         features = x.shape[-1]
         wanted = min(_MOST_SPLITS, triton.cdiv(_BUSY, self.programs), triton.cdiv(features, 2 * INNER))

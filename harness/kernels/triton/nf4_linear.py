@@ -66,8 +66,8 @@ def _fused(
 def fused(x: Tensor, packed: Tensor, absmax: Tensor, block: int, shape: Sequence[int], bias: Tensor | None) -> Tensor:
     """Return x W^T + bias, shape (T, E), for x (T, D). The fused kernel decodes W and multiplies in one launch.
 
-    The result has no gradients, unlike that of `nf4_linear`. Raises ValueError if the kernel does not support D, block
-    and dtype.
+    The other arguments are those of `nf4_linear`. The result has no gradients. Raises ValueError if the kernel does not
+    support D, block and dtype.
     """
     E, D = shape
     if not fits(D, block, x.dtype):

@@ -66,7 +66,8 @@ def galore(model: nn.Module, config: Config, generator: Generator) -> Adapted:
 def galore_step(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Take one step of GaLoreAdamW from a given projector and given moments. Return W, M and V.
 
-    W is the new weight, and M and V are its new moments. arguments: see `_optimizer`.
+    W is the new weight, and M and V are its new moments. arguments: those of `_optimizer`: W, G, P, Q, side, scale and
+    options.
     """
     from galore_torch import GaLoreAdamW
 

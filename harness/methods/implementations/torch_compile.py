@@ -102,9 +102,9 @@ def _number(value: float) -> Tensor:
 def _compiled(formula: FunctionType, kind: tuple[object, ...]) -> Callable[..., Any]:
     """Return a copy of a formula, compiled for arguments of one kind and of any size.
 
-    kind: what the compiled code depends on: first the device, then e.g. the dtype. Each kind has a copy with its own
-    code object, because torch limits the number of compiled versions of one function. If torch cannot compile a copy as
-    a whole, the call of the copy raises an error. Raises Unsupported if there is no compiler.
+    kind: the device, followed by everything else on which the compiled code depends, such as the dtype. Each kind has a
+    copy with its own code object, because torch limits the number of compiled versions of one function. If torch cannot
+    compile a copy as a whole, the call of the copy raises an error. Raises Unsupported if there is no compiler.
     """
     import torch
 

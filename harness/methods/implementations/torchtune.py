@@ -38,7 +38,10 @@ def lora(model: nn.Module, config: reference_lora.Config, generator: Generator) 
 
 @implements("dora", dtypes=DTYPES, **_NAME)
 def dora(model: nn.Module, config: reference_dora.Config, generator: Generator) -> Adapted:
-    """Replace linear layers by DoRALinear, with the initial magnitudes of torchtune's recipes."""
+    """Replace linear layers by DoRALinear, with the initial magnitudes of torchtune's recipes.
+
+    Raises Unsupported for per=input, for detach_norm=false, and for targets that are not linear.
+    """
     if config.per != "output" or not config.detach_norm:
         raise Unsupported("torchtune has one magnitude per output, and its norm is a constant")
     from torchtune.modules.peft import DoRALinear

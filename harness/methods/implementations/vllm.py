@@ -54,7 +54,8 @@ def _linear(
 def multi_lora_linear(**arguments: Any) -> Tensor:
     """Return the output of a layer with several adapters, computed by vLLM's operations for CPUs.
 
-    It runs `bgmv_shrink` and `bgmv_expand_slice` as `PunicaWrapperCPU.add_lora_linear` does. arguments: see `_linear`.
+    It runs `bgmv_shrink` and `bgmv_expand_slice` as `PunicaWrapperCPU.add_lora_linear` does. arguments: those of
+    `_linear` after `add`.
     """
 
     def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, slots: Tensor) -> None:
@@ -75,7 +76,8 @@ def multi_lora_linear(**arguments: Any) -> Tensor:
 def multi_lora_linear_triton(**arguments: Any) -> Tensor:
     """Return the output of a layer with several adapters, computed by vLLM's Triton kernels.
 
-    It runs `lora_shrink` and `lora_expand` as `PunicaWrapperGPU.add_lora_linear` does. arguments: see `_linear`.
+    It runs `lora_shrink` and `lora_expand` as `PunicaWrapperGPU.add_lora_linear` does. arguments: those of `_linear`
+    after `add`.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise Unsupported("set TRITON_INTERPRET=1: on a CPU, Triton's kernels run only in its interpreter")

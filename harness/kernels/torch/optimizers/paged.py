@@ -104,9 +104,9 @@ class Paged(torch.optim.Optimizer):
     parameters must be on one device.
 
     budget: number of bytes that paged states may take on the device. If the largest page exceeds the budget, they take
-    as much as that page. A state takes further memory while it is made or loaded. States that `inner` already has stay
-    on the device until this wrapper takes them over. If the budget is below two pages, there is only one slot, and
-    copies do not overlap with updates. Raises ValueError for a negative budget.
+    as much as that page. A state takes further memory while it is made or loaded. The constructor pages the states that
+    `inner` already has. If the budget is below twice the largest page, there is only one slot, and copies do not
+    overlap with updates. Raises ValueError for a negative budget.
 
     After each step that made new states, the wrapper decides again which pages stay on the device. Earlier parameters
     have priority.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 LEAST_GRAM_RATIO = 2.0**-12
-"""Limit of the ratio smallest / largest singular value of a float32 matrix.
+"""Limit of the ratio smallest requested / largest singular value of a float32 matrix.
 
 Above this ratio, the SVD is computed from the Gram matrix in float64: squaring singular values then loses less than the
 precision of float32. Below it, LAPACK computes the SVD.

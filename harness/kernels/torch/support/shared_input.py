@@ -25,10 +25,10 @@ GROUPS = (
 Layers are grouped by name. If observed calls decided, the first step would be rounded differently from later steps.
 """
 MAX_UNUSED_OUTPUTS = 8
-"""A layer with this number of unused outputs is no longer computed together with the other layers of its group.
+"""Number of unused outputs of a layer from which on calls of the group's other layers no longer compute its output.
 
-Each used output lowers the layer's number by one, but not below zero. In cross-attention, outputs stay unused, because
-the layers have different inputs. An output that is computed alone may be rounded differently.
+Each used output lowers the number by one, but not below zero. In cross-attention, outputs stay unused, because the
+layers have different inputs. An output that is computed alone may be rounded differently.
 """
 
 

@@ -64,9 +64,9 @@ CANDIDATES: dict[GemmTile, tuple[GemmTile, ...]] = {
 """Default tile, which `gemm_tile` returns -> the tiles that `peft-harness bench --crossovers` tries instead.
 
 The candidates have the k of the default. If the default has at least 64 rows, so have they; otherwise they have fewer
-than 64. On an H100, this decides the matrix instruction. Every element of the output is therefore the same sum in the
-same order, and a tuned tile changes no bit of a result. Tiles for float32, and tiles that `gemm_tile` returns for
-`crowded=True`, are never replaced.
+than 64. On an H100, the limit of 64 rows decides the matrix instruction. Every element of the output is therefore the
+same sum in the same order, and a tuned tile changes no bit of a result. Tiles for float32, and tiles that `gemm_tile`
+returns for `crowded=True`, are never replaced.
 """
 
 

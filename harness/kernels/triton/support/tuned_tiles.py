@@ -69,7 +69,7 @@ def stamp(kernel: Any, device: torch.device) -> dict[str, Any]:
 def tiles(section: Entry) -> dict[_Key, GemmTile]:
     """Return the tiles in a table's section `tiles`: key -> the tile that replaces the default tile in the key.
 
-    Raises ValueError for a row that is not as expected, for two rows with the same key, and for an unknown name in the
+    Raises ValueError for a wrong or missing value, for two rows with the same key, and for an unknown name in the
     section.
     """
     rows = section["rows"].items()

@@ -45,7 +45,7 @@ def _operation(name: str, path: str) -> Implementation:
 def paged_adamw(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **options: Any) -> tuple[Tensor, ...]:
     """Take one step of torch's AdamW for each list in `grads`. Return the new parameters.
 
-    Between steps, optimizer states with 100,000 elements or more are in host memory. options: see torch's AdamW.
+    Between steps, optimizer states with 100,000 elements or more are in host memory. options: those of torch's AdamW.
     """
     return tuple(p.detach() for p in _paged_steps(params, grads, **options)[1])
 

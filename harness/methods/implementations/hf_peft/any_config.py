@@ -111,7 +111,7 @@ class AnyPeft(PeftAdapted):
     starts_as_base: bool
     """True if the output before training equals the output of the base model."""
     rewrites_base: bool
-    """True if `attach` changes the base weight."""
+    """True if peft changes the base weight when it attaches the adapter."""
     notes: list[str]
     """Warnings of peft about keys of the config that it ignores. The Record shows them."""
 

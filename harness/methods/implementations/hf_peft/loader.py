@@ -80,7 +80,7 @@ class PeftLoader(Loader):
             raise Unsupported(f"combine: {error}") from error
 
     def merge(self, names: Sequence[str]) -> None:
-        """Merge by `merge_adapter`. The modules_to_save of the first adapter stay in use.
+        """Merge by `merge_adapter`. The first adapter becomes the active one, so that its modules_to_save are used.
 
         Raises Unsupported for several adapters if one of them has modules_to_save.
         """
@@ -101,7 +101,7 @@ class PeftLoader(Loader):
         self.merged = False
 
     def hotswap(self, folder: Path, name: str) -> None:
-        """Replace an adapter by `hotswap_adapter`."""
+        """Replace an adapter by `hotswap_adapter`. Raises Unsupported if peft refuses the new adapter."""
         from peft.utils.hotswap import hotswap_adapter
 
         if not self.merged:  # peft compares the new config with that of the active adapter

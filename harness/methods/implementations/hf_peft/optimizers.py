@@ -24,9 +24,9 @@ def lorafa_step(
     """Take one step of peft's LoRA-FA from the given moments.
 
     Return A, B, and B's moments m and v for the first layer, the same four for the second layer, and `other` and its
-    moments. other, role, experts: see `_two_layers`. The adapter has the dtype of the arguments, as with
-    `autocast_adapter_dtype=False`. Raises Unsupported unless `correction` is `least-squares` and `adamw` is
-    `transformers`.
+    moments. other: a further trained tensor of the first layer, such as its bias; `_two_layers` describes other, role
+    and experts. The adapter has the dtype of the arguments, as with `autocast_adapter_dtype=False`. Raises Unsupported
+    unless `correction` is `least-squares` and `adamw` is `transformers`.
     """
     from peft.optimizers import create_lorafa_optimizer
 
@@ -64,8 +64,8 @@ def riemannian_lora_step(
     """Take one step of peft's Riemannian LoRA from the given moments.
 
     Return A and B of the first layer, A and B of the second layer, and `other`, each followed by its moments m and v.
-    other, role, experts: see `_two_layers`. torch's AdamW or SGD takes the preconditioned gradients. The adapter has
-    the dtype of the arguments.
+    other: a further trained tensor of the first layer, such as its bias; `_two_layers` describes other, role and
+    experts. torch's AdamW or SGD takes the preconditioned gradients. The adapter has the dtype of the arguments.
     """
     import torch
     from peft.optimizers import create_riemannian_optimizer

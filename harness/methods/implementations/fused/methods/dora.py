@@ -36,9 +36,9 @@ class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W0 x + b + (g - 1) W0 x + g s B A x with g = m / ||W0 + s B A||, shape (..., E).
+        """Return W0 x + b + (g - 1) W0 d + g s B A d with g = m / ||W0 + s B A||, shape (..., E).
 
-        W0 and b are the base's weight and bias, s is the scaling, and m has the magnitudes.
+        W0 and b are the base's weight and bias, s is the scaling, m has the magnitudes, and d is x after dropout.
         """
         base: Any = self.base
         plain, packed = is_plain(base), is_plain(base, Nf4Linear) and x.dtype == base.compute_dtype

@@ -32,7 +32,7 @@ class FusedLowRankLayer(SharedInputLayer):
         return self.A
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W0 x + scaling B A x, shape (..., E)."""
+        """Return W0 x + scaling B A x, shape (..., E). Dropout applies to the second x only."""
         if self.training and self.dropout.p:
             mask, share = keep_mask(x, self.dropout.p)
             return lora_linear_over(self.base, x, self.left_factor(), self.B, self.scaling / share, mask)

@@ -22,7 +22,7 @@ class FusedQloraLinear(qlora.QloraLinear):
         return packed_weight(self.packed).decoded(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W x + scaling (B A x + c) with the decoded W, shape (..., E)."""
+        """Return W x + scaling (B A x + c) with the decoded W and the bias c of B, shape (..., E)."""
         mask = None
         if self.dropout.p and self.training:
             mask = nn.functional.dropout(x.new_ones(x.shape), self.dropout.p)
