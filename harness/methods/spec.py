@@ -44,8 +44,7 @@ class Adapted(Protocol):
     layers: dict[str, Any]
     """Adapted layers, by module path."""
     can_merge: bool
-    """True if `merge` can fold the adapter into the weights; False if there is no adapter, or if it cannot be
-    merged."""
+    """True if `merge` can fold the adapter into the weights. Also False if there is no adapter."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Map the Method's canonical names, `<path>.<letter>`, to the trainable tensors.

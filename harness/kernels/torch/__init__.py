@@ -1,1 +1,1 @@
-"""Operations in torch, one file each. On a GPU, an Operation calls the file of the same name in `kernels/triton`."""
+"""Operations in torch, one file each. On a GPU, most call the file of the same name in `kernels/triton`."""

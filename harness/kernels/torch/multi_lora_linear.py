@@ -64,7 +64,7 @@ def _add(to: Tensor, rows: Rows, low: Tensor, high: Tensor, scaling: float) -> N
 
 
 class _MultiLora(torch.autograd.Function):
-    """Autograd function of x (N, T, D), W (E, D), and the As and the Bs of the used adapters.
+    """Autograd function for `multi_lora_linear`. x: (N, T, D). adapters: the As, then the Bs of the used adapters.
 
     members: for each used adapter, the indices of its sequences, as `_rows` returns them.
     """

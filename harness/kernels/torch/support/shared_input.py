@@ -1,4 +1,4 @@
-"""LoRA layers with the same input, such as q, k and v. A call of one layer computes the outputs of all."""
+"""LoRA layers with the same input, such as q, k and v. A call of one layer can compute the outputs of all."""
 
 from __future__ import annotations
 

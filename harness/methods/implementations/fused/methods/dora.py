@@ -2,8 +2,9 @@
 
 Let W0 and b be the base's weight and bias, s the scaling, g the gain, and d the input x after dropout. The reference
 computes W0 x + b + (g - 1) W0 d + g s B A d. This file computes W0 (x - d) + b + g (W0 d + s B A d). If W0 and s B A
-nearly cancel, they cancel in the accumulator of one product, before rounding. If g is 1 and B is 0, the output
-equals the base's output within rounding, but not to the last bit. A dropout near 1 makes d large, so digits are lost.
+nearly cancel, they cancel in the accumulator of one product, before rounding. If g is 1 and B is 0, the output equals
+the base's output within rounding, but not to the last bit. A dropout probability near 1 makes d large, so digits are
+lost.
 """
 
 from __future__ import annotations

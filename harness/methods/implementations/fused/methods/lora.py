@@ -20,7 +20,7 @@ from reference.shared.layers import KINDS, kind_of, targets
 class FusedLowRankLayer(SharedInputLayer):
     """A low-rank layer, computed by `lora_linear`.
 
-    Without dropout, layers with the same input are computed together.
+    Without dropout, layers with the same input are computed together where `InputGroup` can do so.
     """
 
     A: nn.Parameter
