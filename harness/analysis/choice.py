@@ -31,7 +31,7 @@ class Choice:
     near: tuple[RankingEntry, ...]
     """The recipes near the top (see MARGIN), best first. The first one is `highest`."""
     undecided: int
-    """Number of other recipes that no test shows to be less accurate than `highest`."""
+    """Number of other recipes that are tied with `highest`: no test shows that they are less accurate."""
     against: RankingEntry | None
     """The recipe whose costs are shown next to the costs of `pick`: full fine-tuning if it was ranked, otherwise
     `highest`. None if that recipe is `pick` itself."""

@@ -18,8 +18,8 @@ ALL_THREADS = 0.8
 less counts as disturbed only if the load average is high too (`LOAD_ABOVE`), because a Cell may leave threads idle by
 itself."""
 LOAD_ABOVE = 0.5
-"""The load average is high if it exceeds the number of cores by more than this. Then other processes compete for the
-cores."""
+"""The load average is high if it exceeds the number of cores (or of threads, if there are more) by more than this. Then
+other processes compete for the cores."""
 
 SPREAD = 1.5
 """Largest accepted ratio of the upper to the lower end of the 95 % interval of a median latency. With a wider interval,

@@ -11,7 +11,7 @@ def failed(record: Record) -> list[CheckResult]:
 
 
 def checks_run_here(record: Record) -> list[CheckResult]:
-    """Return the checks that this attempt ran itself.
+    """Return the checks that ran in the attempt of this Record.
 
     A Cell may reuse the parity gate, i.e. the checks before training, of an earlier Cell. Reused results are left out.
     """

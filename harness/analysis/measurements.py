@@ -43,7 +43,7 @@ def why_untrained(record: Record, fact: str) -> str:
 
 
 def step_seconds(record: Record) -> float | None:
-    """Return the median time of a steady step, in seconds; None without training."""
+    """Return the median time of a steady step, in seconds; None if no step was timed."""
     training = timed_training(record)
     return step_time(training).value if training else None
 

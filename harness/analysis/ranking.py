@@ -125,8 +125,8 @@ class Group:
     tries: int
     """Number of learning rates that were scored before the suite chose the learning rate of each recipe."""
     detectable: float | None
-    """Smallest difference between two accuracies that one comparison in this group can detect. None if there is nothing
-    to compare."""
+    """Smallest true difference between two accuracies that one comparison in this group finds with 80 % power. None if
+    there is nothing to compare."""
     disagreement: float
     """Share of items that two recipes answered differently; `basis` names these recipes. `detectable` is computed from
     this share. It is 0 if `basis` is `seeds`."""
@@ -167,7 +167,7 @@ _Place = tuple[Budget, tuple[int, ...], int]
 
 
 def groups(run: Run) -> tuple[Group, ...]:
-    """Return the scored recipes of a run in groups of equal budget, in the order of the run's Cells.
+    """Return the scored recipes of a run, grouped by budget, seeds and `Group.tries`, in the order of the run's Cells.
 
     A recipe that lacks a seed gets a separate group: its mean over fewer seeds must not be ranked among means over all
     seeds. Cells that only searched for a learning rate are not ranked.

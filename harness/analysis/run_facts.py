@@ -44,12 +44,12 @@ class RunFacts:
 
     @cached_property
     def verdict(self) -> RunVerdict:
-        """The verdict on the run and on each question of its suite."""
+        """The verdict on the run and on each comparison that its suite declares."""
         return run_verdict.judge(self.run)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """The rankings of the recipes, one for each training budget."""
+        """The rankings of the recipes, one per group of comparable recipes."""
         return ranking.groups(self.run)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Judge a run: each question of its suite, and the run as a whole."""
+"""Judge a run: each question of its suite (a declared comparison of Cells), and the run as a whole."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UNMEASURED = (Status.OOM, Status.TIMEOUT, Status.ERROR, Status.LOST)
 
 @dataclass(frozen=True)
 class QuestionVerdict:
-    """Verdict on one question of the suite. A question is a comparison of Cells that the suite declares."""
+    """Verdict on one question of the suite."""
 
     comparison: Comparison
     """The comparison, as the suite declares it."""
@@ -37,7 +37,7 @@ class QuestionVerdict:
 
 @dataclass(frozen=True)
 class Parity:
-    """Numbers of passed, failed and skipped checks of the computation, over all Cells."""
+    """Numbers of passed, failed and skipped checks over all Cells. Checks of servers are left out."""
 
     passed: int
     failed: int
@@ -60,13 +60,14 @@ class RunVerdict:
     counts: dict[str, int]
     """Number of Cells per status. Cells without a usable Record count as `missing`, `changed` or `ungated`."""
     nonconforming: tuple[str, ...]
-    """Ids of Records that depart from their Method or whose training diverged."""
+    """Ids of Records whose status is `nonconforming` or `untrained`, or that failed a check, e.g. a check of a
+    server."""
     missing: tuple[str, ...]
     """cell_ids of the Cells without a Record."""
     judgements: tuple[QuestionVerdict, ...]
     """Verdicts on the questions of the suite."""
     parity: Parity
-    """Numbers of passed, failed and skipped checks of the computation. Checks of servers are left out."""
+    """Numbers of passed, failed and skipped checks."""
 
     def exit_code(self, *, strict: bool) -> Exit:
         """Return the exit code. If `strict` is set and a question is open, return INCONCLUSIVE instead of PASS."""
@@ -137,8 +138,8 @@ class _PairOutcome:
     """Verdict on one pair of recipes."""
 
     gap: float
-    """Lower end of the interval of the difference left - right. The joint verdict quotes the sentence of the pair with
-    the smallest gap."""
+    """Lower end of the interval of the difference left - right. The verdict on the question quotes the pair with the
+    smallest gap."""
     sentence: str
     kind: VerdictKind = field(compare=False)
 

@@ -41,7 +41,8 @@ _SMALL = "small scale"
 
 
 class OtherwiseKeys(Keys):
-    """One entry of `otherwise:`, another way to read a claim. Its keys replace the claim's measure and arguments."""
+    """One entry of `otherwise:`, another way to read a claim. `with:` replaces single arguments of the claim.
+    `measure:` replaces the measure and all arguments."""
 
     under: Word | None = None
     measure: Word | None = None

@@ -74,7 +74,7 @@ def cell(suite: str, entry: str) -> Cell:
 
 
 def comparable(*sides: Sequence[Record]) -> None:
-    """Raise ValueError unless all Records have the same model, texts and training budget."""
+    """Raise ValueError unless all Records have the same model, task, dtype, test items and training budget."""
     first = sides[0][0].cell
     for record in (one for side in sides for one in side):
         if unequal := ranking.why_not_comparable(first, record.cell):

@@ -134,7 +134,7 @@ def _seen(name: str, paths: Collection[str]) -> bool:
 
 @functools.cache
 def _misfits(requests: tuple[tuple[Path, str, tuple[str, ...]], ...]) -> list[dict[str, str]]:
-    """Return one dict per request. It maps each name that matches no layer to the reason.
+    """Return one dict per request: name that matches no layer -> reason.
 
     requests: tuples (folder of a model, its kind, names of layers). If a model cannot be built here, its dict is empty,
     and its Cells report the failure.

@@ -50,7 +50,7 @@ class LabelledMetadata(Metadata):
 
 
 class AnsweredMetadata(Metadata):
-    """The keys under `metadata` of a task whose answers are texts. See `Answers`."""
+    """The keys under `metadata` of a task whose answers are texts. `Answers` explains `loss` and `eos`."""
 
     loss: Literal["answer", "all"] = "answer"
     eos: bool = True
@@ -74,7 +74,7 @@ class AnsweredFile(BaseModel):
 
 
 class TaskSpec(FrozenModel):
-    """The part of a task that a worker needs."""
+    """The part of a task that the process of a Cell needs."""
 
     name: str
     spec: dict[str, Any]
@@ -128,6 +128,7 @@ def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
 
     The file is checked in two stages: types in `metadata`, then all else. Raises SuiteError with all mistakes of the
     first stage that finds any. The second stage also reads local data files, to find mistakes before anything runs.
+    Raises UsageError for an unknown task.
     """
     if name == SYNTHETIC:
         return Task(name=name, path=Path(name), spec={}, data=None, labels=2, test=0, shuffle_seed=0)

@@ -45,8 +45,8 @@ def read(
 ) -> tuple[Tune | None, list[FieldProblem]]:
     """Check `tune:`. Return the search and the mistakes. If there are mistakes, the search is None.
 
-    The path of a mistake is relative to `tune:`. training, seeds: the values of the entry. scored: number of test items
-    that score the Cells of the entry.
+    The path of a mistake is relative to `tune:`. methods, training, seeds, tasks: the values of the entry. scored:
+    number of test items that score the Cells of the entry.
     """
     problems: list[FieldProblem] = []
     lr = tuple(dict.fromkeys(keys.lr))

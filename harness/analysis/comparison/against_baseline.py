@@ -46,8 +46,8 @@ def judge(base: RunFacts, new: RunFacts, *, margins: Margins | None = None, stri
 
     - NOTHING_COMPARED: no Cell has a Record both in the baseline and in the run.
     - FAIL: a row failed, or a file was changed after its run.
-    - INFRASTRUCTURE: the run did not reach a Cell, its Record is unreadable, the run did not finish, or the baseline or
-      the run has no hashes of its files.
+    - INFRASTRUCTURE: a Cell lacks a readable Record in the run or in the baseline, the run did not finish, or the
+      baseline or the run has no hashes of its files.
     - INCONCLUSIVE: a row is inconclusive. This code is returned only if `strict` is set.
     - PASS: otherwise.
     """

@@ -51,7 +51,7 @@ def rows(pair: RecordPair, margins: Margins) -> Iterator[ComparisonRow]:
 def counted(pair: RecordPair) -> Iterator[ComparisonRow]:
     """Yield a row for each metric that is counted exactly: numbers of parameters, bytes of tensors, sizes of files.
 
-    A smaller number of parameters is a regression too, because an unchanged recipe keeps its number of parameters.
+    Fewer parameters are a regression too, because an unchanged recipe keeps their number.
     """
     for metric in metrics.METRICS:
         if not metric.quantity or metric.kind != "counted" or metric.slack_B:
@@ -87,9 +87,9 @@ def _peak(pair: RecordPair, margins: Margins) -> Iterator[ComparisonRow]:
 def _growth(
     pair: RecordPair, what: str, a: Number | None, b: Number | None, limit: int, method: str
 ) -> Iterator[ComparisonRow]:
-    """Yield a row that compares two numbers of bytes, `a` and `b`. The row fails if b - a exceeds `limit`.
+    """Yield a row that compares bytes in the baseline (`a`) and in the run (`b`). It fails if b - a exceeds `limit`.
 
-    method: how the bytes were measured.
+    If only `a` is known, the row fails too. method: how the bytes were measured.
     """
     if a is None or b is None:
         yield from _one_sided(pair, what, a, b, "B")

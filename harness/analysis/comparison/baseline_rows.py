@@ -10,17 +10,17 @@ from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.records.record import Record
 
 PROCESS_PEAK_B = 16 * 2**20
-"""Largest growth of the memory of a process, in bytes, that does not fail the gate. The memory is VmHWM or a sampled
-value.
+"""Largest growth of a process's peak memory above its imports, in bytes, that does not fail the gate. The peak is VmHWM
+or a sampled value.
 
 The limit rests on results/published/2026-11-25-tune-small-cpu. There, three Cells of each of nine methods differ only
 in the learning rate. Their peak memory above the imports varies between processes, with a standard deviation of 1.7
 MiB. The upper 95 % bound of this deviation is 2.4 MiB (18 degrees of freedom). Even with a deviation of 2.4 MiB, the
 second of two processes exceeds the first by 16 MiB in only one of a million pairs."""
 PROCESS_SHARE = 0.05
-"""Largest growth of the memory of a process that does not fail the gate, as a share of the peak. The overhead of an
-allocator grows with the requested memory: two runs of SmolLM2 had peaks of 1.4 GiB that differed by 2.7 %, although the
-tensors of their steps had equal sizes."""
+"""Largest growth of a process's peak memory that does not fail the gate, as a share of the peak in the baseline. The
+larger of PROCESS_PEAK_B and this share counts. The overhead of an allocator grows with the requested memory: two runs
+of SmolLM2 had peaks of 1.4 GiB that differed by 2.7 %, although the tensors of their steps had equal sizes."""
 COUNTED_PEAK_B = 64 * 2**10
 """Largest growth of the counted peak, in bytes, that does not fail the gate. The counted peak is the number of bytes of
 all tensors that exist at the same time in a step on a CPU. The limit has room for some scalars or a short vector. It
@@ -30,8 +30,9 @@ torch.compile."""
 ACCURACY = 0.02
 """Largest drop of an accuracy that does not fail the gate: two percentage points."""
 LOOSER = 10.0
-"""In the run, a check may allow an error up to this many times as large as in the baseline. Above it, the row is
-inconclusive. The allowed error follows the noise that each run measures, and this noise differs between machines."""
+"""Largest ratio of the error that a check allows in the run to the error that it allowed in the baseline. Above it, the
+row on the checks is inconclusive. The allowed error follows the noise that each run measures, and this noise differs
+between machines."""
 LOSS_SHARE, LOSS = 0.1, 0.05
 """Largest rise of a training loss that does not fail the gate: LOSS_SHARE times the loss of the baseline, plus LOSS
 nats. Both numbers were chosen, not measured. Both runs see the same batches in the same order, so their losses differ
@@ -143,7 +144,7 @@ class ComparisonRow:
 
     @property
     def same(self) -> bool:
-        """True if both values are equal and the row passes."""
+        """True if both values are known and equal, and the row passes."""
         return self.word is VerdictKind.PASS and self.base == self.new and self.base is not None
 
     @property
@@ -186,7 +187,7 @@ class Margins:
     Memory that torch allocated on a GPU may not grow at all. Tensors counted on a CPU may grow by COUNTED_PEAK_B. The
     memory of a process may grow by PROCESS_PEAK_B or by PROCESS_SHARE of the peak, whichever is larger."""
     accuracy: float = ACCURACY
-    """Allowed drop of an accuracy, as a share."""
+    """Allowed drop of an accuracy; 0.02 is two percentage points."""
 
     def growth_limit(self, default: int) -> int:
         """Return the allowed growth of a peak in bytes: `memory_B`, or `default` if `memory_B` is None."""

@@ -50,7 +50,7 @@ def log_ratio(old: Record, new: Record, metric: str = STEP) -> float:
 def _matched(old: TrainingMeasured | None, new: TrainingMeasured | None) -> list[tuple[float, float]]:
     """Return the seconds of each steady step as pairs (old, new).
 
-    The list is empty if the batches differ or if a step took no time.
+    The list is empty if a side did not train, if the batches differ, or if a step took no time.
     """
     if old is None or new is None:
         return []

@@ -29,11 +29,11 @@ from harness.records.record import Record, Status
 
 Records = Sequence[tuple[Record, Record]]
 _INTENDED = (CODE_VERSION, PROVIDER)
-"""Names of the differences that the comparison is about: another version of the code. No verdict reports them."""
+"""Names of the differences in code, which the comparison is about. The verdict does not report them."""
 _SIDES = ("old", "new")
 PEAK_B = 2**20
-"""Largest growth of the median peak memory of the processes, in bytes, that does not fail the gate. A smaller growth
-does not fail even if it is statistically significant."""
+"""Largest growth of the processes' median peak memory on a CPU, in bytes, that does not fail the gate, even if the
+growth is statistically significant."""
 _PEAK_LEVEL = 0.0011
 """Significance level of the rank test on the peak memory of the processes. The test can just reach this level with six
 processes per side."""
@@ -94,8 +94,8 @@ def judge(
     The exit code is the first in this list whose condition holds:
 
     - NOTHING_COMPARED: no Cell could be timed, and none failed.
-    - FAIL: a Cell is slower or takes more memory on the new side, has other counts of parameters or bytes, or fails
-      there and not on the old side.
+    - FAIL: on the new side, a Cell is slower, takes more memory or larger files, has other numbers of parameters, lacks
+      a latency, or fails although it is ok on the old side.
     - INFRASTRUCTURE: the canaries (comparisons of the old side with itself) had too many false alarms, so no time was
       judged; or a Cell could not be timed.
     - INCONCLUSIVE: a time is undecided, or only some processes of a Cell counted their memory. This code is returned
@@ -105,9 +105,9 @@ def judge(
     runs_fresh: False if the second stage, with fresh pairs, is switched off. Then no time can fail.
 
     Each time (a step or a latency) is judged separately. The level of `Design` is strict enough for a comparison with
-    500 such times. The adjusted p values are shown, but decide nothing: ten or twenty pairs are too few for them. In
-    simulated gates with 8 Cells, of which one is 3 % slower, 99 % of the gates find this Cell. With adjusted p values,
-    83 % would find it; with 50 Cells, 53 %.
+    500 such times. The adjusted p values are shown, but decide nothing: with ten or twenty pairs, they would miss
+    slow-downs. In simulated gates with 8 Cells, of which one is 3 % slower, 99 % of the gates find this Cell. With
+    adjusted p values, 83 % would find it; with 50 Cells, 53 %.
     """
     rows = [row for cell in cells for row in _rows(cell)]
     verdicts = {cell.title(metric): timed for cell in cells for metric, timed in cell.timed.items()}

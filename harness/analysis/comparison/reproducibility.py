@@ -74,8 +74,7 @@ def reruns(runs: Sequence[Run]) -> tuple[Rerun, ...]:
     """Compare the ok Records of each Cell that has several. Return one Rerun per Cell, in the order of the runs.
 
     Each Record is compared with the first earlier Record that was made in the same circumstances. If there is none, it
-    is compared with the very first Record. Copies of a Record count once: the caller may name a run twice, or a run
-    folder may have been copied.
+    is compared with the very first Record. Copies of a Record count once, e.g. if a run is named twice.
     """
     cells = {cell.cell_id: cell for run in runs for cell in run.manifest.cells}
     by_cell: dict[str, list[Record]] = {cell_id: [] for cell_id in cells}
@@ -201,7 +200,7 @@ def asset_differences(left: Record, right: Record) -> list[Difference]:
 
 
 def environment_differences(left: Environment, right: Environment) -> list[Difference]:
-    """List the differences between two environments."""
+    """List the differences in software, machine, number of threads and code version."""
     return _unequal(_flat(left), _flat(right))
 
 

@@ -1,7 +1,7 @@
 """Anchor of a nightly run: the factor by which the whole machine was slower or faster than usual.
 
 A series holds one value per night. The anchor is the median, over all series, of (value on this night) / (usual value).
-Every time of a night is divided by its anchor. So a slow night of the whole machine does not look like a change of a
+All times of a night are divided by its anchor. So a slow night of the whole machine does not look like a change of a
 Cell. But the division also hides a slow-down of every Cell. So the history also watches the anchor itself, and the
 sentinels: times that no code under test can change.
 """

@@ -79,8 +79,8 @@ def canaries(log_ratios: Iterable[Sequence[float]], trim: float, nominal: float 
     """Count the canaries and their alarms. An alarm means that the log ratios differ from 0 at the level `nominal`.
 
     log_ratios: for each canary, the log ratio of each pair of processes. trim: share of the pairs that is trimmed at
-    either end. The test is two-sided. Unlike the gate, it has no margin, which would hide noise of twice the expected
-    size.
+    either end. The test is two-sided. Unlike the gate's test, it has no margin: a margin would hide noise of twice the
+    expected size.
     """
     alarms = []
     for pairs in log_ratios:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 LEVEL_NIGHTS = 3
 """Fewest consecutive values (one per nightly run) that can form a level."""
 FEWEST = 2 * LEVEL_NIGHTS
-"""Fewest values (one per nightly run) of a series in which a change can be found."""
+"""Fewest values of a series in which a change can be found."""
 PENALTY = 18.0
 """Penalty for a change, in units of the squared noise. In a series of pure noise with a hundred positions for a change,
 the best position reduces the sum of the squared deviations by slightly less than this penalty."""

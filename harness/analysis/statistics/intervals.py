@@ -99,7 +99,7 @@ def paired_difference(
 
     The arguments count the items that both sides, only one side, or neither side answered correctly. The interval
     combines two Wilson intervals with the correlation of the answers, so it is valid for few items too. Its width is
-    above 0 even if all answers are equal. (An interval from the variance of the differences would have the width 0.)
+    above 0 even if all answers are equal.
     """
     n = both + only_left + only_right + neither
     left, right = both + only_left, both + only_right

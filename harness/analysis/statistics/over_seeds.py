@@ -70,8 +70,8 @@ def difference(
     """Return the difference of mean accuracies, left - right. If not all runs scored the same items, return None.
 
     The squared error of the difference has three parts. The first is var(difference of the mean answers to an item) /
-    items. The two others, one per side, are var(accuracies of the runs) / runs. priors: for each side, the prior as in
-    `mean`. If both sides have the same prior, its degrees of freedom count only once.
+    items. The two others, one per side, are var(accuracies of the runs) / runs. priors: for each side, the spread of
+    accuracies over seeds, as in `mean`. If both sides have the same prior, its degrees of freedom count only once.
     """
     if not same_items((*left, *right)):
         return None

@@ -36,10 +36,10 @@ class Design:
     """One-sided significance level of the verdicts `slower` and `faster`, one for each look in `fresh`. The first level
     is stricter, because few pairs give few degrees of freedom."""
     slower_by: float = 0.01
-    """Margin, as a share. A Cell is judged slower (or faster) only if a test shows that its slow-down (or speed-up)
-    exceeds this margin."""
+    """Margin, as a share of A's time. A Cell is judged slower (or faster) only if a test shows that its slow-down (or
+    speed-up) exceeds this margin."""
     same_within: float = 0.03
-    """Largest change of a Cell, as a share, that counts as unchanged."""
+    """Largest change of a Cell, as a share of A's time, that counts as unchanged."""
     interval: float = 0.95
     """Confidence level of the interval of the change. A Cell is proven unchanged if this interval lies within
     `same_within`. If a Cell is slower by `same_within`, each look calls it unchanged with a probability of at most (1 -
@@ -47,12 +47,12 @@ class Design:
     suspect: float = 0.10
     """Level of the test for a change of more than `suspect_by`. A Cell with a significant change needs fresh pairs."""
     suspect_by: float = 0.005
-    """Largest change of a Cell, as a share, that is not suspicious."""
+    """Largest change of a Cell, as a share of A's time, that is not suspicious."""
     trim: float = 0.25
     """Share of the pairs that the trimmed mean leaves out at either end."""
 
     def __post_init__(self) -> None:
-        """Raise UsageError for a design that cannot reach a verdict."""
+        """Raise UsageError for invalid numbers of pairs, levels, margins or shares."""
         for count in (self.first, *self.fresh):
             if count < FEWEST or count % 2:
                 raise _bad(

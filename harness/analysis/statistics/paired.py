@@ -2,8 +2,8 @@
 
 In the first stage, every Cell gets a few pairs. If they prove a Cell unchanged, that is its verdict. In the second
 stage, every other Cell gets fresh pairs, and these alone decide. So the pairs that made a Cell suspicious are not
-counted twice. A look judges all fresh pairs so far. The number of looks is planned, and the looks share the level of an
-alarm (the verdict `slower` or `faster`). There is an alarm only if the change exceeds a margin.
+counted twice. A look judges all fresh pairs so far. The number of looks is planned, and the significance level of an
+alarm (the verdict `slower` or `faster`) is divided among them. There is an alarm only if the change exceeds a margin.
 
 All computations use log ratios. So if A and B are exchanged, `slower` and `faster` are exchanged, and nothing else
 changes.
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.trimmed import Array, Mask
 
 IMPLAUSIBLE = 0.3
-"""Speed-up, as a share, above which the sentence of a verdict asks whether the code still does the same work."""
+"""Share of A's time. If B is faster by more than this, `PairVerdict.sentence` asks whether B still does the same
+work."""
 
 NO_FRESH = "--no-fresh ran no fresh pairs, and only those can find a slow-down"
 """Reason why times stay undecided if the option --no-fresh switches off the fresh pairs."""
@@ -49,9 +50,9 @@ class Look:
     seen: Trimmed
     """Trimmed means of the log ratios, and their errors."""
     p: Array
-    """One-sided p value of the hypothesis that the observed slow-down (or speed-up) is at most `Design.slower_by` in
-    truth. For fresh pairs, it is multiplied by `Design.level` / (level of this look). So an alarm always has a p value
-    of at most `Design.level`."""
+    """One-sided p value of the hypothesis that the true slow-down (or speed-up, whichever was observed) is at most
+    `Design.slower_by`. For fresh pairs, it is multiplied by `Design.level` / (level of this look). So an alarm always
+    has a p value of at most `Design.level`."""
     slower: Mask
     """True for each Cell that is slower."""
     faster: Mask
@@ -109,7 +110,7 @@ class PairVerdict:
     effect: float
     """Hodges-Lehmann estimate of B / A - 1, the relative change of the time."""
     interval: tuple[float, float]
-    """Interval of B / A - 1 around the trimmed mean. The verdict rests on it."""
+    """Interval of B / A - 1 around the trimmed mean. The verdict `same` rests on it."""
     rank_interval: tuple[float, float] | None
     """Hodges-Lehmann interval of B / A - 1, which is valid for any symmetric noise. None if there are too few pairs."""
     p: float
@@ -152,9 +153,9 @@ def judge(log_ratios: Sequence[float], design: Design, stage: Stage, *, runs_fre
 def decide(first: Sequence[float], fresh: Sequence[float], design: Design, *, runs_fresh: bool = True) -> PairVerdict:
     """Return the verdict of the first planned look that decides. If none decides, return the verdict of the last look.
 
-    first, fresh: log ratio of each pair of the first and the second stage. `fresh` may be empty; otherwise it must have
-    enough pairs for at least one planned look. Pairs after the deciding look are not read. runs_fresh: False if fresh
-    pairs are switched off (--no-fresh). Then no Cell is called slower or faster.
+    first, fresh: log ratio of each pair of the first and the second stage. Fresh pairs are not read if they come after
+    the deciding look, or are too few for the next planned look. runs_fresh: False if fresh pairs are switched off
+    (--no-fresh). Then no Cell is called slower or faster.
     """
     found = judge(first, design, "first", runs_fresh=runs_fresh)
     for planned in design.fresh:

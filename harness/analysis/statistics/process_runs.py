@@ -29,21 +29,21 @@ from harness.analysis.statistics.trimmed import single, trimmed
 from harness.errors import plural
 
 MARGIN = 0.10
-"""Largest slow-down, as a share, that is not reported. Sessions on one machine differ by some per cent without a
-change."""
+"""Slow-down, as a share of the saved time, that a run must exceed to be judged slower. Sessions on one machine differ
+by some per cent without a change."""
 ALARM = 0.01
 """One-sided significance level of the verdicts `slower` and `faster`, for each benchmark separately."""
 FEWEST = 3
 """Fewest saved runs from which a spread is estimated."""
 ASSUMED = 0.05
-"""Standard deviation between runs that is assumed, as a share, if too few runs are saved or if they have no spread. The
-verdict states it.
+"""Standard deviation between runs, as a share of their time. It is assumed if too few runs are saved or if they have no
+spread. The verdict states it.
 
 It was measured with five small kernels (add, copy, matmul, softmax, a Python loop) on a shared machine with two cores.
 Over 14 runs, each kernel had a standard deviation between 0.9 % and 8.5 %; their root mean square was 5 %."""
 _ROUNDS = 0.9
-"""Level of the interval of one run's median. The interval is used if fewer than FEWEST runs are saved. It needs at
-least five rounds."""
+"""Confidence level of the interval of one run's median. The interval is used if the spread between runs is assumed. It
+needs at least five rounds."""
 _LARGEST = 700.0
 """Largest log ratio whose exponential is a finite float."""
 
@@ -72,7 +72,7 @@ class JudgedBenchmark:
     runs: int
     """Number of saved runs."""
     mde80: float
-    """Smallest slow-down, as a share, that is detected with a power of POWER."""
+    """Smallest slow-down, as a share of the saved time, that is detected with a power of POWER."""
     sentence: str
     """Verdict as a sentence."""
 

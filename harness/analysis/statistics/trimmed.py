@@ -108,8 +108,8 @@ def single(mean: float, error: float, df: float, n: int) -> Trimmed:
 def hodges_lehmann(log_ratios: Any, level: float) -> tuple[float, tuple[float, float] | None]:
     """Return the Hodges-Lehmann estimate (the median of all pairwise means of n values) and its confidence interval.
 
-    If n is too small, the interval is None. It inverts the signed-rank test. So for any symmetric distribution and any
-    n, its coverage is at least `level`.
+    The interval inverts the signed-rank test, so its coverage is at least `level` for any symmetric distribution and
+    any n. If n is too small, it is None.
     """
     import numpy as np
 

@@ -1,4 +1,6 @@
-"""Measures: AdaLoRA's budget, schedule and scores, by the reference (`reference/adalora.py`) and by direct calculation."""
+"""Measures: AdaLoRA's budget, schedule and scores, by the reference (`reference/adalora.py`) and by direct calculation.
+
+A triplet is one singular value (lambda) of an update with its two vectors."""
 
 from __future__ import annotations
 
@@ -47,9 +49,10 @@ def budget_at(
 ) -> MeasureResult:
     """AdaLoRA's budget b(t), a number of triplets, at the first or the last step t of the cubic phase.
 
-    The budget falls from `rank` triplets per layer to `target_rank`. t_i, t_f: steps before and after the cubic phase.
-    equation: `printed` is eq. 12 as printed, with t - t_i - t_f; `reference` is the formula of the reference. T is the
-    number of steps of all epochs over `examples` examples. The last batch of an epoch may be smaller.
+    In this phase, the budget falls from `rank` triplets per layer to `target_rank`. t_i, t_f: steps before and after
+    the cubic phase. equation: `printed` is eq. 12 as printed, with t - t_i - t_f; `reference` is the formula of the
+    reference. T is the number of steps of all epochs over `examples` examples. The last batch of an epoch may be
+    smaller.
     """
     from reference.adalora import budget
 

@@ -76,7 +76,8 @@ def vision_transformer(
 ) -> MeasureResult:
     """Number of parameters of CLIP's vision tower: patches, positions, blocks and norms, without the text projection.
 
-    patch, image: side of a patch, and of the image, in pixels.
+    width, mlp: numbers of features of a token, and inside an MLP. layers: number of blocks. patch, image: side of a
+    patch, and of the image, in pixels.
     """
     tokens = (image // patch) ** 2 + 1
     block = 4 * (width**2 + width) + 2 * width * mlp + mlp + width + 4 * width
@@ -101,7 +102,7 @@ def at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted: bool
 def share_at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted: bool = False) -> MeasureResult:
     """A share that is proportional to a rank, e.g. of a model's parameters, if the paper prints the share but not the rank.
 
-    The arguments are explained in `at_some_rank`.
+    of_rank_1: the share at rank 1. to: the printed share. The result, `last` and `fitted` are as in `at_some_rank`.
     """
     return of_some(Fraction(0), of_rank_1, to, last, fitted, "rank")
 

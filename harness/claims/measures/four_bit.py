@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 Type = Literal["nf4", "fp4", "e2m1", "e3m0", "int4", "int4-both-ends"]
 """A 4-bit type. `fp4` is bitsandbytes' float. `e2m1` and `e3m0` are floats with as many bits of exponent (e) and
-mantissa (m) as the name says. `int4` has the values -7 .. 7 divided by 7, like eq. 1 for 8 bits. `int4-both-ends` has
-the values -8 .. 7 divided by 8."""
+mantissa (m) as the name says. `int4` has the values -7 .. 7 divided by 7, like the QLoRA paper's eq. 1 for 8 bits.
+`int4-both-ends` has the values -8 .. 7 divided by 8."""
 _DRAWN = 2**18
 """Number of weights that are drawn from a normal distribution to measure an error. With so many, the error of NF4 is
 known to a third of a percent."""
@@ -71,7 +71,8 @@ def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out
 def equally_full_bins(type: Type, block: Positive = 64) -> MeasureResult:
     """Check whether each level of a 4-bit type gets an equal share of normally distributed weights.
 
-    A deviation by sampling error is allowed. block: number of weights that share a quantisation constant.
+    A deviation by 5 standard errors of the sample is allowed. block: number of weights that share a quantisation
+    constant.
     """
     from harness.conformance.tolerance_constants import INITIAL_SIGMAS
 

@@ -15,7 +15,9 @@ from harness.claims.measures.arithmetic import written
 from harness.claims.measures.parameters import fitting
 
 Side = Literal["std", "reverse_std", "paper", "left", "right", "full"]
-"""Rule that selects the projected side of a matrix. `std` is the rule of the authors' code."""
+"""Rule that selects the projected side of a matrix. `std`, the rule of the authors' code: left for a matrix with fewer
+rows than columns, otherwise right. `reverse_std`: the other side. `paper`: as `std`, but left for a square matrix.
+`full`: both."""
 
 
 @measure("bytes")
@@ -55,8 +57,9 @@ def matrix_states(rows: Positive, columns: Positive, rank: Positive, side: Side 
 def refresh_operations(model: Model, method: Method, config: Config = {}) -> MeasureResult:
     """Operations to refresh all of GaLore's projectors once.
 
-    A refresh computes the singular value decomposition of each matrix's gradient, with both bases. For a gradient of m
-    x n, m >= n, this takes 6 m n^2 + 20 n^3 operations (R-SVD; Golub and Van Loan, Matrix Computations, section 8.6).
+    A refresh computes the singular value decomposition of each matrix's gradient, with left and right singular vectors.
+    For a gradient of m x n, m >= n, this takes 6 m n^2 + 20 n^3 operations (R-SVD; Golub and Van Loan, Matrix
+    Computations, section 8.6).
     """
     shapes: Counter[tuple[int, int]] = Counter()
     for (shape, _, projector), number in _states(model, method, config, None).items():

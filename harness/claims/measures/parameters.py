@@ -76,7 +76,7 @@ def trainable_share(
     """Trainable parameters of a Method, as a share of the model's parameters.
 
     of: if it is `base+adapter`, the model's parameters include the trainable parameters of the Method; if it is `base`,
-    they do not.
+    they do not. only, also: as in `trainable_parameters`.
     """
     trained = _trained(model, method, config, split, only, also)
     top, base = total(trained), attached_model.parameter_count(model)

@@ -60,10 +60,10 @@ def pissa_takes_the_principal_part(
 def fast_svd_error(
     rank: Positive, niter: Positive, rows: Positive = 192, columns: Positive = 256, decay: float = 0.5
 ) -> MeasureResult:
-    """Error of the fast SVD: the sum of the absolute differences from the exact SVD.
+    """Error of the principal part of a weight by the fast SVD: the sum of the absolute differences from the exact
+    SVD's.
 
-    Both SVDs give a principal part of a weight. These parts are compared element by element, in float64. niter:
-    iterations of the fast SVD.
+    The two parts are compared element by element, in float64. niter: iterations of the fast SVD.
     """
     import torch
 

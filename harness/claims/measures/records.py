@@ -197,7 +197,7 @@ def over(x: Interval, y: Interval) -> Interval:
 
 
 def pair(suite: str, of: str, to: str) -> tuple[list[Record], list[Record]]:
-    """Return the Records of two entries. Raises ValueError unless they have the same model, texts and training budget."""
+    """Return the Records of two entries. Raises ValueError if their model, task or budget differs."""
     a, b = record_sources.records(suite, of, to)
     record_sources.comparable(a, b)
     return a, b

@@ -28,8 +28,9 @@ def training_operations(
     """Operations (multiplications and additions) of all matrix products in one training step.
 
     The step is a forward and a backward pass over `batch` texts of `tokens` tokens, with the Method's reference
-    attached. The attention is full, and every token has a loss. The loss includes the Method's own term, as in AdaLoRA.
-    The optimizer's step is not included. checkpointing: whether the backward pass computes each block again.
+    attached. The attention is full, and every token has a loss. The loss includes the Method's own term, e.g. AdaLoRA's
+    regularizer. The optimizer's step is not included. checkpointing: whether the backward pass computes each block
+    again.
     """
     from harness.claims import meta_step
 

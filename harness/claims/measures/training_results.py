@@ -32,7 +32,8 @@ def scores_higher(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
 def scores_no_lower(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
     """Check whether the mean accuracy of `of` exceeds the mean accuracy of `than` minus 2 percentage points.
 
-    The 2 points are the margin of the command `gate`.
+    The 2 points are the margin of the command `gate`. The result is undecided if the interval of the difference
+    contains -2 points.
     """
     spread, how = _scores(suite, of, than)
     return _above(spread, -ACCURACY, f"{how}; margin {100 * ACCURACY:g} points")
@@ -42,7 +43,8 @@ def scores_no_lower(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
 def loss_falls_faster(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
     """Check whether the mean training loss of `of`, over all steps, is below the mean training loss of `than`.
 
-    Runs with the same seed are compared. They train on the same batches.
+    Runs with the same seed are compared. They train on the same batches. The result is undecided if the interval of the
+    difference contains 0.
     """
     a, b = _seeds(suite, of, than)
     means = [[fmean(_losses(record)) for record in side] for side in (a, b)]
