@@ -181,7 +181,7 @@ def table(operation: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _limit(operation: str, rows: Sequence[dict[str, Any]]) -> int | None:
-    """Return the largest size for which the fused kernel is used, or None for all sizes.
+    """Return the largest size for which the fused kernel is used: 0 if it is never used, None if always.
 
     rows: the rows of one weight, as `measure` yields them.
     """

@@ -40,8 +40,9 @@ def row(
 ) -> BenchRow:  # fmt: skip
     """Check two implementations, time their training steps, and return the result.
 
-    packers: for each implementation, the name of the implementation that packs its quantised base. pairs: number of
-    pairs of samples. facts: copied into the row. announce: see `timing.pairs`.
+    packers: for each implementation, the name of the implementation that packs its quantised base, or empty. pairs:
+    number of pairs of samples. facts: copied into the row. announce: called before the first and after the last sample,
+    except for GaLore.
     """
     if setting.step.method == "galore":
         return _galore(setting, both, pairs, facts)

@@ -59,7 +59,8 @@ class Case:
     """True for a random case. A run may have many of these, so checks repeat a call in them only a hundred times
     instead of a thousand, and never repeat calls of a large layer."""
     is_brief: bool = False
-    """True if the selection of cases is not wide (see `CaseSelection.is_wide`). Checks then repeat calls less often."""
+    """True if the selection of cases is not wide (see `CaseSelection.is_wide`). Checks then do not repeat an Operation's
+    call many times."""
     walk_seed: int = 0
     """Seed that decides the calls in the random walks."""
     attach_fresh: AttachFresh | None = None

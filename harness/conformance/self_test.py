@@ -57,7 +57,7 @@ class SelfTestReport:
     """Failures of the correct reference, as `target/check (case)`. The target is a Method, an Operation, a quantised
     base or the loaders."""
     idle: Sequence[str] = field(default=())
-    """Names of the checks that catch no fault."""
+    """Names of the checks that catch no fault, without those that are tried only for adapters without a reference."""
 
     @property
     def caught(self) -> int:
@@ -155,7 +155,7 @@ def _failures(
 ) -> Iterator[CheckOutcome]:
     """Try an implementation in the fault's case, and yield the outcome of every check that fails.
 
-    names: the checks that are tried; None for all of the suite.
+    names: the checks that are tried; None for all of the suite or, for a loader, the expected ones.
     """
     case, plan = fault.case.of_kind(implementation.kind), _plan(implementation.target)
     if names is None and isinstance(plan, parity_suite.LoaderSuite) and fault.expected:

@@ -44,15 +44,16 @@ class ParityModel(nn.Module):
     """A model of three layers: `first` (D to E features), `other` (E to E) and `second` (E to D).
 
     A Method adapts `first` and `second`, but never `other`. `second` has no bias if its kind of layer allows that. With
-    stacked experts, each layer maps D to D features, and the experts have E features in between.
+    stacked experts, each layer maps D to D features, and the experts have E features in between. An embedding `second`
+    maps D ids to E features, as `first` does.
 
     The form `wide` adds the layer `wide` (D + E to D + E features). It is never adapted, and is larger than every
     adapted layer in both dimensions. In this form, every layer has a bias. The form `deep` adds the adapted layers
     `more.0` to `more.7`. The form `tied` adds the adapted layer `again`, which has the same weight as `first`, and
     freezes every parameter.
 
-    Weights are normal with standard deviation 1/sqrt(inputs), drawn in float64. weights: size by which the weights of
-    all layers except `other` are multiplied.
+    Weights are normal with standard deviation 1/sqrt(inputs), drawn in float64. weights: name of the factor by which
+    the weights of all layers except `other` are multiplied.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ Spoil = Callable[[PatchedCopy], None]
 
 @dataclass(frozen=True)
 class FaultCase:
-    """The case in which a planted fault is tried. At least the expected checks must notice the fault there."""
+    """The case in which a planted fault is tried. Each expected check must notice the fault there; other checks may."""
 
     values: Values = field(default_factory=dict)
     """Values of the Method's config, or of an Operation's case."""

@@ -177,9 +177,10 @@ def explained(
 ) -> tuple[list[CheckOutcome], list[str]]:
     """Return the outcomes, and complaints about known defects that did not show.
 
-    In the returned outcomes, each failure has the id of the first known defect that explains it. There is a complaint
-    for each defect whose cases were tried, but did not show it. If only some checks of the defect did not show it, the
-    complaint names these checks. A defect counts as shown even if an earlier defect explains the same failure.
+    In the returned outcomes, each explained failure has the id of the first known defect that explains it. There is a
+    complaint for each defect without `sometimes` whose cases were tried, but did not show it. If only some checks of
+    the defect did not show it, the complaint names these checks. A defect counts as shown even if an earlier defect
+    explains the same failure. Defects of other versions of the library are ignored.
 
     software: versions of the libraries with which the outcomes were found; by default, those of this process.
     """
