@@ -18,7 +18,7 @@ from harness.kernels.card_tables import CROSSOVERS
 MARGIN = 1.03
 """Factor by which another way to compute, or another tile, must be faster to replace the default.
 
-The factor is the median over pairs of samples.
+It is compared with the median ratio of times, over pairs of samples.
 """
 PAIRS = {"cuda": 11, "cpu": 3}
 _BLOCK = 64

@@ -120,7 +120,7 @@ class BenchRow(FrozenModel):
     products: Products | None = None
     """FLOPs of the matrix products of a training step.
 
-    None on a GPU and with a quantised base, because torch does not count all products there.
+    None for an Operation and for GaLore, and on a GPU or a quantised base, where torch does not count all products.
     """
     memory: dict[str, dict[str, int]] = Field(default={})
     """Implementation -> memory of its process, in bytes. `peak_B` is the peak during a few steps, `rest_B` is the

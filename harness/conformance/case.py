@@ -1,4 +1,4 @@
-"""A Case: one seeded input for the checks of a Method or an Operation."""
+"""A Case: one seeded input for the checks of a Method, an Operation or a loader."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class AttachFresh(Protocol):
 class Case:
     """One seeded input for the checks, in one state of the subject.
 
-    The subject is the implementation under test, attached to a model.
+    The subject is under test: an implementation attached to a model, an Operation with its arguments, or a loader.
     """
 
     state: str
     """State of the implementation under test: `init` (as attached), `warm` (with random adapter tensors) or `trained`.
-    For an Operation, it is always `call`."""
+    For an Operation, it is always `call`, and for a loader `loaded`."""
     tokens: int = 16
     """Number of rows in a layer's input."""
     magnitude: str = "normal"

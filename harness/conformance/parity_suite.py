@@ -114,7 +114,7 @@ class MethodSuite(_Tolerant):
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[MethodCase]:
         """Yield the suite's cases in each dtype of the suite that is also in `dtypes`.
 
-        With `wanted.full`, all combinations are tried, and then the last item of this list. Otherwise:
+        With `wanted.full`, all combinations are tried, and then the cases of the last item below. Otherwise:
 
         - The first kind of layer, which is the only one that many implementations support, is tried with every config
           and every shape in one main dtype: float32 or, if float32 is not requested, the first requested dtype.

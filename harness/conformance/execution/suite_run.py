@@ -80,7 +80,7 @@ def stream(
 
     An exception during a check is a failure of this check, and an exception during attaching is a failure of `attach`.
     If the implementation raises harness.Unsupported, the outcome is a skip. Raises DeviceLostError if the GPU accepts
-    no more work, because all later checks would fail.
+    no more work.
     """
     wanted = [dtype for dtype in implementation.dtypes if dtype in (dtypes or implementation.dtypes)]
     plan = parity_suite.load_plan(implementation.target)

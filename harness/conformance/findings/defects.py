@@ -52,7 +52,7 @@ class Defect(FrozenModel):
     list is empty, every failed comparison matches. A failure by an exception matches only an expression that begins
     with `raised`."""
     at_most: float | None = Field(default=None, gt=0)
-    """Largest error that the defect explains. None if it explains an error of any size."""
+    """Largest `CheckResult.error` that the defect explains. None if it explains an error of any size."""
     summary: str = Field(min_length=10)
     reproduction: str
     """File name of the script that shows the defect with only this library and torch. The script lies beside the file

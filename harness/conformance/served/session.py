@@ -27,7 +27,7 @@ a new order."""
 
 
 class RequestPhase(StrEnum):
-    """Phase of the check: what the server does while it answers a request."""
+    """Phase of the check. Phases differ in what else the server does while it answers a request."""
 
     ALONE = "alone"
     """Requests one after the other, first all for one model, then all for the next."""
