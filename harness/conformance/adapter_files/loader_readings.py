@@ -72,7 +72,7 @@ def _read() -> _File:
 def features(adapter: AdapterFile, findings: Sequence[Finding] = (), base: nn.Module | None = None) -> list[str]:
     """List the features that an adapter uses, in the order of loader_readings.yaml.
 
-    base: the base model, whose parameters may be on the device `meta`. If None,
+    findings: findings about the adapter. base: the base model, whose parameters may be on the device `meta`. If None,
     features that depend on the base model are left out.
     """
     settings, keys = adapter.settings, list(adapter.header)
