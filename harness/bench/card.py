@@ -140,7 +140,7 @@ def _limit(E: int, most: int | None, size: str) -> str:
 
 
 def rate(value: float, unit: str) -> str:
-    """Format a rate: bytes in GB/s, operations in TFLOP/s."""
+    """Format a rate: bytes per second in GB/s, FLOP/s in TFLOP/s."""
     return f"{value / 1e9:,.0f} GB/s" if unit == "B/s" else f"{value / 1e12:.3g} T{unit}"
 
 

@@ -18,7 +18,7 @@ from harness.kernels.card_tables import CROSSOVERS
 MARGIN = 1.03
 """Factor by which another way to compute, or another tile, must be faster to replace the default.
 
-The factor is the median over pairs of samples.
+It is compared with the median ratio of times, over pairs of samples.
 """
 PAIRS = {"cuda": 11, "cpu": 3}
 _BLOCK = 64
@@ -181,7 +181,7 @@ def table(operation: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _limit(operation: str, rows: Sequence[dict[str, Any]]) -> int | None:
-    """Return the largest size for which the fused kernel is used, or None for all sizes.
+    """Return the largest size for which the fused kernel is used: 0 if it is never used, None if always.
 
     rows: the rows of one weight, as `measure` yields them.
     """

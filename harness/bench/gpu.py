@@ -1,7 +1,4 @@
-"""Find out whether torch can use a GPU, and the GPU's name.
-
-A separate process asks torch, and this module does not import torch.
-"""
+"""Find out whether torch can use a GPU, and the GPU's name. This module imports no torch."""
 
 from __future__ import annotations
 

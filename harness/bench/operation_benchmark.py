@@ -62,7 +62,7 @@ class OperationBenchmark:
     def rows(self, size: BenchSize) -> Iterator[BenchRow]:
         """Yield the result rows of one size. The first row is for the forward pass alone.
 
-        If the Operation is differentiable, a second row is for the forward and the backward pass together. Raises
+        If its backward pass is timed, a second row is for the forward and the backward pass together. Raises
         DeviceLostError if the GPU accepts no more work of this process. If a check of one implementation caused the
         loss, a row with this check is yielded first, so that the other implementation is not blamed.
         """

@@ -19,9 +19,9 @@ from harness.records.record import FrozenModel, Json, Seconds
 Outcome = Literal["measured", "refused", "not-run", "failed"]
 Cause = Literal["no-gpu", "interrupted"]
 TIMED_CALL = "timed_call"
-"""Name of the check that is made on the timed call itself; see `harness.bench.timed_call`."""
+"""Name of the check that repeats the timed call with other values, after timing."""
 MOSTLY_CALL = 0.2
-"""Largest share of a call's time that may be overhead. Beyond it, a ratio of times compares mainly overheads."""
+"""Largest share of a call's time that may be overhead. Beyond it, overheads distort a ratio of times."""
 MOSTLY_LAUNCH = 0.8
 """Smallest share of a call's time on a GPU at which launching by the host limits the speed."""
 TIMER_SHARE, TIMER_SLACK_S = 2.0, 0.5
@@ -58,9 +58,9 @@ class Samples(FrozenModel):
     """
 
     def disagrees(self, elapsed_s: float) -> bool:
-        """Return whether the sum of the sampled times is far shorter than the sampling.
+        """Return whether all sampled times together are far shorter than `elapsed_s` (see TIMER_SHARE).
 
-        elapsed_s: duration of the sampling, in seconds, by the clock of another process.
+        elapsed_s: seconds that the sampling took, by the clock of another process. Samples with `parts` never disagree.
         """
         if self.parts:
             return False  # gradients are drawn between these samples
@@ -100,7 +100,7 @@ class BenchRow(FrozenModel):
     other: str
     outcome: Outcome
     because: str = ""
-    """Reason why the row was not measured."""
+    """Reason for an `outcome` other than `measured`. Otherwise empty."""
     cause: Cause | None = None
     """`no-gpu` or `interrupted` if the row was not measured for this reason, otherwise None."""
     differs: str = ""
@@ -120,7 +120,7 @@ class BenchRow(FrozenModel):
     products: Products | None = None
     """FLOPs of the matrix products of a training step.
 
-    None on a GPU and with a quantised base, because torch does not count all products there.
+    None for an Operation and for GaLore, and on a GPU or a quantised base, where torch does not count all products.
     """
     memory: dict[str, dict[str, int]] = Field(default={})
     """Implementation -> memory of its process, in bytes. `peak_B` is the peak during a few steps, `rest_B` is the

@@ -242,7 +242,8 @@ class TaskRunner:
     def _with_memory(self, row: BenchRow, task: BenchTask) -> BenchRow:
         """Measure the memory of a training step by each implementation. Return the row with these numbers.
 
-        Each implementation runs in a process of its own. A row without times is returned unchanged.
+        Each implementation runs in a process of its own. If a process gives no memory, the returned row is `failed`. A
+        row without times is returned unchanged.
         """
         if row.samples is None:
             return row

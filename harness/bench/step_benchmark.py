@@ -40,8 +40,9 @@ def row(
 ) -> BenchRow:  # fmt: skip
     """Check two implementations, time their training steps, and return the result.
 
-    packers: for each implementation, the name of the implementation that packs its quantised base. pairs: number of
-    pairs of samples. facts: copied into the row. announce: see `timing.pairs`.
+    packers: for each implementation, the name of the implementation that packs its quantised base, or empty. pairs:
+    number of pairs of samples. facts: copied into the row. announce: called before the first and after the last sample,
+    except for GaLore.
     """
     if setting.step.method == "galore":
         return _galore(setting, both, pairs, facts)
@@ -182,8 +183,7 @@ def _galore(setting: StepSetting, both: Sequence[Implementation], pairs: int, fa
 
     The steps are timed in cycles. A cycle is one step that refreshes the projector, and some ordinary steps. Each cycle
     gives one sample: the mean time of a step, weighted as if one of `GALORE_GAP` steps refreshed the projector. Before
-    timing, both implementations must pass all checks of GaLore's parity suite on the timed device. The layers of these
-    checks are smaller than the timed weight.
+    timing, both implementations must pass all checks of GaLore's parity suite on the timed device, with smaller layers.
     """
     plan, features = parity_suite.load(setting.step.method), setting.shape.features
     small = parity_suite.CaseShape.model_validate({"tokens": 16, "in": JUDGED_FEATURES, "out": JUDGED_FEATURES})

@@ -34,7 +34,8 @@ same default tile.
 """
 DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.float16,)}
 RANK = 64
-"""Rank of the low-rank term in the measured products. It is the largest block of ranks, with the most shared memory."""
+"""Rank of the low-rank term in the measured products. A kernel's iteration handles at most so many ranks, and then needs
+the most shared memory."""
 _COMPILER_FAILED = "PassManager::run failed"
 """Text of the RuntimeError that Triton raises if a pass of its compiler fails."""
 

@@ -15,9 +15,9 @@ def judge_parity(parity: Sequence[CheckOutcome]) -> tuple[list[CheckOutcome], Ou
     """Decide whether a benchmark may be measured. Return its checks, its outcome, and the reason if it must not.
 
     parity: outcomes of the checks of both implementations. In the returned checks, known defects are marked. Each
-    implementation must pass at least one check and fail none; skipped checks are ignored. There is one exception: some
-    libraries compute 8-bit codes that are not the nearest codes. If this is a known defect, the benchmark is measured
-    all the same, and the row names the defect.
+    implementation must pass at least one check and fail none; skipped checks are ignored. If a check is unsupported,
+    the outcome is `not-run`. One known defect does not prevent measuring, and the row names it: some libraries compute
+    8-bit codes that are not the nearest codes.
     """
     marked = defects.explained(parity, defects.known())[0]
     for one in marked:

@@ -1,4 +1,4 @@
-"""A Case: one seeded input for the checks of a Method or an Operation."""
+"""A Case: one seeded input for the checks of a Method, an Operation or a loader."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class AttachFresh(Protocol):
 class Case:
     """One seeded input for the checks, in one state of the subject.
 
-    The subject is the implementation under test, attached to a model.
+    The subject is under test: an implementation attached to a model, an Operation with its arguments, or a loader.
     """
 
     state: str
     """State of the implementation under test: `init` (as attached), `warm` (with random adapter tensors) or `trained`.
-    For an Operation, it is always `call`."""
+    For an Operation, it is always `call`, and for a loader `loaded`."""
     tokens: int = 16
     """Number of rows in a layer's input."""
     magnitude: str = "normal"
@@ -59,7 +59,8 @@ class Case:
     """True for a random case. A run may have many of these, so checks repeat a call in them only a hundred times
     instead of a thousand, and never repeat calls of a large layer."""
     is_brief: bool = False
-    """True if the selection of cases is not wide (see `CaseSelection.is_wide`). Checks then repeat calls less often."""
+    """True if the selection of cases is not wide (see `CaseSelection.is_wide`). Checks then do not repeat an Operation's
+    call many times."""
     walk_seed: int = 0
     """Seed that decides the calls in the random walks."""
     attach_fresh: AttachFresh | None = None

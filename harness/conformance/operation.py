@@ -156,7 +156,7 @@ def cloned(value: _T, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) -
 
 
 def mapped(value: _T, change: Callable[[object], object]) -> _T:
-    """Return a copy of nested dicts, lists and tuples, with `change` applied to every other item in them."""
+    """Return a copy of nested dicts, lists and tuples, with `change` applied to each item that is none of these."""
     changed: object
     if isinstance(value, dict):
         changed = {key: mapped(one, change) for key, one in value.items()}

@@ -35,7 +35,8 @@ frozen."""
 Magnitude = Literal["normal", "large", "outlier", "zero-rows", "small", "huge", "tiny", "constant", "positive"]
 """Size of the values of a drawn input; see `harness.conformance.comparison.magnitudes`."""
 MAIN_MAGNITUDES = 5
-"""The sample combines the first MAIN_MAGNITUDES values of Magnitude with other settings. The rest are tried alone."""
+"""The sample of `check --wide` combines the first MAIN_MAGNITUDES values of Magnitude with other settings, and tries the
+rest alone."""
 WeightSize = Literal["normal", "large", "small", "tiny"]
 """Size of the ParityModel's weights. `large` is 256 times `normal`, and `small` is `normal` / 256. `tiny` weights are
 so small that usual guards against a division by zero treat them as 0."""
@@ -113,14 +114,14 @@ class MethodSuite(_Tolerant):
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[MethodCase]:
         """Yield the suite's cases in each dtype of the suite that is also in `dtypes`.
 
-        With `wanted.full`, all combinations are tried, and then the last item of this list. Otherwise:
+        With `wanted.full`, all combinations are tried, and then the cases of the last item below. Otherwise:
 
         - The first kind of layer, which is the only one that many implementations support, is tried with every config
           and every shape in one main dtype: float32 or, if float32 is not requested, the first requested dtype.
         - Each other dtype tries a part of these configs and shapes, and a config with dropout if the suite has one.
         - Every other kind of layer is tried in the main dtype and in one other dtype, with one config and one shape.
-        - The typical case is tried again with each of `shapes_of_typical` and, if its layers are linear and no base is
-          judged, with a `tied` model.
+        - The most ordinary case is tried again with each of `shapes_of_typical` and, if its layers are linear and no
+          base is judged, with a `tied` model.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
@@ -177,7 +178,7 @@ class MethodCase:
     drawn: bool = False
     """True if Hypothesis drew the case."""
     typical: bool = False
-    """True for one case of the suite, with few settings. Some checks that take long are tried only in this case."""
+    """True for the suite's most ordinary case. Without `--wide`, some long checks of a Method run only in this case."""
 
     def __str__(self) -> str:
         kind = "" if self.kind == "linear" else self.kind
@@ -252,7 +253,7 @@ class OperationCase:
     is_long: bool = False
     """True if the tensors are very long. Checks that call the Operation many times are then left out."""
     typical: bool = False
-    """True for the suite's most ordinary case. Some long checks run only in this case."""
+    """True for the suite's most ordinary case. Without `--wide`, some long checks run only in this case."""
 
     def __str__(self) -> str:
         magnitude = "" if self.magnitude == "normal" else f"magnitude={self.magnitude}"
@@ -293,7 +294,7 @@ def _oddness(values: Values) -> tuple[int, int]:
 
 
 def _main(dtypes: Sequence[Dtype]) -> Dtype:
-    """Return the dtype in which all examples are tried: float32 if it is in `dtypes`, otherwise the first of `dtypes`."""
+    """Return the main dtype of a suite: float32 if it is in `dtypes`, otherwise the first of `dtypes`."""
     return "float32" if "float32" in dtypes else dtypes[0]
 
 
@@ -314,10 +315,10 @@ def _fits(config: Values, kind: Kind) -> bool:
 
 
 def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tuple[int, slice]:
-    """Return a number for `dtype`, and the slice of the examples to try in `dtype`.
+    """Return a number for `dtype`, and the slice of each list of the suite (such as its configs) to try in `dtype`.
 
-    there: dtypes of the suite. wanted: requested dtypes. The main dtype (see `_main`) tries all examples. The n other
-    dtypes have the numbers 0 to n - 1, and number k tries the examples k, k + n, k + 2n and so on.
+    there: dtypes of the suite. wanted: requested dtypes. The main dtype (see `_main`) has the number n and tries whole
+    lists. The n other dtypes have the numbers 0 to n - 1, and number k tries the items k, k + n, k + 2n and so on.
     """
     whole = _main(wanted)
     others = [one for one in there if one != whole]

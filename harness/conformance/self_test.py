@@ -50,14 +50,13 @@ class FaultVerdict:
 
 @dataclass(frozen=True)
 class SelfTestReport:
-    """Results of the self-test: the verdict on each fault, and checks that work wrongly or catch nothing."""
+    """Results of the self-test: the verdict on each fault, and checks that fail wrongly or catch nothing."""
 
     verdicts: Sequence[FaultVerdict]
     wrong: Sequence[str] = field(default=())
-    """Failures of the correct reference, as `target/check (case)`. The target is a Method, an Operation, a quantised
-    base or the loaders."""
+    """Failures of the correct reference, as `target/check (case)`."""
     idle: Sequence[str] = field(default=())
-    """Names of the checks that catch no fault."""
+    """Names of the checks that catch no fault, without those that are tried only for adapters without a reference."""
 
     @property
     def caught(self) -> int:
@@ -155,7 +154,7 @@ def _failures(
 ) -> Iterator[CheckOutcome]:
     """Try an implementation in the fault's case, and yield the outcome of every check that fails.
 
-    names: the checks that are tried; None for all of the suite.
+    names: the checks that are tried; None for all of the suite or, for a loader, the expected ones.
     """
     case, plan = fault.case.of_kind(implementation.kind), _plan(implementation.target)
     if names is None and isinstance(plan, parity_suite.LoaderSuite) and fault.expected:
@@ -198,7 +197,7 @@ def _kind(target: str) -> TargetKind:
 
 
 def source_module(target: str) -> str:
-    """Return the dotted name of the reference's module that implements a target, such as a Method."""
+    """Return the dotted name of the module with the reference of a target, such as a Method."""
     fixed: dict[TargetKind, str] = {
         "base": "reference.operations.nf4",
         "loader": "harness.methods.reference_loader",

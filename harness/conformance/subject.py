@@ -298,8 +298,8 @@ def initial_tensors(
 
     Random tensors are drawn from `generator`. Every implementation starts from these tensors, so that training runs can
     be compared step by step (see `load_start`). For PiSSA, the residual of the weight is included, since it fits only
-    the factors of the same SVD. With more than LARGEST_COPY numbers, the result is {} for a Method with a residual, and
-    lacks base weights that train (GaLore).
+    the factors of the same SVD. If the tensors have more than LARGEST_COPY numbers, the result is {} for a Method with
+    a residual, and lacks base weights that train (GaLore).
     """
     started = _attach_to_skeleton(method, bases, config, generator)
     if started is None:

@@ -34,7 +34,7 @@ def _block(*, qkv: bool) -> TimedOperation:
         return sum(s.rank * (E + D) for E, D in _outputs(s, qkv=qkv))
 
     def activations(s: BenchSize) -> int:
-        """Return the number of elements of the input x and of all outputs."""
+        """Return the number of elements of the block's input x and of its outputs."""
         return s.tokens * (s.D + (sum(E for E, _ in _outputs(s, qkv=qkv)) if qkv else s.D))
 
     forward = Cost(

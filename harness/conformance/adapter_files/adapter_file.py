@@ -84,7 +84,7 @@ class AdapterFile:
     def base_for_task(self, folder: Path) -> Path:
         """Return a folder from which the base model loads as the class that this adapter needs, e.g. a classifier.
 
-        folder: the base model. If its config.json names another class, the result is a temporary copy; see `task_base`.
+        folder: the base model. If its config.json names another class or number of labels, the result is a temporary copy.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         for key, one in self.header.items():

@@ -161,7 +161,7 @@ class _Judge:
                 yield Finding("scaling", path, f"the config gives the scaling {settings.scaling(path):g}")
 
     def _selects_none(self) -> bool:
-        """Return whether the config names layers, but the file contains none of them."""
+        """Return whether target_modules is not empty, but selects no layer of the file."""
         settings, paths = self.adapter.settings, [_path(start) for start in self.pairs]
         if not paths or not settings.target_modules:
             return False
@@ -275,7 +275,7 @@ class _Judge:
     def _tokens(self, reading: AdapterReading, base: nn.Module) -> int:
         """Return the number of tokens of the embeddings in the file, if it differs from that of the base model.
 
-        Return 0 if the numbers are equal, or if the file lacks one of the embeddings of the base model.
+        Return 0 if the numbers are equal, or if the file does not resize all embeddings of the base model to one number.
         """
         sides = [_embeddings(base, side) for side in ("input", "output")]
         tables = {id(one.weight): one.weight for one in sides if one is not None}
@@ -307,7 +307,7 @@ class _Judge:
     def _misfits(self, update: LayerUpdate, base: nn.Module, resized: int) -> Iterator[Finding]:
         """Yield a finding for each tensor of `update` whose shape is wrong.
 
-        resized: result of `_tokens`, a number of tokens that is allowed too.
+        resized: a number of tokens that is allowed too, from `_tokens`.
         """
         module = base.get_submodule(update.path)
         is_head = module is _embeddings(base, "output")

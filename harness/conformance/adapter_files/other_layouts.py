@@ -33,5 +33,5 @@ LAYOUTS = (
 
 
 def layout_of(keys: Collection[str]) -> str:
-    """Return the name of the layout that all keys of a file have, or an empty string."""
+    """Return the name of the layout in LAYOUTS that all keys of a file fit, or an empty string if there is none."""
     return next((one.name for one in LAYOUTS if keys and all(map(one.keys.match, keys))), "")

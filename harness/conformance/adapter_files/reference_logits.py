@@ -87,7 +87,7 @@ def logits_of(
     perturbation: torch.Generator | None = None,
     starts: Sequence[int] = (),
 ) -> list[Tensor]:
-    """Return the logits of a model from `combined` or `reference_logits`. Arguments: see `reference_logits`.
+    """Return the logits of a model from `combined` or `reference_logits`. The other arguments are those of the latter.
 
     A perturbation changes the weights of `model` in place.
     """

@@ -91,11 +91,13 @@ class LoaderSubject:
         return loader
 
     def truth(self) -> dict[str, Tensor]:
-        """Return the float64 logits that the adapter defines, by the name of the prompt."""
+        """Return the float64 logits that the adapter defines, under the names `prompt 0`, `prompt 1` and so on."""
         return by_prompt(self.adapter.logits)
 
     def rounded(self) -> Iterator[dict[str, Tensor]]:
-        """Yield the reference's logits in the case's dtype, by prompt: first as computed, then with perturbed weights."""
+        """Yield the reference's logits in the case's dtype, named as in `truth`: first as computed, then with perturbed
+        weights.
+        """
         one, adapter = self.adapter, AdapterFile.read(self.adapter.folder)
         for seed in (None, *range(PERTURBED_DRAWS)):
             perturbation = None if seed is None else torch.Generator().manual_seed(seed)

@@ -13,7 +13,7 @@ import torch
 from harness.conformance.subject import DTYPES, Subject
 
 _CHECK_B = 32
-"""Bytes that the check `merge` needs for each weight of the largest layer. The check copies one layer at a time to
+"""Bytes that the check `merge` needs for each element of the largest weight. The check copies one layer at a time to
 float64."""
 
 

@@ -19,7 +19,7 @@ from harness.errors import Unsupported
 from harness.records.record import CheckResult
 
 Adapters = Sequence[Mapping[str, Tensor]]
-"""One dict per adapter: the tensors by the names of `Adapted.tensors()`."""
+"""One dict per adapter: name, as in `Adapted.tensors()` -> tensor."""
 Mixed = Callable[[Adapters], AbstractContextManager[None]]
 """Function that returns a context in which adapter n computes row n of every batch."""
 

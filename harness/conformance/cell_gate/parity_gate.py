@@ -94,8 +94,8 @@ class _Base:
 def _packed_base(subject: Subject, case: Case, base: str) -> CheckResult:
     """Compare every packed layer, without its adapter, with a dense layer that has the decoded weight.
 
-    Return the worst judgement as the result of a check. If a packed layer multiplied wrongly, every Method with this
-    layer as its base would be wrong.
+    Return the worst judgement as a result of the check `forward`. If a packed layer multiplied wrongly, every Method
+    with this layer as its base would be wrong.
     """
     config = configure(_NO_ADAPTER, {})
     none = attach_reference(_NO_ADAPTER, nn.Module(), config, None, case.generator())
@@ -121,8 +121,8 @@ def after_training(
     """Run the checks that must wait until training has ended, and return their results.
 
     They must wait because some libraries change the base weight when they merge. If memory is too small to merge, no
-    check runs, and the result is a skip of the check of merging. forward: runs a given model so that gradients can be
-    computed. It is needed only for adapters without a reference.
+    check runs, and the only result says that the check of merging was skipped. forward: runs a given model so that
+    gradients can be computed. It is needed only for adapters without a reference.
     """
     if why := memory_headroom.merge_shortage(subject):
         name = "merge_itself" if subject.method in UNREFERENCED else "merge"

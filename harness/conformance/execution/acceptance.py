@@ -28,8 +28,8 @@ from harness.conformance.subject import attach_reference, configure
 from harness.methods.spec import method_info
 
 _LARGEST_DEEP = 4096
-"""Largest number of elements in a weight of a `deep` model. Such a model has many layers to adapt, and a check works on
-each of them."""
+"""Largest number of elements in a weight of a ParityModel of the form `deep`. It has many layers to adapt, and a check
+works on each of them."""
 
 
 _LARGEST_BUILT_SIDE = 160
@@ -45,8 +45,9 @@ a check would take minutes."""
 def is_accepted(plan: ParitySuite, case: AnyCase) -> bool:
     """Return whether a case can be tried with the reference.
 
-    For a Method, the parity model must exist for the case (see `is_built`) and be small enough, and the reference must
-    accept the settings. Every case of another target can be tried, unless its stacked experts are too large.
+    For a Method or a quantised base, the parity model must exist for the case (see `is_built`) and be small enough, and
+    the reference must accept the settings. In bfloat16, weights must have the size `normal`. An Operation's stacked
+    experts must not be too large. Every other case can be tried.
     """
     if isinstance(case, OperationCase) and "experts" in case.values and "shape" in case.values:
         shape, rank = case.values["shape"], case.values.get("rank", 1)

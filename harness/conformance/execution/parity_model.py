@@ -16,7 +16,7 @@ from harness.conformance.parity_suite import GROUPS, CaseShape, Kind, ModelForm,
 _PAIRS = 4
 """Number of pairs of layers to adapt that a `deep` model has in addition to `first` and `second`."""
 EXPERTS = 3
-"""Number of stacked experts in one module. No token uses one of them."""
+"""Number of stacked experts in one module. One of them gets no token."""
 _WEIGHT_SIZES: dict[WeightSize, float] = {"normal": 1.0, "large": 256.0, "small": 1 / 256, "tiny": 2.0**-46}
 _TINY_IN_FLOAT16 = 2.0**-14
 """Size of `tiny` weights in float16: the smallest normal float16. The weights are divided by sqrt(inputs), so most of
@@ -44,15 +44,16 @@ class ParityModel(nn.Module):
     """A model of three layers: `first` (D to E features), `other` (E to E) and `second` (E to D).
 
     A Method adapts `first` and `second`, but never `other`. `second` has no bias if its kind of layer allows that. With
-    stacked experts, each layer maps D to D features, and the experts have E features in between.
+    stacked experts, each layer maps D to D features, and the experts have E features in between. An embedding `second`
+    maps D ids to E features, as `first` does.
 
     The form `wide` adds the layer `wide` (D + E to D + E features). It is never adapted, and is larger than every
     adapted layer in both dimensions. In this form, every layer has a bias. The form `deep` adds the adapted layers
     `more.0` to `more.7`. The form `tied` adds the adapted layer `again`, which has the same weight as `first`, and
     freezes every parameter.
 
-    Weights are normal with standard deviation 1/sqrt(inputs), drawn in float64. weights: size by which the weights of
-    all layers except `other` are multiplied.
+    Weights are normal with standard deviation 1/sqrt(inputs), drawn in float64. weights: name of the factor by which
+    the weights of all layers except `other` are multiplied.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ def is_built(kind: Kind, form: ModelForm) -> bool:
 
 
 def _layers(kind: Kind, D: int, E: int, *, swapped: bool = False) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Return three layers: from D to E features, from E to E features, and from E back to D features.
+    """Return the layers `first`, `other` and `second` of a ParityModel for D and E features.
 
     swapped: for linear layers, False gives only the first two a bias, and True only the last two.
     """

@@ -76,11 +76,11 @@ def stream(
     """Run every check in every case, and report each outcome as soon as it is known.
 
     dtypes: the dtypes to try. If empty, all dtypes of the implementation are tried. begin: called with the name of each
-    case before it starts. device: see `run_case`.
+    case before it starts. device: device of the tensors; a loader's case always runs on the CPU.
 
     An exception during a check is a failure of this check, and an exception during attaching is a failure of `attach`.
     If the implementation raises harness.Unsupported, the outcome is a skip. Raises DeviceLostError if the GPU accepts
-    no more work, because all later checks would fail.
+    no more work.
     """
     wanted = [dtype for dtype in implementation.dtypes if dtype in (dtypes or implementation.dtypes)]
     plan = parity_suite.load_plan(implementation.target)
@@ -122,11 +122,11 @@ def run_case(
     wide: bool = False,
     seed: int = 0,
 ) -> Iterator[CheckOutcome]:
-    """Run every check in one case, and yield the outcomes.
+    """Run every check that applies to one case, and yield the outcomes.
 
     device: device of the tensors; a loader's case always runs on the CPU. wide: True also tries the checks that only
-    `check --wide` tries, and lets checks repeat calls more often. seed: decides the random walks, together with the
-    case.
+    `check --wide` tries, and lets checks repeat calls more often, except in a case with very long tensors (`is_long`).
+    seed: decides the random walks, together with the case.
     """
     runner = CaseRunner(implementation, str(of), of.dtype)
     every = {name: checks.every()[name] for name in plan.checks}
@@ -143,7 +143,7 @@ def run_case(
 @dataclasses.dataclass(frozen=True)
 class CaseRunner:
     """Runs the checks of one case of an implementation. An exception in a check counts as a failure of the
-    implementation.
+    implementation, except harness.Unsupported, which skips the check.
     """
 
     implementation: Implementation
@@ -194,7 +194,7 @@ def _run_method(
 ) -> Iterator[CheckOutcome]:
     """Run the checks in a case of a Method or of a quantised base, and yield the outcomes.
 
-    Each check runs in the states that it declares.
+    tried: names of the checks. Each check runs in the states that it declares.
     """
     attaching = CheckId(plan.method, "attach", of.dtype, "init")
     with process_settings.restored() as disturbed:  # the imports of the first attaching may disturb settings too

@@ -62,7 +62,7 @@ class CheckFindings:
 
 
 def discover(patience: float = PATIENCE, python: Path | None = None) -> Registry:
-    """Return the Registry of the installed distributions. The functions of its Implementations cannot be called.
+    """Return the Registry of the installed distributions. Its Implementations cannot be called in this process.
 
     A new process imports the entry points, because a plug-in may hang or crash on import. Raises HarnessError if the
     new process dies before it begins to import an entry point. python: interpreter of the new process; by default, the

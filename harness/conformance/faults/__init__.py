@@ -36,7 +36,7 @@ Spoil = Callable[[PatchedCopy], None]
 
 @dataclass(frozen=True)
 class FaultCase:
-    """The case in which a planted fault is tried. At least the expected checks must notice the fault there."""
+    """The case in which a planted fault is tried. Each expected check must notice the fault there; other checks may."""
 
     values: Values = field(default_factory=dict)
     """Values of the Method's config, or of an Operation's case."""
@@ -116,7 +116,7 @@ def line_fault(target: str, name: str, expected: Collection[str], *lines: str, f
     """Return a fault of `target` that replaces pieces of code.
 
     lines: the right code, then the wrong code that replaces it; further such pairs may follow. file: file with the
-    right code, as in `PatchedCopy.replace_line`. case: fields of the FaultCase that differ from the default.
+    right code, e.g. `nf4`; by default, that of the target. case: fields of the FaultCase that differ from the default.
     """
 
     def spoil(copy: PatchedCopy) -> None:

@@ -226,7 +226,7 @@ def loses_the_scaling_in_another_dtype(copy: PatchedCopy) -> None:
 
 @planted_in_methods("walk", only=["lora", "adalora"])
 def merges_into_the_base_and_stays_there(copy: PatchedCopy) -> None:
-    """Add the update to the base weight for good, although `unmerge` should leave the weight as it was before `merge`."""
+    """Let `unmerge` add the update to the base weight for good, instead of restoring the weight from before `merge`."""
 
     def change(adapted: Any) -> None:
         unmerge = adapted.unmerge
@@ -269,7 +269,7 @@ def resumes_without_its_projectors(copy: PatchedCopy) -> None:
 
 @planted_in_methods("walk", only=["lora", "dora", "adalora"])
 def keeps_the_weight_of_its_first_model(copy: PatchedCopy) -> None:
-    """Compute with the A of the first model also in a second model: all models of the process share one cache."""
+    """Add an error that grows with the distance of A from the first A of the same shape, even that of another model."""
     held: dict[Any, Tensor] = {}
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:

@@ -52,7 +52,7 @@ class Defect(FrozenModel):
     list is empty, every failed comparison matches. A failure by an exception matches only an expression that begins
     with `raised`."""
     at_most: float | None = Field(default=None, gt=0)
-    """Largest error that the defect explains. None if it explains an error of any size."""
+    """Largest `CheckResult.error` that the defect explains. None if it explains an error of any size."""
     summary: str = Field(min_length=10)
     reproduction: str
     """File name of the script that shows the defect with only this library and torch. The script lies beside the file
@@ -177,9 +177,10 @@ def explained(
 ) -> tuple[list[CheckOutcome], list[str]]:
     """Return the outcomes, and complaints about known defects that did not show.
 
-    In the returned outcomes, each failure has the id of the first known defect that explains it. There is a complaint
-    for each defect whose cases were tried, but did not show it. If only some checks of the defect did not show it, the
-    complaint names these checks. A defect counts as shown even if an earlier defect explains the same failure.
+    In the returned outcomes, each explained failure has the id of the first known defect that explains it. There is a
+    complaint for each defect without `sometimes` whose cases were tried, but did not show it. If only some checks of
+    the defect did not show it, the complaint names these checks. A defect counts as shown even if an earlier defect
+    explains the same failure. Defects of other versions of the library are ignored.
 
     software: versions of the libraries with which the outcomes were found; by default, those of this process.
     """

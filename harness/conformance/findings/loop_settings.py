@@ -34,7 +34,7 @@ class LoopSetting(FrozenModel):
     config: dict[str, Json]
     """Options of the training loop's library, and their values."""
     own_optimizer: bool = False
-    """True if the training loop makes its own optimizer and schedule."""
+    """True if the training loop makes its own optimizer and schedule. False if it gets those of the harness."""
     warmup: int = 0
     """Number of warm-up steps in the training that tries the setting."""
     effect: Effect
@@ -54,16 +54,15 @@ class SettingFound(FrozenModel):
     """Effect that the check found. `changes`: a loss or trained tensor differs from the harness's loop by more than
     rounding noise."""
     first: float | None = None
-    """First loss minus the first loss of the harness's loop, without sign, in nats. None if no training was completed."""
+    """Absolute difference of the two loops' first losses, in nats. None if no training was completed."""
     worst: float | None = None
-    """Largest difference of a loss from the loss of the harness's loop at the same step, in nats. None if no training
-    was completed."""
+    """Largest absolute difference of the two loops' losses at one step, in nats. None if no training was completed."""
     step: int | None = None
     """First step, counted from 1, whose loss differs from that of the harness's loop by more than rounding noise. None
     if no loss does."""
     weights: float | None = None
-    """Norm of the difference between the final trained tensors and those of the harness's loop, divided by the norm of
-    those of the harness's loop. None if no training was completed."""
+    """Norm of the difference between the two loops' final trained tensors, divided by the norm of the harness's tensors.
+    None if no training was completed."""
     because: str = ""
     """Reason why no training was completed. Otherwise empty."""
 

@@ -91,7 +91,10 @@ class DefectRow:
 
     @property
     def is_misdated(self) -> bool:
-        """True if `Defect.versions` lacks a version that shows the defect, or contains a version that does not."""
+        """True if `Defect.versions` lacks a version that shows the defect, or contains a version that does not.
+
+        False for a defect that shows only `sometimes`.
+        """
         return any(
             field.tried and not self.defect.sometimes and field.in_range != (field.shown > 0) for field in self.fields
         )

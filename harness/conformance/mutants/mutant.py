@@ -26,7 +26,7 @@ class Mutant:
     function: str
     """Qualified name of the changed function. Empty if the change is not in a function."""
     kind: str
-    """Kind of mistake, e.g. `arithmetic`. See `operators.SourceChange.kind`."""
+    """Kind of mistake, e.g. `arithmetic`."""
     line: int
     start: int
     end: int
@@ -88,7 +88,8 @@ def mutants(module: str) -> Iterator[Mutant]:
 
     Changes are made in the bodies of functions and in the constants of the module. Docstrings, annotations, defaults of
     arguments, assertions and error messages are not changed. If the body of an `if` ends by raising an error, its
-    condition is not changed either, because checks use only arguments that the reference accepts.
+    condition is not changed either, because checks use only arguments that the reference accepts. Raises ValueError if
+    the source is not ASCII.
     """
     source = source_of(module)
     if not source.isascii():

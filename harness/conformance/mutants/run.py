@@ -50,7 +50,7 @@ class MutantResult:
     equivalent: str = ""
     """Reason why this mutant is not a mistake, from suites/equivalent_mutants.yaml. Empty if it is not in this file."""
     same_bits: bool = False
-    """True if no check caught the mutant, and the mutant computes the same bits as the original in random cases."""
+    """True if plain `check` did not catch the mutant, which computes the same bits as the original in random cases."""
     error: str = ""
     """Reason why the mutant could not be tried. Empty if it was tried."""
 
@@ -90,7 +90,7 @@ class MutantReport:
         return [one for one in self.verdicts if one.counts]
 
     def survivors(self) -> list[MutantResult]:
-        """List the mutants that survive (see `MutantResult.survives`)."""
+        """List the mutants that were tried and are mistakes, but were not caught."""
         return [one for one in self.verdicts if one.survives]
 
     @property
@@ -288,7 +288,8 @@ def _chosen(mutant: Mutant, callers: Mapping[tuple[str, str], list[str]]) -> lis
 def _callers(jobs: int, only: Collection[str]) -> dict[tuple[str, str], list[str]]:
     """Map (module, function) to the targets whose cases call the function.
 
-    Targets whose cases call few functions come first, because their checks are quick.
+    Targets whose cases call few functions come first, because their checks are quick. An empty function name stands for
+    the module's constants: all targets of the module use them.
     """
     owners: tuple[Owner, ...] = ("reference", "fused")
     asked = [(target, of) for of in owners for target in trial.targets(of) if not only or target in only]

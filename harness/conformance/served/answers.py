@@ -71,8 +71,8 @@ def message(content: bytes) -> str:
 def read(document: Any, tokens: int, echo: bool, names: TokenNames, where: str) -> Answer:
     """Read the answer to one prompt from a JSON document.
 
-    tokens: number of tokens requested. echo: whether the prompt's tokens were requested too. where: address of the
-    request, for messages.
+    tokens: number of tokens requested. echo: whether the prompt's tokens were requested too. names: finds the ids of
+    tokens if the answer has none. where: address of the request, for messages.
 
     Raises UsageError for an answer without log-probabilities or with unknown tokens, and ServerError for an incomplete
     answer.
@@ -130,7 +130,7 @@ _NAMES = (
 
 def _number(value: Any, needed: bool, half: Callable[[str], ServerError]) -> float | None:
     """Convert a log-probability of an answer to a float. For null, return NaN if `needed`, else None (a prompt's first
-    token).
+    token). half: makes the error for a value that is no number.
     """
     if value is None:
         return math.nan if needed else None

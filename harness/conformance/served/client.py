@@ -352,7 +352,8 @@ def first_dialect(try_one: Callable[[Dialect], None], token_ids_only: bool) -> D
     """Return the first form of requests that the server accepts.
 
     try_one: function that sends a request in a given form. token_ids_only: True if there is no tokenizer, so that
-    prompts cannot be text. If the server accepts no form, raises the error of the last one.
+    prompts cannot be text. If the server accepts no form, raises the error of the last one. A refusal with another status
+    than 400 or 422 is raised at once.
     """
     dialects = [Dialect(ids, more) for ids in ((True,) if token_ids_only else (True, False)) for more in (True, False)]
     for dialect in dialects:

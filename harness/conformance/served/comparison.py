@@ -24,7 +24,7 @@ from harness.errors import UsageError, plural
 _LONG = 64
 """Number of tokens of a request that only keeps the server busy while another request is sent."""
 _EFFECT = 0.125
-"""Relative error of a simulated wrong scaling. Its effect shows how small an error the check would notice."""
+"""Relative error of a simulated wrong scaling. From its effect follows the smallest error that the check would notice."""
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ def allowed(own: Errors, measured: Errors | None, want: Sequence[Sequence[float]
     """Return the largest errors that a right server may have, by the rule of `tolerance_policies.carried_noise`.
 
     own: errors of the reference in `dtype`. measured: errors of the server's answers for the base model, or None if
-    these answers are wrong. want: the reference's log-probabilities in float64, one list per answer. The noise in the
-    rule is CARRIED_FACTOR times `own` or NOISE_FACTOR times `measured`, whichever is larger.
+    these answers are wrong. want: the reference's log-probabilities in float64, one list per answer. As the noise,
+    the rule takes CARRIED_FACTOR times `own` or NOISE_FACTOR times `measured`, whichever is larger.
     """
     numbers = [one for row in want for one in row]
     floor = NOISE_FLOOR_EPS[dtype] * EPSILON[dtype] * rms(numbers)

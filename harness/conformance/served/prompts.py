@@ -46,7 +46,7 @@ class Tokenizer:
 
     @classmethod
     def find(cls, folder: Path) -> Tokenizer | None:
-        """Return the tokenizer in the folder of a base. Return None if there is none."""
+        """Return the tokenizer in the folder of a base, or None."""
         return cls(folder) if any((folder / name).is_file() for name in _TOKENIZERS) else None
 
     def encode(self, text: str) -> list[int]:

@@ -40,7 +40,7 @@ class PhaseResult:
     """Mean of exp(d) over all tokens, where d is the absolute difference of a token's own log-probability from the
     reference. It is 1 if there is no difference."""
     tokens: int
-    """Number of tokens that the server generated or scored."""
+    """Number of tokens in the answers: generated ones or, in the phase `echo`, those of the prompts."""
     differ: int
     """Number of generated tokens that are not the reference's most likely token, without those in `ties`."""
     ties: int

@@ -27,7 +27,7 @@ a new order."""
 
 
 class RequestPhase(StrEnum):
-    """Phase of the check: what the server does while it answers a request."""
+    """Phase of the check. Phases differ in what else the server does while it answers a request."""
 
     ALONE = "alone"
     """Requests one after the other, first all for one model, then all for the next."""
@@ -172,7 +172,7 @@ class Session:
     def swaps(self) -> None:
         """Load the first adapter as SWAPPED, replace it by the second, unload it, and load the first again.
 
-        Mixed requests run at the same time.
+        Mixed requests run at the same time. Features that the server refuses are added to `not_offered`.
         """
         first, *others = self.adapters
         before, failed = len(self.observations), len(self.failures)
