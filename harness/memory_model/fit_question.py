@@ -123,7 +123,7 @@ class _Question:
         return _judged(row | by | {"peak_B": peak, "no_peak": "", "ledger": ledger}, peak, self.room)
 
     def _changes(self, row: Row) -> list[_Change]:
-        """Return the changes to try for a row: each setting alone, checkpointing with each other one, and all together."""
+        """Return the changes to try for a row: each setting alone, checkpointing with one other, and all together."""
         (one,) = (c for c in self.counted["methods"][row["method"]] if c["rank"] == row["rank"] and not c["error"])
         found: dict[str, Any] = {} if self.request.checkpointing else {"checkpointing": True}
         if row["base"] == "none" and _PACKED in one["weights"]:

@@ -30,7 +30,7 @@ class SessionResults:
     """Results of a pytest session."""
 
     place: Mapping[str, str]
-    """Facts about the machine, Python and torch, by name. Only runs with equal facts are compared."""
+    """Facts about the machine, Python and torch, by name. Runs that differ in a fact are not compared."""
     rounds: Mapping[str, Sequence[float]]
     """Full name of a benchmark -> seconds of each round."""
     absent: Mapping[str, str]

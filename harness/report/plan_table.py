@@ -97,7 +97,7 @@ def lines(document: Mapping[str, Any], most: int | None = None) -> list[str]:
 def _predicted(found: PlannedMemory | str | None) -> dict[str, Any]:
     """Return the fields `predicted` and `not_predicted` of a Cell: its predicted memory, or the reason why it has none.
 
-    `predicted` has the key `total_B`: the predicted peak memory of the device, or a lower bound.
+    `predicted` has the key `total_B`: the predicted peak memory of the device, or a lower bound of it.
     """
     if not isinstance(found, PlannedMemory):
         return {"predicted": None, "not_predicted": found or ""}

@@ -153,7 +153,7 @@ def _is_of_base(one: HistorySeries, cells: Mapping[str, Fields]) -> bool:
 
 
 def _counted(one: HistorySeries) -> Iterator[Change]:
-    """Yield a change for each night on which a number of bytes or parameters differs too much from its last level."""
+    """Yield a change for each night on which bytes or parameters leave their level by more than the metric's slack."""
     if min(one.values) == max(one.values):
         return
     levels = [("", one.nights[0], one.values[0])]  # (last night of the level before, first night, value) of each level

@@ -78,8 +78,8 @@ def sentence(row: ComparisonRow, separator: str = ": ") -> str:
 def delta(row: ComparisonRow) -> str:
     """Format the difference new - base.
 
-    For bytes, counts and times, the difference in per cent of base follows. Bytes and counts are not rounded. An
-    accuracy is in percentage points.
+    For bytes, counts and times, the change in per cent is added. Bytes and counts are not rounded. An accuracy is in
+    percentage points.
     """
     d = row.delta
     if d is None or row.base == row.new:
@@ -96,7 +96,7 @@ def delta(row: ComparisonRow) -> str:
 
 
 def interval(row: ComparisonRow) -> str:
-    """Format the confidence interval of new - base: of a time in per cent, of an accuracy in percentage points."""
+    """Format the confidence interval of a row's change: for a time in per cent, else in percentage points."""
     if row.interval is None:
         return ""
     low, high = (f"{MINUS if x < 0 else '+'}{100 * abs(x):.1f}" for x in row.interval)

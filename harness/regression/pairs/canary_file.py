@@ -45,7 +45,7 @@ def _append(path: Path, line: str) -> None:
 def read(path: Path, place: str, trim: float) -> tuple[Canaries, list[str]]:
     """Return the number of canaries at a place, how many of them gave a false alarm, and a text per unreadable line.
 
-    Only the newest canaries are used. trim: the fraction of a canary's pairs that is left out at either end.
+    Only the newest canaries are used. trim: the fraction of the lowest and of the highest log ratios to drop.
     """
     found, broken = [], []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []

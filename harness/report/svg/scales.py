@@ -12,7 +12,7 @@ WIDE = 10.0
 
 @dataclass(frozen=True)
 class Axis:
-    """A linear or logarithmic axis. It maps values to coordinates. The method `over` sets both ranges."""
+    """A linear or logarithmic axis, which maps values to coordinates."""
 
     name: str
     """Name of the quantity, with its unit."""
