@@ -61,6 +61,7 @@ def print_lines(lines: Iterable[str], *, err: bool = False) -> None:
     """Print lines on stdout, or on stderr if `err` is true.
 
     A line break inside a line is shown as `\\n`. Status words have colours on a terminal. A closed stream is ignored.
+    Raises StoreError if stdout cannot be written, e.g. on a full disk.
     """
     _write(lines, sys.stderr if err else sys.stdout)
 

@@ -69,10 +69,10 @@ def check(
 ) -> Exit:
     """Judge an adapter, print the findings and how known loaders read it, and return the exit code.
 
-    base_model: folder of the base. By default, base_model_name_or_path if that is a folder. Without a base, the file is
-    judged by itself. loaders: names of loaders; if there are none, HF peft. If the file conforms to a base, the logits
-    of the loaders are compared with the reference. patience: seconds without a result after which a loader counts as
-    hanging. Raises UsageError if the adapter or the base cannot be read.
+    base_model: folder of the base. By default, the adapter's base_model_name_or_path if that is a folder. Without a
+    base, the file is judged by itself. loaders: names of loaders; if there are none, HF peft. If the file conforms to a
+    base, the logits of the loaders are compared with the reference. patience: seconds without a result after which a
+    loader counts as hanging. Raises UsageError if the adapter or the base cannot be read.
     """
     adapter = AdapterFile.read(path)
     folder = base_model or adapter.local_base

@@ -125,7 +125,7 @@ def settle(cell: str | None, most: int, out: Path | None, suite: Path | None, au
     """Confirm or refute suspected changes by pairs of runs.
 
     Takes each unconfirmed change of a time, and each step time that was longer in the last night than before. Runs
-    `gate --pairs` with the revisions before and after this change. Writes the verdict `regressed`, `improved` or
+    `gate --pairs` with the revisions before and after the change. Writes the verdict `regressed`, `improved` or
     `refuted` to the history, like `history confirm`; an undecided change stays open. The first comparison includes a
     canary, a revision against itself. If canaries raise the alarm too often on this machine, no verdict is written.
 

@@ -84,7 +84,7 @@ def _optimizer_state(adapted: Adapted) -> Iterator[str]:
 
 
 def _layers(plan: MethodSuite) -> Iterator[str]:
-    """Yield the kinds of layers in the Cases, and two rules of the checks: about copy.deepcopy and about caches."""
+    """Yield the kinds of layers in the Cases, and rules for implementations about copy.deepcopy and about caches."""
     yield f"kinds of layers in its cases: {', '.join(plan.layers)}"
     if set(plan.layers) - {*LINEAR}:
         _, kinds, text = (inspect.getdoc(kind_of) or "").partition("linear:")

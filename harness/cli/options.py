@@ -61,7 +61,7 @@ _GRAMMAR = """
 
 
 def author(default: str | None = None) -> Callable[[_C], _C]:
-    """Return the option `--author` of a command that records a decision."""
+    """Return the option `--author` of a command that records a decision. default: its value if it is not given."""
     text = "Who decides this.  [default: git's user.name and user.email]"
     return click.option("--author", default=default, metavar="NAME", help=text)
 
@@ -90,7 +90,7 @@ def join(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> str 
 
 
 def cells(name: str, help_: str) -> Callable[[_C], _C]:
-    """Return an option that selects Cells by an expression (see `suites.expand.select`)."""
+    """Return an option called `name` that selects Cells by an expression, e.g. `method=lora`. help_: its help text."""
     return click.option(name, multiple=True, callback=join, metavar="EXPR", help=help_)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from harness.records.store import Run
 
 _MOST_SERIOUS_FIRST = (Exit.FAIL, Exit.NOTHING_COMPARED, Exit.INFRASTRUCTURE, Exit.INCONCLUSIVE, Exit.PASS)
-"""Exit codes, the most serious first. A finding is more serious than a missing Cell; see `analysis.run_verdict`."""
+"""Exit codes, the most serious first. A finding is more serious than a missing Cell."""
 
 
 @click.command()

@@ -23,7 +23,7 @@ from harness.records.record import Predicted
 
 
 def predict(work: Job, batches: list[Batch]) -> Predicted | str:
-    """Predict the memory of a Cell, and the peak of its training step over `batches`.
+    """Predict the memory of a Cell and, on a CPU, the peak of a training step over the largest of `batches`.
 
     Return the prediction, or the reason why there is none.
     """

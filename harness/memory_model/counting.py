@@ -39,7 +39,7 @@ _Counted = tuple[MethodCount, tuple[Any, ...] | None]
 
 
 _FACTORIES = (torch.empty, torch.randn, torch.zeros)
-"""torch functions that Methods call to create an adapter's tensors. `SkipRandomDraws` lets them create on its device.
+"""torch functions that Methods call to create an adapter's tensors. `SkipRandomDraws` passes its `device` to them.
 
 Tables of values, such as NF4's levels, come from other functions.
 """
@@ -80,7 +80,7 @@ def count(
 ) -> ModelCount:
     """Count the bytes of a model for every config of each Method. The arguments are documented in `CountRequest`.
 
-    If a target matches no layer of any Method, the result has only `misfits`. Raises ValueError for a model that
+    If a target matches no layer that can be adapted, the result has only `misfits`. Raises ValueError for a model that
     transformers does not know, and AssetError for an unreadable checkpoint.
     """
     lacks = models.lacks(checkpoint)

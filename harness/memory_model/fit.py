@@ -7,10 +7,10 @@ The result has one row per Method, base and optimizer. Columns of a row:
 
 trainable: number of trainable parameters.
 longest: number of tokens of the longest text that fits alone at this rank, and that the model can read.
-peak: largest number of bytes in tensors during a training step on fake tensors. The step runs the CPU code of `fused`,
-  or of `reference` for full fine-tuning; `--json` names this code. In tests, the peak differs by at most 3 % from
+peak: largest number of bytes in tensors during a training step on fake tensors. The step runs the CPU code of `fused`
+  or, if this is not possible, of `reference`; `--json` names the code. In tests, the peak differs by at most 3 % from
   measured steps of small models.
-total: sum of the closed forms, without temporary tensors. The total chooses among the ranks that fit.
+total: sum of the closed forms, without temporary tensors. Among the ranks whose total fits, the search chooses one.
 needed: the peak, or the total with --formulas. It decides what fits.
 other: needed minus the columns from weights to logits: temporary tensors. It is negative if parts do not exist at the
   same time.
@@ -86,7 +86,8 @@ class FitRow:
     """Number of texts in a batch: the requested number, or the largest that fits (1 if none fits). None if the size of
     activations is unknown."""
     longest: int | None = None
-    """Number of tokens of the longest text that fits alone at this rank. None if the size of activations is unknown."""
+    """Number of tokens of the longest text that fits alone at this rank. None if the size of activations is unknown,
+    if nothing fits, or if the user asked about a batch."""
     ledger: Ledger | None = None
     """Bytes of each part of the memory. None if nothing was counted."""
     left: int = 0

@@ -28,8 +28,8 @@ _STEP_ERROR, _FORMULA_ERROR = 0.03, 0.2
 """Largest relative errors of a simulated step and of a closed form in tests. Both leave out the allocator's waste, the
 workspaces of kernels and the CUDA context."""
 _DOUBT = 0.25
-"""Assumed largest relative error of a closed form; in tests, it is at most 20 %. If the closed form differs from the
-available memory by less than this share, a simulated step decides."""
+"""Assumed largest relative error of a closed form; in tests, it is at most 20 %. A closed form of at most 75 % of the
+available memory surely fits, and one of more than 125 % surely does not."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ def answer(request: FitRequest, counted: ModelCount, document: Mapping[str, Any]
 
     The key `answer` of the result is `yes` if at least one row fits, `no` if none fits, and `unknown` if no row is
     known to fit and a prediction is missing. Each row gets `fits`, `needed_B`, `free_B`, and `margin_B`, the largest
-    error of the prediction. A row that does not fit also gets `largest_batch`, which is 0 if not even one text fits,
-    and `changes`: the settings that were tried, each with `fits`, `needed_B` and `free_B`. Raises UsageError if
-    `by_steps` is False and the model has no closed form.
+    error of the prediction. A row that does not fit also gets `largest_batch` (0 if not even one text fits, None if it
+    is unknown) and `changes`: the settings that were tried, each with `fits`, `needed_B` and `free_B`. Raises
+    UsageError if `by_steps` is False and the model has no closed form.
     """
     if not by_steps and not document["activations_known"]:
         what = f"there is no closed form of the activations of {request.model.name}"
@@ -123,7 +123,7 @@ class _Question:
         return _judged(row | by | {"peak_B": peak, "no_peak": "", "ledger": ledger}, peak, self.room)
 
     def _changes(self, row: Row) -> list[_Change]:
-        """Return the changes to try for a row: each setting alone, checkpointing with each other one, and all together."""
+        """Return the changes to try for a row: each setting alone, checkpointing with one other, and all together."""
         (one,) = (c for c in self.counted["methods"][row["method"]] if c["rank"] == row["rank"] and not c["error"])
         found: dict[str, Any] = {} if self.request.checkpointing else {"checkpointing": True}
         if row["base"] == "none" and _PACKED in one["weights"]:

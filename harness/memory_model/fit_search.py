@@ -75,7 +75,7 @@ def step_implementation(method: str) -> str:
 
 
 class FitSearch:
-    """A search for the largest batch, text length and rank that fit, in every row. One child process takes the steps."""
+    """A search for the largest batch, text length and rank that fit, in every row. Child processes take the steps."""
 
     def __init__(self, request: FitRequest, counted: ModelCount, document: Mapping[str, Any]) -> None:
         self.request, self.counted, self.document = request, counted, document
@@ -140,7 +140,11 @@ class FitSearch:
     def largest(
         self, row: Row, of: str, tokens: int, *, first: int, most: int | None, grain: float = 0.0
     ) -> StepRequest:
-        """Return the request for a search for the largest batch or text of a row; see `SearchOptions`."""
+        """Return the request for a search for the largest batch or text of a row.
+
+        of: `batch` or `max_tokens`, the size that is searched. first, most: first and largest size to try. grain:
+        relative tolerance of the result.
+        """
         # Paged states are in host memory. In a step on a CPU, this memory is also the device's memory.
         host = row["ledger"]["host_B"]
         options: SearchOptions = {
@@ -200,7 +204,10 @@ class FitSearch:
 
 
 def run_steps(requests: list[StepRequest]) -> list[StepAnswer]:
-    """Return the answer to each request. An answer is empty if the time ran out before its step."""
+    """Return the answer to each request. An answer is empty if the time ran out before its step.
+
+    If the child process fails, each answer has only the reason.
+    """
     answers = counting_client.answer_requests(requests)
     if isinstance(answers, str):
         return [{"no_peak": answers}] * len(requests)

@@ -55,7 +55,7 @@ class ModelCount(TypedDict, total=False):
     error: str
     """Reason why the model cannot be built or counted."""
     misfits: dict[str, str]
-    """Requested targets that match no layer of any Method, with the reason."""
+    """Requested targets that match no layer that can be adapted, with the reason."""
     parameters: int
     targets: list[str]
     """Layers to adapt for configs without targets."""

@@ -53,8 +53,8 @@ def prediction(cell: Cell, counted: ModelCount, *, on_cpu: bool = False, every_t
     token has a loss (`loss: all`), as in the task `synthetic`.
 
     Activations and logits are predicted for texts with `max_tokens` tokens. This is an upper bound, and exact for
-    `synthetic`. Both are None for a compiled model, and for a training loop other than the harness's own. Logits are
-    None for a task with a loss on answers only.
+    `synthetic`. Both are None without training or a closed form, for a compiled model, and for a training loop other
+    than the harness's own. Logits are None for a task with a loss on answers only.
     """
     if error := counted.get("error"):
         return str(error)

@@ -70,7 +70,7 @@ class ForkServer:
     def wait_ready(self, timeout: float) -> bool:
         """Wait until the imports are done. Return False if they fail or take longer than `timeout` seconds.
 
-        Also return False if the server cannot fork safely; see `serve`.
+        Also return False if the server cannot fork safely, e.g. because an import started a thread.
         """
         return bool(select.select([self._socket], [], [], timeout)[0]) and self._socket.recv(len(_READY)) == _READY
 

@@ -49,7 +49,9 @@ def unwritable(file: Path) -> str:
 
 
 def refuse_unwritable(files: Mapping[str, Path | None]) -> None:
-    """Raise UsageError if a file cannot be written. A command calls this function before it works for minutes.
+    """Raise UsageError if a file cannot be written, or if two options name the same file.
+
+    A command calls this function before it works for minutes.
 
     files: path of the file for each option. None means that the file is not requested.
     """

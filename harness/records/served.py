@@ -9,7 +9,7 @@ from pydantic import Field
 from harness.records.base_model import Bytes, Count, FrozenModel, Seconds
 
 Load = Literal["base", "one adapter", "several adapters", "base and adapters"]
-"""A load: the models to which timed requests go. In the last two, different simultaneous requests go to different
+"""A load: the models to which timed requests go. In the last two kinds of load, simultaneous requests go to different
 models."""
 
 

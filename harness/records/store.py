@@ -91,7 +91,7 @@ class Run:
     manifest: Manifest
     """Content of run.json."""
     records: tuple[Record, ...]
-    """The Records of all attempts, except those whose files are unreadable or were changed after the run."""
+    """The Records of all attempts, except those in `broken`, `changed` and `ungated`."""
     footer: Footer | None
     """Content of footer.json; None for an unfinished run."""
     broken: dict[str, str] = field(default_factory=dict)
@@ -134,7 +134,7 @@ class Run:
 
     @cached_property
     def _not_counted(self) -> dict[str, str]:
-        """Return the path of each newest Record that must not be used, by cell_id."""
+        """Map each cell_id in `doubtful` to the path of its newest Record."""
         newest, found = self._newest, dict[str, str]()
         for name in (*self.changed, *self.ungated):
             cell_id, _, attempt = Path(name).stem.partition(".")
@@ -341,7 +341,8 @@ def _record_files(path: Path) -> list[Path]:
 def _changed(path: Path, records: Sequence[Record], broken: Mapping[str, str], *, complete: bool) -> dict[str, str]:
     """Return the files that were changed, removed or added after the run: path -> what happened.
 
-    Files that cannot be read are left out. For a run without hashes, the result is empty.
+    Files that cannot be read are left out. For a run without hashes, the result is empty. complete: whether the run has
+    a footer. Without one, a file that the user moved away or that a worker added is no change.
     """
     known = _sealed(path)
     found = {}

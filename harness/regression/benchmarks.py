@@ -1,6 +1,6 @@
 """Compare the benchmarks of a pytest session with saved runs.
 
-If a test of the decorator `harness.testing.conformance` fails, the verdict is FAIL.
+If a test case that the decorator `harness.testing.conformance` made fails, the verdict is FAIL.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SessionResults:
     """Results of a pytest session."""
 
     place: Mapping[str, str]
-    """Facts about the machine, Python and torch, by name. Only runs with equal facts are compared."""
+    """Facts about the machine, Python and torch, by name. Runs that differ in a fact are not compared."""
     rounds: Mapping[str, Sequence[float]]
     """Full name of a benchmark -> seconds of each round."""
     absent: Mapping[str, str]
@@ -48,10 +48,10 @@ def compare(saved_runs: Sequence[Saved], session: SessionResults, margin: float 
     """Compare each benchmark of a session with saved runs, and return the rows and the verdict.
 
     A benchmark is compared only with saved runs of the same benchmark on the same machine, with the same Python and
-    torch. margin: largest slow-down, as a share, that is not reported. The verdict is the first in this list whose
-    condition holds:
+    torch. margin: largest slow-down that is not reported, as a fraction of the saved time. The verdict is the first in
+    this list whose condition holds:
 
-    - FAIL: a benchmark is slower, its test failed, or a test of @conformance failed.
+    - FAIL: a benchmark is slower, its test failed, or a case of @conformance failed.
     - NOT_RUN: no benchmark was compared.
     - INCONCLUSIVE: a benchmark is undecided, is missing, or was saved only on another machine.
     - PASS: otherwise.

@@ -13,7 +13,7 @@ from harness.report import junit_xml
 def write_junit(adapter: str, cases: Iterable[tuple[str, str, str]], out: Path) -> None:
     """Write a JUnit file with one suite, named after the adapter.
 
-    cases: (name, tag, message) of each case. For tags, see `junit_xml.case`.
+    cases: (name, tag, message) of each case. tag: `failure`, `error` or `skipped`; empty for a passed case.
     """
     root = ET.Element("testsuites", name="peft-harness check")
     suite = junit_xml.suite(root, adapter)

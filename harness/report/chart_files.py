@@ -62,7 +62,7 @@ def _pages(analysed: Sequence[RunFacts]) -> dict[str, dict[str, Any]]:
 
 
 def _style(*, dark: bool) -> str:
-    """Return the CSS of charts, with variables replaced by their values: only browsers know variables."""
+    """Return the CSS of charts, with variables replaced by their values, because only browsers support variables."""
     page, rules = html.template_text("report.css", "charts.css"), html.template_text("charts.css")
     named = [_DARK.sub("", page), *(_DARK.findall(page) if dark else ())]
     values = dict(pair for text in named for pair in re.findall(r"--([\w-]+): ([^;]+);", text))

@@ -44,8 +44,8 @@ _UNITS: dict[str, tuple[float, str, Callable[[float], str], Callable[[float], st
     "s": (1e-3, " ms", formatting.milliseconds, "{:,.6g}".format),
     "1": (1.0, "", "{:,.0f}".format, formatting.short_count),
 }
-"""Unit of a cost -> its display: (size of the shown unit, its name, function that formats a cost, function that formats
-a tick)."""
+"""Unit of a cost -> its display: (divisor, name of the unit after the division, function that formats a cost before the
+division, function that formats a tick)."""
 
 
 def every(f: RunFacts) -> list[ChartSet]:

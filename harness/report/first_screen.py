@@ -104,7 +104,7 @@ def _which(names: Names, group: Group, chosen: Choice, lost: int) -> dict[str, A
     """Return the first card, which names the best method.
 
     lost: number of Cells whose results are missing or were changed after the run. If there are any, the card names no
-    method, because the statistical tests are corrected for too few comparisons.
+    winner, because the statistical tests are corrected for too few comparisons.
     """
     question, pick, highest = "Which method?", names[id(chosen.pick)], names[id(chosen.highest)]
     score = formatting.percent(chosen.highest.score.value)

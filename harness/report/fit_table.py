@@ -143,7 +143,7 @@ def _heading(document: Mapping[str, Any], size: MemorySize, several: bool) -> li
 
 
 def _explanation(document: Mapping[str, Any], size: MemorySize) -> str:
-    """Return one line with the unit, and with the memory that the columns do not include. See `explain fit`."""
+    """Return one line with the unit, and with the memory that the columns do not include."""
     left_out = ["allocator waste", "kernel workspaces", "CUDA context"]
     if not document["checked"]:
         left_out.insert(0, "temporary tensors")

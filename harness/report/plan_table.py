@@ -25,7 +25,7 @@ _HEAD = ("cell", "name", "parameters", "memory, MiB", "time")
 
 
 def predictions(suite: Suite, plan: Plan) -> dict[str, PlannedMemory | str]:
-    """Return cell_id -> predicted memory of the Cell, or the reason why there is none; see `plan_prediction`."""
+    """Return cell_id -> predicted memory of the Cell, or the reason why there is none."""
     base = suite.path.resolve().parent
     sources = {cell.model: resolve(cell.model, suite.sources, base) for cell in plan.cells}
     labels = {name: task.labels for name, task in suite.tasks.items()}
@@ -97,7 +97,7 @@ def lines(document: Mapping[str, Any], most: int | None = None) -> list[str]:
 def _predicted(found: PlannedMemory | str | None) -> dict[str, Any]:
     """Return the fields `predicted` and `not_predicted` of a Cell: its predicted memory, or the reason why it has none.
 
-    `predicted` has the key `total_B`: the predicted peak memory of the device, as the sum of the known parts.
+    `predicted` has the key `total_B`: the predicted peak memory of the device, or a lower bound of it.
     """
     if not isinstance(found, PlannedMemory):
         return {"predicted": None, "not_predicted": found or ""}

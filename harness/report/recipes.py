@@ -152,7 +152,7 @@ def _fields(
 
 
 def gap(group: Group, e: RankingEntry) -> Field:
-    """Return the field with the distance of an entry from the highest accuracy of its group, and the test's result."""
+    """Return the field with an entry's accuracy minus the highest of its group, and with the result of the test."""
     if e is group.entries[0]:
         return field("highest", 0.0, tone="good", more={"standing": e.standing})
     p = "; their test items differ, so only the intervals are compared"

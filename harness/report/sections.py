@@ -200,7 +200,7 @@ def _readable(machine: dict[str, str]) -> dict[str, str]:
 
 
 def failures(facts: RunFacts) -> list[Section]:
-    """Return every attempt that failed or has a failed check, even if there is a later attempt."""
+    """Return every attempt that did not end ok or has a failed check, even if there is a later attempt."""
     failed = [r for r in facts.run.records if r.status is not Status.OK or failed_checks.failed(r)]
     return [_failure(facts, r) for r in failed if r.cell_id in facts.titles]
 
@@ -259,7 +259,7 @@ def resume_sentence(facts: RunFacts) -> str:
 
 
 def rerun_command(facts: RunFacts, cell_id: str) -> str:
-    """Return the command that repeats one Cell of the run."""
+    """Return the command that repeats one Cell of the run. For an imported adapter, it is the command of the run."""
     m = facts.run.manifest
     if cell_id in facts.latest and facts.latest[cell_id].imported:
         return shlex.join(m.argv)

@@ -139,7 +139,11 @@ def _three(
     change: Callable[[float, float], float | None],
     flags: Sequence[str],
 ) -> Iterator[Field]:
-    """Yield three fields: the number of each run, and the change. flags: a warning about each number; empty if none."""
+    """Yield three fields: the values `one` and `other` of two runs, and their change.
+
+    write, change: functions that format a value and compute the change. flags: a warning about each value; empty if
+    none.
+    """
     for value, flag in zip((one, other), flags, strict=True):
         yield unmeasured("not measured") if value is None else field(write(value), value, flag=flag)
     if one is None or other is None:

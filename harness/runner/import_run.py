@@ -124,7 +124,8 @@ def _judge(adapter: AdapterFile, base: Path) -> Exit:
 def _suite(request: ImportRequest, adapter: AdapterFile) -> Suite:
     """Return the suite `request.beside`, with its first Cell of the requested model and task moved to the front.
 
-    Without `beside`, return a suite with a single Cell, from the template `_SUITE`.
+    Cells that `request.only` does not select are left out. Without `beside`, return a suite with a single Cell, from
+    the template `_SUITE`.
     """
     if request.beside is not None:
         suite = loader.load(request.beside)

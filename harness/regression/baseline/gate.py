@@ -44,7 +44,10 @@ def gate(
 
 
 def promote(name: str, baseline: str, *, reason: str, author: str, replace: bool) -> Exit:
-    """Make a run a baseline, print the git command to commit it, and return PASS. For errors, see `store.promote`."""
+    """Make a run a baseline, print the git command to commit it, and return PASS.
+
+    Raises RefusedError that lists all reasons why the run cannot become this baseline.
+    """
     run = store.read_run(store.find_run(name))
     made = baselines.promote(run, baseline, reason=reason, author=author, replace=replace)
     print_lines([f"{made.path}: {len(run.latest())} Cells of {run.manifest.run}"])

@@ -106,8 +106,8 @@ def promote(
 ) -> Baseline:
     """Copy a run atomically to the baseline `name`, and return the baseline.
 
-    Raises RefusedError if the run is unfit to be a baseline or if the name is taken. Raises StoreError if files cannot
-    be written.
+    Raises RefusedError if the run is unfit to be a baseline, the name is invalid or taken, or the reason is empty.
+    Raises StoreError if files cannot be written.
     """
     target = baselines / name
     problems = [*_misnamed(name, reason), *_taken(target, replace), *unfit(run)]

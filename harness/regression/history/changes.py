@@ -1,9 +1,9 @@
 """Find changes of level in the series of a history.
 
 A series holds one value per night, for one metric of a Cell at one place (machine and software). The machine may be
-slower on some nights than on others. So each time is divided by the anchor of its night: the median, over all series of
-the place, of the value divided by the usual value of its series. Changes of the anchor itself, of bytes and of scores
-are found too.
+slower on some nights than on others. So each time is divided by the anchor of its night. For the anchor, each series of
+the place gives a ratio: its value on this night divided by its usual value. The anchor is the median of these ratios.
+Changes of the anchor itself, of bytes, parameters and scores are found too.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class Change:
     counted: bool = False
     """True if the metric is an exact count of bytes or parameters, so that the change needs no confirmation."""
     recent: bool = False
-    """True if the new level has lasted only one or two nights, so that the change is only suspected."""
+    """True if the new level has lasted only one or two nights, so that the change is only suspected. Also
+    True for the changes of `confirmed_regressions`."""
     note: str = ""
 
     @property
@@ -152,7 +153,7 @@ def _is_of_base(one: HistorySeries, cells: Mapping[str, Fields]) -> bool:
 
 
 def _counted(one: HistorySeries) -> Iterator[Change]:
-    """Yield a change for each night on which a number of bytes or parameters leaves its previous level."""
+    """Yield a change for each night on which bytes or parameters leave their level by more than the metric's slack."""
     if min(one.values) == max(one.values):
         return
     levels = [("", one.nights[0], one.values[0])]  # (last night of the level before, first night, value) of each level
@@ -181,8 +182,8 @@ def _scores(scores: Sequence[HistorySeries], found: FoundChanges) -> None:
 def _timed(family: str, judged: Sequence[HistorySeries], guards: Sequence[HistorySeries], found: FoundChanges) -> None:
     """Judge the times of one family of metrics at one place, relative to the anchor. Then judge the anchor itself.
 
-    The names of a family are equal before the first `/`. judged: the series of the family. guards: series of sentinels,
-    i.e. of Cells whose code does not change. The changes are added to `found`.
+    Metrics of one family have names with the same text before the first `/`, e.g. `latency_s`. judged: the series of
+    the family. guards: series of sentinels, i.e. of Cells whose code does not change. The changes are added to `found`.
     """
     import numpy as np
 
@@ -221,8 +222,8 @@ def _anchor(one: HistorySeries, common: Array, guards: Array, found: FoundChange
     """Judge the anchor of a place, i.e. how slow the whole machine was on each night. Add its changes to `found`.
 
     Sentinels are Cells whose code does not change. If the sentinels change with the anchor, the machine has changed.
-    Otherwise the code under test has changed. common: log of the anchor on each night. guards: log times of the
-    sentinels.
+    Otherwise the code under test has changed. With too few sentinels, every change is added, with a note. common: log
+    of the anchor on each night. guards: log times of the sentinels.
     """
     import numpy as np
 
@@ -246,7 +247,10 @@ def _anchor(one: HistorySeries, common: Array, guards: Array, found: FoundChange
 def _log_changes(
     one: HistorySeries, nights: Sequence[str], logs: Array, shared: float, noise: float | None = None
 ) -> list[Change]:
-    """Return the changes in a series of log times. The levels of the returned changes are times, not logs."""
+    """Return the changes in a series of log times. The levels of the returned changes are times, not logs.
+
+    shared: noise of similar series. noise: noise of this series; if None, it is estimated.
+    """
     least = math.log1p(TIMED_LEAST)
     steps = change_points.steps(logs, least=least, shared=shared, own=noise)
     changes = _changes(one, nights, steps, least)

@@ -17,7 +17,7 @@ def confirm(
     """Store and return a person's verdict on a change. If there is no change near `night`, print a warning.
 
     If a change of exactly this Cell and metric is near, its night and levels are stored with the verdict. evidence: the
-    reason. For the errors, see `decisions.checked`.
+    reason. Raises UsageError that lists all mistakes in the arguments.
     """
     history, decision = decisions.checked(folder, cell, metric, night, evidence, author, "--evidence")
     changes = [c for c in all_changes(history) if decision.applies(c.cell, c.metric)]

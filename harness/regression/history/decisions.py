@@ -98,7 +98,7 @@ def _nonempty_history(folder: Path) -> History:
 def _find_cell(cells: Iterable[str], start: str) -> str:
     """Return the one cell_id that starts with `start`. If `start` is `*`, return `*`.
 
-    Raises UsageError unless exactly one cell_id starts with `start`.
+    Raises UsageError if no cell_id or several cell_ids start with `start`.
     """
     found = [EVERY] if start == EVERY else [cell_id for cell_id in cells if start and cell_id.startswith(start)]
     if len(found) == 1:

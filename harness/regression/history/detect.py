@@ -54,7 +54,7 @@ def detection(
     """Return all findings in a history.
 
     only: cell_ids to report; the times of a night are compared across all Cells in any case. sentinel: an expression
-    that selects Cells whose code does not change. strict: see `Detection.strict`.
+    that selects Cells whose code does not change. strict: if true, unconfirmed changes give the exit code INCONCLUSIVE.
     """
     known = series(history)
     sentinels = cell_names.select(history, sentinel, "--sentinel") if sentinel else frozenset()
@@ -79,7 +79,7 @@ def detection(
 
 
 def all_changes(history: History) -> list[JudgedChange]:
-    """Return every change of every series, including refuted changes."""
+    """Return every change of every series, found without sentinels, including refuted changes."""
     found = changes.find_changes(history, series(history), frozenset())
     return _judged(history, found.changes, cell_names.names(history))
 
@@ -113,8 +113,8 @@ def _confirmation(history: History, change: Change, revisions: tuple[str, str]) 
     """Return the stored verdict that applies to a change, or None.
 
     A verdict on the same night is preferred to a verdict on a night nearby, and then a later verdict to an earlier one.
-    A verdict `refuted` applies only to the revisions that were compared, not to a change that came with a later
-    revision.
+    If pairs of runs gave the verdict `refuted`, it applies only to the new revision that they ran, not to a change that
+    came with a later revision.
     """
     near = [
         line

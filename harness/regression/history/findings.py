@@ -1,4 +1,4 @@
-"""Results of `history show` and `history detect` as data: series, judged changes, missing series.
+"""Results of `history detect` as data: judged changes, new places, Cells and metrics that are no longer measured.
 
 The names of the fields are the keys of the JSON document.
 """
@@ -17,8 +17,9 @@ from harness.regression.history.differences import Between
 from harness.regression.history.night_files import EVERY, Decision, Evidence
 
 State = Literal["candidate", "suspect", "counted", "confirmed", "refuted", "unfounded"]
-"""State of a change. `candidate`: not confirmed yet. `suspect`: seen only on the last nights. `counted`: a change of an
-exact count. `confirmed`, `refuted`: by a verdict. `unfounded`: a suspect that a verdict refuted."""
+"""State of a change. `candidate`: not confirmed yet. `suspect`: a time was longer on the last night than before.
+`counted`: a change of an exact count. `confirmed`, `refuted`: by a verdict. `unfounded`: a suspect refuted by a
+verdict."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -179,7 +179,10 @@ def read(folder: Path) -> History:
 
 
 def read_night(path: Path, broken: dict[str, str]) -> Night | None:
-    """Read and return the results of one night. If the file is invalid, put the reason into `broken`."""
+    """Read and return the results of one night. Put the reason for each invalid part into `broken`.
+
+    If the first line is invalid or has another schema, return None.
+    """
     lines = _lines(path, broken, _object)
     head = next(lines, None)
     if head is None or head.get("night") != path.stem:

@@ -1,4 +1,4 @@
-"""`history settle`: confirm or refute suspected changes by pairs of runs, and store the verdicts."""
+"""`history settle`: confirm or refute changes of times by pairs of runs, and store the verdicts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from harness.regression.pairs.gate import PairsResult
 def verify(
     folder: Path, cell: str | None, most: int, author: str | None, out: Path | None, suite: Path | None = None
 ) -> Exit:
-    """Compare old and new code by pairs of runs for suspected changes, print the verdicts, and return the exit code.
+    """For each unconfirmed change, compare old and new code by pairs of runs. Print the verdicts; return the exit code.
 
-    cell: an expression that selects Cells. most: largest number of changes to try. out: folder for the runs. suite: the
-    file of the nightly suite, if the suite is not part of the harness. Only the first comparison has a canary, i.e.
-    also compares a revision with itself. Raises UsageError if `cell` selects nothing or if there is no author.
+    cell: an expression that selects Cells. most: largest number of changes to try. author: if None, git's user. out:
+    folder for the runs. suite: the file of the nightly suite, if the suite is not part of the harness. Only the first
+    comparison has a canary, i.e. also compares a revision with itself. Raises UsageError if `cell` selects nothing or
+    if there is no author.
     """
     author = decisions.find_author(author)  # first, since no verdict could be stored without an author
     history = night_files.read(folder)

@@ -41,8 +41,8 @@ def limit(part: NightPart, later: Sequence[NightPart], left_s: float, device: De
     """Return the time limit of a part that starts now.
 
     later: the parts that follow. The limit leaves enough time for those with `is_reserved`. But if the budget allows
-    it, the limit is at least the estimate of `part`. left_s: seconds of the budget that are left. budget_s: the whole
-    budget in seconds.
+    it, the limit is at least the estimate of `part`. A part that takes many times its estimate is ended in any case.
+    left_s: seconds of the budget that are left. budget_s: the whole budget in seconds.
     """
     reserved_s = sum(one.estimate_s + AROUND_S for one in later if one.is_reserved)
     share_s = max(part.estimate_s, left_s - reserved_s - (AROUND_S if reserved_s else 0.0))

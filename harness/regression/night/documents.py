@@ -150,7 +150,7 @@ def _bench(document: Mapping[str, Any], line: str) -> PartReading:
 
 
 def _padded(fields: tuple[str, ...]) -> list[str]:
-    """Return 11 fields: before the last one (the parity or the reason), insert dashes for missing fields."""
+    """Return the fields with dashes inserted before the last one (the parity or the reason), so that there are 11."""
     return [*fields[:-1], *["-"] * (11 - len(fields)), fields[-1]]
 
 

@@ -75,8 +75,8 @@ _OPERATIONS: dict[str, tuple[str, ...]] = {
 }
 """Operation -> implementations with which its fused kernel is compared. `reference` is plain torch."""
 _FIRST = 4
-"""Number of operations that are timed before the papers' claims are run. `_FIRST_STEPS` is this number for training
-steps."""
+"""Number of operations that a nightly run on a GPU times before the papers' claims are run. `_FIRST_STEPS`: the
+same number for training steps of whole Methods."""
 _STEPS: dict[str, tuple[str, ...]] = {
     "lora": ("hf-peft",),
     "lora on nf4": ("hf-peft",),
@@ -184,7 +184,7 @@ _BASELINE = NightPart(
 
 
 def sources(name: str, names: Iterable[str]) -> list[str]:
-    """Return those of the parts `names` whose runs the part `name` judges. Most parts judge none."""
+    """Return the parts in `names` whose runs the part `name` judges, e.g. the headline runs for `claims`."""
     made = {"claims": lambda one: one.startswith(HEADLINE), "baseline": lambda one: one == "matrix"}.get(name)
     return list(filter(made, names)) if made else []
 

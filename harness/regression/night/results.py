@@ -14,9 +14,9 @@ from harness.records.record import Environment, Seconds
 
 SCHEMA = 1
 Status = Literal["ok", "finding", "failed", "cut", "not-run"]
-"""Status of a part. `ok`: measured. `finding`: measured, and something is wrong or slower. `failed`: the command ended
-early. `cut`: its time was over or the nightly run was interrupted, and its measurements so far are kept. `not-run`: not
-started."""
+"""Status of a part. `ok`: measured. `finding`: measured, and something is wrong or slower. `failed`: the command
+crashed, hung or left no results. `cut`: its time was over or the nightly run was interrupted, and its measurements so
+far are kept. `not-run`: not started, or nothing was compared."""
 
 
 class PlannedPart(FrozenModel):
@@ -79,7 +79,7 @@ class PartResult(FrozenModel):
     title: str
     status: Status
     because: str = ""
-    """Reason for the status. Empty if it is ok."""
+    """Reason for a status other than ok, and the processes that the part left behind, if any."""
     command: str
     """The command of the part as a line for a shell."""
     estimate_s: Seconds

@@ -36,7 +36,7 @@ def by_severity(rows: Iterable[ComparisonRow]) -> list[ComparisonRow]:
 def shown_rows(
     rows: Sequence[ComparisonRow], kind: RowKind, *, all_rows: bool = False
 ) -> tuple[list[ComparisonRow], int, int]:
-    """Return (rows of a kind to show, number of rows left out, number of equal rows).
+    """Return (rows of a kind to show, number of other rows left out, number of equal rows left out).
 
     The most serious rows come first. A row is equal if it has the same value in both runs. all_rows: return every row
     of the kind, even equal ones.
@@ -78,8 +78,8 @@ def sentence(row: ComparisonRow, separator: str = ": ") -> str:
 def delta(row: ComparisonRow) -> str:
     """Format the difference new - base.
 
-    Bytes, counts and times are followed by the difference in per cent. Shares are in percentage points. Bytes and
-    counts are exact.
+    For bytes, counts and times, the change in per cent is added. Bytes and counts are not rounded. An accuracy is in
+    percentage points.
     """
     d = row.delta
     if d is None or row.base == row.new:
@@ -96,7 +96,7 @@ def delta(row: ComparisonRow) -> str:
 
 
 def interval(row: ComparisonRow) -> str:
-    """Format the interval of a row: a time in per cent, any other quantity in percentage points."""
+    """Format the confidence interval of a row's change: for a time in per cent, else in percentage points."""
     if row.interval is None:
         return ""
     low, high = (f"{MINUS if x < 0 else '+'}{100 * abs(x):.1f}" for x in row.interval)

@@ -43,9 +43,9 @@ def _append(path: Path, line: str) -> None:
 
 
 def read(path: Path, place: str, trim: float) -> tuple[Canaries, list[str]]:
-    """Return the counts of canaries at a place and of their alarms, and a text about each unreadable line.
+    """Return the number of canaries at a place, how many of them gave a false alarm, and a text per unreadable line.
 
-    Only the newest canaries are used. trim: the share of pairs that is trimmed at either end.
+    Only the newest canaries are used. trim: the fraction of the lowest and of the highest log ratios to drop.
     """
     found, broken = [], []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []

@@ -41,7 +41,7 @@ class PairsResult:
     canary: list[float] | None
     """Log ratio of each pair of this gate's canary, which compares the old side with itself. None without a canary."""
     interrupted: str
-    """What interrupted the pairs; empty if nothing did."""
+    """How the pairs were interrupted, e.g. `ended by Ctrl-C`; empty if they were not."""
     judged: JudgedPairs
 
     @property
@@ -191,7 +191,7 @@ def _canary(request: PairsRequest, runner: PairsRunner) -> tuple[list[float] | N
 def _trained(plan: Plan, only: str | None, suite: str = "") -> Plan:
     """Return a plan with the Cells whose training step can be timed. Leave out Cells that only try a learning rate.
 
-    only: an expression that selects Cells; None for all.
+    only: an expression that selects Cells; None for all. suite: name of the suite, for the error message.
     """
     tries = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
     cells = tuple(cell for cell in plan.cells if cell.training.steps and cell.cell_id not in tries)

@@ -53,7 +53,7 @@ class Measured:
         return self.no_record
 
     def verdicts(self, design: Design, only: str = "", *, runs_fresh: bool = True) -> dict[str, PairVerdict]:
-        """Return metric -> verdict for each time that all Records have.
+        """Return metric -> verdict for each time that all Records have; {} if the Cell's first stage is incomplete.
 
         only: the only metric to judge; empty for all. runs_fresh: False if no second stage follows for undecided Cells.
         """

@@ -35,13 +35,13 @@ class Side:
     """One side (old or new) of a comparison: the code that its processes run, and their environment variables."""
 
     label: str
-    """Name of the side in sentences."""
+    """Name of the side in messages."""
     code: Path | None = None
     """Folder that comes first on Python's path, with another revision of `harness` or of a plug-in's package. If None,
     the side runs the installed code."""
     metadata: Path | None = None
-    """Folder with the entry points that the revision declares; None if it declares none. The installed entry points may
-    name modules that the revision lacks."""
+    """Folder with the entry points that a checked-out revision declares; None if it declares none. The installed entry
+    points may name modules that the revision lacks."""
     implementation: str | None = None
     """Implementation of the Cells to run. None if the sides are revisions."""
     packages: frozenset[str] | None = None
@@ -121,8 +121,8 @@ def pairs(plan: Plan, names: dict[str, str], sides: tuple[Side, Side]) -> list[C
     """Return the pairs of Cells to compare.
 
     If the sides are implementations, each Cell of the old one is paired with the Cell of the new one that is equal in
-    all other fields. If the sides are revisions, each Cell is paired with itself. names: names of the Cells, by
-    cell_id. Raises UsageError if there is no pair.
+    all other fields. If the sides are revisions, each Cell is paired with itself; for revisions of a plug-in, only the
+    Cells that it implements. names: names of the Cells, by cell_id. Raises UsageError if there is no pair.
     """
     old, new = (side.implementation for side in sides)
     if (packages := sides[0].packages) is not None:

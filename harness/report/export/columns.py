@@ -98,7 +98,7 @@ _KEY = (
 
 
 def _cells() -> tuple[Column, ...]:
-    """Return the columns of the table `cells`. Metrics not named below come before the column `no_speed`."""
+    """Return the columns of the table `cells`. Metrics that this code does not name come before `no_speed`."""
     exported = {metric.column: _metric(metric) for metric in metrics.METRICS if metric.column}
 
     def measured(*names: str) -> tuple[Column, ...]:

@@ -28,7 +28,7 @@ class Numbers:
     cells: DataFrame
     """One row per attempt at a Cell. The column `latest` marks the last attempt at each Cell."""
     samples: DataFrame
-    """One row per raw sample of the training or of a latency."""
+    """One row per raw sample of the training, of a latency or of a model server."""
     items: DataFrame
     """One row per scored test item."""
     checks: DataFrame
@@ -36,7 +36,7 @@ class Numbers:
     columns: DataFrame
     """One row per column of each table: its dtype, unit (`s`, `B`, `1`) and meaning."""
     left_out: tuple[str, ...] = ()
-    """One sentence for each unreadable file, each file that was changed after its run, and each Cell without a Record."""
+    """One sentence for each file that is not used, e.g. since it was changed, and for each Cell without a Record."""
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(getattr(self, name))} {name}" for name in TABLES)

@@ -60,7 +60,7 @@ class Series:
 
     name: str
     hue: int
-    """Number of the colour. All series of one method have the same colour."""
+    """Number of the colour, or REST or OUTLINED. All series of one method have the same colour."""
     points: Sequence[Point] = ()
     variant: int = 0
     """Number of the series among the series of the same hue. It determines the dash of the line and the symbol."""

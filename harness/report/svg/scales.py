@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 WIDE = 10.0
-"""An axis is logarithmic if its values are positive and the highest is more than WIDE times the lowest."""
+"""By default, an axis is logarithmic if its values are positive and the highest is more than WIDE times the lowest."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A linear or logarithmic axis. It maps values from `low` to `high` to coordinates from `start` to `end`."""
+    """A linear or logarithmic axis, which maps values to coordinates."""
 
     name: str
     """Name of the quantity, with its unit."""

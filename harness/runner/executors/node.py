@@ -54,10 +54,10 @@ class _Listener:
 def run_jobs(
     specs: Sequence[str], timeout: float, command: Sequence[str] | None = None, permit: str | None = None
 ) -> None:
-    """Run attempts on this machine, until all are done or the file `permit` is deleted.
+    """Run attempts on this machine, until all are done.
 
     specs: one Job per attempt, as JSON. Every attempt leaves its Record in the run's folder. Raises MissingPathError if
-    this folder or an asset is missing.
+    this folder or an asset is missing. Raises RunTakenOverError once the file `permit` is deleted.
     """
     jobs = [Job.model_validate_json(spec) for spec in specs]
     folder, node = store.RunFolder(Path(jobs[0].folder)), os.uname().nodename
