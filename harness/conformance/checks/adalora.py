@@ -158,8 +158,8 @@ def check_pruned(subject: Subject, case: Case) -> CheckResult:
 def check_regularizer(subject: Subject, case: Case) -> CheckResult:
     """The term that AdaLoRA adds to the loss equals the reference's, with its gradients.
 
-    The term is gamma R(P, Q), where R is made of ||P^T P - I|| and ||Q Q^T - I|| over all layers  (eq. 4). If gamma is
-    0, there is no term, or all its numbers are 0.
+    The term is gamma R(P, Q). As the config states, R is the mean of the norms ||P^T P - I|| and ||Q Q^T - I|| of all
+    layers, or the sum of their squares  (eq. 4). If gamma is 0, there is no term, or all its numbers are 0.
     """
     mine, truth = (_regularizer(adapted) for adapted in (subject.adapted, _reference(subject, "float64")))
     if not truth and not mine:

@@ -87,7 +87,7 @@ def check_merge_two(subject: LoaderSubject, case: Case) -> CheckResult:
 def check_merge_training(subject: LoaderSubject, case: Case) -> CheckResult:
     """An adapter that is merged in training mode gives the same logits as one that is merged in evaluation mode.
 
-    The adapter's config has dropout, which must not be merged. The logits are compared in evaluation mode.
+    The adapter's config has dropout, but merging must drop nothing. The logits are compared in evaluation mode.
     """
     have = {}
     for training in (True, False):

@@ -36,9 +36,9 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
     """At its start the adapted model computes what the base model computes.
 
     The outputs are equal to the last bit if the update is exactly zero (LoRA: B = 0) and the product with the base
-    weight is computed as before. Otherwise the error may be a multiple of the rounding error in this dtype, compared
-    with the base model in float64. For example, a kernel may sum in another order, and PiSSA's start equals the base
-    only in exact arithmetic (residual + s B A = W).
+    weight is computed as before. Otherwise the error, compared with the base model in float64, may be a multiple of the
+    rounding error of the base model, or of the reference's start, in this dtype. For example, a kernel may sum in another
+    order, and PiSSA's start equals the base only in exact arithmetic (residual + s B A = W).
     """
     if case.run_model is None or case.base_output is None:
         return skipped(subject, case, "identity", "no whole-model input in this case")

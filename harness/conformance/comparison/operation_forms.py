@@ -26,7 +26,7 @@ _Named = dict[str, Tensor]
 
 
 class OperationForm(StrEnum):
-    """Names of the ways to call an Operation. `{}` stands for an argument, an output or a dtype."""
+    """Names of the ways to call an Operation. `{}` stands for an argument, an output, a dtype or a number."""
 
     NO_GRAD = "under no_grad"
     INFERENCE = "under inference_mode"
@@ -173,7 +173,7 @@ def _gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
 
 
 def _repeated(subject: OperationSubject, judge: Callable[[str, _Named], Judgement], case: Case) -> Iterator[Judgement]:
-    """Call the Operation many times. Yield judgements of the first outputs and gradients that differ from earlier ones.
+    """Call the Operation many times. Yield judgements of the first outputs and gradients that differ from the first call's.
 
     With large arguments there are only two calls, without gradients.
     """

@@ -148,7 +148,10 @@ def random(plan: ParitySuite, dtypes: Collection[str]) -> st.SearchStrategy[AnyC
 
 
 def case_of(plan: MethodSuite | OperationSuite, chosen: Mapping[str, Any]) -> MethodCase | OperationCase:
-    """Return the case in which the factors have these values. A setting equal to the Config's default is left out."""
+    """Return the case in which the factors have these values.
+
+    Except for the rank, a Method's setting that equals the Config's default is left out.
+    """
     if isinstance(plan, OperationSuite):
         settings = {
             n: list(v) if isinstance(v, tuple) else v for n, v in chosen.items() if n not in ("dtype", "magnitude")

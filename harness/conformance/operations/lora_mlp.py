@@ -43,8 +43,7 @@ def arguments(
 
     shape: (F, D), the shape of W in gate and up; in down, W is (D, F). rows: the leading dimensions of x. ranks: the
     ranks of gate, up and down. scaling: the scaling of gate; up has 0.5 times, down 3 times this scaling. dora: True
-    also draws magnitudes; without them, every layer has plain LoRA. gate: `large` gives the activation inputs of about
-    2,000.
+    also draws magnitudes; without them, every layer has plain LoRA. gate: `large` multiplies the gate's weight by 2,048.
     """
     F, D = shape
     layers = draw_adapted_layers(
