@@ -51,7 +51,7 @@ TINY = 2.0**-13
 OTHER_DTYPE = {"float64": "float32", "float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
 """dtype of a layer -> dtype to which a copy of the layer is cast."""
 LAYERS = 2
-"""Number of adapted layers that `check_calls` calls. The layers of a model are usually of one class."""
+"""Largest number of adapted layers that `check_calls` calls."""
 
 
 class LayerForm(StrEnum):

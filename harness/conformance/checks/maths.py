@@ -164,8 +164,8 @@ def _moved_draws(subject: Subject, path: str, x: Tensor, dy: Tensor) -> Iterator
     """Yield plausible values of the tensors after one optimizer step: values that a correct program may compute.
 
     The reference in the subject's dtype gives the first values. For all further values, the inputs are moved by up to
-    half a unit in the last place, and the reference computes in float64. They show how much the step amplifies rounding
-    errors, even for a float64 subject. GaLore's SVD, for example, amplifies them.
+    half a unit in the last place, and the reference computes in float64. These values show how much the step amplifies
+    rounding errors, as GaLore's SVD does, even for a float64 subject.
     """
     yield _moved_reference(subject, path, subject.dtype, x, dy)
     for seed in range(PERTURBED_DRAWS):
@@ -203,8 +203,7 @@ def _carried(subject: Subject, case: Case) -> Iterator[Mapping[str, Tensor]]:
 
     The reference in the subject's dtype gives the first result. For each further result, every weight is moved at
     random, at most to a neighbouring number of the dtype. This imitates the rounding of intermediate results, where a
-    model loses most accuracy. One result is not enough: its errors may happen to cancel, because in a sensitive model
-    all rounding errors change the results in one direction.
+    model loses most accuracy. One result is not enough, because its errors may happen to cancel.
     """
     forward = case.forward
     if forward is None:

@@ -379,7 +379,7 @@ def collected(call: Call, y: Tensor, gradients: list[Tensor | None]) -> dict[str
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Return whether two dicts have the same names and tensors that are equal to the last bit."""
+    """Return whether two dicts have the same names, and tensors with equal values. NaN equals nothing."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 

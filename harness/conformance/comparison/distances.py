@@ -84,10 +84,7 @@ class Distances:
 
 
 def describe_worst_element(value: Tensor, truth: Tensor) -> str:
-    """Return text with the index, the value and the expected value of the element with the largest difference.
-
-    If there is no element, return "".
-    """
+    """Return text with the index, the value and the expected value of the element with the largest difference."""
     difference = (value.detach().double() - truth.detach().double()).abs().nan_to_num(nan=torch.inf)
     if not difference.numel():
         return ""

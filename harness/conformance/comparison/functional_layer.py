@@ -20,7 +20,7 @@ _TIMES = (1.0, 0.5, 3.0)
 class Masked(nn.Module):
     """Layer that multiplies by a given mask, in place of dropout.
 
-    The mask has the shape of the input x. Its elements are 0 or 1 / (1 - p). Without a mask, nothing is dropped.
+    The mask has the shape of the input x. Its elements are 0 or 1 / (1 - p), where p is the dropout probability.
     """
 
     def __init__(self, mask: Tensor | None) -> None:

@@ -231,7 +231,7 @@ def judge_gradients(
 ) -> Judgement:
     """Judge the gradients of the arguments in `of`: their values, shapes and dtypes.
 
-    factor: largest error, as a multiple of the reference's. of: by default all differentiable arguments. how: options
+    factor: allowed error, as a multiple of the reference's. of: by default all differentiable arguments. how: options
     of `gradients`.
     """
 

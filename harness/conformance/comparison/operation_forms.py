@@ -221,7 +221,7 @@ def _in_threads(subject: OperationSubject, alone: _Named) -> _Named:
 
 
 def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Return whether two dicts of tensors are equal to the last bit. NaN equals NaN."""
+    """Return whether two dicts have tensors with equal values. NaN equals NaN."""
     return all(
         torch.equal(one[n], other[n]) or exact(*map(operation_call.finite, ({n: one[n]}, {n: other[n]}))).passed
         for n in other

@@ -22,7 +22,7 @@ _SAME = Judgement(True, 0.0, 0.0, "codes", "", "exact", 0)
 
 
 def judge(form: PackedLayer, want: ExpectedCodes, bias: Tensor | None) -> tuple[Judgement, int]:
-    """Judge the packed weight `form` and its `bias` by the codes and the bias in `want`.
+    """Judge the packed weight `form` and its `bias` by the codes, absmax and bias in `want`.
 
     Return the judgement, and the number of codes that differ only because of a tie.
     """
@@ -75,7 +75,7 @@ def _named(bias: Tensor | None) -> dict[str, Tensor]:
 def _near_tie(W: Tensor, requested: Tensor) -> Tensor:
     """Return a mask of the elements of W near a tie, computed only for blocks that contain a requested element.
 
-    In all other blocks the mask is False. requested: bool mask of elements of W. See `nf4.near_tie`.
+    In all other blocks the mask is False. requested: bool mask of elements of W.
     """
     rows, requested = (torch.nn.functional.pad(t, (0, -len(W) % _BLOCK)).view(-1, _BLOCK) for t in (W, requested))
     mask = torch.zeros_like(requested)

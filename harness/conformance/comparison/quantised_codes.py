@@ -105,7 +105,7 @@ class FourBit:
     def arguments(
         self, dtype: torch.dtype, generator: torch.Generator, *, shape: Shape, block: Block, kind: Kind = "normal"
     ) -> Arguments:
-        """Return random arguments for quantising a tensor. kind: see `values`."""
+        """Return random arguments for quantising a tensor. kind: sort of values, such as `ties`; `values` lists them."""
         return {"W": values(kind, shape, block, self.form.codebook(), dtype, generator), "block": block}
 
     def quantize(self, W: Tensor, block: int) -> tuple[Tensor, Tensor]:

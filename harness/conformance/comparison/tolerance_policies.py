@@ -50,6 +50,7 @@ class Judgement:
     compared."""
     allowed: float | None
     tensor: str
+    """Name of the worst tensor."""
     worst: str
     """Description of the worst element of `tensor`, or the reason why the tensor cannot be compared."""
     policy: str
@@ -352,7 +353,7 @@ def _incomparable(name: str, value: Tensor, truth: Tensor, policy: str, undecide
 def _with_worst_element(judgement: Judgement, subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Judgement:
     """Return the judgement with a description of the worst element of its tensor.
 
-    Only this tensor is described, because describing every tensor would take too long.
+    Only this tensor is described, to save time.
     """
     if judgement.worst or judgement.tensor not in truth:
         return judgement

@@ -82,9 +82,9 @@ def observe(
 ) -> dict[str, Tensor]:
     """Run the model forward and backward. Return `logits`, and the gradient of each tensor as `grad <name>`.
 
-    The model runs in eval mode, but adapted layers without dropout (`subject.trains_plainly`) in training mode. All
-    gradients are removed afterwards. with_input: if the model's first argument is a floating-point tensor, let it need a
-    gradient, and return the gradient as INPUT_GRADIENT.
+    The model runs in eval mode. If the config has no dropout (`subject.trains_plainly`), the adapted layers run in
+    training mode. All gradients are removed afterwards. with_input: if the model's first argument is a floating-point
+    tensor, let it need a gradient, and return the gradient as INPUT_GRADIENT.
     """
     leaves: list[Tensor] = []
 

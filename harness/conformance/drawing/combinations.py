@@ -1,6 +1,6 @@
 """Combinations of settings that the fixed sample of cases tries once, because some faults show only in combination.
 
-A factor is a setting of a case. The module imports no torch.
+The module imports no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""adalora_importance: one update of AdaLoRA's running averages (sensitivity, uncertainty), and the scores."""
+"""adalora_importance: one update of AdaLoRA's averages of sensitivity and uncertainty, and the singular values' scores."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of one call. shape: (out, in) of the layer.
 
-    The previous averages are about as large as their updates. They are in float32, or in float64 for float64 weights: a
-    score is about a millionth, which is too small for float16.
+    The previous averages are about as large as their updates. They are in float32, or in float64 for float64 weights,
+    because the scores, products of averages, are too small for float16 (about a millionth).
     """
     shapes = {"A": (rank, shape[1]), "E": (rank, 1), "B": (shape[0], rank)}
     given: Arguments = {"beta1": beta1, "beta2": beta2}

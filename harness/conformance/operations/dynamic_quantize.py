@@ -27,7 +27,7 @@ def arguments(
     signed: bool = True,
     kind: Kind = "normal",
 ) -> Arguments:
-    """Draw a tensor to quantise. If `signed` is False, no element is negative. kind: see `quantised_codes.values`."""
+    """Draw a tensor to quantise. If `signed` is False, no element is negative. kind: sort of values, such as `ties`."""
     x = values(kind, [numel], block, dynamic_map(signed), dtype, generator)
     return {"x": x if signed else x.abs(), "block": block, "signed": signed}
 

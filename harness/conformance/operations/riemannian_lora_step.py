@@ -113,7 +113,7 @@ def reference(
     delta: float,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    """Return the tensors in the order of `OPERATION.outputs`: A, B and their moments for each layer, then `other`.
+    """Return the tensors in the order of `OPERATION.outputs`: A, B and their moments for each layer, then `other` and its.
 
     gAs, gBs: gradients of the As and Bs. options: step, lr, betas, eps and weight_decay. other: another trainable
     tensor of the model; it gets a plain step of the optimizer. role: tells the implementation what kind of tensor
