@@ -10,7 +10,7 @@ it:
 The decorator also declares when the check is tried. Parity suites (`suites/parity/*.yaml`) refer to a check by NAME,
 and `peft-harness explain NAME` prints the docstring. The first argument is the subject: an implementation that is
 attached to a model, an Operation with its arguments, or a loader of adapter files. A check restores the subject's state
-before it returns. A Cell is one measured training run. Its parity gate tries some checks on the Cell's own model.
+before it returns. The parity gate of a Cell tries some checks on the Cell's own model.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class Reference(Enum):
     """Whether a check needs the reference implementation of the Method."""
 
     REQUIRED = auto()
+    """The check is tried only for adapters with a reference."""
     UNUSED = auto()
     """The check needs no reference. It is tried for adapters with and without a reference."""
     ABSENT = auto()

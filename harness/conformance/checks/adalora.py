@@ -24,13 +24,13 @@ _SHORT = {"total_steps": 24, "tinit": 4, "tfinal": 5, "delta_t": 3}
 _FIRST_PRUNING = 6
 """The first step of the schedule `_SHORT` that prunes."""
 _RESUMED = (13, 21)
-"""Steps before which `check_budget` moves to a fresh model: halfway between the prunings, and after the last one."""
+"""Steps before which `check_budget` moves to a fresh model: one amid the prunings, and one after the last pruning."""
 _LOADED = 20
 """Step before which `check_budget` loads other pruning masks into the model. The last pruning is over by then."""
 _SMALL = 2.0**-18
-"""Size of gradients that float16 holds only as subnormal numbers. Their products with weights are 0 in float16."""
+"""Size of gradients that float16 holds only as subnormal numbers. It loses most of their products with weights."""
 _LARGEST = 20_000
-"""Adapters with more elements than this are too large for the 24 steps of `check_budget`, which skips them."""
+"""`check_budget`, which takes 24 steps, skips adapters with more elements."""
 
 
 @check()
@@ -39,7 +39,7 @@ def check_importance(subject: Subject, case: Case) -> CheckResult:
 
     I = |w dL/dw|; I_bar <- beta1 I_bar + (1 - beta1) I; U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar|  (eqs. 8 to 10).
     The check takes three steps with random gradients, all before the first pruning. It does so twice: with beta1 and
-    beta2 that differ, and with the betas of the config and gradients so small that I would be 0 in float16. The
+    beta2 that differ, and with the betas of the config and gradients so small that float16 would lose most of I. The
     averages must therefore be stored in float32 or float64.
     """
     found = []
@@ -86,7 +86,8 @@ def check_unused(subject: Subject, case: Case) -> CheckResult:
 def check_budget(subject: Subject, case: Case) -> CheckResult:
     """Over a short schedule AdaLoRA leaves as many lambdas (singular values) unpruned as its budget b(t) allows.
 
-    b(t) = target + (start - target) (1 - (t - t_i) / (T - t_f - t_i))^3, rounded down  (eq. 12). At the end,
+    b(t) = target + (start - target) (1 - (t - t_i) / (T - t_f - t_i))^3, rounded down  (eq. 12). t_i, t_f and T are
+    tinit, tfinal and total_steps. At the end,
     target_rank lambdas per layer are left on average. Between two prunings a pruned lambda may become nonzero again,
     and the check sets all lambdas to nonzero values before each step. In float32 and float64 the unpruned lambdas are
     the same as in the reference, by the scores of eq. 7. In half precision two lambdas with close scores may change
@@ -158,8 +159,8 @@ def check_pruned(subject: Subject, case: Case) -> CheckResult:
 def check_regularizer(subject: Subject, case: Case) -> CheckResult:
     """The term that AdaLoRA adds to the loss equals the reference's, with its gradients.
 
-    The term is gamma R(P, Q), where R is made of ||P^T P - I|| and ||Q Q^T - I|| over all layers  (eq. 4). If gamma is
-    0, there is no term, or all its numbers are 0.
+    The term is gamma R(P, Q). As the config states, R is the mean of the norms ||P^T P - I|| and ||Q Q^T - I|| of all
+    layers, or the sum of their squares  (eq. 4). If gamma is 0, there is no term, or all its numbers are 0.
     """
     mine, truth = (_regularizer(adapted) for adapted in (subject.adapted, _reference(subject, "float64")))
     if not truth and not mine:

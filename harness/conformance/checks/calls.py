@@ -51,7 +51,7 @@ TINY = 2.0**-13
 OTHER_DTYPE = {"float64": "float32", "float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
 """dtype of a layer -> dtype to which a copy of the layer is cast."""
 LAYERS = 2
-"""Number of adapted layers that `check_calls` calls. More are not needed, since all layers of a model are of one class."""
+"""Largest number of adapted layers that `check_calls` calls."""
 
 
 class LayerForm(StrEnum):
@@ -97,13 +97,15 @@ def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
 
 @dataclass
 class _LayerJudge:
-    """Judge of one layer. It compares the outputs and gradients of calls on one input with the float64 reference."""
+    """Judge of calls of one layer on one input."""
 
     subject: Subject
     case: Case
     path: str
     truth: dict[str, Tensor]
+    """Output and gradients of the float64 reference."""
     draws: Iterable[Mapping[str, Tensor]]
+    """Outputs and gradients that correct programs may compute."""
     passed: list[dict[str, Tensor]] = field(default_factory=list)
     """Outputs and gradients of the calls that passed. A later call passes at once if its results equal one of these bit
     for bit."""

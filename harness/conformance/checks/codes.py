@@ -26,7 +26,7 @@ def check_codes(subject: Subject, case: Case) -> CheckResult:
     A block of zeros may have any codes and any absmax that decode to zero, since bitsandbytes' back ends differ.
 
     If absmax is quantised too, its decoded values must equal the reference's decoded values, up to the rounding of the
-    mean that decoding adds. The codes of a large model are judged in pieces while its layers are packed.
+    mean that decoding adds.
     """
     wanted = subject.expected_codes.keys() | subject.judged_codes.keys()
     if not wanted:

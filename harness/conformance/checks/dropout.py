@@ -30,8 +30,8 @@ TOKENS = 64
 """Smallest number of tokens in the check's input. A convolution gets this number of images, or fewer if it has many
 channels (see `CHANNELS`)."""
 CHANNELS = 4_096
-"""Largest product of the number of images and the number of channels. A larger convolution in 16 bits takes minutes.
-Even a convolution with many channels gets at least `IMAGES` images."""
+"""Largest product of the number of images and the number of channels, unless this leaves fewer than `IMAGES` images. A
+larger convolution in 16 bits takes minutes."""
 IMAGES = 8
 """Smallest number of images with which a convolution is checked."""
 MANY = 8_192

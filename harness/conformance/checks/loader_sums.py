@@ -2,8 +2,9 @@
 
 The effective update of a parameter is its value with the adapter minus its value in the base. The expected result of a
 combination is the base plus the weighted sum of the effective updates, computed in float64. An adapter with the weight
-w adds w s B A for LoRA, w s c for the bias c of B (lora_bias), and w (P' - P) for modules_to_save. For DoRA it adds w
-(m (W + s B A) / ||W + s B A|| - W). A program that cannot represent a sum should refuse it (harness.Unsupported).
+w adds w s B A for LoRA, w s c for the bias c of B (lora_bias), and w (P' - P) for a parameter P that modules_to_save
+replaces by P'. For DoRA it adds w (m (W + s B A) / ||W + s B A|| - W). A program that cannot represent a sum should
+refuse it (harness.Unsupported).
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def check_merge_two(subject: LoaderSubject, case: Case) -> CheckResult:
 def check_merge_training(subject: LoaderSubject, case: Case) -> CheckResult:
     """An adapter that is merged in training mode gives the same logits as one that is merged in evaluation mode.
 
-    The adapter's config has dropout, which must not be merged. The logits are compared in evaluation mode.
+    The adapter's config has dropout, but merging must drop nothing. The logits are compared in evaluation mode.
     """
     have = {}
     for training in (True, False):

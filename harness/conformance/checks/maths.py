@@ -36,9 +36,9 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
     """At its start the adapted model computes what the base model computes.
 
     The outputs are equal to the last bit if the update is exactly zero (LoRA: B = 0) and the product with the base
-    weight is computed as before. Otherwise the error may be a multiple of the rounding error in this dtype, compared
-    with the base model in float64. For example, a kernel may sum in another order, and PiSSA's start equals the base
-    only in exact arithmetic (residual + s B A = W).
+    weight is computed as before. Otherwise the error, compared with the base model in float64, may be a multiple of the
+    rounding error of the base model, or of the reference's start, in this dtype. For example, a kernel may sum in another
+    order, and PiSSA's start equals the base only in exact arithmetic (residual + s B A = W).
     """
     if case.run_model is None or case.base_output is None:
         return skipped(subject, case, "identity", "no whole-model input in this case")
@@ -164,8 +164,8 @@ def _moved_draws(subject: Subject, path: str, x: Tensor, dy: Tensor) -> Iterator
     """Yield plausible values of the tensors after one optimizer step: values that a correct program may compute.
 
     The reference in the subject's dtype gives the first values. For all further values, the inputs are moved by up to
-    half a unit in the last place, and the reference computes in float64. They show how much the step amplifies rounding
-    errors, even for a float64 subject. GaLore's SVD, for example, amplifies them.
+    half a unit in the last place, and the reference computes in float64. These values show how much the step amplifies
+    rounding errors, as GaLore's SVD does, even for a float64 subject.
     """
     yield _moved_reference(subject, path, subject.dtype, x, dy)
     for seed in range(PERTURBED_DRAWS):
@@ -203,8 +203,7 @@ def _carried(subject: Subject, case: Case) -> Iterator[Mapping[str, Tensor]]:
 
     The reference in the subject's dtype gives the first result. For each further result, every weight is moved at
     random, at most to a neighbouring number of the dtype. This imitates the rounding of intermediate results, where a
-    model loses most accuracy. One result is not enough: its errors may happen to cancel, because in a sensitive model
-    all rounding errors change the results in one direction.
+    model loses most accuracy. One result is not enough, because its errors may happen to cancel.
     """
     forward = case.forward
     if forward is None:

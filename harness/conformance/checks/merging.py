@@ -211,7 +211,7 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
 
 
 def _start(subject: Subject | None) -> dict[str, Tensor]:
-    """Return copies of the present values of the tensors that the Method added."""
+    """Return copies of the tensors that the Method added. Without a subject, return an empty dict."""
     return {} if subject is None else {name: t.detach().clone() for name, t in subject.added().items()}
 
 
@@ -237,8 +237,8 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
     tensors, not copies, so that a program can load values by writing to them.
 
     The state_dict of the whole model is also loaded into a model that had other base weights when the adapter was
-    attached. Afterwards both models give the same outputs and the same `state()`. Models with packed weights are left
-    out here.
+    attached. Afterwards both models give the same outputs and the same `state()`. Tensors that are no parameters of the
+    model (hooks hold them) are copied separately. Models with packed weights are left out here.
     """
     fresh = case.attach_again()
     if fresh is None:

@@ -29,7 +29,7 @@ def check_outputs(subject: OperationSubject, case: Case) -> CheckResult:
 
 @check()
 def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
-    """Every code that the Operation returns stands for the nearest level. Halfway between levels, either is right."""
+    """Every code that the Operation returns stands for the nearest level. Halfway between two levels, both are right."""
     if subject.operation.codes is None:
         return skipped(subject, case, "output_codes", "this Operation returns no codes, or `outputs` judges them")
     found = operation_call.judge_codes(subject, subject.operation.codes, subject.call(), case)

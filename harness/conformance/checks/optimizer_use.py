@@ -1,4 +1,4 @@
-"""Checks that a Method's own optimizer behaves as every optimizer of torch does. These checks need no reference."""
+"""Checks that a Method's own optimizer behaves as every optimizer of torch does. They do not call the reference."""
 
 from __future__ import annotations
 

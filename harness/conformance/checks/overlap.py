@@ -30,8 +30,8 @@ def check_overlap(subject: Subject | OperationSubject, case: Case) -> CheckResul
 
     A layer is called three times with different inputs, and an Operation twice. Then the backward passes run in the
     same order. Each call gives what the reference gives for its input. A later call changes nothing that an earlier
-    call returned or saved for its backward pass. The gradients of all calls are added up, as when gradients are
-    accumulated over batches. A call that is wrong even alone is left to other checks.
+    call returned or saved for its backward pass. The gradients of a layer's tensors are added up over its calls, as over
+    several batches. A call that is wrong even alone is left to other checks.
     """
     found = list(_of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:

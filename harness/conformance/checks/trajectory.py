@@ -26,8 +26,7 @@ def check_trajectory(subject: Subject, case: Case) -> CheckResult:
     """After three optimizer steps of the whole model, every trainable tensor equals the float64 reference's.
 
     Each step has another gradient, adds the Method's own loss term, and ends with the Method's `after_step`. The
-    optimizer is the Method's own, or torch's fused AdamW with weight decay. With AdamW, its moments influence the
-    result.
+    optimizer is the Method's own, or torch's fused AdamW with weight decay.
     """
     if subject.dtype == "float64":
         return skipped(

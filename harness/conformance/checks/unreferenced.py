@@ -26,8 +26,7 @@ from harness.process.out_of_memory import shortage
 from harness.records.record import CheckResult
 
 _NUDGE = 0.05
-"""Factor of the noise that is added to a tensor. The noise then moves a tensor about as far as training does. Without
-the factor, the noise on a matrix would be about as large as freshly initialised weights."""
+"""Factor of the noise that is added to a tensor. The noise then moves a tensor about as far as training does."""
 _TOO_LARGE = "the model is too large to be copied"
 
 
@@ -100,8 +99,8 @@ def check_untouched(subject: Subject, case: Case) -> CheckResult:
 def check_reached(subject: Subject, case: Case) -> CheckResult:
     """After noise is added to the adapter, every trainable tensor gets a finite gradient that is not all zero.
 
-    A tensor that only scales a bias of zeros gets a gradient of zero. The check repeats such a case with nonzero
-    biases.
+    A tensor that only scales a bias of zeros gets a gradient of zero. If a small model has such a tensor, the check runs
+    again with noise in place of frozen parameters that are all zero.
     """
     problems = _unreached(subject, case)
     if problems and is_small(subject.model):

@@ -21,7 +21,7 @@ from harness.conformance.comparison.threads import at_once
 
 ROWS = 4
 REPEATS = 110
-"""Number of calls with gradients of one layer. This is enough to find a fault that shows in every 100th call."""
+"""Number of calls with gradients of one layer: enough to find a fault that shows in every 100th call."""
 LONG_RUN = 1030
 """Number of calls without gradients of one layer, as in the generation of a long text."""
 THREADS = 2
@@ -37,8 +37,7 @@ class Call:
     """The input: rows of features (ROWS, D), token numbers (ROWS,), or a few images."""
     dy: Tensor
     training: bool
-    """True if the layer runs in training mode. This is only set for a layer without dropout, whose two modes compute
-    the same."""
+    """True if the layer runs in training mode. Only set for a layer without dropout."""
     numbers: Sequence[Tensor] = ()
     """All tensors that determine the output: the adapter's tensors and state, and the parameters of the base layer."""
 
@@ -155,8 +154,7 @@ def forms_without_gradients(layouts: Mapping[str, Layout]) -> dict[str, Form]:
     """Return forms that call the layer without gradients, per mode of WITHOUT_GRADIENTS and per mode and layout.
 
     Each mode has two more forms. The first calls the layer, calls it again with another input, and then returns the
-    output of the first call. The second calls the layer on one row at a time, and returns all outputs after the last
-    call.
+    output of the first call. The second calls the layer on one row at a time and returns all outputs.
     """
 
     def form(
@@ -247,7 +245,7 @@ def _gradients_of_zeros(call: Call) -> dict[str, Tensor]:
 
 
 def _output_in_place(call: Call) -> dict[str, Tensor] | None:
-    """Double the output in place, as `nn.ReLU(inplace=True)` would change it.
+    """Double the output in place, as `nn.ReLU(inplace=True)` would change it. The returned output is halved again.
 
     Return None if torch refuses the change, for example because the backward pass needs the output.
     """
@@ -259,7 +257,7 @@ def _output_in_place(call: Call) -> dict[str, Tensor] | None:
 
 
 def _input_in_place(call: Call) -> dict[str, Tensor] | None:
-    """Change the input in place between forward and backward. Return None if torch refuses the change."""
+    """Change the input in place before backward. Return None for token numbers, or if torch refuses the change."""
     if not call.x.is_floating_point():
         return None
 
@@ -381,7 +379,7 @@ def collected(call: Call, y: Tensor, gradients: list[Tensor | None]) -> dict[str
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Return whether two dicts have the same names and tensors that are equal to the last bit."""
+    """Return whether two dicts have the same names, and tensors with equal values. NaN equals nothing."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 

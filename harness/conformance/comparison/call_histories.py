@@ -71,7 +71,7 @@ def _after_overwritten_outputs(call: Call) -> dict[str, Tensor]:
 
 
 def _with_strided_tensors(call: Call) -> dict[str, Tensor]:
-    """Call the layer while its matrices are transposed in memory."""
+    """Call the layer while its trained tensors are transposed in memory."""
     held = {name: tensor.data for name, tensor in call.tensors.items()}
     try:
         for tensor in call.tensors.values():
@@ -121,7 +121,10 @@ def _pickled(call: Call) -> dict[str, Tensor] | None:
 
 
 def _widened(call: Call) -> dict[str, Tensor] | None:
-    """Call a copy that was cast to float64, called once, and cast back to its own dtype."""
+    """Call a copy that was cast to float64, called once, and cast back to its own dtype.
+
+    Return None for a packed layer and for a layer with several floating-point dtypes.
+    """
     numbers = [t for t in (*call.layer.parameters(), *call.layer.buffers()) if t.is_floating_point()]
     own = next(iter(call.tensors.values())).dtype if call.tensors else torch.float64
     if not owns(call.layer, call.tensors) or any(t.dtype != own for t in numbers) or _is_packed(call.layer):
@@ -159,7 +162,7 @@ def _functional(call: Call) -> dict[str, Tensor] | None:
 def _after(restore: Restore) -> Form:
     """Return a form that calls a copy of the layer, lets `restore` halve the copy's tensors, and calls the copy again.
 
-    The first calls are made with and without gradients.
+    The first calls are made with and without gradients, in `call.training` and in eval mode.
     """
 
     def run(call: Call) -> dict[str, Tensor] | None:
@@ -280,7 +283,7 @@ HISTORIES: dict[str, Form] = {
     "by a copy that was in float64": Form(_widened),
     "by functional_call": Form(_functional),
 }
-"""Name -> form that calls a layer after something happened to it."""
+"""Name -> form that calls a layer in parts, with other properties, or after something happened to it."""
 _MODES: dict[str, Mode] = {
     "under no_grad": lambda _: torch.no_grad(),
     "under inference_mode": lambda _: torch.inference_mode(),

@@ -35,7 +35,7 @@ class _Scaled:
     """Tensor of the reference in float64."""
     unit: float
     """Largest magnitude in `truth`, or 1 if it is 0 or infinite. Distances are computed in this unit, because the
-    squares of numbers below 1e-154 are 0."""
+    squares of numbers below 1e-154 underflow."""
     units: Tensor
     """`truth` divided by `unit`."""
     scale: float
@@ -84,10 +84,7 @@ class Distances:
 
 
 def describe_worst_element(value: Tensor, truth: Tensor) -> str:
-    """Return text about the element with the largest difference.
-
-    It gives the element's index, its value and the expected value.
-    """
+    """Return text with the index, the value and the expected value of the element with the largest difference."""
     difference = (value.detach().double() - truth.detach().double()).abs().nan_to_num(nan=torch.inf)
     if not difference.numel():
         return ""

@@ -20,7 +20,7 @@ _TIMES = (1.0, 0.5, 3.0)
 class Masked(nn.Module):
     """Layer that multiplies by a given mask, in place of dropout.
 
-    The mask has the shape of the input x. Its elements are 0 or 1 / (1 - p). Without a mask, nothing is dropped.
+    The mask has the shape of the input x. Its elements are 0 or 1 / (1 - p), where p is the dropout probability.
     """
 
     def __init__(self, mask: Tensor | None) -> None:
@@ -35,8 +35,7 @@ class Masked(nn.Module):
 def apply_layer(layer: nn.Module, x: Tensor, mask: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return layer(x), with `tensors` as the layer's own tensors and with `mask` in place of its dropout.
 
-    Gradients flow back through `tensors`. This needs a functional call, because the layer's own parameters are leaves
-    of the graph.
+    Gradients flow back through `tensors`.
     """
     layer.dropout = Masked(mask)
     y: Tensor = torch.func.functional_call(layer, dict(tensors), (x,))
@@ -108,8 +107,9 @@ def draw_adapted_layers(
 ) -> Arguments:
     """Return random tensors of several adapted layers, as lists with one item per layer.
 
-    shapes: (E, D) of each layer's W. The keys are `Ws` (E, D), `biases` (E,) or None, `As` (R, D), `Bs` (E, R),
-    `scalings` and `ms` (E,) or None. The layers have different scalings, so that a confusion of layers shows.
+    shapes: (E, D) of each layer's W. ranks: R of each layer. The keys are `Ws` (E, D), `biases` (E,), `As` (R, D), `Bs`
+    (E, R), `scalings` and the magnitudes `ms` (E,). Without `bias`, `biases` is None; without `dora`, `ms` is None. The
+    layers have 1, 0.5 and 3 times `scaling`, so that a confusion of layers shows.
     """
     Ws = [draw(generator, torch.float64, E, D, spread=D**-0.5) for E, D in shapes]
     low = [draw_low_rank(torch.float64, generator, shape, rank) for shape, rank in zip(shapes, ranks, strict=True)]

@@ -19,7 +19,7 @@ _FEW = 20_000
 SIDE = 5
 IMAGES = 2
 """SIDE is the height and the width of the images that a convolution gets. IMAGES is the usual number of images. Each
-pixel counts as a token."""
+pixel counts as a token, so two images have 50 tokens."""
 
 
 def inputs(
@@ -34,8 +34,8 @@ def inputs(
 
     Both are drawn in float64, so that every dtype sees the same numbers. A linear layer gets x (T, D) and dy (T, E). An
     embedding gets token numbers (T,) and dy (T, dim). If the embedding has a padding entry and T is above 1, the last
-    token is the padding entry. A Conv2d gets at most `images` images (N, C, H, W). Stacked experts get x and dy (T, D);
-    see `stacked_experts`. magnitude: magnitude of x, see `magnitudes.vary`.
+    token is the padding entry. A Conv2d gets at most `images` images (N, C, H, W). Stacked experts get x and dy (T, D).
+    magnitude: size of the numbers in x, such as `large`; `magnitudes.vary` lists the names.
     """
     layer: Any = base
     if isinstance(base, nn.Embedding):

@@ -62,7 +62,7 @@ def reference_runs(
 ) -> tuple[dict[str, Tensor], PlausibleResults]:
     """Run the reference's layer at `path` with the function `run`.
 
-    Return its output and gradients in float64, and then plausible outputs and gradients in the subject's dtype. See
+    Return its output and gradients in float64, and then plausible outputs and gradients in the subject's dtype, made by
     `runs_of`.
     """
     wide, own = subject.reference(path, "float64"), subject.reference(path, subject.dtype)

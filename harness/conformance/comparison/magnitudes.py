@@ -26,8 +26,8 @@ def vary(drawn: Tensor, magnitude: str, dtype: torch.dtype) -> Tensor:
 
     dtype: the dtype to which the inputs will be cast. magnitude: `normal` changes nothing. `large` multiplies by a
     power of two, and `small` divides by it. In float16 this power is small enough not to overflow. `outlier` makes one
-    feature large. `zero-rows` sets every second row to zero. `huge` is near the largest number of the dtype, and `tiny`
-    below its smallest normal number. `constant` is 1 everywhere. `positive` has no negative number.
+    feature large. `zero-rows` sets every second row to zero. `huge` multiplies so much that squares overflow, and `tiny`
+    gives subnormal numbers; in float64, both are as in float32. `constant` is 1 everywhere. `positive` removes the signs.
     """
     factor = _LARGE.get(dtype, _LARGE_ELSEWHERE)
     if magnitude == "large":

@@ -69,7 +69,7 @@ def inference(model: nn.Module, forward: Callable[[Any], Tensor]) -> Callable[[]
     """Return a function that runs `forward(model)` in inference mode, and returns the output.
 
     During the run, no parameter requires a gradient. Otherwise torch may choose another matrix product, even in
-    inference mode. Then the output would be rounded differently for a reason other than the adapter.
+    inference mode, and round differently.
     """
 
     def run() -> Tensor:

@@ -47,7 +47,7 @@ def judge(
 
 
 def judge_codes(subject: OperationSubject, codes: Judge, mine: dict[str, Tensor], case: Case) -> tuple[Judgement, str]:
-    """Judge the codes in the outputs `mine` of a call by the Operation's rule `codes`."""
+    """Judge the quantisation codes in the outputs `mine` of a call by the Operation's rule `codes`."""
     return subject.known.judgement("codes", case, mine, lambda: codes(mine, subject.arguments))
 
 
@@ -88,7 +88,10 @@ def ill_formed(mine: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Judgeme
 def judgements(
     subject: OperationSubject, mine: dict[str, Tensor], case: Case, given: Arguments | None = None
 ) -> Iterator[tuple[Judgement, str]]:
-    """Judge the outputs `mine` by each rule of the Operation. Yield pairs (judgement, details). given: see `judge`."""
+    """Judge the outputs `mine` by each rule of the Operation. Yield pairs (judgement, details).
+
+    given: the arguments of the call, if their memory layout is not the subject's.
+    """
     yield judge(subject, mine, case, given)
     if subject.operation.codes is not None:
         yield judge_codes(subject, subject.operation.codes, mine, case)
@@ -105,8 +108,8 @@ def judge_form(
     """Judge the outputs `mine` of a call in another form, such as another memory layout. Return the judgement.
 
     plain: the outputs of an ordinary call. Outputs that equal these to the last bit pass. Other outputs must pass the
-    rules of the Operation, since the form may take another path through the code. form: name of the form. given: see
-    `judge`.
+    rules of the Operation, since the form may take another path through the code. form: name of the form. given: the
+    arguments of the call, if their memory layout is not the subject's.
     """
     verdict = ill_formed(mine, plain) or exact(finite(mine), finite(plain))
     if not verdict.passed:
@@ -125,8 +128,7 @@ def forward(
     """Call `function` on the subject's arguments, cast to `dtype`. Return the outputs, and the arguments in `of`.
 
     of: names of the arguments that need a gradient, or of items of lists such as `As[0]`; by default all differentiable
-    arguments. leaves: if False, these arguments are not leaves but results of another operator, as in the middle of a
-    model.
+    arguments. leaves: if False, these arguments are results of another operator, as in the middle of a model.
     """
     given = cloned(subject.arguments, {DTYPES[subject.dtype]: dtype})
     found = require_gradients(subject, given, of)
@@ -140,7 +142,7 @@ def require_gradients(
 ) -> dict[str, Tensor]:
     """Let the arguments named in `of` require a gradient, and return them by name.
 
-    given: all arguments. of: see `forward`.
+    given: all arguments. of: by default, all differentiable arguments.
     """
     wanted = subject.operation.differentiable if of is None else of
     found = {n: t for n, t in flatten(given).items() if n in wanted or n.partition("[")[0] in wanted}
@@ -174,10 +176,10 @@ def backward(
 ) -> dict[str, Tensor]:
     """Run backward from the outputs with random gradients. Return the gradient of each leaf as `grad <name>`.
 
-    A leaf that gets no gradient has zeros. layout: see Layout. used: names of the outputs that get a gradient; by
-    default all. times: number of backward passes through the same graph. Only the gradients of the last pass are
-    returned. zeros: begin with gradients of zeros, as `zero_grad(set_to_none=False)` leaves them. incoming: the
-    gradient of each output, in place of a random one. The last pass gets these tensors themselves, not copies.
+    A leaf that gets no gradient has zeros. layout: memory layout of the random gradients. used: names of the outputs
+    that get a gradient; by default all. times: number of backward passes through the same graph. Only the gradients of
+    the last pass are returned. zeros: begin with gradients of zeros, as `zero_grad(set_to_none=False)` leaves them.
+    incoming: the gradient of each output, in place of a random one. The last pass gets these tensors, not copies.
     """
     incoming = incoming_gradients(outputs, case, layout) if incoming is None else incoming
     given = [name for name, y in outputs.items() if y.requires_grad and (used is None or name in used)]
@@ -202,7 +204,7 @@ def gradients(
     """Compute the gradient of each argument in `of`, and return it as `grad <name>`.
 
     function: the Operation or its reference, called in `dtype`. of: by default all differentiable arguments. leaves:
-    see `forward`. how: see `backward`.
+    False if these arguments are results of another operator. how: options of `backward`.
     """
     return backward(*forward(subject, function, dtype, of, leaves=leaves), case, **how)
 
@@ -216,7 +218,7 @@ def reference_outputs(subject: OperationSubject, dtype: torch.dtype) -> dict[str
 
 
 def reference_gradients(subject: OperationSubject, dtype: torch.dtype, case: Case) -> dict[str, Tensor]:
-    """Return the reference's gradients of all differentiable arguments, computed in `dtype`. See `gradients`.
+    """Return the reference's gradients of all differentiable arguments, computed in `dtype`.
 
     Later calls return the same result.
     """
@@ -229,7 +231,8 @@ def judge_gradients(
 ) -> Judgement:
     """Judge the gradients of the arguments in `of`: their values, shapes and dtypes.
 
-    factor: see `noise_floor`. of, how: see `gradients`.
+    factor: allowed error, as a multiple of the reference's. of: by default all differentiable arguments. how: options
+    of `gradients`.
     """
 
     def computed(one: OperationSubject, function: Callable[..., object], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ _Named = dict[str, Tensor]
 
 
 class OperationForm(StrEnum):
-    """Names of the ways to call an Operation. `{}` stands for an argument, an output or a dtype."""
+    """Names of the ways to call an Operation. `{}` stands for an argument, an output, a dtype or a number."""
 
     NO_GRAD = "under no_grad"
     INFERENCE = "under inference_mode"
@@ -173,7 +173,7 @@ def _gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
 
 
 def _repeated(subject: OperationSubject, judge: Callable[[str, _Named], Judgement], case: Case) -> Iterator[Judgement]:
-    """Call the Operation many times. Yield judgements of the first outputs and gradients that differ from earlier ones.
+    """Call the Operation many times. Yield judgements of the first outputs and gradients that differ from the first call's.
 
     With large arguments there are only two calls, without gradients.
     """
@@ -221,7 +221,7 @@ def _in_threads(subject: OperationSubject, alone: _Named) -> _Named:
 
 
 def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Return whether two dicts of tensors are equal to the last bit. NaN equals NaN."""
+    """Return whether two dicts have tensors with equal values. NaN equals NaN."""
     return all(
         torch.equal(one[n], other[n]) or exact(*map(operation_call.finite, ({n: one[n]}, {n: other[n]}))).passed
         for n in other

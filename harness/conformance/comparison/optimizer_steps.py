@@ -21,8 +21,7 @@ def optimizer_of(
     nothing would pass.
 
     AdamW's first step is lr g / (|g| + eps). Here eps is large. With a small eps, the few elements with a gradient near
-    zero would dominate the error, and two correct programs could differ by any factor. In float16 the usual eps, 1e-8,
-    would even be zero.
+    zero would dominate the error, and two correct programs could differ by any factor.
 
     fused: use torch's fused AdamW. Like bitsandbytes' optimizers, it writes into the tensors without raising their
     `_version`. A layer with a cache that relies on `_version` is then wrong after the step.

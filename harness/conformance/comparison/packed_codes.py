@@ -1,6 +1,7 @@
 """Judgement of a packed (4-bit) weight's codes: of all codes at once, or in pieces to save memory.
 
-An element near a tie is near the middle of two levels, so either code is right.
+Levels are the values that codes stand for. An element near a tie is near the middle of two levels, so the codes of
+both are right.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _SAME = Judgement(True, 0.0, 0.0, "codes", "", "exact", 0)
 
 
 def judge(form: PackedLayer, want: ExpectedCodes, bias: Tensor | None) -> tuple[Judgement, int]:
-    """Judge a packed weight and its bias.
+    """Judge the packed weight `form` and its `bias` by the codes, absmax and bias in `want`.
 
     Return the judgement, and the number of codes that differ only because of a tie.
     """
@@ -33,9 +34,10 @@ def judge(form: PackedLayer, want: ExpectedCodes, bias: Tensor | None) -> tuple[
 
 
 def judge_in_pieces(form: PackedLayer, layer: nn.Linear, bias: Tensor | None) -> tuple[Judgement, int]:
-    """Judge a packed weight and its bias, with the expected codes of at most `PIECE` elements in memory. See `judge`.
+    """Judge a packed weight and its bias, with the expected codes of at most `PIECE` elements in memory.
 
-    layer: the dense layer that was packed. bias: bias of the packed layer.
+    If the block or a size is wrong, all codes are judged at once. layer: the dense layer that was packed. bias: bias of
+    the packed layer. Return the judgement and the number of ties, as `judge` does.
     """
     flat = layer.weight.detach().flatten()
     n = flat.numel()
@@ -73,7 +75,7 @@ def _named(bias: Tensor | None) -> dict[str, Tensor]:
 def _near_tie(W: Tensor, requested: Tensor) -> Tensor:
     """Return a mask of the elements of W near a tie, computed only for blocks that contain a requested element.
 
-    In all other blocks the mask is False. requested: bool mask of elements of W. See `nf4.near_tie`.
+    In all other blocks the mask is False. requested: bool mask of elements of W.
     """
     rows, requested = (torch.nn.functional.pad(t, (0, -len(W) % _BLOCK)).view(-1, _BLOCK) for t in (W, requested))
     mask = torch.zeros_like(requested)

@@ -31,8 +31,8 @@ def values(
 
     levels: the values that the codes stand for. kind: what the elements are. `levels`: the levels. `ties`: values
     halfway between neighbouring levels. For both of these kinds absmax is 1, so that every division is exact. `scales`:
-    blocks of very different magnitudes. `tiny`: values below the smallest normal float32. `nan` and `infinity`: one
-    such element, in the second block if there is one.
+    blocks of very different magnitudes. `tiny`: values below the smallest normal float32. `huge`: up to the largest
+    float32, or that of a narrower `dtype`. `nan` and `infinity`: one such element, in the second block if there is one.
     """
     drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
     if not drawn.numel():
@@ -105,7 +105,7 @@ class FourBit:
     def arguments(
         self, dtype: torch.dtype, generator: torch.Generator, *, shape: Shape, block: Block, kind: Kind = "normal"
     ) -> Arguments:
-        """Return random arguments for quantising a tensor. kind: see `values`."""
+        """Return random arguments for quantising a tensor. kind: sort of values, such as `ties`; `values` lists them."""
         return {"W": values(kind, shape, block, self.form.codebook(), dtype, generator), "block": block}
 
     def quantize(self, W: Tensor, block: int) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,7 @@ class Judgement:
     compared."""
     allowed: float | None
     tensor: str
+    """Name of the worst tensor."""
     worst: str
     """Description of the worst element of `tensor`, or the reason why the tensor cannot be compared."""
     policy: str
@@ -84,8 +85,8 @@ def noise_floor(
     difference, relative to the root mean square: it reveals one wrong element among many. The third is the projection
     of the difference on the truth: it reveals a slightly wrong factor, because rounding hardly changes this projection.
 
-    A missing or surplus tensor fails. A tensor is not judged if the reference's error times `factor` may exceed the
-    share CEILING of the tensor's norm.
+    A missing or surplus tensor fails. A tensor is not judged if `factor` times the reference's error, plus the floor,
+    exceeds the share CEILING of the tensor's norm.
     """
     policy = f"noise-floor: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
@@ -164,7 +165,8 @@ def carried_noise(
 
     First, the projection on the truth is not judged, because later layers amplify rounding errors so that a whole
     tensor may grow or shrink. Second, the reference's error in a single tensor may happen to be small. If the median of
-    the errors over all tensors is larger, the median is used instead. rounded: as in `noise_floor`.
+    the errors over all tensors is larger, the median is used instead. rounded: tensors of the reference in `dtype`, or
+    several plausible results.
     """
     policy = f"carried-noise: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
@@ -302,7 +304,7 @@ def with_error_of_float64(narrow: Mapping[str, Tensor], truth: Mapping[str, Tens
 def rows_within(value: Tensor, truth: Tensor, draws: Iterable[Tensor], dtype: str) -> Tensor:
     """Return a mask (T,) that is True for the rows of `value` (T, E) that agree with `truth`.
 
-    draws: plausible results. Their errors decide how far a row may be off.
+    draws: plausible results in `dtype`. Their errors decide how far a row may be off.
     """
 
     def off(some: Tensor) -> Tensor:
@@ -351,7 +353,7 @@ def _incomparable(name: str, value: Tensor, truth: Tensor, policy: str, undecide
 def _with_worst_element(judgement: Judgement, subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Judgement:
     """Return the judgement with a description of the worst element of its tensor.
 
-    Only this tensor is described, because describing every tensor would take too long.
+    Only this tensor is described, to save time.
     """
     if judgement.worst or judgement.tensor not in truth:
         return judgement

@@ -32,8 +32,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 def reference(subject: Subject, dtype: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return a copy of the original model with the reference's layers, and the copy's trainable tensors by name.
 
-    The copy is in `dtype`. A comparison with the copy also reveals changes that the implementation makes outside its
-    layers. Raises ValueError if no copy of the original model was kept.
+    The copy is in `dtype`. Raises ValueError if no copy of the original model was kept.
     """
     if subject.original.model is None:
         raise ValueError("the model was too large to be copied before attaching")
@@ -83,8 +82,9 @@ def observe(
 ) -> dict[str, Tensor]:
     """Run the model forward and backward. Return `logits`, and the gradient of each tensor as `grad <name>`.
 
-    During the run, the model's own dropout is off. with_input: if the model's first argument is a floating-point
-    tensor, let this tensor need a gradient, and return the gradient as INPUT_GRADIENT.
+    The model runs in eval mode. If the config has no dropout (`subject.trains_plainly`), the adapted layers run in
+    training mode. All gradients are removed afterwards. with_input: if the model's first argument is a floating-point
+    tensor, let it need a gradient, and return the gradient as INPUT_GRADIENT.
     """
     leaves: list[Tensor] = []
 

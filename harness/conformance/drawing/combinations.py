@@ -1,6 +1,6 @@
 """Combinations of settings that the fixed sample of cases tries once, because some faults show only in combination.
 
-A factor is a setting of a case. The module imports no torch.
+The module imports no torch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
     """Yield each combination as values of some factors. All other factors of its case have their plainest values.
 
     - beta2 near 1, with a step shortly after 1 / (1 - beta2). There, the bias correction sqrt(1 - beta2^step) is 0.8.
-    - A large gate before each activation, in float16. DoRA is off, because it would divide by the norm of the gate.
+    - A gate layer with a large weight before each activation, in float16. DoRA is off: it divides by the weight's norm.
     - A square layer with each kind of layer, and with each option that is a word or a switch. In a square layer, a
       transposed weight has the right shape, so only its values show the mistake.
     - An embedding with more entries than 16 bits can count.

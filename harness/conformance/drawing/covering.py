@@ -49,13 +49,13 @@ def covering(
 ) -> list[Row]:
     """Return rows that contain the wanted pairs of levels. A pair is left out if no valid row is found for it.
 
-    valid: returns whether the values of a row can be tried. given: rows that exist already. The result need not contain
-    the pairs in these rows.
+    valid: returns whether the values of a row can be tried. given: existing rows, whose pairs the result need not
+    contain.
 
-    The result is deterministic. Each row begins with one missing pair. Every other factor gets the level that adds most
-    missing pairs. If this row is not valid, a valid row is made from another starting point: the row of all first
-    levels, an earlier row or a random row, with the pair put in. Then every other factor gets the level that adds most
-    missing pairs and leaves the row valid.
+    Each row begins with one missing pair. Every other factor gets the level that adds most missing pairs. If this row
+    is not valid, a valid row is made from another starting point: the row of all first levels, an earlier row or a
+    random row, with the pair put in. Then every other factor gets the level that adds most missing pairs and leaves the
+    row valid.
     """
 
     def fits(row: Row) -> bool:

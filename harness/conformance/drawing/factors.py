@@ -54,7 +54,10 @@ class Factor:
     """True if an implementation need not support any level except the first."""
 
     def within(self, least: float | None, most: float | None) -> Factor:
-        """Return the factor with these bounds; None keeps the present bound. A level outside becomes the nearest bound."""
+        """Return the factor with these bounds; None keeps the present bound.
+
+        A level outside becomes the nearest bound. An extreme value outside is left out.
+        """
         low = self.least if least is None else least
         high = self.most if most is None else most
         levels = dict.fromkeys(type(v)(min(max(v, low or 0), math.inf if high is None else high)) for v in self.levels)

@@ -42,7 +42,7 @@ _SIDES = Factor(
     ((4100, 8), (8, 4100), (264, 264), (9, 11), (31, 17), (17, 13), *_SINGLE),
     dimensions=(2,),
 )
-"""Numbers of input and output features of the first adapted layer. 17 is just above twice the usual rank, 8."""
+"""Numbers of input and output features of the first adapted layer."""
 _LEAST_SIDE = 8
 """Smallest number of features, except in a case with sides from _SINGLE."""
 _TOKENS = Factor((9, 1, 515), (2, 16, 130, 2060), least=1, most=600)
@@ -58,7 +58,7 @@ _IN_EVERY_DTYPE = ("magnitude", "weights")
 
 
 def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> Iterator[AnyCase]:
-    """Yield the examples of the parity suite, and two variants of the typical example (see `_of_typical`).
+    """Yield the examples of the parity suite, and up to two variants of the typical example (see `_of_typical`).
 
     If `wanted.is_wide`, also yield a sample that covers pairs of levels. A factor is a setting of a case, and its
     levels are the values to try. A factor is optional if an implementation may lack it, such as an option of the Method
@@ -105,11 +105,11 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
 
 
 def _of_typical(plan: ParitySuite, dtypes: Collection[str]) -> Iterator[AnyCase]:
-    """Yield two variants of the suite's typical example.
+    """Yield up to two variants of the suite's typical example.
 
-    The first has large numbers in float16, whose products may overflow. The second is a square Conv1D with tiny
-    weights. A square weight can be transposed by mistake without an exception. A guard against a division by zero may
-    treat tiny numbers as zero.
+    The first, if float16 is tried, has large numbers in float16, whose products may overflow. The second, if the suite
+    has Conv1D layers, is a square Conv1D with tiny weights. A square weight can be transposed by mistake without an
+    exception. A guard against a division by zero may treat tiny numbers as zero.
     """
     typical = next((case for case in plan.cases(FEW, dtypes) if case.typical), None)
     takes_large = not isinstance(plan, OperationSuite) or operations.every()[plan.operation].inputs
@@ -148,7 +148,10 @@ def random(plan: ParitySuite, dtypes: Collection[str]) -> st.SearchStrategy[AnyC
 
 
 def case_of(plan: MethodSuite | OperationSuite, chosen: Mapping[str, Any]) -> MethodCase | OperationCase:
-    """Return the case in which the factors have these values. A setting equal to the Config's default is left out."""
+    """Return the case in which the factors have these values.
+
+    Except for the rank, a Method's setting that equals the Config's default is left out.
+    """
     if isinstance(plan, OperationSuite):
         settings = {
             n: list(v) if isinstance(v, tuple) else v for n, v in chosen.items() if n not in ("dtype", "magnitude")

@@ -15,7 +15,8 @@ LARGEST_SIDE = 4096
 def of_factor(factor: Factor) -> st.SearchStrategy[Any]:
     """Return a Hypothesis strategy for the values of one factor.
 
-    Half of the drawn values are levels or extreme values of the factor. A failure shrinks to the first level.
+    If the factor has bounds or dimensions, half of the drawn values are its levels or extreme values; otherwise all
+    are. A failure shrinks to the first level.
     """
     levels = st.sampled_from((*factor.levels, *factor.extremes))
     drawn: st.SearchStrategy[Any]

@@ -77,10 +77,10 @@ def judge(outputs: Mapping[str, Tensor], given: Arguments, operation: Operation 
 
 
 def _draws_of_p(operation: Operation, given: Arguments) -> Iterator[dict[str, Tensor]]:
-    """Yield p as the reference computes it in p's dtype, first from contiguous tensors, then from strided ones.
+    """Yield p as the reference computes it in p's dtype.
 
-    torch sums the norms of LAMB in another order if a tensor is strided. AdamW gets no second result, because it has no
-    sum. 16-bit tensors get none, because they are copied to contiguous tensors before the sum.
+    For LAMB in float32 and float64, also yield p as computed from strided tensors, whose norms torch sums in another
+    order.
     """
     yield {"p": operation.named(operation.reference(**cloned(given)))["p"]}
     if operation is not OPERATION and given["p"].dtype in (torch.float32, torch.float64):

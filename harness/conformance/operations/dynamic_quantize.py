@@ -27,7 +27,7 @@ def arguments(
     signed: bool = True,
     kind: Kind = "normal",
 ) -> Arguments:
-    """Draw a tensor to quantise. If `signed` is False, no element is negative."""
+    """Draw a tensor to quantise. If `signed` is False, no element is negative. kind: sort of values, such as `ties`."""
     x = values(kind, [numel], block, dynamic_map(signed), dtype, generator)
     return {"x": x if signed else x.abs(), "block": block, "signed": signed}
 
@@ -38,8 +38,8 @@ def reference(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge the codes: each must stand for the nearest level. Both levels are right if the distances differ only by
-    rounding.
+    """Judge the codes and the absmax. A code must stand for the nearest level. If rounding decides which of two levels is
+    nearer, both are right.
     """
     x, block, levels = given["x"], given["block"], dynamic_map(given["signed"])
     return judge_codes(outputs, reference(**given), nf4.near_tie(x, block, levels), block, levels)

@@ -43,8 +43,7 @@ def arguments(
 
     shape: (F, D), the shape of W in gate and up; in down, W is (D, F). rows: the leading dimensions of x. ranks: the
     ranks of gate, up and down. scaling: the scaling of gate; up has 0.5 times, down 3 times this scaling. dora: True
-    also draws magnitudes; without them, every layer has plain LoRA. gate: `large` gives the activation inputs of about
-    2,000.
+    also draws magnitudes; without them, every layer has plain LoRA. gate: `large` multiplies the gate's weight by 2,048.
     """
     F, D = shape
     layers = draw_adapted_layers(
@@ -68,8 +67,8 @@ def reference(
     """Return down(activation(gate(x)) * up(x)), shape (..., D).
 
     The lists have the tensors of gate, up and down, in this order. Each layer is x W^T + bias + scaling (x A^T) B^T, or
-    with magnitudes ms DoRA's layer, as in `lora_qkv`. `gelu` is the exact GELU, and `gelu-tanh` its approximation by
-    tanh.
+    with magnitudes ms DoRA's layer: bias + g (x W^T + scaling (x A^T) B^T), g = m / ||W + scaling B A||. `gelu` is the
+    exact GELU, and `gelu-tanh` its approximation by tanh.
     """
 
     def layer(x: Tensor, at: int) -> Tensor:

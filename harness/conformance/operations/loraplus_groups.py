@@ -47,7 +47,7 @@ def arguments(
     weights are frozen. embedding: `adapted` adds an embedding `embed` with LoRA. vector: what each adapter has besides
     A and B: nothing, the bias of B (peft's `lora_bias`), or the magnitude of DoRA. norm: the norm layer to add, which
     is trained. head: `trained` adds a trained linear layer `head` without adapter (peft's `modules_to_save`).
-    lr_embedding: learning rate of the embedding's A and B.
+    ratio: learning rate of B divided by lr. lr_embedding: learning rate of the embedding's A and B.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for n in range(layers):

@@ -1,4 +1,4 @@
-"""paged_states: which parameters have their optimizer states paged. The parameters may be on any device."""
+"""paged_states: which parameters have paged optimizer states: those with at least 100,000 elements, on any device."""
 
 from __future__ import annotations
 

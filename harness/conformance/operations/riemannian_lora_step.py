@@ -51,13 +51,13 @@ def arguments(
     """Draw the tensors of one call. For step 1, all moments are zero.
 
     shape: (E, D); the first layer has D inputs and E outputs, the second E inputs and D outputs. ranks: the rank of
-    each layer, at most min(E, D). optimizer: `adamw`, or gradient descent (`gd`), which has no moments. B: `zero` makes
-    B zero, as at the start of LoRA; with `one-direction`, all columns of B are equal, so that B^T B is singular.
-    gradient: `zero` makes all gradients zero. unused: `second` gives the second layer no gradients, as if it had not
-    run. other: the other trainable tensor of the model: the bias of the first layer, the bias of its B (peft's
-    `lora_bias`), or the magnitude of its DoRA. experts: number of matrices in each layer; above 1, the layers are
-    stacks (peft's `target_parameters`), packed as in reference/lora_experts.py. By default, lr is so large that the
-    step is as large as the weights.
+    each layer, at most min(E, D). optimizer: `adamw`, or gradient descent (`gd`), which has no moments. delta: added to
+    the diagonals of B^T B and A A^T before they are inverted. B: `zero` makes B zero, as at the start of LoRA; with
+    `one-direction`, all columns of B are equal, so that B^T B is singular. gradient: `zero` makes all gradients zero.
+    unused: `second` gives the second layer no gradients, as if it had not run. other: the other trainable tensor of the
+    model: the bias of the first layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts:
+    number of matrices in each layer; above 1, the layers are stacks (peft's `target_parameters`), packed as in
+    reference/lora_experts.py. By default, lr is so large that the step is as large as the weights.
     """
     given: Arguments = {name: [] for name in _TENSORS}
     for (outputs, inputs), rank in zip((shape, shape[::-1]), ranks, strict=True):
@@ -113,7 +113,7 @@ def reference(
     delta: float,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    """Return the tensors in the order of `OPERATION.outputs`: A, B and their moments for each layer, then `other`.
+    """Return the tensors in the order of `OPERATION.outputs`: A, B and their moments for each layer, then `other` and its.
 
     gAs, gBs: gradients of the As and Bs. options: step, lr, betas, eps and weight_decay. other: another trainable
     tensor of the model; it gets a plain step of the optimizer. role: tells the implementation what kind of tensor

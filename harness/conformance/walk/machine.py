@@ -18,8 +18,7 @@ from harness.conformance.walk.program import RUN_MODES, Program
 RULES = 20
 """Largest number of rules in one walk."""
 REPEATS = 100
-"""Number of further walks, after the first failure, in which Hypothesis looks for a shorter walk that fails. The limit
-keeps the search to seconds."""
+"""Number of further walks, after the first failure, in which Hypothesis looks for a shorter walk that fails."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ class WalkFailedError(AssertionError):
 def walk(make: Callable[[], Programs], walks: int, number: int) -> WalkFailedError | None:
     """Take `walks` random walks. Return the failure of the shortest walk that fails. If none fails, return None.
 
-    make: makes the programs of a walk, always in the same state. number: seed of the walks. If a rule raises an
-    exception other than WalkFailedError, the exception gets a note with the rules of the walk.
+    make: makes the programs of a walk, always in the same state. number: seed of the walks. An exception that a
+    program raises in a rule such as `merge` or `backward` gets a note with the rules of the walk.
     """
 
     class Walk(AdapterWalk):
@@ -139,7 +138,7 @@ class AdapterWalk(RuleBasedStateMachine):
         self._judge(*(program.run(mode) for program in self.programs.every()))
 
     def _compare_numbers(self) -> None:
-        """Compare the tensors and the state of every program."""
+        """Compare the trained tensors and the states that the implementation and the reference both have."""
         mine, *others = (program.tensors_and_state() for program in self.programs.every())
         names = [name for name in mine if name in others[0] and mine[name].shape == others[0][name].shape]
         if not names:  # e.g. of GaLore, whose tensors are the weights that need a gradient
@@ -190,13 +189,13 @@ class AdapterWalk(RuleBasedStateMachine):
     @rule(training=st.booleans())
     @precondition(lambda self: not self.merged)
     def train(self, training: bool) -> None:
-        """Put the model in training mode if `training`, else in eval mode."""
+        """Put the models in training mode if `training` is true and `Program.may_train` allows it, else in eval mode."""
         self._all(f"train({training})", lambda program: program.set_training(training))
 
     @rule()
     @precondition(lambda self: not self.merged and self.programs.subject.owns_tensors())
     def deepcopy(self) -> None:
-        """Continue with a deep copy of model, adapter and optimizer, after changing the original."""
+        """Continue with a deep copy of model, adapter and optimizer, change the original, and compare the copies."""
         self._all("deepcopy()", Program.deepcopy)
         self._compare_numbers()
         self._compare("backward")
@@ -204,21 +203,21 @@ class AdapterWalk(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: not self.merged and self.programs.subject.owns_tensors())
     def load_state_dict(self) -> None:
-        """Take the model's state_dict, change its tensors, and restore the model from the state_dict."""
+        """Copy the model's state_dict, change the adapter's tensors, load the copy, and compare."""
         self._all("load_state_dict()", Program.reload_model)
         self._compare("backward")
 
     @rule()
     @precondition(lambda self: not self.merged and not self.frozen)
     def resume(self) -> None:
-        """Continue from a checkpoint in a fresh model."""
+        """Continue from a checkpoint in a fresh model, and compare."""
         self._all("resume()", Program.resume)
         self._compare("backward")
 
     @rule()
     @precondition(lambda self: not self.merged and self.programs.subject.adapted.can_merge)
     def merge(self) -> None:
-        """Merge the adapter, and check that the merged model has the same outputs."""
+        """Merge every program's adapter, and compare the outputs of the merged models."""
         self._all("merge()", lambda program: program.adapted.merge())
         self.merged = True
         self._compare("no_grad")
@@ -226,7 +225,7 @@ class AdapterWalk(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: self.merged)
     def unmerge(self) -> None:
-        """Undo the merge."""
+        """Undo the merge, and compare the outputs."""
         self._all("unmerge()", lambda program: program.adapted.unmerge())
         self.merged = False
         self._compare("no_grad")
@@ -247,6 +246,6 @@ class AdapterWalk(RuleBasedStateMachine):
         other.step()
 
     def teardown(self) -> None:
-        """Compare the programs once more at the end."""
+        """Compare the programs at the end, unless they are merged or the last rule raised."""
         if not self.merged and not self.interrupted:
             self._compare("backward")

@@ -19,7 +19,7 @@ from harness.methods.spec import Adapted
 Forward = Callable[[nn.Module], Tensor]
 CHANGE = 1.5
 """Factor by which `reload_model` multiplies the adapter tensors before it restores them. `deepcopy` multiplies the
-original's tensors by it."""
+original's tensors and state by it."""
 
 
 @dataclass
@@ -33,10 +33,7 @@ class Program:
     forward: Forward
     """Function that runs a given model on the inputs of the walk, and returns the output."""
     may_train: bool
-    """True if the model may be in training mode.
-
-    False with dropout, because both modes compute the same only without it.
-    """
+    """True if the model may be in training mode. False with dropout, whose two modes compute different outputs."""
 
     def __post_init__(self) -> None:
         self.optimizer = self._new_optimizer()
@@ -55,8 +52,8 @@ class Program:
             y.backward(incoming(y, seed))
 
     def step(self) -> None:
-        """Add the gradients of the Method's own loss term, take an optimizer step, and do what the Method does after a
-        step.
+        """Add the gradients of the Method's own loss term, take an optimizer step, call the Method's `after_step`, and
+        clear the gradients.
         """
         term = self.adapted.regularizer()
         if term is not None:
@@ -91,7 +88,7 @@ class Program:
                     tensor.mul_(CHANGE)
 
     def reload_model(self) -> None:
-        """Take the model's state_dict, change every adapter tensor, and restore the model from the state_dict."""
+        """Copy the model's state_dict, change every adapter tensor, and restore the model from the copy."""
         saved = {name: t.clone() if isinstance(t, Tensor) else t for name, t in self.model.state_dict().items()}
         with torch.no_grad():
             for tensor in self.adapted.tensors().values():
@@ -99,7 +96,10 @@ class Program:
         self.model.load_state_dict(saved)
 
     def resume(self) -> None:
-        """Save tensors, state and the optimizer's state_dict to a file, and continue with them in a new model."""
+        """Save tensors, state and the optimizer's state_dict to a file, and load them into a new model and optimizer.
+
+        The gradients are kept.
+        """
         file = io.BytesIO()
         tensors, state = self.adapted.tensors(), self.adapted.state()
         torch.save({"tensors": tensors, "state": state, "optimizer": self.optimizer.state_dict()}, file)
@@ -122,13 +122,16 @@ class Program:
             tensor.requires_grad_(not frozen)
 
     def run(self, mode: str) -> dict[str, Tensor]:
-        """Return the model's output and the gradients, if any, of the trained tensors, by name. mode: a key of
+        """Return the model's output `y` and, in modes with gradients, those of the trained tensors. mode: a key of
         RUN_MODES.
         """
         return RUN_MODES[mode](self)
 
     def sync(self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Load these tensors and this state, so that the next comparison does not count earlier rounding errors."""
+        """Load `tensors` and `state`, so that the next comparison does not count earlier rounding errors.
+
+        Names and shapes that this program lacks are ignored.
+        """
         mine, held = self.adapted.tensors(), self.adapted.state()
         load(
             self.adapted,
