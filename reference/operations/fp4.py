@@ -60,8 +60,8 @@ def quantize(W: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
     """Return (codes, absmax). codes: uint8 from 0 to 15, in the order of W.flatten(). absmax: one float32 per block.
 
     W: any shape and floating dtype, read as float32. A magnitude exactly between two values takes the smaller one. A
-    block of zeros has absmax 0 and codes 0. NaN and infinity are treated as in nf4.py. Raises ValueError if `block` is
-    below 1.
+    block of zeros has absmax 0 and codes 0. If a block holds a NaN or an infinity, none of its elements is decoded to a
+    finite value. Raises ValueError if `block` is below 1.
     """
     magnitudes, order = codebook()[:_SIGN].sort()
     flat = W.detach().flatten().float()
