@@ -85,7 +85,7 @@ def rotations(packed: Tensor, size: int, cayley: str, terms: int) -> Tensor:
     """Return R (N, K, K), computed from `packed` (N, K (K - 1) / 2).
 
     The result has the dtype of `packed`. In 16 bits, the exact form is computed in float32 and rounded, because torch
-    solves no equations in 16 bits. cayley, terms: as in `Config`; terms has no effect on the exact form.
+    solves no equations in 16 bits. cayley, terms: as in `Config`.
     """
     if cayley == "exact":
         wide = packed if packed.dtype in (torch.float32, torch.float64) else packed.float()

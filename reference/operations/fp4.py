@@ -46,10 +46,7 @@ _SIGN = 8
 
 
 def codebook() -> Tensor:
-    """Return the 16 values in the order of their codes, as float32. Code 8 is minus zero.
-
-    The values are computed, not copied from a published table.
-    """
+    """Return the 16 values in the order of their codes, as float32. Code 8 is minus zero."""
     E, m = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in (4, 2)), indexing="ij")
     magnitudes = torch.where(E == 0, m / 16, (1 + m / 2) * 2 ** (4 - E)).flatten()
     magnitudes = magnitudes / magnitudes.max()
