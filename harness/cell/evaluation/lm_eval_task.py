@@ -135,7 +135,7 @@ class BuiltinLmEvalTask(LmEvalTask):
         return [self._row(name, self._docs[name]) for name in self.ids]
 
     def training(self) -> list[OwnRow]:
-        """Return the rows of the training split that are not test items."""
+        """Return the rows of the training split whose prompts are not those of test items."""
         docs = {f"train-{number}": doc for number, doc in enumerate(self.task.training_docs() or [])}
         self._docs |= docs
         return without_overlap([self._row(name, doc) for name, doc in docs.items()], self.tested())

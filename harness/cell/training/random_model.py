@@ -65,7 +65,7 @@ def drawn(model: Any, device: torch.device) -> Iterator[set[str]]:
 
 
 def draw(model: Any, device: torch.device) -> None:
-    """Draw all weights of a model that is on the meta device. Raises AssetError like `drawn`."""
+    """Draw all weights of a model that is on the meta device. Raises AssetError if the initialiser leaves one out."""
     for _ in drawn(model, device):
         pass
 
