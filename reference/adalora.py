@@ -239,7 +239,7 @@ class AdaLoraLinear(AdaptedLayer):
 
     @torch.no_grad()
     def observe(self, beta1: float, beta2: float) -> None:
-        """Update the averages I_bar and U_bar of A, E and B from their gradients (eqs. 8 to 10); without one, I is 0."""
+        """Update the averages I_bar and U_bar of A, E and B (eqs. 8 to 10). Without a gradient, the sensitivity I is 0."""
         for name, w in self.tensors().items():
             I_bar, U_bar = self.get_buffer(f"exp_avg_ipt_{name}"), self.get_buffer(f"exp_avg_unc_{name}")
             grad = torch.zeros_like(w) if w.grad is None else w.grad

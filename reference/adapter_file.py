@@ -105,7 +105,7 @@ class AdapterSettings:
         return path in wanted or (_ends_with(path, wanted) and self._transforms(path))
 
     def _transforms(self, path: str) -> bool:
-        """Return whether layers_to_transform is not set, or contains the number of the block that holds this module."""
+        """Return whether layers_to_transform contains the number of this module's block. If it is not set, return True."""
         blocks = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
         if not blocks:
             return True
@@ -253,8 +253,8 @@ def apply(model: nn.Module, settings: AdapterSettings, tensors: Mapping[str, Ten
     """Write the weights that an adapter file gives into `model`. Return the use of each tensor of the file.
 
     The weights are computed in the dtype of the model. If two layers are tied, an update of one unties them: an adapter
-    of the embedding does not change the tied head. So does a module that modules_to_save replaces. Any other base weight
-    in the file replaces the weight of both layers. Raises ValueError if a tensor has a wrong shape.
+    of the embedding does not change the tied head. A module that modules_to_save replaces is untied too. Any other base
+    weight in the file replaces the weight of both layers. Raises ValueError if a tensor has a wrong shape.
     """
     reading = read(settings, list(tensors), model)
     saved = tuple(f"{path}." for path in _saved(settings, model))
@@ -289,7 +289,7 @@ def combine(model: nn.Module, adapters: Sequence[WeightedAdapter]) -> None:
 
         P' = P + sum_i w_i (P_i - P)
 
-    P is a parameter of the base, and P_i is what `apply` makes of it with adapter i alone. P is 0 where the base
+    P is a parameter of the base, and P_i is the same parameter after `apply` with adapter i alone. P is 0 where the base
     has no bias. The sum is rounded once, to the dtype of the model. Raises ValueError if a tensor has a wrong shape.
     """
     base = {name: p.detach().double() for name, p in model.named_parameters(remove_duplicate=False)}

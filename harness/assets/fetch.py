@@ -63,7 +63,7 @@ def is_local(source: Source) -> bool:
 
 
 def local_folder(source: Source) -> Path | None:
-    """Return a model's folder, or None if it must first be fetched or converted. Raises AssetError if it is incomplete."""
+    """Return a model's folder, or None if it is not ready on this machine. Raises AssetError if the folder is incomplete."""
     return ensure(source) if is_local(source) else None
 
 

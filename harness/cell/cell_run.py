@@ -34,7 +34,7 @@ class CellRun:
     baseline_B: int
     """Memory of the process before it loads the model, in bytes."""
     gate_key: str = ""
-    """Cells with the same key share the result of one parity gate. Empty if the Cell never shares the result of its gate."""
+    """Key of the parity gate: Cells with equal keys share its result. Empty if the Cell never shares the result."""
     gate: Gate | None = None
     """Result of the parity gate; None until the gate has ended."""
     checks: list[CheckResult] = field(default_factory=list)

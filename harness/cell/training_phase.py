@@ -135,7 +135,10 @@ def _step_peak(
     data: CellData | RandomData,
     optimizer: torch.optim.Optimizer,
 ) -> int | None:
-    """Return the peak bytes of tensors within a step, on a GPU within the training. On failure, add a note; return None."""
+    """Return the peak bytes of tensors within a step, on a GPU within the whole training.
+
+    If they cannot be counted, add a note and return None.
+    """
     if run.device.type != "cpu":
         return run.clock.done[-1].peak_memory_B  # the peak of the training by torch's allocator
     if 2 * copied_B(subject.adapted, head) > free_B(run.device):

@@ -77,7 +77,7 @@ def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str] = LINEA
 
 
 def named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """Map paths to the modules of `model`, of any kind, whose path, or its end after a dot, is one of `names`."""
+    """Map paths to the modules of `model`, of any kind, that `names` select: whole paths, or ends of paths after a dot."""
     ends = tuple(f".{name}" for name in names)
     return {path: module for path, module in model.named_modules() if f".{path}".endswith(ends)}
 

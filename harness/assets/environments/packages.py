@@ -88,7 +88,7 @@ class Package:
 
 
 def resolve(spec: EnvironmentSpec, python: Path, options: IndexOptions, work: Path) -> list[Package]:
-    """Let pip choose the packages that an environment lacks. Return them without those in `spec.without`. Install nothing.
+    """Let pip choose the packages that an environment lacks. Return them, except those in `spec.without`. Install nothing.
 
     python: the environment's interpreter. work: an existing folder for files. Raises UsageError for a requirement that
     no release satisfies, and AssetError if no index can be reached.

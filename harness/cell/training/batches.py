@@ -26,7 +26,7 @@ class Example:
     answer: int = 0
     """For causal models, the number of tokens at the end that have a loss."""
     cut: bool = False
-    """True if the text was too long and lost tokens. Multiple-choice texts of causal models may be cut without this mark."""
+    """True if the text was too long and lost tokens. Always False for multiple-choice texts of a causal model."""
 
 
 @dataclass(frozen=True)
