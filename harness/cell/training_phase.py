@@ -51,7 +51,7 @@ def train(
 
     start: name of a trained tensor -> copy of its initial value. The function empties this dict, which frees the copies.
     Raises NonconformingError if a frozen tensor changed. Raises Untrained if there are several steps and a tensor of the
-    adapter or the head kept its first value in all; the message names it. Also raises the errors of `loop.train`.
+    adapter or the head kept its first value in all; the message names it. Raises Diverged too.
     """
     cell, model, batches, adapted = run.cell, subject.model, data.batches, subject.adapted
     parameters = list(head.values())

@@ -20,7 +20,7 @@ def kind_of(module: nn.Module) -> str:
 
     linear: nn.Linear or a quantised subclass. Conv1D: transformers' linear layer with the weight stored as (in, out).
     embedding, Conv2d: nn.Embedding, nn.Conv2d, and subclasses with the same forward pass; an embedding may also
-    multiply by its `embed_scale`. experts: see `stacked_weights`. Other subclasses are excluded: they transform
+    multiply by its `embed_scale`. experts: a module that stacks experts. Other subclasses are excluded: they transform
     their weight, e.g. by a norm, and would have to transform the update of a Method too.
     """
     layer: Any = module

@@ -138,8 +138,8 @@ def train(
 
     Before every step, the global random state is set from (seed, step). So the dropout masks do not depend on how many
     random numbers an implementation draws. If float16 gradients overflow, the same batch is used again with half the
-    loss scale. No step is skipped, and the time of a step includes all its attempts. Raises the errors of
-    `StepLog.add`.
+    loss scale. No step is skipped, and the time of a step includes all its attempts. Raises Diverged
+    or Untrained.
     """
     log, trained = StepLog(adapted, optimizer, len(batches), report), trainable(adapted, head)
     adapted.model.train()
