@@ -103,7 +103,7 @@ def rotations(packed: Tensor, size: int, cayley: str, terms: int) -> Tensor:
 
 
 class OftLinear(AdaptedLayer):
-    """A frozen linear layer (..., D) -> (..., E) whose input is rotated block by block. Packed Q (N, K (K - 1) / 2) trains."""
+    """A frozen linear layer (..., D) -> (..., E) whose input is rotated block by block. Q (N, K (K - 1) / 2) trains."""
 
     base: nn.Linear
     """The original layer, an nn.Linear or a quantised subclass."""
