@@ -122,7 +122,8 @@ class Config:
     dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
     """Probability that an input feature of the adapter branch is dropped in training."""
     total_steps: int = field(default=1000, metadata={"minimum": 1})
-    """Number of optimizer steps in the whole training (T in the paper). A shorter run does not reach the target rank."""
+    """Number of optimizer steps in the whole training (T in the paper). A run that ends before step total_steps - tfinal
+    does not reach the target rank."""
     tinit: int = field(default=100, metadata={"minimum": 0})
     """Number of steps before pruning begins (t_i)."""
     tfinal: int = field(default=200, metadata={"minimum": 0})
@@ -238,7 +239,7 @@ class AdaLoraLinear(AdaptedLayer):
 
     @torch.no_grad()
     def observe(self, beta1: float, beta2: float) -> None:
-        """Update I_bar and U_bar of A, E and B (eqs. 8 to 10). The sensitivity I of a tensor without a gradient is 0."""
+        """Update the averages I_bar and U_bar of A, E and B (eqs. 8 to 10). Without a gradient, the sensitivity I is 0."""
         for name, w in self.tensors().items():
             I_bar, U_bar = self.get_buffer(f"exp_avg_ipt_{name}"), self.get_buffer(f"exp_avg_unc_{name}")
             grad = torch.zeros_like(w) if w.grad is None else w.grad
@@ -247,7 +248,7 @@ class AdaLoraLinear(AdaptedLayer):
             U_bar.copy_(uncertainty(U_bar, I, I_bar, beta2))
 
     def scores(self) -> Tensor:
-        """Return S (R,), the current importance of each triplet (eq. 7)."""
+        """Return S (R,), the current score of each triplet (eq. 7)."""
         s = {
             name: importance(self.get_buffer(f"exp_avg_ipt_{name}"), self.get_buffer(f"exp_avg_unc_{name}"))
             for name in self.tensors()
@@ -295,12 +296,12 @@ class AdaLoraAdapted(AdaptedLayers):
                 layer.prune()
 
     def observe(self) -> None:
-        """Update I_bar and U_bar of all layers."""
+        """Update the averages I_bar and U_bar of all layers from the gradients."""
         for layer in self.adalora.values():
             layer.observe(self.config.beta1, self.config.beta2)
 
     def ranks(self) -> dict[str, int]:
-        """Map each layer's path to its number of unpruned triplets."""
+        """Map each layer's path to the number of triplets that its last pruning kept."""
         return {path: int(layer.get_buffer("mask").sum()) for path, layer in self.adalora.items()}
 
 

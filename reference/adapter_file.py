@@ -32,7 +32,7 @@ _STACKED = {
     "w1": ("gate_up_proj", 0), "gate_proj": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "up_proj": ("gate_up_proj", 1),
     "w2": ("down_proj", None), "down_proj": ("down_proj", None),
 }  # fmt: skip
-"""Layer of one expert, e.g. `w1` -> the parameter that stacks this layer of all experts, and `LayerUpdate.half`."""
+"""Layer of one expert -> the parameter that stacks this layer of all experts, and the half of it (`LayerUpdate.half`)."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,21 @@ class AdapterSettings:
 
     @property
     def replaced_modules(self) -> tuple[str, ...]:
-        """Names of the modules that the file replaces: modules_to_save, and the head of a model with this task_type."""
+        """Names of the modules that the file replaces: modules_to_save, and heads by task_type, e.g. `score` for SEQ_CLS."""
         scored = ("classifier", "score")
         heads = {"SEQ_CLS": scored, "TOKEN_CLS": scored, "QUESTION_ANS": ("qa_outputs",)}
         return (*(self.modules_to_save or ()), *heads.get(self.task_type or "", ()))
 
     def rank(self, name: str) -> int:
-        """Return the rank of the layer or parameter with this name in the base."""
+        """Return the rank of the layer or parameter `name`, from rank_pattern or r."""
         return self.rank_pattern.get(_matching(self.rank_pattern, name), self.r)
 
     def alpha(self, name: str) -> float:
-        """Return alpha of the layer or parameter with this name in the base."""
+        """Return alpha of the layer or parameter `name`, from alpha_pattern or lora_alpha."""
         return self.alpha_pattern.get(_matching(self.alpha_pattern, name), self.lora_alpha)
 
     def scaling(self, name: str) -> float:
-        """Return s, the factor on B A, for the layer or parameter with this name in the base."""
+        """Return s, the factor on B A, for the layer or parameter `name`."""
         rank = self.rank(name)
         return self.alpha(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -105,7 +105,7 @@ class AdapterSettings:
         return path in wanted or (_ends_with(path, wanted) and self._transforms(path))
 
     def _transforms(self, path: str) -> bool:
-        """Return whether layers_to_transform contains the number of the block in which the module at this path lies."""
+        """Return whether layers_to_transform contains the number of this module's block. If it is not set, return True."""
         blocks = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
         if not blocks:
             return True
@@ -209,13 +209,13 @@ def _stacked_update(A: Tensor, B: Tensor, experts: int) -> Tensor:
 
 @dataclass(frozen=True)
 class AdapterReading:
-    """Meaning of each tensor of an adapter file for one base model."""
+    """Use of each tensor of an adapter file for one base model: it updates a layer, replaces a parameter, or has no use."""
 
     updates: tuple[LayerUpdate, ...]
     replaced: dict[str, str]
     """Key of the file -> name of the base's parameter that the tensor replaces."""
     unused: dict[str, str]
-    """Key of the file that has no meaning for this base -> reason."""
+    """Key of the file that has no use for this base -> reason."""
     absent: tuple[str, ...]
     """Modules and parameters of the base that the config targets, but for which the file lacks A or B."""
     not_implemented: dict[str, str]
@@ -223,7 +223,7 @@ class AdapterReading:
 
 
 def read(settings: AdapterSettings, keys: Sequence[str], model: nn.Module) -> AdapterReading:
-    """Return what each tensor of an adapter file means for a base model.
+    """Return the use of each tensor of an adapter file for a base model.
 
     keys: the keys of the file. model: the base. The parameters of `model` may be on the device `meta`.
     """
@@ -250,11 +250,11 @@ def read(settings: AdapterSettings, keys: Sequence[str], model: nn.Module) -> Ad
 
 @torch.no_grad()
 def apply(model: nn.Module, settings: AdapterSettings, tensors: Mapping[str, Tensor]) -> AdapterReading:
-    """Write the weights that an adapter file gives into `model`. Return what each tensor of the file means.
+    """Write the weights that an adapter file gives into `model`. Return the use of each tensor of the file.
 
     The weights are computed in the dtype of the model. If two layers are tied, an update of one unties them: an adapter
-    of the embedding does not change the tied head. But a base weight in the file replaces the weight of both layers.
-    Raises ValueError if a tensor has a wrong shape.
+    of the embedding does not change the tied head. A module that modules_to_save replaces is untied too. Any other base
+    weight in the file replaces the weight of both layers. Raises ValueError if a tensor has a wrong shape.
     """
     reading = read(settings, list(tensors), model)
     saved = tuple(f"{path}." for path in _saved(settings, model))
@@ -289,7 +289,7 @@ def combine(model: nn.Module, adapters: Sequence[WeightedAdapter]) -> None:
 
         P' = P + sum_i w_i (P_i - P)
 
-    P is a parameter of the base, and P_i is the same parameter with adapter i alone: see `apply`. P is 0 where the base
+    P is a parameter of the base, and P_i is the same parameter after `apply` with adapter i alone. P is 0 where the base
     has no bias. The sum is rounded once, to the dtype of the model. Raises ValueError if a tensor has a wrong shape.
     """
     base = {name: p.detach().double() for name, p in model.named_parameters(remove_duplicate=False)}
@@ -314,7 +314,7 @@ def targeted(settings: AdapterSettings, model: nn.Module) -> list[str]:
 
 
 def _possible(settings: AdapterSettings, keys: Collection[str], model: nn.Module) -> Iterator[LayerUpdate]:
-    """Yield an update for each target of the config, even if the file (with these keys) lacks the target's tensors."""
+    """Yield an update for each target of the config, even if `keys`, the keys of the file, lack the target's tensors."""
     for path in targeted(settings, model):
         kind, start = _kind(model.get_submodule(path)), f"{PREFIX}{path}"
         if kind not in KINDS:

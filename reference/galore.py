@@ -220,7 +220,7 @@ def adam(R: Tensor, state: dict[str, Any], beta1: float, beta2: float, eps: floa
         M_t = beta1 M_{t-1} + (1 - beta1) R_t          V_t = beta2 V_{t-1} + (1 - beta2) R_t^2           (algorithm 2)
         N_t = sqrt(1 - beta2^t) / (1 - beta1^t) * M_t / (sqrt(V_t) + eps)
 
-    bits: format of a new state, see `galore_moments.zeros`. N_t is computed before the moments are quantised.
+    bits: 8 or 32, the bits of the moments of a new state. N_t is computed before the moments are quantised.
     """
     if "M" not in state:
         state |= {"step": 0, **galore_moments.zeros(R, bits)}
@@ -257,9 +257,9 @@ def galore_step(
     """Take one step of W (m, n) with the gradient G (m, n). W and `state` change in place.
 
     state: empty before the first step. After it, `state` holds the number of steps, the moments M and V
-    (`galore_moments.zeros`), and P, Q or both. rank: 0 means plain Adam, without a projection, for any shape. The first
-    step, and then every update_gap-th step, computes a new projector. given: a projector to use instead of computing
-    one, so that two programs can be compared in one subspace.
+    (`galore_moments.zeros`) and, with a projection, P, Q or both. rank: 0 means plain Adam, without a projection, for any
+    shape. Otherwise, the first step, and then every update_gap-th step, computes a new projector. given: a projector to
+    use instead of computing one, so that two programs can be compared in one subspace.
     """
     if rank and state.get("step", 0) % update_gap == 0:
         fresh = given or projector(G, rank, side, niter, Projector(state.get("P"), state.get("Q")))

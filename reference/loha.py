@@ -105,7 +105,7 @@ class LohaLinear(AdaptedLayer):
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
     """Freeze `model` and wrap every target in a LohaLinear. `generator` draws A1, B1 and B2, in the model's order of layers.
 
-    Raises ValueError if a target names no linear layer.
+    A2 starts at zero. Raises ValueError if a target names no linear layer.
     """
     model.requires_grad_(False)
     layers = {}

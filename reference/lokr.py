@@ -127,7 +127,7 @@ class LokrLinear(AdaptedLayer):
         return y_TE
 
     def delta(self) -> Tensor:
-        """Return scaling C kron (B A), shape (E, D)."""
+        """Return scaling C kron (B A), or scaling C kron W2, shape (E, D)."""
         block = self.right["W2"] if "W2" in self.right else self.right["B"] @ self.right["A"]
         # torch.kron raises for some layouts, e.g. if values came as a transposed view.
         C, block = self.C.contiguous(), block.contiguous()
@@ -139,9 +139,10 @@ class LokrLinear(AdaptedLayer):
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
-    """Freeze `model` and wrap every target in a LokrLinear. `generator` draws C, B, A and W2, layer by layer.
+    """Freeze `model` and wrap every target in a LokrLinear. `generator` draws the factors, layer by layer.
 
-    Raises ValueError if a target names no linear layer.
+    It draws C, B and A, or C and W2, but not the factor that starts at zero: C with init=peft, else A or W2. Raises
+    ValueError if a target names no linear layer.
     """
     model.requires_grad_(False)
     layers = {}

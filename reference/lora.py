@@ -128,7 +128,8 @@ class Config:
     init: str = field(
         default="kaiming", metadata={"choices": ("kaiming", "gaussian", "orthogonal"), "omit_default": True}
     )
-    """Kind of initial A and B, see `reference/shared/lora_start.py`; `orthogonal` requires an even rank."""
+    """Initial values: `kaiming` (uniform A) and `gaussian` (normal A) set B to 0; `orthogonal` draws A and B with B A = 0
+    and requires an even rank."""
     lora_bias: bool = field(default=False, metadata={"omit_default": True, "opt_in": True})
     """True to give B a trainable bias c with the same scaling as B A; for linear layers and convolutions only."""
 

@@ -70,7 +70,7 @@ class Config:
     cayley: str = field(default="neumann", metadata={"choices": ("neumann", "exact")})
     """Parameterisation of R: the series `neumann`, as in OFTv2, or the `exact` Cayley transform, as in OFT."""
     terms: int = field(default=5, metadata={"minimum": 2, "maximum": 64})
-    """Number of terms of the series. With cayley=exact it has no effect."""
+    """Number of terms, k + 2, of R_i as a polynomial in Q_i. With cayley=exact it has no effect."""
 
 
 def skew_symmetric(packed: Tensor, size: int) -> Tensor:
@@ -85,7 +85,7 @@ def rotations(packed: Tensor, size: int, cayley: str, terms: int) -> Tensor:
     """Return R (N, K, K), computed from `packed` (N, K (K - 1) / 2).
 
     The result has the dtype of `packed`. In 16 bits, the exact form is computed in float32 and rounded, because torch
-    solves no equations in 16 bits. terms: see `Config.terms`.
+    solves no equations in 16 bits. cayley, terms: as in `Config`.
     """
     if cayley == "exact":
         wide = packed if packed.dtype in (torch.float32, torch.float64) else packed.float()
@@ -160,7 +160,7 @@ def blocks(found: Mapping[str, nn.Linear], largest: int) -> dict[str, int]:
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
-    """Freeze `model` and wrap every target in an OftLinear. R starts as the identity, so that nothing is drawn.
+    """Freeze `model` and wrap every target in an OftLinear. R starts as the identity, so nothing is drawn.
 
     Raises ValueError if a target names no linear layer, or if a layer's input features cannot be divided.
     """

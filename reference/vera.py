@@ -86,8 +86,8 @@ class Config:
 def projections(key: int, rank: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
     """Return the shared matrices A (R, D) and B (E, R), float32 on the CPU. D and E are those of the largest target.
 
-    The four arguments determine A and B, so that a checkpoint need not store them. Smaller matrices are not slices of
-    larger ones. The global generator, the default dtype and the default device have no effect.
+    The four arguments determine A and B, so that a checkpoint need not store them. Another rank or in_features gives
+    other numbers, not slices. The global generator, the default dtype and the default device have no effect.
     """
     generator = torch.Generator("cpu").manual_seed(key)
 

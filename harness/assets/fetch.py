@@ -63,7 +63,7 @@ def is_local(source: Source) -> bool:
 
 
 def local_folder(source: Source) -> Path | None:
-    """Return a model's folder if it is complete on this machine, otherwise None. Nothing is fetched or converted."""
+    """Return a model's folder, or None if it is not ready on this machine. Raises AssetError if the folder is incomplete."""
     return ensure(source) if is_local(source) else None
 
 
@@ -72,7 +72,7 @@ def asset_use(source: Source) -> AssetUse:
 
     A local path is as the user wrote it. The hash is the SHA-256 of the wheel or sdist, if there is one. Otherwise it
     is the SHA-256 of the data file, of the weights, or of the config.json of a `shape:...`. A hub model has its commit
-    instead of a hash. To hash a local folder, all its files are read.
+    instead of a hash. To hash a local model, all its weight files are read.
     """
     sha256 = source.sha256
     if not sha256 and (source.scheme != "hub" or source.kind == "data"):

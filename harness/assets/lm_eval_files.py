@@ -45,7 +45,7 @@ class TaskFile:
 
     @property
     def splits(self) -> dict[str, str]:
-        """Use of a split (`test`, and also `train` and `fewshot` if the task has them) -> name of the split."""
+        """Use of a split (`test`, and also `train` and `fewshot` if the task has them) -> the split, e.g. `validation`."""
         spec = self.spec
         test = spec.get("test_split") or spec.get("validation_split")
         shots = spec.get("fewshot_split") or (spec.get("fewshot_config") or {}).get("split")
@@ -80,7 +80,7 @@ def find(text: str, folder: Path | None = None) -> TaskFile:
 
 
 def tasks_folder() -> Path:
-    """Return the folder of the tasks that come with the installed lm-eval."""
+    """Return the folder of the tasks of the installed lm-eval. Raises UsageError if lm-eval is not installed."""
     if (package := _package()) is None:
         raise UsageError("lm-eval is not installed", hint="pip install lm-eval")
     return package / "tasks"

@@ -208,7 +208,8 @@ def split(
     """Shuffle the rows and return (training rows, test rows). The first `test` shuffled rows are the test rows.
 
     training: rows of a separate training set, in order. If None, all rows that are not test rows are training rows.
-    Training rows that overlap with test rows are removed (see `without_overlap`).
+    Training rows that overlap with test rows are removed (see `without_overlap`). Raises UsageError if there are
+    too few rows.
     """
     most = len(rows) - 1 if training is None else len(rows)
     if not 0 < test <= most:
@@ -254,8 +255,8 @@ def _plain(text: str) -> str:
 _KEY = 24
 _BEGIN = re.compile(r"\b\w|[^\w\s]")
 _INSIDE = re.compile(r"(?<=\w)\w")
-"""Matches a letter that follows another letter. A match at the end of a key means that the word goes on: a text about
-parties does not contain the key `part`."""
+"""Matches a letter after another letter. If it matches where a key ends in a text, the key is only part of a word: the
+text `a party` does not contain the key `part`."""
 _HINT = "look at source, member and rows in the table"
 _HINT_LABEL = "correct the row, or the task's `labels` and `doc_to_choice`"
 _SHOWN = 5

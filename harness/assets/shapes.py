@@ -84,7 +84,7 @@ def address_problem(address: str) -> str:
 
 
 def config_of(address: str) -> dict[str, Any]:
-    """Return the config of the preset or file that a shape's address names. Raises UsageError as `read_config` does."""
+    """Return the config of the preset or file that a shape's address names. Raises UsageError for an unreadable file."""
     found = preset(address)
     return found.config if found else read_config(resources.user_path(address))
 

@@ -52,7 +52,7 @@ def without_padding(model: Any) -> None:
 
 
 def misfits(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
-    """Return those of `names` that match no adaptable layer of the model in `folder`, each with the reason."""
+    """Return name -> reason for those of `names` that match no adaptable layer of the model in `folder`."""
     import torch
 
     config = json.loads((Path(folder) / "config.json").read_bytes())
@@ -60,7 +60,7 @@ def misfits(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def model_misfits(model: Any, names: Sequence[str]) -> dict[str, str]:
-    """Return those of `names` that match no adaptable layer of `model`, each with the reason."""
+    """Return name -> reason for those of `names` that match no layer of `model` that a Method can adapt."""
     from reference.shared.layers import KINDS, targets
 
     found = {}

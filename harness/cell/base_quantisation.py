@@ -24,7 +24,10 @@ from reference.shared.layers import kind_of
 
 @dataclass
 class PackedBase:
-    """The packed (4-bit) layers of a model. The keys of every dict are paths of layers."""
+    """The packed (4-bit) layers of a model. The keys of every dict are paths of layers.
+
+    `expected` and `judged` are empty if the gate of an earlier Cell has judged the codes.
+    """
 
     forms: dict[str, PackedLayer] = field(default_factory=dict)
     expected: dict[str, ExpectedCodes] = field(default_factory=dict)

@@ -34,7 +34,7 @@ class CellRun:
     baseline_B: int
     """Memory of the process before it loads the model, in bytes."""
     gate_key: str = ""
-    """Key of the Cell's parity gate (see `harness.cell.gate_key`). Empty if the Cell never shares the result of its gate."""
+    """Key of the parity gate: Cells with equal keys share its result. Empty if the Cell never shares the result."""
     gate: Gate | None = None
     """Result of the parity gate; None until the gate has ended."""
     checks: list[CheckResult] = field(default_factory=list)

@@ -129,7 +129,7 @@ class CellData:
 
 
 def refuse_long(model: nn.Module, cell: Cell, answer: int = 0) -> None:
-    """Raise UsageError if the texts of a Cell have more tokens than its model has positions.
+    """Raise UsageError if the texts of a Cell may have more tokens than its model has positions.
 
     answer: number of tokens that may be generated after a prompt; 0 if the task does not generate text.
     """
@@ -151,7 +151,7 @@ def refuse_tokenless(examples: Sequence[Example], folder: str, special: int = 0)
 
 
 def _split(job: Job, data: Asset) -> tuple[list[rows.AnyRow], list[rows.AnyRow]]:
-    """Return the training rows and the test rows."""
+    """Return the training rows, and the test rows that the Cell scores."""
     task, evaluation = job.task, job.cell.evaluation
     everything = rows.read(data.source, Path(data.path))
     training = rows.read(task.train.source, Path(task.train.path)) if task.train else None
@@ -160,7 +160,7 @@ def _split(job: Job, data: Asset) -> tuple[list[rows.AnyRow], list[rows.AnyRow]]
 
 
 def _builtin_task(job: Job, data: Asset) -> tuple[Any, list[Any], list[Any]]:
-    """Return a task that lm-eval defines, its training rows and its test rows."""
+    """Return a task that lm-eval defines, its training rows, and the test rows that the Cell scores."""
     from harness.cell.evaluation.lm_eval_task import BuiltinLmEvalTask
 
     evaluation = job.cell.evaluation
@@ -170,10 +170,7 @@ def _builtin_task(job: Job, data: Asset) -> tuple[Any, list[Any], list[Any]]:
 
 
 class _Tokenised(Sequence[Example]):
-    """The rows of a data set as a sequence of examples. Each row is tokenised when its example is first read.
-
-    A short training reads few rows, so most rows are never tokenised.
-    """
+    """The rows of a data set as a sequence of examples. Each row is tokenised when its example is first read."""
 
     def __init__(
         self, texts: Sequence[rows.AnyRow], tokenise: Callable[[Sequence[rows.AnyRow]], list[Example]]

@@ -34,8 +34,8 @@ from harness.records.record import CheckResult
 _PROBE_TOKENS = 64
 """Largest number of tokens of a text on which logits are compared."""
 _SPREADS = 3.0
-"""How far the adapter's loss may lie outside the range of the logged losses, in standard deviations of the loss between
-batches."""
+"""How far the adapter's loss may lie outside the range of the logged losses. The unit is the standard deviation of the
+loss between batches."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class ImportedAdapter(FrozenModel):
     folder: str
     """Folder with adapter_config.json and adapter_model.safetensors."""
     facts: Imported
-    """Origin of the adapter."""
+    """Origin of the adapter, and what its folder states about its training, e.g. logged losses."""
 
 
 class KnownGate(FrozenModel):
@@ -81,7 +81,7 @@ class Job(FrozenModel):
     at_once: int = 1
     """Number of Cells, this one included, that may run on the same machine at the same time."""
     start: WorkerStart = ""
-    """How the worker's process starts: a value of `Record.start`. Empty until the runner has chosen."""
+    """How the worker starts: as a new `process` or as a `fork`. Empty until the runner has chosen."""
     python: str = ""
     """Path of the interpreter that runs the Cell; empty for the one that runs the harness."""
     server_python: str = ""

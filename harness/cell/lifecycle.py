@@ -45,7 +45,7 @@ Data = CellData | RandomData
 
 @dataclass
 class Attached:
-    """The adapted model, and the data that only the parity gate needs."""
+    """The adapted model, and data for the parity gate and the training."""
 
     subject: Subject
     logits: Callable[[], Tensor]
@@ -54,7 +54,7 @@ class Attached:
     """The logits on the texts of the parity gate, before the adapter was attached. They are deleted after the gate.
     None if the Cell reuses the result of an earlier Cell's gate."""
     start: dict[str, Tensor]
-    """Name of each trained tensor -> copy of its initial value."""
+    """Name of a trained tensor -> copy of its initial value. Tensors that are too large to copy are missing."""
 
 
 def measure(run: CellRun, predict: Predict) -> Measurements:
@@ -268,7 +268,7 @@ def _time(run: CellRun, subject: Subject, data: Data, offloaded: OffloadedWeight
 def _latencies(
     run: CellRun, subject: Subject, causal: bool, vocabulary: int, forward: Callable[..., Tensor]
 ) -> list[Latency]:
-    """Check the merged model. Return the latencies with one adapter and with several adapters."""
+    """Check the merged model. Return the latencies with one adapter and with several, or [] if none are requested."""
     evaluation, mixed = run.cell.evaluation, list[Latency]()
     if evaluation.latency:
         # This precedes merging, because some libraries merge into the base weight, which then changes a little.

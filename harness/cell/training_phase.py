@@ -37,7 +37,7 @@ class Trained:
     gradients_B: int
     """Bytes of the gradients of the last step; with layer-wise updates, the bytes of the largest gradient."""
     step_peak_B: int | None
-    """Peak bytes of tensors within a step; None if they cannot be counted."""
+    """Peak bytes of tensors within a step, on a GPU within the whole training; None if they cannot be counted."""
 
 
 def train(
@@ -49,9 +49,9 @@ def train(
 ) -> Trained:
     """Train adapter and head on the batches of `data`, and return the results.
 
-    start: name of each trained tensor -> copy of its initial value. The function empties this dict, which frees the
-    copies. Raises NonconformingError if a frozen tensor changed. Raises Untrained if a tensor of the adapter or the
-    head kept its first value in all steps; the message names these tensors. Also raises the errors of `loop.train`.
+    start: name of a trained tensor -> copy of its initial value. The function empties this dict, which frees the copies.
+    Raises NonconformingError if a frozen tensor changed. Raises Untrained if there are several steps and a tensor of the
+    adapter or the head kept its first value in all; the message names it. Raises Diverged too.
     """
     cell, model, batches, adapted = run.cell, subject.model, data.batches, subject.adapted
     parameters = list(head.values())
@@ -135,7 +135,10 @@ def _step_peak(
     data: CellData | RandomData,
     optimizer: torch.optim.Optimizer,
 ) -> int | None:
-    """Return the peak bytes of tensors within a step. If they cannot be counted, add a note and return None."""
+    """Return the peak bytes of tensors within a step, on a GPU within the whole training.
+
+    If they cannot be counted, add a note and return None.
+    """
     if run.device.type != "cpu":
         return run.clock.done[-1].peak_memory_B  # the peak of the training by torch's allocator
     if 2 * copied_B(subject.adapted, head) > free_B(run.device):

@@ -19,7 +19,7 @@ def fingerprints(model: nn.Module) -> dict[str, int]:
 
 
 def base_weights(subject: Subject) -> dict[str, Tensor]:
-    """Return name -> tensor for the trained tensors that belong to the model itself: weights of adapted layers."""
+    """Return name -> tensor for the trained tensors that are weights of the model itself, e.g. with GaLore."""
     own = {id(p) for base in subject.bases.values() for p in base.parameters()}
     return {name: t for name, t in subject.adapted.tensors().items() if id(t) in own}
 

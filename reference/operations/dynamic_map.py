@@ -42,10 +42,7 @@ SPEC = ReferenceSpec(
 
 
 def dynamic_map(signed: bool = True) -> Tensor:
-    """Return the 256 values in ascending order, as float32. They span -0.993 .. 1 if signed, else 0 .. 1.
-
-    The values are computed, not copied from a published table.
-    """
+    """Return the 256 values in ascending order, as float32. They span -0.993 .. 1 if signed, else 0 .. 1."""
     decades = []
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)

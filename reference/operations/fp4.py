@@ -46,10 +46,7 @@ _SIGN = 8
 
 
 def codebook() -> Tensor:
-    """Return the 16 values in the order of their codes, as float32. Code 8 is minus zero.
-
-    The values are computed, not copied from a published table.
-    """
+    """Return the 16 values in the order of their codes, as float32. Code 8 is minus zero."""
     E, m = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in (4, 2)), indexing="ij")
     magnitudes = torch.where(E == 0, m / 16, (1 + m / 2) * 2 ** (4 - E)).flatten()
     magnitudes = magnitudes / magnitudes.max()
@@ -60,8 +57,8 @@ def quantize(W: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
     """Return (codes, absmax). codes: uint8 from 0 to 15, in the order of W.flatten(). absmax: one float32 per block.
 
     W: any shape and floating dtype, read as float32. A magnitude exactly between two values takes the smaller one. A
-    block of zeros has absmax 0 and codes 0. NaN and infinity are treated as in nf4.py. Raises ValueError if `block` is
-    below 1.
+    block of zeros has absmax 0 and codes 0. If a block holds a NaN or an infinity, none of its elements is decoded to a
+    finite value. Raises ValueError if `block` is below 1.
     """
     magnitudes, order = codebook()[:_SIGN].sort()
     flat = W.detach().flatten().float()

@@ -58,7 +58,7 @@ def lamb8bit_step(
     eps: float,
     weight_decay: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return p and the state after step number `step` (from 1). state: see `adamw8bit.init_state`.
+    """Return p and the state after step number `step` (from 1). state: 8-bit moments, as from `adamw8bit.init_state`.
 
     The step is computed in float32, or in float64 if p has this dtype.
     """

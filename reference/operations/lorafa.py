@@ -54,7 +54,7 @@ SPEC = ReferenceSpec(
     ),
 )
 DELTA = 1e-8
-"""Number that is added to the diagonal of A A^T."""
+"""Number that is added to the diagonal of A A^T, so that it can be inverted."""
 Correction = Literal["least-squares", "none"]
 
 
@@ -91,7 +91,7 @@ def lorafa_step(
     """Return B, m and v of one layer after a step.
 
     g: gradient of B, or None if B has none. m, v: moments of B. correction: `least-squares` corrects g, `none`
-    leaves g unchanged. experts: see `corrected`. adamw: the keywords of `adamw_step`.
+    leaves g unchanged. experts: number of stacked experts, else 1. adamw: the keywords of `adamw_step`.
     """
     if g is None:
         return B, m, v
@@ -109,6 +109,9 @@ def lorafa_steps(
     scalings: Sequence[float],
     **options: Any,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return B, m and v of every layer after a step. Each layer has its own rank and scaling. options: see `lorafa_step`."""
+    """Return B, m and v of every layer after a step. Each layer has its own rank and scaling.
+
+    options: keywords of `lorafa_step`.
+    """
     layers = zip(As, Bs, gs, ms, vs, scalings, strict=True)
     return [lorafa_step(A, B, g, m, v, scaling, **options) for A, B, g, m, v, scaling in layers]

@@ -78,7 +78,7 @@ def loraplus_step(
     """Return, by name, each tensor's learning rate, weight decay, and value after the first step of AdamW.
 
     The moments before the step are zero. frozen: names of tensors that do not change; their learning rate and weight
-    decay are 0. rates: lr, ratio, lr_embedding and weight_decay, see `group_of`.
+    decay are 0. rates: lr, ratio, lr_embedding and weight_decay, for `group_of`.
     """
     found: dict[str, tuple[float, float, Tensor]] = {}
     for name, tensor in tensors.items():

@@ -102,7 +102,8 @@ def riemannian_step(
     """Return A and its moments m and v after a step, then B and its moments.
 
     gradients: gradient of A, then of B. Both are None if the layer did not run; such a layer does not change. experts:
-    see `preconditioned`. options: see `optimizer_step`. Raises ValueError if only one of A and B has a gradient.
+    number of stacked experts, else 1. options: keywords of `optimizer_step`. Raises ValueError if only one of A and B
+    has a gradient.
     """
     gA, gB = gradients
     if gA is None and gB is None:

@@ -20,7 +20,7 @@ def kind_of(module: nn.Module) -> str:
 
     linear: nn.Linear or a quantised subclass. Conv1D: transformers' linear layer with the weight stored as (in, out).
     embedding, Conv2d: nn.Embedding, nn.Conv2d, and subclasses with the same forward pass; an embedding may also
-    multiply by its `embed_scale`. experts: see `stacked_weights`. Other subclasses are excluded: they transform
+    multiply by its `embed_scale`. experts: a module that stacks experts. Other subclasses are excluded: they transform
     their weight, e.g. by a norm, and would have to transform the update of a Method too.
     """
     layer: Any = module
@@ -77,7 +77,7 @@ def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str] = LINEA
 
 
 def named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """Map paths to the modules of `model`, of any kind, whose path is one of `names` or ends with one of them."""
+    """Map paths to the modules of `model`, of any kind, that `names` select: whole paths, or ends of paths after a dot."""
     ends = tuple(f".{name}" for name in names)
     return {path: module for path, module in model.named_modules() if f".{path}".endswith(ends)}
 

@@ -19,7 +19,7 @@ class LoraEmbedding(LowRankLayer):
 
     A (R, N) and B (E, R) train. If the base has an `embed_scale`, the update is multiplied by it too, as after merging.
     As in the base, the entry at padding_idx has no gradient, and scale_grad_by_freq divides a gradient by the entry's
-    count. Raises ValueError for a base with max_norm, which rewrites the table in every forward pass.
+    count in the batch. Raises ValueError for a base with max_norm, which rewrites the table in every forward pass.
     """
 
     base: nn.Embedding
@@ -45,8 +45,8 @@ class LoraConv2d(LowRankLayer):
     """A frozen convolution (E, C/G, K, K) with an update in two parts, as in HF peft: a convolution A, then a convolution B.
 
     A (R, C, K, K) reads all C channels and has the stride, padding, padding mode and dilation of the base. B (E, R/G,
-    1, 1) has the groups of the base. Seen as a matrix (E, C K K), the update has rank R. Raises ValueError if G does
-    not divide R.
+    1, 1) has the groups of the base. Seen as a matrix (E, C K K), the update has a rank of up to R. Raises ValueError
+    if G does not divide R.
     """
 
     base: nn.Conv2d

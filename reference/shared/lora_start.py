@@ -75,6 +75,6 @@ def _orthogonal(rank: int, inputs: int, outputs: int, generator: torch.Generator
 
 @torch.no_grad()
 def write_initial_factors(init: str, A: Tensor, B: Tensor, generator: torch.Generator) -> None:
-    """Overwrite A (R, D) and B (E, R) of a layer with new initial values. Raises ValueError as `initial_factors` does."""
+    """Overwrite A (R, D) and B (E, R) with new initial values. Raises ValueError if `orthogonal` gets an odd rank."""
     for factor, drawn in zip((A, B), initial_factors(init, A.shape[0], A.shape[1], B.shape[0], generator), strict=True):
         factor.copy_(drawn)

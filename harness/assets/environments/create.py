@@ -25,9 +25,9 @@ Say = Callable[[str], None]
 """Function that reports the next step in one line."""
 _MB = 1e6
 _GROWTH = 4
-"""Estimated bytes on disk per byte of a download. They hold the wheel, its content, and the compiled modules."""
+"""Estimated bytes on disk per byte of a download, for the wheel, its content, and the compiled modules."""
 _COMPILED = 1.5
-"""Estimated bytes on disk per byte of a wheel's content, with the compiled modules."""
+"""Estimated bytes on disk per byte of a wheel's content, for the content and the compiled modules."""
 _LINK = "_peft_harness.pth"
 _VERSIONS = """
 import json, sys
@@ -52,7 +52,7 @@ def ensure(spec: EnvironmentSpec, options: IndexOptions, say: Say) -> MadeEnviro
 
 
 def repair(environment: MadeEnvironment, options: IndexOptions, say: Say) -> list[str]:
-    """If an environment is damaged, make it again from the same packages. Return what was wrong (see `damage`).
+    """If an environment is damaged, make it again from the same packages. Return the damage, one line for each part.
 
     The damaged environment is replaced only after the new one is complete.
     """
@@ -65,7 +65,7 @@ def repair(environment: MadeEnvironment, options: IndexOptions, say: Say) -> lis
 
 
 def announce(spec: EnvironmentSpec, options: IndexOptions, say: Say) -> None:
-    """Report by `say` which packages an environment would download. Nothing is made."""
+    """Report by `say` which packages an environment would download. No environment is made."""
     with cache.staging(f"environment {spec.name}") as staging:
         _create_python(spec, staging / "made")
         _choose(spec, staging, options, say)
@@ -74,7 +74,7 @@ def announce(spec: EnvironmentSpec, options: IndexOptions, say: Say) -> None:
 def _make(
     spec: EnvironmentSpec, place: Path, options: IndexOptions, say: Say, again: Sequence[str] | None = None
 ) -> MadeEnvironment:
-    """Make an environment in the folder `place`. again: `Package.pin` of each package; if None, pip chooses the packages."""
+    """Make an environment in the folder `place`. again: requirements that pin each package; if None, pip chooses."""
     what = f"environment {spec.name}"
     with cache.staging(what) as staging:
         made = staging / "made"

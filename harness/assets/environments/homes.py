@@ -10,7 +10,7 @@ from harness.assets.environments.folder import MadeEnvironment
 
 
 def of(implementations: Collection[str]) -> dict[str, MadeEnvironment | str]:
-    """Map each implementation to its environment, which suites/environments.yaml or a user's file declares.
+    """Map each implementation to its environment: one in suites/environments.yaml, or a finished one of a user's file.
 
     If the environment has not been made yet, the value is its name. Implementations without an environment are left
     out.

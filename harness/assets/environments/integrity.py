@@ -60,7 +60,8 @@ def _packages(environment: MadeEnvironment) -> Iterator[str]:
 def _recorded(record: Path) -> Iterator[tuple[str, str]]:
     """Yield the path and the digest of each file that a package's RECORD lists with a digest.
 
-    A line that was cut off has no digest, and counts as a damaged file.
+    A line that was cut off has no digest, and counts as a damaged file. Scripts are left out,
+    because `create` changes their first line.
     """
     with record.open(encoding="utf-8", errors="replace", newline="") as file:
         for path, *rest in csv.reader(file):

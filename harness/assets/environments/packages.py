@@ -43,7 +43,7 @@ class IndexOptions:
     """Options that decide where pip looks for packages. By default, only the user's settings of pip apply."""
 
     offline: bool = False
-    """True: no index is asked, only the folders of `find_links`."""
+    """True: no index is asked, only `find_links` and the folders in pip's settings."""
     find_links: tuple[str, ...] = ()
     """Folders, or addresses of pages, where pip also looks for wheels."""
 
@@ -65,7 +65,7 @@ class Package:
 
     @property
     def pin(self) -> str:
-        """The package as a requirement that allows exactly this file."""
+        """The package as a requirement of this version and, if its hash is known, of exactly this file."""
         if self.is_direct:
             return f"{self.name} @ {self.url}"
         return f"{self.name}=={self.version}{f' --hash=sha256:{self.sha256}' if self.sha256 else ''}"
@@ -88,7 +88,7 @@ class Package:
 
 
 def resolve(spec: EnvironmentSpec, python: Path, options: IndexOptions, work: Path) -> list[Package]:
-    """Let pip choose the packages that an environment lacks, and return them. Nothing is installed.
+    """Let pip choose the packages that an environment lacks. Return them, except those in `spec.without`. Install nothing.
 
     python: the environment's interpreter. work: an existing folder for files. Raises UsageError for a requirement that
     no release satisfies, and AssetError if no index can be reached.
@@ -112,7 +112,7 @@ def resolve(spec: EnvironmentSpec, python: Path, options: IndexOptions, work: Pa
 def download(
     spec: EnvironmentSpec, python: Path, packages: Sequence[str], options: IndexOptions, work: Path
 ) -> list[Path]:
-    """Download wheels, build wheels of source distributions, and return their paths.
+    """Download wheels, build wheels of source distributions, and return the paths of all wheels.
 
     packages: requirements that name one version each, e.g. `Package.pin`.
     """

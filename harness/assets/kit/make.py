@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 
 @dataclass
 class Kit:
-    """A finished kit (a folder for a machine without network): its folder, what it holds, and what was left out."""
+    """A finished kit: its folder, what it holds, and what was left out."""
 
     folder: Path
     limit_B: int
@@ -53,7 +53,7 @@ class Kit:
 
 
 def make(folder: Path, limit_B: int, python_version: str, say: Say) -> Kit:
-    """Make a kit (a folder for a machine without network) of at most `limit_B` bytes, and return it.
+    """Make a kit of at most `limit_B` bytes, and return it.
 
     Raises UsageError if the folder is not empty or cannot be made, or if the source alone is too large, which leaves
     the folder empty. Raises HarnessError if the harness is not installed.

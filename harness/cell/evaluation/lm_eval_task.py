@@ -60,18 +60,18 @@ class LmEvalTask:
         return "exact match" if self._judge == "none" else f"exact match ({self._judge})"
 
     def prompt(self, row: AnyRow) -> str:
-        """Return the prompt of a row as lm-eval builds it. It does not include the delimiter before the answer."""
+        """Return the prompt of a row as lm-eval builds it. It does not include the `target_delimiter` before the answer."""
         return str(self.task.doc_to_text(asdict(row)))
 
     def pair(self, row: AnyRow) -> tuple[str, str]:
-        """Return the prompt and the answer of a row. The answer begins with the delimiter.
+        """Return the prompt and the answer of a row. The answer begins with lm-eval's `target_delimiter`.
 
         The answers of the task must be texts.
         """
         return self.prompt(row), f"{self.task.config.target_delimiter}{self.task.doc_to_target(asdict(row))}"
 
     def answers(self, row: LabelledRow) -> list[str]:
-        """Return the choices that lm-eval scores for a row. Each choice begins with the delimiter."""
+        """Return the choices that lm-eval scores for a row. Each choice begins with lm-eval's `target_delimiter`."""
         return self._choices(asdict(row))
 
     def _choices(self, doc: Any) -> list[str]:
@@ -135,7 +135,7 @@ class BuiltinLmEvalTask(LmEvalTask):
         return [self._row(name, self._docs[name]) for name in self.ids]
 
     def training(self) -> list[OwnRow]:
-        """Return the rows of the training split that are not test items."""
+        """Return the rows of the training split whose prompts are not those of test items."""
         docs = {f"train-{number}": doc for number, doc in enumerate(self.task.training_docs() or [])}
         self._docs |= docs
         return without_overlap([self._row(name, doc) for name, doc in docs.items()], self.tested())
@@ -145,11 +145,11 @@ class BuiltinLmEvalTask(LmEvalTask):
         return str(row.overlap_key)
 
     def answers(self, row: Any) -> list[str]:
-        """Return the choices that lm-eval scores for a row. Each choice begins with the delimiter."""
+        """Return the choices that lm-eval scores for a row. Each choice begins with lm-eval's `target_delimiter`."""
         return self._choices(self._docs[row.id])
 
     def pair(self, row: Any) -> tuple[str, str]:
-        """Return the prompt and the answer of a row. The answer begins with the delimiter."""
+        """Return the prompt and the answer of a row. The answer begins with lm-eval's `target_delimiter`."""
         return row.prompt, f"{self.task.config.target_delimiter}{row.answer}"
 
     @property

@@ -31,10 +31,10 @@ _DRAWS = (None, *range(PERTURBED_DRAWS))
 
 
 class ReferenceTrainings:
-    """Training runs of the reference with the harness's own loop, in float64 and in the trainee's dtype.
+    """Training runs of the reference with the harness's own loop, in float64 and in the dtype of `trainee`.
 
-    The checks compare these runs with a run of the loop under test. All implementations of a Method in one dtype are
-    compared with the same runs.
+    trainee: what the loop under test trains: Method, implementation, dtype and recipe. The checks compare these runs
+    with a run of the loop under test. All implementations of a Method in one dtype are compared with the same runs.
     """
 
     def __init__(self, trainee: Trainee) -> None:
@@ -79,7 +79,7 @@ class ComparedTrainings:
 
 
 Findings = Judgement | list[str]
-"""Result of a check: a judgement of numbers, or a list of what is wrong."""
+"""Result of a check: a judgement of numbers, or a list of mistakes, which is empty if the check passes."""
 
 
 def check_order(trainings: ComparedTrainings) -> Findings:

@@ -140,7 +140,8 @@ def _attach(trainee: Trainee) -> Adapted:
 def observe(train: Callable[..., StepSamples], trainee: Trainee, moved_by: int | None = None) -> Observed:
     """Train `trainee` by the function `train`, and return the observations.
 
-    train: a function with the arguments and the result of `loop.train`. moved_by: as in `attached`.
+    train: a function with the arguments and the result of `loop.train`. moved_by: seed of a random
+    perturbation of the initial tensors, or None.
     """
     adapted = attached(trainee, moved_by)
     seen = Observed(StepSamples())
@@ -199,7 +200,7 @@ def gradients_at(
     """Return the gradients of the reference in `dtype`, one backward pass per batch, each at the given weights.
 
     The result maps `step N NAME` to a gradient, where NAME is the name of a trained tensor. weights: the trained
-    tensors before each step. seed: seed of a random perturbation of the weights, or None (see `attached`).
+    tensors before each step. seed: seed of a random perturbation of the weights, or None.
     """
     adapted, found = _attach(trainee.of_reference(dtype)), dict[str, Tensor]()
     load(adapted, {}, _start(trainee)[1])

@@ -32,7 +32,7 @@ class LoopSelfTest:
 
     @property
     def exit(self) -> Exit:
-        """FAIL if a fault was missed, or if a check failed on a loop without a fault."""
+        """FAIL if a fault was missed, or if a check failed on a loop without a fault; otherwise PASS."""
         return Exit.PASS if all(self.caught.values()) and not self.false_alarms else Exit.FAIL
 
     def lines(self) -> Iterator[str]:

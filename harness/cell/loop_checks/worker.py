@@ -1,8 +1,8 @@
 """Worker process of `check --loop`: checks one loop, and tries each setting of its library.
 
 The command is `python -m harness.cell.loop_checks.worker EVENTS LIFELINE TASK`, where TASK is `{"loop": NAME}`. The
-worker writes a LoopEvent to the file descriptor EVENTS after each check and each setting. See
-`harness.process.event_pipe`.
+worker writes a LoopEvent to the file descriptor EVENTS after each check and each setting. It is killed when the other
+end of the pipe LIFELINE closes.
 """
 
 from __future__ import annotations

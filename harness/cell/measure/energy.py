@@ -62,7 +62,8 @@ class EnergyMeter:
     def joules(self) -> float | None:
         """Return the joules used since `start`, or None if they are unknown.
 
-        They are unknown if no counter can be read, if the counter may have been reset, or in the first LEAST_S seconds.
+        They are unknown if no counter can be read, if one may have been reset or have started again twice, and in the first
+        LEAST_S seconds.
         """
         seconds = time.monotonic() - self._began
         if self.counter is None or self._before is None or seconds < LEAST_S:

@@ -122,7 +122,7 @@ class Prompt:
     def latencies(self, variant: Variant, because: str = "", adapters: int | None = None) -> list[Latency]:
         """Return one Latency for each kind of pass: forward, or prefill and decode.
 
-        because: the reason why there are no times. adapters: value of `Latency.adapters`.
+        because: the reason why there are no times. adapters: number of adapters in the batch.
         """
         return [
             Latency(

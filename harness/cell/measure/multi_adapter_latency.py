@@ -86,7 +86,7 @@ def _failed(
 def _untimed(prompt: Prompt, because: str) -> list[Latency]:
     """Return latencies without times, for one adapter and for several adapters.
 
-    because: the reason why there are no times. Each latency has the number of adapters in its field `adapters`.
+    because: the reason why there are no times.
     """
     return prompt.latencies("unmerged", because, 1) + prompt.latencies("multi-adapter", because, ADAPTERS)
 

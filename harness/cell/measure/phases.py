@@ -16,8 +16,8 @@ from harness.records.record import Phase
 class PhaseClock:
     """A meter of the phases of a Cell, one after the other. `done` lists the results, including those of failed phases.
 
-    announce: function that is called with the name of each phase when the phase begins. energy, gpu: meters; None if
-    the machine has no such meter.
+    announce: function that is called with the name of each phase when the phase begins. energy: None if energy is not
+    measured. gpu: None on a CPU.
     """
 
     def __init__(

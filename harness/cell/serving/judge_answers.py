@@ -90,7 +90,7 @@ def judge(session: Session, base: Path, subject: Named, case: Case) -> Judged:
 
 
 def _check(subject: Named, case: Case, name: str, phase: RequestPhase, results: Sequence[SubjectResult]) -> CheckResult:
-    """Return the check result of one load. name: the check's name. phase: where the load's answers were collected."""
+    """Return the check result of one load. name: the check's name. phase: when the load's requests were sent."""
     found = {one: part for one in results for part in one.phases if part.phase is phase}
     if undecided := next(
         (one for one in results if one.verdict in (SubjectVerdict.CANNOT_TELL, SubjectVerdict.NOT_COMPARED)), None
@@ -124,5 +124,5 @@ def _share(result: SubjectResult, part: PhaseResult) -> float:
 
 
 def timed(refused: Mapping[str, str]) -> bool:
-    """Return whether at least one load of the server may be timed. refused: see `Judged.refused`."""
+    """Return whether at least one load of the server may be timed. refused: load -> reason."""
     return any(load not in refused for load in get_args(Load))

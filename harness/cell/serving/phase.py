@@ -117,7 +117,7 @@ def _served(
 ) -> Served:  # fmt: skip
     """Start the server, judge its answers and time it. Return a copy of `served` with the results.
 
-    Raises HarnessError if the server does not answer.
+    Raises HarnessError, e.g. if the server does not answer.
     """
     case = Case("trained", seed=run.cell.seed)
     prompt_tokens = _prompt_tokens(subject.model, run.cell.evaluation.prompt_tokens)

@@ -121,8 +121,8 @@ class RunningServer:
 def running(kind: ServerKind, python: ServerPython, own: str, launch: Launch) -> Iterator[RunningServer]:
     """Start a server, wait until it answers, and yield it. At the end, the server and all its children are killed.
 
-    The server also dies if this process dies in any way. The server writes to the stdout of this process. own: as in
-    `find_python`. Raises ServerError if the server ends or does not answer in time.
+    The server also dies if this process dies in any way. The server writes to the stdout of this process. own:
+    interpreter of the server's own environment, or empty. Raises ServerError if the server ends or does not answer in time.
     """
     command = [python.path, *kind.arguments(launch)]
     environment = {**_environment(own), **kind.variables}

@@ -68,7 +68,8 @@ def swaps(session: Session, ids: Sequence[int], prompt_tokens: int, rounds: int)
     """Replace an adapter on the server by another one `rounds` times, and send a prompt after each replacement.
 
     Return the seconds from the start of each replacement to the first token of the answer. session: a session whose
-    `swapped_alone` was called before, so that there is an adapter to replace. ids, prompt_tokens: as in `measure`.
+    `swapped_alone` was called before, so that there is an adapter to replace. ids: token ids from which prompts are
+    drawn.
     """
     draw = random.Random(f"{session.seed} swaps")  # noqa: S311  # prompts, not secrets
     names, found = list(session.adapters), []

@@ -26,7 +26,7 @@ class Example:
     answer: int = 0
     """For causal models, the number of tokens at the end that have a loss."""
     cut: bool = False
-    """True if the text was too long and lost tokens. Always False for a causal model's text with a `label`."""
+    """True if the text was too long and lost tokens. Always False for multiple-choice texts of a causal model."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Batch:
 
 
 def order(examples: Sequence[Example], steps: int, batch: int, seed: int) -> list[list[Example]]:
-    """Return `steps` lists of `batch` examples, in the order of `order_indices`."""
+    """Return the batches of a training: `steps` lists of `batch` examples, in the data order for this seed."""
     return [[examples[i] for i in group] for group in order_indices(examples, steps, batch, seed)]
 
 
@@ -236,7 +236,8 @@ def answered_examples(
     """Tokenise rows and return the examples.
 
     parts: function that returns the prompt and the answer of a row. It is not called for a TextRow, which is a text
-    without a prompt: in it, every token except the first has a loss.
+    without a prompt: in it, every token except the first has a loss. answers: which tokens of other rows have a loss, and
+    whether an end-of-sequence token follows.
     """
     return [
         prompts.example(row.id, "", row.text, "all", answers.eos)

@@ -35,7 +35,7 @@ def draw(model: nn.Module, names: Collection[str], seed: int) -> dict[str, nn.Pa
     """Initialise the head's parameters `names` in place, from the Cell's seed alone, and return them by name.
 
     Matrices get random values. Biases of linear layers get zeros. Other parameters keep the values of the model's
-    initialiser. For example, if the weight of a norm were zero, the norm's output and gradient would be zero.
+    initialiser: if the weight of a norm were zero, the norm's output and gradient would be zero.
     """
     generator = torch.Generator().manual_seed(seed)
     head = {name: model.get_parameter(name) for name in names}

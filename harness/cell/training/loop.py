@@ -28,7 +28,7 @@ in 16 bits, the loss of a batch that the model already predicts is exactly zero.
 
 @dataclass
 class StepSamples:
-    """Raw numbers of each step. The fields have the names of `TrainingMeasured`."""
+    """Raw numbers of each step, in fields with the names of the Record's `TrainingMeasured`."""
 
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
@@ -38,7 +38,7 @@ class StepSamples:
     cpu_seconds: float = 0.0
     """CPU time of the process, summed over the timed parts of all steps."""
     outside_seconds: float | None = None
-    """Seconds between the timed parts of steps. None if the loop only measures there."""
+    """Seconds between the timed parts of steps. None for a loop that does nothing there but take measurements."""
 
 
 class StepLog:
@@ -100,7 +100,7 @@ def last_logits(model: nn.Module, inputs: dict[str, Tensor], count: int) -> Tens
 def drop_gradients(tensors: Iterable[Tensor], enabled: bool) -> Iterator[None]:
     """Inside the context, drop each gradient as soon as it is computed. If `enabled` is false, do nothing.
 
-    Layer-wise training needs this, because it must never store all gradients at once.
+    The warm-up passes of layer-wise training need this, because they must never store all gradients at once.
     """
     hooks = [t.register_post_accumulate_grad_hook(_drop) for t in tensors] if enabled else []
     try:
@@ -138,8 +138,8 @@ def train(
 
     Before every step, the global random state is set from (seed, step). So the dropout masks do not depend on how many
     random numbers an implementation draws. If float16 gradients overflow, the same batch is used again with half the
-    loss scale. No step is skipped, and the time of a step includes all its attempts. Raises the errors of
-    `StepLog.add`.
+    loss scale. No step is skipped, and the time of a step includes all its attempts. Raises Diverged
+    or Untrained.
     """
     log, trained = StepLog(adapted, optimizer, len(batches), report), trainable(adapted, head)
     adapted.model.train()

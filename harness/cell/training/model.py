@@ -110,7 +110,8 @@ def lacks(checkpoint: str) -> frozenset[str]:
     """Return the names of the weights that an encoder's checkpoint lacks.
 
     checkpoint: path of the checkpoint's folder; empty if the model has no checkpoint, and then the result is empty too.
-    The weights are not read, because the model is loaded onto the meta device. Raises AssetError like `load`.
+    The weights are not read, because the model is loaded onto the meta device. Raises AssetError if the folder cannot
+    be read.
     """
     return frozenset(_read(Path(checkpoint), "encoder", device_map="meta")[1]["missing_keys"] if checkpoint else ())
 

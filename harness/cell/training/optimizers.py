@@ -189,7 +189,7 @@ def layerwise(optimizer: torch.optim.Optimizer, recipe: Training) -> Layerwise |
 
 
 def gradient_of(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], Tensor | None]:
-    """Return a function that returns a parameter's gradient, divided by the loss scale."""
+    """Return a function that returns a parameter's gradient, divided by the loss scale if the optimizer has one."""
     return optimizer.gradient if isinstance(optimizer, MasterWeights) else lambda p: p.grad
 
 

@@ -48,8 +48,8 @@ def drawn(model: Any, device: torch.device) -> Iterator[set[str]]:
     """Draw the weights of a model that is on the meta device, part by part. Yield the module paths of each part.
 
     The first part has the modules outside the blocks; every further part is a block. Each part has its own seed. The
-    weights are drawn on `device` by the initialiser with which the model would be trained from scratch. Its standard
-    deviations avoid overflow in 16 bits. Raises AssetError for a weight that the initialiser does not set.
+    weights are drawn on `device` by the initialiser with which the model would be trained from scratch. The initialiser's
+    standard deviations avoid overflow in 16 bits. Raises AssetError for a weight that the initialiser does not set.
     """
     parts: dict[str, dict[str, nn.Module]] = {_REST: {}}
     blocks = [f"{path}.{name}" for path, m in outermost_lists(model).items() for name, _ in m.named_children()]
@@ -65,7 +65,7 @@ def drawn(model: Any, device: torch.device) -> Iterator[set[str]]:
 
 
 def draw(model: Any, device: torch.device) -> None:
-    """Draw all weights of a model that is on the meta device. Raises AssetError like `drawn`."""
+    """Draw all weights of a model that is on the meta device. Raises AssetError if the initialiser leaves one out."""
     for _ in drawn(model, device):
         pass
 

@@ -94,7 +94,7 @@ def train(
 def step(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimizer, seed: int) -> None:
     """Take one optimizer step over the parts of a batch. The Method's `after_step` is not called.
 
-    seed: as in `loop.step`; not used.
+    seed: not used.
     """
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     _run(adapted, parts, len(parts), (UnsavedOptimizer(optimizer), schedule), _OneStep(adapted), {})
@@ -188,7 +188,7 @@ class _Watch(_OneStep):
 
 
 class _Trainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer that gives the loss of each part of a batch to `watch`. SFTTrainer's log has only means over steps."""
+    """SFTTrainer that gives the loss and size of each part of a batch to `watch`. Its own log has only means over steps."""
 
     def __init__(self, *arguments: Any, watch: _OneStep, **options: Any) -> None:
         super().__init__(*arguments, callbacks=[watch], **options)
