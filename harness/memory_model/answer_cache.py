@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from harness.assets import cache as asset_cache
+from harness import cache_folder
 from harness.assets import model_folder
 from harness.errors import AssetError, ImplementationError, StoreError
 from harness.methods.registry import OWN_DISTRIBUTION, Registry, discover
@@ -33,7 +33,7 @@ _VARIABLES = ("PEFT_HARNESS_COMPILE", "TRITON_INTERPRET")
 
 def folder() -> Path:
     """Return the folder of the entries, without creating it."""
-    return asset_cache.root() / "predictions"
+    return cache_folder.root() / "predictions"
 
 
 def read(request: Request) -> Any | None:
